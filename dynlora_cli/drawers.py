@@ -1,0 +1,40 @@
+"""The four drawers: folders whose file names are the names used in recipes. Adding one file adds one choice.
+
+    variants/    how a layer uses its components          adapter.variant
+    policies/    which components to keep                 pruning.policy
+    formats/     how a row of data becomes an example     dataset.train[].format
+    exporters/   files that other tools read              dynlora export --to
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from dynlora_cli.errors import UsageError
+
+
+def names(drawer: str) -> list[str]:
+    """Names that a drawer offers, sorted, without importing any of its files."""
+    folder = Path(__file__).parent / drawer
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load(drawer: str, name: str) -> ModuleType:
+    """The module `dynlora_cli/<drawer>/<name>.py`.
+
+    Raises:
+        UsageError: the drawer has no such file.
+    """
+    if name not in names(drawer):
+        raise UsageError(f"{drawer} has no {name!r}{did_you_mean(name, names(drawer))}", f"choose one of: {', '.join(names(drawer))}")
+    return importlib.import_module(f"dynlora_cli.{drawer}.{name}")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest choice, or an empty string where none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Which components to keep: one file per pruning policy, named as in the recipe (`pruning.policy`)."""
