@@ -69,13 +69,24 @@ def train_tokenizer(docs: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(docs, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        additional_special_tokens=SPECIAL[4:], model_max_length=512, clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[4:],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -157,8 +168,17 @@ def main() -> None:
     rows = encode(docs[split:], tokenizer, args.row_length)
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
     )
     model = LlamaForCausalLM(config).to(device)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -188,22 +208,40 @@ def main() -> None:
         running = 0.98 * running + 0.02 * loss.item()
         if step % 50 == 0 or step == args.steps - 1:
             seen, seconds = (step + 1) * batch[:, 1:].numel(), time.time() - started
-            print(f"step {step:5d}  loss {running:.4f}  lr {args.learning_rate * rate(step):.2e}  {seen / seconds:,.0f} tokens/s", flush=True)
+            print(
+                f"step {step:5d}  loss {running:.4f}  lr {args.learning_rate * rate(step):.2e}  {seen / seconds:,.0f} tokens/s",
+                flush=True,
+            )
         if step % 400 == 399:
             print(f"step {step:5d}  held-out {held_out_loss(model, held_out):.4f}", flush=True)
 
     final = held_out_loss(model, held_out)
     held_out_bytes = len(tokenizer.decode(held_out.flatten().tolist(), skip_special_tokens=True).encode())
-    save(model, tokenizer, args.out, {
-        "corpus": [{"file": name, "licence": licence} for name, licence in CORPUS],
-        "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer),
-        "documents": len(docs), "corpus_tokens": rows.numel(), "tokens_seen": args.steps * args.rows * args.row_length,
-        "epochs": args.steps * args.rows / len(rows), "steps": args.steps, "tokens_per_step": args.rows * args.row_length,
-        "learning_rate": args.learning_rate, "optimizer": "Muon (hidden matrices) + AdamW", "train_loss": running, "held_out_loss": final,
-        "held_out_bits_per_byte": final * held_out[:, 1:].numel() / held_out_bytes / math.log(2),
-        "device": f"{device.type}, {torch.get_num_threads()} thread(s)", "minutes": (time.time() - started) / 60,
-        "seed": args.seed, "torch": torch.__version__,
-    })
+    save(
+        model,
+        tokenizer,
+        args.out,
+        {
+            "corpus": [{"file": name, "licence": licence} for name, licence in CORPUS],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "vocabulary": len(tokenizer),
+            "documents": len(docs),
+            "corpus_tokens": rows.numel(),
+            "tokens_seen": args.steps * args.rows * args.row_length,
+            "epochs": args.steps * args.rows / len(rows),
+            "steps": args.steps,
+            "tokens_per_step": args.rows * args.row_length,
+            "learning_rate": args.learning_rate,
+            "optimizer": "Muon (hidden matrices) + AdamW",
+            "train_loss": running,
+            "held_out_loss": final,
+            "held_out_bits_per_byte": final * held_out[:, 1:].numel() / held_out_bytes / math.log(2),
+            "device": f"{device.type}, {torch.get_num_threads()} thread(s)",
+            "minutes": (time.time() - started) / 60,
+            "seed": args.seed,
+            "torch": torch.__version__,
+        },
+    )
     print(f"held-out {final:.4f}; saved to {args.out}", flush=True)
 
 

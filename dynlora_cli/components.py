@@ -1,0 +1,226 @@
+"""Rank-1 components: a LoRA update written as a sum, and all components of all layers in one pool.
+
+    W' = W + s · Σ_i b_i a_iᵀ          i runs over the components that are alive in the layer
+
+    Dimensions, as suffixes of names:
+        C  components of one layer          I  inputs of the layer (d_in)
+        K  components of the pool           O  outputs of the layer (d_out)
+        P  numbers of the pool: Σ over components of d_in + d_out
+
+A layer computes with its own two leaves, `a_CI` and `b_OC`. Both are views of one flat tensor that belongs to the pool,
+and so are their gradients:
+
+    values_P    | a of layer 0 | a of layer 1 | ... | b of layer 0 | b of layer 1 | ... |
+
+The optimizer steps the flat tensor, so clipping, all-reduce, checkpoints and the removal of components are each one
+operation, whatever the number of layers. The leaves are separate because gradients of slices of one leaf would each
+cost a tensor of full size.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynlora_cli.errors import DynloraError
+
+
+class _Graph:
+    """Lives as long as one autograd graph that runs through a layer; see `Pool.graphs`."""
+
+    __slots__ = ("__weakref__",)
+
+
+class ComponentLinear(nn.Module):
+    """A frozen linear layer plus the sum of its rank-1 components.
+
+    Holds the base layer instead of becoming it, so the same class serves `nn.Linear`, GPT-2's transposed `Conv1D` and
+    quantized layers. Without components it costs what the base costs.
+
+    Args:
+        base: the frozen layer; maps [..., I] to [..., O].
+        in_features: I.
+        out_features: O.
+        scale: s, constant for the whole run.
+        dropout: probability of dropping an input of the update while training.
+
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685), equation 3, as a sum over the rank.
+    """
+
+    a_CI: nn.Parameter
+    b_OC: nn.Parameter
+
+    def __init__(
+        self, base: nn.Module, in_features: int, out_features: int, scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scale = scale
+        self.dropout = dropout
+        # One factor per component, [C] or broadcastable to [..., C], for a single request; None costs nothing.
+        self.gate: Tensor | None = None
+        self.graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
+        self.a_CI = nn.Parameter(torch.empty(0, in_features))
+        self.b_OC = nn.Parameter(torch.empty(out_features, 0))
+
+    @property
+    def count(self) -> int:
+        """Components alive in this layer (C)."""
+        return self.a_CI.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for model code that looks at it."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, for model code that looks at it."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., I] to [..., O]."""
+        y = self.base(x)
+        if self.count == 0:
+            return y
+        # Autocast casts both operands itself; without it the update is computed in the components' precision.
+        if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.a_CI.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        h_C = F.linear(x, self.a_CI) * self.scale
+        if self.gate is not None:
+            h_C = h_C * self.gate
+        update = F.linear(h_C, self.b_OC)
+        if update.grad_fn is not None:
+            graph = _Graph()
+            update.grad_fn.metadata["dynlora"] = graph
+            self.graphs.add(graph)
+        return y + update.to(y.dtype)
+
+    def delta_OI(self) -> Tensor:
+        """The update s·BA as a dense [O, I] matrix, in the components' precision."""
+        return self.scale * (self.b_OC @ self.a_CI).detach()
+
+    def energy(self) -> float:
+        """The Frobenius norm of s·BA, from the thin factors: ‖BA‖² = tr(BᵀB · AAᵀ)."""
+        a, b = self.a_CI.detach().double(), self.b_OC.detach().double()
+        return self.scale * math.sqrt(max(0.0, ((b.T @ b) * (a @ a.T)).sum().item()))
+
+
+class Pool:
+    """All components of all layers, as views of one flat tensor.
+
+    Args:
+        layers: name to layer, in the model's order. They get their components here.
+        counts: components of each layer at the start.
+        seed: of the initial values: B = 0, A uniform on ±1/√d_in (kaiming_uniform with a = √5, as PEFT).
+        device: where the components live.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, ComponentLinear],
+        counts: Mapping[str, int],
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layers = dict(layers)
+        # Graphs through any of the layers that can still run backward; components cannot be removed meanwhile.
+        self.graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
+        for layer in self.layers.values():
+            layer.graphs = self.graphs
+        values = torch.zeros(sum(counts[name] * self.cost(name) for name in self.layers))
+        self.counts = {name: counts[name] for name in self.layers}
+        generator = torch.Generator().manual_seed(seed)
+        for a_CI, _ in self.views(values):
+            bound = 1 / math.sqrt(a_CI.shape[1])
+            a_CI.uniform_(-bound, bound, generator=generator)
+        self.adopt(values.to(device), self.counts)
+
+    def cost(self, name: str) -> int:
+        """Numbers that one component of this layer holds: d_in + d_out."""
+        return self.layers[name].in_features + self.layers[name].out_features
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all components that are alive (P)."""
+        return self.values.numel()
+
+    @property
+    def components(self) -> int:
+        """Components that are alive (K)."""
+        return sum(self.counts.values())
+
+    def views(self, flat_P: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(a_CI, b_OC) of every layer, in order, as views of a flat tensor of this pool: values, gradient, moments."""
+        sizes_a = [self.counts[name] * layer.in_features for name, layer in self.layers.items()]
+        sizes_b = [self.counts[name] * layer.out_features for name, layer in self.layers.items()]
+        parts = flat_P.split(sizes_a + sizes_b)
+        return [
+            (a.view(self.counts[name], layer.in_features), b.view(layer.out_features, self.counts[name]))
+            for (name, layer), a, b in zip(
+                self.layers.items(), parts[: len(sizes_a)], parts[len(sizes_a) :], strict=True
+            )
+        ]
+
+    def adopt(self, values_P: Tensor, counts: Mapping[str, int]) -> None:
+        """Make `values_P` the pool's numbers, with fresh leaves and zero gradients in every layer.
+
+        The optimizer is the caller's business: `rank.shrink` swaps both together.
+
+        Raises:
+            DynloraError: an autograd graph through the old leaves is alive.
+        """
+        self.refuse_live_graphs()
+        self.counts = dict(counts)
+        self.values = nn.Parameter(values_P)
+        self.values.grad = torch.zeros_like(values_P)
+        views = zip(self.views(self.values.detach()), self.views(self.values.grad), strict=True)
+        for layer, ((a, b), (a_grad, b_grad)) in zip(self.layers.values(), views, strict=True):
+            layer.a_CI, layer.b_OC = nn.Parameter(a), nn.Parameter(b)
+            layer.a_CI.grad, layer.b_OC.grad = a_grad, b_grad
+
+    def refuse_live_graphs(self) -> None:
+        """Raise where a forward pass is still waiting for its backward (or its loss is still held)."""
+        if self.graphs:
+            raise DynloraError(
+                "components cannot change while an autograd graph through them is alive: "
+                "its backward would train tensors that no longer exist",
+                "run backward and drop the loss first",
+            )
+
+    def gate_gradient_K(self) -> Tensor:
+        """dL/dg_i of every component, from the gradient at hand: <a_i, dL/da_i>. [K]
+
+        With W' = W + s Σ g_i b_i a_iᵀ at g = 1, the gate's gradient equals <a_i, dL/da_i> = <b_i, dL/db_i>.
+        """
+        assert self.values.grad is not None
+        values, gradients = self.views(self.values.detach()), self.views(self.values.grad)
+        return torch.cat([(a * a_grad).sum(1) for (a, _), (a_grad, _) in zip(values, gradients, strict=True)])
+
+    def magnitudes_K(self) -> Tensor:
+        """s·‖b_i‖·‖a_i‖ of every component, the Frobenius norm of its share of ΔW. [K]"""
+        pairs = zip(self.layers.values(), self.views(self.values.detach()), strict=True)
+        return torch.cat([layer.scale * a.norm(dim=1) * b.norm(dim=0) for layer, (a, b) in pairs])
+
+    def costs_K(self) -> Tensor:
+        """Numbers of every component: d_in + d_out of its layer. [K], int64"""
+        return self._per_component([self.cost(name) for name in self.layers])
+
+    def layers_K(self) -> Tensor:
+        """Index of every component's layer. [K], int64"""
+        return self._per_component(list(range(len(self.layers))))
+
+    def _per_component(self, per_layer: list[int]) -> Tensor:
+        device = self.values.device
+        counts = torch.tensor(list(self.counts.values()), device=device)
+        return torch.tensor(per_layer, device=device).repeat_interleave(counts)

@@ -1,0 +1,315 @@
+"""Rank control: one budget for all layers, met by removing components while training.
+
+    Schedule      when the events are and how many parameters may be alive after each; plain arithmetic
+    select_K      which components an event keeps: one threshold over the whole pool
+    shrink        the only function that changes module, parameter group and moments; all three together
+    RankControl   observe after backward, apply after the optimizer's step
+
+Dimensions: K components of the pool, P numbers of the pool (see components.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.components import Pool
+from dynlora_cli.errors import UsageError
+from dynlora_cli.gauge import to_svd_basis
+
+if TYPE_CHECKING:
+    from dynlora_cli.policies._policy import Policy
+    from dynlora_cli.recipe import Budget
+
+# Averages of gate gradients forget over about 20 steps.
+DECAY = 0.95
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins and where it has to end.
+
+    Attributes:
+        counts: components of each layer at the start.
+        parameters: numbers they hold.
+        budget: numbers that may be alive at the end.
+        average_rank: the budget as an average rank, budget / Σ(d_in + d_out) over layers.
+    """
+
+    counts: dict[str, int]
+    parameters: int
+    budget: int
+    average_rank: float
+
+
+def plan_start(shapes: Mapping[str, tuple[int, int]], budget: Budget, init: int | str) -> Start:
+    """Resolve `rank.budget` and `rank.init` for the layers at hand.
+
+    Args:
+        shapes: (d_in, d_out) of every layer.
+        budget: kind "rank" (an average), "share" (of the start) or "parameters".
+        init: components per layer at the start, or "auto": 4x the budget's average rank, 32 where that is a share.
+            Never above half of min(d_in, d_out).
+
+    Raises:
+        UsageError: the budget is smaller than one component.
+    """
+    per_rank = sum(d_in + d_out for d_in, d_out in shapes.values())
+    asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
+    if init == "auto":
+        init = 32 if asked is None else max(1, math.ceil(4 * asked / per_rank))
+    counts = {name: max(1, min(int(init), min(shape) // 2)) for name, shape in shapes.items()}
+    parameters = sum(counts[name] * sum(shape) for name, shape in shapes.items())
+    limit = math.floor(budget.value * parameters if asked is None else asked)
+    largest = max(sum(shape) for shape in shapes.values())
+    if limit < largest:
+        raise UsageError(
+            f"rank.budget allows {limit:,} parameters, but one component of the target layers has up to {largest:,}",
+            "raise rank.budget, or choose smaller layers in adapter.target_modules",
+        )
+    return Start(counts, parameters, limit, limit / per_rank)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The events of a run: after optimizer step `steps[j]` at most `targets[j]` parameters are alive.
+
+    Attributes:
+        begin: the step after which scores are observed.
+        steps: optimizer steps of the events, rising; empty where there is nothing to prune.
+        targets: parameters allowed after each; the last is the budget.
+    """
+
+    begin: int
+    steps: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @classmethod
+    def plan(
+        cls, *, total_steps: int, start: float, end: float, events: int | str, parameters: int, budget: int
+    ) -> Schedule:
+        """Spread events evenly over [start, end] of the run, with a cubic descent to the budget.
+
+        alive(t) = budget + (parameters - budget) · (1 - t)³, t from 0 to 1 (AdaLoRA, arXiv 2303.10512, equation 12).
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+            start, end: shares of `total_steps`.
+            events: number of events, or "auto": one for each 10 steps, at most 20, at least 1.
+            parameters: alive at the start.
+            budget: alive at the end, at most.
+        """
+        if parameters <= budget:
+            return cls(total_steps, (), ())
+        begin = min(round(start * total_steps), total_steps - 1)
+        length = max(1, round(end * total_steps) - begin)
+        count = max(1, min(20, length // 10)) if events == "auto" else max(1, min(int(events), length))
+        shares = [(j + 1) / count for j in range(count)]
+        steps = tuple(begin + math.ceil(share * length) for share in shares)
+        targets = tuple(budget + math.floor((parameters - budget) * (1 - share) ** 3) for share in shares)
+        return cls(begin, steps, targets)
+
+    @property
+    def last(self) -> int:
+        """The step after which the budget is met; 0 where it is from the start."""
+        return self.steps[-1] if self.steps else 0
+
+
+def select_K(scores_K: Tensor, costs_K: Tensor, layers_K: Tensor, target: int, *, capped: bool) -> tuple[Tensor, float]:
+    """Choose the components to keep: the best by one threshold over the whole pool.
+
+    Args:
+        scores_K: higher is better.
+        costs_K: numbers of each component.
+        layers_K: index of each component's layer.
+        target: numbers that may stay.
+        capped: of a layer with k components at most max(1, ceil(k/4)) go; the target may then be missed.
+
+    Returns:
+        keep_K (boolean) and the highest score that was removed (-inf if none). The best component
+        always stays. Where scores are equal, layers lose their last components alike.
+    """
+    scores, costs, layers = scores_K.double().cpu(), costs_K.cpu(), layers_K.cpu()
+    counts = layers.bincount()
+    first_of_layer = counts.cumsum(0) - counts
+    position = torch.arange(len(scores)) - first_of_layer[layers]
+    # Stable sorts, least important key first: worst score first, ties by position from the back.
+    order = position.argsort(descending=True, stable=True)
+    order = order[scores[order].argsort(stable=True)]
+    if capped:
+        by_layer = order[layers[order].argsort(stable=True)]
+        place = torch.empty_like(order)
+        place[by_layer] = torch.arange(len(scores)) - first_of_layer[layers[by_layer]]
+        may_go = place < ((counts + 3) // 4)[layers]
+        order = order[may_go[order]]
+    excess = int(costs.sum()) - target
+    gone_before = costs[order].cumsum(0) - costs[order]
+    removed = order[gone_before < excess]
+    keep = torch.ones(len(scores), dtype=torch.bool)
+    keep[removed] = False
+    if not keep.any():
+        keep[order[-1]] = True
+    threshold = scores[~keep].max().item() if not keep.all() else -math.inf
+    return keep.to(scores_K.device), threshold
+
+
+def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None:
+    """Remove components for good: from the layers, the gradients, the parameter group and the optimizer's moments.
+
+    New tensors are made and swapped in together. (Shrinking `.data` breaks a later backward; replacing only the
+    module's parameter leaves the optimizer training the old one; a zeroed component comes back through momentum.)
+
+    Raises:
+        DynloraError: an autograd graph through the old tensors is alive.
+    """
+    pool.refuse_live_graphs()
+    old = pool.values
+    keep_P = torch.zeros(old.numel(), dtype=torch.bool, device=old.device)
+    per_layer = keep_K.to(old.device).split(list(pool.counts.values()))
+    for (a, b), keep_C in zip(pool.views(keep_P), per_layer, strict=True):
+        a[keep_C] = True
+        b[:, keep_C] = True
+    state = optimizer.state.pop(old, {})
+    group = next(group for group in optimizer.param_groups if any(p is old for p in group["params"]))
+
+    counts = dict(zip(pool.counts, (int(keep_C.sum()) for keep_C in per_layer), strict=True))
+    pool.adopt(old.detach()[keep_P], counts)
+
+    group["params"] = [pool.values if p is old else p for p in group["params"]]
+    optimizer.state[pool.values] = {
+        key: value[keep_P] if torch.is_tensor(value) and value.shape == old.shape else value
+        for key, value in state.items()
+    }
+
+
+class RankControl:
+    """Meets the budget on schedule: `observe` after every backward, `apply` after every optimizer step.
+
+    Args:
+        pool: the components.
+        optimizer: steps `pool.values`.
+        policy: scores the components.
+        schedule: when and how far.
+        gauge: turn the components into their SVD basis after each event.
+        lr_coupling: exponent of (parameters at the start / alive) in `rate_factor`.
+        probe: the loss on a few fixed rows, measured before and after each event; None: not measured.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        optimizer: torch.optim.Optimizer,
+        policy: Policy,
+        schedule: Schedule,
+        *,
+        gauge: bool = True,
+        lr_coupling: float = 0.0,
+        probe: Callable[[], float] | None = None,
+    ) -> None:
+        self.pool, self.optimizer, self.policy, self.schedule = pool, optimizer, policy, schedule
+        self.gauge, self.lr_coupling, self.probe = gauge, lr_coupling, probe
+        self.start_parameters = pool.parameters
+        self._forget()
+
+    @property
+    def rate_factor(self) -> float:
+        """What the learning rate is multiplied by: with s constant, the best rate rises as components go."""
+        return (self.start_parameters / self.pool.parameters) ** self.lr_coupling
+
+    @property
+    def budget_met(self) -> bool:
+        """Whether the last event is over."""
+        return not self.schedule.steps or self.pool.parameters <= self.schedule.targets[-1]
+
+    def observe(self, step: int) -> None:
+        """Look at the gradient of optimizer step `step` (from 1): accumulated, normalised, reduced, not yet clipped."""
+        if not self.schedule.begin < step <= self.schedule.last:
+            return
+        gradient_K = self.pool.gate_gradient_K()
+        self.observed += 1
+        self.signed_K = (1 - DECAY) * gradient_K + (DECAY * self.signed_K if self.signed_K is not None else 0)
+        self.policy.observe(gradient_K)
+
+    def apply(self, step: int) -> dict[str, Any] | None:
+        """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
+        if step == self.schedule.begin and self.schedule.steps and self.gauge:
+            return self._turn(step)
+        if step not in self.schedule.steps:
+            return None
+        return self._prune(step, self.schedule.targets[self.schedule.steps.index(step)])
+
+    def _turn(self, step: int) -> dict[str, Any] | None:
+        """The first change of basis, before any score is taken."""
+        started = time.perf_counter()
+        if not to_svd_basis(self.pool, self.optimizer):
+            return None
+        self._forget()
+        self.policy.restart()
+        return self._event("gauge", step, started)
+
+    def _prune(self, step: int, target: int) -> dict[str, Any]:
+        pool, started = self.pool, time.perf_counter()
+        loss_before = self.probe() if self.probe else None
+        before = {"components_before": pool.components, "parameters_before": pool.parameters}
+        counts_before = dict(pool.counts)
+        if self.gauge and not self.policy.needs_gradients:
+            to_svd_basis(pool, self.optimizer)
+            self._forget()
+        keep_K, threshold = select_K(
+            self.policy.scores(pool), pool.costs_K(), pool.layers_K(), target, capped=step != self.schedule.last
+        )
+        predicted = self._predict(~keep_K)
+        shrink(pool, self.optimizer, keep_K)
+        if self.gauge:
+            to_svd_basis(pool, self.optimizer)
+            self._forget()
+            self.policy.restart()
+        else:
+            self.signed_K = None if self.signed_K is None else self.signed_K[keep_K]
+            self.policy.select(keep_K)
+        removed = {name: n - pool.counts[name] for name, n in counts_before.items() if n > pool.counts[name]}
+        event = self._event("prune", step, started, target_parameters=target, threshold=threshold, removed=removed)
+        loss_after = self.probe() if self.probe else None
+        measured = None if loss_before is None or loss_after is None else loss_after - loss_before
+        return {**event, **before, "predicted_loss_change": predicted, "measured_loss_change": measured}
+
+    def _predict(self, removed_K: Tensor) -> float | None:
+        """First-order change of the loss when these gates go from 1 to 0: -Σ dL/dg_i, from the averaged gradient."""
+        if self.signed_K is None:
+            return None
+        return -self.signed_K[removed_K].sum().item() / (1 - DECAY**self.observed)
+
+    def _forget(self) -> None:
+        self.signed_K: Tensor | None = None
+        self.observed = 0
+
+    def _event(self, kind: str, step: int, started: float, **more: Any) -> dict[str, Any]:
+        return {
+            "event": kind,
+            "step": step,
+            "components": self.pool.components,
+            "parameters": self.pool.parameters,
+            "ranks": dict(self.pool.counts),
+            "seconds": time.perf_counter() - started,
+            **more,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, for a checkpoint; tensors only."""
+        own = {} if self.signed_K is None else {"signed": self.signed_K, "observed": torch.tensor(self.observed)}
+        policy = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
+        return {**own, **policy, "start_parameters": torch.tensor(self.start_parameters)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict`; the pool must hold the same components."""
+        self.signed_K = state.get("signed")
+        self.observed = int(state["observed"]) if "observed" in state else 0
+        self.start_parameters = int(state["start_parameters"])
+        prefix = "policy."
+        self.policy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
