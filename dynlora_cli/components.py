@@ -36,6 +36,14 @@ class _Graph:
     __slots__ = ("__weakref__",)
 
 
+def linear_shape(base: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer: `nn.Linear` and its quantized kin, or GPT-2's Conv1D, whose weight is [I, O]."""
+    if hasattr(base, "in_features"):
+        return base.in_features, base.out_features  # type: ignore[return-value]
+    d_in, d_out = base.weight.shape  # type: ignore[union-attr,misc]
+    return d_in, d_out
+
+
 class ComponentLinear(nn.Module):
     """A frozen linear layer plus the sum of its rank-1 components.
 
@@ -44,8 +52,6 @@ class ComponentLinear(nn.Module):
 
     Args:
         base: the frozen layer; maps [..., I] to [..., O].
-        in_features: I.
-        out_features: O.
         scale: s, constant for the whole run.
         dropout: probability of dropping an input of the update while training.
 
@@ -67,8 +73,8 @@ class ComponentLinear(nn.Module):
         # One factor per component, [C] or broadcastable to [..., C], for a single request; None costs nothing.
         self.gate: Tensor | None = None
         self.graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
-        self.a_CI = nn.Parameter(torch.empty(0, in_features))
-        self.b_OC = nn.Parameter(torch.empty(out_features, 0))
+        self.a_CI = nn.Parameter(torch.empty(0, self.in_features))
+        self.b_OC = nn.Parameter(torch.empty(self.out_features, 0))
 
     @property
     def count(self) -> int:

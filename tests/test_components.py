@@ -24,7 +24,7 @@ def test_output_equals_base_at_start():
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_forward_equals_base_plus_delta(kind):
     base = nn.Linear(6, 10) if kind == "linear" else Conv1D(10, 6)
-    layer = ComponentLinear(base, 6, 10, scale=1.3)
+    layer = ComponentLinear(base, scale=1.3)
     fill(Pool({"layer": layer}, {"layer": 3}))
     x = torch.randn(2, 7, 6)
     weight_OI = base.weight if kind == "linear" else base.weight.T
@@ -102,7 +102,7 @@ def test_dropout_only_while_training():
 
 
 def test_bf16_input_keeps_its_type_and_components_stay_fp32():
-    layer = ComponentLinear(nn.Linear(6, 10, dtype=torch.bfloat16), 6, 10, scale=1.0)
+    layer = ComponentLinear(nn.Linear(6, 10, dtype=torch.bfloat16), scale=1.0)
     pool = Pool({"layer": layer}, {"layer": 3})
     fill(pool)
     x = torch.randn(2, 6, dtype=torch.bfloat16)

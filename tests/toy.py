@@ -19,7 +19,7 @@ class Net(nn.Module):
         torch.manual_seed(0)
         for name, (d_in, d_out) in SHAPES.items():
             base = nn.Linear(d_in, d_out).requires_grad_(False)
-            self.add_module(name, ComponentLinear(base, d_in, d_out, scale, dropout))
+            self.add_module(name, ComponentLinear(base, scale, dropout))
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))

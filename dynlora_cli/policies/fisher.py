@@ -1,9 +1,9 @@
 """Keep the components that the loss is most sensitive to.
 
 What it does
-    Averages the square of each gate's gradient, dL/dg_i = <a_i, dL/da_i>, over the optimizer steps since the last event:
-    F_i. Its root, per number the component holds, is the score. The square, not the sign: near a minimum the signed
-    mean is noise. It costs nothing beyond the gradients that exist, and has no bias for large layers, since it is in
+    Averages the square of each gate's gradient, dL/dg_i = <a_i, dL/da_i>, over the optimizer steps since the last
+    event: F_i. Its root, per number the component holds, is the score. The square, not the sign: near a minimum the
+    signed mean is noise. It costs nothing beyond the gradients that exist, and has no bias for large layers, since it is in
     units of the loss.
 
 When to use it

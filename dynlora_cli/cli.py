@@ -1,0 +1,214 @@
+"""The command line: thin commands, and one place where errors become messages and exit codes.
+
+    0 done · 1 the run failed · 2 change the command, the recipe or the named input
+    3 change the machine or fetch what is missing · 4 a measured number failed · 130 interrupted after a clean checkpoint
+
+Nothing heavy is imported before a command has read and checked what it was given.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dynlora_cli import __version__
+from dynlora_cli.errors import DynloraError, MachineError, UsageError
+
+app = typer.Typer(
+    name="dynlora",
+    help="Fine-tune language models with LoRA as a sum of rank-1 components, pruned under one global budget.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"dynlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[  # noqa: ARG001 - acted upon by its callback
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with LoRA as a sum of rank-1 components, pruned under one global budget."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."),
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="Where the run goes, in place of the recipe's.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest valid checkpoint.")] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="Go on with this checkpoint folder.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, load no weights, write nothing.")
+    ] = False,
+    devices: Annotated[
+        str, typer.Option(metavar="N|all", help="Processes to train with, one per GPU.", show_default=False)
+    ] = "1",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+) -> None:
+    """Train an adapter from a recipe."""
+    with _reporting(as_json) as result:
+        if overwrite and (resume or resume_from):
+            raise UsageError("--overwrite and --resume exclude each other", "choose one of them")
+        from dynlora_cli.recipe import load_recipe
+
+        checked = load_recipe(recipe, overrides or (), output_dir)
+        console = _console()
+        if devices != "1" and "RANK" not in os.environ:
+            _launch(devices)
+        from dynlora_cli import train as command
+
+        if dry_run:
+            plan = command.plan(checked)
+            result.update({"ok": True, "plan": plan})
+            if not as_json:
+                console.show_plan(plan)
+            return
+        with console.train_view() as view:
+            summary = command.run(
+                checked,
+                listener=view if _is_main_process() else _ignore,
+                overwrite=overwrite,
+                resume=resume,
+                resume_from=resume_from,
+            )
+        summary = {**summary, "next": _next_commands(recipe, summary)}
+        result.update(summary)
+        if _is_main_process():
+            console.show_summary(summary)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors and other tools."""
+    from dynlora_cli.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _next_commands(recipe: Path, summary: dict[str, Any]) -> list[str]:
+    """Commands that make sense after a run; only ones that this version has."""
+    folder = summary["output_dir"]
+    known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    wanted = {
+        "eval": f"dynlora eval --adapter {folder}",
+        "merge": f"dynlora merge --adapter {folder}",
+        "export": f"dynlora export --adapter {folder} --to gguf --out {folder}-gguf",
+        "train": f"dynlora train {recipe} --set rank.budget=0.1 --output-dir {folder}-small",
+    }
+    return [line for name, line in wanted.items() if name in known]
+
+
+@contextmanager
+def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
+    """Run a command: its result goes to stdout as JSON if asked for, errors to stderr, both with the right exit code."""
+    result: dict[str, Any] = {}
+    stdout = sys.stdout
+    code = 0
+    try:
+        # Whatever a library prints is for people; stdout holds the result alone.
+        with redirect_stdout(sys.stderr):
+            yield result
+    except DynloraError as error:
+        result, code = _failure(error), error.exit_code
+        if _is_main_process():
+            _console().error(error)
+    except KeyboardInterrupt:
+        result, code = {"ok": False, "error": "interrupted"}, 130
+        typer.echo("interrupted", err=True)
+    except Exception as error:
+        known = _as_ours(error)
+        if known is None:
+            if as_json:
+                print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
+            raise
+        result, code = _failure(known), known.exit_code
+        _console().error(known)
+    if as_json and _is_main_process():
+        print(json.dumps(result, allow_nan=False, default=str), file=stdout)
+    if code:
+        raise typer.Exit(code)
+
+
+def _failure(error: DynloraError) -> dict[str, Any]:
+    return {"ok": False, "error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+
+
+def _as_ours(error: Exception) -> DynloraError | None:
+    """Faults of the machine that may come from anywhere, in our words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume")
+    if isinstance(error, PermissionError):
+        return UsageError(f"not allowed to write {error.filename}", "choose another --output-dir")
+    if type(error).__name__ == "OutOfMemoryError":
+        return MachineError(
+            "the GPU has not enough memory",
+            "lower train.micro_batch_size or dataset.max_length, or set train.gradient_checkpointing: true",
+        )
+    return None
+
+
+def _console() -> Any:
+    from dynlora_cli.console import Console
+
+    return Console()
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _ignore(event: dict[str, Any]) -> None: ...
+
+
+def _launch(devices: str) -> None:
+    """Run this very command in several processes, one per device, and end with their exit code."""
+    import subprocess
+
+    count = _device_count(devices)
+    if count == 1:
+        return
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*arguments, "-m", "dynlora_cli", *sys.argv[1:]]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+def _device_count(devices: str) -> int:
+    if devices != "all" and not (devices.isdigit() and int(devices) > 0):
+        raise UsageError(f"--devices {devices} is neither a number nor 'all'", "for example --devices 2")
+    import torch
+
+    available = torch.cuda.device_count()
+    if devices == "all":
+        return max(1, available)
+    if available and int(devices) > available:
+        raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
+    return int(devices)
+
+
+def main(run: Callable[[], Any] = app) -> None:
+    """The `dynlora` command."""
+    run()

@@ -1,0 +1,362 @@
+"""The training loop: `fit` walks over optimizer steps, `step` is one of them.
+
+    fit ── step ── backward         the gradient of the token-normalised loss
+      │      ├──── control.observe  scores, from the gradient as it stands
+      │      └──── control.apply    components go; module, group and moments together
+      ├── evaluate, checkpoint      on their own schedules
+      └── Ctrl-C                    finishes the step, saves, raises Interrupted
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from dynlora_cli.errors import Interrupted, MeasureError
+from dynlora_cli.loss import held_out, summed_loss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dynlora_cli.batches import Batch, Batches
+    from dynlora_cli.components import Pool
+    from dynlora_cli.rank import RankControl
+    from dynlora_cli.recipe import Recipe, Train
+
+AUTOSAVE_SECONDS = 600.0
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens seen, padding not counted.
+        seconds: spent training, over all sessions of the run.
+        first: held-out result before training.
+        last: newest held-out result.
+        best: step and loss of the best evaluation after the budget was met.
+        evaluations_since_best: for early stopping.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+    evaluations_since_best: int = 0
+
+
+@dataclass
+class Run:
+    """Everything the loop works with.
+
+    Attributes:
+        parameters: everything that trains; with components, the pool's flat tensor comes first.
+        pool, control: None for full fine-tuning.
+        emit: takes every event, see report.py.
+        save: writes a checkpoint of the present state.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pool: Pool | None
+    control: RankControl | None
+    batches: Batches
+    val_batches: Batches | None
+    total_steps: int
+    emit: Callable[[dict[str, Any]], None]
+    save: Callable[[Run], None]
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def classify(self) -> bool:
+        return self.recipe.model.task == "sequence-classification"
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place where there are several."""
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def learning_rate(step: int, total_steps: int, options: Train) -> float:
+    """The scheduled rate of optimizer step `step` (from 1), before the coupling to what is alive."""
+    warmup = max(1, round(options.warmup_ratio * total_steps)) if options.warmup_ratio else 0
+    if step <= warmup:
+        return options.learning_rate * step / warmup
+    left = 1 - (step - warmup - 1) / max(1, total_steps - warmup)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}
+    return options.learning_rate * shape[options.lr_scheduler]
+
+
+def fit(run: Run) -> None:
+    """Train from `run.progress.step` to the end, or until early stopping.
+
+    Raises:
+        Interrupted: Ctrl-C, after the step in hand was finished and saved.
+        MeasureError: the loss or the gradient is not finite.
+    """
+    progress, recipe = run.progress, run.recipe
+    if progress.first is None and run.val_batches:
+        progress.first = _evaluate(run, best=False)
+        progress.last = progress.first
+    last_save, since_log = time.monotonic(), _Window()
+    run.model.train()
+    with _interruptible() as interrupted:
+        while progress.step < run.total_steps:
+            epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
+            started = time.perf_counter()
+            record = step(run, run.batches.step(epoch, index), stop=interrupted())
+            record["step_seconds"] = time.perf_counter() - started
+            progress.step += 1
+            progress.tokens += record["tokens"]
+            progress.seconds += record["step_seconds"]
+            done = progress.step == run.total_steps
+            since_log.add(record)
+            _report(run, record, since_log, epoch=(progress.step / run.batches.steps_per_epoch), done=done)
+            stop_early = False
+            if run.val_batches and (done or _evaluation_due(run)):
+                stop_early = _evaluate_and_judge(run)
+            due = recipe.train.save_steps and progress.step % recipe.train.save_steps == 0
+            overdue = not recipe.train.save_steps and time.monotonic() - last_save > AUTOSAVE_SECONDS
+            evaluated = run.val_batches and not recipe.train.save_steps and _evaluation_due(run)
+            if done or stop_early or due or overdue or evaluated or record["stop"]:
+                run.save(run)
+                last_save = time.monotonic()
+            if stop_early:
+                run.emit({"event": "note", "text": f"early stopping after step {progress.step}"})
+                return
+            if record["stop"] and not done:
+                raise Interrupted(
+                    f"interrupted after step {progress.step} of {run.total_steps}; everything is saved",
+                    "go on with --resume",
+                )
+
+
+def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[str, Any]:
+    """One optimizer step: gradients of all micro-batches, rank control, update.
+
+    Returns:
+        loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
+    """
+    number = run.progress.step + 1
+    counted = run.reduce(
+        torch.tensor(
+            [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches), float(stop)],
+            dtype=torch.float64,
+            device=run.accelerator.device,
+        )
+    )
+    supervised, tokens, stop_votes = counted.tolist()
+    losses = [_backward(run, batch, supervised, number) for batch in micro_batches]
+    loss = run.reduce(torch.tensor(sum(losses), dtype=torch.float64, device=run.accelerator.device)).item()
+    norm = _finish_gradient(run, number, micro_batches)
+    rate = learning_rate(number, run.total_steps, run.recipe.train)
+    if norm is not None:  # None: fp16 overflowed and the scaler skips this step
+        if run.control:
+            run.control.observe(number)
+        _clip(run, norm)
+    factor = run.control.rate_factor if run.control else 1.0
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * (factor if group["coupled"] else 1.0)
+    _update(run)
+    event = run.control.apply(number) if run.control else None
+    if event:
+        run.emit(event)
+    return {"loss": loss, "grad_norm": norm, "learning_rate": rate * factor, "tokens": int(tokens), "stop": stop_votes > 0}
+
+
+def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
+    """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
+
+    A function of its own, so that the graph is gone when components are removed.
+    """
+    batch = batch.to(run.accelerator.device)
+    with run.accelerator.autocast():
+        loss = summed_loss(run.model, batch)[0] / supervised
+    value = loss.item()
+    if not math.isfinite(value):
+        raise MeasureError(
+            f"the loss of step {number} is {value}, on rows {batch.rows} of the training data",
+            "lower train.learning_rate, or look at those rows; the last checkpoint is untouched",
+        )
+    run.accelerator.backward(loss)
+    return value
+
+
+def _finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
+    """Reduce over processes and unscale; the gradient's norm, or None where fp16 overflowed."""
+    for parameter in run.parameters:
+        if parameter.grad is not None:
+            run.reduce(parameter.grad)
+    scaler = run.accelerator.scaler
+    if scaler is not None:
+        scaler.unscale_(run.optimizer)
+    gradients = [p.grad for p in run.parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    if math.isfinite(norm):
+        return norm
+    if scaler is not None:
+        return None
+    raise MeasureError(
+        f"the gradient of step {number} is {norm}, on rows {[row for b in micro_batches for row in b.rows]}",
+        "lower train.learning_rate, or look at those rows; the last checkpoint is untouched",
+    )
+
+
+def _clip(run: Run, norm: float) -> None:
+    limit = run.recipe.train.max_grad_norm
+    if limit and norm > limit:
+        for parameter in run.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / (norm + 1e-6))
+
+
+def _update(run: Run) -> None:
+    scaler = run.accelerator.scaler
+    if scaler is not None:
+        scaler.step(run.optimizer)
+        scaler.update()
+    else:
+        run.optimizer.step()
+    # Zeroed in place: the gradients of all layers are views of one tensor.
+    run.optimizer.zero_grad(set_to_none=run.pool is None)
+
+
+class _Window:
+    """What happened since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.losses.append(record["loss"])
+        self.tokens += record["tokens"]
+        self.seconds += record["step_seconds"]
+
+
+def _report(run: Run, record: dict[str, Any], window: _Window, *, epoch: float, done: bool) -> None:
+    """Tell of every step for the live view, and of every `log_steps` for the record."""
+    progress = run.progress
+    alive = {"components": run.pool.components, "parameters": run.pool.parameters} if run.pool else {}
+    tick = {
+        "step": progress.step,
+        "loss": record["loss"],
+        "learning_rate": record["learning_rate"],
+        "tokens_per_second": record["tokens"] / record["step_seconds"],
+        **alive,
+    }
+    run.emit({"event": "tick", **tick})
+    if not done and progress.step % run.recipe.train.log_steps:
+        return
+    metrics = {
+        **tick,
+        "loss": sum(window.losses) / len(window.losses),
+        "tokens_per_second": window.tokens / window.seconds,
+        "step_seconds": window.seconds / len(window.losses),
+        "epoch": epoch,
+        "grad_norm": record["grad_norm"],
+        "tokens": progress.tokens,
+        "memory_bytes": memory_in_use(run.accelerator.device),
+        "seconds": progress.seconds,
+    }
+    run.emit({"event": "train", **metrics})
+    numbers = {key: value for key, value in metrics.items() if key != "step" and value is not None}
+    run.accelerator.log({f"train/{key}": value for key, value in numbers.items()}, step=progress.step)
+    window.__init__()  # type: ignore[misc]
+
+
+def _evaluation_due(run: Run) -> bool:
+    every = run.recipe.eval.steps or run.batches.steps_per_epoch
+    return run.progress.step % every == 0
+
+
+def _evaluate_and_judge(run: Run) -> bool:
+    """Evaluate, remember the best, and say whether patience has run out."""
+    progress, patience = run.progress, run.recipe.eval.early_stopping_patience
+    # The best only competes once the budget is met, or it would be a larger adapter than was asked for.
+    competes = run.control is None or run.control.budget_met
+    result = held_out_loss(run)
+    best = competes and (progress.best is None or result["loss"] < progress.best["loss"])
+    progress.last = result
+    if best:
+        progress.best = {"step": progress.step, **result}
+        progress.evaluations_since_best = 0
+    elif competes:
+        progress.evaluations_since_best += 1
+    _emit_evaluation(run, result, best=best)
+    return patience is not None and progress.evaluations_since_best >= patience
+
+
+def _evaluate(run: Run, *, best: bool) -> dict[str, float]:
+    result = held_out_loss(run)
+    _emit_evaluation(run, result, best=best)
+    return result
+
+
+def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
+    step = run.progress.step
+    run.emit({"event": "eval", "step": step, **result, "best": best, "seconds": run.progress.seconds})
+    run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=step)
+
+
+def held_out_loss(run: Run) -> dict[str, float]:
+    """Loss over the validation rows, shared among processes."""
+    assert run.val_batches is not None
+    device = run.accelerator.device
+    batches = (
+        batch.to(device)
+        for index in range(run.val_batches.steps_per_epoch)
+        for batch in run.val_batches.step(0, index)
+    )
+
+    def reduce(sums: Tensor) -> Tensor:
+        return run.reduce(sums.to(device)).cpu()
+
+    return held_out(run.model, batches, classify=run.classify, autocast=run.accelerator.autocast, reduce=reduce)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes the process holds now: of the GPU where one trains, else resident memory."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM ask for a stop; a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

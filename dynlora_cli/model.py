@@ -1,0 +1,292 @@
+"""The base model: find it, load it (plain or 4-bit), and choose the layers that get components."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
+
+from dynlora_cli.drawers import did_you_mean
+from dynlora_cli.errors import MachineError, UsageError
+
+if TYPE_CHECKING:
+    from dynlora_cli.recipe import Model
+
+BUILTIN = {"builtin:tiny": Path(__file__).parent / "assets" / "builtin_tiny"}
+# What transformers calls the output layer of a classifier, and PEFT with it.
+HEAD_NAMES = ("classifier", "score")
+# Leaf names of query and value projections, fused ones included.
+QUERY_VALUE = {
+    "q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv", "to_q", "to_v",
+    "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj",
+}  # fmt: skip
+ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)", re.IGNORECASE)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Base:
+    """A frozen base model with its tokenizer.
+
+    Attributes:
+        model: all parameters frozen, except a classifier's new head.
+        tokenizer: the model's own.
+        folder: the local files.
+        reference: what `base_model_name_or_path` of the adapter should be: a folder, or a hub id.
+        dtype: of the weights and, below fp32, of autocast.
+        head: name of the classifier head, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    reference: str
+    dtype: torch.dtype
+    head: str | None
+
+
+def find_model(options: Model) -> tuple[Path, str]:
+    """The model's local folder, and how an adapter should name it.
+
+    Raises:
+        UsageError: a local folder that holds no model, or an unknown built-in one.
+        MachineError: a hub id that is neither cached nor reachable.
+    """
+    name = options.name_or_path
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise UsageError(
+                f"model.name_or_path: no built-in model {name!r}{did_you_mean(name, BUILTIN)}",
+                f"there is: {', '.join(BUILTIN)}",
+            )
+        return BUILTIN[name], str(BUILTIN[name])
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout")
+        return folder.resolve(), str(folder.resolve())
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
+    try:
+        config = cached_file(name, "config.json", revision=options.revision)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise MachineError(
+            f"model {name!r} is neither a local folder nor to be had from the hub: {first_line}",
+            "check the name, or fetch it on a machine with network access and give its folder: "
+            "--set model.name_or_path=FOLDER",
+        ) from None
+    return Path(config).parent, name
+
+
+def load_base(
+    options: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device,
+    labels: list[str] | None,
+    seed: int,
+    checkpointing: bool,
+) -> Base:
+    """Load the model and freeze its weights.
+
+    Args:
+        options: the recipe's `model` section.
+        tokenizer: the model's own.
+        device: where the weights go; "meta": structure only, no weights.
+        labels: class names of a classification task.
+        seed: of a new classifier head.
+        checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UsageError, MachineError: the model cannot be loaded; the message says why.
+    """
+    folder, reference = find_model(options)
+    config = _config(options, folder, labels)
+    dtype = resolve_dtype(options.dtype, device)
+    torch.manual_seed(seed)
+    model = _from_pretrained(options, folder, config, dtype, device)
+    head = next((name for name in HEAD_NAMES if hasattr(model, name)), None) if labels else None
+    for name, parameter in model.named_parameters():
+        trains = head is not None and name.split(".")[0] == head
+        parameter.requires_grad_(trains)
+        if trains:
+            parameter.data = parameter.data.float()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    if labels and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Base(model, tokenizer, folder, reference, dtype, head)
+
+
+def context_length(folder: Path) -> int | None:
+    """The longest input a model knows, in tokens; None where its config does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a pad token.
+
+    Raises:
+        UsageError: the folder has no tokenizer that loads.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no tokenizer loads from {folder}: {error}", "put tokenizer.json beside the model") from None
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by position, never by id, so sharing the end-of-text token does no harm.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is fp32 on the CPU and bf16 on a GPU that computes in it.
+
+    Raises:
+        MachineError: the device cannot train in that type.
+    """
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise MachineError("model.dtype: float16 does not train on a CPU", "use float32 or bfloat16")
+    return DTYPES[name]
+
+
+def _config(options: Model, folder: Path, labels: list[str] | None) -> transformers.PretrainedConfig:
+    more: dict[str, Any] = {}
+    if labels:
+        more = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code, **more)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'config.json'} cannot be read: {error}") from None
+
+
+def _from_pretrained(
+    options: Model, folder: Path, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    classify = options.task == "sequence-classification"
+    auto = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+    if device.type == "meta":
+        with device:
+            return auto.from_config(config, trust_remote_code=options.trust_remote_code)
+    arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    if options.attn_implementation:
+        arguments["attn_implementation"] = options.attn_implementation
+    if options.load_in_4bit or options.load_in_8bit:
+        arguments["quantization_config"] = _quantization(options, dtype)
+        arguments["device_map"] = {"": device}
+    try:
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
+    missing = sorted(name for name in info["missing_keys"] if name.split(".")[0] not in HEAD_NAMES and "pooler" not in name)
+    if missing:
+        raise UsageError(
+            f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
+            "the files are incomplete or of another architecture",
+        )
+    return model if "device_map" in arguments else model.to(device)
+
+
+def _quantization(options: Model, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    if options.load_in_8bit:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def find_targets(model: PreTrainedModel, wanted: str | list[str], *, head: str | None = None) -> dict[str, nn.Module]:
+    """The linear layers that get components, by name, in the model's order.
+
+    Args:
+        model: the base.
+        wanted: "all-linear" (all but the output layer), "attention", "qv", one name or glob, or a list of them. A name
+            matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
+        head: the classifier head, never a target.
+
+    Raises:
+        UsageError: a pattern matches nothing; the message lists what there is.
+    """
+    output = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] != head
+    }
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in linear if _matches(name, pattern)}
+        if not found:
+            listed = "\n".join(f"  {group}" for group in group_names(linear))
+            near = did_you_mean(pattern, {name.split(".")[-1] for name in linear} | {"all-linear", "attention", "qv"})
+            raise UsageError(
+                f"adapter.target_modules: {pattern!r} matches no linear layer of this model{near}",
+                f"there are:\n{listed}",
+            )
+        chosen |= found
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern == "all-linear":
+        return True
+    if pattern == "attention":
+        return ATTENTION.search(name) is not None
+    if pattern == "qv":
+        return ATTENTION.search(name) is not None and name.split(".")[-1] in QUERY_VALUE
+    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
+
+
+def group_names(names: Iterable[str]) -> list[str]:
+    """Module names with block numbers folded: `model.layers.*.self_attn.q_proj (6)`."""
+    groups: dict[str, int] = {}
+    for name in names:
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        groups[key] = groups.get(key, 0) + 1
+    return [f"{key} ({count})" if count > 1 else key for key, count in groups.items()]
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What identifies the weights without reading them: config, safetensors headers and shard sizes, as SHA-256.
+
+    `transformers_version` and the like are left out of the config, since they do not change the model.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
+        config.pop(volatile, None)
+    shards = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = hashlib.sha256(file.read(length)).hexdigest()
+        shards[path.name] = {"header_sha256": header, "bytes": path.stat().st_size}
+    text = json.dumps([config, shards], sort_keys=True)
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "shards": shards}

@@ -1,0 +1,135 @@
+"""The run folder: who may write to it, how files get there whole, and which checkpoint is the newest valid one.
+
+    out/name/
+      adapter_config.json  adapter_model.safetensors     a plain PEFT LoRA
+      dynlora.json  metrics.jsonl  rank_events.jsonl     state of record
+      report.html  README.md  tokenizer files            for people and for serving
+      checkpoints/step-N/  last  best                    last and best are one-line files that name a step folder
+
+Everything is written beside its final name and renamed into place, so a run that is killed leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli.errors import UsageError
+
+RECORD = "dynlora.json"
+CHECKPOINTS = "checkpoints"
+
+
+def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
+    """Check that a new run may be written to `folder`; changes nothing.
+
+    Args:
+        folder: absent, empty, or with `overwrite` the folder of a run. No other folder is ever emptied.
+        overwrite: an earlier run may be replaced.
+
+    Raises:
+        UsageError: something is there that may not be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir {folder} is a file", "choose another folder with --output-dir")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise UsageError(
+                f"output_dir {folder} is not empty",
+                "add --resume to go on with the run in it, --overwrite to replace it, or choose another --output-dir",
+            )
+        if not (folder / RECORD).is_file():
+            raise UsageError(
+                f"--overwrite replaces runs only, and {folder} holds no {RECORD}",
+                "choose another --output-dir, or empty that folder yourself",
+            )
+
+
+def claim(folder: Path, *, overwrite: bool) -> None:
+    """Make `folder` an empty one for a new run; with `overwrite` an earlier run in it is removed.
+
+    Raises:
+        UsageError: something is there that may not be replaced.
+    """
+    refuse_occupied(folder, overwrite=overwrite)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: beside its name, then renamed into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write data as indented JSON, whole."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its place if the block succeeds, and vanishes if it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of dynlora.json.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    path = folder / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{folder} holds no run ({RECORD} is missing)") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    found = [p for p in (folder / CHECKPOINTS).glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint folder has all its files in full length; state.json, written last, says which."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in state["sizes"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest valid checkpoint of a run, or None."""
+    return next((path for path in reversed(step_folders(folder)) if is_whole(path)), None)
+
+
+def point(folder: Path, name: str, step: int) -> None:
+    """Let `checkpoints/last` or `checkpoints/best` name a step folder."""
+    write_text(folder / CHECKPOINTS / name, f"step-{step}\n")
+
+
+def pointed(folder: Path, name: str) -> Path | None:
+    """The step folder that `checkpoints/<name>` names, or None."""
+    pointer = folder / CHECKPOINTS / name
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
