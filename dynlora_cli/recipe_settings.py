@@ -200,7 +200,7 @@ class Adapter(Section):
     """all-linear (every linear layer but the output head), attention, qv, or module names and globs."""
     scaling: Literal["rslora", "lora"] = "rslora"
     """rslora: alpha / sqrt(r); lora: alpha / r; r is the budget's average rank, constant for the run."""
-    alpha: Positive = 16
+    alpha: Positive = 16.0
     """Numerator of the scale."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the adapters."""
@@ -304,15 +304,15 @@ class Recipe(Section):
     dataset: Dataset
     """The data; `dataset: FILE` stands for `dataset: {train: [{path: FILE}]}`."""
     adapter: Adapter = Adapter()
-    """Where the components sit and how they act."""
+    """What is trained: where the components sit and how they act."""
     rank: Rank = Rank()
-    """How many components there are, at the start and at the end."""
+    """The rank budget and the rank at the start."""
     pruning: Pruning = Pruning()
-    """Which components go, and when."""
+    """Which components are removed, and when."""
     train: Train = Train()
-    """The training loop."""
+    """Length, batches, learning rate, checkpoints and logs."""
     eval: Eval = Eval()
-    """Measuring while training."""
+    """Measuring and early stopping."""
     output_dir: Text = "out/run"
     """The run folder; a recipe file that names none gets out/<its own name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
