@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
 from dynlora_cli import aliases, drawers
 from dynlora_cli.strict_yaml import show
@@ -99,7 +99,7 @@ class _Drawer:
         return [*self.also, *drawers.names(self.drawer)]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return {"type": "function-after", "function": {"type": "no-info", "function": self}, "schema": handler(source)}
+        return core_schema.no_info_after_validator_function(self, handler(source))
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
         return {**handler(core), "enum": self.choices()}
