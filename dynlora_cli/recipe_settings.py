@@ -1,0 +1,365 @@
+"""All settings of a run as one frozen tree.
+
+    Recipe ── model  dataset  adapter  rank  pruning  train  eval  output_dir  seed
+
+The sentence under a field is its description in `dynlora schema`. Reading a file is in recipe.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+from dynlora_cli import aliases, drawers
+from dynlora_cli.strict_yaml import show
+
+MAX_RANK = 100_000  # wider than any layer: whoever writes more means parameters
+BUDGET_FORMS = (
+    "an average rank (a whole number from 1), a share of the start between 0 and 1, or a parameter count like 2M"
+)
+
+
+class Budget(NamedTuple):
+    """What may live at the end: `value` is an average rank, a share of the start, or a number of parameters."""
+
+    kind: Literal["rank", "share", "parameters", "auto"]
+    value: float
+
+
+def parse_budget(value: object) -> Budget:
+    """The parsed form of `rank.budget`.
+
+    Raises:
+        ValueError: the value is none of the three forms; the text names them.
+    """
+    count = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB])", value) if isinstance(value, str) else None
+    if count and float(count[1]) > 0:
+        return Budget("parameters", float(count[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[count[2].lower()])
+    if isinstance(value, float) and value.is_integer() and value > 1:  # but 1.0: all of the start, or rank 1?
+        value = int(value)
+    if isinstance(value, float) and 0 < value < 1:
+        return Budget("share", value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if value > MAX_RANK:
+            raise ValueError(f"got {value}, too high for an average rank; a parameter count is written like 2M or 500k")
+        return Budget("rank", value)
+    if value == "auto":
+        raise ValueError("auto is not supported yet; give an average rank, a share or a parameter count")
+    raise ValueError(f"got {show(value)}, must be {BUDGET_FORMS}")
+
+
+def _whole(value: object) -> object:
+    """1e3 and 8.0 are whole numbers too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _budget(value: object) -> object:
+    parse_budget(value)
+    return _whole(value)
+
+
+def _supported_task(value: str) -> str:
+    if value == "seq2seq-lm":
+        raise ValueError("seq2seq-lm is not supported yet; use causal-lm or sequence-classification")
+    return value
+
+
+def _no_tolerance(value: object) -> object:
+    if value is not None:
+        raise ValueError("not supported yet, it needs `rank.budget: auto`; leave it null")
+    return value
+
+
+@dataclass(frozen=True)
+class _NotForeign:
+    """Refuses a free text that other tools use for something which has another name here."""
+
+    key: str
+
+    def __call__(self, value: Any) -> Any:
+        hint = aliases.value_hint(self.key, value)
+        if hint:
+            raise ValueError(f"got {show(value)}; {hint}")
+        return value
+
+
+@dataclass(frozen=True)
+class _Drawer:
+    """A text that must be a file name in a drawer, or one of `also`."""
+
+    drawer: str
+    also: tuple[str, ...] = ()
+
+    def choices(self) -> list[str]:
+        return [*self.also, *drawers.names(self.drawer)]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(core), "enum": self.choices()}
+
+    def __call__(self, value: str) -> str:
+        if value not in self.choices():
+            raise PydanticCustomError("choice", "not one of the choices")
+        return value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Frozen and strict: unknown keys, wrong types and NaN are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Section):
+    """The base model, which stays frozen."""
+
+    name_or_path: Text
+    """A hub id, a folder, or `builtin:tiny`."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub."""
+    task: Annotated[Literal["causal-lm", "seq2seq-lm", "sequence-classification"], AfterValidator(_supported_task)] = (
+        "causal-lm"
+    )
+    """What the model is trained to do; seq2seq-lm is not supported yet."""
+    num_labels: Annotated[int, Field(ge=2), BeforeValidator(_whole)] | None = None
+    """Number of classes, for sequence-classification; null counts them in the data."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights; auto: float32 on the CPU, bfloat16 on a GPU that has it; adapters are float32."""
+    load_in_4bit: bool = False
+    """Load the base in 4 bits, as QLoRA does."""
+    load_in_8bit: bool = False
+    """Load the base in 8 bits."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Number format of a 4-bit base."""
+    bnb_4bit_use_double_quant: bool = True
+    """Also quantize the scales of a 4-bit base."""
+    attn_implementation: Annotated[Text, AfterValidator(_NotForeign("attn_implementation"))] | None = None
+    """Attention kernel by its name in transformers, such as sdpa or flash_attention_2; null: transformers chooses."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class Source(Section):
+    """A file, folder or hub data set."""
+
+    path: Text
+    """A file (JSONL, JSON, CSV, Parquet, text), a folder, a hub id, or `builtin:stdlib-docs`."""
+    format: Annotated[str, _Drawer("formats", also=("auto",))] = "auto"
+    """How a row becomes an example; auto decides by the columns and says what it chose."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    name: Text | None = None
+    """Configuration of a hub data set."""
+    columns: dict[str, Text] = {}
+    """Our field name to the data's column, such as `{prompt: question}`."""
+
+
+class Dataset(Section):
+    """Rows to train on and rows to measure on."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Sources to train on; an item may be just a path."""
+    val: list[Source] = []
+    """Sources to measure on; where there are any, `val_size` is not used."""
+    val_size: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the training rows held out to measure on; rows with the same prompt stay together."""
+    max_length: Annotated[int, Field(ge=8), BeforeValidator(_whole)] = 1024
+    """Longest example, in tokens."""
+    packing: bool = False
+    """Put several examples in one row, none of which sees another."""
+    train_on: Literal["auto", "completion", "assistant", "all"] = "auto"
+    """Tokens that carry loss; auto chooses by format."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to an example longer than `max_length`."""
+    chat_template: Text | None = None
+    """A Jinja template or its file; null: the tokenizer's own."""
+
+
+class Adapter(Section):
+    """Where the components sit and how they act."""
+
+    variant: Annotated[str, _Drawer("variants")] = "lora"
+    """How a layer uses its components: a file name in dynlora_cli/variants."""
+    target_modules: (
+        Annotated[Text, AfterValidator(_NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
+    ) = "all-linear"
+    """all-linear (every linear layer but the output head), attention, qv, or module names and globs."""
+    scaling: Literal["rslora", "lora"] = "rslora"
+    """rslora: alpha / sqrt(r); lora: alpha / r; r is the budget's average rank, constant for the run."""
+    alpha: Positive = 16.0
+    """Numerator of the scale."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the adapters."""
+    init_weights: Literal["default"] = "default"
+    """Start of the factors; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT."""
+
+
+class Rank(Section):
+    """How many components there are, at the start and at the end."""
+
+    init: Literal["auto"] | Count = "auto"
+    """Components per layer at the start; auto: 4 times the budget, 32 where the budget is a share."""
+    budget: Annotated[
+        int | float | str,
+        BeforeValidator(_budget),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "integer", "minimum": 1, "maximum": MAX_RANK},
+                    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                    {"type": "string", "pattern": r"^\d+(\.\d+)?[kKmMbB]$"},
+                ]
+            }
+        ),
+    ] = 8
+    """What may live at the end: an average rank (8), a share of the start (0.5) or a parameter count (2M)."""
+
+    def parsed_budget(self) -> Budget:
+        """The budget as its kind and value."""
+        return parse_budget(self.budget)
+
+
+class Pruning(Section):
+    """Which components go, and when; times are shares of all optimizer steps."""
+
+    policy: Annotated[str, _Drawer("policies")] = "fisher"
+    """What scores the components: a file name in dynlora_cli/policies."""
+    start: Share = 0.05
+    """When pruning begins."""
+    end: Share = 0.25
+    """When the budget is met."""
+    lr_coupling: Share = 0.5
+    """The learning rate is multiplied by (start parameters / alive parameters) to this power."""
+    events: Literal["auto"] | Count = "auto"
+    """Number of pruning events; auto: a tenth of the steps between start and end, 1 to 20."""
+    gauge: bool = True
+    """Turn the factors of each layer into their SVD basis after each event."""
+    tolerance: Annotated[float | None, BeforeValidator(_no_tolerance)] = None
+    """With an automatic budget: how much the held-out loss may rise; not supported yet."""
+
+
+class Train(Section):
+    """The training loop."""
+
+    epochs: Count = 1
+    """Passes over the training rows."""
+    max_steps: Count | None = None
+    """Optimizer steps; where set, it decides instead of `epochs`."""
+    micro_batch_size: Count = 8
+    """Examples per forward pass and device."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Highest learning rate, before `pruning.lr_coupling` raises it."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: Share = 0.03
+    """Share of all optimizer steps over which the learning rate rises from 0."""
+    weight_decay: Share = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: Positive | None = 1.0
+    """Norm to which the gradient is clipped; null: no clipping."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    optimizer: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    log_steps: Count = 10
+    """Optimizer steps between log lines."""
+    save_steps: Count | None = None
+    """Optimizer steps between checkpoints; null: every 10 minutes and at each evaluation."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that also receive the metrics."""
+
+
+class Eval(Section):
+    """Measuring while training."""
+
+    steps: Count | None = None
+    """Optimizer steps between evaluations; null: dynlora chooses."""
+    max_samples: Count | None = None
+    """Held-out examples used at most; null: all."""
+    early_stopping_patience: Count | None = None
+    """Evaluations without a lower held-out loss after which training stops; null: never."""
+
+
+class Recipe(Section):
+    """All settings of a run."""
+
+    model: Model
+    """The base model; `model: NAME` stands for `model: {name_or_path: NAME}`."""
+    dataset: Dataset
+    """The data; `dataset: FILE` stands for `dataset: {train: [{path: FILE}]}`."""
+    adapter: Adapter = Adapter()
+    """What is trained: where the components sit and how they act."""
+    rank: Rank = Rank()
+    """The rank budget and the rank at the start."""
+    pruning: Pruning = Pruning()
+    """Which components are removed, and when."""
+    train: Train = Train()
+    """Length, batches, learning rate, checkpoints and logs."""
+    eval: Eval = Eval()
+    """Measuring and early stopping."""
+    output_dir: Text = "out/run"
+    """The run folder; a recipe file that names none gets out/<its own name>."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random."""
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> Recipe:
+        found = list(conflicts(self))
+        if found:
+            text = "; ".join(f"{conflict.key}: {conflict.text}" for conflict in found)
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": found})
+        return self
+
+
+class Conflict(NamedTuple):
+    """A setting that does not go with another: the key to change, the other key, and why."""
+
+    key: str
+    other: str
+    text: str
+
+
+def conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Settings, each valid alone, that do not go together."""
+    model, data, rank, pruning = recipe.model, recipe.dataset, recipe.rank, recipe.pruning
+    classifier = model.task == "sequence-classification"
+    if model.load_in_4bit and model.load_in_8bit:
+        yield Conflict("model.load_in_8bit", "model.load_in_4bit", "4 and 8 bits exclude each other; set one to false")
+    if recipe.adapter.variant == "full":
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if getattr(model, key):
+                text = "variant full trains the weights themselves, which a quantized base does not allow"
+                yield Conflict(f"model.{key}", "adapter.variant", text)
+    if model.num_labels is not None and not classifier:
+        yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
+    if data.packing and classifier:
+        yield Conflict("dataset.packing", "model.task", "packing does not go with sequence-classification")
+    if not data.val and not data.val_size:
+        for key in ("steps", "early_stopping_patience"):
+            if getattr(recipe.eval, key) is not None:
+                yield Conflict(f"eval.{key}", "dataset.val_size", "needs `dataset.val`, or `dataset.val_size` above 0")
+    budget = rank.parsed_budget()
+    if isinstance(rank.init, int) and budget.kind == "rank" and rank.init < budget.value:
+        yield Conflict(
+            "rank.init", "rank.budget", f"got {rank.init}, below the budget {budget.value}; pruning only removes"
+        )
+    if pruning.start >= pruning.end:
+        yield Conflict(
+            "pruning.end", "pruning.start", f"got {pruning.end}, must be above `pruning.start` ({pruning.start})"
+        )

@@ -1,0 +1,66 @@
+"""Loads recipes that are given as text, with drawers of known content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from dynlora_cli import drawers
+from dynlora_cli.errors import RecipeError
+from dynlora_cli.recipe import Recipe, load_recipe
+
+MINIMAL = "model: builtin:tiny\ndataset: rows.jsonl\n"
+DRAWERS = {
+    "variants": ["full", "lora"],
+    "policies": ["fisher", "magnitude", "random"],
+    "formats": ["alpaca", "chat", "classification", "completion", "text"],
+}
+
+
+@contextmanager
+def known_drawers() -> Iterator[None]:
+    """The drawers hold what `DRAWERS` says, whatever files exist."""
+    with patch.object(drawers, "names", DRAWERS.__getitem__):
+        yield
+
+
+def load(text: str, *overrides: str, output_dir: str | None = None) -> Recipe:
+    """The recipe of a file recipe.yaml with this text."""
+    with TemporaryDirectory() as folder, known_drawers():
+        path = Path(folder, "recipe.yaml")
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path, overrides, output_dir)
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    """All problems of a recipe that must be refused; places read recipe.yaml:LINE."""
+    with TemporaryDirectory() as folder, known_drawers():
+        path = Path(folder, "recipe.yaml")
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path, overrides)
+    assert caught.value.exit_code == 2
+    assert caught.value.message == "\n".join(caught.value.problems)
+    return [problem.replace(str(path), path.name) for problem in caught.value.problems]
+
+
+def schema_keys(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every key of the recipe's JSON schema with its dotted path; the items of a list have the path of the list."""
+
+    def visit(path: str, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        for choice in (*node.get("anyOf", ()), *([node["items"]] if "items" in node else ())):
+            yield from visit(path, choice)
+        for key, child in node.get("properties", {}).items():
+            name = f"{path}.{key}".lstrip(".")
+            yield name, child
+            yield from visit(name, child)
+
+    yield from visit("", schema)
