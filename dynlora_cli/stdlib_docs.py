@@ -95,11 +95,8 @@ def make(folder: Path) -> list[Row]:
     """All rows of the Python sources below a folder, in a fixed order, each prompt and each answer of a name once."""
     made: dict[str, Row] = {}
     seen: set[tuple[str, str]] = set()
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if any(part in _SKIPPED or (part.startswith("_") and part != "__init__.py") for part in parts):
-            continue
-        module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+    for path in _sources(folder):
+        module = ".".join(path.relative_to(folder).parts).removesuffix(".py").removesuffix(".__init__")
         for signature, sentence in _documented(path, module):
             prompt = TEMPLATE.format(signature=signature)
             leaf = signature.partition("(")[0].rpartition(".")[2]
@@ -107,6 +104,16 @@ def make(folder: Path) -> list[Row]:
                 seen.add((leaf, sentence))
                 made[prompt] = {"prompt": prompt, "completion": " " + sentence}
     return list(made.values())
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """Files of public modules, sorted; tests and private packages are not even walked into."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("_"))
+        for name in sorted(files):
+            public = name == "__init__.py" or not name.startswith("_")
+            if name.endswith(".py") and public and name not in _SKIPPED:
+                yield Path(parent, name)
 
 
 def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
@@ -154,5 +161,7 @@ def first_sentence(docstring: str) -> str:
     line = " ".join(paragraph.replace("``", "").replace("`", "").split())
     found = _SENTENCE.match(line)
     sentence = found[1] if found else line + "."
-    clean = sentence.isprintable() and sentence[0].isalpha() and not re.search(r">>>|->|::|https?:|^\w[\w.]*\(", sentence)
+    clean = (
+        sentence.isprintable() and sentence[0].isalpha() and not re.search(r">>>|->|::|https?:|^\w[\w.]*\(", sentence)
+    )
     return sentence if clean and 12 <= len(sentence) <= 200 else ""
