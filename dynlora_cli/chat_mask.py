@@ -2,8 +2,8 @@
 
 A turn begins where the conversation before it, rendered with the generation prompt, ends; it ends where the
 conversation up to and with it, rendered alone, ends. Both are prefixes of the full text under most templates. Some
-rewrite what came earlier (they drop old thinking, or treat the last turn differently); there the turn's content is found
-by rendering the conversation once more with a marker in its place, and comparing.
+rewrite what came earlier (they drop old thinking, or treat the last turn differently); there the turn's content is
+found by rendering the conversation once more with a marker in its place, and comparing.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import drawers
 from dynlora_cli.errors import DataError, UsageError
-from dynlora_cli.formats._forms import BadRowError, Turns
+from dynlora_cli.formats._forms import BadRowError, Pair, Turns
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
-from dynlora_cli.tokens import IGNORED, Draft, Encoder, Located, decode
+from dynlora_cli.splits import Kept, label_names, note_shared, number_labels, split
+from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located, decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,29 +31,6 @@ if TYPE_CHECKING:
 
 CLASSIFICATION = "sequence-classification"
 _CHUNK = 1024  # rows tokenised in one call
-
-
-@dataclass(slots=True)
-class Example:
-    """One row, ready for a model. Sequences are `array('i')`: four bytes a token.
-
-    Args:
-        input_ids: token ids.
-        labels: causal-lm: the token where it is trained, -100 elsewhere, not shifted. Classification: the class index.
-        row: number of the row, counted from 0 over all sources of its list in the recipe.
-        token_type_ids: classification of text pairs, where the tokenizer has them.
-    """
-
-    input_ids: Sequence[int]
-    labels: Sequence[int] | int
-    row: int
-    token_type_ids: Sequence[int] | None = None
-
-    def supervised(self) -> int:
-        """Number of targets: tokens with a label but the first, which nothing precedes; 1 for a classifier."""
-        if isinstance(self.labels, int):
-            return 1
-        return sum(label != IGNORED for label in itertools.islice(self.labels, 1, None))
 
 
 @dataclass(slots=True)
@@ -75,17 +52,6 @@ class Data:
     notes: list[str]
     counts: dict[str, dict[str, int]]
     sha256: str
-
-
-@dataclass(slots=True)
-class _Kept:
-    """An example before the split, with what the counts need."""
-
-    example: Example
-    prompt: bytes
-    label: str | int | None
-    truncated: bool
-    cut_answer: bool
 
 
 @dataclass(slots=True)
@@ -132,20 +98,21 @@ def load_data(
     limit = min(dataset.max_length, max_length or dataset.max_length)
     reader = _Reader(dataset, tokenizer, task, limit, Encoder(tokenizer, dataset.train_on, limit))
     train, dropped = _read(reader, dataset.train)
-    labels = _label_names(train, num_labels) if task == CLASSIFICATION else None
+    labels = label_names(train, num_labels) if task == CLASSIFICATION else None
     val, val_dropped = _read(reader, dataset.val)
     if dataset.val:
-        _note_shared(reader.notes, train, val)
+        note_shared(reader.notes, train, val)
     elif all(source.path == BUILTIN for source in dataset.train):
         val, val_dropped = _read(reader, dataset.train[:1], held_out=True)
     else:
-        train, val = _split(train, dataset.val_size, seed, reader.notes)
+        train, val = split(train, dataset.val_size, seed, reader.notes)
     if labels is not None:
-        _number_labels(train + val, labels)
+        number_labels(train + val, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, limit, reader.notes)
     data = Data([kept.example for kept in train], [kept.example for kept in val], labels, reader.notes, counts, "")
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
+    data.notes = list(dict.fromkeys(reader.notes))
     return data
 
 
@@ -162,10 +129,10 @@ def _template(setting: str) -> str:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool = False) -> tuple[list[_Kept], int]:
+def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool = False) -> tuple[list[Kept], int]:
     """Kept rows of some sources in order, and how many were dropped."""
     held_out = held_out or sources is reader.dataset.val
-    kept: list[_Kept] = []
+    kept: list[Kept] = []
     numbers = itertools.count()
     dropped = 0
     for source in sources:
@@ -193,8 +160,7 @@ def _drafts(reader: _Reader, source: Source, table: Table) -> Iterator[tuple[str
     while batch := list(itertools.islice(located, _CHUNK)):
         drafts = reader.encoder.encode(batch)
         yield from zip((row.place for row in batch), drafts, strict=True)
-        if isinstance(batch[0].form, Turns):
-            _note_closing(reader)
+        _note_form(reader, table, batch)
 
 
 def _renamed(row: Row, columns: dict[str, str], place: str) -> Row:
@@ -245,15 +211,21 @@ def _format(reader: _Reader, source: Source, table: Table, place: str, columns: 
     return fitting[0]
 
 
-def _note_closing(reader: _Reader) -> None:
-    note = (
-        "the chat template ends assistant turns without a special token; the end-of-text token was added after the last"
-    )
-    if not reader.encoder.closes_turns and note not in reader.notes:
-        reader.notes.append(note)
+def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
+    """What a person should know about how these rows were put together."""
+    if isinstance(batch[0].form, Turns) and not reader.encoder.closes_turns:
+        reader.notes.append(
+            "the chat template ends assistant turns without a special token; the end-of-text token was added"
+        )
+    pairs = [row.form for row in batch if isinstance(row.form, Pair)]
+    if any(pair.prompt[-1:].isalnum() and pair.completion[:1].isalnum() for pair in pairs):
+        reader.notes.append(
+            f"{table.name}: some completions follow their prompt with nothing between the two; "
+            "end prompts with a space or a newline if that is not meant"
+        )
 
 
-def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> _Kept | None:
+def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
     """A draft within the length limit, or None for a row to be dropped."""
     limit, cut_answer = reader.max_length, False
     truncated = draft.cut or len(draft.ids) > limit
@@ -273,62 +245,13 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> _Kept | None
     if not example.supervised():
         return None
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
-    return _Kept(example, prompt, draft.label, truncated, cut_answer)
+    return Kept(example, prompt, draft.label, truncated, cut_answer)
 
 
-# -- split, labels, counts -------------------------------------------------------------------------------------------
+# -- counts ----------------------------------------------------------------------------------------------------------
 
 
-def _split(rows: list[_Kept], share: float, seed: int, notes: list[str]) -> tuple[list[_Kept], list[_Kept]]:
-    """Training and held-out rows; rows of one prompt stay together, and a hash of the prompt decides."""
-    groups: dict[bytes, int] = defaultdict(int)
-    for row in rows:
-        groups[row.prompt] += 1
-    target = max(1, round(share * len(rows))) if share > 0 else 0
-    chosen: set[bytes] = set()
-    for prompt in sorted(groups, key=lambda prompt: hashlib.sha256(b"%d:" % seed + prompt).digest()):
-        if groups[prompt] <= target and len(chosen) + 1 < len(groups):
-            chosen.add(prompt)
-            target -= groups[prompt]
-    if share > 0 and not chosen:
-        notes.append(
-            "no rows held out: one prompt has too many of them; name a file in dataset.val to measure held-out loss"
-        )
-    return [row for row in rows if row.prompt not in chosen], [row for row in rows if row.prompt in chosen]
-
-
-def _note_shared(notes: list[str], train: list[_Kept], val: list[_Kept]) -> None:
-    known = {row.prompt for row in train}
-    shared = sum(row.prompt in known for row in val)
-    if shared:
-        notes.append(f"{shared} of {len(val)} validation rows have a prompt that is also in the training rows")
-
-
-def _label_names(rows: list[_Kept], num_labels: int | None) -> list[str]:
-    """Sorted names of the classes; whole numbers in their own order."""
-    found = {row.label for row in rows}
-    numeric = all(isinstance(label, int) for label in found)
-    names = [str(label) for label in (sorted(found, key=int) if numeric else sorted(found, key=str))]  # type: ignore[arg-type]
-    names = list(dict.fromkeys(names))
-    if len(names) < 2:
-        raise DataError(f"dataset.train: a classifier needs two classes, found {', '.join(names) or 'none'}")
-    if num_labels is not None and num_labels != len(names):
-        shown = ", ".join(names[:10])
-        raise DataError(f"model.num_labels is {num_labels}, the training rows have {len(names)} classes: {shown}")
-    return names
-
-
-def _number_labels(rows: list[_Kept], names: list[str]) -> None:
-    index = {name: number for number, name in enumerate(names)}
-    for row in rows:
-        if str(row.label) not in index:
-            raise DataError(
-                f"dataset.val: the class {row.label!r} is not among those of the training rows: {', '.join(names[:10])}"
-            )
-        row.example.labels = index[str(row.label)]
-
-
-def _counts(rows: list[_Kept], dropped: int) -> dict[str, int]:
+def _counts(rows: list[Kept], dropped: int) -> dict[str, int]:
     return {
         "rows": len(rows),
         "tokens": sum(len(row.example.input_ids) for row in rows),
@@ -349,13 +272,11 @@ def _check_supervised(counts: dict[str, dict[str, int]], limit: int, notes: list
         )
     if train["supervised"] < 0.01 * train["tokens"] and train["supervised"] != train["rows"]:
         notes.append(f"only {train['supervised'] / train['tokens']:.2%} of the training tokens carry a loss")
-    for split, count in counts.items():
+    for part, count in counts.items():
         if count["cut_answers"]:
-            notes.append(f"{split}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
+            notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
         if count["dropped"]:
-            notes.append(
-                f"{split}: {count['dropped']} rows dropped: overlong, or no token to learn from within {limit}"
-            )
+            notes.append(f"{part}: {count['dropped']} rows dropped: overlong, or no token to learn from within {limit}")
 
 
 def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:

@@ -105,12 +105,15 @@ def _files_of(folder: Path, split: str, notes: list[str]) -> list[Path]:
         if not chosen:
             there = ", ".join(sorted({name for name in splits.values() if name}))
             raise DataError(f"dataset: no file of the split {split!r} in {folder}", f"splits there: {there}")
-    notes.append(
-        f"{folder}: reading {', '.join(str(file.relative_to(folder)) for file in chosen[:5])}"
-        + (f" and {len(chosen) - 5} more" if len(chosen) > 5 else "")
-        + (f"; {len(shown) - len(chosen)} other files left out" if len(shown) > len(chosen) else "")
-    )
+    left_out = [file for file in shown if file not in chosen]
+    note = f"{folder}: reading {_listed(folder, chosen)}"
+    notes.append(note + (f"; left out: {_listed(folder, left_out)}" if left_out else ""))
     return chosen
+
+
+def _listed(folder: Path, files: list[Path]) -> str:
+    names = [str(file.relative_to(folder)) for file in files]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _split_of(path: Path) -> str | None:

@@ -7,6 +7,7 @@ token changes nothing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 from bisect import bisect_left, bisect_right
@@ -23,6 +24,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+
+
+@dataclass(slots=True)
+class Example:
+    """One row, ready for a model. Sequences are `array('i')`: four bytes a token.
+
+    Args:
+        input_ids: token ids.
+        labels: causal-lm: the token where it is trained, -100 elsewhere, not shifted. Classification: the class index.
+        row: number of the row, counted from 0 over all sources of its list in the recipe.
+        token_type_ids: classification of text pairs, where the tokenizer has them.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int] | int
+    row: int
+    token_type_ids: Sequence[int] | None = None
+
+    def supervised(self) -> int:
+        """Number of targets: tokens with a label but the first, which nothing precedes; 1 for a classifier."""
+        if isinstance(self.labels, int):
+            return 1
+        return sum(label != IGNORED for label in itertools.islice(self.labels, 1, None))
 
 
 @dataclass(slots=True)
