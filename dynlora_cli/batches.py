@@ -1,0 +1,269 @@
+"""Examples to micro-batches, with random access: `step(epoch, index)` depends on its arguments and nothing else.
+
+    B  rows of a micro-batch     T  tokens of its longest row
+
+A resumed run asks for the next index and gets what the uninterrupted run would have got. The rows of an optimizer step
+depend on micro_batch_size x accumulation only, so 1 x 8 and 8 x 1 see the same rows.
+
+Unpacked, rows of similar length share a step: an epoch is shuffled, sorted by length inside windows of 50 steps, cut
+into steps, and the steps are shuffled. Packed, the rows are put into bins of `max_length` tokens once (best fit, longest
+first); an epoch shuffles the bins. Positions start at 0 in each row of a bin, and no row sees another.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.tokens import IGNORED, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WINDOW = 50  # steps whose rows are sorted by length together
+
+Bin = tuple[int, ...]  # indices of the examples that share one row of a batch
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch.
+
+    Args:
+        inputs: for `model(**inputs)`: input_ids [B, T] and attention_mask, [B, T], or [B, 1, T, T] when packed, with
+            position_ids [B, T]; token_type_ids [B, T] where the examples have them.
+        labels: [B, T], aligned with the logits: `labels[:, t]` is the target of `logits[:, t]`, -100 where there is
+            none. For a classifier [B].
+        rows: `Example.row` of each example in it.
+        tokens: tokens that are not padding.
+        supervised: targets.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    rows: list[int]
+    tokens: int
+    supervised: int
+
+
+class Batches:
+    """The micro-batches of every step of every epoch.
+
+    Args:
+        examples: all of one kind, causal-lm or classification.
+        micro_batch_size: rows (bins, when packed) of one forward pass.
+        accumulation: micro-batches of one optimizer step, over all ranks.
+        seed: of the order.
+        max_length: capacity of a bin; no example may be longer.
+        pad_id: token for padding, on the right, which carries no label and is masked.
+        packing: put several examples in one row; causal-lm only.
+        shuffle: False keeps the order of the examples, for evaluation.
+        shards: number of ranks; a step's micro-batches are dealt to them in turn. A rank for which none is left gets
+            one without targets and without rows, so that all ranks make the same number of forward passes.
+        shard: this rank.
+        mask_dtype: of the packed attention mask, as `packed_mask_dtype` gives it for a model.
+
+    Raises:
+        ValueError: an example longer than `max_length`, no examples, or a classifier with packing.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        micro_batch_size: int,
+        accumulation: int = 1,
+        seed: int = 0,
+        max_length: int,
+        pad_id: int,
+        packing: bool = False,
+        shuffle: bool = True,
+        shards: int = 1,
+        shard: int = 0,
+        mask_dtype: torch.dtype = torch.bool,
+    ) -> None:
+        self.examples, self.pad_id, self.seed, self.packing, self.shuffle = examples, pad_id, seed, packing, shuffle
+        self.micro_batch_size, self.step_size = micro_batch_size, micro_batch_size * accumulation
+        self.shards, self.shard, self.mask_dtype = shards, shard, mask_dtype
+        self.lengths = [len(example.input_ids) for example in examples]
+        if not examples or max(self.lengths) > max_length:
+            raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
+        if packing and isinstance(examples[0].labels, int):
+            raise ValueError("packing serves causal language models only")
+        self._bins = self._pack(max_length) if packing else [(index,) for index in range(len(examples))]
+        self.steps_per_epoch = -(-len(self._bins) // self.step_size)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)  # an epoch's order is made once, not at every step
+
+    @classmethod
+    def in_order(cls, examples: Sequence[Example], *, micro_batch_size: int, max_length: int, pad_id: int) -> Batches:
+        """For evaluation: each step is one micro-batch, the examples in their order."""
+        return cls(examples, micro_batch_size=micro_batch_size, max_length=max_length, pad_id=pad_id, shuffle=False)
+
+    def step(self, epoch: int, index: int) -> list[Batch]:
+        """The micro-batches of one optimizer step on this rank.
+
+        Args:
+            epoch: counted from 0.
+            index: of the step in its epoch, from 0 to `steps_per_epoch` - 1; the last step may have fewer rows.
+        """
+        bins = self._plan(epoch)[index]
+        cuts = [bins[at : at + self.micro_batch_size] for at in range(0, len(bins), self.micro_batch_size)]
+        own = [self._batch(cut) for cut in cuts[self.shard :: self.shards]]
+        if len(own) < -(-len(cuts) // self.shards):
+            own.append(self._without_targets(cuts[-1]))
+        return own
+
+    def _make_plan(self, epoch: int) -> list[list[Bin]]:
+        """The bins of every step of an epoch."""
+        bins, size = list(self._bins), self.step_size
+        if not self.shuffle:
+            return [bins[at : at + size] for at in range(0, len(bins), size)]
+        # Text seeds are hashed by the standard library with SHA-512: the same order on every machine.
+        chance = random.Random(f"{self.seed} {epoch}")
+        chance.shuffle(bins)
+        if not self.packing:
+            windows = (bins[at : at + _WINDOW * size] for at in range(0, len(bins), _WINDOW * size))
+            bins = [item for window in windows for item in sorted(window, key=self._length)]
+        steps = [bins[at : at + size] for at in range(0, len(bins), size)]
+        chance.shuffle(steps)
+        return steps
+
+    def _length(self, item: Bin) -> int:
+        return sum(self.lengths[index] for index in item)
+
+    def _pack(self, capacity: int) -> list[Bin]:
+        """Best fit decreasing: each row, longest first, goes where it leaves the least room."""
+        order = list(range(len(self.examples)))
+        if self.shuffle:
+            random.Random(f"{self.seed} bins").shuffle(order)  # rows of equal length meet by chance
+        order.sort(key=lambda index: -self.lengths[index])
+        bins: list[list[int]] = []
+        room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+        for index in order:
+            length = self.lengths[index]
+            at = bisect_left(room, (length, -1))
+            left, number = room.pop(at) if at < len(room) else (capacity, len(bins))
+            if number == len(bins):
+                bins.append([])
+            bins[number].append(index)
+            insort(room, (left - length, number))
+        return [tuple(item) for item in bins]
+
+    def _batch(self, bins: list[Bin]) -> Batch:
+        examples = [self.examples[index] for item in bins for index in item]
+        width = max(self._length(item) for item in bins)
+        ids = torch.full((len(bins), width), self.pad_id)
+        for line, item in enumerate(bins):
+            for start, example in self._placed(item):
+                ids[line, start : start + len(example.input_ids)] = torch.tensor(example.input_ids)
+        inputs = {"input_ids": ids, **(self._packed if self.packing else self._padded)(bins, width)}
+        labels = self._labels(bins, width)
+        tokens = sum(len(example.input_ids) for example in examples)
+        rows = [example.row for example in examples]
+        return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()))
+
+    def _placed(self, item: Bin) -> list[tuple[int, Example]]:
+        """The examples of a bin with their first position in it."""
+        placed, start = [], 0
+        for index in item:
+            placed.append((start, self.examples[index]))
+            start += self.lengths[index]
+        return placed
+
+    def _labels(self, bins: list[Bin], width: int) -> Tensor:
+        if isinstance(self.examples[0].labels, int):
+            return torch.tensor([self.examples[item[0]].labels for item in bins])
+        labels = torch.full((len(bins), width), IGNORED)
+        for line, item in enumerate(bins):
+            for start, example in self._placed(item):
+                targets: Any = example.labels
+                labels[line, start : start + len(targets) - 1] = torch.tensor(targets[1:])
+        return labels
+
+    def _padded(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
+        lengths = torch.tensor([self._length(item) for item in bins])
+        inputs = {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+        kinds = [self.examples[item[0]].token_type_ids for item in bins]
+        if any(kind is not None for kind in kinds):
+            inputs["token_type_ids"] = torch.tensor(
+                [[*(kind or ()), *[0] * (width - len(kind or ()))] for kind in kinds]
+            )
+        return inputs
+
+    def _packed(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
+        """Positions that restart in each row, and a mask that is causal inside a row and closed between rows."""
+        positions = torch.zeros(len(bins), width, dtype=torch.long)
+        owner = torch.full((len(bins), width), -1)  # padding sees padding: a line that sees nothing has no softmax
+        for line, item in enumerate(bins):
+            for number, (start, example) in enumerate(self._placed(item)):
+                length = len(example.input_ids)
+                positions[line, start : start + length] = torch.arange(length)
+                owner[line, start : start + length] = number
+        seen = (owner[:, :, None] == owner[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
+        mask = seen[:, None]
+        if self.mask_dtype != torch.bool:
+            closed = torch.finfo(self.mask_dtype).min
+            mask = torch.zeros(mask.shape, dtype=self.mask_dtype).masked_fill(~mask, closed)
+        return {"position_ids": positions, "attention_mask": mask}
+
+    def _without_targets(self, bins: list[Bin]) -> Batch:
+        batch = self._batch(bins[:1])
+        return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), [], 0, 0)
+
+
+def packed_mask_dtype(model: PreTrainedModel, max_length: int) -> torch.dtype:
+    """The `mask_dtype` with which a model can train on packed rows.
+
+    Some models and kernels ignore positions or masks and would mix the rows in silence, so two short rows go through the
+    model alone and packed, and their logits must agree.
+
+    Args:
+        model: a causal language model, on its device.
+        max_length: capacity of a bin.
+
+    Raises:
+        UsageError: the model cannot keep packed rows apart.
+    """
+    config = model.config.get_text_config()
+    name, kernel = type(model).__name__, config._attn_implementation
+    hint = "set dataset.packing: false, or model.attn_implementation: sdpa"
+    if kernel not in ("sdpa", "eager"):
+        raise UsageError(f"dataset.packing: {kernel} attention takes no mask between packed rows", hint)
+    window = getattr(config, "sliding_window", None)
+    if window and window < max_length:
+        raise UsageError(
+            f"dataset.packing: {name} sees {window} tokens back, and the packed mask would lift that limit",
+            f"set dataset.packing: false, or dataset.max_length: {window}",
+        )
+    # Eager attention adds the mask to the scores: a boolean one would close nothing.
+    mask_dtype = model.dtype if kernel == "eager" else torch.bool
+    if not _difference(model, mask_dtype) <= 0.05:
+        raise UsageError(f"dataset.packing: {name} does not keep packed rows apart", hint)
+    return mask_dtype
+
+
+@torch.no_grad()
+def _difference(model: PreTrainedModel, mask_dtype: torch.dtype) -> float:
+    """Largest difference between packed and separate logits, as a share of the largest logit."""
+    examples = [Example(ids, ids, number) for number, ids in enumerate([[7, 5, 3, 11, 2], [3, 2, 13]])]
+    settings: dict[str, Any] = {"micro_batch_size": 1, "max_length": 8, "pad_id": 0, "shuffle": False}
+    alone = Batches(examples, **settings)
+    training = model.training
+    model.eval()
+    together = _logits(model, Batches(examples, packing=True, mask_dtype=mask_dtype, **settings).step(0, 0)[0])
+    apart = torch.cat([_logits(model, alone.step(0, index)[0]) for index in range(2)], 1)
+    model.train(training)
+    return float((together - apart).abs().max() / apart.abs().max())
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    return model(**inputs).logits.float()

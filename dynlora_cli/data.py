@@ -1,0 +1,312 @@
+"""The data of a run: from the recipe's sources to token ids with labels, split in training and held-out rows.
+
+The walk: `rows.tables` reads, a file of `formats/` gives each row its neutral form, `tokens.Encoder` makes tokens and
+labels, and this file cuts, splits, counts and reports. Everything that tools tend to lose in silence (answers cut off,
+rows without a target, prompts on both sides of a split) is counted here, and is an error where training would be void.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli import drawers
+from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.formats._forms import BadRowError, Pair, Turns
+from dynlora_cli.rows import BUILTIN, Row, Table, tables
+from dynlora_cli.splits import Kept, label_names, note_shared, number_labels, split
+from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located, decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.recipe import Dataset, Source
+
+CLASSIFICATION = "sequence-classification"
+_CHUNK = 1024  # rows tokenised in one call
+
+
+@dataclass(slots=True)
+class Data:
+    """Examples of a run, and what happened to the rows on the way.
+
+    Args:
+        train: examples to train on.
+        val: held-out examples; may be empty.
+        labels: names of the classes, for a classifier.
+        notes: sentences for the person who runs it: what was chosen, what to look at.
+        counts: for `train` and `val`: rows, tokens, supervised, truncated, cut_answers, dropped.
+        sha256: over the options and all examples in order.
+    """
+
+    train: list[Example]
+    val: list[Example]
+    labels: list[str] | None
+    notes: list[str]
+    counts: dict[str, dict[str, int]]
+    sha256: str
+
+
+@dataclass(slots=True)
+class _Reader:
+    """What reading needs from source to source."""
+
+    dataset: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    task: str
+    max_length: int
+    encoder: Encoder
+    notes: list[str] = field(default_factory=list)
+
+
+def load_data(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: str,
+    seed: int,
+    max_length: int | None = None,
+    num_labels: int | None = None,
+) -> Data:
+    """Read, tokenise, split and count the rows of a recipe.
+
+    A `chat_template` in the recipe is set on the tokenizer, so that it is saved with the run.
+
+    Args:
+        dataset: the recipe's `dataset` section.
+        tokenizer: of the base model.
+        task: causal-lm | sequence-classification.
+        seed: decides which rows are held out, by a hash of their prompts: row order does not matter.
+        max_length: caps `dataset.max_length`, such as at the model's context.
+        num_labels: classes that the recipe announces, if it does.
+
+    Raises:
+        DataError: rows that cannot be trained on; names the place and what to change.
+        UsageError: a missing file. MachineError: a hub data set that cannot be reached.
+    """
+    if task not in ("causal-lm", CLASSIFICATION):
+        raise UsageError(f"no data format serves model.task {task!r} yet", f"use causal-lm or {CLASSIFICATION}")
+    if dataset.chat_template:
+        tokenizer.chat_template = _template(dataset.chat_template)
+    limit = min(dataset.max_length, max_length or dataset.max_length)
+    reader = _Reader(dataset, tokenizer, task, limit, Encoder(tokenizer, dataset.train_on, limit))
+    train, dropped = _read(reader, dataset.train)
+    labels = label_names(train, num_labels) if task == CLASSIFICATION else None
+    val, val_dropped = _read(reader, dataset.val)
+    if dataset.val:
+        note_shared(reader.notes, train, val)
+    elif all(source.path == BUILTIN for source in dataset.train):
+        val, val_dropped = _read(reader, dataset.train[:1], held_out=True)
+    else:
+        train, val = split(train, dataset.val_size, seed, reader.notes)
+    if labels is not None:
+        number_labels(train + val, labels)
+    counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
+    _check_supervised(counts, limit, reader.notes)
+    data = Data([kept.example for kept in train], [kept.example for kept in val], labels, reader.notes, counts, "")
+    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
+    data.notes = list(dict.fromkeys(reader.notes))
+    return data
+
+
+def _template(setting: str) -> str:
+    """A chat template given as text or as the path of a .jinja file."""
+    if "{%" in setting or "{{" in setting:
+        return setting
+    try:
+        return Path(setting).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"dataset.chat_template: cannot read {setting} ({error})") from error
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool = False) -> tuple[list[Kept], int]:
+    """Kept rows of some sources in order, and how many were dropped."""
+    held_out = held_out or sources is reader.dataset.val
+    kept: list[Kept] = []
+    numbers = itertools.count()
+    dropped = 0
+    for source in sources:
+        for table in tables(source, reader.notes, held_out=held_out):
+            for place, draft in _drafts(reader, source, table):
+                row = _fit(reader, place, draft, next(numbers))
+                if row is None:
+                    dropped += 1
+                else:
+                    kept.append(row)
+    return kept, dropped
+
+
+def _drafts(reader: _Reader, source: Source, table: Table) -> Iterator[tuple[str, Draft]]:
+    """Tokens of a table's rows, tokenised a thousand at a time."""
+    rows = ((place, _renamed(row, source.columns, place)) for place, row in table.read())
+    place, first = next(rows)  # a table without rows has raised
+    form = _format(reader, source, table, place, set(first))
+    if table.whole_text:
+        for number, draft in enumerate(reader.encoder.pieces(str(first["text"])), 1):
+            yield f"{place}, piece {number}", draft
+        return
+    has_template = bool(reader.tokenizer.chat_template)
+    located = (_located(form, place, row, has_template) for place, row in itertools.chain([(place, first)], rows))
+    while batch := list(itertools.islice(located, _CHUNK)):
+        drafts = reader.encoder.encode(batch)
+        yield from zip((row.place for row in batch), drafts, strict=True)
+        _note_form(reader, table, batch)
+
+
+def _renamed(row: Row, columns: dict[str, str], place: str) -> Row:
+    """The row under our column names; `columns` maps ours to theirs."""
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise DataError(
+            f"{place}: no column {missing[0]!r}, which `columns` names", f"columns there: {', '.join(map(str, row))}"
+        )
+    return row | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def _located(form: ModuleType, place: str, row: Row, has_template: bool) -> Located:
+    try:
+        return Located(place, form.to_example(row, has_template=has_template))
+    except BadRowError as error:
+        hint = f"columns found: {', '.join(map(str, row))}; a {_name(form)} row has {form.COLUMNS}"
+        raise DataError(f"{place}: {error}", hint) from error
+
+
+def _name(form: ModuleType) -> str:
+    return form.__name__.rpartition(".")[2]
+
+
+def _format(reader: _Reader, source: Source, table: Table, place: str, columns: set[str]) -> ModuleType:
+    """The format named in the recipe, or the first that fits the columns and the task."""
+    if source.format != "auto":
+        form = drawers.load("formats", source.format)
+        if reader.task not in form.TASKS or (table.whole_text and source.format != "text"):
+            kind = "a text file" if table.whole_text else f"model.task {reader.task}"
+            raise DataError(f"{table.name}: format {source.format!r} does not serve {kind}")
+        return form
+    forms = [drawers.load("formats", name) for name in drawers.names("formats")]
+    served = sorted((form for form in forms if reader.task in form.TASKS), key=lambda form: form.PRECEDENCE)
+    fitting = [form for form in served if form.matches(columns)]
+    if not fitting:
+        lines = "\n".join(f"  {_name(form)}: {form.COLUMNS}" for form in served)
+        raise DataError(
+            f"{place}: no format fits the columns {', '.join(sorted(columns))}; for {reader.task} there are\n{lines}",
+            "rename them in the recipe, ours to theirs, such as `columns: {prompt: question, completion: answer}`",
+        )
+    others = [_name(form) for form in fitting[1:]]
+    note = f"{table.name}: format {_name(fitting[0])}, chosen by its columns"
+    note += f" ({', '.join(others)} would fit too)" if others else ""
+    if _name(fitting[0]) == "text" and "label" in columns:
+        note += f"; its labels are not used: model.task is {reader.task}"
+    reader.notes.append(note)
+    return fitting[0]
+
+
+def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
+    """What a person should know about how these rows were put together."""
+    if isinstance(batch[0].form, Turns) and not reader.encoder.closes_turns:
+        reader.notes.append(
+            "the chat template ends assistant turns without a special token; the end-of-text token was added"
+        )
+    pairs = [row.form for row in batch if isinstance(row.form, Pair)]
+    if any(pair.prompt[-1:].isalnum() and pair.completion[:1].isalnum() for pair in pairs):
+        reader.notes.append(
+            f"{table.name}: some completions follow their prompt with nothing between the two; "
+            "end prompts with a space or a newline if that is not meant"
+        )
+
+
+def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
+    """A draft within the length limit, or None for a row to be dropped."""
+    limit, cut_answer = reader.max_length, False
+    truncated = draft.cut or len(draft.ids) > limit
+    if truncated and reader.dataset.overlong == "error":
+        raise DataError(
+            f"{place}: longer than max_length {limit}",
+            "raise dataset.max_length, or set dataset.overlong: truncate or drop",
+        )
+    if truncated and reader.dataset.overlong == "drop":
+        return None
+    labels: Sequence[int] | int = 0
+    if draft.label is None:
+        labels = array("i", draft.labels[:limit])
+        cut_answer = any(label != IGNORED for label in draft.labels[limit:])
+    types = array("i", draft.types) if draft.types else None
+    example = Example(array("i", draft.ids[:limit]), labels, number, types)
+    if not example.supervised():
+        return None
+    prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
+    return Kept(example, prompt, draft.label, truncated, cut_answer)
+
+
+# -- counts ----------------------------------------------------------------------------------------------------------
+
+
+def _counts(rows: list[Kept], dropped: int) -> dict[str, int]:
+    return {
+        "rows": len(rows),
+        "tokens": sum(len(row.example.input_ids) for row in rows),
+        "supervised": sum(row.example.supervised() for row in rows),
+        "truncated": sum(row.truncated for row in rows),
+        "cut_answers": sum(row.cut_answer for row in rows),
+        "dropped": dropped,
+    }
+
+
+def _check_supervised(counts: dict[str, dict[str, int]], limit: int, notes: list[str]) -> None:
+    """Refuse a run that could learn nothing; tell what was lost."""
+    train = counts["train"]
+    if not train["supervised"]:
+        raise DataError(
+            f"dataset.train: no token left to learn from ({train['dropped']} rows dropped: overlong, or no answer)",
+            f"raise dataset.max_length (now {limit}), or look at dataset.train_on and dataset.overlong",
+        )
+    if train["supervised"] < 0.01 * train["tokens"] and train["supervised"] != train["rows"]:
+        notes.append(f"only {train['supervised'] / train['tokens']:.2%} of the training tokens carry a loss")
+    for part, count in counts.items():
+        if count["cut_answers"]:
+            notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
+        if count["dropped"]:
+            notes.append(f"{part}: {count['dropped']} rows dropped: overlong, or no token to learn from within {limit}")
+
+
+def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
+    options = [dataset.train_on, dataset.overlong, limit, template, data.labels]
+    digest = hashlib.sha256(json.dumps(options).encode())
+    for name, examples in (("train", data.train), ("val", data.val)):
+        digest.update(name.encode())
+        for example in examples:
+            labels = [example.labels] if isinstance(example.labels, int) else example.labels
+            for part in (example.input_ids, labels, example.token_type_ids or ()):
+                digest.update(array("i", part).tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, each with whether it is in the loss; joined, they are the decoded whole.
+
+    Args:
+        example: of a causal language model, or of a classifier (one piece, not in the loss).
+        tokenizer: that made it.
+    """
+    ids = list(example.input_ids)
+    labels: Any = [IGNORED] * len(ids) if isinstance(example.labels, int) else example.labels
+    flags = [label != IGNORED for label in labels]
+    pieces, shown, end = [], "", 0
+    for flag, run in itertools.groupby(flags):
+        end += len(list(run))
+        text = decode(tokenizer, ids[:end])
+        if end < len(ids):
+            text = text.rstrip("\ufffd")  # a character whose bytes go on in the next piece is shown there
+        pieces.append((text[len(shown) :], flag))
+        shown = text
+    return pieces

@@ -1,0 +1,69 @@
+"""The four neutral forms between a row of data and tokens, and the checks that every format needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """A conversation, rendered by the tokenizer's chat template; `tools` go to the template as they are."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and the text that continues it; nothing is put between them."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A text to continue from its first token."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, and its class."""
+
+    text: str
+    text_pair: str | None
+    label: str | int
+
+
+Form = Turns | Pair | Plain | Labelled
+
+
+class BadRowError(ValueError):
+    """A row does not fit its format; whoever knows the file and the row number turns this into a DataError."""
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column that must be there.
+
+    Raises:
+        BadRowError: the column is missing, null, or holds something other than text.
+    """
+    if column not in row:
+        raise BadRowError(f"column {column!r} is missing")
+    value = row[column]
+    if not isinstance(value, str):
+        raise BadRowError(f"column {column!r} is {_kind(value)}, expected text")
+    return value
+
+
+def optional_text(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column that may be absent or null, which both count as empty."""
+    return "" if row.get(column) is None else text_of(row, column)
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"

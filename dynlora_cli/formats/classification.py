@@ -1,0 +1,49 @@
+"""A text and its class.
+
+What it does:
+    Gives the text, or a pair of texts, to a classifier. Classes may be names or whole numbers; their sorted list is
+    saved with the adapter.
+
+When to use it:
+    With `model.task: sequence-classification`.
+
+Columns:
+    `text`, `label`; optional `text_pair`.
+
+Reference:
+    https://huggingface.co/docs/transformers/tasks/sequence_classification
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from dynlora_cli.formats._forms import BadRowError, Labelled, text_of
+
+COLUMNS = "text, label [text_pair]"
+TASKS = ("sequence-classification",)
+PRECEDENCE = 0
+
+
+def matches(columns: Set[str]) -> bool:
+    """Whether rows with these columns can be read as labelled text."""
+    return {"text", "label"} <= columns
+
+
+def to_example(row: Mapping[str, Any], *, has_template: bool) -> Labelled:  # noqa: ARG001 - one signature for all formats
+    """The text and the class of a row.
+
+    Args:
+        row: the row, columns already renamed.
+        has_template: not used; a classifier reads the bare text.
+
+    Raises:
+        BadRowError: a column is missing, the text is no text, or the class is neither text nor a whole number.
+    """
+    label = row.get("label")
+    if not isinstance(label, str | int) or label == "":
+        shown = "missing, null or empty" if label in (None, "") else f"of type {type(label).__name__}"
+        raise BadRowError(f"column 'label' is {shown}, expected a name or a whole number")
+    pair = None if row.get("text_pair") is None else text_of(row, "text_pair")
+    return Labelled(text_of(row, "text"), pair, label)

@@ -1,0 +1,296 @@
+"""Neutral forms to token ids and labels.
+
+A label is the token itself where it is trained, -100 elsewhere, at the same position: the shift by one is made in
+`batches.py`. What is trained is decided by position, never by token id, so a pad token that equals the end-of-text
+token changes nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.chat_mask import assistant_spans, closing_of, text_of
+from dynlora_cli.errors import DataError
+from dynlora_cli.formats._forms import BadRowError, Form, Labelled, Pair, Plain, Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(slots=True)
+class Example:
+    """One row, ready for a model. Sequences are `array('i')`: four bytes a token.
+
+    Args:
+        input_ids: token ids.
+        labels: causal-lm: the token where it is trained, -100 elsewhere, not shifted. Classification: the class index.
+        row: number of the row, counted from 0 over all sources of its list in the recipe.
+        token_type_ids: classification of text pairs, where the tokenizer has them.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int] | int
+    row: int
+    token_type_ids: Sequence[int] | None = None
+
+    def supervised(self) -> int:
+        """Number of targets: tokens with a label but the first, which nothing precedes; 1 for a classifier."""
+        if isinstance(self.labels, int):
+            return 1
+        return sum(label != IGNORED for label in itertools.islice(self.labels, 1, None))
+
+
+@dataclass(slots=True)
+class Draft:
+    """Tokens and labels of one row before it is cut to length.
+
+    Args:
+        ids: token ids.
+        labels: as long as `ids`; empty for a classifier.
+        prompt: rows with the same prompt belong on the same side of a split.
+        label: the class, for a classifier.
+        types: token type ids, for a classifier of text pairs.
+        cut: the row was too long and has lost its end.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    prompt: str
+    label: str | int | None = None
+    types: list[int] | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A row in its neutral form, and where it comes from (`data.jsonl:3`)."""
+
+    place: str
+    form: Form
+
+
+class Encoder:
+    """Turns neutral forms into drafts.
+
+    Args:
+        tokenizer: of the model to be trained.
+        train_on: auto | completion | assistant | all.
+        max_length: length of the pieces of a text file, and of a classifier's text.
+
+    Raises:
+        DataError: the tokenizer cannot do what the rows need.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.train_on = train_on
+        self.max_length = max_length
+        self.opening = self._opening()
+        self.glue = self._glue()
+
+    def encode(self, rows: list[Located]) -> list[Draft]:
+        """Drafts of rows that all have the same form, in order."""
+        by_form: dict[type, Callable[[list[Located]], list[Draft]]] = {
+            Pair: self._pairs,
+            Plain: self._plain,
+            Turns: self._turns,
+            Labelled: self._labelled,
+        }
+        return by_form[type(rows[0].form)](rows) if rows else []
+
+    def pieces(self, text: str) -> list[Draft]:
+        """A text file as consecutive pieces of `max_length` tokens, the end-of-text token after the last.
+
+        A piece begins with the last token of the piece before it, as context without a label, so every token of the
+        file is a target exactly once.
+        """
+        opening, room = self.opening, self.max_length - len(self.opening)
+        stream = [*self._ids([text])[0], self._end()]
+        drafts = []
+        for start in range(0, max(1, len(stream) - 1), room - 1):
+            piece = stream[start : start + room]
+            labels = piece if start == 0 else [IGNORED, *piece[1:]]
+            drafts.append(Draft(opening + piece, [IGNORED] * len(opening) + labels, prompt=repr(piece)))
+        return drafts
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        # verbose=False: a text longer than the model's context is cut later, and counted.
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _end(self) -> int:
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise DataError("the tokenizer has no end-of-text token", "set eos_token in its tokenizer_config.json")
+        return int(end)
+
+    def _opening(self) -> list[int]:
+        """What the tokenizer puts before a text: [bos] or nothing."""
+        bare, full = self._ids(["x"])[0], self.tokenizer("x")["input_ids"]
+        starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
+        return list(full[: next(starts, 0)])
+
+    def _glue(self) -> str:
+        """A text to put before a continuation while it is tokenised, where the tokenizer would add a space to it."""
+        a, b = self._ids(["a", "b"])
+        joined = decode(self.tokenizer, a + b)
+        return "" if joined == "ab" else "\n"
+
+    def _continuations(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts that continue another text: no space that is not theirs is put before them."""
+        if not self.glue:
+            return self._ids(texts)
+        (glue,) = self._ids([self.glue])
+        glued = self._ids([self.glue + text for text in texts])
+        alone = self._ids(texts)
+        return [ids[len(glue) :] if ids[: len(glue)] == glue else bare for ids, bare in zip(glued, alone, strict=True)]
+
+    def _pairs(self, rows: list[Located]) -> list[Draft]:
+        pairs = [row.form for row in rows if isinstance(row.form, Pair)]
+        prompts = self._ids([pair.prompt for pair in pairs])
+        answers = self._continuations([pair.completion for pair in pairs])
+        drafts = []
+        for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
+            prompt, answer = self._opened(prompt), self._ended(answer)
+            given = prompt if self.train_on == "all" else [IGNORED] * len(prompt)
+            drafts.append(Draft(prompt + answer, given + answer, pair.prompt))
+        return drafts
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        """With the opening token, unless the text spells it out itself."""
+        return ids if ids[: len(self.opening)] == self.opening else self.opening + ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With the end-of-text token, unless the text spells it out itself."""
+        return ids if ids[-1:] == [self._end()] else [*ids, self._end()]
+
+    def _plain(self, rows: list[Located]) -> list[Draft]:
+        if self.train_on not in ("auto", "all"):
+            raise DataError(
+                f"{rows[0].place}: dataset.train_on is {self.train_on!r}, but plain text has no {self.train_on}",
+                "set dataset.train_on: all, or use a format with prompts and answers",
+            )
+        texts = [row.form.text for row in rows if isinstance(row.form, Plain)]
+        full = [self._ended(self._opened(ids)) for ids in self._ids(texts)]
+        return [Draft(ids, list(ids), text) for ids, text in zip(full, texts, strict=True)]
+
+    def _turns(self, rows: list[Located]) -> list[Draft]:
+        texts, spans, prompts = [], [], []
+        for row in rows:
+            assert isinstance(row.form, Turns)
+            try:
+                text = text_of(self.tokenizer, row.form)
+                turns = self._spans(row.form, text)
+            except BadRowError as error:
+                raise DataError(f"{row.place}: {error}") from error
+            texts.append(text)
+            spans.append(turns)
+            prompts.append(_opening_messages(row.form.messages))
+        drafts = self._masked(texts, spans, prompts)
+        if spans[0] and self.train_on != "all":
+            self._check_mask(rows[0].place, texts[0], spans[0], drafts[0])
+        if not self.closes_turns:
+            for row, draft in zip(rows, drafts, strict=True):
+                self._close(row.form, draft)
+        return drafts
+
+    def _spans(self, turns: Turns, text: str) -> list[tuple[int, int]]:
+        """Character spans to train on."""
+        if self.train_on == "all":
+            return [(0, len(text))]
+        only_last = self.train_on == "completion"
+        return assistant_spans(self.tokenizer, turns, text, self.closing, only_last=only_last)
+
+    @cached_property
+    def closing(self) -> str:
+        """What the chat template writes after an assistant turn."""
+        return closing_of(self.tokenizer)
+
+    @cached_property
+    def closes_turns(self) -> bool:
+        """Whether the chat template ends an assistant turn with a special token, at which generation can stop."""
+        special = set(self.tokenizer.all_special_ids)
+        special |= {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return bool(special & set(self._ids([self.closing])[0]))
+
+    def _close(self, form: Form, draft: Draft) -> None:
+        """End a conversation with the end-of-text token where its template has no token of its own for that."""
+        if isinstance(form, Turns) and form.messages[-1]["role"] == "assistant":
+            while draft.labels and draft.labels[-1] == IGNORED:  # white space after the turn
+                draft.ids.pop()
+                draft.labels.pop()
+            draft.ids.append(self._end())
+            draft.labels.append(self._end())
+
+    def _masked(self, texts: list[str], spans: list[list[tuple[int, int]]], prompts: list[str]) -> list[Draft]:
+        """Tokens of rendered texts; those that overlap a span carry a label."""
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                "conversations need a tokenizer that reports character offsets (a fast one), and this one does not",
+                "use a model that comes with a tokenizer.json",
+            )
+        coded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        drafts = []
+        for ids, offsets, turns, prompt in zip(
+            coded["input_ids"], coded["offset_mapping"], spans, prompts, strict=True
+        ):
+            firsts, lasts = [first for first, _ in offsets], [last for _, last in offsets]
+            labels = [IGNORED] * len(ids)
+            for start, end in turns:
+                inside = slice(bisect_right(lasts, start), bisect_left(firsts, end))
+                labels[inside] = ids[inside]
+            drafts.append(Draft(ids, labels, prompt))
+        return drafts
+
+    def _check_mask(self, place: str, text: str, spans: list[tuple[int, int]], draft: Draft) -> None:
+        """The tokens with a label spell what the spans say; a tokenizer with wrong offsets is found here."""
+        trained = [label for label in draft.labels if label != IGNORED]
+        expected = _letters("".join(text[start:end] for start, end in spans))
+        if expected not in _letters(decode(self.tokenizer, trained)):
+            raise DataError(
+                f"{place}: the assistant mask does not spell the assistant's words: the tokenizer's offsets are wrong",
+                "set dataset.train_on: all, or use a newer tokenizer file",
+            )
+
+    def _labelled(self, rows: list[Located]) -> list[Draft]:
+        """Texts of a classifier, cut by the tokenizer itself, which keeps its special tokens."""
+        forms = [row.form for row in rows if isinstance(row.form, Labelled)]
+        drafts = [Draft([], [], json.dumps([form.text, form.text_pair]), label=form.label) for form in forms]
+        for paired in (False, True):  # one call each: only a pair has token types
+            chosen = [at for at, form in enumerate(forms) if (form.text_pair is not None) == paired]
+            if chosen:
+                self._fill([forms[at] for at in chosen], [drafts[at] for at in chosen], paired)
+        return drafts
+
+    def _fill(self, forms: list[Labelled], drafts: list[Draft], paired: bool) -> None:
+        """Give drafts their tokens; the texts all come alone, or all in pairs."""
+        firsts, seconds = [form.text for form in forms], [form.text_pair or "" for form in forms] if paired else None
+        whole = self.tokenizer(firsts, seconds, verbose=False)["input_ids"]
+        coded = self.tokenizer(firsts, seconds, truncation=True, max_length=self.max_length)
+        types = coded.get("token_type_ids") if paired else None
+        for number, draft in enumerate(drafts):
+            draft.ids, draft.cut = coded["input_ids"][number], len(whole[number]) > self.max_length
+            draft.types = types[number] if types else None
+
+
+def _opening_messages(messages: list[dict[str, Any]]) -> str:
+    """The messages up to the first of the user: conversations that begin alike share answers."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
+    return json.dumps([[message["role"], message["content"]] for message in messages[: first + 1]])
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens as it is, special tokens included."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
