@@ -7,12 +7,14 @@ rank_map       blocks x module types with the components alive in each layer
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from rich.color import Color
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -33,6 +35,7 @@ REFRESHES_PER_SECOND = 4
 PLAIN_WIDTH = 100  # of tables where nobody's window tells a width
 SHOWN_OF_PIECE = 600  # characters of one piece of the example
 DARK, BRIGHT = (30, 46, 52), (72, 214, 198)  # the colour scale of the rank map
+INK_DARK, INK_LIGHT = Color.parse("#06211f"), Color.parse("#f2f7f6")
 
 
 class Console:
@@ -241,7 +244,7 @@ class TrainView:
             yield Group(numbers, Text(), ranks)
 
 
-def rank_map(ranks: Mapping[str, int], start: Mapping[str, float], width: int, height: int) -> Table:
+def rank_map(ranks: Mapping[str, int], start: Mapping[str, float], width: int, height: int) -> Text:
     """Blocks x module types, each cell the components alive in one layer, coloured by the share of the start.
 
     Where there are more blocks than lines (`height`, headings included), neighbours share a line that shows their mean;
@@ -251,41 +254,37 @@ def rank_map(ranks: Mapping[str, int], start: Mapping[str, float], width: int, h
     per_line = -(-len(blocks) // max(1, height - 1))
     bands = [blocks[first : first + per_line] for first in range(0, len(blocks), per_line)]
     labels = [band[0] if len(band) == 1 else f"{band[0]}-{band[-1]}" for band in bands]
-    heads = [module.removesuffix("_proj") for module in modules]
-    cell_width = max(4, max((len(str(rank)) for rank in ranks.values()), default=1) + 2)
-    shown, left = 0, width - max(map(len, labels)) - 2
-    while shown < len(heads) and left >= max(cell_width, len(heads[shown])) + 1:
-        left -= max(cell_width, len(heads[shown])) + 1
-        shown += 1
+    margin = max(map(len, labels), default=0)
+    digits = max((len(str(rank)) for rank in ranks.values()), default=1)
+    heads = [module.removesuffix("_proj").center(max(4, digits + 2)) for module in modules]
+    ends = list(itertools.accumulate(len(head) + 1 for head in heads))
+    shown = sum(1 for end in ends if end <= width - margin - 4) if ends[-1] > width - margin else len(heads)
 
-    table = Table(box=None, padding=(0, 1, 0, 0), show_header=True, header_style="label", pad_edge=False)
-    table.add_column("", justify="right", style="label", no_wrap=True)
-    for head in heads[:shown]:
-        table.add_column(head, justify="center", min_width=cell_width, no_wrap=True)
-    if shown < len(heads):
-        table.add_column(f"+{len(heads) - shown}", no_wrap=True)
+    text = Text(" " * margin, style="label", no_wrap=True)
+    text.append("".join(f" {head}" for head in heads[:shown]))
+    text.append(f" +{len(heads) - shown}" if shown < len(heads) else "")
     for label, band in zip(labels, bands, strict=True):
-        row = [[cells[block, module] for block in band if (block, module) in cells] for module in modules[:shown]]
-        table.add_row(
-            label,
-            *(_cell(names, ranks, start, max(cell_width, len(head))) for names, head in zip(row, heads, strict=False)),
-        )
-    return table
+        text.append(f"\n{label:>{margin}}")
+        for module, head in zip(modules[:shown], heads, strict=False):
+            names = [cells[block, module] for block in band if (block, module) in cells]
+            text.append(" ").append(*_cell(names, ranks, start, len(head)))
+    return text
 
 
-def _cell(names: Sequence[str], ranks: Mapping[str, int], start: Mapping[str, float], width: int) -> Text:
-    """The mean rank of some layers on its colour; a dot where nothing is left, a blank where there is no layer."""
-    if not names:
-        return Text("")
+def _cell(
+    names: Sequence[str], ranks: Mapping[str, int], start: Mapping[str, float], width: int
+) -> tuple[str, str | Style]:
+    """The mean rank of some layers and its colour; a dot where nothing is left, a blank where there is no layer."""
     alive = sum(ranks.get(name, 0) for name in names)
     if alive == 0:
-        return Text("·".center(width), style="dim")
+        return ("·" if names else "").center(width), "dim"
     strength = shade(alive, sum(start.get(name, 0) for name in names))
-    red, green, blue = (round(low + (high - low) * strength) for low, high in zip(DARK, BRIGHT, strict=True))
-    ink = "#06211f" if strength > 0.6 else "#f2f7f6"
+    background = Color.from_rgb(*(low + (high - low) * strength for low, high in zip(DARK, BRIGHT, strict=True)))
     mean = alive / len(names)
     shown = f"{mean:.0f}" if mean >= 0.95 else f"{mean:.1f}"
-    return Text(f"{shown:>2}".center(width), style=Style.parse(f"{ink} on #{red:02x}{green:02x}{blue:02x}"))
+    return f"{shown:>2}".center(width), Style(
+        color=INK_DARK if strength > 0.6 else INK_LIGHT, bgcolor=background, dim=False
+    )
 
 
 def _bar(progress: Progress, width: int) -> Table:

@@ -103,16 +103,17 @@ class Progress:
         return f"{event['step']:>{len(total)}}/{total}"
 
     def _train_line(self, event: Event) -> str:
-        started = count(self.run.get("components"))
+        started = str(self.run.get("components") or MISSING)
+        alive = str(self.latest.get("components", MISSING))
         speed = event.get("tokens_per_second")
         return "  ".join(
             [
                 f"step  {self._at(event)}",
                 f"loss {number(event.get('loss'))}",
-                f"held-out {number(self.held_out)}",
+                f"held-out {number(self.held_out):<6}",
                 f"lr {rate(event.get('learning_rate'))}",
                 f"{count(speed):>6} tok/s",
-                f"components {count(self.latest.get('components')):>{len(started)}}/{started}",
+                f"components {alive:>{len(started)}}/{started}",
                 duration(event.get("seconds")),
             ]
         )
