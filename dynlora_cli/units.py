@@ -1,0 +1,78 @@
+"""Numbers as people read them: `12.3 k`, `4.1 M`, `1 h 02 min`, `512 MB`. A missing number is shown as `-`."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "-"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A measured number with a fixed count of decimals; NaN stays visible as `nan`."""
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thousands separators: `42,061`."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:,.0f}"
+
+
+def short(value: float | None) -> str:
+    """A count in three digits or so: `512`, `9,408`, `12.3 k`, `4.1 M`, `7.0 B`."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if abs(value) < 10_000:
+        return f"{value:,.0f}"
+    return _scaled(value, ("k", "M", "B", "T"))
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes in decimal units: `512 MB`, `1.5 GB`."""
+    if n_bytes is None or not math.isfinite(n_bytes):
+        return MISSING
+    return f"{n_bytes:.0f} B" if abs(n_bytes) < 1000 else _scaled(n_bytes, ("kB", "MB", "GB", "TB"))
+
+
+def duration(seconds: float | None) -> str:
+    """Time with its two largest units: `85 ms`, `12.3 s`, `4 min 05 s`, `1 h 02 min`, `2 d 03 h`."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms" if seconds > 0 else "0 s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def rate(value: float | None) -> str:
+    """A learning rate: `1.8e-04`."""
+    return MISSING if value is None else f"{value:.1e}"
+
+
+def percent(value: float | None) -> str:
+    """A share between 0 and 1 as `93.4 %`."""
+    return MISSING if value is None else f"{100 * value:.1f} %"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """The relative change as `-23.1 %`, or an empty string where it means nothing."""
+    if not before or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return ""
+    return f"{100 * (after - before) / abs(before):+.1f} %"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    """`value` / 1000^n with the first unit in which it reads below 1000 after rounding."""
+    for unit in units:
+        value /= 1000
+        digits = 1 if abs(value) < 99.95 else 0
+        if round(abs(value), digits) < 1000 or unit == units[-1]:
+            break
+    return f"{value:.{digits}f} {unit}"
