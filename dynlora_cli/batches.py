@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,11 @@ class Batch:
     rows: list[int]
     tokens: int
     supervised: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True))
 
 
 class Batches:

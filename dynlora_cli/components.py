@@ -61,13 +61,10 @@ class ComponentLinear(nn.Module):
     a_CI: nn.Parameter
     b_OC: nn.Parameter
 
-    def __init__(
-        self, base: nn.Module, in_features: int, out_features: int, scale: float, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features = linear_shape(base)
         self.scale = scale
         self.dropout = dropout
         # One factor per component, [C] or broadcastable to [..., C], for a single request; None costs nothing.

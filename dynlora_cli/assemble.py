@@ -1,0 +1,215 @@
+"""From a recipe to the parts of a run: devices, data, model, components, optimizer, rank control."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from dynlora_cli import drawers
+from dynlora_cli.batches import Batches, packed_mask_dtype
+from dynlora_cli.components import Pool, linear_shape
+from dynlora_cli.data import Data, Example, load_data
+from dynlora_cli.errors import MachineError
+from dynlora_cli.loop import Run
+from dynlora_cli.loss import held_out
+from dynlora_cli.model import (
+    Base,
+    context_length,
+    find_model,
+    find_targets,
+    load_base,
+    load_tokenizer,
+    resolve_dtype,
+)
+from dynlora_cli.rank import RankControl, Schedule, Start, plan_start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.recipe import Recipe
+
+PROBE_ROWS = 8
+Emit = Callable[[dict[str, Any]], None]
+
+
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """Devices, precision and trackers.
+
+    Raises:
+        MachineError: a tracker's package is not installed, or the device cannot train in the recipe's dtype.
+    """
+    for name in recipe.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(f"train.report_to: the package {name} is not installed", f'pip install "dynlora[{name}]"')
+    keep_libraries_quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    AcceleratorState._reset_state()  # one process may train several times, each with its own precision
+    return Accelerator(
+        mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+        log_with=list(recipe.train.report_to) or None,
+        project_dir=folder,
+    )
+
+
+def keep_libraries_quiet() -> None:
+    """Their progress bars and advice stay out of our output; what a user must know is an event or an error of ours."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def read_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
+    """The model's tokenizer and the rows, no longer than the model's context."""
+    folder, _ = find_model(recipe.model)
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    context = context_length(folder)
+    data = load_data(
+        recipe.dataset,
+        tokenizer,
+        task=recipe.model.task,
+        seed=recipe.seed,
+        max_length=context,
+        num_labels=recipe.model.num_labels,
+    )
+    if context is not None and context < recipe.dataset.max_length:
+        data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
+    return tokenizer, data
+
+
+def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:
+    """The frozen model; on the device "meta" only its structure."""
+    return load_base(
+        recipe.model,
+        tokenizer,
+        device=device,
+        labels=data.labels,
+        seed=recipe.seed,
+        checkpointing=recipe.train.gradient_checkpointing,
+    )
+
+
+def plan_ranks(recipe: Recipe, base: Base) -> tuple[dict[str, torch.nn.Module], Start]:
+    """The target layers, and how many components each starts with."""
+    targets = find_targets(base.model, recipe.adapter.target_modules, head=base.head)
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    return targets, plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init)
+
+
+def attach(variant: ModuleType, base: Base, recipe: Recipe) -> tuple[Pool | None, Start | None]:
+    """Put components on the model, or make all of it train."""
+    if not variant.has_components:
+        base.model.requires_grad_(True)
+        return None, None
+    targets, start = plan_ranks(recipe, base)
+    return variant.attach(base.model, targets, start, recipe), start
+
+
+def make_batches(
+    recipe: Recipe, examples: list[Example], base: Base, *, shuffle: bool, accelerator: Accelerator | None = None
+) -> Batches:
+    """Batches of the recipe's size, of this process's share where there is an accelerator."""
+    longest = max(len(example.input_ids) for example in examples)
+    packing = recipe.dataset.packing
+    capacity = max(longest, min(recipe.dataset.max_length, context_length(base.folder) or recipe.dataset.max_length))
+    on_meta = base.model.device.type == "meta"
+    return Batches(
+        examples,
+        micro_batch_size=recipe.train.micro_batch_size,
+        accumulation=recipe.train.gradient_accumulation_steps,
+        seed=recipe.seed,
+        max_length=capacity,
+        pad_id=base.tokenizer.pad_token_id,
+        packing=packing,
+        shuffle=shuffle,
+        shards=accelerator.num_processes if accelerator else 1,
+        shard=accelerator.process_index if accelerator else 0,
+        mask_dtype=packed_mask_dtype(base.model, capacity) if packing and not on_meta else torch.bool,
+    )
+
+
+def total_steps(recipe: Recipe, batches: Batches) -> int:
+    """Optimizer steps of the whole run."""
+    return recipe.train.max_steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
+
+
+def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
+    """The pruning events of the run."""
+    return Schedule.plan(
+        total_steps=steps,
+        start=recipe.pruning.start,
+        end=recipe.pruning.end,
+        events=recipe.pruning.events,
+        parameters=start.parameters,
+        budget=start.budget,
+    )
+
+
+def make_run(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    base: Base,
+    data: Data,
+    pool: Pool | None,
+    start: Start | None,
+    *,
+    emit: Emit,
+    save: Callable[[Run], None],
+) -> Run:
+    """Optimizer, rank control and batches around the model."""
+    optimizer = _optimizer(recipe, base, pool)
+    batches = make_batches(recipe, data.train, base, shuffle=True, accelerator=accelerator)
+    steps = total_steps(recipe, batches)
+    control = None
+    if pool and start:
+        control = RankControl(
+            pool,
+            optimizer,
+            drawers.load("policies", recipe.pruning.policy).Policy(recipe.seed),
+            make_schedule(recipe, steps, start),
+            gauge=recipe.pruning.gauge,
+            lr_coupling=recipe.pruning.lr_coupling,
+            probe=_probe(recipe, accelerator, base, data),
+        )
+    val = data.val[: recipe.eval.max_samples]
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=base.model,
+        optimizer=optimizer,
+        pool=pool,
+        control=control,
+        batches=batches,
+        val_batches=make_batches(recipe, val, base, shuffle=False, accelerator=accelerator) if val else None,
+        total_steps=steps,
+        emit=emit,
+        save=save,
+    )
+
+
+def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Optimizer:
+    """AdamW over the pool, whose rate is coupled to what is alive, and over whatever else trains (a head, or all)."""
+    leaves = {id(p) for layer in pool.layers.values() for p in (layer.a_CI, layer.b_OC)} if pool else set()
+    rest = [p for p in base.model.parameters() if p.requires_grad and id(p) not in leaves]
+    groups: list[dict[str, Any]] = [{"params": [pool.values], "coupled": True}] if pool else []
+    if rest:
+        groups.append({"params": rest, "coupled": False})
+    return torch.optim.AdamW(groups, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
+
+
+def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:
+    """The loss on a few fixed rows, for the change that an event makes."""
+    rows = make_batches(recipe, (data.val or data.train)[:PROBE_ROWS], base, shuffle=False)
+    batches = [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]
+    return lambda: held_out(base.model, batches, autocast=accelerator.autocast)["loss"]
