@@ -26,7 +26,16 @@ from rich.text import Text
 from rich.theme import Theme
 
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.progress import Progress, joined, middle_cut, module_groups, printable, sparkline, start_rows
+from dynlora_cli.progress import (
+    Progress,
+    joined,
+    middle_cut,
+    module_groups,
+    printable,
+    sparkline,
+    start_rows,
+    with_budget,
+)
 from dynlora_cli.report_log import Event, layer_grid, shade
 from dynlora_cli.units import change, count, duration, number, percent, rate, short, size
 
@@ -277,7 +286,7 @@ def _cell(
     """The mean rank of some layers and its colour; a dot where nothing is left, a blank where there is no layer."""
     alive = sum(ranks.get(name, 0) for name in names)
     if alive == 0:
-        return ("·" if names else "").center(width), "dim"
+        return (" ·" if names else "").center(width), "dim"
     strength = shade(alive, sum(start.get(name, 0) for name in names))
     background = Color.from_rgb(*(low + (high - low) * strength for low, high in zip(DARK, BRIGHT, strict=True)))
     mean = alive / len(names)
@@ -317,7 +326,7 @@ def _live_numbers(progress: Progress, wide: bool) -> Table:
     grid.add_row("loss", Text.assemble((number(latest.get("loss")), "head"), "  ", (spark, "accent")))
     grid.add_row("held out", held_out)
     grid.add_row("components", f"{count(latest.get('components'))} of {count(run.get('components'))}")
-    grid.add_row("parameters", f"{short(latest.get('parameters'))}, budget {short(run.get('budget_parameters'))}")
+    grid.add_row("parameters", with_budget(latest.get("parameters"), run))
     grid.add_row("learning rate", rate(latest.get("learning_rate")))
     grid.add_row("speed", f"{count(latest.get('tokens_per_second'))} tok/s")
     grid.add_row("memory", size(latest.get("memory_bytes")))
