@@ -39,6 +39,8 @@ from dynlora_cli.progress import (
 from dynlora_cli.report_log import Event, layer_grid, shade
 from dynlora_cli.units import change, count, duration, number, percent, rate, short, size
 
+Ranks = Mapping[str, float]  # components per layer
+
 THEME = Theme({"accent": "cyan", "label": "dim", "good": "green", "bad": "red", "head": "bold"})
 REFRESHES_PER_SECOND = 4
 PLAIN_WIDTH = 100  # of tables where nobody's window tells a width
@@ -85,8 +87,8 @@ class Console:
         return self.terminal and not self.rich.no_color
 
     def line(self, text: str | Text = "") -> None:
-        """One line, never wrapped or cut where it goes to a file."""
-        self.rich.print(printable(text) if isinstance(text, str) else text, soft_wrap=not self.terminal)
+        """One line, which we never break: paths and commands are there to be copied."""
+        self.rich.print(printable(text) if isinstance(text, str) else text, soft_wrap=True)
 
     def note(self, text: str) -> None:
         self.line(Text.assemble(("note: ", "accent"), printable(text)))
@@ -142,7 +144,7 @@ class Console:
 
     def show_plan(self, plan: dict[str, Any]) -> None:
         """What `--dry-run` found: the recipe, an example, the target modules, parameters and the schedule."""
-        recipe = Text(printable(plan.get("recipe_yaml") or "").rstrip())
+        recipe = Text(printable(plan.get("recipe_yaml", "")).rstrip())
         recipe.highlight_regex(r"(?m)^\s*(?:- )?[\w.]+:", "accent")
         self.show(Group(Text("Recipe", style="head"), Padding(recipe, (0, 2))))
         if plan.get("example"):
@@ -150,9 +152,7 @@ class Console:
         if plan.get("modules"):
             self.show(Group(Text("Target modules", style="head"), _module_table(plan["modules"]), Text()))
         parameters = plan.get("parameters") or {}
-        rows = [
-            (f"{key} parameters", count(parameters[key])) for key in ("base", "start", "budget") if key in parameters
-        ]
+        rows = [(f"{key} parameters", count(value)) for key, value in parameters.items()]
         self.show(_pairs([*rows, ("optimizer steps", count(plan.get("steps")))]))
         if plan.get("schedule"):
             self.show(Group(Text(), Text("Schedule", style="head"), _schedule_table(plan["schedule"])))
@@ -175,8 +175,8 @@ class Console:
         if summary.get("next"):
             self.line()
             self.line(Text("Next", style="head"))
-            for command in summary["next"]:  # never wrapped: it is there to be copied
-                self.rich.print(Text(f"  {printable(command)}", style="accent"), soft_wrap=True)
+            for command in summary["next"]:
+                self.line(Text(f"  {printable(command)}", style="accent"))
 
 
 class TrainView:
@@ -253,7 +253,7 @@ class TrainView:
             yield Group(numbers, Text(), ranks)
 
 
-def rank_map(ranks: Mapping[str, int], start: Mapping[str, float], width: int, height: int) -> Text:
+def rank_map(ranks: Ranks, start: Ranks, width: int, height: int) -> Text:
     """Blocks x module types, each cell the components alive in one layer, coloured by the share of the start.
 
     Where there are more blocks than lines (`height`, headings included), neighbours share a line that shows their mean;
@@ -280,9 +280,7 @@ def rank_map(ranks: Mapping[str, int], start: Mapping[str, float], width: int, h
     return text
 
 
-def _cell(
-    names: Sequence[str], ranks: Mapping[str, int], start: Mapping[str, float], width: int
-) -> tuple[str, str | Style]:
+def _cell(names: Sequence[str], ranks: Ranks, start: Ranks, width: int) -> tuple[str, str | Style]:
     """The mean rank of some layers and its colour; a dot where nothing is left, a blank where there is no layer."""
     alive = sum(ranks.get(name, 0) for name in names)
     if alive == 0:
