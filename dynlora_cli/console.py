@@ -26,9 +26,20 @@ from rich.text import Text
 from rich.theme import Theme
 
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.progress import Progress, joined, middle_cut, module_groups, printable, sparkline, start_rows
+from dynlora_cli.progress import (
+    Progress,
+    joined,
+    middle_cut,
+    module_groups,
+    printable,
+    sparkline,
+    start_rows,
+    with_budget,
+)
 from dynlora_cli.report_log import Event, layer_grid, shade
 from dynlora_cli.units import change, count, duration, number, percent, rate, short, size
+
+Ranks = Mapping[str, float]  # components per layer
 
 THEME = Theme({"accent": "cyan", "label": "dim", "good": "green", "bad": "red", "head": "bold"})
 REFRESHES_PER_SECOND = 4
@@ -76,8 +87,8 @@ class Console:
         return self.terminal and not self.rich.no_color
 
     def line(self, text: str | Text = "") -> None:
-        """One line, never wrapped or cut where it goes to a file."""
-        self.rich.print(printable(text) if isinstance(text, str) else text, soft_wrap=not self.terminal)
+        """One line, which we never break: paths and commands are there to be copied."""
+        self.rich.print(printable(text) if isinstance(text, str) else text, soft_wrap=True)
 
     def note(self, text: str) -> None:
         self.line(Text.assemble(("note: ", "accent"), printable(text)))
@@ -133,7 +144,7 @@ class Console:
 
     def show_plan(self, plan: dict[str, Any]) -> None:
         """What `--dry-run` found: the recipe, an example, the target modules, parameters and the schedule."""
-        recipe = Text(printable(plan.get("recipe_yaml") or "").rstrip())
+        recipe = Text(printable(plan.get("recipe_yaml", "")).rstrip())
         recipe.highlight_regex(r"(?m)^\s*(?:- )?[\w.]+:", "accent")
         self.show(Group(Text("Recipe", style="head"), Padding(recipe, (0, 2))))
         if plan.get("example"):
@@ -141,9 +152,7 @@ class Console:
         if plan.get("modules"):
             self.show(Group(Text("Target modules", style="head"), _module_table(plan["modules"]), Text()))
         parameters = plan.get("parameters") or {}
-        rows = [
-            (f"{key} parameters", count(parameters[key])) for key in ("base", "start", "budget") if key in parameters
-        ]
+        rows = [(f"{key} parameters", count(value)) for key, value in parameters.items()]
         self.show(_pairs([*rows, ("optimizer steps", count(plan.get("steps")))]))
         if plan.get("schedule"):
             self.show(Group(Text(), Text("Schedule", style="head"), _schedule_table(plan["schedule"])))
@@ -166,8 +175,8 @@ class Console:
         if summary.get("next"):
             self.line()
             self.line(Text("Next", style="head"))
-            for command in summary["next"]:  # never wrapped: it is there to be copied
-                self.rich.print(Text(f"  {printable(command)}", style="accent"), soft_wrap=True)
+            for command in summary["next"]:
+                self.line(Text(f"  {printable(command)}", style="accent"))
 
 
 class TrainView:
@@ -244,7 +253,7 @@ class TrainView:
             yield Group(numbers, Text(), ranks)
 
 
-def rank_map(ranks: Mapping[str, int], start: Mapping[str, float], width: int, height: int) -> Text:
+def rank_map(ranks: Ranks, start: Ranks, width: int, height: int) -> Text:
     """Blocks x module types, each cell the components alive in one layer, coloured by the share of the start.
 
     Where there are more blocks than lines (`height`, headings included), neighbours share a line that shows their mean;
@@ -271,13 +280,11 @@ def rank_map(ranks: Mapping[str, int], start: Mapping[str, float], width: int, h
     return text
 
 
-def _cell(
-    names: Sequence[str], ranks: Mapping[str, int], start: Mapping[str, float], width: int
-) -> tuple[str, str | Style]:
+def _cell(names: Sequence[str], ranks: Ranks, start: Ranks, width: int) -> tuple[str, str | Style]:
     """The mean rank of some layers and its colour; a dot where nothing is left, a blank where there is no layer."""
     alive = sum(ranks.get(name, 0) for name in names)
     if alive == 0:
-        return ("·" if names else "").center(width), "dim"
+        return (" ·" if names else "").center(width), "dim"
     strength = shade(alive, sum(start.get(name, 0) for name in names))
     background = Color.from_rgb(*(low + (high - low) * strength for low, high in zip(DARK, BRIGHT, strict=True)))
     mean = alive / len(names)
@@ -317,7 +324,7 @@ def _live_numbers(progress: Progress, wide: bool) -> Table:
     grid.add_row("loss", Text.assemble((number(latest.get("loss")), "head"), "  ", (spark, "accent")))
     grid.add_row("held out", held_out)
     grid.add_row("components", f"{count(latest.get('components'))} of {count(run.get('components'))}")
-    grid.add_row("parameters", f"{short(latest.get('parameters'))}, budget {short(run.get('budget_parameters'))}")
+    grid.add_row("parameters", with_budget(latest.get("parameters"), run))
     grid.add_row("learning rate", rate(latest.get("learning_rate")))
     grid.add_row("speed", f"{count(latest.get('tokens_per_second'))} tok/s")
     grid.add_row("memory", size(latest.get("memory_bytes")))

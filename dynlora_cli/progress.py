@@ -120,7 +120,7 @@ class Progress:
 
     def _prune_line(self, event: Event) -> str:
         parts = [f"prune {self._at(event)}", f"components {_fall(event, 'components')}"]
-        parts.append(f"parameters {_fall(event, 'parameters')} (budget {short(self.run.get('budget_parameters'))})")
+        parts.append(f"parameters {with_budget(event.get('parameters'), self.run)}")
         if event.get("measured_loss_change") is not None:
             parts.append(f"loss {event['measured_loss_change']:+.4f}")
         if event.get("predicted_loss_change") is not None:
@@ -134,14 +134,21 @@ def start_rows(event: Event) -> list[tuple[str, str]]:
     epochs = run.get("epochs")
     started = f"{count(run.get('components'))} components in {count(len(layers))} layers" if layers else None
     machine = f"{run['dtype']} on {run['device']}" if run.get("dtype") and run.get("device") else None
-    return [
+    rows = [
         ("model", joined(run.get("model"), run.get("task"), machine)),
         ("data", f"{count(run.get('train_rows'))} rows to train, {count(run.get('val_rows'))} held out"),
         ("adapter", joined(run.get("variant"), run.get("policy"), started)),
-        ("parameters", f"{short(run.get('parameters'))}, budget {short(run.get('budget_parameters'))}"),
+        ("parameters", with_budget(run.get("parameters"), run)),
         ("steps", joined(count(run.get("steps")), epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}")),
-        ("output", str(run.get("output_dir") or MISSING)),
+        ("output", str(run.get("output_dir") or "")),
     ]
+    return [(label, value) for label, value in rows if value]
+
+
+def with_budget(parameters: float | None, run: dict[str, Any]) -> str:
+    """A parameter count, and the budget of the run where it has one."""
+    budget = run.get("budget_parameters")
+    return f"{short(parameters)}, budget {short(budget)}" if budget else short(parameters)
 
 
 def sparkline(values: tuple[float, ...], width: int) -> str:

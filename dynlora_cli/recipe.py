@@ -59,7 +59,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output_dir: str | Non
         raise RecipeError([str(problem) for problem in problems])
     if not isinstance(root.value, dict):
         found = "the file is empty" if root.value is None else f"the file holds {show(root.plain())}"
-        raise RecipeError([f"{root.place}: {found}; a recipe is a list of sections such as `model: NAME`"], SCHEMA_HINT)
+        raise RecipeError([f"{root.place}: {found}; a recipe is made of sections such as `model: NAME`"], SCHEMA_HINT)
     _spell_out(root)
     for override in overrides:
         problems += _apply(root, override)
@@ -135,12 +135,10 @@ def _validate(root: Node) -> tuple[Recipe | None, list[Problem]]:
 
 
 def _without(data: dict[str, Any], wrong: Iterable[Sequence[str | int]]) -> dict[str, Any]:
-    """The data without its wrong keys, and with stand-ins for what a recipe cannot lack."""
+    """The data without its wrong keys (a list with a wrong item goes whole), and with stand-ins for required ones."""
     data = copy.deepcopy(data)
     for path in wrong:
-        keys = [
-            str(step) for step in itertools.takewhile(lambda step: isinstance(step, str), path)
-        ]  # a list goes whole
+        keys = [str(step) for step in itertools.takewhile(lambda step: isinstance(step, str), path)]
         section = data
         for key in keys[:-1]:
             section = section.get(key, {})

@@ -38,8 +38,9 @@ def parse_budget(value: object) -> Budget:
         ValueError: the value is none of the three forms; the text names them.
     """
     count = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB])", value) if isinstance(value, str) else None
-    if count and float(count[1]) > 0:
-        return Budget("parameters", float(count[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[count[2].lower()])
+    parameters = float(count[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[count[2].lower()] if count else 0.0
+    if parameters >= 1:
+        return Budget("parameters", parameters)
     if isinstance(value, float) and value.is_integer() and value > 1:  # but 1.0: all of the start, or rank 1?
         value = int(value)
     if isinstance(value, float) and 0 < value < 1:

@@ -89,18 +89,19 @@ def _charts(record: RunRecord) -> str:
         Series("training, smoothed", svg.smooth(loss)),
         Series("held out", _column(record.evals, "loss"), "dots"),
     ]
+    unit = "nats per row" if record.info.get("task") == "sequence-classification" else "nats per token"
     accuracy = Series("held out", _column(record.evals, "accuracy"), "dots")
     chart = partial(svg.line_chart, marks=[event["step"] for event in prunes], last_step=record.last_step)
     small = partial(chart, y_text=svg.axis_number, from_zero=True)
     figures = (
-        chart("Loss", losses, unit="nats per token", y_text=_plain, wide=True),
+        chart("Loss", losses, unit=unit, y_text=_plain, wide=True),
         chart("Accuracy", [accuracy], unit="share right", y_text=_plain, wide=True),
         small("Parameters alive", [Series("alive", _stairs(record, "parameters")), *limit], unit="parameters"),
         small("Components alive", [Series("", _stairs(record, "components"))], unit="components"),
         small("Step time", [Series("", _column(train, "step_seconds"))], unit="seconds per step"),
         small("Throughput", [Series("", _column(train, "tokens_per_second"))], unit="tokens per second"),
         small("Learning rate", [Series("", _column(train, "learning_rate"))], unit="per step"),
-        svg.dumbbell_chart("Loss change at each prune event", _changes(prunes), unit="nats per token"),
+        svg.dumbbell_chart("Loss change at each prune event", _changes(prunes), unit=unit),
     )
     drawn = "".join(figures)
     return f'<h2>How it went</h2><div class="charts">{drawn}</div>' if drawn else ""

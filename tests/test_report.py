@@ -170,7 +170,8 @@ def test_the_report_says_the_numbers_and_loads_nothing(run: Path) -> None:
         "812 MB",
     ):
         assert shown in text
-    assert "nats per token" in text and "optimizer step" in text
+    assert "nats per token" in text
+    assert "optimizer step" in text
     assert page.tags.count("svg") == 7
     assert not re.search(r"https?://|//cdn|@import|url\(", html)
     assert not [value for key, value in page.attributes if key in ("src", "href")]
@@ -219,7 +220,8 @@ def test_a_report_from_dynlora_json_alone(run: Path) -> None:
     for name in ("metrics.jsonl", "rank_events.jsonl"):
         (run / name).unlink()
     text = " ".join(Page(write_report(run).read_text()).text)
-    assert "2.0214" in text and "28 layers by importance" in text
+    assert "2.0214" in text
+    assert "28 layers by importance" in text
 
 
 def test_the_card_has_front_matter_numbers_ranks_and_code(run: Path) -> None:
@@ -282,6 +284,7 @@ def test_smoothing_starts_at_the_first_value_and_skips_gaps() -> None:
 
 
 def test_report_and_console_import_nothing_heavy() -> None:
-    code = "import sys, dynlora_cli.report; assert 'rich' not in sys.modules; import dynlora_cli.console; print(*sys.modules)"
+    code = "import sys, dynlora_cli.report; assert 'rich' not in sys.modules\n"
+    code += "import dynlora_cli.console; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "datasets", "accelerate", "bitsandbytes", "numpy"} & set(modules)
