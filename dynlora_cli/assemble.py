@@ -50,7 +50,9 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """
     for name in recipe.train.report_to:
         if importlib.util.find_spec(name) is None:
-            raise MachineError(f"train.report_to: the package {name} is not installed", f'pip install "dynlora[{name}]"')
+            raise MachineError(
+                f"train.report_to: the package {name} is not installed", f'pip install "dynlora[{name}]"'
+            )
     keep_libraries_quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(recipe.model.dtype, device)

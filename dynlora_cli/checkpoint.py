@@ -82,7 +82,9 @@ def restore(
     for index, parameter in enumerate(parameters):
         saved = tensors.get(f"parameter.{index}")
         if saved is None or saved.shape != parameter.shape:
-            raise UsageError("the checkpoint does not fit the model and the recipe", "resume with the recipe it was made by")
+            raise UsageError(
+                "the checkpoint does not fit the model and the recipe", "resume with the recipe it was made by"
+            )
         parameter.data.copy_(saved)
         prefix = f"optimizer.{index}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

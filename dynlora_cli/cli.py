@@ -39,7 +39,7 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[  # noqa: ARG001 - acted upon by its callback
+    version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
@@ -51,12 +51,16 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."
+        ),
     ] = None,
     output_dir: Annotated[
         str | None, typer.Option(help="Where the run goes, in place of the recipe's.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest valid checkpoint.")] = False,
     resume_from: Annotated[
         Path | None, typer.Option(help="Go on with this checkpoint folder.", show_default=False)
@@ -90,7 +94,7 @@ def train(
         with console.train_view() as view:
             summary = command.run(
                 checked,
-                listener=view if _is_main_process() else _ignore,
+                listener=view,
                 overwrite=overwrite,
                 resume=resume,
                 resume_from=resume_from,
@@ -160,7 +164,9 @@ def _failure(error: DynloraError) -> dict[str, Any]:
 def _as_ours(error: Exception) -> DynloraError | None:
     """Faults of the machine that may come from anywhere, in our words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineError(f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume")
+        return MachineError(
+            f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume"
+        )
     if isinstance(error, PermissionError):
         return UsageError(f"not allowed to write {error.filename}", "choose another --output-dir")
     if type(error).__name__ == "OutOfMemoryError":
@@ -179,9 +185,6 @@ def _console() -> Any:
 
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _ignore(event: dict[str, Any]) -> None: ...
 
 
 def _launch(devices: str) -> None:

@@ -40,7 +40,7 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear layer: `nn.Linear` and its quantized kin, or GPT-2's Conv1D, whose weight is [I, O]."""
     if hasattr(base, "in_features"):
         return base.in_features, base.out_features  # type: ignore[return-value]
-    d_in, d_out = base.weight.shape  # type: ignore[union-attr,misc]
+    d_in, d_out = base.weight.shape  # type: ignore[misc]
     return d_in, d_out
 
 
@@ -104,7 +104,7 @@ class ComponentLinear(nn.Module):
         update = F.linear(h_C, self.b_OC)
         if update.grad_fn is not None:
             graph = _Graph()
-            update.grad_fn.metadata["dynlora"] = graph
+            update.grad_fn.metadata["dynlora"] = graph  # type: ignore[index]
             self.graphs.add(graph)
         return y + update.to(y.dtype)
 

@@ -1,9 +1,9 @@
 """The four drawers: folders whose file names are the names used in recipes. Adding one file adds one choice.
 
-    variants/    how a layer uses its components          adapter.variant
-    policies/    which components to keep                 pruning.policy
-    formats/     how a row of data becomes an example     dataset.train[].format
-    exporters/   files that other tools read              dynlora export --to
+variants/    how a layer uses its components          adapter.variant
+policies/    which components to keep                 pruning.policy
+formats/     how a row of data becomes an example     dataset.train[].format
+exporters/   files that other tools read              dynlora export --to
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def load(drawer: str, name: str) -> ModuleType:
         UsageError: the drawer has no such file.
     """
     if name not in names(drawer):
-        raise UsageError(f"{drawer} has no {name!r}{did_you_mean(name, names(drawer))}", f"choose one of: {', '.join(names(drawer))}")
+        raise UsageError(
+            f"{drawer} has no {name!r}{did_you_mean(name, names(drawer))}", f"choose one of: {', '.join(names(drawer))}"
+        )
     return importlib.import_module(f"dynlora_cli.{drawer}.{name}")
 
 

@@ -1,16 +1,17 @@
 """The training loop: `fit` walks over optimizer steps, `step` is one of them.
 
-    fit ── step ── backward         the gradient of the token-normalised loss
-      │      ├──── control.observe  scores, from the gradient as it stands
-      │      └──── control.apply    components go; module, group and moments together
-      ├── evaluate, checkpoint      on their own schedules
-      └── Ctrl-C                    finishes the step, saves, raises Interrupted
+fit ── step ── backward         the gradient of the token-normalised loss
+  │      ├──── control.observe  scores, from the gradient as it stands
+  │      └──── control.apply    components go; module, group and moments together
+  ├── evaluate, checkpoint      on their own schedules
+  └── Ctrl-C                    finishes the step, saves, raises Interrupted
 """
 
 from __future__ import annotations
 
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         tokens: tokens seen, padding not counted.
-        seconds: spent training, over all sessions of the run.
+        seconds: spent in steps, over all sessions of the run.
+        step_seconds_start, step_seconds_end: median over the first and the newest line of metrics.
         first: held-out result before training.
         last: newest held-out result.
         best: step and loss of the best evaluation after the budget was met.
@@ -52,6 +54,8 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    step_seconds_start: float | None = None
+    step_seconds_end: float | None = None
     first: dict[str, float] | None = None
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None
@@ -114,35 +118,31 @@ def fit(run: Run) -> None:
         Interrupted: Ctrl-C, after the step in hand was finished and saved.
         MeasureError: the loss or the gradient is not finite.
     """
-    progress, recipe = run.progress, run.recipe
+    progress, window, saved_at = run.progress, _Window(), time.monotonic()
     if progress.first is None and run.val_batches:
-        progress.first = _evaluate(run, best=False)
-        progress.last = progress.first
-    last_save, since_log = time.monotonic(), _Window()
+        progress.first = progress.last = _evaluate(run, best=False)
     run.model.train()
     with _interruptible() as interrupted:
         while progress.step < run.total_steps:
             epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
             started = time.perf_counter()
             record = step(run, run.batches.step(epoch, index), stop=interrupted())
-            record["step_seconds"] = time.perf_counter() - started
-            progress.step += 1
-            progress.tokens += record["tokens"]
-            progress.seconds += record["step_seconds"]
+            _count(run, record, time.perf_counter() - started)
+            window.add(record)
             done = progress.step == run.total_steps
-            since_log.add(record)
-            _report(run, record, since_log, epoch=(progress.step / run.batches.steps_per_epoch), done=done)
-            stop_early = False
-            if run.val_batches and (done or _evaluation_due(run)):
-                stop_early = _evaluate_and_judge(run)
-            due = recipe.train.save_steps and progress.step % recipe.train.save_steps == 0
-            overdue = not recipe.train.save_steps and time.monotonic() - last_save > AUTOSAVE_SECONDS
-            evaluated = run.val_batches and not recipe.train.save_steps and _evaluation_due(run)
-            if done or stop_early or due or overdue or evaluated or record["stop"]:
+            if done or progress.step % run.recipe.train.log_steps == 0:
+                _log(run, window)
+                window = _Window()
+            evaluated = run.val_batches is not None and (done or _evaluation_due(run))
+            out_of_patience = evaluated and _evaluate_and_judge(run)
+            leaving = done or out_of_patience or record["stop"]
+            if leaving or _save_due(run, evaluated, time.monotonic() - saved_at):
                 run.save(run)
-                last_save = time.monotonic()
-            if stop_early:
-                run.emit({"event": "note", "text": f"early stopping after step {progress.step}"})
+                saved_at = time.monotonic()
+            if out_of_patience:
+                run.emit(
+                    {"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"}
+                )
                 return
             if record["stop"] and not done:
                 raise Interrupted(
@@ -181,7 +181,13 @@ def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[st
     event = run.control.apply(number) if run.control else None
     if event:
         run.emit(event)
-    return {"loss": loss, "grad_norm": norm, "learning_rate": rate * factor, "tokens": int(tokens), "stop": stop_votes > 0}
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": rate * factor,
+        "tokens": int(tokens),
+        "stop": stop_votes > 0,
+    }
 
 
 def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
@@ -246,44 +252,62 @@ class _Window:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.seconds: list[float] = []
         self.tokens = 0
-        self.seconds = 0.0
+        self.grad_norm: float | None = None
 
     def add(self, record: dict[str, Any]) -> None:
         self.losses.append(record["loss"])
+        self.seconds.append(record["step_seconds"])
         self.tokens += record["tokens"]
-        self.seconds += record["step_seconds"]
+        self.grad_norm = record["grad_norm"]
 
 
-def _report(run: Run, record: dict[str, Any], window: _Window, *, epoch: float, done: bool) -> None:
-    """Tell of every step for the live view, and of every `log_steps` for the record."""
+def _count(run: Run, record: dict[str, Any], seconds: float) -> None:
+    """Move on by one step and tell the live view."""
     progress = run.progress
+    progress.step += 1
+    progress.tokens += record["tokens"]
+    progress.seconds += seconds
+    record["step_seconds"] = seconds
+    shown = {key: record[key] for key in ("loss", "learning_rate")}
+    run.emit({"event": "tick", **shown, **_alive(run), "tokens_per_second": record["tokens"] / seconds})
+
+
+def _alive(run: Run) -> dict[str, int]:
     alive = {"components": run.pool.components, "parameters": run.pool.parameters} if run.pool else {}
-    tick = {
-        "step": progress.step,
-        "loss": record["loss"],
-        "learning_rate": record["learning_rate"],
-        "tokens_per_second": record["tokens"] / record["step_seconds"],
-        **alive,
-    }
-    run.emit({"event": "tick", **tick})
-    if not done and progress.step % run.recipe.train.log_steps:
-        return
+    return {"step": run.progress.step, **alive}
+
+
+def _log(run: Run, window: _Window) -> None:
+    """One line of metrics, to the files and the trackers."""
+    progress = run.progress
+    # The median: the first step of a process is slow, and pruning events are not steps.
+    step_seconds = statistics.median(window.seconds)
+    progress.step_seconds_start = progress.step_seconds_start or step_seconds
+    progress.step_seconds_end = step_seconds
     metrics = {
-        **tick,
         "loss": sum(window.losses) / len(window.losses),
-        "tokens_per_second": window.tokens / window.seconds,
-        "step_seconds": window.seconds / len(window.losses),
-        "epoch": epoch,
-        "grad_norm": record["grad_norm"],
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "grad_norm": window.grad_norm,
         "tokens": progress.tokens,
+        "tokens_per_second": window.tokens / sum(window.seconds),
+        "step_seconds": step_seconds,
+        "epoch": progress.step / run.batches.steps_per_epoch,
         "memory_bytes": memory_in_use(run.accelerator.device),
         "seconds": progress.seconds,
     }
-    run.emit({"event": "train", **metrics})
-    numbers = {key: value for key, value in metrics.items() if key != "step" and value is not None}
-    run.accelerator.log({f"train/{key}": value for key, value in numbers.items()}, step=progress.step)
-    window.__init__()  # type: ignore[misc]
+    run.emit({"event": "train", **_alive(run), **metrics})
+    numbers = {**_alive(run), **metrics}
+    run.accelerator.log({f"train/{k}": v for k, v in numbers.items() if v is not None}, step=progress.step)
+
+
+def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:
+    """Every `save_steps`, and whenever the best was found; by default every 10 minutes and at each evaluation."""
+    every, best = run.recipe.train.save_steps, run.progress.best
+    if every is None:
+        return evaluated or seconds_since > AUTOSAVE_SECONDS
+    return run.progress.step % every == 0 or (best is not None and best["step"] == run.progress.step)
 
 
 def _evaluation_due(run: Run) -> bool:
@@ -325,9 +349,7 @@ def held_out_loss(run: Run) -> dict[str, float]:
     assert run.val_batches is not None
     device = run.accelerator.device
     batches = (
-        batch.to(device)
-        for index in range(run.val_batches.steps_per_epoch)
-        for batch in run.val_batches.step(0, index)
+        batch.to(device) for index in range(run.val_batches.steps_per_epoch) for batch in run.val_batches.step(0, index)
     )
 
     def reduce(sums: Tensor) -> Tensor:

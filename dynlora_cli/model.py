@@ -17,7 +17,6 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.hub import cached_file
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import MachineError, UsageError
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Model
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent / "assets" / "builtin_tiny"}
+# What a model needs to run; no pickles, and no weights of other frameworks.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 # What transformers calls the output layer of a classifier, and PEFT with it.
 HEAD_NAMES = ("classifier", "score")
 # Leaf names of query and value projections, fused ones included.
@@ -76,20 +77,27 @@ def find_model(options: Model) -> tuple[Path, str]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout")
+            raise UsageError(
+                f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout"
+            )
         return folder.resolve(), str(folder.resolve())
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
+    return _from_hub(name, options.revision), name
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """The local snapshot of a hub model, fetched if need be and allowed."""
+    from huggingface_hub import snapshot_download
+
     try:
-        config = cached_file(name, "config.json", revision=options.revision)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise MachineError(
             f"model {name!r} is neither a local folder nor to be had from the hub: {first_line}",
-            "check the name, or fetch it on a machine with network access and give its folder: "
-            "--set model.name_or_path=FOLDER",
+            "check the name, or fetch it where there is a network and give its folder: --set model.name_or_path=FOLDER",
         ) from None
-    return Path(config).parent, name
 
 
 def load_base(
@@ -199,10 +207,12 @@ def _from_pretrained(
         arguments["quantization_config"] = _quantization(options, dtype)
         arguments["device_map"] = {"": device}
     try:
-        model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)  # type: ignore[misc]
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
-    missing = sorted(name for name in info["missing_keys"] if name.split(".")[0] not in HEAD_NAMES and "pooler" not in name)
+    missing = sorted(
+        name for name in info["missing_keys"] if name.split(".")[0] not in HEAD_NAMES and "pooler" not in name
+    )
     if missing:
         raise UsageError(
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",

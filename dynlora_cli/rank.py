@@ -215,7 +215,8 @@ class RankControl:
         self.pool, self.optimizer, self.policy, self.schedule = pool, optimizer, policy, schedule
         self.gauge, self.lr_coupling, self.probe = gauge, lr_coupling, probe
         self.start_parameters = pool.parameters
-        self._forget()
+        self.signed_K: Tensor | None = None  # average of dL/dg, for the predicted change of loss
+        self.observed = 0
 
     @property
     def rate_factor(self) -> float:
@@ -286,7 +287,7 @@ class RankControl:
         return -self.signed_K[removed_K].sum().item() / (1 - DECAY**self.observed)
 
     def _forget(self) -> None:
-        self.signed_K: Tensor | None = None
+        self.signed_K = None
         self.observed = 0
 
     def _event(self, kind: str, step: int, started: float, **more: Any) -> dict[str, Any]:

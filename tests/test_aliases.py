@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from recipe_helpers import MINIMAL, load, problems, schema_keys
 
 from dynlora_cli import aliases
 from dynlora_cli.recipe import json_schema
+
+from recipe_helpers import MINIMAL, load, problems, schema_keys
 
 
 def test_every_alias_leads_to_a_key_that_exists() -> None:

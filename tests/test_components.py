@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.components import ComponentLinear, Pool
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.gauge import svd_basis, to_svd_basis
+
 from toy import fill, make, train
 
 

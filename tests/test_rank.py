@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynlora_cli import drawers
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.rank import RankControl, Schedule, plan_start, select_K, shrink
+
 from toy import SHAPES, fill, make, train
 
 POLICIES = drawers.names("policies")

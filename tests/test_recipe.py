@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_helpers import DRAWERS, MINIMAL, known_drawers, load, problems, schema_keys
 
 from dynlora_cli.recipe import Dataset, Model, Recipe, Source, json_schema, parse_budget, to_yaml
 from dynlora_cli.recipe_settings import Section
+
+from recipe_helpers import DRAWERS, MINIMAL, known_drawers, load, problems, schema_keys
 
 DESIGN = """
 model:

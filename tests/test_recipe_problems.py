@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from recipe_helpers import MINIMAL, load, problems
 
 from dynlora_cli.recipe import Dataset, Model, Recipe, Source
+
+from recipe_helpers import MINIMAL, load, problems
 
 
 def test_all_problems_at_once_each_with_its_line() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipe_helpers import MINIMAL, load, problems
 
 from dynlora_cli.errors import RecipeError, UsageError
 from dynlora_cli.recipe import load_recipe
 from dynlora_cli.strict_yaml import dump, parse
+
+from recipe_helpers import MINIMAL, load, problems
 
 SCALARS = [
     ("1e-5", 1e-5),

@@ -3,8 +3,8 @@
 What it does
     Averages the square of each gate's gradient, dL/dg_i = <a_i, dL/da_i>, over the optimizer steps since the last
     event: F_i. Its root, per number the component holds, is the score. The square, not the sign: near a minimum the
-    signed mean is noise. It costs nothing beyond the gradients that exist, and has no bias for large layers, since it is in
-    units of the loss.
+    signed mean is noise. It costs nothing beyond the gradients that exist, and has no bias for large layers, since it
+    is in units of the loss.
 
 When to use it
     The default. It needs training steps between events; where there are only a few, `magnitude` is nearly as good.
@@ -30,10 +30,11 @@ class Policy:
     needs_gradients = True
 
     def __init__(self, seed: int) -> None:  # noqa: ARG002 - the same arguments for every policy
-        self.restart()
+        self.average_K: Tensor | None = None
+        self.steps = 0
 
     def restart(self) -> None:
-        self.average_K: Tensor | None = None
+        self.average_K = None
         self.steps = 0
 
     def observe(self, gate_gradient_K: Tensor) -> None:
