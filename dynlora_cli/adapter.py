@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dynlora_cli.components import Pool
@@ -26,7 +26,7 @@ TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
 def lora_tensors(pool: Pool) -> dict[str, Tensor]:
-    """PEFT's names and tensors: lora_A.weight [C, I] and lora_B.weight [O, C] with s folded in, layers at rank 0 absent."""
+    """PEFT's names and tensors: lora_A.weight [C, I], lora_B.weight [O, C] with s folded in; layers at rank 0 absent."""
     tensors = {}
     for name, layer in pool.layers.items():
         if layer.count:
@@ -85,5 +85,6 @@ def lora_config(
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write adapter_model.safetensors and adapter_config.json; the bytes depend on the arguments only."""
     on_cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # Not `save_file`, which makes files that only their owner can read.
+    (folder / "adapter_model.safetensors").write_bytes(save(on_cpu, metadata={"format": "pt"}))
     write_json(folder / "adapter_config.json", config)

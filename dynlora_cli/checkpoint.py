@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dynlora_cli.errors import UsageError
@@ -49,7 +49,7 @@ def write_state(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     on_cpu = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    save_file(on_cpu, folder / "state.safetensors", metadata={"format": "pt"})
+    (folder / "state.safetensors").write_bytes(save(on_cpu, metadata={"format": "pt"}))
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     write_json(folder / "state.json", {**position, "sizes": sizes})
 

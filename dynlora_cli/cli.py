@@ -1,7 +1,8 @@
 """The command line: thin commands, and one place where errors become messages and exit codes.
 
-    0 done · 1 the run failed · 2 change the command, the recipe or the named input
-    3 change the machine or fetch what is missing · 4 a measured number failed · 130 interrupted after a clean checkpoint
+    0 done                                        1 the run failed
+    2 change the command, recipe or named input   3 change the machine, or fetch what is missing
+    4 a measured number failed                    130 interrupted after a clean checkpoint
 
 Nothing heavy is imported before a command has read and checked what it was given.
 """
@@ -128,7 +129,7 @@ def _next_commands(recipe: Path, summary: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
-    """Run a command: its result goes to stdout as JSON if asked for, errors to stderr, both with the right exit code."""
+    """Run a command: the result goes to stdout as JSON if asked for, an error to stderr, with its exit code."""
     result: dict[str, Any] = {}
     stdout = sys.stdout
     code = 0
