@@ -245,6 +245,22 @@ def test_missing_files_and_unreachable_hub_sets(tmp_path: Path) -> None:
         load(dataset("no-such-owner/no-such-set"))
 
 
+def test_hub_sets_give_class_names_for_class_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["good", "bad"])}
+    )
+    stored = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or stored)
+    section = dataset(source("owner/set", name="small", split="train[:2]"))
+    data = load(section, None, "sequence-classification")
+    assert asked == [("owner/set", "small", "train[:2]")]
+    assert data.labels == ["bad", "good"]
+    assert [example.labels for example in data.train] == [0, 1]
+
+
 def test_formats_that_do_not_serve() -> None:
     with pytest.raises(UsageError, match="did you mean 'alpaca'"):
         load(dataset(source(PAIRS, format="alpaka")))
