@@ -6,8 +6,8 @@ A resumed run asks for the next index and gets what the uninterrupted run would 
 depend on micro_batch_size x accumulation only, so 1 x 8 and 8 x 1 see the same rows.
 
 Unpacked, rows of similar length share a step: an epoch is shuffled, sorted by length inside windows of 50 steps, cut
-into steps, and the steps are shuffled. Packed, the rows are put into bins of `max_length` tokens once (best fit, longest
-first); an epoch shuffles the bins. Positions start at 0 in each row of a bin, and no row sees another.
+into steps, and the steps are shuffled. Packed, the rows are put into bins of `max_length` tokens once (best fit,
+longest first); an epoch shuffles the bins. Positions start at 0 in each row of a bin, and no row sees another.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ class Batches:
 def packed_mask_dtype(model: PreTrainedModel, max_length: int) -> torch.dtype:
     """The `mask_dtype` with which a model can train on packed rows.
 
-    Some models and kernels ignore positions or masks and would mix the rows in silence, so two short rows go through the
-    model alone and packed, and their logits must agree.
+    Some models and kernels ignore positions or masks and would mix the rows in silence, so two short rows go through
+    the model alone and packed, and their logits must agree.
 
     Args:
         model: a causal language model, on its device.

@@ -97,9 +97,9 @@ def load_data(
         tokenizer.chat_template = _template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
     reader = _Reader(dataset, tokenizer, task, limit, Encoder(tokenizer, dataset.train_on, limit))
-    train, dropped = _read(reader, dataset.train)
+    train, dropped = _read(reader, dataset.train, held_out=False)
     labels = label_names(train, num_labels) if task == CLASSIFICATION else None
-    val, val_dropped = _read(reader, dataset.val)
+    val, val_dropped = _read(reader, dataset.val, held_out=True)
     if dataset.val:
         note_shared(reader.notes, train, val)
     elif all(source.path == BUILTIN for source in dataset.train):
@@ -129,9 +129,8 @@ def _template(setting: str) -> str:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool = False) -> tuple[list[Kept], int]:
+def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool) -> tuple[list[Kept], int]:
     """Kept rows of some sources in order, and how many were dropped."""
-    held_out = held_out or sources is reader.dataset.val
     kept: list[Kept] = []
     numbers = itertools.count()
     dropped = 0
@@ -152,7 +151,7 @@ def _drafts(reader: _Reader, source: Source, table: Table) -> Iterator[tuple[str
     place, first = next(rows)  # a table without rows has raised
     form = _format(reader, source, table, place, set(first))
     if table.whole_text:
-        for number, draft in enumerate(reader.encoder.pieces(str(first["text"])), 1):
+        for number, draft in enumerate(reader.encoder.pieces(place, str(first["text"])), 1):
             yield f"{place}, piece {number}", draft
         return
     has_template = bool(reader.tokenizer.chat_template)
@@ -218,11 +217,17 @@ def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
             "the chat template ends assistant turns without a special token; the end-of-text token was added"
         )
     pairs = [row.form for row in batch if isinstance(row.form, Pair)]
-    if any(pair.prompt[-1:].isalnum() and pair.completion[:1].isalnum() for pair in pairs):
+    if any(_runs_on(pair) for pair in pairs):
         reader.notes.append(
             f"{table.name}: some completions follow their prompt with nothing between the two; "
             "end prompts with a space or a newline if that is not meant"
         )
+
+
+def _runs_on(pair: Pair) -> bool:
+    """Whether a word of the completion follows the prompt without a space (scripts that use spaces)."""
+    start = pair.completion[:1]
+    return bool(pair.prompt) and not pair.prompt[-1].isspace() and start.isascii() and start.isalnum()
 
 
 def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:

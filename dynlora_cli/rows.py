@@ -153,7 +153,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{number}", _parse(line, path, number)
+                yield f"{path}:{number}", _parse(line.rstrip(), path, number)
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:

@@ -107,12 +107,13 @@ class Encoder:
         }
         return by_form[type(rows[0].form)](rows) if rows else []
 
-    def pieces(self, text: str) -> list[Draft]:
+    def pieces(self, place: str, text: str) -> list[Draft]:
         """A text file as consecutive pieces of `max_length` tokens, the end-of-text token after the last.
 
         A piece begins with the last token of the piece before it, as context without a label, so every token of the
         file is a target exactly once.
         """
+        self._check_plain(place)
         opening, room = self.opening, self.max_length - len(self.opening)
         stream = [*self._ids([text])[0], self._end()]
         drafts = []
@@ -173,14 +174,17 @@ class Encoder:
         return ids if ids[-1:] == [self._end()] else [*ids, self._end()]
 
     def _plain(self, rows: list[Located]) -> list[Draft]:
-        if self.train_on not in ("auto", "all"):
-            raise DataError(
-                f"{rows[0].place}: dataset.train_on is {self.train_on!r}, but plain text has no {self.train_on}",
-                "set dataset.train_on: all, or use a format with prompts and answers",
-            )
+        self._check_plain(rows[0].place)
         texts = [row.form.text for row in rows if isinstance(row.form, Plain)]
         full = [self._ended(self._opened(ids)) for ids in self._ids(texts)]
         return [Draft(ids, list(ids), text) for ids, text in zip(full, texts, strict=True)]
+
+    def _check_plain(self, place: str) -> None:
+        if self.train_on not in ("auto", "all"):
+            raise DataError(
+                f"{place}: dataset.train_on is {self.train_on!r}, but plain text has no {self.train_on}",
+                "set dataset.train_on: all, or use a format with prompts and answers",
+            )
 
     def _turns(self, rows: list[Located]) -> list[Draft]:
         texts, spans, prompts = [], [], []
@@ -212,7 +216,10 @@ class Encoder:
     @cached_property
     def closing(self) -> str:
         """What the chat template writes after an assistant turn."""
-        return closing_of(self.tokenizer)
+        try:
+            return closing_of(self.tokenizer)
+        except BadRowError as error:
+            raise DataError(str(error)) from error
 
     @cached_property
     def closes_turns(self) -> bool:

@@ -1,0 +1,170 @@
+"""The loss of a conversation: what the assistant said and its end-of-turn token, under templates of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import BARE, CHATML, FIXTURES, LLAMA3, MISTRAL, ROLE_TOKENS, THINKING, byte_tokenizer, dataset, source
+from data_helpers import space_tokenizer as make_space_tokenizer
+
+from dynlora_cli.data import load_data, show_example
+from dynlora_cli.errors import DataError
+
+THOUGHT = "<think>\nhmm\n</think>\n\n"
+TALK = [
+    {"role": "user", "content": "what is a fox"},
+    {"role": "assistant", "content": THOUGHT + "a quick brown fox"},
+    {"role": "user", "content": "and a dog"},
+    {"role": "assistant", "content": "the lazy dog 🐕"},
+]
+
+
+def trained(tmp_path: Path, messages: list[dict[str, Any]], template: str | None, **settings: Any) -> list[str]:
+    """The pieces of a conversation that are in the loss."""
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    tokenizer = settings.pop("tokenizer", None) or byte_tokenizer(template)
+    data = load_data(dataset(path, **settings), tokenizer, task="causal-lm", seed=0)
+    return [text for text, in_loss in show_example(data.train[0], tokenizer) if in_loss]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, [THOUGHT + "a quick brown fox<|im_end|>", "the lazy dog 🐕<|im_end|>"]),
+        (LLAMA3, [THOUGHT + "a quick brown fox<|eot|>", "the lazy dog 🐕<|eot|>"]),
+        (MISTRAL, [" " + THOUGHT + "a quick brown fox</s>", " the lazy dog 🐕</s>"]),
+        (ROLE_TOKENS, [THOUGHT + "a quick brown fox</s>", "the lazy dog 🐕</s>"]),
+        (THINKING, ["a quick brown fox<|im_end|>", "<think>\n\n</think>\n\nthe lazy dog 🐕<|im_end|>"]),
+    ],
+    ids=["chatml", "llama3", "mistral", "role tokens", "drops old thinking"],
+)
+def test_every_assistant_turn_and_its_end_token_are_trained(tmp_path: Path, template: str, expected: list[str]) -> None:
+    assert trained(tmp_path, TALK, template) == expected
+
+
+def test_completion_trains_on_the_last_turn_only(tmp_path: Path) -> None:
+    assert trained(tmp_path, TALK, CHATML, train_on="completion") == ["the lazy dog 🐕<|im_end|>"]
+
+
+def test_all_trains_on_the_whole_text(tmp_path: Path) -> None:
+    (text,) = trained(tmp_path, TALK, CHATML, train_on="all")
+    assert text.startswith("<|im_start|>user\nwhat is a fox")
+    assert text.endswith("🐕<|im_end|>\n")
+
+
+def test_stripped_white_space_is_no_fault(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "\n the cat \n"}]
+    assert trained(tmp_path, talk, LLAMA3) == ["the cat<|eot|>"]
+
+
+def test_a_question_that_repeats_the_answer_is_not_trained(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the cat"}]
+    assert trained(tmp_path, [*talk, *talk], CHATML) == ["the cat<|im_end|>"] * 2
+
+
+def test_an_assistant_that_begins(tmp_path: Path) -> None:
+    talk = [{"role": "assistant", "content": "the mat"}, {"role": "user", "content": "a fox"}]
+    assert trained(tmp_path, talk, CHATML) == ["the mat<|im_end|>"]
+
+
+def test_system_message_and_tool_calls(tmp_path: Path) -> None:
+    template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}!{{ c.name }}{% endfor %}"
+    )
+    talk = [
+        {"role": "system", "content": "think"},
+        {"role": "user", "content": "a fox"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "jump"}]},
+        {"role": "tool", "content": "over"},
+        {"role": "assistant", "content": "the dog"},
+    ]
+    assert trained(tmp_path, talk, template) == ["!jump<|im_end|>", "the dog<|im_end|>"]
+
+
+def test_a_template_without_end_token_gets_end_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"messages": TALK}) + "\n", encoding="utf-8")
+    tokenizer = byte_tokenizer(BARE)
+    data = load_data(dataset(path), tokenizer, task="causal-lm", seed=0)
+    pieces = show_example(data.train[0], tokenizer)
+    assert pieces[-1] == (" the lazy dog 🐕\n</s>", True)  # the space belongs to the answer's first token
+    assert any("without a special token" in note for note in data.notes)
+
+
+def test_a_template_that_hides_the_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="leaves out what the assistant says"):
+        trained(tmp_path, TALK, "{% for m in messages %}{{ m.role }}{% endfor %}")
+
+
+def test_a_template_that_changes_the_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"talk\.jsonl:1: the chat template changes what the assistant says"):
+        trained(tmp_path, TALK, CHATML.replace("m.content", "m.content | upper"))
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"talk\.jsonl:1: the chat template refuses.*roles must alternate"):
+        trained(tmp_path, TALK[1:], MISTRAL)
+
+
+def test_no_template_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"set dataset\.chat_template"):
+        trained(tmp_path, TALK, None)
+
+
+def test_template_from_text_or_file(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(CHATML, encoding="utf-8")
+    for setting in (CHATML, str(file)):
+        assert trained(tmp_path, TALK, None, chat_template=setting)[1] == "the lazy dog 🐕<|im_end|>"
+
+
+def test_tokenizer_that_puts_a_space_before_texts(tmp_path: Path) -> None:
+    tokenizer = make_space_tokenizer()
+    tokenizer.chat_template = CHATML
+    talk = [{"role": "user", "content": "a fox"}, {"role": "assistant", "content": "the dog."}]
+    assert "".join(trained(tmp_path, talk, None, tokenizer=tokenizer)).replace(" ", "") == "thedog.<|im_end|>"
+
+
+def test_sharegpt_reads_as_messages() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    data = load_data(dataset(FIXTURES / "sharegpt.json"), tokenizer, task="causal-lm", seed=0)
+    assert show_example(data.train[1], tokenizer) == [
+        ("<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n", False),
+        ("on the mat<|im_end|>", True),
+        ("\n", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "missing, null or empty"),
+        (["hi"], "message 1 is of type str"),
+        ([{"content": "hi"}], "message 1 has no role"),
+        ([{"role": "user"}], "message 1: content is missing or null"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1: content is of type list"),
+    ],
+)
+def test_broken_conversations(tmp_path: Path, messages: Any, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        trained(tmp_path, messages, CHATML)
+
+
+def test_builtin_tokenizer_if_there() -> None:
+    from transformers import AutoTokenizer
+
+    import dynlora_cli
+
+    folder = Path(dynlora_cli.__file__).parent / "assets" / "builtin_tiny"
+    if not folder.is_dir():
+        pytest.skip("builtin:tiny is not in this checkout")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = load_data(dataset(source(FIXTURES / "chat.jsonl")), tokenizer, task="causal-lm", seed=0)
+    assert show_example(data.train[0], tokenizer) == [
+        ("<s><|user|>hello</s><|assistant|>", False),
+        ("the cat sat</s>", True),
+    ]
