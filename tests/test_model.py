@@ -38,7 +38,12 @@ TOKENIZER = SimpleNamespace(pad_token_id=0)
 
 def load(name, device="cpu", labels=None, checkpointing=False, **more):
     return load_base(
-        options(name, **more), TOKENIZER, device=torch.device(device), labels=labels, seed=0, checkpointing=checkpointing
+        options(name, **more),
+        TOKENIZER,
+        device=torch.device(device),
+        labels=labels,
+        seed=0,
+        checkpointing=checkpointing,
     )
 
 
@@ -125,7 +130,10 @@ class TestLoad:
     def test_everything_is_frozen_but_a_new_head(self, tmp_path):
         build("bert").save_pretrained(tmp_path)
         base = load(tmp_path, labels=["a", "b", "c"], task="sequence-classification")
-        assert {name for name, p in base.model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+        assert {name for name, p in base.model.named_parameters() if p.requires_grad} == {
+            "classifier.weight",
+            "classifier.bias",
+        }
         assert base.head == "classifier"
         assert base.model.config.id2label == {0: "a", 1: "b", 2: "c"}
         build("llama").save_pretrained(tmp_path / "lm")
