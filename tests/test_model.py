@@ -215,6 +215,15 @@ class TestFourBit:
         assert weight.quant_state.quant_type == "nf4"
         assert weight.quant_state.nested, "double quantization"
 
+    def test_an_evaluation_in_between_changes_nothing(self, base):
+        """bitsandbytes would repack the weights for inference, and training could not go on."""
+        ids = torch.randint(0, 64, (4, 16), device=base.model.device)
+        first = base.model.train()(ids).logits
+        with torch.no_grad():
+            between = base.model.eval()(ids).logits
+        assert torch.equal(base.model.train()(ids).logits, first)
+        torch.testing.assert_close(between, first, atol=1e-3, rtol=1e-3)
+
     def test_components_train_on_top(self, base):
         targets = find_targets(base.model, "all-linear")
         layers = {}
