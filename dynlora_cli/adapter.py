@@ -26,7 +26,7 @@ TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
 def lora_tensors(pool: Pool) -> dict[str, Tensor]:
-    """PEFT's names and tensors: lora_A.weight [C, I], lora_B.weight [O, C] with s folded in; layers at rank 0 absent."""
+    """PEFT's names and tensors: lora_A.weight [C, I], lora_B.weight [O, C] with s in it; layers at rank 0 absent."""
     tensors = {}
     for name, layer in pool.layers.items():
         if layer.count:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -36,6 +36,7 @@ from dynlora_cli.rank import RankControl, Schedule, Start, plan_start
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dynlora_cli.policies._policy import Policy
     from dynlora_cli.recipe import Recipe
 
 PROBE_ROWS = 8
@@ -178,8 +179,9 @@ def make_run(
         control = RankControl(
             pool,
             optimizer,
-            drawers.load("policies", recipe.pruning.policy).Policy(recipe.seed),
+            cast("Policy", drawers.load("policies", recipe.pruning.policy)),
             make_schedule(recipe, steps, start),
+            seed=recipe.seed,
             gauge=recipe.pruning.gauge,
             lr_coupling=recipe.pruning.lr_coupling,
             probe=_probe(recipe, accelerator, base, data),

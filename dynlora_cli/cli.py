@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -104,7 +105,7 @@ def train(
                 resume=resume,
                 resume_from=resume_from,
             )
-        summary = {**summary, "next": _next_commands(recipe, summary)}
+        summary = {**summary, "next": _next_commands(recipe, overrides or [], summary)}
         result.update(summary)
         if _is_main_process():
             console.show_summary(summary)
@@ -118,17 +119,17 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-def _next_commands(recipe: Path, summary: dict[str, Any]) -> list[str]:
-    """Commands that make sense after a run; only ones that this version has."""
-    folder = summary["output_dir"]
-    known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    wanted = {
-        "eval": f"dynlora eval --adapter {folder}",
-        "merge": f"dynlora merge --adapter {folder}",
-        "export": f"dynlora export --adapter {folder} --to gguf --out {folder}-gguf",
-        "train": f"dynlora train {recipe} --set rank.budget=0.1 --output-dir {folder}-small",
-    }
-    return [line for name, line in wanted.items() if name in known]
+def _next_commands(recipe: Path, overrides: list[str], summary: dict[str, Any]) -> list[str]:
+    """Commands that make sense after a run; only ones that this version has, complete with what was set."""
+    if "ranks" not in summary:
+        return []
+    settings = [word for override in overrides for word in ("--set", override)]
+    folder, half = summary["output_dir"], f"{summary['parameters'] / 2000:.0f}k"
+    smaller = ["dynlora", "train", str(recipe), *settings, "--set", f"rank.budget={half}"]
+    return [
+        shlex.join([*smaller, "--output-dir", f"{folder}-half"]),
+        f"python -m webbrowser {shlex.quote(str((Path(folder) / 'report.html').resolve()))}",
+    ]
 
 
 @contextmanager

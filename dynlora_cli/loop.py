@@ -172,7 +172,7 @@ def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[st
     rate = learning_rate(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
         if run.control:
-            run.control.observe(number)
+            run.control.observe(number, supervised)
         _clip(run, norm)
     factor = run.control.rate_factor if run.control else 1.0
     for group in run.optimizer.param_groups:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -208,7 +209,7 @@ def _from_pretrained(
         arguments["device_map"] = {"": device}
     try:
         model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)  # type: ignore[misc]
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
     missing = sorted(
         name for name in info["missing_keys"] if name.split(".")[0] not in HEAD_NAMES and "pooler" not in name
@@ -218,6 +219,11 @@ def _from_pretrained(
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
             "the files are incomplete or of another architecture",
         )
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks a 4-bit weight for inference at the first evaluation, and there is no way
+        # back to training; some shapes even fail.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model if "device_map" in arguments else model.to(device)
 
 

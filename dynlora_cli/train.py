@@ -151,12 +151,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _planned_events(recipe: Recipe, steps: int, start: Start, schedule: Schedule) -> list[dict[str, Any]]:
-    """The parameters alive after each event, and the learning rate that follows them."""
+    """The parameters and the average rank alive after each event, and the learning rate that follows them."""
     alive = [(0, start.parameters), *zip(schedule.steps, schedule.targets, strict=True)]
     return [
         {
             "step": step,
             "parameters": parameters,
+            "rank": start.average_rank * parameters / start.budget,
             "learning_rate": learning_rate(step + 1, steps, recipe.train)
             * (start.parameters / parameters) ** recipe.pruning.lr_coupling,
         }

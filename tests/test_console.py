@@ -261,7 +261,7 @@ def test_the_plan_groups_modules_by_pattern() -> None:
         "example": [["2+2=", False], ["4", True]],
         "modules": layers(6),
         "parameters": {"base": 2_950_000, "start": 250_000, "budget": 62_500},
-        "schedule": [{"step": 20, "components": 96, "parameters": 250_000, "learning_rate": 2e-4}],
+        "schedule": [{"step": 20, "rank": 6.0, "parameters": 250_000, "learning_rate": 2e-4}],
         "steps": 400,
         "notes": ["nothing was written"],
     }
