@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_opens_with_five_lines(recipe: Path):
 def test_its_command_names_it_and_loads(recipe: Path, monkeypatch: pytest.MonkeyPatch):
     program, command, path, *options = shlex.split(header(recipe)["Command"])
     assert (program, command, path) == ("dynlora", "train", recipe.as_posix())
-    overrides = [value for name, value in zip(options, options[1:], strict=False) if name == "--set"]
+    overrides = [value for name, value in itertools.pairwise(options) if name == "--set"]
     monkeypatch.chdir(REPOSITORY)
     loaded = load_recipe(Path(path), overrides)
     assert loaded.output_dir.startswith("out/")
