@@ -14,15 +14,17 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from dynlora_cli import __version__
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
+
+UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 app = typer.Typer(
     name="dynlora",
@@ -50,7 +52,7 @@ def root(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,14 +60,16 @@ def train(
         ),
     ] = None,
     output_dir: Annotated[
-        str | None, typer.Option(help="Where the run goes, in place of the recipe's.", show_default=False)
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where the run goes, in place of the recipe's.", show_default=False),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest valid checkpoint.")] = False,
     resume_from: Annotated[
-        Path | None, typer.Option(help="Go on with this checkpoint folder.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on with this checkpoint folder.", show_default=False),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, load no weights, write nothing.")
@@ -142,6 +146,8 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
         result, code = _failure(error), error.exit_code
         if _is_main_process():
             _console().error(error)
+    except typer.Exit:
+        raise  # the processes of --devices have answered already
     except KeyboardInterrupt:
         result, code = {"ok": False, "error": "interrupted"}, 130
         typer.echo("interrupted", err=True)
@@ -169,8 +175,10 @@ def _as_ours(error: Exception) -> DynloraError | None:
         return MachineError(
             f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume"
         )
-    if isinstance(error, PermissionError):
-        return UsageError(f"not allowed to write {error.filename}", "choose another --output-dir")
+    if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
+        return UsageError(
+            f"{error.filename}: {error.strerror}", "check that path; --output-dir chooses another place for the run"
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             "the GPU has not enough memory",
@@ -214,6 +222,14 @@ def _device_count(devices: str) -> int:
     return int(devices)
 
 
-def main(run: Callable[[], Any] = app) -> None:
-    """The `dynlora` command."""
-    run()
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The `dynlora` command: does what `arguments` say (by default the process's own) and exits with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(arguments, prog_name="dynlora", standalone_mode=False)
+    except typer.TyperException as error:  # an unknown command or option: typer words it, for people
+        error.show()  # type: ignore[attr-defined]
+        code = error.exit_code
+        if "--json" in arguments:
+            print(json.dumps({"ok": False, "error": error.format_message(), "exit_code": code}))
+    sys.exit(code)
