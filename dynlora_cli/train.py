@@ -25,9 +25,10 @@ from dynlora_cli.assemble import (
 )
 from dynlora_cli.checkpoint import read_state, restore
 from dynlora_cli.components import linear_shape
-from dynlora_cli.data import show_example
+from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import Progress, Run, fit, learning_rate
+from dynlora_cli.model import Base, fingerprint
 from dynlora_cli.rank import Schedule, Start
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
@@ -35,6 +36,7 @@ from dynlora_cli.report import RunLog
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
+RESTART = "bring it back as it was, or start a new run with another --output-dir"
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
 FREE_ON_RESUME = ("output_dir", "train.log_steps", "train.save_steps", "train.report_to")
 
@@ -74,6 +76,8 @@ def run(
     base = read_base(recipe, tokenizer, data, accelerator.device)
     variant = drawers.load("variants", recipe.adapter.variant)
     pool, start = attach(variant, base, recipe)
+    if checkpoint:
+        _same_inputs(run_folder.read_record(checkpoint.resolve().parent.parent), data, base)
     position, tensors = read_state(checkpoint) if checkpoint else (None, {})
     if pool and position:
         pool.adopt(torch.zeros(position["parameters"], device=accelerator.device), position["counts"])
@@ -204,6 +208,15 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
             f"the run in {folder} was made by another recipe:\n{lines}",
             "resume with the recipe it was made by, or start a new run with another --output-dir",
         )
+
+
+def _same_inputs(before: dict[str, Any], data: Data, base: Base) -> None:
+    """Refuse to resume on rows or weights that have changed since: their batches would be others."""
+    then, now = before["data"]["sha256"], data.sha256
+    if then != now:
+        raise UsageError("the data is not what this run began with (rows, split or tokenizer)", RESTART)
+    if before["base_model"]["fingerprint"]["sha256"] != fingerprint(base.folder)["sha256"]:
+        raise UsageError(f"the model in {base.folder} is not the one this run began with", RESTART)
 
 
 def _go_on(training: Run, position: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -119,9 +119,8 @@ def held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict) -> None:
-    weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(out, state_dict=weights)
+    model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # made readable by its owner only
     tokenizer.save_pretrained(out)
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     corpus = "\n".join(f"- `{name}` ({licence})" for name, licence in CORPUS)

@@ -269,7 +269,7 @@ def test_the_plan_groups_modules_by_pattern() -> None:
     rows = [line.split() for line in pipe.getvalue().splitlines()]
     assert ["model.layers.*.self_attn.q_proj", "x6", "128", "x", "64", "16"] in rows
     assert ["base", "parameters", "2,950,000"] in rows
-    assert ["20", "96", "250,000", "2.0e-04", "█" * 24] in rows
+    assert ["20", "6.0", "250,000", "2.0e-04", "█" * 24] in rows
     assert "  model: builtin:tiny" in pipe.getvalue()
     assert "⟦4⟧" in pipe.getvalue()
 
