@@ -119,40 +119,46 @@ def fit(run: Run) -> None:
         MeasureError: the loss or the gradient is not finite.
     """
     progress, window, saved_at = run.progress, _Window(), time.monotonic()
-    if progress.first is None and run.val_batches:
-        progress.first = progress.last = _evaluate(run, best=False)
-    run.model.train()
     with _interruptible() as interrupted:
-        while progress.step < run.total_steps:
+        if progress.first is None and run.val_batches:
+            progress.first = progress.last = _evaluate(run, best=False)
+        run.model.train()
+        while not _finished(run):
             epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
             started = time.perf_counter()
-            record = step(run, run.batches.step(epoch, index), stop=interrupted())
+            record = step(run, run.batches.step(epoch, index), interrupted)
             _count(run, record, time.perf_counter() - started)
             window.add(record)
-            done = progress.step == run.total_steps
-            if done or progress.step % run.recipe.train.log_steps == 0:
+            if progress.step == run.total_steps or progress.step % run.recipe.train.log_steps == 0:
                 _log(run, window)
                 window = _Window()
-            evaluated = run.val_batches is not None and (done or _evaluation_due(run))
-            out_of_patience = evaluated and _evaluate_and_judge(run)
-            leaving = done or out_of_patience or record["stop"]
+            evaluated = _evaluation_due(run)
+            if evaluated:
+                _evaluate_and_judge(run)
+            leaving = _finished(run) or record["stop"]
             if leaving or _save_due(run, evaluated, time.monotonic() - saved_at):
                 run.save(run)
                 saved_at = time.monotonic()
-            if out_of_patience:
-                run.emit(
-                    {"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"}
-                )
-                return
-            if record["stop"] and not done:
+            if leaving:
+                # Nobody goes before the save is done. Earlier saves need no such wait, and processes, which have a
+                # clock each, may not even agree on them.
+                run.accelerator.wait_for_everyone()
+            if record["stop"] and not _finished(run):
                 raise Interrupted(
                     f"interrupted after step {progress.step} of {run.total_steps}; everything is saved",
                     "go on with --resume",
                 )
+    if _out_of_patience(run):
+        run.emit({"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"})
 
 
-def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[str, Any]:
+def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """One optimizer step: gradients of all micro-batches, rank control, update.
+
+    Args:
+        run: its model has no gradient yet.
+        micro_batches: of this process.
+        interrupted: asked once the gradient is there, so that a request made meanwhile counts for this step.
 
     Returns:
         loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
@@ -160,14 +166,15 @@ def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[st
     number = run.progress.step + 1
     counted = run.reduce(
         torch.tensor(
-            [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches), float(stop)],
+            [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches)],
             dtype=torch.float64,
             device=run.accelerator.device,
         )
     )
-    supervised, tokens, stop_votes = counted.tolist()
+    supervised, tokens = counted.tolist()
     losses = [_backward(run, batch, supervised, number) for batch in micro_batches]
-    loss = run.reduce(torch.tensor(sum(losses), dtype=torch.float64, device=run.accelerator.device)).item()
+    summed = torch.tensor([sum(losses), interrupted()], dtype=torch.float64, device=run.accelerator.device)
+    loss, stop_votes = run.reduce(summed).tolist()
     norm = _finish_gradient(run, number, micro_batches)
     rate = learning_rate(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
@@ -311,13 +318,24 @@ def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:
 
 
 def _evaluation_due(run: Run) -> bool:
+    """Every `eval.steps`, by default after each epoch, and at the end."""
     every = run.recipe.eval.steps or run.batches.steps_per_epoch
-    return run.progress.step % every == 0
+    done = run.progress.step == run.total_steps
+    return run.val_batches is not None and (done or run.progress.step % every == 0)
 
 
-def _evaluate_and_judge(run: Run) -> bool:
-    """Evaluate, remember the best, and say whether patience has run out."""
-    progress, patience = run.progress, run.recipe.eval.early_stopping_patience
+def _finished(run: Run) -> bool:
+    return run.progress.step >= run.total_steps or _out_of_patience(run)
+
+
+def _out_of_patience(run: Run) -> bool:
+    patience = run.recipe.eval.early_stopping_patience
+    return patience is not None and run.progress.evaluations_since_best >= patience
+
+
+def _evaluate_and_judge(run: Run) -> None:
+    """Evaluate and remember the best."""
+    progress = run.progress
     # The best only competes once the budget is met, or it would be a larger adapter than was asked for.
     competes = run.control is None or run.control.budget_met
     result = held_out_loss(run)
@@ -329,7 +347,6 @@ def _evaluate_and_judge(run: Run) -> bool:
     elif competes:
         progress.evaluations_since_best += 1
     _emit_evaluation(run, result, best=best)
-    return patience is not None and progress.evaluations_since_best >= patience
 
 
 def _evaluate(run: Run, *, best: bool) -> dict[str, float]:
