@@ -10,11 +10,9 @@ fit ── step ── backward         the gradient of the token-normalised los
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.errors import Interrupted, MeasureError
+from dynlora_cli.interrupt import interruptible
 from dynlora_cli.loss import held_out, summed_loss
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe, Train
 
 AUTOSAVE_SECONDS = 600.0
+LOWER_RATE = "lower train.learning_rate"
 
 
 @dataclass
@@ -119,9 +119,10 @@ def fit(run: Run) -> None:
         MeasureError: the loss or the gradient is not finite.
     """
     progress, window, saved_at = run.progress, _Window(), time.monotonic()
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         if progress.first is None and run.val_batches:
-            progress.first = progress.last = _evaluate(run, best=False)
+            progress.first = progress.last = held_out_loss(run)
+            _emit_evaluation(run, progress.first, best=False)
         run.model.train()
         while not _finished(run):
             epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
@@ -209,7 +210,7 @@ def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
     if not math.isfinite(value):
         raise MeasureError(
             f"the loss of step {number} is {value}, on rows {batch.rows} of the training data",
-            "lower train.learning_rate, or look at those rows; the last checkpoint is untouched",
+            f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
         )
     run.accelerator.backward(loss)
     return value
@@ -231,7 +232,7 @@ def _finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float
         return None
     raise MeasureError(
         f"the gradient of step {number} is {norm}, on rows {[row for b in micro_batches for row in b.rows]}",
-        "lower train.learning_rate, or look at those rows; the last checkpoint is untouched",
+        f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
     )
 
 
@@ -349,12 +350,6 @@ def _evaluate_and_judge(run: Run) -> None:
     _emit_evaluation(run, result, best=best)
 
 
-def _evaluate(run: Run, *, best: bool) -> dict[str, float]:
-    result = held_out_loss(run)
-    _emit_evaluation(run, result, best=best)
-    return result
-
-
 def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
     step = run.progress.step
     run.emit({"event": "eval", "step": step, **result, "best": best, "seconds": run.progress.seconds})
@@ -362,7 +357,11 @@ def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
 
 
 def held_out_loss(run: Run) -> dict[str, float]:
-    """Loss over the validation rows, shared among processes."""
+    """Loss over the validation rows, shared among processes.
+
+    Raises:
+        MeasureError: it is not finite.
+    """
     assert run.val_batches is not None
     device = run.accelerator.device
     batches = (
@@ -372,30 +371,16 @@ def held_out_loss(run: Run) -> dict[str, float]:
     def reduce(sums: Tensor) -> Tensor:
         return run.reduce(sums.to(device)).cpu()
 
-    return held_out(run.model, batches, classify=run.classify, autocast=run.accelerator.autocast, reduce=reduce)
+    result = held_out(run.model, batches, classify=run.classify, autocast=run.accelerator.autocast, reduce=reduce)
+    if not math.isfinite(result["loss"]):
+        step = run.progress.step
+        raise MeasureError(
+            f"the held-out loss is {result['loss']} after step {step}",
+            f"{LOWER_RATE}, or look at the held-out rows" if step else "look at the model's weights and its dtype",
+        )
+    return result
 
 
 def memory_in_use(device: torch.device) -> int:
     """Bytes the process holds now: of the GPU where one trains, else resident memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM ask for a stop; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        before = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

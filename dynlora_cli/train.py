@@ -25,7 +25,7 @@ from dynlora_cli.assemble import (
 )
 from dynlora_cli.checkpoint import read_state, restore
 from dynlora_cli.components import linear_shape
-from dynlora_cli.data import show_example
+from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import Progress, Run, fit, learning_rate
 from dynlora_cli.rank import Schedule, Start
@@ -67,10 +67,13 @@ def run(
     if checkpoint is None and resume:
         _tell(listener, {"event": "note", "text": f"{folder} is finished already; nothing to do"})
         return run_folder.read_record(folder)["summary"]
-    if checkpoint is None:
+    begins = checkpoint is None or run_folder.run_of(checkpoint) != folder.resolve()
+    if begins:
         run_folder.refuse_occupied(folder, overwrite=overwrite)
     accelerator = make_accelerator(recipe, folder)
     tokenizer, data = read_data(recipe)
+    if checkpoint:
+        _same_rows(run_folder.run_of(checkpoint), data)
     base = read_base(recipe, tokenizer, data, accelerator.device)
     variant = drawers.load("variants", recipe.adapter.variant)
     pool, start = attach(variant, base, recipe)
@@ -79,8 +82,12 @@ def run(
         pool.adopt(torch.zeros(position["parameters"], device=accelerator.device), position["counts"])
 
     writes = accelerator.is_main_process
-    if writes and checkpoint is None:
+    if writes and begins:
         run_folder.claim(folder, overwrite=overwrite)
+    if checkpoint and position:
+        best = _best_so_far(checkpoint, position["progress"])
+        if writes:
+            run_folder.rewind(folder, checkpoint, best)
     keep_until = position["progress"]["step"] if position else None
     with RunLog(folder, keep_until) if writes else nullcontext() as log:
 
@@ -179,7 +186,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: bool, resume_from: Pat
                 f"--resume-from {resume_from} is no complete checkpoint",
                 "name a folder such as out/name/checkpoints/step-100",
             )
-        _same_recipe(resume_from.resolve().parent.parent, recipe)
+        _same_recipe(run_folder.run_of(resume_from), recipe)
         return resume_from
     if not resume:
         return None
@@ -205,9 +212,32 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
+def _same_rows(folder: Path, data: Data) -> None:
+    """Refuse to resume on other rows: the steps already done would not be the ones that the record tells of."""
+    if run_folder.read_record(folder)["data"]["sha256"] != data.sha256:
+        raise UsageError(
+            f"the rows, or how they are read, have changed since the run in {folder} began",
+            "bring back the files of dataset.train and dataset.val, or start a new run with another --output-dir",
+        )
+
+
+def _best_so_far(checkpoint: Path, progress: dict[str, Any]) -> Path | None:
+    """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
+    if not progress["best"]:
+        return None
+    best = checkpoint.parent / f"step-{progress['best']['step']}"
+    if run_folder.is_whole(best):
+        return best
+    progress |= {"best": None, "evaluations_since_best": 0}
+    return None
+
+
 def _go_on(training: Run, position: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     averages = restore(tensors, training.parameters, training.optimizer)
     training.progress = Progress(**position["progress"])
+    if training.accelerator.process_index:
+        # The checkpoint holds the first process's generator; the others must not drop out what it drops out.
+        torch.manual_seed(training.recipe.seed + 1000 * training.progress.step + training.accelerator.process_index)
     if training.control:
         training.control.load_state_dict(averages)
 

@@ -1,9 +1,9 @@
 """Runs small enough to be trained in tests: tiny models with a tokenizer, frozen rows, recipes, and what came of them.
 
-    model_folder    a Llama, GPT-2 or Bert of 2 layers, 32 wide, on disk; the same weights on every machine
-    make_recipe     a checked recipe on such a model and tests/fixtures rows made here, 12 steps
-    train           `train.run`, with the events it told
-    assembled       the parts of a run, for tests of single steps
+model_folder    a Llama, GPT-2 or Bert of 2 layers, 32 wide, on disk; the same weights on every machine
+make_recipe     a checked recipe on such a model and tests/fixtures rows made here, 12 steps
+train           `train.run`, with the events it told
+assembled       the parts of a run, for tests of single steps
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dynlora_cli.loop import Run
 from dynlora_cli.recipe import Recipe, load_recipe
 from dynlora_cli.variants import full, lora
 
-WORDS = "count sort reverse print join split copy words lines numbers names first last every other".split()
+WORDS = ["count", "sort", "reverse", "print", "join", "split", "copy", "words", "lines", "numbers", "names", "every"]
 # What differs between two runs of the same recipe.
 TIMES = {"seconds", "step_seconds", "tokens_per_second", "memory_bytes"}
 
