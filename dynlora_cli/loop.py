@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.errors import Interrupted, MeasureError
+from dynlora_cli.errors import DynloraError, Interrupted, MeasureError
 from dynlora_cli.interrupt import interruptible
 from dynlora_cli.loss import held_out, summed_loss
 
@@ -100,6 +100,10 @@ class Run:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over processes."""
+        return self.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)).tolist()
+
 
 def learning_rate(step: int, total_steps: int, options: Train) -> float:
     """The scheduled rate of optimizer step `step` (from 1), before the coupling to what is alive."""
@@ -141,8 +145,7 @@ def fit(run: Run) -> None:
                 run.save(run)
                 saved_at = time.monotonic()
             if leaving:
-                # Nobody goes before the save is done. Earlier saves need no such wait, and processes, which have a
-                # clock each, may not even agree on them.
+                # Nobody goes before the save is done. Other saves need no wait; clocks may not even agree on them.
                 run.accelerator.wait_for_everyone()
             if record["stop"] and not _finished(run):
                 raise Interrupted(
@@ -165,17 +168,9 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
         loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
     """
     number = run.progress.step + 1
-    counted = run.reduce(
-        torch.tensor(
-            [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches)],
-            dtype=torch.float64,
-            device=run.accelerator.device,
-        )
-    )
-    supervised, tokens = counted.tolist()
+    supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
     losses = [_backward(run, batch, supervised, number) for batch in micro_batches]
-    summed = torch.tensor([sum(losses), interrupted()], dtype=torch.float64, device=run.accelerator.device)
-    loss, stop_votes = run.reduce(summed).tolist()
+    loss, stop_votes = run.total(sum(losses), interrupted())
     norm = _finish_gradient(run, number, micro_batches)
     rate = learning_rate(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
@@ -188,6 +183,7 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     _update(run)
     event = run.control.apply(number) if run.control else None
     if event:
+        check_same_ranks(run, number)
         run.emit(event)
     return {
         "loss": loss,
@@ -196,6 +192,22 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
         "tokens": int(tokens),
         "stop": stop_votes > 0,
     }
+
+
+def check_same_ranks(run: Run, number: int) -> None:
+    """Compare the ranks of all processes; cheap, and only after an event.
+
+    Raises:
+        DynloraError: they differ, so the next all-reduce would add gradients of different components.
+    """
+    processes = run.accelerator.num_processes
+    if processes == 1 or run.pool is None:
+        return
+    counts = torch.tensor(list(run.pool.counts.values()), device=run.accelerator.device)
+    # n·Σx² = (Σx)² only where all x are equal, so every process comes to the same verdict.
+    total, squares = run.reduce(torch.stack([counts, counts * counts]))
+    if not torch.equal(processes * squares, total * total):
+        raise DynloraError(f"the processes kept different components at step {number}", "please report this")
 
 
 def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
@@ -351,9 +363,9 @@ def _evaluate_and_judge(run: Run) -> None:
 
 
 def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
-    step = run.progress.step
-    run.emit({"event": "eval", "step": step, **result, "best": best, "seconds": run.progress.seconds})
-    run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=step)
+    progress = run.progress
+    run.emit({"event": "eval", "step": progress.step, **result, "best": best, "seconds": progress.seconds})
+    run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=progress.step)
 
 
 def held_out_loss(run: Run) -> dict[str, float]:
@@ -367,11 +379,13 @@ def held_out_loss(run: Run) -> dict[str, float]:
     batches = (
         batch.to(device) for index in range(run.val_batches.steps_per_epoch) for batch in run.val_batches.step(0, index)
     )
-
-    def reduce(sums: Tensor) -> Tensor:
-        return run.reduce(sums.to(device)).cpu()
-
-    result = held_out(run.model, batches, classify=run.classify, autocast=run.accelerator.autocast, reduce=reduce)
+    result = held_out(
+        run.model,
+        batches,
+        classify=run.classify,
+        autocast=run.accelerator.autocast,
+        reduce=lambda sums: run.reduce(sums.to(device)).cpu(),
+    )
     if not math.isfinite(result["loss"]):
         step = run.progress.step
         raise MeasureError(
