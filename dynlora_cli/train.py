@@ -28,7 +28,7 @@ from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import Progress, Run, fit, learning_rate
-from dynlora_cli.model import Base, fingerprint
+from dynlora_cli.model import find_model, fingerprint
 from dynlora_cli.rank import Schedule, Start
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
@@ -69,22 +69,27 @@ def run(
     if checkpoint is None and resume:
         _tell(listener, {"event": "note", "text": f"{folder} is finished already; nothing to do"})
         return run_folder.read_record(folder)["summary"]
-    if checkpoint is None:
+    begins = checkpoint is None or run_folder.run_of(checkpoint) != folder.resolve()
+    if begins:
         run_folder.refuse_occupied(folder, overwrite=overwrite)
     accelerator = make_accelerator(recipe, folder)
     tokenizer, data = read_data(recipe)
+    if checkpoint:
+        _same_inputs(run_folder.run_of(checkpoint), data, recipe)
     base = read_base(recipe, tokenizer, data, accelerator.device)
     variant = drawers.load("variants", recipe.adapter.variant)
     pool, start = attach(variant, base, recipe)
-    if checkpoint:
-        _same_inputs(run_folder.read_record(checkpoint.resolve().parent.parent), data, base)
     position, tensors = read_state(checkpoint) if checkpoint else (None, {})
     if pool and position:
         pool.adopt(torch.zeros(position["parameters"], device=accelerator.device), position["counts"])
 
     writes = accelerator.is_main_process
-    if writes and checkpoint is None:
+    if writes and begins:
         run_folder.claim(folder, overwrite=overwrite)
+    if checkpoint and position:
+        best = _best_so_far(checkpoint, position["progress"])
+        if writes:
+            run_folder.rewind(folder, checkpoint, best)
     keep_until = position["progress"]["step"] if position else None
     with RunLog(folder, keep_until) if writes else nullcontext() as log:
 
@@ -184,7 +189,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: bool, resume_from: Pat
                 f"--resume-from {resume_from} is no complete checkpoint",
                 "name a folder such as out/name/checkpoints/step-100",
             )
-        _same_recipe(resume_from.resolve().parent.parent, recipe)
+        _same_recipe(run_folder.run_of(resume_from), recipe)
         return resume_from
     if not resume:
         return None
@@ -210,18 +215,32 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _same_inputs(before: dict[str, Any], data: Data, base: Base) -> None:
-    """Refuse to resume on rows or weights that have changed since: their batches would be others."""
-    then, now = before["data"]["sha256"], data.sha256
-    if then != now:
-        raise UsageError("the data is not what this run began with (rows, split or tokenizer)", RESTART)
-    if before["base_model"]["fingerprint"]["sha256"] != fingerprint(base.folder)["sha256"]:
-        raise UsageError(f"the model in {base.folder} is not the one this run began with", RESTART)
+def _same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
+    """Refuse to resume on other rows or weights: the steps already done would not be the ones on record."""
+    before, (model, _) = run_folder.read_record(folder), find_model(recipe.model)
+    if before["data"]["sha256"] != data.sha256:
+        raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
+    if before["base_model"]["fingerprint"]["sha256"] != fingerprint(model)["sha256"]:
+        raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
+
+
+def _best_so_far(checkpoint: Path, progress: dict[str, Any]) -> Path | None:
+    """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
+    if not progress["best"]:
+        return None
+    best = checkpoint.parent / f"step-{progress['best']['step']}"
+    if run_folder.is_whole(best):
+        return best
+    progress |= {"best": None, "evaluations_since_best": 0}
+    return None
 
 
 def _go_on(training: Run, position: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     averages = restore(tensors, training.parameters, training.optimizer)
     training.progress = Progress(**position["progress"])
+    if training.accelerator.process_index:
+        # The checkpoint holds the first process's generator; the others must not drop out what it drops out.
+        torch.manual_seed(training.recipe.seed + 1000 * training.progress.step + training.accelerator.process_index)
     if training.control:
         training.control.load_state_dict(averages)
 
