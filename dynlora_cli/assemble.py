@@ -167,7 +167,6 @@ def make_run(
     pool: Pool | None,
     start: Start | None,
     *,
-    emit: Emit,
     save: Callable[[Run], None],
 ) -> Run:
     """Optimizer, rank control and batches around the model."""
@@ -197,7 +196,6 @@ def make_run(
         batches=batches,
         val_batches=make_batches(recipe, val, base, shuffle=False, accelerator=accelerator) if val else None,
         total_steps=steps,
-        emit=emit,
         save=save,
     )
 

@@ -82,8 +82,8 @@ class Run:
     batches: Batches
     val_batches: Batches | None
     total_steps: int
-    emit: Callable[[dict[str, Any]], None]
     save: Callable[[Run], None]
+    emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
 
     @property

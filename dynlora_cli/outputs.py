@@ -117,9 +117,16 @@ def finish(folder: Path, record: dict[str, Any], training: Run, summary: dict[st
         "finished": _now(),
         "summary": summary,
     }
-    run_folder.write_json(folder / run_folder.RECORD, record)
-    write_report(folder)
-    write_card(folder)
+    write_record(folder, record, training)
+    if training.accelerator.is_main_process:
+        write_report(folder)
+        write_card(folder)
+
+
+def write_record(folder: Path, record: dict[str, Any], training: Run) -> None:
+    """Write dynlora.json, from one process."""
+    if training.accelerator.is_main_process:
+        run_folder.write_json(folder / run_folder.RECORD, record)
 
 
 def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None) -> dict[str, Any]:

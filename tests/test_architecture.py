@@ -36,7 +36,7 @@ SPINE = {
     6: "assemble loop loss outputs",
     5: "batches data model",
     3: "adapter chat_mask checkpoint components gauge gradients rank rows splits stdlib_docs tokens",
-    2: "aliases console drawers processes progress recipe recipe_problems recipe_settings report report_card "
+    2: "aliases console drawers interrupt processes progress recipe recipe_problems recipe_settings report report_card "
     "report_html report_log report_svg run_folder strict_yaml units",
     1: "__init__ errors",
 }

@@ -153,7 +153,8 @@ def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
             pool.values.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(recipe.seed)
     events: list[dict] = []
-    run = make_run(recipe, accelerator, base, data, pool, start, emit=events.append, save=lambda run: None)
+    run = make_run(recipe, accelerator, base, data, pool, start, save=lambda run: None)
+    run.emit = events.append
     run.model.train()
     return run
 
