@@ -139,8 +139,9 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
             yield result
     except DynloraError as error:
         result, code = _failure(error), error.exit_code
-        if _is_main_process():
-            _console().error(error)
+        _console().error(error)  # of any process: what only one of several has met must not get lost
+    except typer.Exit:  # of the processes that did the work, and have said so
+        raise
     except KeyboardInterrupt:
         result, code = {"ok": False, "error": "interrupted"}, 130
         typer.echo("interrupted", err=True)
@@ -152,7 +153,7 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
             raise
         result, code = _failure(known), known.exit_code
         _console().error(known)
-    if as_json and _is_main_process():
+    if as_json and (code or _is_main_process()):
         print(json.dumps(result, allow_nan=False, default=str), file=stdout)
     if code:
         raise typer.Exit(code)
@@ -190,14 +191,11 @@ def _is_main_process() -> bool:
 
 def _launch(devices: str) -> None:
     """Run this very command in several processes, one per device, and end with their exit code."""
-    import subprocess
+    from dynlora_cli.launch import launch
 
     count = _device_count(devices)
-    if count == 1:
-        return
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*arguments, "-m", "dynlora_cli", *sys.argv[1:]]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    if count > 1:
+        raise typer.Exit(launch(sys.argv[1:], count))
 
 
 def _device_count(devices: str) -> int:
