@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dynlora_cli.errors import DynloraError, Interrupted, MeasureError
@@ -157,20 +158,19 @@ def fit(run: Run) -> None:
 
 
 def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """One optimizer step: gradients of all micro-batches, rank control, update.
-
-    Args:
-        run: its model has no gradient yet.
-        micro_batches: of this process.
-        interrupted: asked once the gradient is there, so that a request made meanwhile counts for this step.
+    """One optimizer step: gradients of this process's micro-batches, rank control, update.
 
     Returns:
         loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
     """
     number = run.progress.step + 1
     supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
-    losses = [_backward(run, batch, supervised, number) for batch in micro_batches]
+    losses = [_backward(run, batch, supervised) for batch in micro_batches]
+    # Asked late, so that a Ctrl-C of meanwhile counts for this step.
     loss, stop_votes = run.total(sum(losses), interrupted())
+    if not math.isfinite(loss):
+        batches = zip(micro_batches, losses, strict=True)
+        raise _not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
     norm = _finish_gradient(run, number, micro_batches)
     rate = learning_rate(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
@@ -210,7 +210,7 @@ def check_same_ranks(run: Run, number: int) -> None:
         raise DynloraError(f"the processes kept different components at step {number}", "please report this")
 
 
-def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
+def _backward(run: Run, batch: Batch, supervised: float) -> float:
     """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
 
     A function of its own, so that the graph is gone when components are removed.
@@ -218,14 +218,17 @@ def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
     batch = batch.to(run.accelerator.device)
     with run.accelerator.autocast():
         loss = summed_loss(run.model, batch)[0] / supervised
-    value = loss.item()
-    if not math.isfinite(value):
-        raise MeasureError(
-            f"the loss of step {number} is {value}, on rows {batch.rows} of the training data",
-            f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
-        )
     run.accelerator.backward(loss)
-    return value
+    return loss.item()
+
+
+def _not_finite(what: str, batches: list[Batch]) -> MeasureError:
+    """The error, alike in all processes, with the rows of each."""
+    rows = gather_object([row for batch in batches for row in batch.rows])
+    return MeasureError(
+        f"{what}, on rows {rows} of the training data",
+        f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
+    )
 
 
 def _finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
@@ -242,10 +245,7 @@ def _finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float
         return norm
     if scaler is not None:
         return None
-    raise MeasureError(
-        f"the gradient of step {number} is {norm}, on rows {[row for b in micro_batches for row in b.rows]}",
-        f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
-    )
+    raise _not_finite(f"the gradient of step {number} is {norm}", micro_batches)
 
 
 def _clip(run: Run, norm: float) -> None:
