@@ -125,7 +125,7 @@ def test_the_rules_see_the_imports():
     assert {"train", "recipe", "__init__"} <= imports("cli")
     assert "torch" in outside_packages(at_module_level(tree("components")))
     assert "recipe" in imports("loop")
-    assert "accelerate" not in outside_packages(at_module_level(tree("loop")))
+    assert "transformers" not in outside_packages(at_module_level(tree("data")))
 
 
 def test_every_layer_names_existing_files():
