@@ -59,6 +59,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     dtype = resolve_dtype(recipe.model.dtype, device)
     AcceleratorState._reset_state()  # one process may train several times, each with its own precision
     return Accelerator(
+        cpu=device.type == "cpu",  # without it, several processes on CPUs would each train alone
         mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
         log_with=list(recipe.train.report_to) or None,
         project_dir=folder,
@@ -167,7 +168,6 @@ def make_run(
     pool: Pool | None,
     start: Start | None,
     *,
-    emit: Emit,
     save: Callable[[Run], None],
 ) -> Run:
     """Optimizer, rank control and batches around the model."""
@@ -197,7 +197,6 @@ def make_run(
         batches=batches,
         val_batches=make_batches(recipe, val, base, shuffle=False, accelerator=accelerator) if val else None,
         total_steps=steps,
-        emit=emit,
         save=save,
     )
 

@@ -146,10 +146,9 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
             yield result
     except DynloraError as error:
         result, code = _failure(error), error.exit_code
-        if _is_main_process():
-            _console().error(error)
-    except typer.Exit:
-        raise  # the processes of --devices have answered already
+        _console().error(error)  # of any process: what only one of several has met must not get lost
+    except typer.Exit:  # of the processes that did the work, and have said so
+        raise
     except KeyboardInterrupt:
         result, code = {"ok": False, "error": "interrupted"}, 130
         typer.echo("interrupted", err=True)
@@ -161,7 +160,7 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
             raise
         result, code = _failure(known), known.exit_code
         _console().error(known)
-    if as_json and _is_main_process():
+    if as_json and (code or _is_main_process()):
         print(json.dumps(result, allow_nan=False, default=str), file=stdout)
     if code:
         raise typer.Exit(code)
@@ -201,25 +200,25 @@ def _is_main_process() -> bool:
 
 def _launch(devices: str, arguments: Sequence[str]) -> None:
     """Run this very command in several processes, one per device, and end with their exit code."""
-    from dynlora_cli.processes import run_together
+    from dynlora_cli.launch import launch
 
-    count, gpus = _device_count(devices)
+    count = _device_count(devices)
     if count > 1:
-        raise typer.Exit(run_together([sys.executable, "-m", "dynlora_cli", *arguments], count, gpus=gpus))
+        raise typer.Exit(launch(arguments, count))
 
 
-def _device_count(devices: str) -> tuple[int, bool]:
-    """How many processes, and whether each has a GPU."""
+def _device_count(devices: str) -> int:
+    """How many processes to train with."""
     if devices != "all" and not (devices.isdigit() and int(devices) > 0):
         raise UsageError(f"--devices {devices} is neither a number nor 'all'", "for example --devices 2")
     import torch
 
     available = torch.cuda.device_count()
     if devices == "all":
-        return max(1, available), available > 0
+        return max(1, available)
     if available and int(devices) > available:
         raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
-    return int(devices), available > 0
+    return int(devices)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -10,19 +10,19 @@ fit ── step ── backward         the gradient of the token-normalised los
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from dynlora_cli.errors import Interrupted, MeasureError
+from dynlora_cli.errors import DynloraError, Interrupted, MeasureError
+from dynlora_cli.interrupt import interruptible
 from dynlora_cli.loss import held_out, summed_loss
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe, Train
 
 AUTOSAVE_SECONDS = 600.0
+LOWER_RATE = "lower train.learning_rate"
 
 
 @dataclass
@@ -82,8 +83,8 @@ class Run:
     batches: Batches
     val_batches: Batches | None
     total_steps: int
-    emit: Callable[[dict[str, Any]], None]
     save: Callable[[Run], None]
+    emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -99,6 +100,10 @@ class Run:
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over processes."""
+        return self.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)).tolist()
 
 
 def learning_rate(step: int, total_steps: int, options: Train) -> float:
@@ -119,55 +124,53 @@ def fit(run: Run) -> None:
         MeasureError: the loss or the gradient is not finite.
     """
     progress, window, saved_at = run.progress, _Window(), time.monotonic()
-    if progress.first is None and run.val_batches:
-        progress.first = progress.last = _evaluate(run, best=False)
-    run.model.train()
-    with _interruptible() as interrupted:
-        while progress.step < run.total_steps:
+    with interruptible() as interrupted:
+        if progress.first is None and run.val_batches:
+            progress.first = progress.last = held_out_loss(run)
+            _emit_evaluation(run, progress.first, best=False)
+        run.model.train()
+        while not _finished(run):
             epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
             started = time.perf_counter()
-            record = step(run, run.batches.step(epoch, index), stop=interrupted())
+            record = step(run, run.batches.step(epoch, index), interrupted)
             _count(run, record, time.perf_counter() - started)
             window.add(record)
-            done = progress.step == run.total_steps
-            if done or progress.step % run.recipe.train.log_steps == 0:
+            if progress.step == run.total_steps or progress.step % run.recipe.train.log_steps == 0:
                 _log(run, window)
                 window = _Window()
-            evaluated = run.val_batches is not None and (done or _evaluation_due(run))
-            out_of_patience = evaluated and _evaluate_and_judge(run)
-            leaving = done or out_of_patience or record["stop"]
+            evaluated = _evaluation_due(run)
+            if evaluated:
+                _evaluate_and_judge(run)
+            leaving = _finished(run) or record["stop"]
             if leaving or _save_due(run, evaluated, time.monotonic() - saved_at):
                 run.save(run)
                 saved_at = time.monotonic()
-            if out_of_patience:
-                run.emit(
-                    {"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"}
-                )
-                return
-            if record["stop"] and not done:
+            if leaving:
+                # Nobody goes before the save is done. Other saves need no wait; clocks may not even agree on them.
+                run.accelerator.wait_for_everyone()
+            if record["stop"] and not _finished(run):
                 raise Interrupted(
                     f"interrupted after step {progress.step} of {run.total_steps}; everything is saved",
                     "go on with --resume",
                 )
+    if _out_of_patience(run):
+        run.emit({"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"})
 
 
-def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[str, Any]:
-    """One optimizer step: gradients of all micro-batches, rank control, update.
+def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """One optimizer step: gradients of this process's micro-batches, rank control, update.
 
     Returns:
         loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
     """
     number = run.progress.step + 1
-    counted = run.reduce(
-        torch.tensor(
-            [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches), float(stop)],
-            dtype=torch.float64,
-            device=run.accelerator.device,
-        )
-    )
-    supervised, tokens, stop_votes = counted.tolist()
-    losses = [_backward(run, batch, supervised, number) for batch in micro_batches]
-    loss = run.reduce(torch.tensor(sum(losses), dtype=torch.float64, device=run.accelerator.device)).item()
+    supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
+    losses = [_backward(run, batch, supervised) for batch in micro_batches]
+    # Asked late, so that a Ctrl-C of meanwhile counts for this step.
+    loss, stop_votes = run.total(sum(losses), interrupted())
+    if not math.isfinite(loss):
+        batches = zip(micro_batches, losses, strict=True)
+        raise _not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
     norm = _finish_gradient(run, number, micro_batches)
     rate = learning_rate(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
@@ -180,6 +183,7 @@ def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[st
     _update(run)
     event = run.control.apply(number) if run.control else None
     if event:
+        check_same_ranks(run, number)
         run.emit(event)
     return {
         "loss": loss,
@@ -190,7 +194,23 @@ def step(run: Run, micro_batches: list[Batch], *, stop: bool = False) -> dict[st
     }
 
 
-def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
+def check_same_ranks(run: Run, number: int) -> None:
+    """Compare the ranks of all processes; cheap, and only after an event.
+
+    Raises:
+        DynloraError: they differ, so the next all-reduce would add gradients of different components.
+    """
+    processes = run.accelerator.num_processes
+    if processes == 1 or run.pool is None:
+        return
+    counts = torch.tensor(list(run.pool.counts.values()), device=run.accelerator.device)
+    # n·Σx² = (Σx)² only where all x are equal, so every process comes to the same verdict.
+    total, squares = run.reduce(torch.stack([counts, counts * counts]))
+    if not torch.equal(processes * squares, total * total):
+        raise DynloraError(f"the processes kept different components at step {number}", "please report this")
+
+
+def _backward(run: Run, batch: Batch, supervised: float) -> float:
     """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
 
     A function of its own, so that the graph is gone when components are removed.
@@ -198,14 +218,17 @@ def _backward(run: Run, batch: Batch, supervised: float, number: int) -> float:
     batch = batch.to(run.accelerator.device)
     with run.accelerator.autocast():
         loss = summed_loss(run.model, batch)[0] / supervised
-    value = loss.item()
-    if not math.isfinite(value):
-        raise MeasureError(
-            f"the loss of step {number} is {value}, on rows {batch.rows} of the training data",
-            "lower train.learning_rate, or look at those rows; the last checkpoint is untouched",
-        )
     run.accelerator.backward(loss)
-    return value
+    return loss.item()
+
+
+def _not_finite(what: str, batches: list[Batch]) -> MeasureError:
+    """The error, alike in all processes, with the rows of each."""
+    rows = gather_object([row for batch in batches for row in batch.rows])
+    return MeasureError(
+        f"{what}, on rows {rows} of the training data",
+        f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
+    )
 
 
 def _finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
@@ -222,10 +245,7 @@ def _finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float
         return norm
     if scaler is not None:
         return None
-    raise MeasureError(
-        f"the gradient of step {number} is {norm}, on rows {[row for b in micro_batches for row in b.rows]}",
-        "lower train.learning_rate, or look at those rows; the last checkpoint is untouched",
-    )
+    raise _not_finite(f"the gradient of step {number} is {norm}", micro_batches)
 
 
 def _clip(run: Run, norm: float) -> None:
@@ -311,13 +331,24 @@ def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:
 
 
 def _evaluation_due(run: Run) -> bool:
+    """Every `eval.steps`, by default after each epoch, and at the end."""
     every = run.recipe.eval.steps or run.batches.steps_per_epoch
-    return run.progress.step % every == 0
+    done = run.progress.step == run.total_steps
+    return run.val_batches is not None and (done or run.progress.step % every == 0)
 
 
-def _evaluate_and_judge(run: Run) -> bool:
-    """Evaluate, remember the best, and say whether patience has run out."""
-    progress, patience = run.progress, run.recipe.eval.early_stopping_patience
+def _finished(run: Run) -> bool:
+    return run.progress.step >= run.total_steps or _out_of_patience(run)
+
+
+def _out_of_patience(run: Run) -> bool:
+    patience = run.recipe.eval.early_stopping_patience
+    return patience is not None and run.progress.evaluations_since_best >= patience
+
+
+def _evaluate_and_judge(run: Run) -> None:
+    """Evaluate and remember the best."""
+    progress = run.progress
     # The best only competes once the budget is met, or it would be a larger adapter than was asked for.
     competes = run.control is None or run.control.budget_met
     result = held_out_loss(run)
@@ -329,56 +360,41 @@ def _evaluate_and_judge(run: Run) -> bool:
     elif competes:
         progress.evaluations_since_best += 1
     _emit_evaluation(run, result, best=best)
-    return patience is not None and progress.evaluations_since_best >= patience
-
-
-def _evaluate(run: Run, *, best: bool) -> dict[str, float]:
-    result = held_out_loss(run)
-    _emit_evaluation(run, result, best=best)
-    return result
 
 
 def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
-    step = run.progress.step
-    run.emit({"event": "eval", "step": step, **result, "best": best, "seconds": run.progress.seconds})
-    run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=step)
+    progress = run.progress
+    run.emit({"event": "eval", "step": progress.step, **result, "best": best, "seconds": progress.seconds})
+    run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=progress.step)
 
 
 def held_out_loss(run: Run) -> dict[str, float]:
-    """Loss over the validation rows, shared among processes."""
+    """Loss over the validation rows, shared among processes.
+
+    Raises:
+        MeasureError: it is not finite.
+    """
     assert run.val_batches is not None
     device = run.accelerator.device
     batches = (
         batch.to(device) for index in range(run.val_batches.steps_per_epoch) for batch in run.val_batches.step(0, index)
     )
-
-    def reduce(sums: Tensor) -> Tensor:
-        return run.reduce(sums.to(device)).cpu()
-
-    return held_out(run.model, batches, classify=run.classify, autocast=run.accelerator.autocast, reduce=reduce)
+    result = held_out(
+        run.model,
+        batches,
+        classify=run.classify,
+        autocast=run.accelerator.autocast,
+        reduce=lambda sums: run.reduce(sums.to(device)).cpu(),
+    )
+    if not math.isfinite(result["loss"]):
+        step = run.progress.step
+        raise MeasureError(
+            f"the held-out loss is {result['loss']} after step {step}",
+            f"{LOWER_RATE}, or look at the held-out rows" if step else "look at the model's weights and its dtype",
+        )
+    return result
 
 
 def memory_in_use(device: torch.device) -> int:
     """Bytes the process holds now: of the GPU where one trains, else resident memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM ask for a stop; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        before = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

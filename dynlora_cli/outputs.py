@@ -51,8 +51,8 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:
 
     Without `train.save_steps` only those two are kept.
     """
-    accelerator, progress = training.accelerator, training.progress
-    if accelerator.is_main_process:
+    progress = training.progress
+    if training.accelerator.is_main_process:
         path = folder / run_folder.CHECKPOINTS / f"step-{progress.step}"
         with run_folder.whole_folder(path) as temporary:
             if training.pool:
@@ -73,7 +73,6 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:
                 if old not in named:
                     shutil.rmtree(old)
         training.emit({"event": "checkpoint", "step": progress.step, "path": str(path)})
-    accelerator.wait_for_everyone()
 
 
 def write_root(folder: Path, training: Run, base: Base) -> str:
@@ -118,9 +117,16 @@ def finish(folder: Path, record: dict[str, Any], training: Run, summary: dict[st
         "finished": _now(),
         "summary": summary,
     }
-    run_folder.write_json(folder / run_folder.RECORD, record)
-    write_report(folder)
-    write_card(folder)
+    write_record(folder, record, training)
+    if training.accelerator.is_main_process:
+        write_report(folder)
+        write_card(folder)
+
+
+def write_record(folder: Path, record: dict[str, Any], training: Run) -> None:
+    """Write dynlora.json, from one process."""
+    if training.accelerator.is_main_process:
+        run_folder.write_json(folder / run_folder.RECORD, record)
 
 
 def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     Schedule      when the events are and how many parameters may be alive after each; plain arithmetic
     select_K      which components an event keeps: one threshold over the whole pool
-    shrink        the only function that changes module, parameter group and moments; all three together
+    shrink, swap  the only code that changes module, parameter group and moments; all three together
     RankControl   observe after backward, apply after the optimizer's step
 
 Dimensions: K components of the pool, P numbers of the pool (see components.py).
@@ -173,17 +173,28 @@ def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None
     for (a, b), keep_C in zip(pool.views(keep_P), per_layer, strict=True):
         a[keep_C] = True
         b[:, keep_C] = True
-    state = optimizer.state.pop(old, {})
-    group = next(group for group in optimizer.param_groups if any(p is old for p in group["params"]))
-
     counts = dict(zip(pool.counts, (int(keep_C.sum()) for keep_C in per_layer), strict=True))
-    pool.adopt(old.detach()[keep_P], counts)
-
-    group["params"] = [pool.values if p is old else p for p in group["params"]]
-    optimizer.state[pool.values] = {
+    state = {
         key: value[keep_P] if torch.is_tensor(value) and value.shape == old.shape else value
-        for key, value in state.items()
+        for key, value in optimizer.state.get(old, {}).items()
     }
+    swap(pool, optimizer, old.detach()[keep_P], counts, state)
+
+
+def swap(
+    pool: Pool, optimizer: torch.optim.Optimizer, values_P: Tensor, counts: Mapping[str, int], state: dict[str, Any]
+) -> None:
+    """Put other numbers in the place of the pool's: in the layers, the parameter group and the optimizer's state.
+
+    Raises:
+        DynloraError: an autograd graph through the old tensors is alive.
+    """
+    old = pool.values
+    pool.adopt(values_P, counts)
+    optimizer.state.pop(old, None)
+    optimizer.state[pool.values] = state
+    for group in optimizer.param_groups:
+        group["params"] = [pool.values if parameter is old else parameter for parameter in group["params"]]
 
 
 class RankControl:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.report_log import METRICS, RANK_EVENTS
 
 RECORD = "dynlora.json"
 CHECKPOINTS = "checkpoints"
@@ -106,8 +107,17 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def step_folders(folder: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    found = [p for p in (folder / CHECKPOINTS).glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in (folder / CHECKPOINTS).glob("step-*") if _step_of(p) >= 0), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.resolve().parent.parent
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -127,6 +137,31 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def point(folder: Path, name: str, step: int) -> None:
     """Let `checkpoints/last` or `checkpoints/best` name a step folder."""
     write_text(folder / CHECKPOINTS / name, f"step-{step}\n")
+
+
+def rewind(folder: Path, checkpoint: Path, best: Path | None) -> None:
+    """Make `checkpoint` the newest of a run; later ones go, since their steps are trained again.
+
+    Args:
+        folder: of the run that goes on.
+        checkpoint: in it, or of another run, whose record is then copied with the checkpoint.
+        best: the best one by then, beside it.
+    """
+    source, step = run_of(checkpoint), _step_of(checkpoint.resolve())
+    if source != folder.resolve():
+        for path in {checkpoint, best or checkpoint}:
+            with whole_folder(folder / CHECKPOINTS / path.resolve().name) as temporary:
+                shutil.copytree(path, temporary, dirs_exist_ok=True)
+        for name in (METRICS, RANK_EVENTS):
+            shutil.copyfile(source / name, folder / name)
+    for path in step_folders(folder):
+        if _step_of(path) > step:
+            shutil.rmtree(path)
+    point(folder, "last", step)
+    if best is not None:
+        point(folder, "best", _step_of(best))
+    else:
+        (folder / CHECKPOINTS / "best").unlink(missing_ok=True)
 
 
 def pointed(folder: Path, name: str) -> Path | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import Progress, Run, fit, learning_rate
-from dynlora_cli.model import Base, fingerprint
-from dynlora_cli.rank import Schedule, Start
+from dynlora_cli.model import find_model, fingerprint
+from dynlora_cli.rank import Schedule, Start, swap
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
 
@@ -69,50 +70,54 @@ def run(
     if checkpoint is None and resume:
         _tell(listener, {"event": "note", "text": f"{folder} is finished already; nothing to do"})
         return run_folder.read_record(folder)["summary"]
-    if checkpoint is None:
+    begins = checkpoint is None or run_folder.run_of(checkpoint) != folder.resolve()
+    if begins:
         run_folder.refuse_occupied(folder, overwrite=overwrite)
     accelerator = make_accelerator(recipe, folder)
     tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, accelerator.device)
-    variant = drawers.load("variants", recipe.adapter.variant)
-    pool, start = attach(variant, base, recipe)
     if checkpoint:
-        _same_inputs(run_folder.read_record(checkpoint.resolve().parent.parent), data, base)
-    position, tensors = read_state(checkpoint) if checkpoint else (None, {})
-    if pool and position:
-        pool.adopt(torch.zeros(position["parameters"], device=accelerator.device), position["counts"])
-
-    writes = accelerator.is_main_process
-    if writes and checkpoint is None:
+        _same_inputs(run_folder.run_of(checkpoint), data, recipe)
+    base = read_base(recipe, tokenizer, data, accelerator.device)
+    pool, start = attach(drawers.load("variants", recipe.adapter.variant), base, recipe)
+    save = partial(outputs.write_checkpoint, folder=folder, base=base)
+    training = make_run(recipe, accelerator, base, data, pool, start, save=save)
+    torch.manual_seed(
+        recipe.seed + accelerator.process_index
+    )  # of dropout, the one thing that differs between processes
+    if begins and accelerator.is_main_process:
         run_folder.claim(folder, overwrite=overwrite)
-    keep_until = position["progress"]["step"] if position else None
-    with RunLog(folder, keep_until) if writes else nullcontext() as log:
-
-        def emit(event: dict[str, Any]) -> None:
-            if log:
-                log(event)
-                _tell(listener, event)
-
-        save = partial(outputs.write_checkpoint, folder=folder, base=base)
-        training = make_run(recipe, accelerator, base, data, pool, start, emit=emit, save=save)
+    if checkpoint:
+        _go_back_to(checkpoint, training, folder)
+    with _log(training, folder, listener):
         record = outputs.start_record(recipe, training, base, data, start)
-        if writes:
-            run_folder.write_json(folder / run_folder.RECORD, record)
-        emit(outputs.start_event(recipe, training, base, data, start))
-        # The ranks differ in dropout only; a resumed run goes on with the generators of its checkpoint.
-        torch.manual_seed(recipe.seed + accelerator.process_index)
-        if position:
-            _go_on(training, position, tensors)
-            emit({"event": "note", "text": f"resuming from {checkpoint}"})
+        outputs.write_record(folder, record, training)
+        training.emit(outputs.start_event(recipe, training, base, data, start))
+        if checkpoint:
+            training.emit({"event": "note", "text": f"resuming from {checkpoint}"})
         accelerator.init_trackers(folder.name, config=_plain(recipe))
         fit(training)
         kind = outputs.write_root(folder, training, base)
         summary = outputs.summarize(recipe, training, start, folder, kind)
-        if writes:
-            outputs.finish(folder, record, training, summary)
-        emit({"event": "end", "summary": summary})
+        outputs.finish(folder, record, training, summary)
+        training.emit({"event": "end", "summary": summary})
     accelerator.end_training()
     return summary
+
+
+@contextmanager
+def _log(training: Run, folder: Path, listener: Emit | None) -> Iterator[None]:
+    """Events go to the run's files and to the listener; other processes than the main one are silent."""
+    if not training.accelerator.is_main_process:
+        yield
+        return
+    with RunLog(folder, keep_until_step=training.progress.step) as log:
+
+        def emit(event: dict[str, Any]) -> None:
+            log(event)
+            _tell(listener, event)
+
+        training.emit = emit
+        yield
 
 
 def _tell(listener: Emit | None, event: dict[str, Any]) -> None:
@@ -184,7 +189,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: bool, resume_from: Pat
                 f"--resume-from {resume_from} is no complete checkpoint",
                 "name a folder such as out/name/checkpoints/step-100",
             )
-        _same_recipe(resume_from.resolve().parent.parent, recipe)
+        _same_recipe(run_folder.run_of(resume_from), recipe)
         return resume_from
     if not resume:
         return None
@@ -210,20 +215,39 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _same_inputs(before: dict[str, Any], data: Data, base: Base) -> None:
-    """Refuse to resume on rows or weights that have changed since: their batches would be others."""
-    then, now = before["data"]["sha256"], data.sha256
-    if then != now:
-        raise UsageError("the data is not what this run began with (rows, split or tokenizer)", RESTART)
-    if before["base_model"]["fingerprint"]["sha256"] != fingerprint(base.folder)["sha256"]:
-        raise UsageError(f"the model in {base.folder} is not the one this run began with", RESTART)
+def _same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
+    """Refuse to resume on other rows or weights: the steps already done would not be the ones on record."""
+    before, (model, _) = run_folder.read_record(folder), find_model(recipe.model)
+    if before["data"]["sha256"] != data.sha256:
+        raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
+    if before["base_model"]["fingerprint"]["sha256"] != fingerprint(model)["sha256"]:
+        raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
 
 
-def _go_on(training: Run, position: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
+    """Put the run, and the files in its folder, where they were at a checkpoint."""
+    position, tensors = read_state(checkpoint)
+    if training.pool:
+        empty = torch.zeros(position["parameters"], device=training.accelerator.device)
+        swap(training.pool, training.optimizer, empty, position["counts"], {})
     averages = restore(tensors, training.parameters, training.optimizer)
-    training.progress = Progress(**position["progress"])
     if training.control:
         training.control.load_state_dict(averages)
+    training.progress = Progress(**position["progress"])
+    best = _best_so_far(checkpoint, training.progress)
+    if training.accelerator.is_main_process:
+        run_folder.rewind(folder, checkpoint, best)
+
+
+def _best_so_far(checkpoint: Path, progress: Progress) -> Path | None:
+    """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
+    if not progress.best:
+        return None
+    best = checkpoint.parent / f"step-{progress.best['step']}"
+    if run_folder.is_whole(best):
+        return best
+    progress.best, progress.evaluations_since_best = None, 0
+    return None
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -36,7 +36,7 @@ SPINE = {
     6: "assemble loop loss outputs",
     5: "batches data model",
     3: "adapter chat_mask checkpoint components gauge gradients rank rows splits stdlib_docs tokens",
-    2: "aliases console drawers processes progress recipe recipe_problems recipe_settings report report_card "
+    2: "aliases console drawers interrupt launch progress recipe recipe_problems recipe_settings report report_card "
     "report_html report_log report_svg run_folder strict_yaml units",
     1: "__init__ errors",
 }
@@ -48,7 +48,7 @@ LONGEST_FILE = 400
 READS_ENVIRONMENT = {
     "cli": "RANK, which tells one process of several from the others",
     "console": "TERM, which says what the terminal can do",
-    "processes": "all of it, to hand it on",
+    "launch": "all of it, to hand it on",
     "rows": "HF_HUB_OFFLINE, to word an error",
     "stdlib_docs": "XDG_CACHE_HOME, where caches go",
 }
@@ -125,7 +125,7 @@ def test_the_rules_see_the_imports():
     assert {"train", "recipe", "__init__"} <= imports("cli")
     assert "torch" in outside_packages(at_module_level(tree("components")))
     assert "recipe" in imports("loop")
-    assert "accelerate" not in outside_packages(at_module_level(tree("loop")))
+    assert "transformers" not in outside_packages(at_module_level(tree("data")))
 
 
 def test_every_layer_names_existing_files():

@@ -1,0 +1,156 @@
+"""Two processes on the CPU, launched as `dynlora train --devices 2` does, and Ctrl-C from outside; all slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+from safetensors.torch import load_file
+from tiny_run import lines, make_recipe, train
+
+from dynlora_cli import run_folder
+
+pytestmark = pytest.mark.slow
+
+# Each process takes micro-batches in turn, so the step's four rows are the same rows whatever the number of processes.
+SETTINGS = ["train.micro_batch_size=1", "train.gradient_accumulation_steps=4"]
+
+
+def command(folder, *arguments, devices=1):
+    return [
+        sys.executable,
+        "-m",
+        "dynlora_cli",
+        "train",
+        str(folder / "llama.yaml"),
+        "--devices",
+        str(devices),
+        *arguments,
+    ]
+
+
+@contextmanager
+def start(arguments):
+    """The running command, in a group of its own; nothing of it is left behind."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def sets(*settings):
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def wait_for_step(folder, step, process, seconds=90):
+    """Wait until this step stands in the metrics."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.is_file() and f'"step": {step}' in path.read_text():
+            return
+        time.sleep(0.05)
+    process.terminate()
+    pytest.fail(f"step {step} was not reached: {process.communicate()[1]}")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    one, _ = train(make_recipe(tmp_path, *SETTINGS, "train.max_grad_norm=null", out="one"))
+    folder = tmp_path / "two"
+    arguments = command(
+        tmp_path, *sets(*SETTINGS, "train.max_grad_norm=null"), "--output-dir", str(folder), "--json", devices=2
+    )
+    with start(arguments) as process:
+        out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    summary = json.loads(out)  # one object, of one process
+    assert run_folder.read_record(folder)["processes"] == 2
+
+    assert summary["ranks"] == one["ranks"]
+    assert summary["loss_before"] == pytest.approx(one["loss_before"], rel=1e-6)
+    assert summary["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
+    assert summary["tokens"] == one["tokens"]
+    adapters = [load_file(path / "adapter_model.safetensors") for path in (tmp_path / "one", folder)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        assert (adapters[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+    written, expected = lines(folder / "metrics.jsonl"), lines(tmp_path / "one" / "metrics.jsonl")
+    assert [(line["event"], line["step"]) for line in written] == [(line["event"], line["step"]) for line in expected]
+    pruned, as_one = lines(folder / "rank_events.jsonl"), lines(tmp_path / "one" / "rank_events.jsonl")
+    assert [event["ranks"] for event in pruned] == [event["ranks"] for event in as_one]
+
+
+def test_two_processes_with_rows_that_do_not_come_out_even(tmp_path):
+    make_recipe(tmp_path)
+    settings = ["train.micro_batch_size=3", "train.gradient_accumulation_steps=3", "train.max_steps=8"]
+    folder = tmp_path / "two"
+    with start(command(tmp_path, *sets(*settings), "--output-dir", str(folder), devices=2)) as process:
+        _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    one, _ = train(make_recipe(tmp_path, *settings, out="one"))
+    summary = run_folder.read_record(folder)["summary"]
+    assert summary["tokens"] == one["tokens"]
+    assert summary["loss_after"] == pytest.approx(one["loss_after"], rel=2e-2)
+    trained = [
+        [line for line in lines(path / "metrics.jsonl") if line["event"] == "train"][:2]
+        for path in (folder, tmp_path / "one")
+    ]
+    # Adam makes much of rounding errors where a gradient is nearly 0, so only the first steps are close.
+    for key in ("loss", "grad_norm", "tokens"):
+        assert [line[key] for line in trained[0]] == pytest.approx([line[key] for line in trained[1]], rel=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("whom", ["the process", "its group"])
+def test_ctrl_c_saves_exits_130_and_can_be_resumed(tmp_path, devices, whom):
+    """A terminal sends Ctrl-C to the whole group of processes; `kill -INT` and supervisors to one process."""
+    make_recipe(tmp_path)
+    settings = sets("train.max_steps=4000", "eval.steps=null")
+    folder = tmp_path / "out"
+    with start(command(tmp_path, *settings, "--json", devices=devices)) as process:
+        wait_for_step(folder, 3, process)
+        if whom == "the process":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    failure = json.loads(out)
+    assert failure["ok"] is False
+    assert "interrupted after step" in failure["error"]
+    checkpoint = run_folder.newest_checkpoint(folder)
+    assert checkpoint is not None
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert step >= 3
+
+    with start(command(tmp_path, *settings, "--resume", devices=devices)) as process:
+        wait_for_step(folder, step + 3, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    steps = [line["step"] for line in lines(folder / "metrics.jsonl") if line["event"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_exit_codes_are_those_of_the_failure(tmp_path, devices):
+    make_recipe(tmp_path)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    with start(command(tmp_path, "--json", devices=devices)) as process:
+        out, err = process.communicate(timeout=180)
+    assert process.returncode == 2, err
+    assert "not empty" in json.loads(out)["error"]

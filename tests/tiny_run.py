@@ -1,0 +1,165 @@
+"""Runs small enough to be trained in tests: tiny models with a tokenizer, frozen rows, recipes, and what came of them.
+
+model_folder    a Llama, GPT-2 or Bert of 2 layers, 32 wide, on disk; the same weights on every machine
+make_recipe     a checked recipe on such a model and tests/fixtures rows made here, 12 steps
+train           `train.run`, with the events it told
+assembled       the parts of a run, for tests of single steps
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_helpers import byte_tokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from dynlora_cli import train as train_command
+from dynlora_cli.assemble import attach, make_accelerator, make_run, read_base, read_data
+from dynlora_cli.loop import Run
+from dynlora_cli.recipe import Recipe, load_recipe
+from dynlora_cli.variants import full, lora
+
+WORDS = ["count", "sort", "reverse", "print", "join", "split", "copy", "words", "lines", "numbers", "names", "every"]
+# What differs between two runs of the same recipe.
+TIMES = {"seconds", "step_seconds", "tokens_per_second", "memory_bytes"}
+
+
+def model_folder(folder: Path, kind: str = "llama") -> Path:
+    """Write the model and its tokenizer to `folder`/`kind`.
+
+    Weights are uniform, since torch draws uniform numbers alike on every CPU, and normal ones not.
+    """
+    path = folder / kind
+    if path.is_dir():
+        return path
+    tokenizer = byte_tokenizer()
+    size, ids = len(tokenizer), {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    small = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any
+    if kind == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(**small, **ids, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=128)
+        )
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**ids, vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+    else:
+        model = BertForSequenceClassification(
+            BertConfig(**small, intermediate_size=64, max_position_embeddings=128, pad_token_id=1)
+        )
+        del model.classifier  # a pretrained encoder has none
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.uniform_(-0.2, 0.2, generator=generator)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def write_rows(path: Path, count: int = 40, *, labelled: bool = False) -> Path:
+    """Prompt/completion rows of very different lengths, or texts with a label; no two prompts are the same."""
+    lines = []
+    for index in range(count):
+        words = [WORDS[(index * 7 + place * 5) % len(WORDS)] for place in range(1 + index % 9)]
+        text = f"{index}: {' '.join(words)}"
+        row = {"text": text, "label": ["few", "many"][len(words) > 4]}
+        lines.append(row if labelled else {"prompt": f"{text} -> ", "completion": " ".join(sorted(words))})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def make_recipe(folder: Path, *overrides: str, kind: str = "llama", out: str = "out") -> Recipe:
+    """A recipe of 12 steps of 2x2 rows that prunes from 8 to 2 components per layer after steps 4, 6 and 8.
+
+    Args:
+        folder: for the model, the rows, the recipe and the run folder.
+        overrides: as of `--set`.
+        kind: of the model.
+        out: the run folder's name.
+    """
+    classify = kind == "bert"
+    recipe = {
+        "model": {
+            "name_or_path": str(model_folder(folder, kind)),
+            "task": "sequence-classification" if classify else "causal-lm",
+        },
+        "dataset": {
+            "train": [{"path": str(write_rows(folder / f"{kind}.jsonl", labelled=classify))}],
+            "val_size": 0.2,
+            "max_length": 96,
+        },
+        "rank": {"init": 8, "budget": 2},
+        "pruning": {"start": 0.17, "end": 0.67, "events": 3},
+        "train": {
+            "max_steps": 12,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 5e-3,
+            "log_steps": 1,
+        },
+        "eval": {"steps": 4},
+        "output_dir": str(folder / out),
+    }
+    path = folder / f"{kind}.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return load_recipe(path, overrides)
+
+
+def train(recipe: Recipe, *, interrupt_at: int | None = None, **options: Any) -> tuple[dict[str, Any], list[dict]]:
+    """The summary and all events of a run.
+
+    Args:
+        recipe: of the run.
+        interrupt_at: press Ctrl-C when this step is about to run.
+        options: of `train.run`.
+    """
+    events: list[dict] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        events.append(event)
+        done = {"tick": event.get("step"), "note": None, "eval": 0 if event.get("step") == 0 else None}
+        if interrupt_at is not None and done.get(event["event"]) == interrupt_at - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return train_command.run(recipe, listener=listen, **options), events
+
+
+def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
+    """The parts of a run on which `loop.step` can be called; nothing is written.
+
+    Args:
+        recipe: of the run.
+        fill: give B random values, so that A has a gradient too.
+    """
+    accelerator = make_accelerator(recipe, Path(recipe.output_dir))
+    tokenizer, data = read_data(recipe)
+    base = read_base(recipe, tokenizer, data, accelerator.device)
+    pool, start = attach({"lora": lora, "full": full}[recipe.adapter.variant], base, recipe)
+    if pool and fill:
+        with torch.no_grad():
+            pool.values.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(recipe.seed)
+    events: list[dict] = []
+    run = make_run(recipe, accelerator, base, data, pool, start, save=lambda run: None)
+    run.emit = events.append
+    run.model.train()
+    return run
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """A JSON-lines file without what depends on the clock."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
