@@ -28,5 +28,5 @@ environment() {
 }
 
 pip_install() {
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$@"
 }

@@ -1,6 +1,6 @@
 """The command line as a person and a script meet it: help, exit codes, stdout, and what is left on the disk.
 
-`dynlora(...)` runs the command in this process; `process(...)`, in the tests marked slow, as a shell would.
+`dynlora(...)` runs the command in this process; the last test runs it as a shell would.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import errno
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,10 +68,10 @@ def run_in(train: Callable[..., Answer], tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def process(*arguments: object, **options: Any) -> Answer:
+def process(*arguments: object, cwd: Path) -> Answer:
     """Runs `dynlora ARGUMENTS` in a process of its own."""
     command = [sys.executable, "-m", "dynlora_cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
@@ -334,38 +332,3 @@ def test_process_train_and_refuse(recipe: Path, tmp_path: Path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     second = process(*arguments, cwd=tmp_path)
     assert (second.code, second.json["ok"]) == (2, False)
-
-
-@pytest.mark.slow
-def test_process_interrupted_and_resumed(recipe: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    options = ["--output-dir", str(out), "--set", "train.max_steps=2000", "--set", "train.log_steps=1", "--json"]
-    command = [sys.executable, "-m", "dynlora_cli", "train", str(recipe), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").is_file() or '"train"' not in (out / "metrics.jsonl").read_text():
-            assert running.poll() is None, running.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        stdout, stderr = running.communicate(timeout=60)
-    assert running.returncode == 130, stderr
-    assert json.loads(stdout)["exit_code"] == 130
-    assert "go on with --resume" in stderr
-    assert "Traceback" not in stderr
-    assert run_folder.newest_checkpoint(out) is not None
-
-
-@pytest.mark.slow
-def test_several_processes_answer_once(recipe: Path, tmp_path: Path):
-    answer = process("train", recipe, "--output-dir", tmp_path / "out", "--devices", 2, "--json")
-    assert answer.code == 0, answer.err
-    assert answer.json["ok"] is True
-    assert json.loads((tmp_path / "out" / "dynlora.json").read_text())["processes"] == 2
-
-
-@pytest.mark.slow
-def test_several_processes_fail_with_the_commands_own_code(recipe: Path, tmp_path: Path):
-    answer = process("train", recipe, "--devices", 2, "--json", "--set", "dataset=no-such-file.jsonl", cwd=tmp_path)
-    assert (answer.code, answer.json["exit_code"]) == (2, 2)
-    assert answer.err.count("error: dataset: no file or folder no-such-file.jsonl") == 1
