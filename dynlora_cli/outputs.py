@@ -17,10 +17,10 @@ from dynlora_cli import __version__, run_folder
 from dynlora_cli.adapter import PREFIX, lora_config, lora_tensors, write_adapter
 from dynlora_cli.checkpoint import read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
-from dynlora_cli.loop import Run
 from dynlora_cli.model import Base, fingerprint
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import write_card, write_report
+from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
     from dynlora_cli.rank import Start

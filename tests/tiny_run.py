@@ -27,8 +27,8 @@ from transformers import (
 
 from dynlora_cli import train as train_command
 from dynlora_cli.assemble import attach, make_accelerator, make_run, read_base, read_data
-from dynlora_cli.loop import Run
 from dynlora_cli.recipe import Recipe, load_recipe
+from dynlora_cli.state import Run
 from dynlora_cli.variants import full, lora
 
 WORDS = ["count", "sort", "reverse", "print", "join", "split", "copy", "words", "lines", "numbers", "names", "every"]
