@@ -192,6 +192,7 @@ def start_event(recipe: Recipe, training: Run, base: Base, data: Data, start: St
         "epochs": training.total_steps / training.batches.steps_per_epoch,
         "train_rows": len(data.train),
         "val_rows": len(data.val),
+        "supervised_tokens": None if data.labels else data.counts["train"]["supervised"],
         "trainable_parameters": sum(parameter.numel() for parameter in training.parameters),
         "components": pool.components if pool else None,
         "parameters": pool.parameters if pool else None,
