@@ -20,7 +20,6 @@ from dynlora_cli.batches import Batches, packed_mask_dtype
 from dynlora_cli.components import Pool, linear_shape
 from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError
-from dynlora_cli.loop import Run
 from dynlora_cli.loss import held_out
 from dynlora_cli.model import (
     Base,
@@ -32,6 +31,7 @@ from dynlora_cli.model import (
     resolve_dtype,
 )
 from dynlora_cli.rank import RankControl, Schedule, Start, plan_start
+from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,10 +17,10 @@ from dynlora_cli import __version__, run_folder
 from dynlora_cli.adapter import PREFIX, lora_config, lora_tensors, write_adapter
 from dynlora_cli.checkpoint import read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
-from dynlora_cli.loop import Run
 from dynlora_cli.model import Base, fingerprint
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import write_card, write_report
+from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
     from dynlora_cli.rank import Start
@@ -192,6 +192,7 @@ def start_event(recipe: Recipe, training: Run, base: Base, data: Data, start: St
         "epochs": training.total_steps / training.batches.steps_per_epoch,
         "train_rows": len(data.train),
         "val_rows": len(data.val),
+        "supervised_tokens": None if data.labels else data.counts["train"]["supervised"],
         "trainable_parameters": sum(parameter.numel() for parameter in training.parameters),
         "components": pool.components if pool else None,
         "parameters": pool.parameters if pool else None,

@@ -134,9 +134,11 @@ def start_rows(event: Event) -> list[tuple[str, str]]:
     epochs = run.get("epochs")
     started = f"{count(run.get('components'))} components in {count(len(layers))} layers" if layers else None
     machine = f"{run['dtype']} on {run['device']}" if run.get("dtype") and run.get("device") else None
+    rows_held = f"{count(run.get('train_rows'))} rows to train, {count(run.get('val_rows'))} held out"
+    targets = run.get("supervised_tokens") and f"{short(run['supervised_tokens'])} supervised tokens"
     rows = [
         ("model", joined(run.get("model"), run.get("task"), machine)),
-        ("data", f"{count(run.get('train_rows'))} rows to train, {count(run.get('val_rows'))} held out"),
+        ("data", joined(rows_held, targets)),
         ("adapter", joined(run.get("variant"), run.get("policy"), started)),
         ("parameters", with_budget(run.get("parameters"), run)),
         (

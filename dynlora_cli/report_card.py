@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,7 +40,9 @@ def _front_matter(record: RunRecord) -> str:
     """Metadata in the form that model hubs read."""
     recipe = record.info.get("recipe") or {}
     sources = (recipe.get("dataset") or {}).get("train") or []
-    datasets = list(dict.fromkeys(str(source["path"]) for source in sources if source.get("path")))
+    paths = dict.fromkeys(str(source["path"]) for source in sources if source.get("path"))
+    # Hubs link these names; files of this machine mean nothing there.
+    datasets = [path for path in paths if not path.startswith("builtin:") and not Path(path).exists()]
     library, tags = ("transformers", ["dynlora"]) if _is_full(record) else ("peft", ["lora", "dynlora"])
     meta: dict[str, Any] = {"base_model": _base(record), "library_name": library, "tags": tags}
     if datasets:
@@ -52,10 +55,12 @@ def _what_it_is(record: RunRecord) -> str:
     if _is_full(record):
         return f"`{_base(record)}` ({task}) with all weights fine-tuned by dynlora: the baseline for its adapters."
     text = f"A LoRA adapter for `{_base(record)}` ({task}), fine-tuned with dynlora: "
-    text += "the update is a sum of rank-1 components in one pool, pruned while training under one budget"
-    if summary.get("components") is not None:
-        text += f", from {count(summary.get('components_start'))} to {count(summary['components'])} of them"
-    text += ". Every layer has the rank that training left it; layers that kept no component are not adapted."
+    text += "the update is a sum of rank-1 components in one pool"
+    first, last = summary.get("components_start"), summary.get("components")
+    if first is not None and last is not None and last < first:
+        text += f", pruned while training under one budget, from {count(first)} to {count(last)} of them"
+        text += ". Every layer has the rank that training left it; layers that kept no component are not adapted"
+    text += "."
     return text + " The files are a plain PEFT LoRA whose scale is exactly 1."
 
 

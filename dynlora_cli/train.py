@@ -28,11 +28,12 @@ from dynlora_cli.checkpoint import read_state, restore
 from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
-from dynlora_cli.loop import Progress, Run, fit, learning_rate
+from dynlora_cli.loop import fit, learning_rate
 from dynlora_cli.model import find_model, fingerprint
 from dynlora_cli.rank import Schedule, Start, swap
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
+from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe

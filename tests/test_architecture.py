@@ -33,7 +33,7 @@ DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
     8: "cli __main__",
     7: "train",
-    6: "assemble loop loss outputs",
+    6: "assemble loop loss meter outputs state",
     5: "batches data model",
     3: "adapter chat_mask checkpoint components gauge gradients rank rows splits stdlib_docs tokens",
     2: "aliases console drawers interrupt launch progress recipe recipe_problems recipe_settings report report_card "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import lines, make_recipe, train
 
 from dynlora_cli import run_folder
@@ -93,7 +94,10 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_two_processes_with_rows_that_do_not_come_out_even(tmp_path):
     make_recipe(tmp_path)
+    """Nine rows in three micro-batches, and an epoch whose last step has five: some process gets none."""
     settings = ["train.micro_batch_size=3", "train.gradient_accumulation_steps=3", "train.max_steps=8"]
+    # B holds signs only after the first step; its SVD basis, turned to so early, would hang on rounding errors.
+    settings.append("pruning.gauge=false")
     folder = tmp_path / "two"
     with start(command(tmp_path, *sets(*settings), "--output-dir", str(folder), devices=2)) as process:
         _, err = process.communicate(timeout=180)
@@ -101,14 +105,24 @@ def test_two_processes_with_rows_that_do_not_come_out_even(tmp_path):
     one, _ = train(make_recipe(tmp_path, *settings, out="one"))
     summary = run_folder.read_record(folder)["summary"]
     assert summary["tokens"] == one["tokens"]
-    assert summary["loss_after"] == pytest.approx(one["loss_after"], rel=2e-2)
-    trained = [
-        [line for line in lines(path / "metrics.jsonl") if line["event"] == "train"][:2]
-        for path in (folder, tmp_path / "one")
-    ]
-    # Adam makes much of rounding errors where a gradient is nearly 0, so only the first steps are close.
-    for key in ("loss", "grad_norm", "tokens"):
-        assert [line[key] for line in trained[0]] == pytest.approx([line[key] for line in trained[1]], rel=1e-6)
+    assert summary["ranks"] == one["ranks"]
+    assert summary["loss_after"] == pytest.approx(one["loss_after"], rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_loss_that_is_not_a_number_names_the_rows_of_all_processes(tmp_path, devices):
+    make_recipe(tmp_path)
+    path = tmp_path / "llama" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    settings = sets(*SETTINGS, "dataset.val_size=0", "eval.steps=null")
+    with start(command(tmp_path, *settings, "--json", devices=devices)) as process:
+        out, err = process.communicate(timeout=180)
+    assert process.returncode == 4, err
+    assert "Traceback" not in err
+    (rows,) = re.findall(r"the loss of step 1 is nan, on rows \[(.*?)\]", json.loads(out)["error"])
+    assert len(set(rows.split(", "))) == 4
 
 
 @pytest.mark.parametrize("devices", [1, 2])

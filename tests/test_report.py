@@ -231,7 +231,6 @@ def test_the_card_has_front_matter_numbers_ranks_and_code(run: Path) -> None:
         "base_model": "builtin:tiny",
         "library_name": "peft",
         "tags": ["lora", "dynlora"],
-        "datasets": ["builtin:stdlib-docs"],
     }
     assert "| held-out loss | 2.9514 | 2.0214 |" in card
     assert "    1  .  1  13  13     3   2     4\n" in card

@@ -27,8 +27,8 @@ from transformers import (
 
 from dynlora_cli import train as train_command
 from dynlora_cli.assemble import attach, make_accelerator, make_run, read_base, read_data
-from dynlora_cli.loop import Run
 from dynlora_cli.recipe import Recipe, load_recipe
+from dynlora_cli.state import Run
 from dynlora_cli.variants import full, lora
 
 WORDS = ["count", "sort", "reverse", "print", "join", "split", "copy", "words", "lines", "numbers", "names", "every"]
@@ -74,9 +74,11 @@ def write_rows(path: Path, count: int = 40, *, labelled: bool = False) -> Path:
     lines = []
     for index in range(count):
         words = [WORDS[(index * 7 + place * 5) % len(WORDS)] for place in range(1 + index % 9)]
-        text = f"{index}: {' '.join(words)}"
-        row = {"text": text, "label": ["few", "many"][len(words) > 4]}
-        lines.append(row if labelled else {"prompt": f"{text} -> ", "completion": " ".join(sorted(words))})
+        text, many = f"{index}: {' '.join(words)}", len(words) > 4
+        if labelled:
+            lines.append({"text": f"{'many' if many else 'few'} {text}", "label": "many" if many else "few"})
+        else:
+            lines.append({"prompt": f"{text} -> ", "completion": " ".join(sorted(words))})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
