@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -20,7 +20,6 @@ from dynlora_cli.batches import Batches, packed_mask_dtype
 from dynlora_cli.components import Pool, linear_shape
 from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError
-from dynlora_cli.loop import Run
 from dynlora_cli.loss import held_out
 from dynlora_cli.model import (
     Base,
@@ -32,10 +31,12 @@ from dynlora_cli.model import (
     resolve_dtype,
 )
 from dynlora_cli.rank import RankControl, Schedule, Start, plan_start
+from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dynlora_cli.policies._policy import Policy
     from dynlora_cli.recipe import Recipe
 
 PROBE_ROWS = 8
@@ -167,7 +168,6 @@ def make_run(
     pool: Pool | None,
     start: Start | None,
     *,
-    emit: Emit,
     save: Callable[[Run], None],
 ) -> Run:
     """Optimizer, rank control and batches around the model."""
@@ -179,8 +179,9 @@ def make_run(
         control = RankControl(
             pool,
             optimizer,
-            drawers.load("policies", recipe.pruning.policy).Policy(recipe.seed),
+            cast("Policy", drawers.load("policies", recipe.pruning.policy)),
             make_schedule(recipe, steps, start),
+            seed=recipe.seed,
             gauge=recipe.pruning.gauge,
             lr_coupling=recipe.pruning.lr_coupling,
             probe=_probe(recipe, accelerator, base, data),
@@ -196,7 +197,6 @@ def make_run(
         batches=batches,
         val_batches=make_batches(recipe, val, base, shuffle=False, accelerator=accelerator) if val else None,
         total_steps=steps,
-        emit=emit,
         save=save,
     )
 

@@ -12,16 +12,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from dynlora_cli import __version__
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
+
+UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 app = typer.Typer(
     name="dynlora",
@@ -49,7 +52,8 @@ def root(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,14 +61,16 @@ def train(
         ),
     ] = None,
     output_dir: Annotated[
-        str | None, typer.Option(help="Where the run goes, in place of the recipe's.", show_default=False)
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where the run goes, in place of the recipe's.", show_default=False),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest valid checkpoint.")] = False,
     resume_from: Annotated[
-        Path | None, typer.Option(help="Go on with this checkpoint folder.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on with this checkpoint folder.", show_default=False),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, load no weights, write nothing.")
@@ -83,7 +89,7 @@ def train(
         checked = load_recipe(recipe, overrides or (), output_dir)
         console = _console()
         if devices != "1" and "RANK" not in os.environ:
-            _launch(devices)
+            _launch(devices, context.obj)
         from dynlora_cli import train as command
 
         if dry_run:
@@ -100,7 +106,7 @@ def train(
                 resume=resume,
                 resume_from=resume_from,
             )
-        summary = {**summary, "next": _next_commands(recipe, summary)}
+        summary = {**summary, "next": _next_commands(recipe, overrides or [], summary)}
         result.update(summary)
         if _is_main_process():
             console.show_summary(summary)
@@ -114,17 +120,18 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-def _next_commands(recipe: Path, summary: dict[str, Any]) -> list[str]:
-    """Commands that make sense after a run; only ones that this version has."""
-    folder = summary["output_dir"]
-    known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    wanted = {
-        "eval": f"dynlora eval --adapter {folder}",
-        "merge": f"dynlora merge --adapter {folder}",
-        "export": f"dynlora export --adapter {folder} --to gguf --out {folder}-gguf",
-        "train": f"dynlora train {recipe} --set rank.budget=0.1 --output-dir {folder}-small",
-    }
-    return [line for name, line in wanted.items() if name in known]
+def _next_commands(recipe: Path, overrides: list[str], summary: dict[str, Any]) -> list[str]:
+    """Commands that make sense after a run; only ones that this version has, complete with what was set."""
+    if "ranks" not in summary:
+        return []
+    settings = [word for override in overrides for word in ("--set", override)]
+    half = summary["parameters"] / 2000
+    folder, budget = summary["output_dir"], f"{half:.0f}k" if half >= 10 else f"{half:g}k"
+    smaller = ["dynlora", "train", str(recipe), *settings, "--set", f"rank.budget={budget}"]
+    return [
+        shlex.join([*smaller, "--output-dir", f"{folder}-half"]),
+        f"python -m webbrowser {shlex.quote(str((Path(folder) / 'report.html').resolve()))}",
+    ]
 
 
 @contextmanager
@@ -148,7 +155,7 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
     except Exception as error:
         known = _as_ours(error)
         if known is None:
-            if as_json:
+            if as_json and _is_main_process():
                 print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
             raise
         result, code = _failure(known), known.exit_code
@@ -169,8 +176,10 @@ def _as_ours(error: Exception) -> DynloraError | None:
         return MachineError(
             f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume"
         )
-    if isinstance(error, PermissionError):
-        return UsageError(f"not allowed to write {error.filename}", "choose another --output-dir")
+    if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
+        return UsageError(
+            f"{error.filename}: {error.strerror}", "check that path; --output-dir chooses another place for the run"
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             "the GPU has not enough memory",
@@ -189,16 +198,17 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _launch(devices: str) -> None:
+def _launch(devices: str, arguments: Sequence[str]) -> None:
     """Run this very command in several processes, one per device, and end with their exit code."""
     from dynlora_cli.launch import launch
 
     count = _device_count(devices)
     if count > 1:
-        raise typer.Exit(launch(sys.argv[1:], count))
+        raise typer.Exit(launch(arguments, count))
 
 
 def _device_count(devices: str) -> int:
+    """How many processes to train with."""
     if devices != "all" and not (devices.isdigit() and int(devices) > 0):
         raise UsageError(f"--devices {devices} is neither a number nor 'all'", "for example --devices 2")
     import torch
@@ -211,6 +221,14 @@ def _device_count(devices: str) -> int:
     return int(devices)
 
 
-def main(run: Callable[[], Any] = app) -> None:
-    """The `dynlora` command."""
-    run()
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The `dynlora` command: does what `arguments` say (by default the process's own) and exits with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(arguments, prog_name="dynlora", obj=arguments, standalone_mode=False)
+    except typer.TyperException as error:  # an unknown command or option: typer words it, for people
+        error.show()  # type: ignore[attr-defined]
+        code = error.exit_code
+        if "--json" in arguments:
+            print(json.dumps({"ok": False, "error": error.format_message(), "exit_code": code}))
+    sys.exit(code)

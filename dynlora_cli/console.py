@@ -374,11 +374,11 @@ def _module_table(modules: Iterable[dict[str, Any]]) -> Table:
 
 
 def _schedule_table(schedule: Sequence[dict[str, Any]]) -> Table:
-    table = _table("step", "components", "parameters", "learning rate", "")
+    table = _table("step", "average rank", "parameters", "learning rate", "")
     most = max((row.get("parameters") or 0 for row in schedule), default=0) or 1
     for row in schedule:
         bar = Text("█" * max(1, round(24 * (row.get("parameters") or 0) / most)), style="accent")
-        cells = (count(row.get("step")), count(row.get("components")), count(row.get("parameters")))
+        cells = (count(row.get("step")), number(row.get("rank"), 1), count(row.get("parameters")))
         table.add_row(*cells, rate(row.get("learning_rate")), bar)
     return table
 

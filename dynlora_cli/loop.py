@@ -10,100 +10,25 @@ fit ── step ── backward         the gradient of the token-normalised los
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 
 from dynlora_cli.errors import DynloraError, Interrupted, MeasureError
 from dynlora_cli.interrupt import interruptible
 from dynlora_cli.loss import held_out, summed_loss
+from dynlora_cli.meter import Window, count_step, log_window
+from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from dynlora_cli.batches import Batch, Batches
-    from dynlora_cli.components import Pool
-    from dynlora_cli.rank import RankControl
-    from dynlora_cli.recipe import Recipe, Train
+    from dynlora_cli.batches import Batch
+    from dynlora_cli.recipe import Train
 
 AUTOSAVE_SECONDS = 600.0
 LOWER_RATE = "lower train.learning_rate"
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: tokens seen, padding not counted.
-        seconds: spent in steps, over all sessions of the run.
-        step_seconds_start, step_seconds_end: median over the first and the newest line of metrics.
-        first: held-out result before training.
-        last: newest held-out result.
-        best: step and loss of the best evaluation after the budget was met.
-        evaluations_since_best: for early stopping.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    step_seconds_start: float | None = None
-    step_seconds_end: float | None = None
-    first: dict[str, float] | None = None
-    last: dict[str, float] | None = None
-    best: dict[str, float] | None = None
-    evaluations_since_best: int = 0
-
-
-@dataclass
-class Run:
-    """Everything the loop works with.
-
-    Attributes:
-        parameters: everything that trains; with components, the pool's flat tensor comes first.
-        pool, control: None for full fine-tuning.
-        emit: takes every event, see report.py.
-        save: writes a checkpoint of the present state.
-    """
-
-    recipe: Recipe
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    pool: Pool | None
-    control: RankControl | None
-    batches: Batches
-    val_batches: Batches | None
-    total_steps: int
-    emit: Callable[[dict[str, Any]], None]
-    save: Callable[[Run], None]
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    @property
-    def classify(self) -> bool:
-        return self.recipe.model.task == "sequence-classification"
-
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over processes, in place where there are several."""
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def total(self, *numbers: float) -> list[float]:
-        """Each number summed over processes."""
-        return self.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)).tolist()
 
 
 def learning_rate(step: int, total_steps: int, options: Train) -> float:
@@ -123,7 +48,7 @@ def fit(run: Run) -> None:
         Interrupted: Ctrl-C, after the step in hand was finished and saved.
         MeasureError: the loss or the gradient is not finite.
     """
-    progress, window, saved_at = run.progress, _Window(), time.monotonic()
+    progress, window, saved_at = run.progress, Window(), time.monotonic()
     with interruptible() as interrupted:
         if progress.first is None and run.val_batches:
             progress.first = progress.last = held_out_loss(run)
@@ -133,11 +58,11 @@ def fit(run: Run) -> None:
             epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
             started = time.perf_counter()
             record = step(run, run.batches.step(epoch, index), interrupted)
-            _count(run, record, time.perf_counter() - started)
+            count_step(run, record, time.perf_counter() - started)
             window.add(record)
             if progress.step == run.total_steps or progress.step % run.recipe.train.log_steps == 0:
-                _log(run, window)
-                window = _Window()
+                log_window(run, window)
+                window = Window()
             evaluated = _evaluation_due(run)
             if evaluated:
                 _evaluate_and_judge(run)
@@ -175,7 +100,7 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     rate = learning_rate(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
         if run.control:
-            run.control.observe(number)
+            run.control.observe(number, supervised)
         _clip(run, norm)
     factor = run.control.rate_factor if run.control else 1.0
     for group in run.optimizer.param_groups:
@@ -267,61 +192,6 @@ def _update(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=run.pool is None)
 
 
-class _Window:
-    """What happened since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.tokens = 0
-        self.grad_norm: float | None = None
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.losses.append(record["loss"])
-        self.seconds.append(record["step_seconds"])
-        self.tokens += record["tokens"]
-        self.grad_norm = record["grad_norm"]
-
-
-def _count(run: Run, record: dict[str, Any], seconds: float) -> None:
-    """Move on by one step and tell the live view."""
-    progress = run.progress
-    progress.step += 1
-    progress.tokens += record["tokens"]
-    progress.seconds += seconds
-    record["step_seconds"] = seconds
-    shown = {key: record[key] for key in ("loss", "learning_rate")}
-    run.emit({"event": "tick", **shown, **_alive(run), "tokens_per_second": record["tokens"] / seconds})
-
-
-def _alive(run: Run) -> dict[str, int]:
-    alive = {"components": run.pool.components, "parameters": run.pool.parameters} if run.pool else {}
-    return {"step": run.progress.step, **alive}
-
-
-def _log(run: Run, window: _Window) -> None:
-    """One line of metrics, to the files and the trackers."""
-    progress = run.progress
-    # The median: the first step of a process is slow, and pruning events are not steps.
-    step_seconds = statistics.median(window.seconds)
-    progress.step_seconds_start = progress.step_seconds_start or step_seconds
-    progress.step_seconds_end = step_seconds
-    metrics = {
-        "loss": sum(window.losses) / len(window.losses),
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "grad_norm": window.grad_norm,
-        "tokens": progress.tokens,
-        "tokens_per_second": window.tokens / sum(window.seconds),
-        "step_seconds": step_seconds,
-        "epoch": progress.step / run.batches.steps_per_epoch,
-        "memory_bytes": memory_in_use(run.accelerator.device),
-        "seconds": progress.seconds,
-    }
-    run.emit({"event": "train", **_alive(run), **metrics})
-    numbers = {**_alive(run), **metrics}
-    run.accelerator.log({f"train/{k}": v for k, v in numbers.items() if v is not None}, step=progress.step)
-
-
 def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:
     """Every `save_steps`, and whenever the best was found; by default every 10 minutes and at each evaluation."""
     every, best = run.recipe.train.save_steps, run.progress.best
@@ -393,8 +263,3 @@ def held_out_loss(run: Run) -> dict[str, float]:
             f"{LOWER_RATE}, or look at the held-out rows" if step else "look at the model's weights and its dtype",
         )
     return result
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes the process holds now: of the GPU where one trains, else resident memory."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -219,6 +219,11 @@ def _from_pretrained(
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
             "the files are incomplete or of another architecture",
         )
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks a 4-bit weight for inference at the first evaluation, and there is no way
+        # back to training; some shapes even fail.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model if "device_map" in arguments else model.to(device)
 
 

@@ -17,10 +17,10 @@ from dynlora_cli import __version__, run_folder
 from dynlora_cli.adapter import PREFIX, lora_config, lora_tensors, write_adapter
 from dynlora_cli.checkpoint import read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
-from dynlora_cli.loop import Run
 from dynlora_cli.model import Base, fingerprint
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import write_card, write_report
+from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
     from dynlora_cli.rank import Start
@@ -117,9 +117,16 @@ def finish(folder: Path, record: dict[str, Any], training: Run, summary: dict[st
         "finished": _now(),
         "summary": summary,
     }
-    run_folder.write_json(folder / run_folder.RECORD, record)
-    write_report(folder)
-    write_card(folder)
+    write_record(folder, record, training)
+    if training.accelerator.is_main_process:
+        write_report(folder)
+        write_card(folder)
+
+
+def write_record(folder: Path, record: dict[str, Any], training: Run) -> None:
+    """Write dynlora.json, from one process."""
+    if training.accelerator.is_main_process:
+        run_folder.write_json(folder / run_folder.RECORD, record)
 
 
 def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None) -> dict[str, Any]:

@@ -139,7 +139,10 @@ def start_rows(event: Event) -> list[tuple[str, str]]:
         ("data", f"{count(run.get('train_rows'))} rows to train, {count(run.get('val_rows'))} held out"),
         ("adapter", joined(run.get("variant"), run.get("policy"), started)),
         ("parameters", with_budget(run.get("parameters"), run)),
-        ("steps", joined(count(run.get("steps")), epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}")),
+        (
+            "steps",
+            joined(count(run.get("steps")), epochs and f"{round(epochs, 2):g} epoch{'' if epochs == 1 else 's'}"),
+        ),
         ("output", str(run.get("output_dir") or "")),
     ]
     return [(label, value) for label, value in rows if value]

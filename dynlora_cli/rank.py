@@ -2,7 +2,7 @@
 
     Schedule      when the events are and how many parameters may be alive after each; plain arithmetic
     select_K      which components an event keeps: one threshold over the whole pool
-    shrink        the only function that changes module, parameter group and moments; all three together
+    shrink, swap  the only code that changes module, parameter group and moments; all three together
     RankControl   observe after backward, apply after the optimizer's step
 
 Dimensions: K components of the pool, P numbers of the pool (see components.py).
@@ -22,13 +22,11 @@ from torch import Tensor
 from dynlora_cli.components import Pool
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import to_svd_basis
+from dynlora_cli.gradients import GateGradients
 
 if TYPE_CHECKING:
     from dynlora_cli.policies._policy import Policy
     from dynlora_cli.recipe import Budget
-
-# Averages of gate gradients forget over about 20 steps.
-DECAY = 0.95
 
 
 @dataclass(frozen=True)
@@ -175,17 +173,28 @@ def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None
     for (a, b), keep_C in zip(pool.views(keep_P), per_layer, strict=True):
         a[keep_C] = True
         b[:, keep_C] = True
-    state = optimizer.state.pop(old, {})
-    group = next(group for group in optimizer.param_groups if any(p is old for p in group["params"]))
-
     counts = dict(zip(pool.counts, (int(keep_C.sum()) for keep_C in per_layer), strict=True))
-    pool.adopt(old.detach()[keep_P], counts)
-
-    group["params"] = [pool.values if p is old else p for p in group["params"]]
-    optimizer.state[pool.values] = {
+    state = {
         key: value[keep_P] if torch.is_tensor(value) and value.shape == old.shape else value
-        for key, value in state.items()
+        for key, value in optimizer.state.get(old, {}).items()
     }
+    swap(pool, optimizer, old.detach()[keep_P], counts, state)
+
+
+def swap(
+    pool: Pool, optimizer: torch.optim.Optimizer, values_P: Tensor, counts: Mapping[str, int], state: dict[str, Any]
+) -> None:
+    """Put other numbers in the place of the pool's: in the layers, the parameter group and the optimizer's state.
+
+    Raises:
+        DynloraError: an autograd graph through the old tensors is alive.
+    """
+    old = pool.values
+    pool.adopt(values_P, counts)
+    optimizer.state.pop(old, None)
+    optimizer.state[pool.values] = state
+    for group in optimizer.param_groups:
+        group["params"] = [pool.values if parameter is old else parameter for parameter in group["params"]]
 
 
 class RankControl:
@@ -194,8 +203,9 @@ class RankControl:
     Args:
         pool: the components.
         optimizer: steps `pool.values`.
-        policy: scores the components.
+        policy: a file of the drawer policies/; scores the components.
         schedule: when and how far.
+        seed: of the policy's random numbers.
         gauge: turn the components into their SVD basis after each event.
         lr_coupling: exponent of (parameters at the start / alive) in `rate_factor`.
         probe: the loss on a few fixed rows, measured before and after each event; None: not measured.
@@ -208,6 +218,7 @@ class RankControl:
         policy: Policy,
         schedule: Schedule,
         *,
+        seed: int = 0,
         gauge: bool = True,
         lr_coupling: float = 0.0,
         probe: Callable[[], float] | None = None,
@@ -215,8 +226,8 @@ class RankControl:
         self.pool, self.optimizer, self.policy, self.schedule = pool, optimizer, policy, schedule
         self.gauge, self.lr_coupling, self.probe = gauge, lr_coupling, probe
         self.start_parameters = pool.parameters
-        self.signed_K: Tensor | None = None  # average of dL/dg, for the predicted change of loss
-        self.observed = 0
+        self.gradients = GateGradients()
+        self.generator = torch.Generator().manual_seed(seed)
 
     @property
     def rate_factor(self) -> float:
@@ -228,89 +239,73 @@ class RankControl:
         """Whether the last event is over."""
         return not self.schedule.steps or self.pool.parameters <= self.schedule.targets[-1]
 
-    def observe(self, step: int) -> None:
-        """Look at the gradient of optimizer step `step` (from 1): accumulated, normalised, reduced, not yet clipped."""
-        if not self.schedule.begin < step <= self.schedule.last:
-            return
-        gradient_K = self.pool.gate_gradient_K()
-        self.observed += 1
-        self.signed_K = (1 - DECAY) * gradient_K + (DECAY * self.signed_K if self.signed_K is not None else 0)
-        self.policy.observe(gradient_K)
+    def observe(self, step: int, targets: float = 1.0) -> None:
+        """Look at the gradient of optimizer step `step` (from 1): accumulated, normalised, reduced, not yet clipped.
+
+        Args:
+            targets: supervised tokens (or rows) that the gradient is the mean of.
+        """
+        if self.schedule.begin < step <= self.schedule.last:
+            self.gradients.observe(self.pool.gate_gradient_K(), targets)
 
     def apply(self, step: int) -> dict[str, Any] | None:
         """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
-        if step == self.schedule.begin and self.schedule.steps and self.gauge:
-            return self._turn(step)
-        if step not in self.schedule.steps:
-            return None
-        return self._prune(step, self.schedule.targets[self.schedule.steps.index(step)])
-
-    def _turn(self, step: int) -> dict[str, Any] | None:
-        """The first change of basis, before any score is taken."""
         started = time.perf_counter()
-        if not to_svd_basis(self.pool, self.optimizer):
-            return None
-        self._forget()
-        self.policy.restart()
-        return self._event("gauge", step, started)
-
-    def _prune(self, step: int, target: int) -> dict[str, Any]:
-        pool, started = self.pool, time.perf_counter()
-        loss_before = self.probe() if self.probe else None
-        before = {"components_before": pool.components, "parameters_before": pool.parameters}
-        counts_before = dict(pool.counts)
-        if self.gauge and not self.policy.needs_gradients:
-            to_svd_basis(pool, self.optimizer)
-            self._forget()
-        keep_K, threshold = select_K(
-            self.policy.scores(pool), pool.costs_K(), pool.layers_K(), target, capped=step != self.schedule.last
-        )
-        predicted = self._predict(~keep_K)
-        shrink(pool, self.optimizer, keep_K)
-        if self.gauge:
-            to_svd_basis(pool, self.optimizer)
-            self._forget()
-            self.policy.restart()
+        if step in self.schedule.steps:
+            event = self._prune(step, self.schedule.targets[self.schedule.steps.index(step)])
+        elif step == self.schedule.begin and self.gauge and self._turn():
+            event = {"event": "gauge"}  # the scores are collected in this basis from here on
         else:
-            self.signed_K = None if self.signed_K is None else self.signed_K[keep_K]
-            self.policy.select(keep_K)
-        removed = {name: n - pool.counts[name] for name, n in counts_before.items() if n > pool.counts[name]}
-        event = self._event("prune", step, started, target_parameters=target, threshold=threshold, removed=removed)
-        loss_after = self.probe() if self.probe else None
-        measured = None if loss_before is None or loss_after is None else loss_after - loss_before
-        return {**event, **before, "predicted_loss_change": predicted, "measured_loss_change": measured}
-
-    def _predict(self, removed_K: Tensor) -> float | None:
-        """First-order change of the loss when these gates go from 1 to 0: -Σ dL/dg_i, from the averaged gradient."""
-        if self.signed_K is None:
             return None
-        return -self.signed_K[removed_K].sum().item() / (1 - DECAY**self.observed)
-
-    def _forget(self) -> None:
-        self.signed_K = None
-        self.observed = 0
-
-    def _event(self, kind: str, step: int, started: float, **more: Any) -> dict[str, Any]:
-        return {
-            "event": kind,
-            "step": step,
+        alive = {
             "components": self.pool.components,
             "parameters": self.pool.parameters,
             "ranks": dict(self.pool.counts),
-            "seconds": time.perf_counter() - started,
-            **more,
         }
+        return {**event, "step": step, **alive, "seconds": time.perf_counter() - started}
+
+    def _turn(self) -> int:
+        """Turn into the SVD basis; averages of the old one mean nothing any more."""
+        turned = to_svd_basis(self.pool, self.optimizer)
+        if turned:
+            self.gradients.restart()
+        return turned
+
+    def _prune(self, step: int, target: int) -> dict[str, Any]:
+        pool = self.pool
+        event: dict[str, Any] = {
+            "event": "prune",
+            "target_parameters": target,
+            "components_before": pool.components,
+            "parameters_before": pool.parameters,
+        }
+        counts, loss = dict(pool.counts), self.probe() if self.probe else None
+        if self.gauge and not self.policy.needs_gradients:
+            self._turn()
+        scores_K = self.policy.scores(pool, self.gradients, self.generator)
+        capped = step != self.schedule.last
+        keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
+        event["predicted_loss_change"] = self.gradients.predicted_loss_change(~keep_K, pool)
+        shrink(pool, self.optimizer, keep_K)
+        self.gradients.select(keep_K)
+        if self.gauge:
+            self._turn()
+        event["removed"] = {name: n - pool.counts[name] for name, n in counts.items() if n > pool.counts[name]}
+        event["measured_loss_change"] = None if loss is None or self.probe is None else self.probe() - loss
+        return event
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, for a checkpoint; tensors only."""
-        own = {} if self.signed_K is None else {"signed": self.signed_K, "observed": torch.tensor(self.observed)}
-        policy = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
-        return {**own, **policy, "start_parameters": torch.tensor(self.start_parameters)}
+        """The averages and the generator, for a checkpoint; tensors only."""
+        averages = {f"gradients.{key}": value for key, value in self.gradients.state_dict().items()}
+        return {
+            **averages,
+            "generator": self.generator.get_state(),
+            "start_parameters": torch.tensor(self.start_parameters),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict`; the pool must hold the same components."""
-        self.signed_K = state.get("signed")
-        self.observed = int(state["observed"]) if "observed" in state else 0
+        prefix = "gradients."
+        self.gradients.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        self.generator.set_state(state["generator"])
         self.start_parameters = int(state["start_parameters"])
-        prefix = "policy."
-        self.policy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

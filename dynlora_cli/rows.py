@@ -83,11 +83,12 @@ def _nearest(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f" (the folder {folder} does not exist)"
-    there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix in _READERS)
+    shown = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    there = sorted(entry.name for entry in shown if entry.is_dir() or entry.suffix in _READERS)
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
     if near:
         return f"; did you mean {' or '.join(repr(str(folder / name)) for name in near)}?"
-    return f"; {folder} holds: {', '.join(there[:8])}" if there else f" (no data files in {folder})"
+    return f"; {folder.resolve()} holds: {', '.join(there[:8])}" if there else f" (no data files in {folder})"
 
 
 def _files_of(folder: Path, split: str, notes: list[str]) -> list[Path]:

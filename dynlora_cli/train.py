@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,17 @@ from dynlora_cli.checkpoint import read_state, restore
 from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
-from dynlora_cli.loop import Progress, Run, fit, learning_rate
-from dynlora_cli.rank import Schedule, Start
+from dynlora_cli.loop import fit, learning_rate
+from dynlora_cli.model import find_model, fingerprint
+from dynlora_cli.rank import Schedule, Start, swap
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
+from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
+RESTART = "bring it back as it was, or start a new run with another --output-dir"
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
 FREE_ON_RESUME = ("output_dir", "train.log_steps", "train.save_steps", "train.report_to")
 
@@ -73,49 +77,48 @@ def run(
     accelerator = make_accelerator(recipe, folder)
     tokenizer, data = read_data(recipe)
     if checkpoint:
-        _same_rows(run_folder.run_of(checkpoint), data)
+        _same_inputs(run_folder.run_of(checkpoint), data, recipe)
     base = read_base(recipe, tokenizer, data, accelerator.device)
-    variant = drawers.load("variants", recipe.adapter.variant)
-    pool, start = attach(variant, base, recipe)
-    position, tensors = read_state(checkpoint) if checkpoint else (None, {})
-    if pool and position:
-        pool.adopt(torch.zeros(position["parameters"], device=accelerator.device), position["counts"])
-
-    writes = accelerator.is_main_process
-    if writes and begins:
+    pool, start = attach(drawers.load("variants", recipe.adapter.variant), base, recipe)
+    save = partial(outputs.write_checkpoint, folder=folder, base=base)
+    training = make_run(recipe, accelerator, base, data, pool, start, save=save)
+    torch.manual_seed(
+        recipe.seed + accelerator.process_index
+    )  # of dropout, the one thing that differs between processes
+    if begins and accelerator.is_main_process:
         run_folder.claim(folder, overwrite=overwrite)
-    if checkpoint and position:
-        best = _best_so_far(checkpoint, position["progress"])
-        if writes:
-            run_folder.rewind(folder, checkpoint, best)
-    keep_until = position["progress"]["step"] if position else None
-    with RunLog(folder, keep_until) if writes else nullcontext() as log:
-
-        def emit(event: dict[str, Any]) -> None:
-            if log:
-                log(event)
-                _tell(listener, event)
-
-        save = partial(outputs.write_checkpoint, folder=folder, base=base)
-        training = make_run(recipe, accelerator, base, data, pool, start, emit=emit, save=save)
+    if checkpoint:
+        _go_back_to(checkpoint, training, folder)
+    with _log(training, folder, listener):
         record = outputs.start_record(recipe, training, base, data, start)
-        if writes:
-            run_folder.write_json(folder / run_folder.RECORD, record)
-        emit(outputs.start_event(recipe, training, base, data, start))
-        # The ranks differ in dropout only; a resumed run goes on with the generators of its checkpoint.
-        torch.manual_seed(recipe.seed + accelerator.process_index)
-        if position:
-            _go_on(training, position, tensors)
-            emit({"event": "note", "text": f"resuming from {checkpoint}"})
+        outputs.write_record(folder, record, training)
+        training.emit(outputs.start_event(recipe, training, base, data, start))
+        if checkpoint:
+            training.emit({"event": "note", "text": f"resuming from {checkpoint}"})
         accelerator.init_trackers(folder.name, config=_plain(recipe))
         fit(training)
         kind = outputs.write_root(folder, training, base)
         summary = outputs.summarize(recipe, training, start, folder, kind)
-        if writes:
-            outputs.finish(folder, record, training, summary)
-        emit({"event": "end", "summary": summary})
+        outputs.finish(folder, record, training, summary)
+        training.emit({"event": "end", "summary": summary})
     accelerator.end_training()
     return summary
+
+
+@contextmanager
+def _log(training: Run, folder: Path, listener: Emit | None) -> Iterator[None]:
+    """Events go to the run's files and to the listener; other processes than the main one are silent."""
+    if not training.accelerator.is_main_process:
+        yield
+        return
+    with RunLog(folder, keep_until_step=training.progress.step) as log:
+
+        def emit(event: dict[str, Any]) -> None:
+            log(event)
+            _tell(listener, event)
+
+        training.emit = emit
+        yield
 
 
 def _tell(listener: Emit | None, event: dict[str, Any]) -> None:
@@ -158,12 +161,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _planned_events(recipe: Recipe, steps: int, start: Start, schedule: Schedule) -> list[dict[str, Any]]:
-    """The parameters alive after each event, and the learning rate that follows them."""
+    """The parameters and the average rank alive after each event, and the learning rate that follows them."""
     alive = [(0, start.parameters), *zip(schedule.steps, schedule.targets, strict=True)]
     return [
         {
             "step": step,
             "parameters": parameters,
+            "rank": start.average_rank * parameters / start.budget,
             "learning_rate": learning_rate(step + 1, steps, recipe.train)
             * (start.parameters / parameters) ** recipe.pruning.lr_coupling,
         }
@@ -212,34 +216,39 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _same_rows(folder: Path, data: Data) -> None:
-    """Refuse to resume on other rows: the steps already done would not be the ones that the record tells of."""
-    if run_folder.read_record(folder)["data"]["sha256"] != data.sha256:
-        raise UsageError(
-            f"the rows, or how they are read, have changed since the run in {folder} began",
-            "bring back the files of dataset.train and dataset.val, or start a new run with another --output-dir",
-        )
+def _same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
+    """Refuse to resume on other rows or weights: the steps already done would not be the ones on record."""
+    before, (model, _) = run_folder.read_record(folder), find_model(recipe.model)
+    if before["data"]["sha256"] != data.sha256:
+        raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
+    if before["base_model"]["fingerprint"]["sha256"] != fingerprint(model)["sha256"]:
+        raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
 
 
-def _best_so_far(checkpoint: Path, progress: dict[str, Any]) -> Path | None:
-    """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
-    if not progress["best"]:
-        return None
-    best = checkpoint.parent / f"step-{progress['best']['step']}"
-    if run_folder.is_whole(best):
-        return best
-    progress |= {"best": None, "evaluations_since_best": 0}
-    return None
-
-
-def _go_on(training: Run, position: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
+    """Put the run, and the files in its folder, where they were at a checkpoint."""
+    position, tensors = read_state(checkpoint)
+    if training.pool:
+        empty = torch.zeros(position["parameters"], device=training.accelerator.device)
+        swap(training.pool, training.optimizer, empty, position["counts"], {})
     averages = restore(tensors, training.parameters, training.optimizer)
-    training.progress = Progress(**position["progress"])
-    if training.accelerator.process_index:
-        # The checkpoint holds the first process's generator; the others must not drop out what it drops out.
-        torch.manual_seed(training.recipe.seed + 1000 * training.progress.step + training.accelerator.process_index)
     if training.control:
         training.control.load_state_dict(averages)
+    training.progress = Progress(**position["progress"])
+    best = _best_so_far(checkpoint, training.progress)
+    if training.accelerator.is_main_process:
+        run_folder.rewind(folder, checkpoint, best)
+
+
+def _best_so_far(checkpoint: Path, progress: Progress) -> Path | None:
+    """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
+    if not progress.best:
+        return None
+    best = checkpoint.parent / f"step-{progress.best['step']}"
+    if run_folder.is_whole(best):
+        return best
+    progress.best, progress.evaluations_since_best = None, 0
+    return None
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -119,9 +119,8 @@ def held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict) -> None:
-    weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(out, state_dict=weights)
+    model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # made readable by its owner only
     tokenizer.save_pretrained(out)
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     corpus = "\n".join(f"- `{name}` ({licence})" for name, licence in CORPUS)
@@ -145,11 +144,61 @@ Licence of the weights and the tokenizer: Apache-2.0, as the project. The corpus
 """)
 
 
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+        )
+    )
+
+
+def pretrain(model: LlamaForCausalLM, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> float:
+    """Train for `args.steps`; returns the training loss, averaged over the last 50 steps or so."""
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    other = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(hidden, lr=args.learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(other, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    started, order, running = time.time(), [], math.log(model.config.vocab_size)
+    for step in range(args.steps):
+        # Warm-up over 2 %, constant, linear decay to zero over the last 40 %.
+        shape = min(1.0, (step + 1) / (0.02 * args.steps), (args.steps - step) / (0.4 * args.steps))
+        if len(order) < args.rows:
+            order = torch.randperm(len(rows)).tolist()
+        batch = rows[[order.pop() for _ in range(args.rows)]].to(held_out.device)
+        loss = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * shape
+            optimizer.step()
+            optimizer.zero_grad()
+        running = 0.98 * running + 0.02 * loss.item()
+        if step % 50 == 0 or step == args.steps - 1:
+            speed = (step + 1) * args.rows * args.row_length / (time.time() - started)
+            print(f"step {step:5d}  loss {running:.4f}  {speed:,.0f} tokens/s", flush=True)
+        if step % 400 == 399:
+            print(f"step {step:5d}  held-out {held_out_loss(model, held_out):.4f}", flush=True)
+    return running
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--rows", type=int, default=16, help="rows of a step (B)")
     parser.add_argument("--row-length", type=int, default=256, help="tokens of a row (T)")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -159,89 +208,39 @@ def main() -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
     docs = documents(args.data)
     random.shuffle(docs)
     split = len(docs) // 100
     tokenizer = train_tokenizer(docs[split:], vocab_size=4096)
     held_out = encode(docs[:split], tokenizer, args.row_length).to(device)
     rows = encode(docs[split:], tokenizer, args.row_length)
+    model = make_model(tokenizer).to(device)
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    model = LlamaForCausalLM(config).to(device)
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    other = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, lr=args.learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(other, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-    def rate(step: int) -> float:
-        """Warm-up over 2 %, constant, linear decay to zero over the last 40 %."""
-        return min(1.0, (step + 1) / (0.02 * args.steps), (args.steps - step) / (0.4 * args.steps))
-
-    started, order, running = time.time(), [], math.log(config.vocab_size)
-    for step in range(args.steps):
-        if len(order) < args.rows:
-            order = torch.randperm(len(rows)).tolist()
-        batch = rows[[order.pop() for _ in range(args.rows)]].to(device)
-        loss = loss_of(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * rate(step)
-            optimizer.step()
-            optimizer.zero_grad()
-        running = 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0 or step == args.steps - 1:
-            seen, seconds = (step + 1) * batch[:, 1:].numel(), time.time() - started
-            print(
-                f"step {step:5d}  loss {running:.4f}  lr {args.learning_rate * rate(step):.2e}  {seen / seconds:,.0f} tokens/s",
-                flush=True,
-            )
-        if step % 400 == 399:
-            print(f"step {step:5d}  held-out {held_out_loss(model, held_out):.4f}", flush=True)
-
+    started = time.time()
+    train_loss = pretrain(model, rows, held_out, args)
     final = held_out_loss(model, held_out)
     held_out_bytes = len(tokenizer.decode(held_out.flatten().tolist(), skip_special_tokens=True).encode())
-    save(
-        model,
-        tokenizer,
-        args.out,
-        {
-            "corpus": [{"file": name, "licence": licence} for name, licence in CORPUS],
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "vocabulary": len(tokenizer),
-            "documents": len(docs),
-            "corpus_tokens": rows.numel(),
-            "tokens_seen": args.steps * args.rows * args.row_length,
-            "epochs": args.steps * args.rows / len(rows),
-            "steps": args.steps,
-            "tokens_per_step": args.rows * args.row_length,
-            "learning_rate": args.learning_rate,
-            "optimizer": "Muon (hidden matrices) + AdamW",
-            "train_loss": running,
-            "held_out_loss": final,
-            "held_out_bits_per_byte": final * held_out[:, 1:].numel() / held_out_bytes / math.log(2),
-            "device": f"{device.type}, {torch.get_num_threads()} thread(s)",
-            "minutes": (time.time() - started) / 60,
-            "seed": args.seed,
-            "torch": torch.__version__,
-        },
-    )
+    record = {
+        "corpus": [{"file": name, "licence": licence} for name, licence in CORPUS],
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "documents": len(docs),
+        "corpus_tokens": rows.numel(),
+        "tokens_seen": args.steps * args.rows * args.row_length,
+        "epochs": args.steps * args.rows / len(rows),
+        "steps": args.steps,
+        "tokens_per_step": args.rows * args.row_length,
+        "learning_rate": args.learning_rate,
+        "optimizer": "Muon (hidden matrices) + AdamW",
+        "train_loss": train_loss,
+        "held_out_loss": final,
+        "held_out_bits_per_byte": final * held_out[:, 1:].numel() / held_out_bytes / math.log(2),
+        "device": f"{device.type}, {torch.get_num_threads()} thread(s)",
+        "minutes": (time.time() - started) / 60,
+        "seed": args.seed,
+        "torch": torch.__version__,
+    }
+    save(model, tokenizer, args.out, record)
     print(f"held-out {final:.4f}; saved to {args.out}", flush=True)
 
 

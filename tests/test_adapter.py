@@ -116,7 +116,7 @@ def test_scale_is_exactly_one_for_every_consumer(tmp_path):
 def test_bytes_depend_on_the_state_only_and_others_may_read_them(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    _, pool, first = pruned("llama", tmp_path / "one")
+    _, _pool, first = pruned("llama", tmp_path / "one")
     _, _, second = pruned("llama", tmp_path / "two")
     name = "adapter_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()

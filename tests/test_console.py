@@ -261,7 +261,7 @@ def test_the_plan_groups_modules_by_pattern() -> None:
         "example": [["2+2=", False], ["4", True]],
         "modules": layers(6),
         "parameters": {"base": 2_950_000, "start": 250_000, "budget": 62_500},
-        "schedule": [{"step": 20, "components": 96, "parameters": 250_000, "learning_rate": 2e-4}],
+        "schedule": [{"step": 20, "rank": 6.0, "parameters": 250_000, "learning_rate": 2e-4}],
         "steps": 400,
         "notes": ["nothing was written"],
     }
@@ -269,7 +269,7 @@ def test_the_plan_groups_modules_by_pattern() -> None:
     rows = [line.split() for line in pipe.getvalue().splitlines()]
     assert ["model.layers.*.self_attn.q_proj", "x6", "128", "x", "64", "16"] in rows
     assert ["base", "parameters", "2,950,000"] in rows
-    assert ["20", "96", "250,000", "2.0e-04", "█" * 24] in rows
+    assert ["20", "6.0", "250,000", "2.0e-04", "█" * 24] in rows
     assert "  model: builtin:tiny" in pipe.getvalue()
     assert "⟦4⟧" in pipe.getvalue()
 

@@ -220,7 +220,7 @@ def test_scores_are_taken_before_clipping(tmp_path):
     for limit in ("null", "0.001"):
         run = assembled(make_recipe(tmp_path, f"train.max_grad_norm={limit}", "pruning.start=0"))
         step(run, run.batches.step(0, 0))
-        observed.append(run.control.policy.average_K)
+        observed.append(run.control.gradients.square(run.pool))
     assert observed[0].abs().sum() > 0
     assert torch.equal(*observed)
 

@@ -38,7 +38,12 @@ TOKENIZER = SimpleNamespace(pad_token_id=0)
 
 def load(name, device="cpu", labels=None, checkpointing=False, **more):
     return load_base(
-        options(name, **more), TOKENIZER, device=torch.device(device), labels=labels, seed=0, checkpointing=checkpointing
+        options(name, **more),
+        TOKENIZER,
+        device=torch.device(device),
+        labels=labels,
+        seed=0,
+        checkpointing=checkpointing,
     )
 
 
@@ -125,7 +130,10 @@ class TestLoad:
     def test_everything_is_frozen_but_a_new_head(self, tmp_path):
         build("bert").save_pretrained(tmp_path)
         base = load(tmp_path, labels=["a", "b", "c"], task="sequence-classification")
-        assert {name for name, p in base.model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+        assert {name for name, p in base.model.named_parameters() if p.requires_grad} == {
+            "classifier.weight",
+            "classifier.bias",
+        }
         assert base.head == "classifier"
         assert base.model.config.id2label == {0: "a", 1: "b", 2: "c"}
         build("llama").save_pretrained(tmp_path / "lm")
@@ -206,6 +214,15 @@ class TestFourBit:
         assert weight.dtype == torch.uint8
         assert weight.quant_state.quant_type == "nf4"
         assert weight.quant_state.nested, "double quantization"
+
+    def test_an_evaluation_in_between_changes_nothing(self, base):
+        """bitsandbytes would repack the weights for inference, and training could not go on."""
+        ids = torch.randint(0, 64, (4, 16), device=base.model.device)
+        first = base.model.train()(ids).logits
+        with torch.no_grad():
+            between = base.model.eval()(ids).logits
+        assert torch.equal(base.model.train()(ids).logits, first)
+        torch.testing.assert_close(between, first, atol=1e-3, rtol=1e-3)
 
     def test_components_train_on_top(self, base):
         targets = find_targets(base.model, "all-linear")

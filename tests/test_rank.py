@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlora_cli import drawers
 from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.gradients import GateGradients
 from dynlora_cli.rank import RankControl, Schedule, plan_start, select_K, shrink
 
 from toy import SHAPES, fill, make, train
@@ -206,8 +207,8 @@ def controlled(policy="fisher", *, steps=40, target=100, seed=0, lr=1e-2, gauge=
     net, pool = make()
     optimizer = torch.optim.AdamW([pool.values], lr=lr)
     schedule = Schedule.plan(total_steps=steps, start=0.1, end=0.8, events=4, parameters=pool.parameters, budget=target)
-    policy = drawers.load("policies", policy).Policy(seed)
-    control = RankControl(pool, optimizer, policy, schedule, gauge=gauge, **kwargs)
+    policy = drawers.load("policies", policy)
+    control = RankControl(pool, optimizer, policy, schedule, seed=seed, gauge=gauge, **kwargs)
     generator = torch.Generator().manual_seed(7)
     x, y = torch.randn(64, 12, generator=generator), torch.randn(64, 8, generator=generator)
     events = []
@@ -278,7 +279,7 @@ class TestControl:
                 return F.mse_loss(net(x), y).item()
 
         schedule = Schedule.plan(total_steps=10, start=0.0, end=1.0, events=1, parameters=280, budget=250)
-        policy = drawers.load("policies", "fisher").Policy(0)
+        policy = drawers.load("policies", "fisher")
         control = RankControl(pool, optimizer, policy, schedule, gauge=False, probe=probe)
         before = probe()
         for step in range(1, 11):
@@ -290,14 +291,19 @@ class TestControl:
         assert event["measured_loss_change"] == pytest.approx(probe() - before)
         assert event["predicted_loss_change"] == pytest.approx(event["measured_loss_change"], abs=0.25)
 
-    def test_state_goes_on_as_if_never_stopped(self):
-        for name in POLICIES:
-            run = controlled(name)
-            generator = torch.Generator().manual_seed(3)
-            run.control.policy.observe(torch.rand(run.pool.components, generator=generator))
-            other = drawers.load("policies", name).Policy(99)
-            other.load_state_dict({k: v.clone() for k, v in run.control.policy.state_dict().items()})
-            assert torch.equal(run.control.policy.scores(run.pool), other.scores(run.pool))
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_state_goes_on_as_if_never_stopped(self, policy):
+        run = controlled(policy, seed=1)
+        train(run.net, run.pool, run.optimizer, steps=1)
+        for seed in range(3):
+            gradient = torch.rand(run.pool.components, generator=torch.Generator().manual_seed(seed))
+            run.control.gradients.observe(gradient, targets=10)
+        other = RankControl(run.pool, run.optimizer, run.control.policy, run.control.schedule, seed=99)
+        other.load_state_dict({key: value.clone() for key, value in run.control.state_dict().items()})
+        ours, theirs = (c.policy.scores(run.pool, c.gradients, c.generator) for c in (run.control, other))
+        assert torch.equal(ours, theirs)
+        assert (other.gradients.steps, other.gradients.targets) == (3, 10)
+        assert other.rate_factor == run.control.rate_factor
 
 
 class _Largest(TorchDispatchMode):
@@ -319,11 +325,11 @@ class TestEightDefectsOfTheFirstPublishedRank1SumCode:
     def test_1_a_strong_negative_component_is_not_pruned(self):
         _, pool = make()
         fill(pool)
-        policy = drawers.load("policies", "magnitude").Policy(0)
-        before = policy.scores(pool)
+        policy = drawers.load("policies", "magnitude")
+        before = policy.scores(pool, GateGradients(), torch.Generator())
         for _, b in pool.views(pool.values.detach()):
             b[:, 0] *= -1
-        assert torch.equal(policy.scores(pool), before)
+        assert torch.equal(policy.scores(pool, GateGradients(), torch.Generator()), before)
 
     def test_2_a_pruned_component_does_not_revive_through_momentum(self):
         run = controlled("magnitude")
@@ -363,12 +369,12 @@ class TestEightDefectsOfTheFirstPublishedRank1SumCode:
             net.up.a_CI[1] = net.up.a_CI[0]
             net.up.b_OC[:10, 0], net.up.b_OC[10:, 0] = 1.0, 0.0
             net.up.b_OC[:10, 1], net.up.b_OC[10:, 1] = 0.0, 1.0
-        policy = drawers.load("policies", "fisher").Policy(0)
+        gradients = GateGradients()
         for seed in range(5):
             x = torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))
             net.up(x)[:, :10].square().sum().backward()
-            policy.observe(pool.gate_gradient_K())
+            gradients.observe(pool.gate_gradient_K(), targets=8)
             pool.values.grad.zero_()
-        scores = policy.scores(pool)
+        scores = drawers.load("policies", "fisher").scores(pool, gradients, torch.Generator())
         assert scores[0] > 0
         assert scores[1] == 0

@@ -27,8 +27,8 @@ from transformers import (
 
 from dynlora_cli import train as train_command
 from dynlora_cli.assemble import attach, make_accelerator, make_run, read_base, read_data
-from dynlora_cli.loop import Run
 from dynlora_cli.recipe import Recipe, load_recipe
+from dynlora_cli.state import Run
 from dynlora_cli.variants import full, lora
 
 WORDS = ["count", "sort", "reverse", "print", "join", "split", "copy", "words", "lines", "numbers", "names", "every"]
@@ -155,7 +155,8 @@ def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
             pool.values.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(recipe.seed)
     events: list[dict] = []
-    run = make_run(recipe, accelerator, base, data, pool, start, emit=events.append, save=lambda run: None)
+    run = make_run(recipe, accelerator, base, data, pool, start, save=lambda run: None)
+    run.emit = events.append
     run.model.train()
     return run
 

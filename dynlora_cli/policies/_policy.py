@@ -1,4 +1,12 @@
-"""What a pruning policy is: a file in this folder with a class `Policy` of this shape.
+"""What a pruning policy is: a file in this folder with these two names.
+
+    needs_gradients: bool
+        True: scores are of the time before an event, from the gradients since the last one.
+        False: scores are of the values as they stand, after they were turned into the SVD basis.
+
+    scores(pool, gradients, generator) -> Tensor
+        What each component is worth per number it holds; higher is better. [K], finite. A policy scores and never
+        decides: `rank.select_K` does, for all policies alike.
 
 Dimensions: K components of the pool.
 """
@@ -7,34 +15,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dynlora_cli.components import Pool
+from dynlora_cli.gradients import GateGradients
 
 
 class Policy(Protocol):
-    """Scores the components of a pool. It never decides: `rank.RankControl` does, for all policies alike."""
+    """The shape of a policy's module."""
 
-    # True: `observe` is called after every backward of the pruning phase, and scores are of the time before an event.
-    # False: scores are taken from the values as they stand, after they were turned into the SVD basis.
     needs_gradients: bool
 
-    def __init__(self, seed: int) -> None: ...
-
-    def observe(self, gate_gradient_K: Tensor) -> None:
-        """Take dL/dg of every component, once per optimizer step, before clipping."""
-
-    def scores(self, pool: Pool) -> Tensor:
-        """What a component is worth per number it holds; higher is better. [K], finite."""
-
-    def select(self, keep_K: Tensor) -> None:
-        """Forget the components that were removed; `keep_K` is boolean over those that were there."""
-
-    def restart(self) -> None:
-        """Forget all averages: the components now mean something else (a change of gauge)."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on in another process."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict`."""
+    def scores(self, pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:
+        """Worth of every component per number it holds. [K]"""

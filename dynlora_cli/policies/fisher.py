@@ -20,43 +20,11 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.components import Pool
+from dynlora_cli.gradients import GateGradients
 
-DECAY = 0.95
+needs_gradients = True
 
 
-class Policy:
-    """Scores by the root of the averaged squared gate gradient."""
-
-    needs_gradients = True
-
-    def __init__(self, seed: int) -> None:  # noqa: ARG002 - the same arguments for every policy
-        self.average_K: Tensor | None = None
-        self.steps = 0
-
-    def restart(self) -> None:
-        self.average_K = None
-        self.steps = 0
-
-    def observe(self, gate_gradient_K: Tensor) -> None:
-        square = gate_gradient_K.square()
-        self.steps += 1
-        self.average_K = (1 - DECAY) * square if self.average_K is None else self.average_K.lerp(square, 1 - DECAY)
-
-    def scores(self, pool: Pool) -> Tensor:
-        if self.average_K is None:  # nothing observed yet: no component is known to be better than another
-            return torch.zeros(pool.components, device=pool.values.device)
-        unbiased = self.average_K / (1 - DECAY**self.steps)
-        return unbiased.sqrt() / pool.costs_K()
-
-    def select(self, keep_K: Tensor) -> None:
-        if self.average_K is not None:
-            self.average_K = self.average_K[keep_K]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        if self.average_K is None:
-            return {}
-        return {"average": self.average_K, "steps": torch.tensor(self.steps)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.average_K = state.get("average")
-        self.steps = int(state["steps"]) if state else 0
+def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+    """Root of the averaged squared gate gradient, per number. [K]"""
+    return gradients.square(pool).sqrt() / pool.costs_K()

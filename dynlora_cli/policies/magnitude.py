@@ -13,28 +13,15 @@ Reference
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dynlora_cli.components import Pool
+from dynlora_cli.gradients import GateGradients
+
+needs_gradients = False
 
 
-class Policy:
-    """Scores by size; keeps no state."""
-
-    needs_gradients = False
-
-    def __init__(self, seed: int) -> None: ...
-
-    def observe(self, gate_gradient_K: Tensor) -> None: ...
-
-    def scores(self, pool: Pool) -> Tensor:
-        return pool.magnitudes_K() / pool.costs_K()
-
-    def select(self, keep_K: Tensor) -> None: ...
-
-    def restart(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+    """Size of the component's share of the update, per number. [K]"""
+    return pool.magnitudes_K() / pool.costs_K()

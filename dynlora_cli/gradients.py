@@ -1,0 +1,87 @@
+"""Gate gradients: what the ordinary backward pass says about each component, averaged between events.
+
+Dimensions: K components of the pool.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.components import Pool
+
+# Averages forget over about 20 steps.
+DECAY = 0.95
+
+
+class GateGradients:
+    """Running averages of dL/dg of every component and of its square, since they last changed their meaning.
+
+    Attributes:
+        steps: optimizer steps observed.
+        targets: supervised tokens (or rows) of an optimizer step, averaged.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything: after a change of basis the components are others."""
+        self.steps = 0
+        self.targets = 0.0
+        self._mean_K: Tensor | None = None
+        self._square_K: Tensor | None = None
+
+    def observe(self, gradient_K: Tensor, targets: float) -> None:
+        """Take the gate gradient of one optimizer step: normalised, reduced, not yet clipped."""
+        if self._mean_K is None or self._square_K is None:
+            self._mean_K, self._square_K = torch.zeros_like(gradient_K), torch.zeros_like(gradient_K)
+        self.steps += 1
+        self.targets += (targets - self.targets) / self.steps
+        self._mean_K = self._mean_K.lerp(gradient_K, 1 - DECAY)
+        self._square_K = self._square_K.lerp(gradient_K.square(), 1 - DECAY)
+
+    def mean(self, pool: Pool) -> Tensor:
+        """Average of dL/dg, free of the bias of a short history; zeros before the first step. [K]"""
+        return self._unbiased(self._mean_K, pool)
+
+    def square(self, pool: Pool) -> Tensor:
+        """Average of (dL/dg)², likewise. [K]"""
+        return self._unbiased(self._square_K, pool)
+
+    def predicted_loss_change(self, removed_K: Tensor, pool: Pool) -> float | None:
+        """Change of the loss when gates go from 1 to 0, to second order: -Σ g_i + ½ Σ h_i; None before the first step.
+
+        The curvature h_i is taken from the diagonal of the empirical Fisher information: the variance of the step's
+        mean gradient times the number of targets it is the mean of. Interactions between components are left out.
+        """
+        if not self.steps:
+            return None
+        mean = self.mean(pool)
+        curvature = self.targets * (self.square(pool) - mean.square()).clamp_min(0) + mean.square()
+        return (0.5 * curvature - mean)[removed_K].sum().item()
+
+    def _unbiased(self, average_K: Tensor | None, pool: Pool) -> Tensor:
+        if average_K is None:
+            return torch.zeros(pool.components, device=pool.values.device)
+        return average_K / (1 - DECAY**self.steps)
+
+    def select(self, keep_K: Tensor) -> None:
+        """Forget the components that were removed; `keep_K` is boolean over those that were there."""
+        if self._mean_K is not None and self._square_K is not None:
+            self._mean_K, self._square_K = self._mean_K[keep_K], self._square_K[keep_K]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on in another process."""
+        if self._mean_K is None or self._square_K is None:
+            return {}
+        counters = torch.tensor([self.steps, self.targets], dtype=torch.float64)
+        return {"mean": self._mean_K, "square": self._square_K, "counters": counters}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.restart()
+        if state:
+            self._mean_K, self._square_K = state["mean"], state["square"]
+            steps, self.targets = state["counters"].tolist()
+            self.steps = int(steps)

@@ -1,0 +1,71 @@
+"""Metrics of a run: every step for the live view, every `log_steps` a line for the files and the trackers."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import psutil
+import torch
+
+from dynlora_cli.state import Run
+
+
+class Window:
+    """What happened since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.tokens = 0
+        self.grad_norm: float | None = None
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.losses.append(record["loss"])
+        self.seconds.append(record["step_seconds"])
+        self.tokens += record["tokens"]
+        self.grad_norm = record["grad_norm"]
+
+
+def count_step(run: Run, record: dict[str, Any], seconds: float) -> None:
+    """Move on by one step and tell the live view."""
+    progress = run.progress
+    progress.step += 1
+    progress.tokens += record["tokens"]
+    progress.seconds += seconds
+    record["step_seconds"] = seconds
+    shown = {key: record[key] for key in ("loss", "learning_rate")}
+    run.emit({"event": "tick", **shown, **_alive(run), "tokens_per_second": record["tokens"] / seconds})
+
+
+def _alive(run: Run) -> dict[str, int]:
+    alive = {"components": run.pool.components, "parameters": run.pool.parameters} if run.pool else {}
+    return {"step": run.progress.step, **alive}
+
+
+def log_window(run: Run, window: Window) -> None:
+    """One line of metrics, to the files and the trackers."""
+    progress = run.progress
+    # The median: the first step of a process is slow, and pruning events are not steps.
+    step_seconds = statistics.median(window.seconds)
+    progress.step_seconds_start = progress.step_seconds_start or step_seconds
+    progress.step_seconds_end = step_seconds
+    metrics = {
+        "loss": sum(window.losses) / len(window.losses),
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "grad_norm": window.grad_norm,
+        "tokens": progress.tokens,
+        "tokens_per_second": window.tokens / sum(window.seconds),
+        "step_seconds": step_seconds,
+        "epoch": progress.step / run.batches.steps_per_epoch,
+        "memory_bytes": memory_in_use(run.accelerator.device),
+        "seconds": progress.seconds,
+    }
+    run.emit({"event": "train", **_alive(run), **metrics})
+    numbers = {**_alive(run), **metrics}
+    run.accelerator.log({f"train/{k}": v for k, v in numbers.items() if v is not None}, step=progress.step)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes the process holds now: of the GPU where one trains, else resident memory."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

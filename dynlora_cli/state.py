@@ -1,0 +1,87 @@
+"""The state of a run: the parts the loop works with, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dynlora_cli.batches import Batches
+    from dynlora_cli.components import Pool
+    from dynlora_cli.rank import RankControl
+    from dynlora_cli.recipe import Recipe
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens seen, padding not counted.
+        seconds: spent in steps, over all sessions of the run.
+        step_seconds_start, step_seconds_end: median over the first and the newest line of metrics.
+        first: held-out result before training.
+        last: newest held-out result.
+        best: step and loss of the best evaluation after the budget was met.
+        evaluations_since_best: for early stopping.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    step_seconds_start: float | None = None
+    step_seconds_end: float | None = None
+    first: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+    evaluations_since_best: int = 0
+
+
+@dataclass
+class Run:
+    """Everything the loop works with.
+
+    Attributes:
+        parameters: everything that trains; with components, the pool's flat tensor comes first.
+        pool, control: None for full fine-tuning.
+        emit: takes every event, see report.py.
+        save: writes a checkpoint of the present state.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pool: Pool | None
+    control: RankControl | None
+    batches: Batches
+    val_batches: Batches | None
+    total_steps: int
+    save: Callable[[Run], None]
+    emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def classify(self) -> bool:
+        return self.recipe.model.task == "sequence-classification"
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place where there are several."""
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over processes."""
+        return self.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)).tolist()
