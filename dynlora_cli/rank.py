@@ -253,7 +253,7 @@ class RankControl:
         started = time.perf_counter()
         if step in self.schedule.steps:
             event = self._prune(step, self.schedule.targets[self.schedule.steps.index(step)])
-        elif step == self.schedule.begin and self.gauge and self._turn():
+        elif self.schedule.steps and step == self.schedule.begin and self.gauge and self._turn():
             event = {"event": "gauge"}  # the scores are collected in this basis from here on
         else:
             return None
