@@ -63,6 +63,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, settings, stops):
         assert_same_run(tmp_path / "straight", folder)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_twice_ends_in_the_same_bytes(tmp_path):
     train(make_recipe(tmp_path, out="straight"))
     recipe = make_recipe(tmp_path, out="stopped")
@@ -165,6 +166,7 @@ def test_resume_from_goes_on_with_that_checkpoint(tmp_path):
     assert_same_run(tmp_path / "straight", folder)
 
 
+@pytest.mark.slow
 def test_resume_from_another_folder_leaves_that_one_alone(tmp_path):
     source = tmp_path / "source"
     interrupt(make_recipe(tmp_path, out="source"), 7)

@@ -83,6 +83,7 @@ def test_a_budget_of_less_than_a_component_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         train(make_recipe(tmp_path, f"seed={seed}", out=name))
@@ -228,7 +229,7 @@ def test_full_fine_tuning_trains_everything_and_saves_a_model(tmp_path):
 
 
 def test_a_classifier_trains_its_head_and_reports_accuracy(tmp_path):
-    settings = ["train.max_steps=60", "train.micro_batch_size=16", "train.learning_rate=1e-2", "adapter.alpha=4"]
+    settings = ["train.max_steps=40", "train.micro_batch_size=16", "train.learning_rate=1e-2", "adapter.alpha=4"]
     recipe = make_recipe(tmp_path, *settings, kind="bert")
     summary, _ = train(recipe)
     folder = tmp_path / "out"
