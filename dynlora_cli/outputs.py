@@ -49,7 +49,7 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
 def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:
     """Write checkpoints/step-N and let `last`, and `best` where it is, name it.
 
-    Without `train.save_steps` only those two are kept.
+    Without `train.save_steps` only those two are kept, and the one before the last, should that be damaged.
     """
     progress = training.progress
     if training.accelerator.is_main_process:
@@ -68,9 +68,8 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:
         if progress.best and progress.best["step"] == progress.step:
             run_folder.point(folder, "best", progress.step)
         if not training.recipe.train.save_steps:
-            named = (run_folder.pointed(folder, "last"), run_folder.pointed(folder, "best"))
-            for old in run_folder.step_folders(folder):
-                if old not in named:
+            for old in run_folder.step_folders(folder)[:-2]:
+                if old != run_folder.pointed(folder, "best"):
                     shutil.rmtree(old)
         training.emit({"event": "checkpoint", "step": progress.step, "path": str(path)})
 

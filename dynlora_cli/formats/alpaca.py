@@ -1,16 +1,16 @@
 """Instruction, input and output.
 
-What it does:
+What it does
     Becomes a conversation (user: instruction and input, assistant: output) where the tokenizer has a chat template,
     so that training and serving use the same text; otherwise the classic Alpaca prompt. The loss is on the output.
 
-When to use it:
+When to use it
     For Alpaca, Dolly and the many data sets made in their form.
 
-Columns:
+Columns
     `instruction`, `output`; optional `input` and `system`.
 
-Reference:
+Reference
     Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca
 """
 

@@ -1,16 +1,16 @@
 """Conversations.
 
-What it does:
+What it does
     Takes a list of messages and renders it with the tokenizer's own chat template. The loss is on every assistant turn,
     its end-of-turn token included.
 
-When to use it:
+When to use it
     For an instruction-tuned base, single-turn or multi-turn, with or without system messages and tool calls.
 
-Columns:
+Columns
     `messages`: list of {role, content}; or `conversations`: list of {from, value} (ShareGPT). Optional `tools`.
 
-Reference:
+Reference
     https://huggingface.co/docs/transformers/chat_templating
 """
 

@@ -1,16 +1,16 @@
 """A text and its class.
 
-What it does:
+What it does
     Gives the text, or a pair of texts, to a classifier. Classes may be names or whole numbers; their sorted list is
     saved with the adapter.
 
-When to use it:
+When to use it
     With `model.task: sequence-classification`.
 
-Columns:
+Columns
     `text`, `label`; optional `text_pair`.
 
-Reference:
+Reference
     https://huggingface.co/docs/transformers/tasks/sequence_classification
 """
 

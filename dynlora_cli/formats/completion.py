@@ -1,16 +1,16 @@
 """A prompt and its completion.
 
-What it does:
+What it does
     Joins the two texts as they are, adds the end-of-text token, and puts the loss on the completion and that token.
     The prompt is tokenised alone, just as it will be when the model is served.
 
-When to use it:
+When to use it
     For a base model without a chat template, and wherever you want full control of the text.
 
-Columns:
+Columns
     `prompt`, `completion`.
 
-Reference:
+Reference
     The prompt/completion form of OpenAI's first fine-tuning API, also read by TRL and mlx-lm.
 """
 

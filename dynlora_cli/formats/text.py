@@ -1,16 +1,16 @@
 """Plain text.
 
-What it does:
+What it does
     Trains on every token, the end-of-text token included. A row of a table is one text. A text file (.txt, .md) is cut
     into consecutive pieces of `max_length` tokens, and only its last piece ends with the end-of-text token.
 
-When to use it:
+When to use it
     For continued pretraining: a domain, a style, a language.
 
-Columns:
+Columns
     `text`.
 
-Reference:
+Reference
     https://huggingface.co/docs/transformers/tasks/language_modeling
 """
 
