@@ -216,13 +216,13 @@ def losses(monkeypatch, values):
     monkeypatch.setattr(loop, "held_out_loss", lambda run: {"loss": next(left), "tokens": 1, "perplexity": 1.0})
 
 
-def test_by_default_last_and_best_are_kept(tmp_path, monkeypatch):
+def test_by_default_the_last_two_and_the_best_are_kept(tmp_path, monkeypatch):
     # Evaluations after steps 2, 4, ... 12; the budget is met at step 8.
     losses(monkeypatch, [9, 1, 1, 1, 5, 6, 7])
     _, events = train(make_recipe(tmp_path, "eval.steps=2"))
     folder = tmp_path / "out"
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [2, 4, 6, 8, 10, 12]
-    assert steps_on_disk(folder) == ["step-8", "step-12"]
+    assert steps_on_disk(folder) == ["step-8", "step-10", "step-12"]
     assert run_folder.pointed(folder, "best").name == "step-8"
     assert run_folder.pointed(folder, "last").name == "step-12"
     assert (folder / "checkpoints" / "best").read_text() == "step-8\n"
@@ -238,7 +238,7 @@ def test_every_ten_minutes_without_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "AUTOSAVE_SECONDS", 0.0)
     _, events = train(make_recipe(tmp_path, "dataset.val_size=0", "eval.steps=null", "train.max_steps=4"))
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [1, 2, 3, 4]
-    assert steps_on_disk(tmp_path / "out") == ["step-4"]
+    assert steps_on_disk(tmp_path / "out") == ["step-3", "step-4"]
     assert run_folder.pointed(tmp_path / "out", "best") is None
 
 
@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(tmp_path, 
     assert stopped.value.exit_code == 4
     folder = tmp_path / "out"
     assert lines(folder / "metrics.jsonl")[-1]["step"] == 9
-    assert steps_on_disk(folder) == ["step-8"]
+    assert steps_on_disk(folder) == ["step-4", "step-8"]
     assert all(tensor.isfinite().all() for tensor in load_file(folder / "checkpoints" / "step-8" / ADAPTER[0]).values())
     assert not (folder / ADAPTER[0]).exists()
     monkeypatch.undo()
