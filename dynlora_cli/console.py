@@ -360,9 +360,9 @@ def _before_after(summary: dict[str, Any]) -> Table:
     ranks = list((summary.get("ranks") or {}).values())
     spread = f"per layer {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}" if ranks else ""
     table.add_row("components", count(summary.get("components_start")), count(summary.get("components")), spread)
-    first, last = summary.get("step_seconds_start"), summary.get("step_seconds_end")
+    first, last = summary.get("tokens_per_second_start"), summary.get("tokens_per_second_end")
     if first is not None and last is not None:
-        table.add_row("step time", duration(first), duration(last), change(first, last))
+        table.add_row("tokens/s", count(first), count(last), change(first, last))
     return table
 
 

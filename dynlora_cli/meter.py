@@ -17,13 +17,13 @@ class Window:
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self.tokens = 0
+        self.tokens: list[int] = []
         self.grad_norm: float | None = None
 
     def add(self, record: dict[str, Any]) -> None:
         self.losses.append(record["loss"])
         self.seconds.append(record["step_seconds"])
-        self.tokens += record["tokens"]
+        self.tokens.append(record["tokens"])
         self.grad_norm = record["grad_norm"]
 
 
@@ -46,17 +46,18 @@ def _alive(run: Run) -> dict[str, int]:
 def log_window(run: Run, window: Window) -> None:
     """One line of metrics, to the files and the trackers."""
     progress = run.progress
-    # The median: the first step of a process is slow, and pruning events are not steps.
-    step_seconds = statistics.median(window.seconds)
-    progress.step_seconds_start = progress.step_seconds_start or step_seconds
-    progress.step_seconds_end = step_seconds
+    # Medians: the first step of a process is slow, and pruning events are not steps. Speeds compare, since batches are
+    # of different lengths; step times alone do not.
+    speed = statistics.median(tokens / seconds for tokens, seconds in zip(window.tokens, window.seconds, strict=True))
+    progress.tokens_per_second_start = progress.tokens_per_second_start or speed
+    progress.tokens_per_second_end = speed
     metrics = {
         "loss": sum(window.losses) / len(window.losses),
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "grad_norm": window.grad_norm,
         "tokens": progress.tokens,
-        "tokens_per_second": window.tokens / sum(window.seconds),
-        "step_seconds": step_seconds,
+        "tokens_per_second": sum(window.tokens) / sum(window.seconds),
+        "step_seconds": statistics.median(window.seconds),
         "epoch": progress.step / run.batches.steps_per_epoch,
         "memory_bytes": memory_in_use(run.accelerator.device),
         "seconds": progress.seconds,

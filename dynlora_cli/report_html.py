@@ -67,15 +67,15 @@ def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     if summary.get("seconds") is not None:
         yield "time", duration(summary["seconds"]), f"{short(summary.get('tokens'))} tokens"
     if summary.get("tokens_per_second") is not None:
-        yield "speed", f"{short(summary['tokens_per_second'])} tok/s", _step_times(summary)
+        yield "speed", f"{short(summary['tokens_per_second'])} tok/s", _speeds(summary)
     memory = record.info.get("peak_memory_bytes") or summary.get("peak_memory_bytes")
     if memory:
         yield "peak memory", size(memory), f"on {record.info['device']}" if record.info.get("device") else ""
 
 
-def _step_times(summary: dict[str, Any]) -> str:
-    start, end = summary.get("step_seconds_start"), summary.get("step_seconds_end")
-    return f"step {duration(start)} → {duration(end)}" if start and end else ""
+def _speeds(summary: dict[str, Any]) -> str:
+    start, end = summary.get("tokens_per_second_start"), summary.get("tokens_per_second_end")
+    return f"{short(start)} at first, {short(end)} at the end" if start and end else ""
 
 
 def _charts(record: RunRecord) -> str:

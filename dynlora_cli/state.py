@@ -26,7 +26,7 @@ class Progress:
         step: optimizer steps done.
         tokens: tokens seen, padding not counted.
         seconds: spent in steps, over all sessions of the run.
-        step_seconds_start, step_seconds_end: median over the first and the newest line of metrics.
+        tokens_per_second_start, tokens_per_second_end: median over the first and the newest line of metrics.
         first: held-out result before training.
         last: newest held-out result.
         best: step and loss of the best evaluation after the budget was met.
@@ -36,8 +36,8 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    step_seconds_start: float | None = None
-    step_seconds_end: float | None = None
+    tokens_per_second_start: float | None = None
+    tokens_per_second_end: float | None = None
     first: dict[str, float] | None = None
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None
