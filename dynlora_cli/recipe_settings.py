@@ -290,7 +290,7 @@ class Eval(Section):
     """Measuring while training."""
 
     steps: Count | None = None
-    """Optimizer steps between evaluations; null: dynlora chooses."""
+    """Optimizer steps between evaluations; null: after every epoch. Always at the start and at the end as well."""
     max_samples: Count | None = None
     """Held-out examples used at most; null: all."""
     early_stopping_patience: Count | None = None
