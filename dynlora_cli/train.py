@@ -82,9 +82,8 @@ def run(
     pool, start = attach(drawers.load("variants", recipe.adapter.variant), base, recipe)
     save = partial(outputs.write_checkpoint, folder=folder, base=base)
     training = make_run(recipe, accelerator, base, data, pool, start, save=save)
-    torch.manual_seed(
-        recipe.seed + accelerator.process_index
-    )  # of dropout, the one thing that differs between processes
+    # Dropout is the one thing that differs between processes.
+    torch.manual_seed(recipe.seed + accelerator.process_index)
     if begins and accelerator.is_main_process:
         run_folder.claim(folder, overwrite=overwrite)
     if checkpoint:
@@ -235,6 +234,8 @@ def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
     if training.control:
         training.control.load_state_dict(averages)
     training.progress = Progress(**position["progress"])
+    if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
+        torch.manual_seed(training.recipe.seed + rank + 1_000_003 * training.progress.step)
     best = _best_so_far(checkpoint, training.progress)
     if training.accelerator.is_main_process:
         run_folder.rewind(folder, checkpoint, best)
