@@ -87,8 +87,8 @@ def test_classification_on_a_pretrained_encoder(shared, tmp_path):
     settings = [
         f"model.name_or_path={Path(package.origin).parent / 'model'}",
         f"dataset={shared / 'data/sms_spam/train.jsonl'}",
-        "train.max_steps=25",
-        "train.micro_batch_size=16",
+        "train.max_steps=45",
+        "eval.steps=45",
         "eval.max_samples=200",
     ]
     summary, recipe = trained("sms-spam.yaml", settings, tmp_path / "out")
