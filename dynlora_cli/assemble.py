@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.policies._policy import Policy
     from dynlora_cli.recipe import Recipe
+    from dynlora_cli.variants._variant import Variant
 
 PROBE_ROWS = 8
 Emit = Callable[[dict[str, Any]], None]
@@ -111,7 +111,7 @@ def plan_ranks(recipe: Recipe, base: Base) -> tuple[dict[str, torch.nn.Module], 
     return targets, plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init)
 
 
-def attach(variant: ModuleType, base: Base, recipe: Recipe) -> tuple[Pool | None, Start | None]:
+def attach(variant: Variant, base: Base, recipe: Recipe) -> tuple[Pool | None, Start | None]:
     """Put components on the model, or make all of it train."""
     if not variant.has_components:
         base.model.requires_grad_(True)

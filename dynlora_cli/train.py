@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -37,6 +37,7 @@ from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
+    from dynlora_cli.variants._variant import Variant
 
 RESTART = "bring it back as it was, or start a new run with another --output-dir"
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
@@ -79,7 +80,7 @@ def run(
     if checkpoint:
         _same_inputs(run_folder.run_of(checkpoint), data, recipe)
     base = read_base(recipe, tokenizer, data, accelerator.device)
-    pool, start = attach(drawers.load("variants", recipe.adapter.variant), base, recipe)
+    pool, start = attach(cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
     save = partial(outputs.write_checkpoint, folder=folder, base=base)
     training = make_run(recipe, accelerator, base, data, pool, start, save=save)
     # Dropout is the one thing that differs between processes.

@@ -160,7 +160,7 @@ def test_settings_that_do_not_go_together(overrides: list[str], key: str, place:
     ],
 )
 def test_settings_that_go_together(overrides: list[str]) -> None:
-    load(MINIMAL, *overrides)
+    assert load(MINIMAL, *overrides) != load(MINIMAL), "accepted, and each changes something"
 
 
 def test_a_conflict_with_a_wrong_value_is_not_guessed() -> None:
