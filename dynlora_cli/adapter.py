@@ -1,8 +1,12 @@
-"""The adapter on disk: a plain PEFT LoRA whose scale is exactly 1 for every module.
+"""The adapter as data, and on disk: a plain PEFT LoRA whose scale is exactly 1 for every module.
 
 s is folded into B, and `lora_alpha = r` globally and per module. So every consumer computes the same update, whichever
 of PEFT's patterns it honours: PEFT divides alpha by rank per module, vLLM knows one global ratio, llama.cpp divides by
 each tensor's own rank.
+
+    Factors    one layer: a_CI, b_OC, and for DoRA a magnitude
+    Adapter    all layers, with what is known of where they came from; made by adapter_reader.py
+    save       an Adapter to a folder
 
 Dimensions: C components of a layer, I inputs, O outputs.
 """
@@ -11,18 +15,156 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from dynlora_cli.components import Pool
 from dynlora_cli.run_folder import write_json
 
 PREFIX = "base_model.model."
-TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The components of one layer: ΔW = b_OC @ a_CI.
+
+    Attributes:
+        a_CI: fp32.
+        b_OC: fp32, with the scale in it.
+        scale: s that training used; in `b_OC` already.
+        magnitude_O: DoRA's m: W' = m · (W + ΔW) / ‖W + ΔW‖, norms over the inputs of each output; None for LoRA.
+        embedding: the layer is a table, O its tokens and I its width.
+    """
+
+    a_CI: Tensor
+    b_OC: Tensor
+    scale: float = 1.0
+    magnitude_O: Tensor | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a_CI.shape[0]
+
+    @property
+    def cost(self) -> int:
+        """Numbers that one component holds."""
+        return self.a_CI.shape[1] + self.b_OC.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * self.cost
+
+    def delta_OI(self) -> Tensor:
+        """ΔW as a dense matrix."""
+        return self.b_OC @ self.a_CI
+
+    def singular_values_C(self) -> Tensor:
+        """Singular values of ΔW in fp64, largest first, from the thin factors alone; min(C, I, O) of them."""
+        if self.rank == 0:
+            return torch.zeros(0, dtype=torch.float64)
+        _, r_a = torch.linalg.qr(self.a_CI.double().T)
+        _, r_b = torch.linalg.qr(self.b_OC.double())
+        return torch.linalg.svdvals(r_b @ r_a.T)
+
+    def energy(self) -> float:
+        """The Frobenius norm of ΔW."""
+        return float(self.singular_values_C().square().sum().sqrt())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA read from a folder, dynlora's own or another tool's.
+
+    Attributes:
+        folder: it was read from.
+        layers: by module name, in the order of the model's blocks.
+        config: adapter_config.json.
+        record: dynlora.json, or {} where another tool made it.
+        whole: tensors that replace the base model's own, by their name there: a classifier head, new embeddings.
+        note: how the folder was found, for the person; None where they named it themselves.
+    """
+
+    folder: Path
+    layers: dict[str, Factors]
+    config: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    note: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.record.get("name") or self.folder.resolve().name
+
+    @property
+    def task(self) -> str:
+        by_type = {value: key for key, value in TASK_TYPES.items()}
+        return self.record.get("task") or by_type.get(self.config.get("task_type") or "", "causal-lm")
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: factors.rank for name, factors in self.layers.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all components; heads and magnitudes do not count."""
+        return sum(factors.parameters for factors in self.layers.values())
+
+    @property
+    def components(self) -> int:
+        return sum(self.ranks.values())
+
+    @property
+    def all_ranks(self) -> dict[str, int]:
+        """Ranks with the layers that training pruned to nothing, which the files do not list."""
+        return {**dict.fromkeys(self.record.get("layers") or {}, 0), **self.ranks}
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the targets are GPT-2's Conv1D, whose weights are [I, O]."""
+        return bool(self.config.get("fan_in_fan_out"))
+
+    @property
+    def dora(self) -> bool:
+        return any(factors.magnitude_O is not None for factors in self.layers.values())
+
+    def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
+        """The same adapter with other factors; layers without components are left out, but for DoRA's magnitudes."""
+        return replace(self, layers={name: f for name, f in layers.items() if f.rank})
+
+
+def save(adapter: Adapter, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; the bytes depend on the adapter only."""
+    config = adapter.config
+    written = lora_config(
+        adapter.ranks,
+        base_model=config.get("base_model_name_or_path") or "",
+        revision=config.get("revision"),
+        task=adapter.task,
+        fan_in_fan_out=adapter.fan_in_fan_out,
+        modules_to_save=config.get("modules_to_save"),
+    )
+    if config.get("task_type") is None:
+        written["task_type"] = None
+    written["use_dora"] = adapter.dora
+    adapted = {f"{name}.weight": f"{name}.base_layer.weight" for name in adapter.layers}
+    tensors = {adapted.get(name, name): tensor for name, tensor in adapter.whole.items()}
+    for name, factors in adapter.layers.items():
+        if factors.embedding:
+            tensors |= {f"{name}.lora_embedding_A": factors.b_OC.T, f"{name}.lora_embedding_B": factors.a_CI.T}
+        else:
+            tensors |= {f"{name}.lora_A.weight": factors.a_CI, f"{name}.lora_B.weight": factors.b_OC}
+        if factors.magnitude_O is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = factors.magnitude_O
+    write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
 def lora_tensors(pool: Pool) -> dict[str, Tensor]:
@@ -86,5 +228,5 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     """Write adapter_model.safetensors and adapter_config.json; the bytes depend on the arguments only."""
     on_cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(tensors.items())}
     # Not `save_file`, which makes files that only their owner can read.
-    (folder / "adapter_model.safetensors").write_bytes(save(on_cpu, metadata={"format": "pt"}))
-    write_json(folder / "adapter_config.json", config)
+    (folder / WEIGHTS).write_bytes(to_bytes(on_cpu, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, config)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,21 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
         return base.in_features, base.out_features  # type: ignore[return-value]
     d_in, d_out = base.weight.shape  # type: ignore[misc]
     return d_in, d_out
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """A layer's weight as [O, I] in fp32, dequantized where it is stored in 4 or 8 bits."""
+    weight: Any = module.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if hasattr(weight, "SCB"):
+        state: Any = module.state
+        scb = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.data.float() * (scb.view(-1, 1).float() / 127)
+    weight = weight.detach().float()
+    return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
 class ComponentLinear(nn.Module):

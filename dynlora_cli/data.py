@@ -74,6 +74,7 @@ def load_data(
     seed: int,
     max_length: int | None = None,
     num_labels: int | None = None,
+    labels: list[str] | None = None,
 ) -> Data:
     """Read, tokenise, split and count the rows of a recipe.
 
@@ -86,6 +87,7 @@ def load_data(
         seed: decides which rows are held out, by a hash of their prompts: row order does not matter.
         max_length: caps `dataset.max_length`, such as at the model's context.
         num_labels: classes that the recipe announces, if it does.
+        labels: names of the classes in their order, where they are known; by default they are found in the rows.
 
     Raises:
         DataError: rows that cannot be trained on; names the place and what to change.
@@ -98,7 +100,8 @@ def load_data(
     limit = min(dataset.max_length, max_length or dataset.max_length)
     reader = _Reader(dataset, tokenizer, task, limit, Encoder(tokenizer, dataset.train_on, limit))
     train, dropped = _read(reader, dataset.train, held_out=False)
-    labels = label_names(train, num_labels) if task == CLASSIFICATION else None
+    if task == CLASSIFICATION:
+        labels = labels or label_names(train, num_labels)
     val, val_dropped = _read(reader, dataset.val, held_out=True)
     if dataset.val:
         note_shared(reader.notes, train, val)

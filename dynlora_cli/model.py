@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,6 +37,7 @@ QUERY_VALUE = {
     "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj",
 }  # fmt: skip
 ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)", re.IGNORECASE)
+SAMPLED_BYTES = 64  # from the middle of every tensor, for the fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -124,10 +126,12 @@ def load_base(
         UsageError, MachineError: the model cannot be loaded; the message says why.
     """
     folder, reference = find_model(options)
-    config = _config(options, folder, labels)
     dtype = resolve_dtype(options.dtype, device)
     torch.manual_seed(seed)
-    model = _from_pretrained(options, folder, config, dtype, device)
+    if device.type == "meta":
+        model = load_structure(options, folder, labels)
+    else:
+        model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device)
     head = next((name for name in HEAD_NAMES if hasattr(model, name)), None) if labels else None
     for name, parameter in model.named_parameters():
         trains = head is not None and name.split(".")[0] == head
@@ -141,6 +145,14 @@ def load_base(
     if labels and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Base(model, tokenizer, folder, reference, dtype, head)
+
+
+def load_structure(
+    options: Model, folder: Path, labels: list[str] | None, device: str | None = "meta"
+) -> PreTrainedModel:
+    """The model's modules without reading its weights: names and shapes. `device` None: wherever the caller says."""
+    with torch.device(device) if device else nullcontext():
+        return _auto(options).from_config(_config(options, folder, labels), trust_remote_code=options.trust_remote_code)
 
 
 def context_length(folder: Path) -> int | None:
@@ -193,14 +205,15 @@ def _config(options: Model, folder: Path, labels: list[str] | None) -> transform
         raise UsageError(f"{folder / 'config.json'} cannot be read: {error}") from None
 
 
+def _auto(options: Model) -> Any:
+    classify = options.task == "sequence-classification"
+    return transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+
+
 def _from_pretrained(
     options: Model, folder: Path, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    classify = options.task == "sequence-classification"
-    auto = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
-    if device.type == "meta":
-        with device:
-            return auto.from_config(config, trust_remote_code=options.trust_remote_code)
+    auto = _auto(options)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
     if options.attn_implementation:
         arguments["attn_implementation"] = options.attn_implementation
@@ -208,7 +221,7 @@ def _from_pretrained(
         arguments["quantization_config"] = _quantization(options, dtype)
         arguments["device_map"] = {"": device}
     try:
-        model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)  # type: ignore[misc]
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
     missing = sorted(
@@ -293,16 +306,36 @@ def group_names(names: Iterable[str]) -> list[str]:
 def fingerprint(folder: Path) -> dict[str, Any]:
     """What identifies the weights without reading them: config, safetensors headers and shard sizes, as SHA-256.
 
-    `transformers_version` and the like are left out of the config, since they do not change the model.
+    `transformers_version` and the like are left out of the config, since they do not change the model. Two fine-tunes
+    of one model agree in all that, so `sampled_sha256` is over a few numbers of every tensor.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
         config.pop(volatile, None)
-    shards = {}
+    shards, sampled = {}, hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = hashlib.sha256(file.read(length)).hexdigest()
-        shards[path.name] = {"header_sha256": header, "bytes": path.stat().st_size}
+        try:
+            header = _sample(path, sampled)
+        except (struct.error, ValueError) as error:
+            raise UsageError(f"{path} is no safetensors file, or cut off: {error}", "fetch the model again") from None
+        shards[path.name] = {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": path.stat().st_size}
     text = json.dumps([config, shards], sort_keys=True)
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "shards": shards}
+    return {
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sampled_sha256": sampled.hexdigest(),
+        "shards": shards,
+    }
+
+
+def _sample(path: Path, sampled: Any) -> bytes:
+    """The header of a safetensors file; `sampled` is updated with a few numbers of each of its tensors."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(length)
+        for name, info in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                first, last = info["data_offsets"]
+                middle = (first + last) // 2
+                file.seek(8 + length + middle)
+                sampled.update(file.read(min(SAMPLED_BYTES, last - middle)))
+    return header

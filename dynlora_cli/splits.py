@@ -80,7 +80,5 @@ def number_labels(rows: list[Kept], names: list[str]) -> None:
     index = {name: number for number, name in enumerate(names)}
     for row in rows:
         if str(row.label) not in index:
-            raise DataError(
-                f"dataset.val: the class {row.label!r} is not among those of the training rows: {', '.join(names[:10])}"
-            )
+            raise DataError(f"the class {row.label!r} is not among those of the training rows: {', '.join(names[:10])}")
         row.example.labels = index[str(row.label)]

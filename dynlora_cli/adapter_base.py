@@ -1,0 +1,135 @@
+"""The base model that an adapter belongs to: which one, where it lies, and whether it is the one it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli.adapter import Adapter, Factors
+from dynlora_cli.components import linear_shape
+from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.model import HEAD_NAMES, find_model, fingerprint, load_structure
+from dynlora_cli.recipe_settings import Model
+
+
+@dataclass(frozen=True)
+class Place:
+    """A base model on disk.
+
+    Attributes:
+        options: as in a recipe's `model` section.
+        folder: its files.
+        labels: class names, where the adapter is a classifier.
+        chosen: the person named it, in place of the one on record.
+    """
+
+    options: Model
+    folder: Path
+    labels: list[str] | None
+    chosen: bool
+
+
+def find_base(adapter: Adapter, base: str | None = None) -> Place:
+    """The base of an adapter.
+
+    Args:
+        adapter: knows its base by name.
+        base: a folder or hub id to take instead, such as one that was moved.
+
+    Raises:
+        MachineError: it is not on this machine.
+        UsageError: `base` holds no model, or the one that was found is not what the adapter was trained on.
+    """
+    recorded = ((adapter.record.get("recipe") or {}).get("model") or {}).copy()
+    name = str(recorded.get("name_or_path") or "")
+    if not name.startswith("builtin:"):
+        name = adapter.config.get("base_model_name_or_path") or name
+    if not (base or name):
+        raise UsageError(f"{adapter.folder} does not say what its base model is", "name it with --base FOLDER")
+    labels = label_names(adapter)
+    options = Model.model_validate(
+        recorded
+        | {
+            "name_or_path": base or name,
+            "task": adapter.task,
+            "num_labels": len(labels) if labels else None,
+            "revision": None if base else adapter.config.get("revision"),
+        }
+    )
+    if not base and name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise MachineError(
+            f"the base model of {adapter.folder} was at {name}, and is not there", "say where it is with --base FOLDER"
+        )
+    folder, _ = find_model(options)
+    place = Place(options, folder, labels, base is not None)
+    _refuse_another(adapter, place)
+    return place
+
+
+def label_names(adapter: Adapter) -> list[str] | None:
+    """Class names of a classifier; numbers where another tool did not record them. None for other tasks."""
+    if adapter.task != "sequence-classification":
+        return None
+    recorded = (adapter.record.get("data") or {}).get("labels")
+    if recorded:
+        return [str(label) for label in recorded]
+    heads = [t for name, t in adapter.whole.items() if name.split(".")[0] in HEAD_NAMES and name.endswith("weight")]
+    if not heads:
+        raise UsageError(f"{adapter.folder} is a classifier without its head", "save it with modules_to_save")
+    return [str(number) for number in range(heads[-1].shape[0])]
+
+
+def _refuse_another(adapter: Adapter, place: Place) -> None:
+    """Compare the model's fingerprint with the one on record."""
+    recorded: dict[str, Any] = adapter.record.get("base_model") or {}
+    before = recorded.get("fingerprint") or {}
+    if not before:
+        return
+    now = fingerprint(place.folder)
+    for key, what in (("sha256", "its config, tensors or sizes differ"), ("sampled_sha256", "its numbers differ")):
+        if before.get(key) and now.get(key) != before[key]:
+            raise UsageError(
+                f"{place.folder} is not the model that {adapter.folder} was trained on: {what}",
+                "name the right one with --base FOLDER" if place.chosen else "bring back the model as it was",
+            )
+
+
+def structure(place: Place) -> PreTrainedModel:
+    """The base model's modules without any weights."""
+    return load_structure(place.options, place.folder, place.labels)
+
+
+def module_of(model: PreTrainedModel, name: str, factors: Factors, adapter: Adapter) -> nn.Module:
+    """The module that an adapted layer belongs to.
+
+    Raises:
+        UsageError: the model has none of that name, of that shape or of a kind that takes components.
+    """
+    hint = "this is another base model; name the right one with --base FOLDER"
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise UsageError(f"{adapter.folder}: the base model has no layer {name}", hint) from None
+    kinds = (nn.Embedding,) if factors.embedding else (nn.Linear, Conv1D)
+    if not isinstance(module, kinds):
+        raise UsageError(f"{adapter.folder}: {name} is a {type(module).__name__}, which takes no LoRA here")
+    d_in, d_out = (module.embedding_dim, module.num_embeddings) if factors.embedding else linear_shape(module)
+    if (d_in, d_out) != (factors.a_CI.shape[1], factors.b_OC.shape[0]):
+        found = f"{factors.b_OC.shape[0]} x {factors.a_CI.shape[1]}"
+        raise UsageError(f"{adapter.folder}: {name} is {d_out} x {d_in} in the base and {found} in the adapter", hint)
+    return module
+
+
+def tied(model: PreTrainedModel) -> tuple[str, str] | None:
+    """The names of the input table and of the output head where the two share one weight."""
+    config = model.config.get_text_config()
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    if not getattr(config, "tie_word_embeddings", False) or inner is None or outer is None:
+        return None
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    return names[id(inner)], names[id(outer)]

@@ -1,0 +1,229 @@
+"""Reads any LoRA folder in PEFT's layout, dynlora's own or another tool's: plain LoRA, rsLoRA, DoRA, with patterns.
+
+    find_adapter    the folder that a person means by `--adapter D`
+    read_adapter    that folder as an `Adapter`, with the scale folded into B
+
+Whatever would change the result without being understood is refused; nothing is skipped, and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dynlora_cli.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Factors
+from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed, read_record
+
+# Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
+NOT_UNDERSTOOD = (
+    "alora_invocation_tokens", "arrow_config", "bdlora_config", "kasa_config", "layer_replication", "lora_bias",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+# Starts that also changed the base model's weights, so that the saved factors belong to another base.
+CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(\.default)?(\.weight)?"
+)
+
+
+def find_adapter(path: Path) -> tuple[Path, str | None]:
+    """The adapter folder that `path` names, and a sentence about it where it was looked for.
+
+    A run's own adapter comes first, then its best and its last checkpoint; a folder that holds no run means the newest
+    one below it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
+    if found := _in_folder(path):
+        return found
+    records = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if CHECKPOINTS not in file.parts]
+    for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
+        if found := _in_folder(file.parent):
+            return found[0], f"adapter: {found[0]}, the newest below {path}"
+    if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
+        raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
+    raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
+    if (folder / CONFIG).is_file():
+        return folder, None
+    for name in ("best", "last"):
+        checkpoint = pointed(folder, name)
+        if checkpoint is not None and (checkpoint / CONFIG).is_file():
+            return checkpoint, f"adapter: {checkpoint}, the {name} checkpoint; the run in {folder} is not finished"
+    return None
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read the adapter that `path` names.
+
+    Raises:
+        UsageError: no adapter there, or one that is damaged, a pickle, or not a LoRA that can be carried out exactly.
+        MeasureError: its weights are not finite.
+    """
+    folder, note = find_adapter(path)
+    config = _read_config(folder / CONFIG)
+    tensors = _read_tensors(folder)
+    layers, whole = _sort(tensors, config, folder)
+    run = folder if (folder / RECORD).is_file() else folder.parent.parent
+    record = read_record(run) if (run / RECORD).is_file() else {}
+    return Adapter(folder, layers, config, record, whole, note)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UsageError(
+            f"{path}: peft_type is {kind}, not LORA", "PEFT's `convert_to_lora` makes a LoRA of many kinds"
+        )
+    strange = [key for key in NOT_UNDERSTOOD if config.get(key)]
+    if config.get("bias", "none") != "none":
+        strange.append("bias")
+    if strange:
+        shown = ", ".join(f"{key}: {config[key]!r}" for key in strange)
+        raise UsageError(f"{path}: {shown}: this kind of LoRA is not understood", "merge it with the tool that made it")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(CHANGED_BASE):
+        raise UsageError(
+            f"{path}: init_lora_weights {start!r} changed the base model's weights too",
+            "save it with PEFT's `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it",
+        )
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        if pickles:
+            raise UsageError(
+                f"{pickles[0]} is a pickle, which can run any code when it is opened; it was not",
+                "if you trust its source, load it with PEFT and save it again: safetensors is PEFT's default",
+            )
+        raise UsageError(f"{folder} holds {CONFIG} but no {WEIGHTS}", "the files are incomplete; copy them again")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} is damaged or cut off: {error}", "copy it again, or train again") from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise MeasureError(f"{path}: {name} holds NaN or infinity", "train again with a lower learning rate")
+    return tensors
+
+
+def _sort(
+    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """The tensors as factors by layer, and those that replace a tensor of the base."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if match := _PART.fullmatch(name):
+            parts.setdefault(match["module"], {})[match["part"]] = tensor.float()
+        elif "lora_" in name or "token_adapter" in name:
+            raise UsageError(f"{folder / WEIGHTS}: the tensor {key} is not understood", "is it a newer kind of LoRA?")
+        else:
+            for infix in (".base_layer", ".modules_to_save.default", ".modules_to_save"):
+                name = name.replace(infix, "")
+            whole[name] = tensor
+    if not parts:
+        raise UsageError(f"{folder / WEIGHTS} holds no LoRA factors", "the files are incomplete or of another kind")
+    scales = _Scales(config, folder)
+    layers = {module: _factors(module, parts[module], scales) for module in sorted(parts, key=natural_order)}
+    return layers, whole
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key by which layer 2 comes before layer 10."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
+
+
+def _factors(module: str, parts: dict[str, Tensor], scales: _Scales) -> Factors:
+    embedding = "lora_embedding_A" in parts
+    try:
+        if embedding:  # of a table [tokens, width]: PEFT adds (B A)ᵀ
+            a, b = parts["lora_embedding_B"].T.contiguous(), parts["lora_embedding_A"].T.contiguous()
+        else:
+            a, b = parts["lora_A"], parts["lora_B"]
+    except KeyError as error:
+        raise UsageError(f"{scales.folder}: layer {module} lacks its {error.args[0]}", "copy the files again") from None
+    if a.ndim != 2 or b.ndim != 2:
+        raise UsageError(f"{scales.folder}: layer {module} is a convolution; only linear layers and tables are merged")
+    scale = scales.of(module, a.shape[0])
+    if a.shape[0] != b.shape[1]:
+        raise UsageError(f"{scales.folder}: layer {module} has factors of rank {a.shape[0]} and {b.shape[1]}")
+    magnitude = parts.get("lora_magnitude_vector")
+    if scales.config.get("use_dora") and magnitude is None:
+        raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
+    return Factors(a, scale * b, scale, None if magnitude is None else magnitude.flatten(), embedding)
+
+
+class _Scales:
+    """alpha / r of every module, as PEFT finds it: a pattern's key matches the end of a name, and may be a regex."""
+
+    def __init__(self, config: dict[str, Any], folder: Path) -> None:
+        self.config, self.folder = config, folder
+        try:
+            self.ranks = self._compiled(config.get("rank_pattern") or {})
+            self.alphas = self._compiled(config.get("alpha_pattern") or {})
+        except re.error as error:
+            raise UsageError(f"{folder / CONFIG}: a pattern is no regular expression: {error}") from None
+
+    @staticmethod
+    def _compiled(pattern: dict[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+        return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+
+    def of(self, module: str, rank: int) -> float:
+        """The scale of a module whose factors have this rank.
+
+        Raises:
+            UsageError: the config announces another rank.
+        """
+        announced = self._first(self.ranks, module, self.config.get("r"))
+        alpha = self._first(self.alphas, module, self.config.get("lora_alpha"))
+        if announced != rank:
+            raise UsageError(
+                f"{self.folder}: layer {module} has rank {rank} in {WEIGHTS} and {announced} in {CONFIG}",
+                "one of the two files is of another adapter; copy both again",
+            )
+        if rank == 0 or not isinstance(alpha, (int, float)):
+            raise UsageError(f"{self.folder / CONFIG}: layer {module} has rank {rank} and lora_alpha {alpha!r}")
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    @staticmethod
+    def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
+        return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def check_same_kind(adapters: list[Adapter], what: str) -> None:
+    """Refuse what only plain LoRA can do.
+
+    Raises:
+        UsageError: one of the adapters is a DoRA.
+    """
+    for adapter in adapters:
+        if adapter.dora:
+            raise UsageError(
+                f"{adapter.folder} is a DoRA, and {what} needs plain LoRA: its magnitudes depend on the base",
+                "merge it into its base first: dynlora merge --into base",
+            )

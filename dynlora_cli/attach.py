@@ -1,0 +1,123 @@
+"""Puts an adapter from a folder on a model in memory, and takes it off again; the base is loaded once for many."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli.adapter import Adapter, Factors
+from dynlora_cli.adapter_base import module_of
+from dynlora_cli.components import ComponentLinear, Pool, dense_weight
+from dynlora_cli.dora import DoraLinear
+
+
+class AdaptedEmbedding(nn.Module):
+    """A table of tokens plus a low-rank table: row t of b_OC @ a_CI is added to row t."""
+
+    def __init__(self, base: nn.Module, factors: Factors, device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        self.a_CI = nn.Parameter(factors.a_CI.to(device), requires_grad=False)
+        self.b_OC = nn.Parameter(factors.b_OC.to(device), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] to vectors [..., I]."""
+        y = self.base(ids)
+        return y + (F.embedding(ids, self.b_OC) @ self.a_CI).to(y.dtype)
+
+
+@contextmanager
+def attached(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    *,
+    device: torch.device | None = None,
+    read: Callable[[str], Tensor] | None = None,
+    whole: bool = True,
+) -> Iterator[Pool]:
+    """The model with the adapter inside the block, and as it was after it.
+
+    Args:
+        model: the base; changed in place.
+        adapter: its layers get components, as one pool. s is the adapter's own, so that training can go on.
+        device: of the components; by default the model's.
+        read: gives a parameter of the base by its name, in fp32, where the model itself holds none (see stream.py).
+        whole: also put in the tensors that replace the base's own.
+
+    Raises:
+        UsageError: a layer does not fit the model.
+    """
+    device = device or model.device
+    before: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def replace(name: str, by: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        before.append((holder, leaf, getattr(holder, leaf)))
+        setattr(holder, leaf, by)
+
+    try:
+        if whole:
+            for name, tensor in adapter.whole.items():
+                owner, _, leaf = name.rpartition(".")
+                replace(owner, _with_parameter(model.get_submodule(owner), leaf, tensor.to(device)))
+        layers: dict[str, ComponentLinear] = {}
+        for name, factors in adapter.layers.items():
+            module = module_of(model, name, factors, adapter)
+            if factors.embedding:
+                replace(name, AdaptedEmbedding(module, factors, device))
+                continue
+            layers[name] = _layer(module, factors, name, read, device).train(model.training)
+            replace(name, layers[name])
+        pool = Pool(layers, {name: adapter.layers[name].rank for name in layers}, device=device)
+        with torch.no_grad():
+            for name, (a, b) in zip(layers, pool.views(pool.values.detach()), strict=True):
+                a.copy_(adapter.layers[name].a_CI)
+                b.copy_(adapter.layers[name].b_OC / adapter.layers[name].scale)
+        yield pool
+    finally:
+        for holder, leaf, original in reversed(before):
+            setattr(holder, leaf, original)
+
+
+def _layer(
+    base: nn.Module, factors: Factors, name: str, read: Callable[[str], Tensor] | None, device: torch.device
+) -> ComponentLinear:
+    if factors.magnitude_O is None:
+        return ComponentLinear(base, factors.scale)
+    bias_O: Any = base.bias if read is None or base.bias is None else read(f"{name}.bias")
+    weight = partial(dense_weight, base) if read is None else partial(_read_dense, read, name, base)
+    return DoraLinear(base, factors.scale, factors.magnitude_O.to(device), weight, bias_O)
+
+
+def _read_dense(read: Callable[[str], Tensor], name: str, base: nn.Module) -> Tensor:
+    weight = read(f"{name}.weight")
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def _with_parameter(module: nn.Module, leaf: str, value: Tensor) -> nn.Module:
+    """The module with another parameter; a weight that it shares with others stays theirs."""
+    other = copy.copy(module)
+    other._parameters = {**module._parameters, leaf: nn.Parameter(value.float(), requires_grad=False)}
+    return other
+
+
+def detached(adapter: Adapter, pool: Pool) -> Adapter:
+    """The adapter with the factors that the pool holds now, each with its scale folded into B."""
+    layers = {name: factors for name, factors in adapter.layers.items() if factors.embedding}
+    for name, layer in pool.layers.items():
+        old = adapter.layers[name]
+        magnitude = layer.magnitude_O.detach().cpu() if isinstance(layer, DoraLinear) else None
+        layers[name] = Factors(
+            layer.a_CI.detach().cpu().clone(), (layer.scale * layer.b_OC.detach()).cpu(), old.scale, magnitude
+        )
+    return adapter.with_layers({name: layers[name] for name in adapter.layers})

@@ -1,0 +1,228 @@
+"""Folds an adapter into its base: first a plan, which finds every fault, then files, one tensor at a time.
+
+    W' = W + ΔW                                   LoRA; Conv1D and embedding tables in their own layout
+    W' = m · (W + ΔW) / ‖W + ΔW‖                  DoRA
+
+Shards, types and everything beside the weights stay as they are in the base's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli.adapter import Adapter, Factors
+from dynlora_cli.adapter_base import Place, module_of, structure, tied
+from dynlora_cli.errors import DynloraError, MeasureError, UsageError
+from dynlora_cli.run_folder import write_json
+from dynlora_cli.weights import New, Weights, write_like
+
+# What stands beside the weights and is of use to whoever runs the model.
+KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json")
+Original = Callable[[str, str], Tensor]
+
+
+@dataclass
+class Plan:
+    """What a merge will write; made by `plan_merge`.
+
+    Attributes:
+        changed: tensors of the base that become other ones.
+        added: tensors that the base does not have.
+        names: new names of the base's tensors.
+        config: of the merged model.
+        modules: adapted layers; each is in `changed` or `added`.
+    """
+
+    weights: Weights
+    config: dict[str, Any]
+    changed: dict[str, New] = field(default_factory=dict)
+    added: dict[str, New] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+
+
+def plan_merge(adapter: Adapter, place: Place, original: Original | None = None) -> Plan:
+    """Find for every part of the adapter what it changes in the base's files.
+
+    Args:
+        adapter: to be merged.
+        place: its base.
+        original: gives a tensor of the base by (tensor name, module name) in fp32 and in the file's layout, where it is
+            not what the files hold; by default it is.
+
+    Raises:
+        UsageError: the base is another one, or stored in a form that cannot be added to.
+    """
+    weights = Weights(place.folder)
+    model = structure(place)
+    config = json.loads((place.folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        raise UsageError(
+            f"{place.folder} is stored quantized, and adding to it would quantize it once more",
+            "name the model it was made from: --base FOLDER",
+        )
+    plan = Plan(weights, config)
+    folding = _Folding(adapter, model, plan, original or (lambda tensor, _: weights.read(tensor, torch.float32)))
+    folding.layers()
+    folding.replaced()
+    if place.labels:
+        _as_classifier(plan, model, place.labels)
+    plan.names = _full_names(weights, model) if place.labels else {}
+    return plan
+
+
+class _Folding:
+    """Fills a plan, layer by layer."""
+
+    def __init__(self, adapter: Adapter, model: PreTrainedModel, plan: Plan, original: Original) -> None:
+        self.adapter, self.model, self.plan, self.original = adapter, model, plan, original
+        self.tied = tied(model)
+
+    def layers(self) -> None:
+        for name, factors in self.adapter.layers.items():
+            module = module_of(self.model, name, factors, self.adapter)
+            tensor = self._tensor(name)
+            entry = self.plan.weights.entries[tensor]
+            expected = tuple(module.get_parameter("weight").shape)
+            if entry.shape != expected or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+                raise UsageError(
+                    f"{entry.file}: {tensor} is {entry.dtype} {entry.shape}, the model has {expected}",
+                    "name a base in fp32, bf16 or fp16 with --base FOLDER",
+                )
+            whole = self.adapter.whole.get(f"{name}.weight")
+            base = (lambda w=whole: w.float()) if whole is not None else partial(self.original, tensor, name)
+            self._put(name, New(entry.dtype, entry.shape, partial(folded, base, factors, isinstance(module, Conv1D))))
+            self.plan.modules.append(name)
+
+    def replaced(self) -> None:
+        """Tensors that were trained whole: a head, embeddings with more tokens."""
+        for name, tensor in self.adapter.whole.items():
+            module, _, leaf = name.rpartition(".")
+            if module in self.adapter.layers:
+                continue  # what the factors are added to
+            new = New(tensor.dtype, tuple(tensor.shape), partial(_given, tensor))
+            found = self.plan.weights.locate(module, leaf)
+            if found is not None or self._is_tied_head(module):
+                old = self.plan.weights.entries[found or self._tensor(module)]
+                new = New(old.dtype, new.shape, new.make)
+                if new.shape != old.shape:
+                    _grow(self.plan.config, old.shape, new.shape, name)
+            self._put(module, new, leaf)
+
+    def _is_tied_head(self, module: str) -> bool:
+        return self.tied is not None and module == self.tied[1]
+
+    def _tensor(self, module: str) -> str:
+        """The tensor in which a module's weight lies."""
+        source = self.tied[0] if self.tied and self._is_tied_head(module) else module
+        found = self.plan.weights.locate(source)
+        if found is None:
+            raise UsageError(f"{self.plan.weights.folder} has no tensor for the layer {module}", "is it another model?")
+        return found
+
+    def _put(self, module: str, new: New, leaf: str = "weight") -> None:
+        """Where the model shares one weight between table and head, the two part here."""
+        if self.tied and module in self.tied and leaf == "weight":
+            self._untie()
+        found = self.plan.weights.locate(module, leaf)
+        if found is not None:
+            self.plan.changed[found] = new
+        else:
+            self.plan.added[f"{module}.{leaf}"] = new
+
+    def _untie(self) -> None:
+        assert self.tied is not None
+        for config in (self.plan.config, self.plan.config.get("text_config") or {}):
+            if config.get("tie_word_embeddings", True):
+                config["tie_word_embeddings"] = False
+        head, table = f"{self.tied[1]}.weight", self._tensor(self.tied[0])
+        if self.plan.weights.locate(self.tied[1]) is None and head not in self.plan.added:
+            entry = self.plan.weights.entries[table]
+            self.plan.added[head] = New(entry.dtype, entry.shape, partial(self.plan.weights.read, table))
+
+
+def folded(base: Callable[[], Tensor], factors: Factors, transposed: bool) -> Tensor:
+    """W' in fp32, in the layout of the file: [O, I], or [I, O] for Conv1D."""
+    W = base()
+    view = W.T if transposed else W
+    view.addmm_(factors.b_OC, factors.a_CI)
+    if factors.magnitude_O is not None:
+        view.mul_((factors.magnitude_O / view.norm(dim=1)).unsqueeze(1))
+    if not view.isfinite().all():
+        raise MeasureError("a merged weight is not finite", "look at the base's and the adapter's numbers")
+    return W
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _grow(config: dict[str, Any], old: tuple[int, ...], new: tuple[int, ...], name: str) -> None:
+    """Take over a vocabulary that was enlarged in training."""
+    if old[1:] != new[1:] or config.get("vocab_size") not in (old[0], new[0]):
+        raise UsageError(f"{name} is {new} in the adapter and {old} in the base", "is it another model?")
+    config["vocab_size"] = new[0]
+
+
+def _as_classifier(plan: Plan, model: PreTrainedModel, labels: list[str]) -> None:
+    plan.config["architectures"] = [type(model).__name__]
+    plan.config["id2label"] = {str(index): label for index, label in enumerate(labels)}
+    plan.config["label2id"] = {label: index for index, label in enumerate(labels)}
+    plan.config.pop("num_labels", None)
+    if model.config.pad_token_id is not None:
+        plan.config["pad_token_id"] = model.config.pad_token_id
+
+
+def _full_names(weights: Weights, model: PreTrainedModel) -> dict[str, str]:
+    """For an encoder that was saved without its prefix and now has a head beside it: its names with the prefix."""
+    prefix, known = model.base_model_prefix, set(model.state_dict())
+    return {name: f"{prefix}.{name}" for name in weights.entries if name not in known and f"{prefix}.{name}" in known}
+
+
+def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path, done: Callable[[int], None]) -> int:
+    """Write the merged model into an existing folder; returns the bytes of its tensors.
+
+    Raises:
+        DynloraError: not every layer of the adapter was merged.
+    """
+    merged: set[str] = set()
+
+    def counted(name: str, new: New) -> New:
+        def make() -> Tensor:
+            merged.add(name)
+            return new.make()
+
+        return New(new.dtype, new.shape, make)
+
+    changed = {name: counted(name, new) for name, new in plan.changed.items()}
+    added = {name: counted(name, new) for name, new in plan.added.items()}
+    for pattern in KEPT_FILES:
+        for path in place.folder.glob(pattern):
+            if not path.name.startswith("model.safetensors"):
+                shutil.copyfile(path, folder / path.name)
+    _copy_tokenizer(adapter, folder)
+    write_json(folder / "config.json", plan.config)
+    total = write_like(plan.weights, folder, changed, added, renamed=lambda name: plan.names.get(name, name), done=done)
+    if len(merged) != len(changed) + len(added) or len(plan.modules) != len(adapter.layers):
+        raise DynloraError(f"merged {len(merged)} of {len(changed) + len(added)} tensors", "please report this")
+    return total
+
+
+def _copy_tokenizer(adapter: Adapter, folder: Path) -> None:
+    """The tokenizer the adapter was trained with, template included, where its folder has one."""
+    if (adapter.folder / "tokenizer_config.json").is_file():
+        for pattern in TOKENIZER_FILES:
+            for path in adapter.folder.glob(pattern):
+                shutil.copyfile(path, folder / path.name)

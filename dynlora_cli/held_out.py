@@ -1,0 +1,155 @@
+"""Rows to measure an adapter on, and its base model in memory: what `prune`, `eval` and `export` start from.
+
+Nothing asks for the training recipe again: the run folder knows it. Other rows come from a file or another recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynlora_cli.adapter_base import Place
+from dynlora_cli.assemble import keep_libraries_quiet
+from dynlora_cli.batches import Batch, Batches
+from dynlora_cli.data import load_data
+from dynlora_cli.errors import UsageError
+from dynlora_cli.model import Base, context_length, load_base, load_tokenizer
+from dynlora_cli.recipe import Dataset, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.adapter import Adapter
+    from dynlora_cli.tokens import Example
+
+RECIPES = (".yaml", ".yml")
+MICRO_BATCH = 8
+
+
+@dataclass
+class Rows:
+    """Rows with a known right answer, that the adapter was not trained on.
+
+    Attributes:
+        examples: in a fixed order.
+        source: where they come from, for people.
+        sha256: of the examples and how they were read.
+        max_length: of the longest that was let through.
+        micro_batch_size: examples of one forward pass.
+        notes: for the person.
+        recipe: whose rows they are, where they are a recipe's.
+    """
+
+    examples: list[Example]
+    source: str
+    sha256: str
+    max_length: int
+    micro_batch_size: int
+    notes: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+
+    def batches(self, pad_id: int, device: torch.device) -> Iterator[Batch]:
+        """All rows in order."""
+        batches = Batches.in_order(
+            self.examples, micro_batch_size=self.micro_batch_size, max_length=self.max_length, pad_id=pad_id
+        )
+        for index in range(batches.steps_per_epoch):
+            yield from (batch.to(device) for batch in batches.step(0, index))
+
+
+def own_recipe(adapter: Adapter) -> Recipe | None:
+    """The recipe that the adapter was trained by; None where another tool made it."""
+    recorded = adapter.record.get("recipe")
+    return Recipe.model_validate(recorded) if recorded else None
+
+
+def read_tokenizer(adapter: Adapter, place: Place) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the adapter, its chat template included, or the base's."""
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+    return load_tokenizer(adapter.folder if own else place.folder, trust_remote_code=place.options.trust_remote_code)
+
+
+def held_out_rows(
+    adapter: Adapter,
+    place: Place,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path | None = None,
+    *,
+    max_samples: int | None = None,
+) -> Rows:
+    """The rows to measure on.
+
+    Args:
+        adapter: says what it was trained on.
+        place: its base; no row may be longer than its context.
+        tokenizer: makes the tokens; a recipe's `chat_template` is set on it.
+        data: a recipe, whose held-out rows are taken, or a file, all of whose rows are; None: the run's own.
+        max_samples: at most so many; None: as the recipe says.
+
+    Raises:
+        UsageError: no rows are known, none are held out, or they cannot be read.
+    """
+    own = own_recipe(adapter)
+    if data is None and own is None:
+        raise UsageError(
+            f"{adapter.folder} does not say what it was trained on (it holds no dynlora.json)",
+            "name rows with --data FILE, or a recipe with --data RECIPE.yaml",
+        )
+    is_file = data is not None and data.suffix.lower() not in RECIPES
+    recipe = load_recipe(data) if data is not None and not is_file else own
+    settings: dict[str, Any] = {} if recipe is None else recipe.dataset.model_dump()
+    if is_file:
+        assert data is not None
+        settings |= {"train": [{"path": str(data)}], "val": [], "val_size": 0.0, "packing": False}
+    labels = (adapter.record.get("data") or {}).get("labels")
+    limit = context_length(place.folder)
+    read = load_data(
+        Dataset.model_validate(settings),
+        tokenizer,
+        task=adapter.task,
+        seed=recipe.seed if recipe else 0,
+        max_length=limit,
+        num_labels=len(place.labels) if place.labels else None,
+        labels=[str(label) for label in labels] if labels else None,
+    )
+    examples = read.train if is_file else read.val
+    if not examples:
+        raise UsageError(
+            f"{data or adapter.folder}: the recipe holds no rows out",
+            "name rows with --data FILE, all of which are used",
+        )
+    recorded = adapter.record.get("data") or {}
+    notes = list(read.notes)
+    if data is None and recorded.get("sha256") != read.sha256:
+        notes.append("the rows, or how they are read, have changed since training: some may have been trained on")
+    most = max_samples or (recipe.eval.max_samples if recipe else None)
+    return Rows(
+        examples=examples[:most],
+        source=str(data) if data else f"held-out rows of {adapter.name}",
+        sha256=read.sha256,
+        max_length=max(len(example.input_ids) for example in examples),
+        micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,
+        notes=notes,
+        recipe=recipe,
+    )
+
+
+def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Base:
+    """The base model as the adapter was trained on it (its dtype, 4 or 8 bits), on the GPU where there is one."""
+    keep_libraries_quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(
+        place.options,
+        tokenizer,
+        device=device,
+        labels=place.labels,
+        seed=int(adapter.record.get("seeds", {}).get("seed", 0)),
+        checkpointing=False,
+    )
+    base.model.requires_grad_(False)
+    base.model.eval()
+    return base

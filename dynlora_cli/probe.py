@@ -1,0 +1,96 @@
+"""Compares two forms of one model on a few fixed lines of text: base + adapter against merged or exported."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynlora_cli.errors import MeasureError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE = Path(__file__).parent / "assets" / "probe.txt"
+TOKENS = 48  # of a line at most
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model's predictions are from a reference's.
+
+    Attributes:
+        kl: KL(reference ‖ model), mean over positions, nats.
+        max_logit_difference: largest |Δlogit|.
+        max_logit: largest |logit| of the reference, for comparison.
+        same_choice: share of positions at which both find the same token (or class) most likely.
+        loss_reference, loss: next-token cross-entropy on the lines, nats per token; None for a classifier.
+        positions: number of predictions compared.
+    """
+
+    kl: float
+    max_logit_difference: float
+    max_logit: float
+    same_choice: float
+    loss_reference: float | None
+    loss: float | None
+    positions: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def probe_rows(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """The lines as token ids, each [1, T]."""
+    lines = PROBE.read_text(encoding="utf-8").splitlines()
+    return [torch.tensor([tokenizer(line, truncation=True, max_length=TOKENS)["input_ids"]]) for line in lines]
+
+
+@torch.no_grad()
+def predictions(model: PreTrainedModel, rows: list[Tensor], *, autocast: Any = None) -> list[Tensor]:
+    """Logits of every line, each [T, V] in fp32 on the CPU ([1, classes] for a classifier)."""
+    found = []
+    with autocast or nullcontext():
+        for row in rows:
+            logits = model(input_ids=row.to(model_device(model))).logits
+            found.append(logits.float().cpu().view(-1, logits.shape[-1]))
+    return found
+
+
+def model_device(model: PreTrainedModel) -> torch.device:
+    """Where the model computes; a streamed one on the CPU."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def agreement(reference: list[Tensor], found: list[Tensor], rows: list[Tensor]) -> Agreement:
+    """Compare two sets of `predictions` on the same rows.
+
+    Raises:
+        MeasureError: one of them is not finite.
+    """
+    kl = worst = largest = same = 0.0
+    losses = [0.0, 0.0]
+    positions = targets = 0
+    for before, after, row in zip(reference, found, rows, strict=True):
+        width = min(before.shape[-1], after.shape[-1])  # an export may pad the vocabulary
+        before, after = before[:, :width], after[:, :width]
+        log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+        kl += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+        worst = max(worst, (before - after).abs().max().item())
+        largest = max(largest, before.abs().max().item())
+        same += (before.argmax(-1) == after.argmax(-1)).sum().item()
+        positions += len(before)
+        if len(before) == row.shape[1] > 1:
+            next_ids = row[0, 1:]
+            targets += len(next_ids)
+            for index, log_probabilities in enumerate((log_p, log_q)):
+                losses[index] += F.nll_loss(log_probabilities[:-1], next_ids, reduction="sum").item()
+    if not all(torch.isfinite(torch.tensor([kl, worst, largest]))):
+        raise MeasureError("the model predicts NaN or infinity on the probe text", "look at its weights")
+    reference_loss, loss = (total / targets if targets else None for total in losses)
+    return Agreement(max(0.0, kl / positions), worst, largest, same / positions, reference_loss, loss, positions)

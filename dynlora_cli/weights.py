@@ -1,0 +1,240 @@
+"""A model's tensors on disk, one at a time: read, changed and written without ever building the model.
+
+Files are read with plain reads and not mapped, since mapped pages count as the process's memory, and merging a model
+should need no more of it than its largest tensor.
+
+    Weights      the safetensors files of a model folder: names, shapes, single tensors
+    write_like   new files with the same shards, in which some tensors are other ones
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.run_folder import write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CHUNK = 1 << 24  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `start` counts from the file's first byte."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Weights:
+    """The tensors of a model folder.
+
+    Args:
+        folder: with model.safetensors, or shards and their index.
+
+    Attributes:
+        entries: by tensor name, in the order of files and of bytes.
+
+    Raises:
+        UsageError: no safetensors there, or files that are damaged, cut off or incomplete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        for file in self._files():
+            self.entries |= _read_header(file)
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [name for name in names if not (self.folder / name).is_file()]
+            if missing:
+                raise MachineError(f"{self.folder} lacks {missing[0]}, which its index names", "fetch the model again")
+            return [self.folder / name for name in names]
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt"))
+        what = "holds its weights as a pickle, which is never opened" if pickled else f"holds no {SINGLE}"
+        raise UsageError(f"{self.folder} {what}", "name a folder with safetensors files")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, in order."""
+        return list(dict.fromkeys(entry.file for entry in self.entries.values()))
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, in memory of its own and nothing beyond it, converted on the way where a type is given."""
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=dtype or entry.dtype)
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            for part in _pieces(tensor):
+                read = part if part.dtype == entry.dtype else torch.empty(part.shape, dtype=entry.dtype)
+                if file.readinto(_bytes(read)) != read.nbytes:
+                    raise UsageError(f"{entry.file} ends inside {name}", "fetch the model again")
+                if read is not part:
+                    part.copy_(read)
+        return tensor
+
+    def locate(self, module: str, leaf: str = "weight") -> str | None:
+        """The tensor of a module.
+
+        A checkpoint may have been saved without the prefix that the module has in the adapted model (an encoder that
+        got a classifier), or with one that it has not, so names that end alike will do where only one does.
+        """
+        name = f"{module}.{leaf}" if module else leaf
+        if name in self.entries:
+            return name
+        without = name.partition(".")[2]
+        if without in self.entries and name.count(".") > 1:
+            return without
+        longer = [other for other in self.entries if other.endswith(f".{name}")]
+        return longer[0] if len(longer) == 1 else None
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length))
+    except (struct.error, ValueError, MemoryError, OverflowError) as error:
+        raise UsageError(f"{file} is no safetensors file, or cut off: {error}", "fetch the model again") from None
+    header.pop("__metadata__", None)
+    size, entries = file.stat().st_size, {}
+    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        first, last = info["data_offsets"]
+        if info["dtype"] not in DTYPES:
+            raise UsageError(f"{file}: the tensor {name} has the type {info['dtype']}, which is not understood")
+        entries[name] = Entry(file, DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + first, last - first)
+        if 8 + length + last > size:
+            raise UsageError(f"{file} is cut off: {name} ends after the file does", "fetch the model again")
+    return entries
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A contiguous tensor as consecutive flat views, each small enough to be copied once more."""
+    flat = tensor.view(-1)
+    length = _CHUNK // flat.element_size()
+    return (flat[at : at + length] for at in range(0, flat.numel(), length))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a flat, contiguous tensor."""
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class New:
+    """A tensor that is made when its place in the file has come, so that only one is in memory at a time.
+
+    `make` may give another type, such as fp32; it is converted on the way to the file.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_like(
+    weights: Weights,
+    folder: Path,
+    changed: Mapping[str, New],
+    added: Mapping[str, New],
+    *,
+    renamed: Callable[[str], str] = lambda name: name,
+    done: Callable[[int], None] = lambda size: None,  # noqa: ARG005
+) -> int:
+    """Write the model again, shard by shard, with some tensors changed.
+
+    Args:
+        weights: of the model as it is.
+        folder: an existing one.
+        changed: what stands in the place of an old tensor.
+        added: what goes into the last shard besides.
+        renamed: the new name of an old tensor.
+        done: told the bytes written so far.
+
+    Returns:
+        Bytes of tensors written.
+    """
+    placed: dict[str, str] = {}
+    total = 0
+    files = weights.files
+    for file in files:
+        inside: dict[str, Entry | New] = {
+            name: changed.get(name, entry) for name, entry in weights.entries.items() if entry.file == file
+        }
+        if file == files[-1]:
+            inside |= added
+        names = {name: name if name in added else renamed(name) for name in inside}
+        with (folder / file.name).open("wb") as target, file.open("rb") as source:
+            target.write(_header({names[name]: item for name, item in inside.items()}))
+            for item in inside.values():
+                if isinstance(item, New):
+                    _write(target, item)
+                else:
+                    source.seek(item.start)
+                    _copy(source, target, item.size)
+                total += item.size
+                done(total)
+        placed |= dict.fromkeys(names.values(), file.name)
+    if len(files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
+    return total
+
+
+def _header(items: Mapping[str, Entry | New]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, item in items.items():
+        header[name] = {
+            "dtype": _CODES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [at, at + item.size],
+        }
+        at += item.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write(target: BinaryIO, item: New) -> None:
+    tensor = item.make()
+    assert tuple(tensor.shape) == item.shape, "the header has said another shape"
+    for part in _pieces(tensor.contiguous()):
+        target.write(_bytes(part.to(item.dtype)))
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    while size > 0:
+        piece = source.read(min(size, _CHUNK))
+        if not piece:
+            raise UsageError(f"{source.name} ends too early", "fetch the model again")
+        target.write(piece)
+        size -= len(piece)

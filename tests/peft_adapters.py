@@ -1,0 +1,114 @@
+"""Adapters as other people make them: stock PEFT on tiny random models, every kind that dynlora reads."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    LlamaConfig,
+)
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+BASES: dict[str, Any] = {
+    "llama": LlamaConfig(**LLAMA),
+    "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "bert": BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64,
+    ),
+}  # fmt: skip
+
+# name: (base, LoraConfig's arguments)
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"target_modules": "all-linear", "lora_alpha": 16}),
+    "rslora": ("llama", {"target_modules": "all-linear", "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7},
+            "alpha_pattern": {"v_proj": 3, r"^model\.layers\.2\..*": 10},
+        },
+    ),
+    "dora": ("llama", {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"q_proj": 2}}),
+    "tied": ("llama-tied", {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "whole-head": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "conv1d-dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "classifier": ("bert", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
+}
+
+
+def base_model(kind: str, folder: Path, **saving: Any) -> Path:
+    """A random base on disk; the encoder without a head, as a pretrained one."""
+    path = folder / f"base-{kind}"
+    torch.manual_seed(0)
+    model = BertModel(BASES[kind]) if kind == "bert" else AutoModelForCausalLM.from_config(BASES[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(path, **saving)
+    return path
+
+
+def load(path: Path, classify: bool = False) -> Any:
+    torch.manual_seed(1)
+    if classify:
+        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=3).eval()
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def make(kind: str, folder: Path, **saving: Any) -> tuple[Path, Path]:
+    """A base and a PEFT adapter on it whose weights are random and not small.
+
+    Returns:
+        the base's folder and the adapter's.
+    """
+    base, options = KINDS[kind]
+    path = base_model(base, folder, **saving)
+    defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(load(path, base == "bert"), LoraConfig(**(defaults | options)))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name and "magnitude" not in name:
+                    parameter.normal_(std=0.15, generator=generator)
+                elif "magnitude" in name:
+                    parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+                elif "modules_to_save" in name:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(folder / "adapter")
+    return path, folder / "adapter"
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def peft_logits(base: Path, adapter: Path, *, merged: bool = False) -> torch.Tensor:
+    """What stock PEFT computes."""
+    classify = BASES["bert"].model_type in str(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = PeftModel.from_pretrained(load(base, classify), adapter).eval()
+        if merged:
+            model = model.merge_and_unload()
+    return model(ids()).logits

@@ -1,0 +1,102 @@
+"""Any LoRA in PEFT's layout: read, attached and folded into its base, against what stock PEFT computes."""
+
+from __future__ import annotations
+
+import json
+
+import peft_adapters
+import pytest
+import torch
+from peft_adapters import KINDS, ids, make, peft_logits
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dynlora_cli.adapter import save
+from dynlora_cli.adapter_base import find_base
+from dynlora_cli.adapter_reader import read_adapter
+from dynlora_cli.attach import attached, detached
+from dynlora_cli.fold import plan_merge, write_merged
+from dynlora_cli.stream import reader, streamed
+from dynlora_cli.weights import Weights
+
+
+def merge(adapter, folder):
+    place = find_base(adapter)
+    folder.mkdir()
+    plan = plan_merge(adapter, place)
+    write_merged(plan, adapter, place, folder, lambda size: None)
+    return plan, place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_model_computes_what_peft_computes(kind, tmp_path):
+    base, folder = make(kind, tmp_path)
+    expected = peft_logits(base, folder)
+    merge(read_adapter(folder), tmp_path / "merged")
+    auto = AutoModelForSequenceClassification if kind == "classifier" else AutoModelForCausalLM
+    model, info = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids()).logits, expected, atol=1e-4, rtol=1e-4)
+    if kind not in ("tied", "embedding"):  # PEFT's own merge loses one half of a tied pair
+        torch.testing.assert_close(peft_logits(base, folder, merged=True), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attached_adapter_computes_what_peft_computes_and_leaves_no_trace(kind, tmp_path):
+    base, folder = make(kind, tmp_path)
+    expected = peft_logits(base, folder)
+    model = peft_adapters.load(base, kind == "classifier")
+    adapter = read_adapter(folder)
+    with torch.no_grad():
+        before = model(ids()).logits
+        with attached(model, adapter) as pool:
+            found = model(ids()).logits
+            again = detached(adapter, pool)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids()).logits, before, atol=0, rtol=0)
+    assert (before - expected).abs().max() > 0.05, "the adapter does something"
+    assert again.ranks == adapter.ranks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_models_compute_the_same_without_holding_weights(kind, tmp_path):
+    base, folder = make(kind, tmp_path)
+    adapter = read_adapter(folder)
+    place = find_base(adapter)
+    weights = Weights(place.folder)
+    expected = peft_logits(base, folder)
+    model = streamed(place, lambda model: reader(weights, model, adapter.whole))
+    assert not any(p.device.type != "meta" for p in model.parameters())
+    read = reader(weights, model, adapter.whole)
+    with torch.no_grad(), attached(model, adapter, device=torch.device("cpu"), read=read, whole=False):
+        torch.testing.assert_close(model(ids()).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not any(p.device.type != "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_again_is_read_by_peft_with_the_same_result(kind, tmp_path):
+    base, folder = make(kind, tmp_path)
+    expected = peft_logits(base, folder)
+    (tmp_path / "again").mkdir()
+    save(read_adapter(folder), tmp_path / "again")
+    torch.testing.assert_close(peft_logits(base, tmp_path / "again"), expected, atol=1e-4, rtol=1e-4)
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert config["rank_pattern"] == config["alpha_pattern"]
+
+
+def test_shards_and_types_stay_as_they_were(tmp_path):
+    base, folder = make("lora", tmp_path, max_shard_size="20KB")
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(shards) > 2
+    merge(read_adapter(folder), tmp_path / "merged")
+    assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == shards
+    before, after = Weights(base), Weights(tmp_path / "merged")
+    assert {n: (e.file.name, e.dtype, e.shape) for n, e in before.entries.items()} == {
+        n: (e.file.name, e.dtype, e.shape) for n, e in after.entries.items()
+    }
+    changed = {name for name in before.entries if not torch.equal(before.read(name), after.read(name))}
+    assert changed == {f"{name}.weight" for name in read_adapter(folder).layers}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, peft_logits(base, folder), atol=1e-4, rtol=1e-4)
