@@ -35,7 +35,7 @@ SPINE = {
     7: "train",
     6: "assemble fold held_out loop loss meter outputs probe state",
     5: "adapter_base attach batches data model stream",
-    3: "adapter adapter_reader chat_mask checkpoint components dora gauge gradients rank rows splits stdlib_docs tokens "
+    3: "adapter adapter_reader chat_mask checkpoint components dora gauge gradients inputs rank rows splits stdlib_docs tokens "
     "weights",
     2: "aliases console drawers interrupt launch progress recipe recipe_problems recipe_settings report report_card "
     "report_html report_log report_svg run_folder strict_yaml units",
