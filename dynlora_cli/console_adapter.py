@@ -37,7 +37,9 @@ class AdapterView:
         )
         parts: list[RenderableType] = [Text(), head, Text(), _before_after(summary)]
         if summary["curve"]:
-            parts += [Text(), Text("Loss against size", style="head"), _curve(summary)]
+            measured = summary["curve"][0]["loss"] is not None
+            title = "Loss against size" if measured else "Share of the update against size"
+            parts += [Text(), Text(title, style="head"), _curve(summary)]
         before = {**dict.fromkeys(summary["ranks"], 0), **summary["ranks_before"]}
         parts += [Text(), rank_map(summary["ranks"], before, self.console.rich.width - 2, 40)]
         parts += [Text(), Text.assemble(("adapter  ", "label"), summary["output_dir"])]
@@ -58,14 +60,17 @@ def _before_after(summary: dict[str, Any]) -> RenderableType:
 
 def _curve(summary: dict[str, Any]) -> RenderableType:
     points: Sequence[dict[str, Any]] = summary["curve"]
-    table = plain_table("parameters", "components", "update kept", "held-out loss", "")
-    lowest, highest = (pick(point["loss"] for point in points) for pick in (min, max))
-    for point in points:
-        share = (point["loss"] - lowest) / (highest - lowest) if highest > lowest else 0.0
+    measured = points[0]["loss"] is not None
+    heads = ("parameters", "components", "update kept", *(["held-out loss"] if measured else []), "")
+    table = plain_table(*heads)
+    values = [point["loss"] if measured else point["energy"] for point in points]
+    lowest, highest = min(values), max(values)
+    for point, value in zip(points, values, strict=True):
+        share = (value - lowest) / (highest - lowest) if highest > lowest else 0.0
         chosen = point["parameters"] == summary["parameters"]
         bar = Text("█" * (1 + round((BAR - 1) * share)), style="accent" if chosen else "label")
         if chosen:
             bar.append("  ← this one", style="accent")
-        cells = (count(point["parameters"]), count(point["components"]), percent(point["energy"]))
-        table.add_row(*cells, number(point["loss"]), bar)
+        cells = [count(point["parameters"]), count(point["components"]), percent(point["energy"])]
+        table.add_row(*cells, *([number(point["loss"])] if measured else []), bar)
     return table

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.attach import attached
 from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.covariances import Covariances, Energies, turn
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors
 from dynlora_cli.gradients import GateGradients
-from dynlora_cli.inputs import InputCovariances, InputEnergies, turn
-from dynlora_cli.loss import evaluating, summed_loss
+from dynlora_cli.loss import summed_loss
 from dynlora_cli.rank import plan_start, select_K
 
 if TYPE_CHECKING:
@@ -69,16 +69,16 @@ class Order:
         """
         if policy.needs == "values":
             turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
-            observed: GateGradients | InputEnergies = GateGradients()
+            observed: GateGradients | Energies = GateGradients()
             return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
         if model is None or batches is None:
             raise UsageError("this policy looks at data, and there is none", "name rows with --data, or use magnitude")
         tables = [name for name, factors in adapter.layers.items() if factors.embedding]
         if tables:
             raise UsageError(f"{tables[0]} is an embedding, which only --policy magnitude can judge")
-        if policy.needs == "inputs":
-            turned, energies = _fit_to_inputs(adapter, model, batches)
-            observed = InputEnergies(energies)
+        if policy.needs == "covariances":
+            turned, energies = _fit_to_flow(adapter, model, batches)
+            observed = Energies(energies)
         else:
             turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
             observed = _gate_gradients(turned, model, batches)
@@ -157,9 +157,7 @@ def _loose_pool(adapter: Adapter) -> Pool:
     return pool
 
 
-def _scores(
-    policy: ModuleType, pool: Pool, observed: GateGradients | InputEnergies, seed: int, adapter: Adapter
-) -> Tensor:
+def _scores(policy: ModuleType, pool: Pool, observed: GateGradients | Energies, seed: int, adapter: Adapter) -> Tensor:
     scores = policy.scores(pool, observed, torch.Generator().manual_seed(seed)).double().cpu()
     if adapter.dora:  # a magnitude cannot be stored without a component, so each layer's best one stays
         for part in scores.split(list(adapter.ranks.values())):
@@ -181,18 +179,19 @@ def _gate_gradients(adapter: Adapter, model: PreTrainedModel, batches: Batches) 
     return found
 
 
-def _fit_to_inputs(adapter: Adapter, model: PreTrainedModel, batches: Batches) -> tuple[Adapter, Tensor]:
-    """The components in the basis of the layers' inputs, and their energies. [K]"""
-    with attached(model, adapter) as pool, evaluating(model):
-        covariances = InputCovariances(pool)
+def _fit_to_flow(adapter: Adapter, model: PreTrainedModel, batches: Batches) -> tuple[Adapter, Tensor]:
+    """The components in the basis of what flows through the layers, and their energies. [K]"""
+    with attached(model, adapter) as pool:
+        covariances = Covariances(pool)
         with covariances.watching():
             for batch in batches():
                 mask = batch.inputs.get("attention_mask")
                 covariances.mask = mask.bool() if mask is not None and mask.ndim == 2 else None
-                model(**batch.inputs)
+                summed_loss(model, batch)[0].backward()
     layers, energies = {}, []
     for name, factors in adapter.layers.items():
-        a, b, energy = turn(factors.a_CI, factors.b_OC, covariances.mean(name).cpu())
+        flow = (covariance.cpu() for covariance in covariances.mean(name))
+        a, b, energy = turn(factors.a_CI, factors.b_OC, *flow)
         layers[name] = replace(factors, a_CI=a, b_OC=b)
         energies.append(energy)
     return adapter.with_layers(layers), torch.cat(energies)

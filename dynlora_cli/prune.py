@@ -82,7 +82,7 @@ def run(
     )
     curve = Curve(order, bench, emit)
     target = _target(order, budget, adapter, curve, tolerance)
-    if bench and budget.kind != "auto":
+    if budget.kind != "auto":
         curve.survey(target)
     keep_K, threshold = order.keep(target)
     smaller = order.cut(keep_K)
@@ -193,26 +193,26 @@ class Curve:
         return self._measure(keep_K, kept)["loss"]
 
     def survey(self, target: int) -> None:
-        """Sizes from all to half the target, evenly on a logarithmic scale, the target among them; and none at all."""
-        assert self.bench is not None
+        """Sizes from all to half the target, evenly on a logarithmic scale, the target among them."""
         full, least = self.order.adapter.parameters, max(self.order.least, target // 2)
         ratio = (least / full) ** (1 / (CURVE_POINTS - 1))
         for parameters in sorted({*(round(full * ratio**i) for i in range(CURVE_POINTS)), target}, reverse=True):
             self.loss(max(parameters, self.order.least))
 
     def _measure(self, keep_K: torch.Tensor, kept: int) -> dict[str, Any]:
-        assert self.bench is not None
-        with attached(self.bench.base.model, self.order.adapter) as pool:
-            set_gates(pool, self.order.split(keep_K))
-            point = {
-                "parameters": kept,
-                "components": int(keep_K.sum()),
-                "energy": self.order.energy_kept(keep_K),
-                "loss": self.bench.loss_now(),
-            }
+        point = {
+            "parameters": kept,
+            "components": int(keep_K.sum()),
+            "energy": self.order.energy_kept(keep_K),
+            "loss": None,
+        }
+        if self.bench:
+            with attached(self.bench.base.model, self.order.adapter) as pool:
+                set_gates(pool, self.order.split(keep_K))
+                point["loss"] = self.bench.loss_now()
+            self.emit({"event": "point", **point})
         self.points.append(point)
         self.points.sort(key=lambda point: -point["parameters"])
-        self.emit({"event": "point", **point})
         return point
 
 

@@ -115,7 +115,7 @@ class _Drawer:
 
 
 def _only_after_training(policy: str) -> str | None:
-    if drawers.declared("policies", policy, "needs") == "inputs":
+    if drawers.declared("policies", policy, "needs") == "covariances":
         return f"which works on a trained adapter: `dynlora prune --policy {policy}`"
     return None
 

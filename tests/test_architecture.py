@@ -32,10 +32,10 @@ REPOSITORY = Path(__file__).parent.parent
 DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
     8: "cli cli_adapters cli_support __main__",
-    7: "merge prune train",
+    7: "inspect_adapter merge prune train",
     6: "assemble combine compare fold heal held_out loop loss meter outputs posthoc probe pruned_folder state",
     5: "adapter_base attach batches data model stream",
-    3: "adapter adapter_reader chat_mask checkpoint components dora gauge gradients inputs rank rows splits stdlib_docs tokens "
+    3: "adapter adapter_reader chat_mask checkpoint components covariances dora gauge gradients rank rows splits stdlib_docs tokens "
     "weights",
     2: "aliases console drawers interrupt launch progress recipe recipe_problems recipe_settings report report_card "
     "report_html report_log report_svg run_folder options console_adapter strict_yaml units",

@@ -1,10 +1,10 @@
 """What a pruning policy is: a file in this folder with these two names.
 
-    needs = "values" | "gradients" | "inputs"
+    needs = "values" | "gradients" | "covariances"
         values: scores are of the components as they stand, after they were turned into the SVD basis.
         gradients: from gate gradients; in training of the steps since the last event, after it of held-out rows.
-        inputs: from what the layers' inputs are, after the components were turned into the basis that fits them; only
-            `dynlora prune` collects that.
+        covariances: from what flows through the layers, after the components were turned into the basis that fits it;
+            only `dynlora prune` collects that.
 
     scores(pool, observed, generator) -> Tensor
         What each component is worth per number it holds; higher is better. [K], finite. A policy scores and never
@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.components import Pool
+from dynlora_cli.covariances import Energies
 from dynlora_cli.gradients import GateGradients
-from dynlora_cli.inputs import InputEnergies
 
 
 class Policy(Protocol):
     """The shape of a policy's module."""
 
-    needs: Literal["values", "gradients", "inputs"]
+    needs: Literal["values", "gradients", "covariances"]
 
-    def scores(self, pool: Pool, observed: GateGradients | InputEnergies, generator: torch.Generator) -> Tensor:
+    def scores(self, pool: Pool, observed: GateGradients | Energies, generator: torch.Generator) -> Tensor:
         """Worth of every component per number it holds. [K]
 
         Args:
             pool: the components.
-            observed: `GateGradients`, or `InputEnergies` where the policy needs inputs.
+            observed: `GateGradients`, or `Energies` where the policy needs covariances.
             generator: of the run, for what is random.
         """

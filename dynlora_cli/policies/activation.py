@@ -1,16 +1,18 @@
-"""Keep the components that change the layers' outputs most, on real inputs.
+"""Keep the components that matter for what really flows through the layers.
 
 What it does
-    Weighs the error of a removal by the covariance of the layer's inputs, C = E[x xᵀ]: the components are turned into
-    the left singular vectors of ΔW·C^½, u_i u_iᵀ ΔW, of which dropping the last k is the best approximation of
-    E‖ΔW x‖². A component's worth is its share of that, E(u_iᵀ ΔW x)², per number it holds.
+    Weighs the error of a removal D by the covariance C of the layer's inputs and by that of the loss's gradient at its
+    outputs, Γ: the components are turned into the singular directions of Γ^½ ΔW C^½, of which dropping the last k is
+    the best approximation of the change of the loss to second order. A component's worth is its share of it, per
+    number it holds.
 
 When to use it
-    In `dynlora prune`, wherever there are rows to look at; the best of the policies there. It needs only the k x k
-    covariance of A x, never one of the layer's size.
+    In `dynlora prune`, wherever there are rows to look at; the best of the policies there. It needs only covariances
+    of k x k for a layer of k components. With the inputs' side alone, errors of different layers could not be
+    compared, and that is measurably worse than no data (scripts/bench/NOTES.md).
 
 Reference
-    SVD-LLM (arXiv 2403.07378) and ASVD (arXiv 2312.05821) weigh the decomposition of whole weights in this way.
+    SVD-LLM (arXiv 2403.07378) for the inputs' side, K-FAC (arXiv 1503.05671) for both; see covariances.py.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.components import Pool
-from dynlora_cli.inputs import InputEnergies
+from dynlora_cli.covariances import Energies
 
-needs = "inputs"
+needs = "covariances"
 
 
-def scores(pool: Pool, inputs: InputEnergies, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-    """The component's share of the update's output, squared, per number. [K]"""
-    return inputs.energies_K / pool.costs_K()
+def scores(pool: Pool, observed: Energies, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+    """The component's share of the loss's curvature, per number. [K]"""
+    return observed.energies_K / pool.costs_K()
