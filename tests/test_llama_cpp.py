@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_gguf import CONFIGS, add, config_of, export_base, export_merged, make, random_layers
+from tiny_gguf import (
+    CONFIGS,
+    PRE_TOKENIZERS,
+    add,
+    config_of,
+    export_base,
+    export_merged,
+    make,
+    random_layers,
+    trained_tokenizer,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dynlora_cli.adapter import PREFIX, lora_config
@@ -129,6 +140,19 @@ def test_the_same_tokens_of_every_text(real, tmp_path, llama_cpp):
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     assert dict(zip(TEXTS, answer["tokens"], strict=True)) == dict(zip(TEXTS, expected, strict=True))
     assert (answer["add_bos"], answer["bos"], answer["eos"]) == (True, 1, 2)
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_every_pre_tokenizer(name, tmp_path, llama_cpp):
+    folder = make(tmp_path / "model", "llama", vocab_size=400)
+    tokenizer = trained_tokenizer(name)
+    tokenizer.save_pretrained(folder)
+    export_base(folder, tmp_path / "base.gguf")
+    texts = [unicodedata.normalize("NFC", text) for text in TEXTS]  # which Qwen's does, and llama.cpp does not
+    answer = llama_cpp(model=tmp_path / "base.gguf", tokenize=texts)
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    assert dict(zip(texts, answer["tokens"], strict=True)) == dict(zip(texts, expected, strict=True))
+    assert answer["add_bos"] is False
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

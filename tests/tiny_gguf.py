@@ -1,6 +1,7 @@
 """Tiny models of every architecture that has a GGUF form, their exports, and adapters large enough to change a text.
 
 CONFIGS       what to build, by name: grouped heads, heads of their own size, biases, scaled rotary embeddings, Conv1D
+pre_tokenizer, trained_tokenizer      by the names that llama.cpp gives to the ways to cut a text into words
 make          a model and its tokenizer in a folder, with the same weights on every machine
 random_layers factors of mixed rank for most of a model's layers, and none for every sixth
 export_base, export_merged
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_helpers import byte_tokenizer
+from data_helpers import SPECIAL, byte_tokenizer
 from safetensors import safe_open
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -57,9 +60,43 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-def make(folder: Path, kind: str) -> Path:
+PRE_TOKENIZERS = ("gpt-2", "smollm", "qwen2", "llama-bpe")
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """What GPT-2, SmolLM, Qwen 2 and Llama 3 do before merging."""
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = Regex(_WORDS % {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}[name])
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), plain])
+
+
+def trained_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens with one of the pre-tokenizers; nothing is added to a text."""
+    bpe = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
+    if name == "qwen2":
+        bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizer(name), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    readme = Path(__file__).parent.parent / "README.md"
+    bpe.train_from_iterator(readme.read_text(encoding="utf-8").splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def make(folder: Path, kind: str, **changes: Any) -> Path:
     """Write the model and its tokenizer to `folder`; uniform weights, which torch draws alike on every CPU."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
+    config = type(CONFIGS[kind]).from_dict(CONFIGS[kind].to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

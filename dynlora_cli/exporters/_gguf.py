@@ -62,8 +62,7 @@ def write_model(
     arch = architecture(config)
     words = vocabulary(load_tokenizer(tokenizer_folder), arch.vocab_size, config)
     sources = _sources(arch, names, read)
-    with _whole_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, arch.name)
+    with _writing(gguf, path, arch) as writer:
         writer.add_type("model")
         writer.add_file_type(FILE_TYPES[kind])
         if kind == "q8_0":
@@ -80,7 +79,6 @@ def write_model(
             writer.write_tensor_data(np.array(arch.rope_factors, np.float32))
         for name, entry in arch.entries.items():
             writer.write_tensor_data(_encode(gguf, entry, read(sources[name]), kinds[name]))
-        writer.close()
     tensors = len(arch.entries) + bool(arch.rope_factors)
     facts = {"path": str(path), "bytes": path.stat().st_size, "tensors": tensors, "architecture": arch.name}
     return facts | {"kind": kind, "notes": arch.notes + words.notes}
@@ -113,8 +111,7 @@ def write_adapter(path: Path, config: dict[str, Any], layers: Mapping[str, tuple
         # Rows of the change are rows of B, so B is interleaved as the matrix is.
         rows = Entry(name, entry.gguf, tuple(b_OR.shape), entry.heads)
         tensors[f"{entry.gguf}.lora_a"], tensors[f"{entry.gguf}.lora_b"] = a_RI, to_gguf(rows, b_OR)
-    with _whole_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, arch.name)
+    with _writing(gguf, path, arch) as writer:
         writer.add_type("adapter")
         writer.add_file_type(FILE_TYPES["f32"])
         _add_keys(writer, {"adapter.type": "lora", "adapter.lora.alpha": float(rank)})
@@ -123,7 +120,6 @@ def write_adapter(path: Path, config: dict[str, Any], layers: Mapping[str, tuple
         _open(writer)
         for tensor in tensors.values():
             writer.write_tensor_data(tensor.contiguous().numpy())
-        writer.close()
     facts = {"path": str(path), "bytes": path.stat().st_size, "tensors": len(tensors), "rank": rank}
     return facts | {"architecture": arch.name, "notes": arch.notes}
 
@@ -193,11 +189,15 @@ def _package() -> ModuleType:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` that is renamed to it if the block succeeds, and removed if it does not."""
+def _writing(gguf: ModuleType, path: Path, arch: Architecture) -> Iterator[Any]:
+    """Yield a writer to a name beside `path` that is renamed to it if the block succeeds, and removed if not."""
     temporary = path.with_name(f".{path.name}.tmp")
+    writer = gguf.GGUFWriter(temporary, arch.name)
     try:
-        yield temporary
+        try:
+            yield writer
+        finally:
+            writer.close()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
