@@ -144,7 +144,7 @@ type Message struct { Role, Content string }
 func main() {
     messages := []*Message{%s}
     for _, text := range []string{%s} {
-        t := template.Must(template.New("").Option("missingkey=zero").Parse(text + "\x00"))
+        t := template.Must(template.New("").Option("missingkey=zero").Parse(text + "\\x00"))
         if err := t.Execute(os.Stdout, map[string]any{"Messages": messages}); err != nil { panic(err) }
     }
 }
