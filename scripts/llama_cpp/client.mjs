@@ -13,15 +13,15 @@
 //
 // The answer: {llama_cpp, architecture, add_bos, bos, eos, tokens: [[id]], generated: [{ids, text, top: [[id, p]]}]}
 
-import {readFileSync} from "node:fs";
 import {join, resolve} from "node:path";
+import {text} from "node:stream/consumers";
 import {pathToFileURL} from "node:url";
 
 const folder = resolve(process.env.DYNLORA_NODE ?? join(import.meta.dirname, "..", "..", ".node"));
 const entry = join(folder, "node_modules", "node-llama-cpp", "dist", "index.js");
 const {getLlama} = await import(pathToFileURL(entry).href);
 
-const request = JSON.parse(readFileSync(0, "utf8"));
+const request = JSON.parse(await text(process.stdin));
 const adapter = typeof request.adapter === "string" ? {path: request.adapter, scale: 1} : request.adapter;
 
 const llama = await getLlama({
@@ -36,7 +36,7 @@ const answer = {
     add_bos: model.tokens.shouldPrependBosToken,
     bos: model.tokens.bos,
     eos: model.tokens.eos,
-    tokens: (request.tokenize ?? []).map((text) => [...model.tokenize(text, true)]),
+    tokens: (request.tokenize ?? []).map((words) => [...model.tokenize(words, true)]),
     generated: []
 };
 
