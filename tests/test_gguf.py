@@ -28,7 +28,7 @@ from tiny_gguf import (
     random_layers,
     trained_tokenizer,
 )
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -316,6 +316,17 @@ def test_added_tokens_that_are_not_special_are_user_defined():
     assert vocabulary(tokenizer, 352, CONFIG).types[len(tokenizer) - 1] == USER_DEFINED
 
 
+def test_tokens_that_llama_cpp_would_look_for_in_another_way_are_noted():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<call>", rstrip=True, normalized=False)])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    notes = vocabulary(tokenizer, 352, CONFIG).notes
+    assert ["'<call>' swallows spaces" in note for note in notes] == [True, False], "the other is about NFC"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentence_piece_backend([("t", "h")]), unk_token="<unk>")
+    tokenizer.add_tokens([AddedToken("<call>", normalized=True)])
+    assert "'<call>' in normalized text" in " ".join(vocabulary(tokenizer, 270, CONFIG).notes)
+
+
 # -- SentencePiece-like ----------------------------------------------------------------------------------------------
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -326,6 +337,12 @@ def sentence_pieces(merges: list[tuple[str, str]], *more: str) -> dict[str, Any]
     made = dict.fromkeys(left + right for left, right in merges)
     vocab = {token: index for index, token in enumerate(["<unk>", *BYTES, *letters, *made, *more])}
     return {"vocab": vocab, "merges": merges, "byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+
+
+def sentence_piece_backend(merges: list[tuple[str, str]]) -> Tokenizer:
+    backend = Tokenizer(models.BPE(**sentence_pieces(merges)))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return backend
 
 
 def test_scores_follow_the_order_of_merges():
@@ -355,9 +372,7 @@ def test_pieces_without_a_token_for_every_byte_are_refused():
 
 
 def test_types_of_sentence_pieces():
-    model = sentence_pieces([("t", "h")])
-    backend = Tokenizer(models.BPE(**{**model, "merges": [tuple(pair) for pair in model["merges"]]}))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend = sentence_piece_backend([("t", "h")])
     found = vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), 270, CONFIG)
     assert (found.types[0], found.types[1], found.types[256], found.types[257]) == (2, BYTE, BYTE, 1)
     assert (found.keys["tokenizer.ggml.model"], found.keys["tokenizer.ggml.add_space_prefix"]) == ("llama", True)

@@ -168,6 +168,8 @@ def _tokens(data: Mapping[str, Any], size: int, notes: list[str]) -> tuple[list[
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             notes.append(f"token {token['content']!r} swallows spaces or wants whole words; llama.cpp ignores that")
+        elif token["normalized"] and (data["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+            notes.append(f"the tokenizer looks for token {token['content']!r} in normalized text, llama.cpp as it is")
     if max(known) >= size:
         raise UsageError(
             f"the tokenizer has token id {max(known)}, and the model's embedding {size} rows",
