@@ -160,12 +160,13 @@ def test_every_architecture(kind, tmp_path, llama_cpp):
     folder = make(tmp_path / "model", kind)
     base = load(folder)
     layers = random_layers(base)
+    if not base.config.tie_word_embeddings:
+        layers["lm_head"] = torch.linspace(-0.2, 0.2, 64)[None], torch.linspace(1, -1, 352)[:, None]
     adapted = load(folder)
     add(adapted, layers)
     export_base(folder, tmp_path / "base.gguf")
     write_adapter(tmp_path / "adapter.gguf", config_of(folder), layers)
-    # llama.cpp looks gelu up in a table of f16
-    tolerance = 2e-3 if kind == "gpt2" else 1e-5
+    tolerance = 5e-4 if kind == "gpt2" else 1e-5  # llama.cpp looks gelu up in a table of f16
     prompts = [[0, *range(20, 50)], [0, 77, 300, 8], [0, *range(200, 260)]]
     asked = {"generate": prompts, "max_tokens": NEW_TOKENS, "past_end": True, "top": 5}
     plain = llama_cpp(model=tmp_path / "base.gguf", **asked)
