@@ -12,6 +12,7 @@ import subprocess
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from dynlora_cli.adapter import PREFIX, lora_config
 from dynlora_cli.adapter import write_adapter as write_peft
 from dynlora_cli.exporters._gguf import write_adapter
 from dynlora_cli.exporters._gguf_vocab import load_tokenizer
+from dynlora_cli.exporters._ollama import match_template
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,34 @@ TEXTS = [
     "日本語のテキスト 한국어 русский العربية", "🙂👩‍👩‍👧 \u00a0\u200b\u3000x", "<s>hello</s> hi<unk>", "<|user|>Hi <|assistant|>",
     "<|im_start|>user\nHi<|im_end|>\n", "0x1F <0x0A> <0x0a>", "____ ▁▁ aaaaaaaaaa !!!??",
 ]  # fmt: skip
+
+
+def random_texts(count: int) -> list[str]:
+    """Words, spaces of all kinds, special tokens and characters of all planes, in any order."""
+    random = Random(0)
+    parts = [
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "\u00a0",
+        "\u2028",
+        "hello",
+        "World",
+        "don't",
+        "I'LL",
+        "12345",
+        "3.14",
+    ]
+    parts += ["__init__", "foo(bar)", "!!!", "...", "—", "“q”", "<s>", "</s>", "<|user|>", "<|im_end|>"]
+    blocks = [(32, 0x250), (0x250, 0x3000), (0x3000, 0xD7FF), (0x1F300, 0x1FAFF)]
+
+    def part() -> str:
+        return random.choice(parts) if random.random() < 0.7 else chr(random.randint(*random.choice(blocks)))
+
+    return ["".join(part() for _ in range(random.randint(1, 12))) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -136,10 +166,22 @@ def test_base_with_adapter_and_merged_model_say_what_peft_says(real, tmp_path, l
 def test_the_same_tokens_of_every_text(real, tmp_path, llama_cpp):
     tokenizer = load_tokenizer(real)
     export_base(real, tmp_path / "base.gguf", "f16")
-    answer = llama_cpp(model=tmp_path / "base.gguf", tokenize=TEXTS)
-    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    assert dict(zip(TEXTS, answer["tokens"], strict=True)) == dict(zip(TEXTS, expected, strict=True))
+    texts = TEXTS + random_texts(500)
+    answer = llama_cpp(model=tmp_path / "base.gguf", tokenize=texts)
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert dict(zip(texts, answer["tokens"], strict=True)) == dict(zip(texts, expected, strict=True))
     assert (answer["add_bos"], answer["bos"], answer["eos"]) == (True, 1, 2)
+
+
+def test_the_prompt_of_ollamas_template_has_the_tokens_of_the_chat_template(tmp_path, llama_cpp):
+    tokenizer = load_tokenizer(BUILTIN)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is x?\n\nAnd y?"}]
+    prompt = match_template(tokenizer).family.render(messages, tokenizer.eos_token)
+    export_base(BUILTIN, tmp_path / "base.gguf", "f16")
+    answer = llama_cpp(model=tmp_path / "base.gguf", tokenize=[prompt])
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert answer["add_bos"]
+    assert [answer["bos"], *answer["tokens"][0]] == expected
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
@@ -148,7 +190,7 @@ def test_every_pre_tokenizer(name, tmp_path, llama_cpp):
     tokenizer = trained_tokenizer(name)
     tokenizer.save_pretrained(folder)
     export_base(folder, tmp_path / "base.gguf")
-    texts = [unicodedata.normalize("NFC", text) for text in TEXTS]  # which Qwen's does, and llama.cpp does not
+    texts = [unicodedata.normalize("NFC", text) for text in TEXTS + random_texts(500)]  # Qwen's does that
     answer = llama_cpp(model=tmp_path / "base.gguf", tokenize=texts)
     expected = [tokenizer(text)["input_ids"] for text in texts]
     assert dict(zip(texts, answer["tokens"], strict=True)) == dict(zip(texts, expected, strict=True))
