@@ -156,6 +156,18 @@ def test_types_of_sentence_pieces():
     assert (found.keys["tokenizer.ggml.model"], found.keys["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
 
 
+def test_pieces_for_every_byte_need_no_unknown_token():
+    """transformers' own LlamaTokenizer has none in its BPE."""
+    backend = sentence_piece_backend([("t", "h")])
+    backend.model = models.BPE(**sentence_pieces([("t", "h")]) | {"unk_token": None})
+    assert vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), 270, CONFIG).types[0] == 2
+    none = vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend), 270, CONFIG)
+    assert (none.types[0], "tokenizer.ggml.unknown_token_id" in none.keys) == (1, False)
+    backend.model = models.BPE(**sentence_pieces([("t", "h")]) | {"byte_fallback": False})
+    with pytest.raises(UsageError, match="byte_fallback"):
+        vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), 270, CONFIG)
+
+
 def test_who_puts_a_space_before_a_text():
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     both = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}

@@ -53,10 +53,8 @@ def scores(model: Mapping[str, Any], tokens: Sequence[str], added: Collection[st
     Raises:
         UsageError: llama.cpp would merge otherwise; see the two rules above.
     """
-    if not model.get("byte_fallback") or not model.get("fuse_unk") or model.get("ignore_merges"):
-        raise UsageError("the tokenizer is neither byte-level nor a BPE with byte_fallback and fuse_unk", INSTEAD)
-    if not model.get("unk_token"):
-        raise UsageError("the tokenizer has byte_fallback and no unk_token, which llama.cpp needs", INSTEAD)
+    if not model.get("byte_fallback") or model.get("ignore_merges"):
+        raise UsageError("the tokenizer is neither byte-level nor a plain BPE with byte_fallback", INSTEAD)
     pairs = [(left, right) for left, right in model["merges"]]
     place: dict[str, int] = {}
     last = ""

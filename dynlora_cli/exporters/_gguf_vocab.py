@@ -111,7 +111,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, config: Mapping[st
         keys |= {"tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": space_prefix(data, notes)}
         for index in byte_tokens(model["vocab"]):
             types[index] = BYTE
-        types[model["vocab"][model["unk_token"]]] = UNKNOWN
+        unknown = model["vocab"].get(model["unk_token"] or tokenizer.unk_token)
+        if unknown is not None:
+            types[unknown] = UNKNOWN
         ranks = scores(model, tokens, {token["content"] for token in data["added_tokens"]})
     return Vocabulary(tokens, types, ranks, merges, keys | special_keys(tokenizer, config), notes)
 
