@@ -219,6 +219,9 @@ def test_factors_of_another_shape_and_an_empty_adapter_are_refused(folders, tmp_
     with pytest.raises(UsageError, match="no layer"):
         write_adapter(tmp_path / "a.gguf", config, {})
     export_base(folders["llama"], tmp_path / "m.gguf")
+    write_adapter(tmp_path / "a.gguf", config, random_layers(load(folders["llama"])))
+    with pytest.raises(UsageError, match=r"a.gguf: blk.1.\w+.weight.lora_a belongs to no matrix"):
+        read_adapter(tmp_path / "a.gguf", config | {"num_hidden_layers": 1})
     with pytest.raises(UsageError, match="no LoRA adapter"):
         read_adapter(tmp_path / "m.gguf", config)
 

@@ -171,7 +171,9 @@ def read_adapter(path: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor, 
     for name, a_CI in factors.items():
         base, _, factor = name.rpartition(".")
         if factor == "lora_a":
-            entry, b_OC = modules[base], factors[f"{base}.lora_b"]
+            entry, b_OC = modules.get(base), factors.get(f"{base}.lora_b")
+            if entry is None or b_OC is None:
+                raise UsageError(f"{path}: {name} belongs to no matrix of this model, or has no lora_b beside it")
             scale = float(alpha.contents()) / a_CI.shape[0]
             rows = Entry(entry.name, base, tuple(b_OC.shape), entry.heads)
             layers[entry.name.removesuffix(".weight")] = a_CI, scale * from_gguf(rows, b_OC)
