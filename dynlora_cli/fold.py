@@ -53,6 +53,16 @@ class Plan:
     modules: list[str] = field(default_factory=list)
     untied: bool = False
 
+    def tensor_names(self) -> list[str]:
+        """Names of the merged model's tensors."""
+        return [*(self.names.get(name, name) for name in self.weights.entries), *self.added]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the merged model, in fp32 where it was changed."""
+        old = next((old for old, new in self.names.items() if new == name), name)
+        made = self.added.get(name) or self.changed.get(old)
+        return made.make() if made else self.weights.read(old)
+
 
 def plan_merge(adapter: Adapter, place: Place, original: Original | None = None) -> Plan:
     """Find for every part of the adapter what it changes in the base's files.

@@ -19,16 +19,14 @@ from dynlora_cli.adapter import Adapter, save
 from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
-from dynlora_cli.combine import Combined, combine
+from dynlora_cli.combine import Way, combine
 from dynlora_cli.compare import adapted_predictions, predictions_of
 from dynlora_cli.components import dense_weight
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.fold import Plan, plan_merge, write_merged
 from dynlora_cli.held_out import base_in_memory, read_tokenizer
 from dynlora_cli.model import Base
-from dynlora_cli.posthoc import parameters_of
 from dynlora_cli.probe import Agreement, agreement, predictions, probe_rows
-from dynlora_cli.recipe_settings import Budget
 from dynlora_cli.weights import New
 
 Emit = Callable[[dict[str, Any]], None]
@@ -168,24 +166,13 @@ def _against_trained_base(
     return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows).as_dict()
 
 
-def into_adapter(
-    adapters: Sequence[Adapter],
-    out: Path,
-    *,
-    method: str = "exact",
-    weights: Sequence[float] | None = None,
-    budget: Budget | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def into_adapter(adapters: Sequence[Adapter], out: Path, way: Way, *, overwrite: bool = False) -> dict[str, Any]:
     """Write one adapter that does what several do together.
 
     Args:
         adapters: two or more, of one base.
         out: a new folder.
-        method, weights, density, seed: see combine.py; weights are 1 by default.
-        budget: as in a recipe; a share is of all adapters together.
+        way: how they are combined.
         overwrite: replace what dynlora wrote there.
 
     Returns:
@@ -193,7 +180,7 @@ def into_adapter(
     """
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
-    combined = combined_adapter(adapters, method=method, weights=weights, budget=budget, density=density, seed=seed)
+    combined = combine(adapters, way)
     adapter = combined.adapter
     summary = {
         "ok": True,
@@ -201,8 +188,8 @@ def into_adapter(
         "into": "adapter",
         "output_dir": str(out),
         "adapters": [str(each.folder) for each in adapters],
-        "method": method,
-        "weights": list(weights or [1.0] * len(adapters)),
+        "method": way.method,
+        "weights": list(way.weights or [1.0] * len(adapters)),
         "parameters_start": sum(each.parameters for each in adapters),
         "parameters": adapter.parameters,
         "components": adapter.components,
@@ -215,23 +202,6 @@ def into_adapter(
         run_folder.copy_tokenizer(adapters[0].folder, folder)
         run_folder.write_json(folder / run_folder.RECORD, _record(adapters, adapter, out, summary, folder))
     return summary
-
-
-def combined_adapter(
-    adapters: Sequence[Adapter],
-    *,
-    method: str,
-    weights: Sequence[float] | None,
-    budget: Budget | None,
-    density: float,
-    seed: int,
-) -> Combined:
-    """The adapters as one, in memory."""
-    if weights is not None and len(weights) != len(adapters):
-        raise UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters", "give one for each")
-    limit = None if budget is None else parameters_of(budget, adapters)
-    chosen = weights or [1.0] * len(adapters)
-    return combine(adapters, chosen, method, budget=limit, density=density, seed=seed)
 
 
 def _record(
