@@ -148,6 +148,12 @@ def merge(
             help="Of an adapter trained on a quantized base: add to its weights as they were, or as training saw them.",
         ),
     ] = "original",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="keep|float32|bfloat16|float16", help="Of the merged model; rounding to 16 bits costs precision."
+        ),
+    ] = "keep",
     max_kl: Annotated[
         float, typer.Option(help="Nats per token by which the merged model may differ from base + adapter.")
     ] = 0.01,
@@ -161,6 +167,7 @@ def merge(
         wanted = into or ("base" if len(adapter) == 1 else "adapter")
         choice(wanted, ("base", "adapter"), "--into")
         choice(base_weights, ("original", "dequantized"), "--base-weights")
+        choice(dtype, ("keep", "float32", "bfloat16", "float16"), "--dtype")
         choice(method, ("exact", "linear", "ties", "dare", "svd"), "--method")
         given = numbers(weights, "--weights") if weights else None
         limit = size(budget, "--budget", auto=False) if budget else None
@@ -186,6 +193,7 @@ def merge(
                 out,
                 base_name=base,
                 base_weights=base_weights,
+                dtype=dtype,
                 max_kl=max_kl,
                 overwrite=overwrite,
                 emit=view,

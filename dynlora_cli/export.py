@@ -118,7 +118,7 @@ def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
         def write(folder: Path) -> None:
             write_merged(plan, adapter, place, folder, lambda _: None)
 
-        return Merged(plan.config, plan.tensor_names(), plan.read, write)
+        return Merged(plan.config, plan.tensor_names(), plan.read, write, plan.untied)
 
     return Job(
         adapter=adapter,
@@ -148,7 +148,7 @@ def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, ma
         return {"max_logit_difference": None, "max_weight_difference": difference}
     rows = probe_rows(read_tokenizer(job.adapter, place))
     reference = adapted_predictions(job.adapter, place, rows)
-    measured = agreement(reference, _predictions(found, place, rows), rows)
+    measured = agreement(reference, _predictions(found, job, place, rows), rows)
     if measured.kl > max_kl:
         raise MeasureError(
             f"the export is {measured.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
@@ -158,12 +158,12 @@ def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, ma
     return {"max_logit_difference": measured.max_logit_difference, "check": measured.as_dict()}
 
 
-def _predictions(found: Any, place: Place, rows: list[Tensor]) -> list[Tensor]:
+def _predictions(found: Any, job: Job, place: Place, rows: list[Tensor]) -> list[Tensor]:
     if isinstance(found, Adapter):
         return adapted_predictions(found, place, rows)
     if isinstance(found, Path):
         return predictions_of(replace(place, folder=found), rows)
-    return predictions_of(place, rows, found)
+    return predictions_of(place, rows, found, tied_weights=not job.merged().untied)
 
 
 def _weight_difference(adapter: Adapter, found: Adapter) -> float:

@@ -25,7 +25,7 @@ from dynlora_cli.components import dense_weight
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.fold import Plan, plan_merge, write_merged
 from dynlora_cli.held_out import base_in_memory, read_tokenizer
-from dynlora_cli.model import Base
+from dynlora_cli.model import DTYPES, Base
 from dynlora_cli.probe import Agreement, agreement, predictions, probe_rows
 from dynlora_cli.weights import New
 
@@ -39,6 +39,7 @@ def into_base(
     *,
     base_name: str | None = None,
     base_weights: str = "original",
+    dtype: str = "keep",
     max_kl: float = MAX_KL,
     overwrite: bool = False,
     emit: Emit = lambda event: None,  # noqa: ARG005
@@ -51,6 +52,7 @@ def into_base(
         base_name: folder or hub id of the base model, in place of the one on record.
         base_weights: original | dequantized; of an adapter that was trained on a quantized base: add to the weights
             as they were before, or as training saw them.
+        dtype: keep | float32 | bfloat16 | float16, of the merged model.
         max_kl: nats per token; above it nothing is left.
         overwrite: replace an earlier merge.
         emit: takes notes.
@@ -65,13 +67,14 @@ def into_base(
     out = out or adapter.folder / "merged"
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     place = find_base(adapter, base_name)
+    number = DTYPES.get(dtype)
     quantized = _quantized_base(adapter, place, base_weights, emit)
     if base_weights == "dequantized":
         assert quantized is not None
-        plan = plan_merge(adapter, place, partial(_dequantized, quantized))
+        plan = plan_merge(adapter, place, partial(_dequantized, quantized), number)
         _round_the_others(plan, quantized)
     else:
-        plan = plan_merge(adapter, place)
+        plan = plan_merge(adapter, place, dtype=number)
     _refuse_full_disk(plan, out)
     with run_folder.whole_folder(out) as folder:
         size = write_merged(plan, adapter, place, folder, lambda _: None)
@@ -85,6 +88,7 @@ def into_base(
             "adapters": [str(adapter.folder)],
             "base_model": str(place.folder),
             "base_weights": base_weights,
+            "dtype": dtype,
             "modules": len(plan.modules),
             "untied": bool(plan.untied),
             "bytes": size,
@@ -129,11 +133,13 @@ def _round_the_others(plan: Plan, base: Base) -> None:
         tensor = plan.weights.locate(name) if quantized and name not in plan.modules else None
         if tensor is not None:
             entry = plan.weights.entries[tensor]
-            plan.changed[tensor] = New(entry.dtype, entry.shape, partial(_dequantized, base, tensor, name))
+            kind = plan.changed[tensor].dtype if tensor in plan.changed else entry.dtype
+            plan.changed[tensor] = New(kind, entry.shape, partial(_dequantized, base, tensor, name))
 
 
 def _refuse_full_disk(plan: Plan, out: Path) -> None:
-    needed = sum(entry.size for entry in plan.weights.entries.values()) + sum(new.size for new in plan.added.values())
+    needed = sum(plan.changed.get(name, entry).size for name, entry in plan.weights.entries.items())
+    needed += sum(new.size for new in plan.added.values())
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed:

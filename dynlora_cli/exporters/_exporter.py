@@ -39,12 +39,14 @@ class Merged:
         names: of its tensors.
         read: one tensor by its name.
         write: all of it, as a folder.
+        untied: the base's input table and output head share a weight, and here they do not.
     """
 
     config: dict[str, Any]
     names: Iterable[str]
     read: Read
     write: Callable[[Path], None]
+    untied: bool
 
 
 @dataclass
