@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -9,11 +11,20 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapter import Adapter
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.attach import attached
-from dynlora_cli.probe import predictions
+from dynlora_cli.held_out import read_tokenizer
+from dynlora_cli.probe import predictions, probe_rows, random_rows
 from dynlora_cli.stream import Read, reader, streamed, through_ties
 from dynlora_cli.weights import Weights
 
 CPU = torch.device("cpu")
+TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
+
+
+def rows_to_compare(adapter: Adapter, place: Place) -> list[Tensor]:
+    """The probe text as the adapter's tokenizer reads it; random tokens where there is no tokenizer."""
+    if any((folder / name).is_file() for folder in (adapter.folder, place.folder) for name in TOKENIZER_MARKS):
+        return probe_rows(read_tokenizer(adapter, place))
+    return random_rows(json.loads((place.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
 
 
 def predictions_of(

@@ -20,13 +20,12 @@ from dynlora_cli import __version__, drawers, run_folder
 from dynlora_cli.adapter import Adapter
 from dynlora_cli.adapter_base import Place, find_base, structure
 from dynlora_cli.adapter_reader import read_adapter
-from dynlora_cli.compare import adapted_predictions, predictions_of
+from dynlora_cli.compare import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, MeasureError
 from dynlora_cli.exporters._exporter import Job, Merged
 from dynlora_cli.fold import plan_merge, write_merged
-from dynlora_cli.held_out import read_tokenizer
-from dynlora_cli.probe import agreement, probe_rows
+from dynlora_cli.probe import agreement
 
 Emit = Callable[[dict[str, Any]], None]
 MAX_KL = {"f16": 0.01, "q8_0": 0.1}  # nats per token
@@ -146,7 +145,7 @@ def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, ma
                 f"the export's weights differ by {difference:.3g}; nothing was kept", "please report this"
             )
         return {"max_logit_difference": None, "max_weight_difference": difference}
-    rows = probe_rows(read_tokenizer(job.adapter, place))
+    rows = rows_to_compare(job.adapter, place)
     reference = adapted_predictions(job.adapter, place, rows)
     measured = agreement(reference, _predictions(found, job, place, rows), rows)
     if measured.kl > max_kl:

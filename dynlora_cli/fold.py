@@ -118,7 +118,7 @@ class _Folding:
                     "name a base in fp32, bf16 or fp16 with --base FOLDER",
                 )
             whole = self.adapter.whole.get(f"{name}.weight")
-            base = (lambda w=whole: w.float()) if whole is not None else partial(self.original, tensor, name)
+            base = partial(_copy, whole) if whole is not None else partial(self.original, tensor, name)
             self._put(name, New(entry.dtype, entry.shape, partial(folded, base, factors, isinstance(module, Conv1D))))
             self.plan.modules.append(name)
 
@@ -193,6 +193,11 @@ def _convert(plan: Plan, dtype: torch.dtype) -> None:
     plan.added = {name: New(dtype, new.shape, new.make) for name, new in plan.added.items()}
     for key in {"dtype", "torch_dtype"} & plan.config.keys() or {"dtype"}:
         plan.config[key] = str(dtype).removeprefix("torch.")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In fp32; a copy, since the update is added in place."""
+    return tensor.to(torch.float32, copy=True)
 
 
 def _given(tensor: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.combine import Way, combine
-from dynlora_cli.compare import adapted_predictions, predictions_of
+from dynlora_cli.compare import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.components import dense_weight
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.fold import Plan, plan_merge, write_merged
 from dynlora_cli.held_out import base_in_memory, read_tokenizer
 from dynlora_cli.model import DTYPES, Base
-from dynlora_cli.probe import Agreement, agreement, predictions, probe_rows
+from dynlora_cli.probe import Agreement, agreement, predictions
 from dynlora_cli.weights import New
 
 Emit = Callable[[dict[str, Any]], None]
@@ -151,7 +151,7 @@ def _refuse_full_disk(plan: Plan, out: Path) -> None:
 
 def _check(adapter: Adapter, place: Place, folder: Path, quantized: Base | None) -> Agreement:
     """Base + adapter against the merged files, on the probe text."""
-    rows = probe_rows(read_tokenizer(adapter, place))
+    rows = rows_to_compare(adapter, place)
     if quantized is not None:
         with attached(quantized.model, adapter):
             reference = predictions(quantized.model, rows)
@@ -166,7 +166,7 @@ def _against_trained_base(
     """How far the merged model is from what QLoRA training saw; for information, since the base differs."""
     if quantized is None or base_weights == "dequantized":
         return None
-    rows = probe_rows(read_tokenizer(adapter, place))
+    rows = rows_to_compare(adapter, place)
     with attached(quantized.model, adapter):
         reference = predictions(quantized.model, rows)
     return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows).as_dict()

@@ -51,6 +51,12 @@ def probe_rows(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     return [torch.tensor([tokenizer(line, truncation=True, max_length=TOKENS)["input_ids"]]) for line in lines]
 
 
+def random_rows(vocab_size: int) -> list[Tensor]:
+    """The same random tokens each time, each [1, T], for a model that has no tokenizer beside it."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocab_size, (1, TOKENS), generator=generator) for _ in range(4)]
+
+
 @torch.no_grad()
 def predictions(model: PreTrainedModel, rows: list[Tensor], *, autocast: Any = None) -> list[Tensor]:
     """Logits of every line, each [T, V] in fp32 on the CPU ([1, classes] for a classifier)."""

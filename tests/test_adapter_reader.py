@@ -1,0 +1,178 @@
+"""Wrong adapters: one clear message, the right exit code, nothing written, no pickle opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import Dynlora, contents, runner
+from peft import AdaLoraConfig, get_peft_model
+from peft_adapters import base_model, load, make
+from safetensors.torch import load_file, save_file
+
+from dynlora_cli.adapter_reader import find_adapter, read_adapter
+from dynlora_cli.errors import MeasureError, UsageError
+
+
+@pytest.fixture
+def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
+    return runner(capfd)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return make("lora", tmp_path)[1]
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_only(folder: Path) -> None:
+    """A pickle that would leave a mark if it were opened."""
+    (folder / "adapter_model.safetensors").unlink()
+
+    class Mark:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "opened"),)
+
+    torch.save(Mark(), folder / "adapter_model.bin")
+
+
+def first(tensors: dict) -> str:
+    return next(iter(tensors))
+
+
+DAMAGES = {
+    "cut off": (cut_off, 2, "damaged or cut off"),
+    "pickle": (pickle_only, 2, "is a pickle"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), 2, "no adapter_model.safetensors"),
+    "config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), 2, "is damaged"),
+    "NaN": (lambda f: rewrite(f, lambda t: t[first(t)].view(-1)[:1].fill_(float("nan"))), 4, "NaN"),
+    "other rank": (lambda f: edit(f, r=5), 2, "rank 4 in adapter_model.safetensors and 5"),
+    "half a layer": (lambda f: rewrite(f, lambda t: t.pop(first(t))), 2, "lacks its lora_A"),
+    "strange tensor": (lambda f: rewrite(f, lambda t: t.update({"x.lora_E": torch.ones(2)})), 2, "not understood"),
+    "another method": (lambda f: edit(f, peft_type="LOHA"), 2, "peft_type is LOHA"),
+    "aLoRA": (lambda f: edit(f, alora_invocation_tokens=[1, 2]), 2, "alora_invocation_tokens"),
+    "bias": (lambda f: edit(f, bias="all"), 2, "bias"),
+    "pissa": (lambda f: edit(f, init_lora_weights="pissa_niter_4"), 2, "changed the base model's weights"),
+    "bad pattern": (lambda f: edit(f, rank_pattern={"(": 3}), 2, "no regular expression"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_adapter(name: str, adapter: Path, dynlora: Dynlora, tmp_path: Path):
+    damage, code, message = DAMAGES[name]
+    damage(adapter)
+    before = contents(tmp_path)
+    for command in (["merge"], ["prune", "--budget", "0.5"], ["export", "--to", "peft"]):
+        answer = dynlora(*command, "--adapter", adapter, "--out", tmp_path / "new", "--json")
+        assert answer.code == code, answer.err
+        assert message in " ".join(answer.err.split())
+        assert "Traceback" not in answer.err
+        assert answer.json["ok"] is False
+    assert dynlora("inspect", "--adapter", adapter).code == code
+    assert contents(tmp_path) == before, "nothing was written, and no pickle was opened"
+    assert not (adapter / "opened").exists()
+
+
+def test_a_folder_without_an_adapter(dynlora: Dynlora, tmp_path: Path):
+    base = base_model("llama", tmp_path)
+    for folder, message in (
+        (tmp_path / "none", "does not exist"),
+        (base, "holds a model, not an adapter"),
+        (base / "config.json", "is a file"),
+    ):
+        answer = dynlora("merge", "--adapter", folder)
+        assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err
+    (tmp_path / "empty").mkdir()
+    assert "holds no adapter" in dynlora("merge", "--adapter", tmp_path / "empty").err
+
+
+def test_adalora_is_named_and_refused(tmp_path: Path):
+    model = get_peft_model(
+        load(base_model("llama", tmp_path)), AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4)
+    )
+    model.save_pretrained(tmp_path / "ada")
+    with pytest.raises(UsageError, match="ADALORA"):
+        read_adapter(tmp_path / "ada")
+
+
+def test_the_base_is_missing_or_another(adapter: Path, dynlora: Dynlora, tmp_path: Path):
+    base = tmp_path / "base-llama"
+    other = base_model("gpt2", tmp_path)
+    answer = dynlora("merge", "--adapter", adapter, "--base", other)
+    assert (answer.code, "has no layer model.layers.0" in " ".join(answer.err.split())) == (2, True), answer.err
+    shutil.move(base, tmp_path / "moved")
+    answer = dynlora("merge", "--adapter", adapter)
+    assert (answer.code, "--base FOLDER" in answer.err) == (3, True), answer.err
+    assert dynlora("merge", "--adapter", adapter, "--base", tmp_path / "moved").code == 0
+    shutil.rmtree(adapter / "merged")
+    shard = tmp_path / "moved" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-64])
+    answer = dynlora("merge", "--adapter", adapter, "--base", tmp_path / "moved")
+    assert (answer.code, "cut off" in answer.err) == (2, True), answer.err
+    shard.rename(shard.with_name("pytorch_model.bin"))
+    answer = dynlora("merge", "--adapter", adapter, "--base", tmp_path / "moved")
+    assert (answer.code, "pickle" in answer.err) == (2, True), answer.err
+    assert not (adapter / "merged").exists()
+    assert not list(adapter.glob(".merged*"))
+
+
+def test_a_base_of_other_shapes(adapter: Path, tmp_path: Path, dynlora: Dynlora):
+    path = tmp_path / "base-llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 56}))
+    answer = dynlora("merge", "--adapter", adapter)
+    assert (answer.code, "56" in answer.err) == (2, True), answer.err
+
+
+def test_the_newest_run_below_a_folder_is_found_and_named(tmp_path: Path, adapter: Path, dynlora: Dynlora):
+    for name, age in (("old", 100), ("new", 0)):
+        run = tmp_path / "out" / name
+        shutil.copytree(adapter, run)
+        (run / "dynlora.json").write_text(json.dumps({"name": name}))
+        stamp = (run / "dynlora.json").stat().st_mtime - age
+        os.utime(run / "dynlora.json", (stamp, stamp))
+    # what lies inside a run is not a run
+    shutil.copytree(adapter, tmp_path / "out" / "old" / "checkpoints" / "step-9")
+    folder, note = find_adapter(tmp_path / "out")
+    assert folder == tmp_path / "out" / "new"
+    assert note is not None
+    assert str(folder) in note
+    assert str(folder) in dynlora("inspect", "--adapter", tmp_path / "out").err
+
+
+def test_an_unfinished_run_gives_its_best_and_then_its_last_checkpoint(tmp_path: Path, adapter: Path):
+    run = tmp_path / "run"
+    for step in (3, 7):
+        shutil.copytree(adapter, run / "checkpoints" / f"step-{step}")
+    (run / "checkpoints" / "last").write_text("step-7\n")
+    assert find_adapter(run)[0].name == "step-7"
+    (run / "checkpoints" / "best").write_text("step-3\n")
+    folder, note = find_adapter(run)
+    assert folder.name == "step-3"
+    assert note is not None
+    assert "best checkpoint" in note
+
+
+def test_not_finite_numbers_are_a_failed_measurement(adapter: Path):
+    rewrite(adapter, lambda tensors: tensors[first(tensors)].view(-1)[:1].fill_(float("inf")))
+    with pytest.raises(MeasureError):
+        read_adapter(adapter)

@@ -1,0 +1,294 @@
+"""`dynlora merge`: adapters combined against dense arithmetic and PEFT, bases that are quantized, checks that fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import Dynlora, contents, runner
+from peft import PeftModel
+from peft_adapters import ids, load, make, peft_logits
+from tiny_run import make_recipe, train
+from transformers import AutoModelForCausalLM
+
+from dynlora_cli import merge as command
+from dynlora_cli.adapter import save
+from dynlora_cli.adapter_reader import read_adapter
+from dynlora_cli.combine import Way, combine
+from dynlora_cli.recipe_settings import Budget
+
+
+@pytest.fixture
+def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
+    return runner(capfd)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A base and two adapters on it, whose ranks and layers differ."""
+    base, first = make("patterns", tmp_path)
+    first = first.rename(tmp_path / "one")
+    (tmp_path / "b").mkdir()
+    _, second = make("lora", tmp_path / "b")
+    config = json.loads((second / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    return base, first, second
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: factors.delta_OI() for name, factors in read_adapter(folder).layers.items()}
+
+
+def test_exact_is_the_weighted_sum_and_peft_computes_it(pair, tmp_path: Path, dynlora: Dynlora):
+    base, first, second = pair
+    answer = dynlora(
+        "merge", "--adapter", first, "--adapter", second, "--weights", "0.5,2", "--out", tmp_path / "sum", "--json"
+    )
+    assert answer.code == 0, answer.err
+    assert answer.json["energy_kept"] == pytest.approx(1.0)
+    one, two, found = deltas(first), deltas(second), deltas(tmp_path / "sum")
+    assert found.keys() == one.keys() | two.keys()
+    for name, delta in found.items():
+        expected = 0.5 * one.get(name, torch.zeros(())) + 2 * two.get(name, torch.zeros(()))
+        torch.testing.assert_close(delta, expected.expand_as(delta), atol=1e-5, rtol=1e-4)
+    dense = load(base)
+    with torch.no_grad():
+        for name, delta in found.items():
+            dense.get_submodule(name).weight += delta
+        torch.testing.assert_close(peft_logits(base, tmp_path / "sum"), dense(ids()).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_peft_concatenates_to_the_same(pair, tmp_path: Path):
+    base, first, second = pair
+    way = Way("exact", weights=[1.0, 1.0])
+    (tmp_path / "sum").mkdir()
+    save(combine([read_adapter(first), read_adapter(second)], way).adapter, tmp_path / "sum")
+    model = PeftModel.from_pretrained(load(base), second, adapter_name="two")
+    model.load_adapter(second, adapter_name="three")
+    model.add_weighted_adapter(["two", "three"], [1.0, 1.0], "both", combination_type="cat")
+    model.set_adapter("both")
+    (tmp_path / "both").mkdir()
+    save(combine([read_adapter(second), read_adapter(second)], way).adapter, tmp_path / "both")
+    with torch.no_grad():
+        torch.testing.assert_close(peft_logits(base, tmp_path / "both"), model(ids()).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["svd", "linear", "ties", "dare"])
+def test_a_budget_is_met_with_the_best_of_the_wanted_update(method: str, pair):
+    _, first, second = pair
+    adapters = [read_adapter(first), read_adapter(second)]
+    budget = adapters[1].parameters // 2
+    found = combine(adapters, Way(method, weights=[1.0, 1.0], budget=Budget("parameters", budget), density=0.7))
+    assert found.adapter.parameters <= budget
+    assert 0.2 < found.energy_kept < 1
+    whole = combine(adapters, Way(method, weights=[1.0, 1.0], budget=Budget("parameters", 10**9), density=0.7))
+    lost = sum(
+        (whole.adapter.layers[name].delta_OI() - (found.adapter.layers[name].delta_OI() if name in found.adapter.layers else 0))
+        .square().sum().item()
+        for name in whole.adapter.layers
+    )  # fmt: skip
+    total = sum(factors.energy() ** 2 for factors in whole.adapter.layers.values())
+    if method in ("svd", "linear"):
+        assert whole.energy_kept == pytest.approx(1.0, abs=1e-6)
+        assert 1 - lost / total == pytest.approx(found.energy_kept, abs=1e-3)
+
+
+def test_ties_is_trim_elect_and_disjoint_mean(pair):
+    _, first, second = pair
+    one, two = deltas(first), deltas(second)
+    way = Way("ties", weights=[1.0, 1.0], budget=Budget("parameters", 10**9), density=0.5)
+    found = combine([read_adapter(first), read_adapter(second)], way).adapter
+    name = "model.layers.0.self_attn.q_proj"
+    trimmed = []
+    for delta in (one[name], two[name]):
+        threshold = delta.abs().flatten().sort(descending=True).values[delta.numel() // 2 - 1]
+        trimmed.append(torch.where(delta.abs() >= threshold, delta, 0))
+    sign = (trimmed[0] + trimmed[1]).sign()
+    kept = torch.stack([torch.where((t.sign() == sign), t, 0) for t in trimmed])
+    expected = kept.sum(0) / (kept != 0).sum(0).clamp_min(1)
+    torch.testing.assert_close(found.layers[name].delta_OI(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_dare_is_right_on_average(pair):
+    _, first, second = pair
+    adapters = [read_adapter(first), read_adapter(second)]
+    name, total = "model.layers.0.self_attn.q_proj", 0.0
+    for seed in range(60):
+        way = Way("dare", weights=[1.0, 1.0], budget=Budget("parameters", 10**9), density=0.5, seed=seed)
+        total = total + combine(adapters, way).adapter.layers[name].delta_OI()
+    expected = deltas(first)[name] + deltas(second)[name]
+    assert (total / 60 - expected).norm() < 0.3 * expected.norm()
+
+
+def test_several_adapters_into_the_base(pair, tmp_path: Path, dynlora: Dynlora):
+    base, first, second = pair
+    answer = dynlora(
+        "merge", "--adapter", first, "--adapter", second, "--into", "base", "--out", tmp_path / "merged", "--json"
+    )
+    assert answer.code == 0, answer.err
+    dense = load(base)
+    with torch.no_grad():
+        for folder in (first, second):
+            for name, delta in deltas(folder).items():
+                dense.get_submodule(name).weight += delta
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(ids()).logits, dense(ids()).logits, atol=1e-4, rtol=1e-4)
+
+
+REFUSED = [
+    (["--into", "adapter"], "combines several"),
+    (["--into", "both"], "choose one of: base, adapter"),
+    (["--method", "tise"], "did you mean 'ties'"),
+    (["--density", "0"], "no share above 0"),
+    (["--base-weights", "dequantised"], "did you mean 'dequantized'"),
+    (["--weights", "a,b"], "not all are numbers"),
+    (["--dtype", "int4"], "choose one of: keep"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_options_that_are_refused(options: list[str], message: str, tmp_path: Path, dynlora: Dynlora):
+    _, adapter = make("lora", tmp_path)
+    before = contents(tmp_path)
+    answer = dynlora("merge", "--adapter", adapter, *options)
+    assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err
+    assert contents(tmp_path) == before
+
+
+def test_adapters_that_do_not_belong_together(tmp_path: Path, dynlora: Dynlora):
+    made = {}
+    for kind in ("lora", "dora", "conv1d", "whole-head"):
+        (tmp_path / kind).mkdir()
+        made[kind] = make(kind, tmp_path / kind)[1]
+    both = ("--adapter", made["lora"], "--out", tmp_path / "new")
+    for kind, message in (("dora", "is a DoRA"), ("conv1d", "different bases"), ("whole-head", "different bases")):
+        answer = dynlora("merge", "--adapter", made[kind], *both)
+        assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err
+    answer = dynlora("merge", "--adapter", made["lora"], *both, "--weights", "1")
+    assert (answer.code, "1 numbers for 2 adapters" in answer.err) == (2, True)
+    answer = dynlora("merge", "--adapter", made["lora"], "--adapter", made["lora"])
+    assert (answer.code, "--out" in answer.err) == (2, True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_output_folder(tmp_path: Path, dynlora: Dynlora):
+    _, adapter = make("lora", tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    for options in ([], ["--overwrite"]):
+        answer = dynlora("merge", "--adapter", adapter, "--out", out, *options)
+        assert (answer.code, "--out" in answer.err) == (2, True)
+    assert (out / "mine.txt").read_text() == "precious"
+    (out / "mine.txt").unlink()
+    assert dynlora("merge", "--adapter", adapter, "--out", out).code == 0
+    assert dynlora("merge", "--adapter", adapter, "--out", out).code == 2
+    assert dynlora("merge", "--adapter", adapter, "--out", out, "--overwrite").code == 0
+
+
+def test_no_space_left(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    _, adapter = make("lora", tmp_path)
+    before = contents(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    answer = dynlora("merge", "--adapter", adapter)
+    assert (answer.code, "has 0.00 GB left" in answer.err) == (3, True), answer.err
+    assert contents(tmp_path) == before
+
+
+def test_a_merge_that_predicts_something_else_is_withdrawn(
+    tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch
+):
+    _, adapter = make("lora", tmp_path)
+    before = contents(tmp_path)
+    right = command.write_merged
+
+    def wrong(plan, *rest):
+        plan.changed.pop(next(iter(plan.changed)))
+        return right(plan, *rest)
+
+    monkeypatch.setattr(command, "write_merged", wrong)
+    answer = dynlora("merge", "--adapter", adapter, "--json")
+    assert (answer.code, "nats per token" in answer.json["error"]) == (4, True), answer.err
+    assert contents(tmp_path) == before
+
+
+def test_sixteen_bits_round_and_fp32_does_not(tmp_path: Path, dynlora: Dynlora):
+    base, adapter = make("lora", tmp_path)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    kept = dynlora("merge", "--adapter", adapter, "--out", tmp_path / "kept", "--json").json
+    wide = dynlora("merge", "--adapter", adapter, "--out", tmp_path / "wide", "--dtype", "float32", "--json").json
+    assert wide["check"]["max_logit_difference"] < 1e-4 < kept["check"]["max_logit_difference"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "kept").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def quantized_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qlora")
+    recipe = make_recipe(folder, "model.load_in_4bit=true", "train.learning_rate=2e-2")
+    train(recipe)
+    return Path(recipe.output_dir)
+
+
+def test_qlora_into_the_weights_as_they_were(quantized_run: Path, tmp_path: Path, dynlora: Dynlora):
+    answer = dynlora("merge", "--adapter", quantized_run, "--out", tmp_path / "m", "--max-kl", "1", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["check"]["max_logit_difference"] < 1e-4
+    assert answer.json["trained_base"]["kl"] > answer.json["check"]["kl"], "what training saw is measured too"
+    plain = read_adapter(quantized_run)
+    model = AutoModelForCausalLM.from_pretrained(plain.config["base_model_name_or_path"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert merged.dtype == model.dtype
+    for name, factors in plain.layers.items():
+        expected = model.get_submodule(name).weight + factors.delta_OI()
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_qlora_into_the_weights_as_training_saw_them(quantized_run: Path, tmp_path: Path, dynlora: Dynlora):
+    answer = dynlora(
+        "merge", "--adapter", quantized_run, "--out", tmp_path / "m", "--base-weights", "dequantized", "--json"
+    )
+    assert answer.code == 0, answer.err
+    assert answer.json["check"]["max_logit_difference"] < 1e-3
+    folder = read_adapter(quantized_run).config["base_model_name_or_path"]
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "m"))
+    untouched = set(read_adapter(quantized_run).all_ranks) - set(read_adapter(quantized_run).layers)
+    for name in untouched:  # layers at rank 0 were quantized too
+        assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
+
+
+def test_dequantized_needs_a_quantized_run(tmp_path: Path, dynlora: Dynlora):
+    recipe = make_recipe(tmp_path)
+    train(recipe)
+    answer = dynlora("merge", "--adapter", recipe.output_dir, "--base-weights", "dequantized")
+    assert (answer.code, "not trained on a quantized base" in answer.err) == (2, True), answer.err
+
+
+def test_a_fine_tune_of_the_same_shape_is_another_base(tmp_path: Path, dynlora: Dynlora):
+    recipe = make_recipe(tmp_path)
+    train(recipe)
+    base = Path(recipe.model.name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 0.01
+    model.save_pretrained(tmp_path / "tuned")
+    shutil.copyfile(base / "config.json", tmp_path / "tuned" / "config.json")
+    answer = dynlora("merge", "--adapter", recipe.output_dir, "--base", tmp_path / "tuned")
+    assert (answer.code, "its numbers differ" in " ".join(answer.err.split())) == (2, True), answer.err
+
+
+def test_the_bare_form(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    recipe = make_recipe(tmp_path, out="out/run")
+    train(recipe)
+    monkeypatch.chdir(tmp_path)
+    answer = dynlora("merge", "--adapter", "out/")
+    assert answer.code == 0, answer.err
+    assert "newest below out" in answer.err
+    merged = tmp_path / "out" / "run" / "merged"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "merge.json"} <= set(contents(merged))
