@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dynlora_cli import __version__
+from dynlora_cli import __version__, cli_eval
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
 
 UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -219,6 +219,9 @@ def _device_count(devices: str) -> int:
     if available and int(devices) > available:
         raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
     return int(devices)
+
+
+cli_eval.register(app, _reporting)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

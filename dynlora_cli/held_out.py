@@ -5,8 +5,10 @@ Nothing asks for the training recipe again: the run folder knows it. Other rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ class Rows:
         micro_batch_size: examples of one forward pass.
         notes: for the person.
         recipe: whose rows they are, where they are a recipe's.
+        forms: the neutral forms they came in, by name: Turns, Pair, Plain, Labelled.
+        is_file: all rows of a file, which nothing says were ever trained on.
     """
 
     examples: list[Example]
@@ -51,6 +55,8 @@ class Rows:
     micro_batch_size: int
     notes: list[str] = field(default_factory=list)
     recipe: Recipe | None = None
+    forms: set[str] = field(default_factory=set)
+    is_file: bool = False
 
     def batches(self, pad_id: int, device: torch.device) -> Iterator[Batch]:
         """All rows in order."""
@@ -135,7 +141,16 @@ def held_out_rows(
         micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,
         notes=notes,
         recipe=recipe,
+        forms=read.forms,
+        is_file=is_file,
     )
+
+
+def precision_of(base: Base) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context in which training ran the model's forward pass: autocast where its weights are below fp32."""
+    if base.dtype == torch.float32:
+        return nullcontext
+    return partial(torch.autocast, base.model.device.type, dtype=base.dtype)
 
 
 def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Base:

@@ -114,7 +114,9 @@ def row_sums(
             logits_NV, targets_N, line_N = _targets(model, batch)
             choice_N = logits_NV.argmax(-1)
             loss_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
-            parts_3N = torch.stack([loss_N.double(), torch.ones_like(loss_N).double(), (choice_N == targets_N).double()])
+            parts_3N = torch.stack(
+                [loss_N.double(), torch.ones_like(loss_N).double(), (choice_N == targets_N).double()]
+            )
             sums_3B = torch.zeros(3, len(batch.labels), dtype=torch.float64, device=loss_N.device)
             found.append(sums_3B.index_add_(1, line_N, parts_3N).cpu())
             chosen.append(choice_N.cpu() if classify else choice_N[:0].cpu())
