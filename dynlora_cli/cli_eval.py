@@ -108,8 +108,8 @@ def register(app: typer.Typer, reporting: Callable[[bool], AbstractContextManage
             gates = read_gates(
                 fail_above=fail_above, fail_below=fail_below or (), baseline=baseline, max_regression=max_regression
             )
-            folders, rows = _what_is_meant(recipe, adapter or [], data)
             names = _task_names(tasks, limit)
+            folders, rows = _what_is_meant(recipe, adapter or [], data)
             from dynlora_cli import evaluate as command
             from dynlora_cli.console import Console
             from dynlora_cli.console_eval import show_evaluation

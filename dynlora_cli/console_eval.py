@@ -11,9 +11,10 @@ from rich.text import Text
 
 from dynlora_cli.console import Console
 from dynlora_cli.progress import middle_cut, printable
-from dynlora_cli.units import change, count, number, percent
+from dynlora_cli.units import count, number, percent
 
 LONGEST_SHOWN = 600  # characters of a prompt or an answer
+LONGEST_NAME = 28  # characters of a name in a table
 
 # Key of the report, heading, and how its values are shown; a column without values is left out.
 COLUMNS: Sequence[tuple[str, str, Callable[[float | None], str]]] = (
@@ -74,13 +75,21 @@ def _table(report: Mapping[str, Any]) -> Table:
     lowest = min(values["loss"] for _, values in lines)
     for name, values in lines:
         style = "head" if values["loss"] == lowest and len(lines) > 1 else ""
-        table.add_row(printable(name), *(show(values.get(key)) for key, _, show in shown), style=style)
+        table.add_row(_short(name), *(show(values.get(key)) for key, _, show in shown), style=style)
     return table
+
+
+def _short(name: str) -> str:
+    """A name that may be a path, by its end."""
+    shown = printable(name)
+    return shown if len(shown) <= LONGEST_NAME else f"…{shown[1 - LONGEST_NAME :]}"
 
 
 def _verdict(name: str, other: str, difference: Mapping[str, float], unit: str) -> Text:
     """Which of two is better, and how sure that is."""
     loss, low, high = (difference[key] for key in ("loss", "low", "high"))
+    if loss == low == high == 0:
+        return Text(f"{printable(name)} and {printable(other)} have the very same loss on every row")
     if low <= 0 <= high:
         text, style = "is neither clearly better nor clearly worse than", "yellow"
     else:
@@ -104,15 +113,11 @@ def _tasks(report: Mapping[str, Any]) -> Table:
     table.add_column("task")
     table.add_column("")
     for name in models:
-        table.add_column(printable(name), justify="right")
-    if len(models) == 2:
-        table.add_column("", justify="right", style="label")
+        table.add_column(_short(name), justify="right")
     for task, by_model in report["tasks"].items():
         metrics = [metric for metric in by_model[models[0]] if "_stderr" not in metric]
         for at, metric in enumerate(metrics):
             cells = [_with_error(by_model[name], metric) for name in models]
-            if len(models) == 2:
-                cells.append(change(*(by_model[name][metric] for name in models)))
             table.add_row("" if at else printable(task), metric, *cells)
     return table
 
@@ -130,5 +135,8 @@ def _sample(sample: Mapping[str, Any]) -> Padding:
     lines = [("prompt", sample["prompt"]), *(("right", text) for text in sample["references"])]
     for label, text in [*lines, *sample["answers"].items()]:
         style = "" if label in ("prompt", "right") else "accent"
-        grid.add_row(printable(label), Text(middle_cut(printable(text), LONGEST_SHOWN) or "(nothing)", style=style))
+        grid.add_row(
+            _short(label),
+            Text(middle_cut(printable(text), LONGEST_SHOWN) or "(nothing)", style=style),
+        )
     return Padding(grid, (0, 0, 0, 2))

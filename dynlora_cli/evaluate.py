@@ -85,17 +85,21 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     notes = [adapter.note for adapter in adapters if adapter.note] + rows.notes
     notes += _strangers(adapters, names, rows, own=data is None)
     notes += _compare_templates(adapters, names, tokenizer, rows, options.allow_template_mismatch)
-    prompts = _prompts(rows, tokenizer, options, notes)
-    options.gates.refuse_unmeasured(*_measured(rows, prompts))
+    prompts, scored = _prompts(rows, tokenizer, options, notes)
+    options.gates.refuse_unmeasured(*_measured(rows, scored))
     targets = sum(example.supervised() for example in rows.examples)
     options.gates.refuse_other_rows(len(rows.examples), targets, rows.sha256, names)
     harness = None
     if options.tasks:
+        if adapters[0].task != "causal-lm":
+            raise UsageError(
+                f"--tasks are for causal-lm, and {names[0]} is for {adapters[0].task}", "leave out --tasks"
+            )
         harness = Harness(options.tasks, limit=options.limit, batch_size=rows.micro_batch_size)
 
     tell(f"{len(rows.examples)} rows, {targets} targets: {rows.source}")
     base = base_in_memory(adapters[0], place, tokenizer)
-    measure = _Measure(base, rows, prompts, harness)
+    measure = _Measure(base, rows, prompts, scored, harness)
     found: dict[str, _Found] = {}
     if options.with_base and _has_answer(base, notes):
         tell("measuring the base model")
@@ -104,7 +108,12 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
         tell(f"measuring {name} ({adapter.folder})")
         with attached(base.model, adapter):
             found[name] = measure(name)
-    return _report(adapters, names, rows, found, prompts, options, notes)
+    report = _report(adapters, names, rows, found, notes)
+    scored_references = sum(len(prompt.references) for prompt in prompts[:scored])
+    report["generated"] = {"prompts": scored, "references": scored_references}
+    report["samples"] = _samples(prompts[: options.samples], found)
+    failed = options.gates.failures(report["adapters"])
+    return report | {"ok": not failed, "failed": failed} | ({"error": "\n".join(failed)} if failed else {})
 
 
 # -- before anything is loaded ---------------------------------------------------------------------------------------
@@ -140,11 +149,14 @@ def _question(adapter: Adapter, place: Place) -> str:
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:
     """A name for each adapter: its own, or its folder where two have the same."""
+    if len({adapter.folder.resolve() for adapter in adapters}) < len(adapters):
+        folders = ", ".join(str(adapter.folder) for adapter in adapters)
+        raise UsageError(f"two of these adapters are the same: {folders}", "name each of them once")
     own = Counter([BASE, *(adapter.name for adapter in adapters)])
-    names = [adapter.name if own[adapter.name] == 1 else str(adapter.folder.resolve()) for adapter in adapters]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two of these adapters are the same: {', '.join(names)}", "name each of them once")
-    return names
+    return [
+        adapter.name if own[adapter.name] == 1 else f"{adapter.folder.parent}/{adapter.folder.name}"
+        for adapter in adapters
+    ]
 
 
 def _strangers(adapters: Sequence[Adapter], names: Sequence[str], rows: Rows, *, own: bool) -> list[str]:
@@ -189,24 +201,23 @@ def _compare_templates(
     return notes
 
 
-def _prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, options: Options, notes: list[str]) -> list[Prompt]:
-    """What the models are to answer.
+def _prompts(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: Options, notes: list[str]
+) -> tuple[list[Prompt], int]:
+    """What the models are to answer, and to how many of these prompts the answers are scored.
 
     Raises:
         UsageError: answers are asked for, and the rows hold no prompts.
         MachineError: numbers are asked for, and the packages for them are missing.
     """
-    missing = generation.missing_packages()
-    wanted = options.generate
+    missing, wanted = generation.missing_packages(), options.generate
     if wanted and missing:
         raise MachineError(f"--generate: not installed: {', '.join(missing)}", generation.INSTALL)
     asked = bool(wanted or options.samples)
     if not rows.forms & {"Turns", "Pair"}:
         if asked:
-            raise UsageError(
-                "these rows have no prompts that a model could answer", "leave out --generate and --samples"
-            )
-        return []
+            raise UsageError("these rows have no prompts to answer", "leave out --generate and --samples")
+        return [], 0
     if wanted is None:
         wanted = 0 if missing else PROMPTS
         if missing:
@@ -217,14 +228,14 @@ def _prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, options: Options, n
             "these rows have no prompts apart from their answers (dataset.train_on: all)",
             "leave out --generate and --samples",
         )
-    return prompts
+    return prompts, min(wanted, len(prompts))
 
 
-def _measured(rows: Rows, prompts: Sequence[Prompt]) -> tuple[set[str], str]:
+def _measured(rows: Rows, scored: int) -> tuple[set[str], str]:
     """The metrics that will be there, and why those."""
     if "Labelled" in rows.forms:
         return {"accuracy", "f1", "matthews"}, "the rows are texts with a class"
-    if prompts and not generation.missing_packages():
+    if scored:
         return {"token_accuracy", *generation.METRICS}, "the rows are prompts with answers"
     return {"token_accuracy"}, "no answers are generated"
 
@@ -249,6 +260,7 @@ class _Measure:
     base: Base
     rows: Rows
     prompts: list[Prompt]
+    scored: int
     harness: Harness | None
 
     def __call__(self, name: str) -> _Found:
@@ -277,8 +289,9 @@ class _Measure:
                 )
             if self.harness:
                 tasks = self.harness.run(base.model, base.tokenizer)
-        if answers and not generation.missing_packages():
-            metrics |= generation.metrics(answers, [prompt.references for prompt in self.prompts])
+        if self.scored:
+            references = [prompt.references for prompt in self.prompts[: self.scored]]
+            metrics |= generation.metrics(answers[: self.scored], references)
         return _Found(sums, metrics, answers, tasks)
 
     def _classes(self, sums: RowSums) -> dict[str, Any]:
@@ -298,45 +311,40 @@ def _has_answer(base: Base, notes: list[str]) -> bool:
 
 
 def _report(
-    adapters: Sequence[Adapter],
-    names: Sequence[str],
-    rows: Rows,
-    found: dict[str, _Found],
-    prompts: Sequence[Prompt],
-    options: Options,
-    notes: list[str],
+    adapters: Sequence[Adapter], names: Sequence[str], rows: Rows, found: dict[str, _Found], notes: list[str]
 ) -> dict[str, Any]:
-    entries = [
-        {"name": name, "folder": str(adapter.folder), **_numbers(found[name]), "difference": _difference(found, name)}
-        for name, adapter in zip(names, adapters, strict=True)
-    ]
-    failed = options.gates.failures(entries)
     tasks = sorted({task for each in found.values() for task in each.tasks})
-    report: dict[str, Any] = {
-        "ok": not failed,
+    return {
+        "ok": True,
         "rows": len(rows.examples),
         "tokens": next(iter(found.values())).sums.targets,
         "data": {"source": rows.source, "sha256": rows.sha256},
         "task": adapters[0].task,
         "base": _numbers(found[BASE]) if BASE in found else None,
-        "adapters": entries,
-        "best": _best(found, names),
-        "generated": {"prompts": len(prompts), "references": sum(len(prompt.references) for prompt in prompts)},
-        "tasks": {task: {name: each.tasks[task] for name, each in found.items()} for task in tasks},
-        "samples": [
+        "adapters": [
             {
-                "prompt": prompt.text,
-                "references": prompt.references,
-                "answers": {name: each.answers[number] for name, each in found.items()},
+                "name": name,
+                "folder": str(adapter.folder),
+                **_numbers(found[name]),
+                "difference": _difference(found, name),
             }
-            for number, prompt in enumerate(prompts[: options.samples])
+            for name, adapter in zip(names, adapters, strict=True)
         ],
-        "failed": failed,
+        "best": _best(found, names),
+        "tasks": {task: {name: each.tasks[task] for name, each in found.items()} for task in tasks},
         "notes": list(dict.fromkeys(notes)),
     }
-    if failed:
-        report["error"] = "\n".join(failed)
-    return report
+
+
+def _samples(prompts: Sequence[Prompt], found: dict[str, _Found]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": prompt.text,
+            "references": prompt.references,
+            "answers": {name: each.answers[number] for name, each in found.items()},
+        }
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def _numbers(found: _Found) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import random
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 INSTALL = 'pip install "dynlora[harness]"'
 FILES = (".yaml", ".yml")
+FEWSHOT_SEED = 1234  # as the harness's own command has it, so that numbers compare
 
 
 def require() -> None:
@@ -107,13 +109,18 @@ class Harness:
             tokenizer: its own.
         """
         with _quiet():
-            from lm_eval import simple_evaluate
+            from lm_eval.evaluator import evaluate
             from lm_eval.models.huggingface import HFLM
 
+            # Not `simple_evaluate`, which asks git and pip about the machine, and prints what they answer.
+            loaded: Any = self.manager.load(self.tasks)
+            for task in loaded["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            random.seed(0)
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
-            found: Any = simple_evaluate(
-                wrapped, tasks=self.tasks, limit=self.limit, task_manager=self.manager, log_samples=False
-            )
+            found: Any = evaluate(wrapped, loaded, limit=self.limit, log_samples=False)
         return {task: _numbers(values) for task, values in found["results"].items()}
 
 
