@@ -35,9 +35,10 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     """The whole report, as `evaluate.run` returns it."""
     unit = "row" if report["task"] == "sequence-classification" else "token"
     console.line()
-    console.line(Text(_what(report), style="head"))
-    console.show(_table(report))
-    console.line()
+    if report["rows"]:
+        console.line(Text(_what(report), style="head"))
+        console.show(_table(report))
+        console.line()
     for adapter in report["adapters"]:
         if adapter["difference"]:
             console.line(_verdict(adapter["name"], adapter["difference"]["to"], adapter["difference"], unit))
@@ -45,7 +46,7 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
         best = report["best"]
         console.line(_verdict(best["name"], best["next"], best["difference"], unit))
     if report["tasks"]:
-        console.line()
+        console.line("" if report["rows"] else "tasks of lm-evaluation-harness")
         console.show(_tasks(report))
     for sample in report["samples"]:
         console.line()

@@ -17,12 +17,21 @@ from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
+from dynlora_cli.eval_report import BASE, Found, make_report, side_by_side
 from dynlora_cli.gates import Gates
 from dynlora_cli.harness import Harness
-from dynlora_cli.held_out import Rows, base_in_memory, held_out_rows, precision_of, read_tokenizer
+from dynlora_cli.held_out import (
+    MICRO_BATCH,
+    Rows,
+    base_in_memory,
+    held_out_rows,
+    own_recipe,
+    precision_of,
+    read_tokenizer,
+)
 from dynlora_cli.loss import row_sums
 from dynlora_cli.model import Base, context_length
-from dynlora_cli.scores import RowSums, classification, confusion, paired_difference, perplexity
+from dynlora_cli.scores import RowSums, classification, confusion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +40,6 @@ if TYPE_CHECKING:
     from dynlora_cli.generation import Prompt
 
 PROMPTS = 32  # that answers are generated for, where nobody says how many
-BASE = "base"
 Tell = Callable[[str], None]
 
 
@@ -67,7 +75,8 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
 
     Args:
         folders: as `--adapter` names them.
-        data: rows of a file, or held-out rows of a recipe; None: those of the first adapter's own run.
+        data: rows of a file, or held-out rows of a recipe; None: those of the first adapter's own run, and none at all
+            where it does not know any and there are tasks.
         options: what else to measure.
         tell: takes a line for each part that begins.
 
@@ -80,7 +89,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     adapters = [read_adapter(folder) for folder in folders]
     place = _one_base(adapters, options.base)
     tokenizer = read_tokenizer(adapters[0], place)
-    rows = held_out_rows(adapters[0], place, tokenizer, data, max_samples=options.max_samples)
+    rows = _rows(adapters[0], place, tokenizer, data, options)
     names = _names(adapters)
     notes = [adapter.note for adapter in adapters if adapter.note] + rows.notes
     notes += _strangers(adapters, names, rows, own=data is None)
@@ -100,7 +109,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     tell(f"{len(rows.examples)} rows, {targets} targets: {rows.source}")
     base = base_in_memory(adapters[0], place, tokenizer)
     measure = _Measure(base, rows, prompts, scored, harness)
-    found: dict[str, _Found] = {}
+    found: dict[str, Found] = {}
     if options.with_base and _has_answer(base, notes):
         tell("measuring the base model")
         found[BASE] = measure(BASE)
@@ -108,10 +117,10 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
         tell(f"measuring {name} ({adapter.folder})")
         with attached(base.model, adapter):
             found[name] = measure(name)
-    report = _report(adapters, names, rows, found, notes)
+    report = make_report(adapters, names, rows, found, notes)
     scored_references = sum(len(prompt.references) for prompt in prompts[:scored])
     report["generated"] = {"prompts": scored, "references": scored_references}
-    report["samples"] = _samples(prompts[: options.samples], found)
+    report["samples"] = side_by_side(prompts[: options.samples], found)
     failed = options.gates.failures(report["adapters"])
     return report | {"ok": not failed, "failed": failed} | ({"error": "\n".join(failed)} if failed else {})
 
@@ -147,6 +156,16 @@ def _question(adapter: Adapter, place: Place) -> str:
     return f"{adapter.task} ({', '.join(place.labels)})" if place.labels else adapter.task
 
 
+def _rows(
+    adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase, data: Path | None, options: Options
+) -> Rows:
+    """The rows to measure on: none where tasks are all that is asked for."""
+    if options.tasks and data is None and own_recipe(adapter) is None:
+        note = f"{adapter.folder} does not say what it was trained on, so only tasks are run; for a loss: --data FILE"
+        return Rows([], "no rows", "", 0, MICRO_BATCH, [note])
+    return held_out_rows(adapter, place, tokenizer, data, max_samples=options.max_samples)
+
+
 def _names(adapters: Sequence[Adapter]) -> list[str]:
     """A name for each adapter: its own, or its folder where two have the same."""
     if len({adapter.folder.resolve() for adapter in adapters}) < len(adapters):
@@ -165,7 +184,7 @@ def _strangers(adapters: Sequence[Adapter], names: Sequence[str], rows: Rows, *,
     Args:
         own: they are the first adapter's own, of which `held_out_rows` has said what there is to say.
     """
-    if rows.is_file:
+    if rows.is_file or not rows.examples:
         return []
     return [
         f"{name} was trained on other rows, or rows read otherwise: some of these may have been among them"
@@ -228,29 +247,24 @@ def _prompts(
             "these rows have no prompts apart from their answers (dataset.train_on: all)",
             "leave out --generate and --samples",
         )
-    return prompts, min(wanted, len(prompts))
+    scored = min(wanted, len(prompts))
+    if unseen := generation.unseen_by_rouge(prompts[:scored]):
+        notes.append(f"ROUGE-L sees Latin letters and digits only: {unseen} references have none and score 0 in it")
+    return prompts, scored
 
 
 def _measured(rows: Rows, scored: int) -> tuple[set[str], str]:
     """The metrics that will be there, and why those."""
+    if not rows.examples:
+        return set(), "only tasks are run"
     if "Labelled" in rows.forms:
-        return {"accuracy", "f1", "matthews"}, "the rows are texts with a class"
+        return {"loss", "accuracy", "f1", "matthews"}, "the rows are texts with a class"
     if scored:
-        return {"token_accuracy", *generation.METRICS}, "the rows are prompts with answers"
-    return {"token_accuracy"}, "no answers are generated"
+        return {"loss", "token_accuracy", *generation.METRICS}, "the rows are prompts with answers"
+    return {"loss", "token_accuracy"}, "no answers are generated"
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Found:
-    """What was measured of one model."""
-
-    sums: RowSums
-    metrics: dict[str, Any]
-    answers: list[str]
-    tasks: dict[str, dict[str, float]]
 
 
 @dataclass
@@ -263,19 +277,15 @@ class _Measure:
     scored: int
     harness: Harness | None
 
-    def __call__(self, name: str) -> _Found:
+    def __call__(self, name: str) -> Found:
         """All numbers.
 
         Raises:
             MeasureError: the loss is not finite.
         """
-        base, rows = self.base, self.rows
-        classify, autocast = "Labelled" in rows.forms, precision_of(base)
-        batches = rows.batches(int(base.tokenizer.pad_token_id), base.model.device)
-        sums = row_sums(base.model, batches, classify=classify, autocast=autocast)
-        if not math.isfinite(sums.loss):
-            raise MeasureError(f"the held-out loss of {name} is {sums.loss}", "look at its weights and its dtype")
-        metrics = self._classes(sums) if classify else {"token_accuracy": sums.accuracy}
+        base, rows, autocast = self.base, self.rows, precision_of(self.base)
+        sums = self._sums(name) if rows.examples else None
+        metrics = self._metrics(sums) if sums else {}
         answers: list[str] = []
         tasks: dict[str, dict[str, float]] = {}
         with autocast():
@@ -292,10 +302,19 @@ class _Measure:
         if self.scored:
             references = [prompt.references for prompt in self.prompts[: self.scored]]
             metrics |= generation.metrics(answers[: self.scored], references)
-        return _Found(sums, metrics, answers, tasks)
+        return Found(sums, metrics, answers, tasks)
 
-    def _classes(self, sums: RowSums) -> dict[str, Any]:
-        assert sums.predicted_R is not None
+    def _sums(self, name: str) -> RowSums:
+        batches = self.rows.batches(int(self.base.tokenizer.pad_token_id), self.base.model.device)
+        classify = "Labelled" in self.rows.forms
+        sums = row_sums(self.base.model, batches, classify=classify, autocast=precision_of(self.base))
+        if not math.isfinite(sums.loss):
+            raise MeasureError(f"the held-out loss of {name} is {sums.loss}", "look at its weights and its dtype")
+        return sums
+
+    def _metrics(self, sums: RowSums) -> dict[str, Any]:
+        if sums.predicted_R is None:
+            return {"token_accuracy": sums.accuracy}
         truth_R = np.array([example.labels for example in self.rows.examples])
         return classification(confusion(truth_R, sums.predicted_R, int(self.base.model.config.num_labels or 0)))
 
@@ -305,67 +324,3 @@ def _has_answer(base: Base, notes: list[str]) -> bool:
     if base.new_head:
         notes.append("the base model has no classifier head of its own, so there is nothing to measure of it")
     return not base.new_head
-
-
-# -- the report ------------------------------------------------------------------------------------------------------
-
-
-def _report(
-    adapters: Sequence[Adapter], names: Sequence[str], rows: Rows, found: dict[str, _Found], notes: list[str]
-) -> dict[str, Any]:
-    tasks = sorted({task for each in found.values() for task in each.tasks})
-    return {
-        "ok": True,
-        "rows": len(rows.examples),
-        "tokens": next(iter(found.values())).sums.targets,
-        "data": {"source": rows.source, "sha256": rows.sha256},
-        "task": adapters[0].task,
-        "base": _numbers(found[BASE]) if BASE in found else None,
-        "adapters": [
-            {
-                "name": name,
-                "folder": str(adapter.folder),
-                **_numbers(found[name]),
-                "difference": _difference(found, name),
-            }
-            for name, adapter in zip(names, adapters, strict=True)
-        ],
-        "best": _best(found, names),
-        "tasks": {task: {name: each.tasks[task] for name, each in found.items()} for task in tasks},
-        "notes": list(dict.fromkeys(notes)),
-    }
-
-
-def _samples(prompts: Sequence[Prompt], found: dict[str, _Found]) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": prompt.text,
-            "references": prompt.references,
-            "answers": {name: each.answers[number] for name, each in found.items()},
-        }
-        for number, prompt in enumerate(prompts)
-    ]
-
-
-def _numbers(found: _Found) -> dict[str, Any]:
-    loss = found.sums.loss
-    numbers = {"loss": loss, "tokens": found.sums.targets}
-    if found.sums.predicted_R is None:
-        numbers["perplexity"] = perplexity(loss)
-    return numbers | found.metrics
-
-
-def _difference(found: dict[str, _Found], name: str) -> dict[str, Any] | None:
-    """To the base; to the first adapter where the base was not measured; None for what others are compared with."""
-    reference = next(iter(found))
-    if reference == name:
-        return None
-    return {"to": reference, **paired_difference(found[name].sums, found[reference].sums)}
-
-
-def _best(found: dict[str, _Found], names: Sequence[str]) -> dict[str, Any] | None:
-    """The adapter with the lowest loss and its lead over the next; None where there is but one."""
-    if len(names) < 2:
-        return None
-    first, second, *_ = sorted(names, key=lambda name: found[name].sums.loss)
-    return {"name": first, "next": second, "difference": paired_difference(found[first].sums, found[second].sums)}

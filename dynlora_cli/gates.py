@@ -70,23 +70,21 @@ class Gates:
     baseline: Baseline | None = None
     max_regression: float = 0.0
 
-    def needs(self) -> set[str]:
-        """The metrics that must have been measured, but for the loss."""
-        return set(self.fail_below)
-
     def refuse_unmeasured(self, measured: Collection[str], why: str) -> None:
         """Refuse a gate whose number will not be there.
 
         Args:
-            measured: metrics that will be measured.
+            measured: metrics that will be measured, `loss` among them.
             why: for the person, such as what the rows are.
 
         Raises:
             UsageError: names the metric and what there is.
         """
+        if "loss" not in measured and (self.fail_above is not None or self.baseline is not None):
+            raise UsageError(f"--fail-above and --baseline: no loss is measured: {why}", "name rows with --data FILE")
         for metric in self.fail_below:
             if metric not in measured:
-                there = ", ".join(name for name in METRICS if name in measured)
+                there = ", ".join(name for name in METRICS if name in measured) or "none"
                 raise UsageError(f"--fail-below {metric}: not measured here: {why}", f"measured here: {there}")
 
     def refuse_other_rows(self, rows: int, tokens: int, data_sha256: str, names: Sequence[str]) -> None:

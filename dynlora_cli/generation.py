@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PACKAGES = ("sacrebleu", "rouge_score")
 INSTALL = 'pip install "dynlora[eval]"'
 METRICS = ("exact_match", "bleu", "chrf", "rouge_l")
+ROUGE_SEES = re.compile("[a-z0-9]")  # as rouge_score's own tokenizer
 MARGIN = 16  # tokens that an answer may be longer than the longest reference
 
 
@@ -180,6 +182,11 @@ def _batches(
         numbers = list(group)
         for at in range(0, len(numbers), batch_size):
             yield size, numbers[at : at + batch_size]
+
+
+def unseen_by_rouge(prompts: Sequence[Prompt]) -> int:
+    """References without a Latin letter or a digit, of which ROUGE-L sees nothing."""
+    return sum(not ROUGE_SEES.search(text.lower()) for prompt in prompts for text in prompt.references)
 
 
 def metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -33,7 +33,7 @@ DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
     8: "cli cli_eval __main__",
     7: "evaluate train",
-    6: "assemble fold generation harness held_out loop loss meter outputs probe state",
+    6: "assemble eval_report fold generation harness held_out loop loss meter outputs probe state",
     5: "adapter_base attach batches data model stream",
     3: "adapter adapter_reader chat_mask checkpoint components dora gauge gradients rank rows splits stdlib_docs tokens "
     "weights",

@@ -14,7 +14,7 @@ from tiny_run import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynlora_cli.formats._forms import Pair, Plain, Turns
-from dynlora_cli.generation import MARGIN, Prompt, find_prompts, generate, metrics
+from dynlora_cli.generation import MARGIN, Prompt, find_prompts, generate, metrics, unseen_by_rouge
 from dynlora_cli.tokens import Encoder, Example, Located
 
 
@@ -163,6 +163,13 @@ def test_more_references_never_hurt():
     assert metrics(answers, two)["exact_match"] == 1
     assert metrics(answers, two)["rouge_l"] == 1 > metrics(answers, one)["rouge_l"]
     assert metrics(answers, two)["chrf"] == pytest.approx(100)
+
+
+def test_what_rouge_does_not_see():
+    texts = ["Привет", "привет 7", "ok", "…"]
+    assert unseen_by_rouge([Prompt((1,), "", texts)]) == 2
+    found = metrics(["Привет"], [["Привет"]])
+    assert (found["rouge_l"], found["exact_match"], found["chrf"]) == (0, 1, pytest.approx(100))
 
 
 def test_silence_scores_nothing():
