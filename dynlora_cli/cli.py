@@ -1,30 +1,23 @@
-"""The command line: thin commands, and one place where errors become messages and exit codes.
-
-    0 done                                        1 the run failed
-    2 change the command, recipe or named input   3 change the machine, or fetch what is missing
-    4 a measured number failed                    130 interrupted after a clean checkpoint
+"""The command line: thin commands. What they share, exit codes too, is in cli_support.py.
 
 Nothing heavy is imported before a command has read and checked what it was given.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dynlora_cli import __version__, cli_eval
-from dynlora_cli.errors import DynloraError, MachineError, UsageError
-
-UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+from dynlora_cli import __version__, cli_adapters, cli_eval
+from dynlora_cli.cli_support import console, is_main_process, reporting
+from dynlora_cli.errors import MachineError, UsageError
 
 app = typer.Typer(
     name="dynlora",
@@ -81,13 +74,13 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
 ) -> None:
     """Train an adapter from a recipe."""
-    with _reporting(as_json) as result:
+    with reporting(as_json) as result:
         if overwrite and (resume or resume_from):
             raise UsageError("--overwrite and --resume exclude each other", "choose one of them")
         from dynlora_cli.recipe import load_recipe
 
         checked = load_recipe(recipe, overrides or (), output_dir)
-        console = _console()
+        view = console()
         if devices != "1" and "RANK" not in os.environ:
             _launch(devices, context.obj)
         from dynlora_cli import train as command
@@ -96,20 +89,24 @@ def train(
             plan = command.plan(checked)
             result.update({"ok": True, "plan": plan})
             if not as_json:
-                console.show_plan(plan)
+                view.show_plan(plan)
             return
-        with console.train_view() as view:
+        with view.train_view() as listener:
             summary = command.run(
                 checked,
-                listener=view,
+                listener=listener,
                 overwrite=overwrite,
                 resume=resume,
                 resume_from=resume_from,
             )
         summary = {**summary, "next": _next_commands(recipe, overrides or [], summary)}
         result.update(summary)
-        if _is_main_process():
-            console.show_summary(summary)
+        if is_main_process():
+            view.show_summary(summary)
+
+
+cli_adapters.register(app)
+cli_eval.register(app)
 
 
 @app.command()
@@ -134,70 +131,6 @@ def _next_commands(recipe: Path, overrides: list[str], summary: dict[str, Any]) 
     ]
 
 
-@contextmanager
-def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
-    """Run a command: the result goes to stdout as JSON if asked for, an error to stderr, with its exit code."""
-    result: dict[str, Any] = {}
-    stdout = sys.stdout
-    code = 0
-    try:
-        # Whatever a library prints is for people; stdout holds the result alone.
-        with redirect_stdout(sys.stderr):
-            yield result
-    except DynloraError as error:
-        result, code = _failure(error), error.exit_code
-        _console().error(error)  # of any process: what only one of several has met must not get lost
-    except typer.Exit:  # of the processes that did the work, and have said so
-        raise
-    except KeyboardInterrupt:
-        result, code = {"ok": False, "error": "interrupted"}, 130
-        typer.echo("interrupted", err=True)
-    except Exception as error:
-        known = _as_ours(error)
-        if known is None:
-            if as_json and _is_main_process():
-                print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
-            raise
-        result, code = _failure(known), known.exit_code
-        _console().error(known)
-    if as_json and (code or _is_main_process()):
-        print(json.dumps(result, allow_nan=False, default=str), file=stdout)
-    if code:
-        raise typer.Exit(code)
-
-
-def _failure(error: DynloraError) -> dict[str, Any]:
-    return {"ok": False, "error": error.message, "hint": error.hint, "exit_code": error.exit_code}
-
-
-def _as_ours(error: Exception) -> DynloraError | None:
-    """Faults of the machine that may come from anywhere, in our words."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineError(
-            f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume"
-        )
-    if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
-        return UsageError(
-            f"{error.filename}: {error.strerror}", "check that path; --output-dir chooses another place for the run"
-        )
-    if type(error).__name__ == "OutOfMemoryError":
-        return MachineError(
-            "the GPU has not enough memory",
-            "lower train.micro_batch_size or dataset.max_length, or set train.gradient_checkpointing: true",
-        )
-    return None
-
-
-def _console() -> Any:
-    from dynlora_cli.console import Console
-
-    return Console()
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _launch(devices: str, arguments: Sequence[str]) -> None:
     """Run this very command in several processes, one per device, and end with their exit code."""
     from dynlora_cli.launch import launch
@@ -219,9 +152,6 @@ def _device_count(devices: str) -> int:
     if available and int(devices) > available:
         raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
     return int(devices)
-
-
-cli_eval.register(app, _reporting)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -121,7 +121,7 @@ class Console:
     def show_start(self, event: Event) -> None:
         """What is about to be trained: the `start` event of the loop."""
         self.line(Text(printable((event.get("run") or {}).get("name") or "dynlora train"), style="head"))
-        self.show(_pairs(start_rows(event)))
+        self.show(pairs(start_rows(event)))
         for note in event.get("notes") or ():
             self.note(note)
         if event.get("example"):
@@ -153,7 +153,7 @@ class Console:
             self.show(Group(Text("Target modules", style="head"), _module_table(plan["modules"]), Text()))
         parameters = plan.get("parameters") or {}
         rows = [(f"{key} parameters", count(value)) for key, value in parameters.items()]
-        self.show(_pairs([*rows, ("optimizer steps", count(plan.get("steps")))]))
+        self.show(pairs([*rows, ("optimizer steps", count(plan.get("steps")))]))
         if plan.get("schedule"):
             self.show(Group(Text(), Text("Schedule", style="head"), _schedule_table(plan["schedule"])))
         for note in plan.get("notes") or ():
@@ -367,14 +367,14 @@ def _before_after(summary: dict[str, Any]) -> Table:
 
 
 def _module_table(modules: Iterable[dict[str, Any]]) -> Table:
-    table = _table("module", "layers", "out x in", "components each")
+    table = plain_table("module", "layers", "out x in", "components each")
     for (pattern, d_out, d_in, components), layers in module_groups(modules).items():
         table.add_row(printable(pattern), f"x{layers}", f"{d_out} x {d_in}", count(components))
     return table
 
 
 def _schedule_table(schedule: Sequence[dict[str, Any]]) -> Table:
-    table = _table("step", "average rank", "parameters", "learning rate", "")
+    table = plain_table("step", "average rank", "parameters", "learning rate", "")
     most = max((row.get("parameters") or 0 for row in schedule), default=0) or 1
     for row in schedule:
         bar = Text("█" * max(1, round(24 * (row.get("parameters") or 0) / most)), style="accent")
@@ -383,7 +383,7 @@ def _schedule_table(schedule: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _table(*heads: str) -> Table:
+def plain_table(*heads: str) -> Table:
     """A table without rules; names are set left, numbers right."""
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="label")
     for index, head in enumerate(heads):
@@ -391,7 +391,7 @@ def _table(*heads: str) -> Table:
     return table
 
 
-def _pairs(rows: Iterable[tuple[str, str]]) -> Padding:
+def pairs(rows: Iterable[tuple[str, str]]) -> Padding:
     grid = Table.grid(padding=(0, 3, 0, 0))
     grid.add_column(style="label", no_wrap=True)
     grid.add_column()

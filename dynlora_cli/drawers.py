@@ -8,11 +8,13 @@ exporters/   files that other tools read              dynlora export --to
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from dynlora_cli.errors import UsageError
 
@@ -34,6 +36,14 @@ def load(drawer: str, name: str) -> ModuleType:
             f"{drawer} has no {name!r}{did_you_mean(name, names(drawer))}", f"choose one of: {', '.join(names(drawer))}"
         )
     return importlib.import_module(f"dynlora_cli.{drawer}.{name}")
+
+
+def declared(drawer: str, name: str, constant: str) -> Any:
+    """What `dynlora_cli/<drawer>/<name>.py` sets a constant to, without importing it; None where it does not."""
+    for node in ast.parse((Path(__file__).parent / drawer / f"{name}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [constant]:
+            return ast.literal_eval(node.value)
+    return None
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -24,12 +24,11 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import Place, module_of, structure, tied
 from dynlora_cli.errors import DynloraError, MeasureError, UsageError
-from dynlora_cli.run_folder import write_json
+from dynlora_cli.run_folder import copy_tokenizer, write_json
 from dynlora_cli.weights import New, Weights, write_like
 
 # What stands beside the weights and is of use to whoever runs the model.
 KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
-TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json")
 Original = Callable[[str, str], Tensor]
 
 
@@ -43,6 +42,7 @@ class Plan:
         names: new names of the base's tensors.
         config: of the merged model.
         modules: adapted layers; each is in `changed` or `added`.
+        untied: input table and output head shared a weight, and no longer do.
     """
 
     weights: Weights
@@ -51,6 +51,7 @@ class Plan:
     added: dict[str, New] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
+    untied: bool = False
 
 
 def plan_merge(adapter: Adapter, place: Place, original: Original | None = None) -> Plan:
@@ -144,6 +145,7 @@ class _Folding:
 
     def _untie(self) -> None:
         assert self.tied is not None
+        self.plan.untied = True
         for config in (self.plan.config, self.plan.config.get("text_config") or {}):
             if config.get("tie_word_embeddings", True):
                 config["tie_word_embeddings"] = False
@@ -212,17 +214,9 @@ def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path, done:
         for path in place.folder.glob(pattern):
             if not path.name.startswith("model.safetensors"):
                 shutil.copyfile(path, folder / path.name)
-    _copy_tokenizer(adapter, folder)
+    copy_tokenizer(adapter.folder, folder)  # as it was when the adapter was trained, template included
     write_json(folder / "config.json", plan.config)
     total = write_like(plan.weights, folder, changed, added, renamed=lambda name: plan.names.get(name, name), done=done)
     if len(merged) != len(changed) + len(added) or len(plan.modules) != len(adapter.layers):
         raise DynloraError(f"merged {len(merged)} of {len(changed) + len(added)} tensors", "please report this")
     return total
-
-
-def _copy_tokenizer(adapter: Adapter, folder: Path) -> None:
-    """The tokenizer the adapter was trained with, template included, where its folder has one."""
-    if (adapter.folder / "tokenizer_config.json").is_file():
-        for pattern in TOKENIZER_FILES:
-            for path in adapter.folder.glob(pattern):
-                shutil.copyfile(path, folder / path.name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import UsageError
+from dynlora_cli.options import share
 from dynlora_cli.units import number, percent
 
 # What `--fail-below` may name, in the order in which a table shows it, with the highest value it can take.
@@ -156,7 +157,7 @@ def read_gates(
         fail_above=fail_above,
         fail_below=dict(_bound(text) for text in fail_below),
         baseline=_read_baseline(baseline) if baseline is not None else None,
-        max_regression=_share(max_regression or DEFAULT_REGRESSION),
+        max_regression=_regression(max_regression or DEFAULT_REGRESSION),
     )
 
 
@@ -177,14 +178,9 @@ def _bound(text: str) -> tuple[str, float]:
     return metric, bound
 
 
-def _share(text: str) -> float:
-    """`1%` or `0.01` as a share."""
-    bare, is_percent = text.strip(), text.strip().endswith("%")
-    try:
-        value = float(bare.removesuffix("%")) / (100 if is_percent else 1)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf or (not is_percent and value >= 1):
+def _regression(text: str) -> float:
+    value = share(text, "--max-regression")
+    if value >= 1 and not text.strip().endswith("%"):
         raise UsageError(f"--max-regression {text} is no share", "write 1% or 0.01")
     return value
 

@@ -78,6 +78,20 @@ def svd_basis(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor] | None:
     return T, T_inv
 
 
+def svd_factors(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
+    """The same update in SVD form, largest first, for factors that no optimizer holds.
+
+    Returns:
+        a_CI = c·Vᵀ and b_OC = UΣ/c, c the mean row norm of the old A; at most min(C, I, O) components.
+    """
+    a, b = a_CI.double(), b_OC.double()
+    q_a, r_a = torch.linalg.qr(a.T)
+    q_b, r_b = torch.linalg.qr(b)
+    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    c = a.norm(dim=1).mean()
+    return (c * vh @ q_a.T).to(a_CI.dtype), (q_b @ u * (sigma / c)).to(b_OC.dtype)
+
+
 def _transform(a_CI: Tensor, b_OC: Tensor, left: Tensor, right: Tensor) -> None:
     a_CI.copy_((left @ a_CI.double()).to(a_CI.dtype))
     b_OC.copy_((b_OC.double() @ right).to(b_OC.dtype))

@@ -18,11 +18,13 @@ class GateGradients:
     """Running averages of dL/dg of every component and of its square, since they last changed their meaning.
 
     Attributes:
+        decay: of the averages, per step; None: all steps count alike.
         steps: optimizer steps observed.
         targets: supervised tokens (or rows) of an optimizer step, averaged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decay: float | None = DECAY) -> None:
+        self.decay = decay
         self.restart()
 
     def restart(self) -> None:
@@ -38,8 +40,9 @@ class GateGradients:
             self._mean_K, self._square_K = torch.zeros_like(gradient_K), torch.zeros_like(gradient_K)
         self.steps += 1
         self.targets += (targets - self.targets) / self.steps
-        self._mean_K = self._mean_K.lerp(gradient_K, 1 - DECAY)
-        self._square_K = self._square_K.lerp(gradient_K.square(), 1 - DECAY)
+        weight = 1 / self.steps if self.decay is None else 1 - self.decay
+        self._mean_K = self._mean_K.lerp(gradient_K, weight)
+        self._square_K = self._square_K.lerp(gradient_K.square(), weight)
 
     def mean(self, pool: Pool) -> Tensor:
         """Average of dL/dg, free of the bias of a short history; zeros before the first step. [K]"""
@@ -64,7 +67,7 @@ class GateGradients:
     def _unbiased(self, average_K: Tensor | None, pool: Pool) -> Tensor:
         if average_K is None:
             return torch.zeros(pool.components, device=pool.values.device)
-        return average_K / (1 - DECAY**self.steps)
+        return average_K if self.decay is None else average_K / (1 - self.decay**self.steps)
 
     def select(self, keep_K: Tensor) -> None:
         """Forget the components that were removed; `keep_K` is boolean over those that were there."""

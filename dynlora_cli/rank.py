@@ -280,7 +280,7 @@ class RankControl:
             "parameters_before": pool.parameters,
         }
         counts, loss = dict(pool.counts), self.probe() if self.probe else None
-        if self.gauge and not self.policy.needs_gradients:
+        if self.gauge and self.policy.needs == "values":
             self._turn()
         scores_K = self.policy.scores(pool, self.gradients, self.generator)
         capped = step != self.schedule.last

@@ -8,7 +8,7 @@ The sentence under a field is its description in `dynlora schema`. Reading a fil
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -91,13 +91,14 @@ class _NotForeign:
 
 @dataclass(frozen=True)
 class _Drawer:
-    """A text that must be a file name in a drawer, or one of `also`."""
+    """A text that must be a file name in a drawer, or one of `also`; `refuse` says why a file is no choice here."""
 
     drawer: str
     also: tuple[str, ...] = ()
+    refuse: Callable[[str], str | None] = lambda name: None  # noqa: ARG005
 
     def choices(self) -> list[str]:
-        return [*self.also, *drawers.names(self.drawer)]
+        return [*self.also, *(name for name in drawers.names(self.drawer) if not self.refuse(name))]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.no_info_after_validator_function(self, handler(source))
@@ -106,9 +107,17 @@ class _Drawer:
         return {**handler(core), "enum": self.choices()}
 
     def __call__(self, value: str) -> str:
+        if value in drawers.names(self.drawer) and (reason := self.refuse(value)):
+            raise ValueError(f"got {value}, {reason}")
         if value not in self.choices():
             raise PydanticCustomError("choice", "not one of the choices")
         return value
+
+
+def _only_after_training(policy: str) -> str | None:
+    if drawers.declared("policies", policy, "needs") == "covariances":
+        return f"which works on a trained adapter: `dynlora prune --policy {policy}`"
+    return None
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -237,7 +246,7 @@ class Rank(Section):
 class Pruning(Section):
     """Which components go, and when; times are shares of all optimizer steps."""
 
-    policy: Annotated[str, _Drawer("policies")] = "fisher"
+    policy: Annotated[str, _Drawer("policies", refuse=_only_after_training)] = "fisher"
     """What scores the components: a file name in dynlora_cli/policies."""
     start: Share = 0.05
     """When pruning begins."""

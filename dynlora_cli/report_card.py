@@ -58,7 +58,8 @@ def _what_it_is(record: RunRecord) -> str:
     text += "the update is a sum of rank-1 components in one pool"
     first, last = summary.get("components_start"), summary.get("components")
     if first is not None and last is not None and last < first:
-        text += f", pruned while training under one budget, from {count(first)} to {count(last)} of them"
+        when = "after training" if record.info.get("prune") else "while training under one budget"
+        text += f", pruned {when}, from {count(first)} to {count(last)} of them"
         text += ". Every layer has the rank that training left it; layers that kept no component are not adapted"
     text += "."
     return text + " The files are a plain PEFT LoRA whose scale is exactly 1."

@@ -18,9 +18,16 @@ ASSETS = Path(__file__).parent / "assets"
 
 def report_page(record: RunRecord) -> str:
     """The whole page for one run. Whatever the record lacks is left out, not shown as empty."""
-    name = record.info.get("name") or record.folder.resolve().name
+    name = _name(record)
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    sections = (_header(record, name), _charts(record), _ranks(record), _layer_table(record), _run_record(record))
+    sections = (
+        _header(record, name),
+        _size_curve(record),
+        _charts(record),
+        _ranks(record),
+        _layer_table(record),
+        _run_record(record),
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -29,8 +36,12 @@ def report_page(record: RunRecord) -> str:
     )
 
 
-def _header(record: RunRecord, name: str) -> str:
-    info, summary = record.info, record.summary
+def _name(record: RunRecord) -> str:
+    return record.info.get("name") or record.folder.resolve().name
+
+
+def _header(record: RunRecord) -> str:
+    info, summary, name = record.info, record.summary, _name(record)
     model = (info.get("base_model") or {}).get("name_or_path") or summary.get("model")
     policy = summary.get("policy") or ((info.get("recipe") or {}).get("pruning") or {}).get("policy")
     about = [
@@ -38,7 +49,7 @@ def _header(record: RunRecord, name: str) -> str:
         info.get("task"),
         info.get("variant"),
         policy and f"policy {policy}",
-        f"{count(record.last_step)} steps",
+        f"{count(record.last_step)} steps" if record.last_step else "pruned after training",
     ]
     tiles = "".join(
         f"<div><dt>{text(label)}</dt><dd>{text(value)}<small>{text(note)}</small></dd></div>"
@@ -76,6 +87,29 @@ def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
 def _speeds(summary: dict[str, Any]) -> str:
     start, end = summary.get("tokens_per_second_start"), summary.get("tokens_per_second_end")
     return f"{short(start)} at first, {short(end)} at the end" if start and end else ""
+
+
+def _size_curve(record: RunRecord) -> str:
+    """Loss against size, of an adapter that was pruned after training."""
+    pruned = record.info.get("prune") or {}
+    points = sorted(pruned.get("curve") or [], key=lambda point: point["parameters"])
+    if not points:
+        return ""
+    chosen = record.summary.get("parameters")
+    chart = partial(svg.line_chart, last_step=points[-1]["parameters"], x_unit="parameter")
+    loss = [(point["parameters"], point["loss"]) for point in points]
+    energy = [(point["parameters"], point["energy"]) for point in points]
+    this = [point for point in points if point["parameters"] == chosen]
+    figures = chart(
+        "Held-out loss against size",
+        [Series("measured", loss, "dots"), Series("this adapter", [(p["parameters"], p["loss"]) for p in this])],
+        unit="nats per token",
+        y_text=_plain,
+        wide=True,
+    ) + chart("Share of the update kept", [Series("‖ΔW‖²", energy, "dots")], unit="share", y_text=_plain, wide=True)
+    source, policy = text(pruned.get("from", "")), text(pruned.get("policy", ""))
+    lead = f'<p class="muted">Cut from {source} by the policy {policy}, in one order of its components.</p>'
+    return f'<h2>Loss against size</h2>{lead}<div class="charts">{figures}</div>'
 
 
 def _charts(record: RunRecord) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, Literal
 
@@ -74,6 +74,7 @@ class Frame:
     right: float = 16
     top: float = 26
     bottom: float = 34
+    x_unit: str = "optimizer step"
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -94,8 +95,9 @@ def line_chart(
     last_step: float,
     wide: bool = False,
     from_zero: bool = False,
+    x_unit: str = "optimizer step",
 ) -> str:
-    """A figure of `series` over optimizer steps 0 to `last_step`.
+    """A figure of `series` over optimizer steps 0 to `last_step`, or over another `x_unit`.
 
     `unit` names the vertical axis, `marks` are the steps of prune events.
 
@@ -104,11 +106,11 @@ def line_chart(
     shown = [one for one in series if one.finite()]
     if not shown:
         return ""
-    frame = _fit(shown, (0, last_step or 1), wide, from_zero)
+    frame = replace(_fit(shown, (0, last_step or 1), wide, from_zero), x_unit=x_unit)
     marks = list(marks)
     body = _axes(frame, unit, y_text) + _marks(frame, marks) + "".join(_draw(frame, one, y_text) for one in shown)
     legend = [(one.style, one.label) for one in shown if one.label] + ([("mark", "prune event")] if marks else [])
-    return figure(title, _svg(frame, _spoken(title, shown, unit, y_text), body), legend, wide)
+    return figure(title, _svg(frame, _spoken(title, shown, unit, y_text, x_unit), body), legend, wide)
 
 
 def dumbbell_chart(title: str, pairs: Sequence[tuple[float, float, float]], *, unit: str) -> str:
@@ -214,7 +216,7 @@ def _axes(frame: Frame, unit: str, y_text: Callable[[float], str]) -> str:
             out += f'<text class="middle" x="{frame.x(value):.1f}" y="{floor + 17}">{value:,.0f}</text>'
     out += f'<path class="axis" d="M{frame.left} {floor}H{right}"/>'
     out += f'<text class="unit" x="4" y="13">{text(unit)}</text>'
-    return out + f'<text class="unit end" x="{right}" y="{frame.height - 3}">optimizer step</text>'
+    return out + f'<text class="unit end" x="{right}" y="{frame.height - 3}">{text(frame.x_unit)}</text>'
 
 
 def _marks(frame: Frame, steps: Sequence[float]) -> str:
@@ -232,7 +234,7 @@ def _draw(frame: Frame, series: Series, y_text: Callable[[float], str]) -> str:
     if series.style == "dots" or len(points) == 1:
         out += "".join(
             f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.6">'
-            f"<title>step {x:g}: {text(series.label)} {text(y_text(y))}</title></circle>"
+            f"<title>{text(frame.x_unit.split()[-1])} {x:,g}: {text(series.label)} {text(y_text(y))}</title></circle>"
             for x, y in points
         )
     return out
@@ -245,16 +247,22 @@ def _svg(frame: Frame, spoken: str, body: str) -> str:
     )
 
 
-def _spoken(title: str, series: Sequence[Series], unit: str, y_text: Callable[[float], str]) -> str:
+def _spoken(
+    title: str,
+    series: Sequence[Series],
+    unit: str,
+    y_text: Callable[[float], str],
+    x_unit: str = "optimizer step",
+) -> str:
     """The chart in one sentence, for those who do not see it."""
-    parts = []
+    parts, word = [], x_unit.split()[-1]
     for one in series:
         points = one.finite()
         if one.label:
             parts.append(
-                f"{one.label} {y_text(points[0][1])} at step {points[0][0]:g}, {y_text(points[-1][1])} at the end"
+                f"{one.label} {y_text(points[0][1])} at {word} {points[0][0]:g}, {y_text(points[-1][1])} at the end"
             )
-    return f"{title} ({unit}) over optimizer steps: {'; '.join(parts)}"
+    return f"{title} ({unit}) over {x_unit}s: {'; '.join(parts)}"
 
 
 def _signed(value: float) -> str:

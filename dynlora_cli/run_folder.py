@@ -24,31 +24,49 @@ from dynlora_cli.report_log import METRICS, RANK_EVENTS
 
 RECORD = "dynlora.json"
 CHECKPOINTS = "checkpoints"
+MERGE_RECORD = "merge.json"
+EXPORT_RECORD = "export.json"
+OURS = (RECORD, MERGE_RECORD, EXPORT_RECORD)  # one of these lies in every folder that dynlora makes
+TOKENIZER_FILES = (
+    "tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+)  # fmt: skip
 
 
-def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
-    """Check that a new run may be written to `folder`; changes nothing.
+def refuse_occupied(folder: Path, *, overwrite: bool, option: str = "--output-dir") -> None:
+    """Check that something new may be written to `folder`; changes nothing.
 
     Args:
-        folder: absent, empty, or with `overwrite` the folder of a run. No other folder is ever emptied.
-        overwrite: an earlier run may be replaced.
+        folder: absent, empty, or with `overwrite` one that dynlora made. No other folder is ever emptied.
+        overwrite: what dynlora made may be replaced.
+        option: that names the folder.
 
     Raises:
         UsageError: something is there that may not be replaced.
     """
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir {folder} is a file", "choose another folder with --output-dir")
+        raise UsageError(f"{option} {folder} is a file", f"choose another folder with {option}")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
+            resume = "--resume to go on with the run in it, " if option == "--output-dir" else ""
             raise UsageError(
-                f"output_dir {folder} is not empty",
-                "add --resume to go on with the run in it, --overwrite to replace it, or choose another --output-dir",
+                f"{option} {folder} is not empty",
+                f"add {resume}--overwrite to replace it, or choose another {option}",
             )
-        if not (folder / RECORD).is_file():
+        if not any((folder / name).is_file() for name in OURS):
             raise UsageError(
-                f"--overwrite replaces runs only, and {folder} holds no {RECORD}",
-                "choose another --output-dir, or empty that folder yourself",
+                f"--overwrite replaces only what dynlora made, and {folder} holds no {RECORD}",
+                f"choose another {option}, or empty that folder yourself",
             )
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer and its chat template, if `source` has one; whether it has."""
+    if not (source / "tokenizer_config.json").is_file():
+        return False
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)
+    return True
 
 
 def claim(folder: Path, *, overwrite: bool) -> None:

@@ -240,7 +240,7 @@ def test_overwrite_never_empties_another_folder(train: Callable[..., Answer], tm
     (tmp_path / "out" / "thesis.txt").write_text("three years of work")
     answer = train("--overwrite")
     assert (answer.code, answer.out) == (2, "")
-    assert "--overwrite replaces runs only" in answer.err
+    assert "--overwrite replaces only what dynlora made" in answer.err
     assert contents(tmp_path / "out") == {"thesis.txt": b"three years of work"}
 
 

@@ -16,7 +16,7 @@ from dynlora_cli.rank import RankControl, Schedule, plan_start, select_K, shrink
 
 from toy import SHAPES, fill, make, train
 
-POLICIES = drawers.names("policies")
+POLICIES = [n for n in drawers.names("policies") if drawers.declared("policies", n, "needs") != "covariances"]
 
 
 def budget(kind, value):

@@ -1,10 +1,12 @@
 """What a pruning policy is: a file in this folder with these two names.
 
-    needs_gradients: bool
-        True: scores are of the time before an event, from the gradients since the last one.
-        False: scores are of the values as they stand, after they were turned into the SVD basis.
+    needs = "values" | "gradients" | "covariances"
+        values: scores are of the components as they stand, after they were turned into the SVD basis.
+        gradients: from gate gradients; in training of the steps since the last event, after it of held-out rows.
+        covariances: from what flows through the layers, after the components were turned into the basis that fits it;
+            only `dynlora prune` collects that.
 
-    scores(pool, gradients, generator) -> Tensor
+    scores(pool, observed, generator) -> Tensor
         What each component is worth per number it holds; higher is better. [K], finite. A policy scores and never
         decides: `rank.select_K` does, for all policies alike.
 
@@ -13,19 +15,26 @@ Dimensions: K components of the pool.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dynlora_cli.components import Pool
+from dynlora_cli.covariances import Energies
 from dynlora_cli.gradients import GateGradients
 
 
 class Policy(Protocol):
     """The shape of a policy's module."""
 
-    needs_gradients: bool
+    needs: Literal["values", "gradients", "covariances"]
 
-    def scores(self, pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:
-        """Worth of every component per number it holds. [K]"""
+    def scores(self, pool: Pool, observed: GateGradients | Energies, generator: torch.Generator) -> Tensor:
+        """Worth of every component per number it holds. [K]
+
+        Args:
+            pool: the components.
+            observed: `GateGradients`, or `Energies` where the policy needs covariances.
+            generator: of the run, for what is random.
+        """

@@ -22,7 +22,7 @@ from torch import Tensor
 from dynlora_cli.components import Pool
 from dynlora_cli.gradients import GateGradients
 
-needs_gradients = True
+needs = "gradients"
 
 
 def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001

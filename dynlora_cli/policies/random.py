@@ -18,7 +18,7 @@ from torch import Tensor
 from dynlora_cli.components import Pool
 from dynlora_cli.gradients import GateGradients
 
-needs_gradients = False
+needs = "values"
 
 
 def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001

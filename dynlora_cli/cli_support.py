@@ -1,0 +1,91 @@
+"""What every command shares: one place where errors become messages and exit codes.
+
+0 done                                        1 the run failed
+2 change the command, recipe or named input   3 change the machine, or fetch what is missing
+4 a measured number failed                    130 interrupted after a clean checkpoint
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dynlora_cli.errors import DynloraError, MachineError, UsageError
+
+if TYPE_CHECKING:
+    from dynlora_cli.console import Console
+
+UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
+    """Run a command: the result goes to stdout as JSON if asked for, an error to stderr, with its exit code."""
+    result: dict[str, Any] = {}
+    stdout = sys.stdout
+    code = 0
+    try:
+        # Whatever a library prints is for people; stdout holds the result alone.
+        with redirect_stdout(sys.stderr):
+            yield result
+    except DynloraError as error:
+        result, code = _failure(error), error.exit_code
+        console().error(error)  # of any process: what only one of several has met must not get lost
+    except typer.Exit:  # of the processes that did the work, and have said so
+        raise
+    except KeyboardInterrupt:
+        result, code = {"ok": False, "error": "interrupted"}, 130
+        typer.echo("interrupted", err=True)
+    except Exception as error:
+        known = _as_ours(error)
+        if known is None:
+            if as_json and is_main_process():
+                print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
+            raise
+        result, code = _failure(known), known.exit_code
+        console().error(known)
+    if as_json and (code or is_main_process()):
+        print(json.dumps(result, allow_nan=False, default=str), file=stdout)
+    if code:
+        raise typer.Exit(code)
+
+
+def _failure(error: DynloraError) -> dict[str, Any]:
+    return {"ok": False, "error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+
+
+def _as_ours(error: Exception) -> DynloraError | None:
+    """Faults of the machine that may come from anywhere, in our words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(
+            f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume"
+        )
+    if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
+        return UsageError(
+            f"{error.filename}: {error.strerror}", "check that path; --output-dir chooses another place for the run"
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return MachineError(
+            "the GPU has not enough memory",
+            "lower train.micro_batch_size or dataset.max_length, or set train.gradient_checkpointing: true",
+        )
+    return None
+
+
+def console() -> Console:
+    """Writes for people, to stderr."""
+    from dynlora_cli.console import Console
+
+    return Console()
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,61 @@
+"""A few training steps for an adapter that was cut, with the recipe it was trained by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynlora_cli.assemble import make_accelerator, make_run
+from dynlora_cli.attach import attached, detached
+from dynlora_cli.data import load_data
+from dynlora_cli.errors import Interrupted
+from dynlora_cli.loop import fit
+from dynlora_cli.model import context_length
+
+if TYPE_CHECKING:
+    from dynlora_cli.adapter import Adapter
+    from dynlora_cli.model import Base
+    from dynlora_cli.recipe import Recipe
+
+
+def heal(
+    adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path, emit: Callable[[dict[str, Any]], None]
+) -> Adapter:
+    """Train the components that are left; their number stays. Heads and magnitudes stay as they are.
+
+    Args:
+        adapter: that was cut.
+        base: its base in memory.
+        recipe: data, batches and learning rate; its schedule is run through in `steps`.
+        steps: optimizer steps.
+        folder: where trackers may write.
+        emit: takes the events of the loop.
+
+    Raises:
+        Interrupted: Ctrl-C; nothing is saved.
+    """
+    train = recipe.train.model_copy(update={"max_steps": steps, "save_steps": None, "report_to": []})
+    evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
+    recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
+    data = load_data(
+        recipe.dataset,
+        base.tokenizer,
+        task=adapter.task,
+        seed=recipe.seed,
+        max_length=context_length(base.folder),
+        num_labels=recipe.model.num_labels,
+    )
+    accelerator = make_accelerator(recipe, folder)
+    with attached(base.model, adapter) as pool, torch.enable_grad():
+        run = make_run(recipe, accelerator, base, data, pool, None, save=lambda _: None)
+        run.emit = emit
+        torch.manual_seed(recipe.seed)
+        try:
+            fit(run)
+        except Interrupted:
+            raise Interrupted("interrupted while healing; nothing was written", "run the same command again") from None
+        base.model.eval()
+        return detached(adapter, pool)

@@ -1,0 +1,271 @@
+"""`dynlora merge`: one adapter into its base, or several into one adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli import __version__, run_folder
+from dynlora_cli.adapter import Adapter, save
+from dynlora_cli.adapter_base import Place, find_base
+from dynlora_cli.adapter_reader import read_adapter
+from dynlora_cli.attach import attached
+from dynlora_cli.combine import Combined, combine
+from dynlora_cli.compare import adapted_predictions, predictions_of
+from dynlora_cli.components import dense_weight
+from dynlora_cli.errors import MachineError, MeasureError, UsageError
+from dynlora_cli.fold import Plan, plan_merge, write_merged
+from dynlora_cli.held_out import base_in_memory, read_tokenizer
+from dynlora_cli.model import Base
+from dynlora_cli.posthoc import parameters_of
+from dynlora_cli.probe import Agreement, agreement, predictions, probe_rows
+from dynlora_cli.recipe_settings import Budget
+from dynlora_cli.weights import New
+
+Emit = Callable[[dict[str, Any]], None]
+MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does
+
+
+def into_base(
+    adapter: Adapter,
+    out: Path | None,
+    *,
+    base_name: str | None = None,
+    base_weights: str = "original",
+    max_kl: float = MAX_KL,
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Write the base model with the adapter folded in, and check that it predicts the same.
+
+    Args:
+        adapter: to be merged.
+        out: a new folder; None: `merged` inside the adapter's.
+        base_name: folder or hub id of the base model, in place of the one on record.
+        base_weights: original | dequantized; of an adapter that was trained on a quantized base: add to the weights
+            as they were before, or as training saw them.
+        max_kl: nats per token; above it nothing is left.
+        overwrite: replace an earlier merge.
+        emit: takes notes.
+
+    Returns:
+        The summary, as data.
+
+    Raises:
+        MeasureError: the merged model predicts something else.
+    """
+    started = time.monotonic()
+    out = out or adapter.folder / "merged"
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    place = find_base(adapter, base_name)
+    quantized = _quantized_base(adapter, place, base_weights, emit)
+    if base_weights == "dequantized":
+        assert quantized is not None
+        plan = plan_merge(adapter, place, partial(_dequantized, quantized))
+        _round_the_others(plan, quantized)
+    else:
+        plan = plan_merge(adapter, place)
+    _refuse_full_disk(plan, out)
+    with run_folder.whole_folder(out) as folder:
+        size = write_merged(plan, adapter, place, folder, lambda _: None)
+        emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
+        checks = _check(adapter, place, folder, quantized if base_weights == "dequantized" else None)
+        summary = {
+            "ok": True,
+            "command": "merge",
+            "into": "base",
+            "output_dir": str(out),
+            "adapters": [str(adapter.folder)],
+            "base_model": str(place.folder),
+            "base_weights": base_weights,
+            "modules": len(plan.modules),
+            "untied": bool(plan.untied),
+            "bytes": size,
+            "check": checks.as_dict(),
+            "trained_base": _against_trained_base(adapter, place, folder, quantized, base_weights),
+            "seconds": time.monotonic() - started,
+        }
+        if checks.kl > max_kl:
+            raise MeasureError(
+                f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
+                "nothing was kept",
+                "raise --max-kl if that is meant, or report this",
+            )
+        run_folder.write_json(folder / run_folder.MERGE_RECORD, {**summary, "dynlora_version": __version__})
+    return summary
+
+
+def _quantized_base(adapter: Adapter, place: Place, base_weights: str, emit: Emit) -> Base | None:
+    """The base as QLoRA training saw it, where the adapter was trained so; or where the person asks for it."""
+    options = place.options
+    if not (options.load_in_4bit or options.load_in_8bit):
+        if base_weights == "original":
+            return None
+        if adapter.record:
+            raise UsageError(f"{adapter.folder} was not trained on a quantized base", "leave --base-weights out")
+        emit({"event": "note", "text": "nothing says how the base was quantized; NF4 with double quantization assumed"})
+        options = options.model_copy(update={"load_in_4bit": True})
+    return base_in_memory(adapter, replace(place, options=options), read_tokenizer(adapter, place))
+
+
+def _dequantized(base: Base, _tensor: str, module: str) -> Tensor:
+    """A layer's weight as training saw it, in the layout of the file."""
+    layer = base.model.get_submodule(module)
+    weight = dense_weight(layer).cpu()
+    return weight.T.contiguous() if isinstance(layer, Conv1D) else weight.contiguous()
+
+
+def _round_the_others(plan: Plan, base: Base) -> None:
+    """Layers that were quantized and have no components are written as training saw them too."""
+    for name, module in base.model.named_modules():
+        quantized = isinstance(module, nn.Linear) and type(module) is not nn.Linear
+        tensor = plan.weights.locate(name) if quantized and name not in plan.modules else None
+        if tensor is not None:
+            entry = plan.weights.entries[tensor]
+            plan.changed[tensor] = New(entry.dtype, entry.shape, partial(_dequantized, base, tensor, name))
+
+
+def _refuse_full_disk(plan: Plan, out: Path) -> None:
+    needed = sum(entry.size for entry in plan.weights.entries.values()) + sum(new.size for new in plan.added.values())
+    parent = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise MachineError(
+            f"the merged model takes {needed / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB left",
+            "free some, or choose another --out",
+        )
+
+
+def _check(adapter: Adapter, place: Place, folder: Path, quantized: Base | None) -> Agreement:
+    """Base + adapter against the merged files, on the probe text."""
+    rows = probe_rows(read_tokenizer(adapter, place))
+    if quantized is not None:
+        with attached(quantized.model, adapter):
+            reference = predictions(quantized.model, rows)
+    else:
+        reference = adapted_predictions(adapter, place, rows)
+    return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows)
+
+
+def _against_trained_base(
+    adapter: Adapter, place: Place, folder: Path, quantized: Base | None, base_weights: str
+) -> dict[str, Any] | None:
+    """How far the merged model is from what QLoRA training saw; for information, since the base differs."""
+    if quantized is None or base_weights == "dequantized":
+        return None
+    rows = probe_rows(read_tokenizer(adapter, place))
+    with attached(quantized.model, adapter):
+        reference = predictions(quantized.model, rows)
+    return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows).as_dict()
+
+
+def into_adapter(
+    adapters: Sequence[Adapter],
+    out: Path,
+    *,
+    method: str = "exact",
+    weights: Sequence[float] | None = None,
+    budget: Budget | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write one adapter that does what several do together.
+
+    Args:
+        adapters: two or more, of one base.
+        out: a new folder.
+        method, weights, density, seed: see combine.py; weights are 1 by default.
+        budget: as in a recipe; a share is of all adapters together.
+        overwrite: replace what dynlora wrote there.
+
+    Returns:
+        The summary, as data.
+    """
+    started = time.monotonic()
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    combined = combined_adapter(adapters, method=method, weights=weights, budget=budget, density=density, seed=seed)
+    adapter = combined.adapter
+    summary = {
+        "ok": True,
+        "command": "merge",
+        "into": "adapter",
+        "output_dir": str(out),
+        "adapters": [str(each.folder) for each in adapters],
+        "method": method,
+        "weights": list(weights or [1.0] * len(adapters)),
+        "parameters_start": sum(each.parameters for each in adapters),
+        "parameters": adapter.parameters,
+        "components": adapter.components,
+        "energy_kept": combined.energy_kept,
+        "ranks": adapter.ranks,
+        "seconds": time.monotonic() - started,
+    }
+    with run_folder.whole_folder(out) as folder:
+        save(adapter, folder)
+        run_folder.copy_tokenizer(adapters[0].folder, folder)
+        run_folder.write_json(folder / run_folder.RECORD, _record(adapters, adapter, out, summary, folder))
+    return summary
+
+
+def combined_adapter(
+    adapters: Sequence[Adapter],
+    *,
+    method: str,
+    weights: Sequence[float] | None,
+    budget: Budget | None,
+    density: float,
+    seed: int,
+) -> Combined:
+    """The adapters as one, in memory."""
+    if weights is not None and len(weights) != len(adapters):
+        raise UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters", "give one for each")
+    limit = None if budget is None else parameters_of(budget, adapters)
+    chosen = weights or [1.0] * len(adapters)
+    return combine(adapters, chosen, method, budget=limit, density=density, seed=seed)
+
+
+def _record(
+    adapters: Sequence[Adapter], merged: Adapter, out: Path, summary: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    first = adapters[0].record
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return {
+        "schema_version": 1,
+        "dynlora_version": __version__,
+        "name": out.name,
+        "task": merged.task,
+        "variant": "lora",
+        "base_model": first.get("base_model") or {"name_or_path": merged.config.get("base_model_name_or_path")},
+        "chat_template_sha256": first.get("chat_template_sha256"),
+        "layers": {
+            name: {
+                "rank": factors.rank,
+                "importance": factors.energy(),
+                "d_in": factors.a_CI.shape[1],
+                "d_out": factors.b_OC.shape[0],
+            }
+            for name, factors in merged.layers.items()
+        },
+        "sha256": digest,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "summary": summary,
+    }
+
+
+def read_all(paths: Sequence[Path], emit: Emit) -> list[Adapter]:
+    """The adapters that the paths name; how each was found goes to `emit`."""
+    adapters = [read_adapter(path) for path in paths]
+    for adapter in adapters:
+        if adapter.note:
+            emit({"event": "note", "text": adapter.note})
+    return adapters
