@@ -20,14 +20,8 @@ def report_page(record: RunRecord) -> str:
     """The whole page for one run. Whatever the record lacks is left out, not shown as empty."""
     name = _name(record)
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    sections = (
-        _header(record, name),
-        _size_curve(record),
-        _charts(record),
-        _ranks(record),
-        _layer_table(record),
-        _run_record(record),
-    )
+    parts = (_header, _size_curve, _charts, _ranks, _layer_table, _run_record)
+    sections = [part(record) for part in parts]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
