@@ -111,7 +111,6 @@ def held_out_rows(
     if is_file:
         assert data is not None
         settings |= {"train": [{"path": str(data)}], "val": [], "val_size": 0.0, "packing": False}
-    labels = (adapter.record.get("data") or {}).get("labels")
     limit = context_length(place.folder)
     read = load_data(
         Dataset.model_validate(settings),
@@ -120,7 +119,7 @@ def held_out_rows(
         seed=recipe.seed if recipe else 0,
         max_length=limit,
         num_labels=len(place.labels) if place.labels else None,
-        labels=[str(label) for label in labels] if labels else None,
+        labels=place.labels,  # never found in these rows, whose order of classes may be another
     )
     examples = read.train if is_file else read.val
     if not examples:
@@ -135,7 +134,7 @@ def held_out_rows(
     most = max_samples or (recipe.eval.max_samples if recipe else None)
     return Rows(
         examples=examples[:most],
-        source=str(data) if data else f"held-out rows of {adapter.name}",
+        source=str(data) if is_file else f"held-out rows of {data or adapter.name}",
         sha256=read.sha256,
         max_length=max(len(example.input_ids) for example in examples),
         micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +40,18 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), correct
 
 
-def _targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V] at the batch's targets, the targets [N], and the line of the batch [N] that each stands in."""
-    logits, targets = model(**batch.inputs).logits, batch.labels
+def _targets(model: nn.Module, batch: Batch, *, only_targets: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V] at the batch's targets, the targets [N], and the line of the batch [N] that each stands in.
+
+    Args:
+        only_targets: let the model make logits only at positions where some row has a target, if it can: over a large
+            vocabulary the logits of the prompts are most of the memory of a forward pass.
+    """
+    targets, more = batch.labels, {}
+    if only_targets and targets.ndim == 2 and "logits_to_keep" in signature(model.forward).parameters:
+        positions = (targets != IGNORE).any(0).nonzero()[:, 0]
+        targets, more = targets[:, positions], {"logits_to_keep": positions}
+    logits = model(**batch.inputs, **more).logits
     if targets.ndim == 1:
         return logits, targets, torch.arange(len(targets), device=targets.device)
     supervised = targets != IGNORE
@@ -111,7 +121,7 @@ def row_sums(
     chosen: list[Tensor] = []
     with evaluating(model), autocast():
         for batch in batches:
-            logits_NV, targets_N, line_N = _targets(model, batch)
+            logits_NV, targets_N, line_N = _targets(model, batch, only_targets=True)
             choice_N = logits_NV.argmax(-1)
             loss_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
             parts_3N = torch.stack(

@@ -19,6 +19,9 @@ from tiny_run import make_recipe, model_folder, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dynlora_cli import evaluate, generation
+from dynlora_cli.batches import Batches
+from dynlora_cli.loss import held_out, row_sums
+from dynlora_cli.tokens import Example
 
 
 @torch.no_grad()
@@ -130,6 +133,38 @@ def test_a_classifier_of_another_tool(dynlora_eval: Callable[..., Answer], tmp_p
     (found,) = answer.json["adapters"]
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
     assert found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+
+
+def test_classes_that_an_adapter_does_not_know_are_not_guessed(dynlora_eval: Callable[..., Answer], tmp_path: Path):
+    """PEFT saves no names of classes; those of the rows could be in any order."""
+    base = model_folder(tmp_path, "bert")
+    adapter = foreign(base, tmp_path / "adapter", classes=2, target_modules=["query"])
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "spam"}\n{"text": "b", "label": "ham"}\n')
+    answer = dynlora_eval("--adapter", adapter, "--data", tmp_path / "rows.jsonl", "--json")
+    assert (answer.code, "'spam' is not among" in answer.json["error"]) == (2, True)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 1}\n')
+    answer = dynlora_eval("--adapter", adapter, "--data", tmp_path / "rows.jsonl", "--json")
+    assert answer.code == 0, "one class of two is enough to measure on"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sums_of_rows_are_those_of_the_whole_from_fewer_logits(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = AutoModelForCausalLM.from_pretrained(model_folder(tmp_path, kind)).eval()
+    examples = [Example([0, *range(20, 40)], [-100] * (9 + n) + list(range(28 + n, 40)), n) for n in range(5)]
+    batches = [Batches.in_order(examples, micro_batch_size=2, max_length=32, pad_id=1).step(0, n)[0] for n in range(3)]
+    whole = held_out(model, batches)
+    made: list[int] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, made_BTV: made.append(made_BTV.shape[1]))
+    sums = row_sums(model, batches)
+    assert sums.loss == pytest.approx(whole["loss"], abs=1e-6)
+    assert sums.targets == whole["tokens"]
+    assert sums.targets_R.tolist() == [example.supervised() for example in examples]
+    assert made == [12, 10, 8], "positions with a target in some row of the batch, of 21"
+    one = row_sums(model, [Batches.in_order(examples[3:4], micro_batch_size=1, max_length=32, pad_id=1).step(0, 0)[0]])
+    assert one.loss_R[0] == pytest.approx(sums.loss_R[3], abs=1e-4)
 
 
 # -- what is evaluated -----------------------------------------------------------------------------------------------
