@@ -38,15 +38,16 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     if report["rows"]:
         console.line(Text(_what(report), style="head"))
         console.show(_table(report))
+    compared = [adapter for adapter in report["adapters"] if adapter["difference"]]
+    if compared:
         console.line()
-    for adapter in report["adapters"]:
-        if adapter["difference"]:
-            console.line(_verdict(adapter["name"], adapter["difference"]["to"], adapter["difference"], unit))
+    for adapter in compared:
+        console.line(_verdict(adapter["name"], adapter["difference"]["to"], adapter["difference"], unit))
     if report["best"] and len(report["adapters"]) > 1:
         best = report["best"]
         console.line(_verdict(best["name"], best["next"], best["difference"], unit))
     if report["tasks"]:
-        console.line("" if report["rows"] else "tasks of lm-evaluation-harness")
+        console.line()
         console.show(_tasks(report))
     for sample in report["samples"]:
         console.line()
