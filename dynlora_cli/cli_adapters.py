@@ -19,6 +19,16 @@ AdapterPath = Annotated[
         show_default=False,
     ),
 ]
+Adapters = Annotated[
+    list[Path],
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="A run folder, or any PEFT LoRA folder; a folder that holds none means the newest run below it. "
+        "Repeatable.",
+        show_default=False,
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option("--base", metavar="FOLDER", help="The base model, in place of the one on record.", show_default=False),
@@ -68,14 +78,10 @@ def prune(
     """Make a trained adapter smaller."""
     with reporting(as_json) as result:
         from dynlora_cli import drawers
-        from dynlora_cli.options import share, size
+        from dynlora_cli.options import choice, share, size
 
         wanted, rise = size(budget, "--budget"), share(tolerance, "--tolerance")
-        if policy not in drawers.names("policies"):
-            near = drawers.did_you_mean(policy, drawers.names("policies"))
-            raise UsageError(
-                f"--policy {policy}: there is none{near}", f"choose one of: {', '.join(drawers.names('policies'))}"
-            )
+        choice(policy, drawers.names("policies"), "--policy")
         from dynlora_cli import prune as command
         from dynlora_cli.console_adapter import AdapterView
 
@@ -99,7 +105,158 @@ def prune(
         view.show_pruned(summary)
 
 
+def merge(
+    adapter: Adapters,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="base|adapter",
+            help="By default one adapter goes into its base, several into one adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the result goes; by default `merged` inside the run, for one adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How several adapters are combined: exact, linear, ties, dare or svd.")
+    ] = "exact",
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W", help="A weight for each adapter; by default 1 each.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8|0.5|2M",
+            help="Size of the combined adapter; by default that of the largest, and for exact what it takes.",
+            show_default=False,
+        ),
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of the entries that ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
+    base: Base = None,
+    base_weights: Annotated[
+        str,
+        typer.Option(
+            metavar="original|dequantized",
+            help="Of an adapter trained on a quantized base: add to its weights as they were, or as training saw them.",
+        ),
+    ] = "original",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="keep|float32|bfloat16|float16", help="Of the merged model; rounding to 16 bits costs precision."
+        ),
+    ] = "keep",
+    max_kl: Annotated[
+        float, typer.Option(help="Nats per token by which the merged model may differ from base + adapter.")
+    ] = 0.01,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fold an adapter into its base, or several adapters into one."""
+    with reporting(as_json) as result:
+        from dynlora_cli.options import choice, numbers, size
+
+        wanted = into or ("base" if len(adapter) == 1 else "adapter")
+        choice(wanted, ("base", "adapter"), "--into")
+        choice(base_weights, ("original", "dequantized"), "--base-weights")
+        choice(dtype, ("keep", "float32", "bfloat16", "float16"), "--dtype")
+        choice(method, ("exact", "linear", "ties", "dare", "svd"), "--method")
+        given = numbers(weights, "--weights") if weights else None
+        limit = size(budget, "--budget", auto=False) if budget else None
+        if not 0 < density <= 1:
+            raise UsageError(f"--density {density} is no share above 0", "for example --density 0.5")
+        if len(adapter) == 1 and wanted == "adapter":
+            raise UsageError("--into adapter combines several adapters", "add --adapter, or use `dynlora prune`")
+        if len(adapter) > 1 and out is None:
+            raise UsageError("several adapters have no folder of their own for the result", "name one with --out")
+        from dynlora_cli import merge as command
+        from dynlora_cli.console_adapter import AdapterView
+
+        view = AdapterView(console())
+        adapters = command.read_all(adapter, view)
+        way = command.Way(method, given, limit, density, seed)
+        if wanted == "adapter":
+            assert out is not None
+            summary = command.into_adapter(adapters, out, way, overwrite=overwrite)
+        else:
+            one = adapters[0] if len(adapters) == 1 else command.combine(adapters, way).adapter
+            summary = command.into_base(
+                one,
+                out,
+                base_name=base,
+                base_weights=base_weights,
+                dtype=dtype,
+                max_kl=max_kl,
+                overwrite=overwrite,
+                emit=view,
+            )
+        result.update(summary)
+        view.show_merged(summary)
+
+
+def export(
+    adapter: AdapterPath,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORM",
+            help="peft, uniform, vllm, lorax, gguf, ollama, merged or merged-gguf.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.", show_default=False)],
+    base: Base = None,
+    outtype: Annotated[str, typer.Option(metavar="f16|q8_0", help="Number format of a GGUF model.")] = "f16",
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Nats per token by which the export may differ; by default 0.01, and 0.1 for q8_0.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter in the form that another tool reads, and check it there."""
+    with reporting(as_json) as result:
+        from dynlora_cli import drawers
+        from dynlora_cli.options import choice
+
+        choice(to, drawers.names("exporters"), "--to")
+        choice(outtype, ("f16", "q8_0"), "--outtype")
+        from dynlora_cli import export as command
+        from dynlora_cli.console_adapter import AdapterView
+
+        view = AdapterView(console())
+        summary = command.run(
+            adapter, to, out, base_name=base, outtype=outtype, max_kl=max_kl, overwrite=overwrite, emit=view
+        )
+        result.update(summary)
+        view.show_exported(summary)
+
+
+def inspect(adapter: Adapters, as_json: AsJson = False) -> None:
+    """Show what an adapter is made of; two are put side by side."""
+    with reporting(as_json) as result:
+        if len(adapter) > 2:
+            raise UsageError("--adapter: one or two can be looked at together", "leave some out")
+        from dynlora_cli import inspect_adapter as command
+        from dynlora_cli.console_adapter import AdapterView
+
+        found = command.run(adapter)
+        result.update(found)
+        AdapterView(console()).show_inspected(found)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (prune,):
+    for command in (prune, merge, export, inspect):
         app.command()(command)

@@ -25,10 +25,31 @@ from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_reader import natural_order
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors
-from dynlora_cli.posthoc import Order
+from dynlora_cli.posthoc import Order, parameters_of
+from dynlora_cli.recipe_settings import Budget
 
 METHODS = ("exact", "linear", "ties", "dare", "svd")
 OVERSAMPLED = 16  # directions beyond those wanted, for the randomized SVD
+
+
+@dataclass(frozen=True)
+class Way:
+    """How adapters are combined.
+
+    Attributes:
+        method: see the top of this file.
+        weights: one for each adapter; None: 1 each.
+        budget: of the result, as in a recipe; a share is of all adapters together; None: what the largest adapter
+            holds, and for exact what it takes.
+        density: share of the entries that ties and dare keep.
+        seed: of dare.
+    """
+
+    method: str = "exact"
+    weights: Sequence[float] | None = None
+    budget: Budget | None = None
+    density: float = 0.5
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,50 +60,38 @@ class Combined:
     energy_kept: float
 
 
-def combine(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    method: str,
-    *,
-    budget: int | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-) -> Combined:
-    """Combine adapters of the same base.
-
-    Args:
-        adapters: two or more.
-        weights: one for each.
-        method: see the top of this file.
-        budget: parameters of the result at most; None: those of the largest adapter, and for exact what it takes.
-        density: share of the entries that ties and dare keep.
-        seed: of dare.
+def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
+    """Combine two or more adapters of the same base.
 
     Raises:
-        UsageError: the adapters do not go together.
+        UsageError: the adapters do not go together, or the budget is too small.
     """
     check(adapters)
+    weights, method = list(way.weights or [1.0] * len(adapters)), way.method
+    if len(weights) != len(adapters):
+        raise UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters", "give one for each")
     if method == "linear":
         total = sum(weights)
         if total == 0:
             raise UsageError("--weights sum to 0, and linear divides by their sum", "use --method svd")
         weights = [weight / total for weight in weights]
     names = sorted({name for adapter in adapters for name in adapter.layers}, key=natural_order)
-    wanted = budget or max(adapter.parameters for adapter in adapters)
-    generator = torch.Generator().manual_seed(seed)
+    largest = max(adapter.parameters for adapter in adapters)
+    wanted = parameters_of(way.budget, adapters) if way.budget else largest
+    generator = torch.Generator().manual_seed(way.seed)
     layers: dict[str, Factors] = {}
     energy = 0.0  # of what was wanted, before any cut
     for name in names:
         parts = [(w, a.layers[name]) for w, a in zip(weights, adapters, strict=True) if name in a.layers]
         if method in ("ties", "dare"):
-            dense = _ties(parts, density) if method == "ties" else _dare(parts, density, generator)
+            dense = _ties(parts, way.density) if method == "ties" else _dare(parts, way.density, generator)
             layers[name] = _low_rank(dense, parts, wanted)
             energy += dense.double().square().sum().item()
         else:
             layers[name] = _side_by_side(parts)
             energy += layers[name].energy() ** 2
     together = replace(adapters[0], layers=layers, record={}, note=None)
-    if (method != "exact" or budget is not None) and together.parameters > wanted:
+    if (method != "exact" or way.budget) and together.parameters > wanted:
         order = Order.by_policy(together, drawers.load("policies", "magnitude"), None, None)
         if wanted < order.least:
             raise UsageError(

@@ -20,9 +20,9 @@ from dynlora_cli.errors import UsageError
 
 
 def names(drawer: str) -> list[str]:
-    """Names that a drawer offers, sorted, without importing any of its files."""
+    """Names that a drawer offers, sorted, without importing any of its files; `_` in a file name is `-` in a name."""
     folder = Path(__file__).parent / drawer
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(path.stem.replace("_", "-") for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
 def load(drawer: str, name: str) -> ModuleType:
@@ -35,12 +35,13 @@ def load(drawer: str, name: str) -> ModuleType:
         raise UsageError(
             f"{drawer} has no {name!r}{did_you_mean(name, names(drawer))}", f"choose one of: {', '.join(names(drawer))}"
         )
-    return importlib.import_module(f"dynlora_cli.{drawer}.{name}")
+    return importlib.import_module(f"dynlora_cli.{drawer}.{name.replace('-', '_')}")
 
 
 def declared(drawer: str, name: str, constant: str) -> Any:
     """What `dynlora_cli/<drawer>/<name>.py` sets a constant to, without importing it; None where it does not."""
-    for node in ast.parse((Path(__file__).parent / drawer / f"{name}.py").read_text(encoding="utf-8")).body:
+    path = Path(__file__).parent / drawer / f"{name.replace('-', '_')}.py"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [constant]:
             return ast.literal_eval(node.value)
     return None

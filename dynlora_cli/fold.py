@@ -53,8 +53,20 @@ class Plan:
     modules: list[str] = field(default_factory=list)
     untied: bool = False
 
+    def tensor_names(self) -> list[str]:
+        """Names of the merged model's tensors."""
+        return [*(self.names.get(name, name) for name in self.weights.entries), *self.added]
 
-def plan_merge(adapter: Adapter, place: Place, original: Original | None = None) -> Plan:
+    def read(self, name: str) -> Tensor:
+        """One tensor of the merged model, in fp32 where it was changed."""
+        old = next((old for old, new in self.names.items() if new == name), name)
+        made = self.added.get(name) or self.changed.get(old)
+        return made.make() if made else self.weights.read(old)
+
+
+def plan_merge(
+    adapter: Adapter, place: Place, original: Original | None = None, dtype: torch.dtype | None = None
+) -> Plan:
     """Find for every part of the adapter what it changes in the base's files.
 
     Args:
@@ -62,6 +74,7 @@ def plan_merge(adapter: Adapter, place: Place, original: Original | None = None)
         place: its base.
         original: gives a tensor of the base by (tensor name, module name) in fp32 and in the file's layout, where it is
             not what the files hold; by default it is.
+        dtype: of the merged model; None: that of the base, tensor by tensor.
 
     Raises:
         UsageError: the base is another one, or stored in a form that cannot be added to.
@@ -78,6 +91,8 @@ def plan_merge(adapter: Adapter, place: Place, original: Original | None = None)
     folding = _Folding(adapter, model, plan, original or (lambda tensor, _: weights.read(tensor, torch.float32)))
     folding.layers()
     folding.replaced()
+    if dtype is not None:
+        _convert(plan, dtype)
     if place.labels:
         _as_classifier(plan, model, place.labels)
     plan.names = _full_names(weights, model) if place.labels else {}
@@ -165,6 +180,19 @@ def folded(base: Callable[[], Tensor], factors: Factors, transposed: bool) -> Te
     if not view.isfinite().all():
         raise MeasureError("a merged weight is not finite", "look at the base's and the adapter's numbers")
     return W
+
+
+def _convert(plan: Plan, dtype: torch.dtype) -> None:
+    """Let every number of the model have this type."""
+    for name, entry in plan.weights.entries.items():
+        if entry.dtype.is_floating_point:
+            old = plan.changed.get(name)
+            plan.changed[name] = New(
+                dtype, old.shape if old else entry.shape, old.make if old else partial(plan.weights.read, name)
+            )
+    plan.added = {name: New(dtype, new.shape, new.make) for name, new in plan.added.items()}
+    for key in {"dtype", "torch_dtype"} & plan.config.keys() or {"dtype"}:
+        plan.config[key] = str(dtype).removeprefix("torch.")
 
 
 def _given(tensor: Tensor) -> Tensor:

@@ -19,16 +19,14 @@ from dynlora_cli.adapter import Adapter, save
 from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
-from dynlora_cli.combine import Combined, combine
+from dynlora_cli.combine import Way, combine
 from dynlora_cli.compare import adapted_predictions, predictions_of
 from dynlora_cli.components import dense_weight
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.fold import Plan, plan_merge, write_merged
 from dynlora_cli.held_out import base_in_memory, read_tokenizer
-from dynlora_cli.model import Base
-from dynlora_cli.posthoc import parameters_of
+from dynlora_cli.model import DTYPES, Base
 from dynlora_cli.probe import Agreement, agreement, predictions, probe_rows
-from dynlora_cli.recipe_settings import Budget
 from dynlora_cli.weights import New
 
 Emit = Callable[[dict[str, Any]], None]
@@ -41,6 +39,7 @@ def into_base(
     *,
     base_name: str | None = None,
     base_weights: str = "original",
+    dtype: str = "keep",
     max_kl: float = MAX_KL,
     overwrite: bool = False,
     emit: Emit = lambda event: None,  # noqa: ARG005
@@ -53,6 +52,7 @@ def into_base(
         base_name: folder or hub id of the base model, in place of the one on record.
         base_weights: original | dequantized; of an adapter that was trained on a quantized base: add to the weights
             as they were before, or as training saw them.
+        dtype: keep | float32 | bfloat16 | float16, of the merged model.
         max_kl: nats per token; above it nothing is left.
         overwrite: replace an earlier merge.
         emit: takes notes.
@@ -67,13 +67,14 @@ def into_base(
     out = out or adapter.folder / "merged"
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     place = find_base(adapter, base_name)
+    number = DTYPES.get(dtype)
     quantized = _quantized_base(adapter, place, base_weights, emit)
     if base_weights == "dequantized":
         assert quantized is not None
-        plan = plan_merge(adapter, place, partial(_dequantized, quantized))
+        plan = plan_merge(adapter, place, partial(_dequantized, quantized), number)
         _round_the_others(plan, quantized)
     else:
-        plan = plan_merge(adapter, place)
+        plan = plan_merge(adapter, place, dtype=number)
     _refuse_full_disk(plan, out)
     with run_folder.whole_folder(out) as folder:
         size = write_merged(plan, adapter, place, folder, lambda _: None)
@@ -87,6 +88,7 @@ def into_base(
             "adapters": [str(adapter.folder)],
             "base_model": str(place.folder),
             "base_weights": base_weights,
+            "dtype": dtype,
             "modules": len(plan.modules),
             "untied": bool(plan.untied),
             "bytes": size,
@@ -131,11 +133,13 @@ def _round_the_others(plan: Plan, base: Base) -> None:
         tensor = plan.weights.locate(name) if quantized and name not in plan.modules else None
         if tensor is not None:
             entry = plan.weights.entries[tensor]
-            plan.changed[tensor] = New(entry.dtype, entry.shape, partial(_dequantized, base, tensor, name))
+            kind = plan.changed[tensor].dtype if tensor in plan.changed else entry.dtype
+            plan.changed[tensor] = New(kind, entry.shape, partial(_dequantized, base, tensor, name))
 
 
 def _refuse_full_disk(plan: Plan, out: Path) -> None:
-    needed = sum(entry.size for entry in plan.weights.entries.values()) + sum(new.size for new in plan.added.values())
+    needed = sum(plan.changed.get(name, entry).size for name, entry in plan.weights.entries.items())
+    needed += sum(new.size for new in plan.added.values())
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -168,24 +172,13 @@ def _against_trained_base(
     return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows).as_dict()
 
 
-def into_adapter(
-    adapters: Sequence[Adapter],
-    out: Path,
-    *,
-    method: str = "exact",
-    weights: Sequence[float] | None = None,
-    budget: Budget | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def into_adapter(adapters: Sequence[Adapter], out: Path, way: Way, *, overwrite: bool = False) -> dict[str, Any]:
     """Write one adapter that does what several do together.
 
     Args:
         adapters: two or more, of one base.
         out: a new folder.
-        method, weights, density, seed: see combine.py; weights are 1 by default.
-        budget: as in a recipe; a share is of all adapters together.
+        way: how they are combined.
         overwrite: replace what dynlora wrote there.
 
     Returns:
@@ -193,7 +186,7 @@ def into_adapter(
     """
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
-    combined = combined_adapter(adapters, method=method, weights=weights, budget=budget, density=density, seed=seed)
+    combined = combine(adapters, way)
     adapter = combined.adapter
     summary = {
         "ok": True,
@@ -201,8 +194,8 @@ def into_adapter(
         "into": "adapter",
         "output_dir": str(out),
         "adapters": [str(each.folder) for each in adapters],
-        "method": method,
-        "weights": list(weights or [1.0] * len(adapters)),
+        "method": way.method,
+        "weights": list(way.weights or [1.0] * len(adapters)),
         "parameters_start": sum(each.parameters for each in adapters),
         "parameters": adapter.parameters,
         "components": adapter.components,
@@ -215,23 +208,6 @@ def into_adapter(
         run_folder.copy_tokenizer(adapters[0].folder, folder)
         run_folder.write_json(folder / run_folder.RECORD, _record(adapters, adapter, out, summary, folder))
     return summary
-
-
-def combined_adapter(
-    adapters: Sequence[Adapter],
-    *,
-    method: str,
-    weights: Sequence[float] | None,
-    budget: Budget | None,
-    density: float,
-    seed: int,
-) -> Combined:
-    """The adapters as one, in memory."""
-    if weights is not None and len(weights) != len(adapters):
-        raise UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters", "give one for each")
-    limit = None if budget is None else parameters_of(budget, adapters)
-    chosen = weights or [1.0] * len(adapters)
-    return combine(adapters, chosen, method, budget=limit, density=density, seed=seed)
 
 
 def _record(

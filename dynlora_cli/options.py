@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import UsageError
 from dynlora_cli.recipe_settings import Budget, parse_budget
 
 
-def size(text: str, option: str) -> Budget:
-    """A budget as on the command line: `8`, `0.5`, `2M`, `auto`.
+def choice(text: str, choices: Sequence[str], option: str) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises:
+        UsageError: it is not; the message names them, and the nearest.
+    """
+    if text not in choices:
+        raise UsageError(
+            f"{option} {text}: there is none{did_you_mean(text, choices)}", f"choose one of: {', '.join(choices)}"
+        )
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Numbers with commas between them.
+
+    Raises:
+        UsageError: one of them is no number.
+    """
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: not all are numbers", f"for example {option} 0.7,0.3") from None
+
+
+def size(text: str, option: str, *, auto: bool = True) -> Budget:
+    """A budget as on the command line: `8`, `0.5`, `2M`, and with `auto` the word.
 
     Raises:
         UsageError: it is none of these.
     """
-    if text == "auto":
+    if text == "auto" and auto:
         return Budget("auto", 0.0)
     value: object = text
     if re.fullmatch(r"\d+", text):

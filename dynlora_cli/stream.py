@@ -27,22 +27,27 @@ def reader(weights: Weights, model: PreTrainedModel, whole: Mapping[str, Tensor]
     Args:
         weights: the files.
         model: knows which names share one tensor.
-        whole: tensors that stand in the place of the files', with the type they have.
+        whole: tensors that stand in the place of the files'.
     """
-    shared = tied(model)
 
     def read(name: str) -> Tensor:
-        if whole and name in whole:
-            return whole[name].float()
         module, _, leaf = name.rpartition(".")
-        if shared and module == shared[1]:
-            module = shared[0]
         found = weights.locate(module, leaf)
         if found is None:
             raise UsageError(f"{weights.folder} has no tensor for {name}", "the model's files and its config disagree")
         return weights.read(found, torch.float32 if weights.entries[found].dtype.is_floating_point else None)
 
-    return read
+    base = through_ties(read, model)
+    return lambda name: whole[name].float() if whole and name in whole else base(name)
+
+
+def through_ties(read: Read, model: PreTrainedModel) -> Read:
+    """Reads the input table where the model's output head shares its weight."""
+    shared = tied(model)
+    if shared is None:
+        return read
+    table, head = (f"{module}.weight" for module in shared)
+    return lambda name: read(table if name == head else name)
 
 
 def streamed(place: Place, read: Callable[[PreTrainedModel], Read]) -> PreTrainedModel:

@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).parent.parent
 DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
     8: "cli cli_adapters cli_eval cli_support __main__",
-    7: "evaluate inspect_adapter merge prune train",
+    7: "evaluate export inspect_adapter merge prune train",
     6: "assemble combine compare eval_report fold generation harness heal held_out loop loss meter outputs posthoc probe pruned_folder state",
     5: "adapter_base attach batches data model stream",
     3: "adapter adapter_reader chat_mask checkpoint components covariances dora gauge gradients rank rows splits stdlib_docs tokens "

@@ -1,0 +1,189 @@
+"""`dynlora export`: the adapter in the form another tool reads, read back as that tool does and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli import __version__, drawers, run_folder
+from dynlora_cli.adapter import Adapter
+from dynlora_cli.adapter_base import Place, find_base, structure
+from dynlora_cli.adapter_reader import read_adapter
+from dynlora_cli.compare import adapted_predictions, predictions_of
+from dynlora_cli.components import linear_shape
+from dynlora_cli.errors import MachineError, MeasureError
+from dynlora_cli.exporters._exporter import Job, Merged
+from dynlora_cli.fold import plan_merge, write_merged
+from dynlora_cli.held_out import read_tokenizer
+from dynlora_cli.probe import agreement, probe_rows
+
+Emit = Callable[[dict[str, Any]], None]
+MAX_KL = {"f16": 0.01, "q8_0": 0.1}  # nats per token
+
+
+def run(
+    path: Path,
+    to: str,
+    out: Path,
+    *,
+    base_name: str | None = None,
+    outtype: str = "f16",
+    max_kl: float | None = None,
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Write the export and check it.
+
+    Args:
+        path: a run folder, or any LoRA folder in PEFT's layout.
+        to: a file of the drawer exporters/.
+        out: a new folder.
+        base_name: folder or hub id of the base model, in place of the one on record.
+        outtype: f16 | q8_0, of a GGUF model.
+        max_kl: nats per token by which the export may differ; None: by its number format.
+        overwrite: replace an earlier export.
+        emit: takes notes.
+
+    Returns:
+        The summary, which is also in export.json.
+
+    Raises:
+        MeasureError: the export computes something else; nothing is left of it.
+    """
+    started = time.monotonic()
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    exporter = drawers.load("exporters", to)
+    adapter = read_adapter(path)
+    if adapter.note:
+        emit({"event": "note", "text": adapter.note})
+    place = _base(adapter, base_name, exporter, emit)
+    job = _job(adapter, place, outtype)
+    with run_folder.whole_folder(out) as folder:
+        facts = exporter.write(job, folder)
+        checks = _check(job, exporter, place, folder, max_kl or MAX_KL[outtype])
+        summary = {
+            "ok": True,
+            "command": "export",
+            "to": to,
+            "output_dir": str(out),
+            "adapter": str(adapter.folder),
+            "base_model": str(place.folder) if place else adapter.config.get("base_model_name_or_path"),
+            "parameters": adapter.parameters,
+            "ranks": adapter.ranks,
+            **facts,
+            **checks,
+            "notes": job.notes,
+            "files": {
+                str(file.relative_to(folder)): {"sha256": _sha256(file), "bytes": file.stat().st_size}
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            },
+            "dynlora_version": __version__,
+            "seconds": time.monotonic() - started,
+        }
+        run_folder.write_json(folder / run_folder.EXPORT_RECORD, summary)
+    return summary
+
+
+def _base(adapter: Adapter, base_name: str | None, exporter: ModuleType, emit: Emit) -> Place | None:
+    """The base; None where it is not on this machine and the exporter can do without, which a note says."""
+    try:
+        return find_base(adapter, base_name)
+    except MachineError as error:
+        if exporter.needs_base or base_name:
+            raise
+        emit({"event": "note", "text": f"weights are compared and logits are not: {error.message}"})
+        return None
+
+
+def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+
+    @cache
+    def merged() -> Merged:
+        assert place is not None
+        plan = plan_merge(adapter, place)
+
+        def write(folder: Path) -> None:
+            write_merged(plan, adapter, place, folder, lambda _: None)
+
+        return Merged(plan.config, plan.tensor_names(), plan.read, write, plan.untied)
+
+    return Job(
+        adapter=adapter,
+        tokenizer_folder=adapter.folder if own else place.folder if place else None,
+        base_folder=place.folder if place else None,
+        base_config=json.loads((place.folder / "config.json").read_text(encoding="utf-8")) if place else None,
+        linear_layers=_linear_layers(place) if place else None,
+        merged=merged,
+        outtype=outtype,
+    )
+
+
+def _linear_layers(place: Place) -> dict[str, tuple[int, int]]:
+    modules = structure(place).named_modules()
+    return {name: linear_shape(module) for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float) -> dict[str, Any]:
+    """What was written, read back by the consumer's rules, against the adapter it came from."""
+    found = exporter.read_back(job, folder)
+    if place is None:
+        difference = _weight_difference(job.adapter, found)
+        if difference > 1e-5:
+            raise MeasureError(
+                f"the export's weights differ by {difference:.3g}; nothing was kept", "please report this"
+            )
+        return {"max_logit_difference": None, "max_weight_difference": difference}
+    rows = probe_rows(read_tokenizer(job.adapter, place))
+    reference = adapted_predictions(job.adapter, place, rows)
+    measured = agreement(reference, _predictions(found, job, place, rows), rows)
+    if measured.kl > max_kl:
+        raise MeasureError(
+            f"the export is {measured.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
+            "nothing was kept",
+            "raise --max-kl if that is meant, or choose --outtype f16",
+        )
+    return {"max_logit_difference": measured.max_logit_difference, "check": measured.as_dict()}
+
+
+def _predictions(found: Any, job: Job, place: Place, rows: list[Tensor]) -> list[Tensor]:
+    if isinstance(found, Adapter):
+        return adapted_predictions(found, place, rows)
+    if isinstance(found, Path):
+        return predictions_of(replace(place, folder=found), rows)
+    return predictions_of(place, rows, found, tied_weights=not job.merged().untied)
+
+
+def _weight_difference(adapter: Adapter, found: Adapter) -> float:
+    """Largest |ΔW - ΔW'|, relative to the largest |ΔW| of the layer; layers that one of them lacks count as 0."""
+    worst = 0.0
+    for name in adapter.layers.keys() | found.layers.keys():
+        before, after = (_delta(each, name) for each in (adapter, found))
+        largest = before.abs().max().item() or 1.0
+        worst = max(worst, (before - after).abs().max().item() / largest)
+    return worst
+
+
+def _delta(adapter: Adapter, name: str) -> Tensor:
+    """ΔW of a layer; 0 where the adapter does not have it."""
+    return adapter.layers[name].delta_OI() if name in adapter.layers else torch.zeros(1)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""What PEFT makes of an adapter folder, asked of PEFT itself on a model without weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dynlora_cli.adapter import Adapter
+from dynlora_cli.errors import DynloraError
+
+
+def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
+    """The scale that PEFT applies to every module, after it has loaded the folder's files.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        adapter: what should be in it; its layers' shapes make the model that PEFT is given.
+
+    Raises:
+        DynloraError: PEFT finds tensors missing or too many.
+    """
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    model = nn.Module()
+    for name, factors in adapter.layers.items():
+        _place(model, name, factors.a_CI.shape[1], factors.b_OC.shape[0], factors.embedding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PeftConfig.from_pretrained(str(folder))
+        config.modules_to_save = None  # heads are no business of the scale
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+        known = {k: v for k, v in load_peft_weights(str(folder), device="cpu").items() if "lora_" in k}
+        found: Any = set_peft_model_state_dict(
+            model, {k.removeprefix("base_model.model."): v for k, v in known.items()}, low_cpu_mem_usage=True
+        )
+    missing = [key for key in found.missing_keys if "lora_" in key]
+    if missing or found.unexpected_keys:
+        raise DynloraError(
+            f"PEFT misses {missing[:3]} and does not expect {found.unexpected_keys[:3]}", "please report this"
+        )
+    modules: dict[str, Any] = dict(model.named_modules())
+    return {name: modules[name].scaling["default"] for name in adapter.layers}
+
+
+def _place(model: nn.Module, name: str, d_in: int, d_out: int, embedding: bool) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in model._modules:
+            model.add_module(part, nn.Module())
+        model = model.get_submodule(part)
+    made = nn.Embedding(d_out, d_in, device="meta") if embedding else nn.Linear(d_in, d_out, device="meta")
+    model.add_module(leaf, made)

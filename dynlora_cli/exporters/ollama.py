@@ -1,0 +1,51 @@
+"""A model for Ollama: one GGUF file and a Modelfile.
+
+What it does
+    Writes the merged model as GGUF, and a Modelfile with the chat template and stop tokens, the template only where
+    Ollama's form of it is known to give the very same text as the tokenizer's own.
+
+When to use it
+    For `ollama create NAME -f Modelfile`.
+
+Reference
+    Ollama's Modelfile; see _ollama.py for the templates.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli.adapter import Adapter
+from dynlora_cli.exporters._exporter import Job, Read
+from dynlora_cli.exporters._gguf import read_model, write_model
+from dynlora_cli.exporters._gguf_vocab import load_tokenizer
+from dynlora_cli.exporters._ollama import modelfile
+
+needs_base = True
+FILE = "model.gguf"
+
+
+def write(job: Job, folder: Path) -> dict[str, Any]:
+    """Write model.gguf and Modelfile."""
+    merged = job.merged()
+    assert job.tokenizer_folder is not None
+    facts = write_model(folder / FILE, merged.config, job.tokenizer_folder, merged.names, merged.read, kind=job.outtype)
+    text, notes = modelfile(FILE, load_tokenizer(job.tokenizer_folder), _generation_config(job))
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    job.notes.extend([*facts.pop("notes", []), *notes])
+    facts.pop("path", None)
+    return facts | {"template": "TEMPLATE" in text}
+
+
+def _generation_config(job: Job) -> dict[str, Any]:
+    assert job.base_folder is not None
+    path = job.base_folder / "generation_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_back(job: Job, folder: Path) -> Adapter | Read | Path:
+    """The tensors of the GGUF that the Modelfile names."""
+    line = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()[0]
+    return read_model(folder / line.removeprefix("FROM ").strip(), job.merged().config)
