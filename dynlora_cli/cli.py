@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dynlora_cli import __version__, cli_adapters
+from dynlora_cli import __version__, cli_adapters, cli_eval
 from dynlora_cli.cli_support import console, is_main_process, reporting
 from dynlora_cli.errors import MachineError, UsageError
 
@@ -106,6 +106,7 @@ def train(
 
 
 cli_adapters.register(app)
+cli_eval.register(app)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import drawers
 from dynlora_cli.errors import DataError, UsageError
-from dynlora_cli.formats._forms import BadRowError, Pair, Turns
+from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
 from dynlora_cli.splits import Kept, label_names, note_shared, number_labels, split
 from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located, decode
@@ -44,6 +44,7 @@ class Data:
         notes: sentences for the person who runs it: what was chosen, what to look at.
         counts: for `train` and `val`: rows, tokens, supervised, truncated, cut_answers, dropped.
         sha256: over the options and all examples in order.
+        forms: the neutral forms that rows came in, by name: Turns, Pair, Plain, Labelled.
     """
 
     train: list[Example]
@@ -52,6 +53,7 @@ class Data:
     notes: list[str]
     counts: dict[str, dict[str, int]]
     sha256: str
+    forms: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class _Reader:
     max_length: int
     encoder: Encoder
     notes: list[str] = field(default_factory=list)
+    forms: set[str] = field(default_factory=set)
 
 
 def load_data(
@@ -113,7 +116,9 @@ def load_data(
         number_labels(train + val, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, limit, reader.notes)
-    data = Data([kept.example for kept in train], [kept.example for kept in val], labels, reader.notes, counts, "")
+    data = Data(
+        [kept.example for kept in train], [kept.example for kept in val], labels, reader.notes, counts, "", reader.forms
+    )
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
     data.notes = list(dict.fromkeys(reader.notes))
     return data
@@ -154,6 +159,7 @@ def _drafts(reader: _Reader, source: Source, table: Table) -> Iterator[tuple[str
     place, first = next(rows)  # a table without rows has raised
     form = _format(reader, source, table, place, set(first))
     if table.whole_text:
+        reader.forms.add(Plain.__name__)
         for number, draft in enumerate(reader.encoder.pieces(place, str(first["text"])), 1):
             yield f"{place}, piece {number}", draft
         return
@@ -162,6 +168,7 @@ def _drafts(reader: _Reader, source: Source, table: Table) -> Iterator[tuple[str
     while batch := list(itertools.islice(located, _CHUNK)):
         drafts = reader.encoder.encode(batch)
         yield from zip((row.place for row in batch), drafts, strict=True)
+        reader.forms.add(type(batch[0].form).__name__)
         _note_form(reader, table, batch)
 
 

@@ -5,8 +5,10 @@ Nothing asks for the training recipe again: the run folder knows it. Other rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ class Rows:
         micro_batch_size: examples of one forward pass.
         notes: for the person.
         recipe: whose rows they are, where they are a recipe's.
+        forms: the neutral forms they came in, by name: Turns, Pair, Plain, Labelled.
+        is_file: all rows of a file, which nothing says were ever trained on.
     """
 
     examples: list[Example]
@@ -51,6 +55,8 @@ class Rows:
     micro_batch_size: int
     notes: list[str] = field(default_factory=list)
     recipe: Recipe | None = None
+    forms: set[str] = field(default_factory=set)
+    is_file: bool = False
 
     def batches(self, pad_id: int, device: torch.device) -> Iterator[Batch]:
         """All rows in order."""
@@ -105,7 +111,6 @@ def held_out_rows(
     if is_file:
         assert data is not None
         settings |= {"train": [{"path": str(data)}], "val": [], "val_size": 0.0, "packing": False}
-    labels = (adapter.record.get("data") or {}).get("labels")
     limit = context_length(place.folder)
     read = load_data(
         Dataset.model_validate(settings),
@@ -114,7 +119,7 @@ def held_out_rows(
         seed=recipe.seed if recipe else 0,
         max_length=limit,
         num_labels=len(place.labels) if place.labels else None,
-        labels=[str(label) for label in labels] if labels else None,
+        labels=place.labels,  # never found in these rows, whose order of classes may be another
     )
     examples = read.train if is_file else read.val
     if not examples:
@@ -129,13 +134,22 @@ def held_out_rows(
     most = max_samples or (recipe.eval.max_samples if recipe else None)
     return Rows(
         examples=examples[:most],
-        source=str(data) if data else f"held-out rows of {adapter.name}",
+        source=str(data) if is_file else f"held-out rows of {data or adapter.name}",
         sha256=read.sha256,
         max_length=max(len(example.input_ids) for example in examples),
         micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,
         notes=notes,
         recipe=recipe,
+        forms=read.forms,
+        is_file=is_file,
     )
+
+
+def precision_of(base: Base) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context in which training ran the model's forward pass: autocast where its weights are below fp32."""
+    if base.dtype == torch.float32:
+        return nullcontext
+    return partial(torch.autocast, base.model.device.type, dtype=base.dtype)
 
 
 def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Base:

@@ -52,6 +52,7 @@ class Base:
         reference: what `base_model_name_or_path` of the adapter should be: a folder, or a hub id.
         dtype: of the weights and, below fp32, of autocast.
         head: name of the classifier head, or None.
+        new_head: the head is not the checkpoint's own but a new, random one.
     """
 
     model: PreTrainedModel
@@ -60,6 +61,7 @@ class Base:
     reference: str
     dtype: torch.dtype
     head: str | None
+    new_head: bool = False
 
 
 def find_model(options: Model) -> tuple[Path, str]:
@@ -129,9 +131,9 @@ def load_base(
     dtype = resolve_dtype(options.dtype, device)
     torch.manual_seed(seed)
     if device.type == "meta":
-        model = load_structure(options, folder, labels)
+        model, new_head = load_structure(options, folder, labels), bool(labels)
     else:
-        model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device)
+        model, new_head = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device)
     head = next((name for name in HEAD_NAMES if hasattr(model, name)), None) if labels else None
     for name, parameter in model.named_parameters():
         trains = head is not None and name.split(".")[0] == head
@@ -144,7 +146,7 @@ def load_base(
         model.config.use_cache = False
     if labels and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, folder, reference, dtype, head)
+    return Base(model, tokenizer, folder, reference, dtype, head, new_head)
 
 
 def load_structure(
@@ -212,7 +214,8 @@ def _auto(options: Model) -> Any:
 
 def _from_pretrained(
     options: Model, folder: Path, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, bool]:
+    """The model with its weights, and whether its checkpoint lacks the classifier head."""
     auto = _auto(options)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
     if options.attn_implementation:
@@ -224,6 +227,7 @@ def _from_pretrained(
         model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
+    new_head = any(name.split(".")[0] in HEAD_NAMES for name in info["missing_keys"])
     missing = sorted(
         name for name in info["missing_keys"] if name.split(".")[0] not in HEAD_NAMES and "pooler" not in name
     )
@@ -237,7 +241,7 @@ def _from_pretrained(
         # back to training; some shapes even fail.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model if "device_map" in arguments else model.to(device)
+    return model if "device_map" in arguments else model.to(device), new_head
 
 
 def _quantization(options: Model, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:

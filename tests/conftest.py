@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from eval_helpers import Answer, Run
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,3 +25,48 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"no data sets and models at {SHARED} (set DYNLORA_SHARED)")
     return SHARED
+
+
+@pytest.fixture
+def dynlora_eval(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Runs `dynlora eval ARGUMENTS`; captures the file descriptors, so that nothing a library prints escapes."""
+    from eval_helpers import Answer
+
+    from dynlora_cli.cli import main
+
+    def run(*arguments: object) -> Answer:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(["eval", *map(str, arguments)])
+        return Answer(end.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Finished runs by the kind of their model, each trained once; not to be changed."""
+    from eval_helpers import finished_run
+
+    made: dict[str, Run] = {}
+    root = tmp_path_factory.mktemp("runs")
+
+    def of(kind: str) -> Run:
+        if kind not in made:
+            made[kind] = finished_run(root / kind, kind)
+        return made[kind]
+
+    return of
+
+
+@pytest.fixture
+def llama(runs: Callable[[str], Run]) -> Run:
+    return runs("llama")
+
+
+@pytest.fixture(scope="session")
+def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run on conversations; not to be changed."""
+    from eval_helpers import finished_chat_run
+
+    return finished_chat_run(tmp_path_factory.mktemp("chat"))

@@ -31,14 +31,14 @@ PACKAGE = Path(dynlora_cli.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
-    8: "cli cli_adapters cli_support __main__",
-    7: "export inspect_adapter merge prune train",
-    6: "assemble combine compare fold heal held_out loop loss meter outputs posthoc probe pruned_folder state",
+    8: "cli cli_adapters cli_eval cli_support __main__",
+    7: "evaluate export inspect_adapter merge prune train",
+    6: "assemble combine compare eval_report fold generation harness heal held_out loop loss meter outputs posthoc probe pruned_folder state",
     5: "adapter_base attach batches data model stream",
     3: "adapter adapter_reader chat_mask checkpoint components covariances dora gauge gradients rank rows splits stdlib_docs tokens "
     "weights",
     2: "aliases console drawers interrupt launch progress recipe recipe_problems recipe_settings report report_card "
-    "report_html report_log report_svg run_folder options console_adapter strict_yaml units",
+    "report_html report_log report_svg run_folder options console_adapter console_eval gates scores strict_yaml units",
     1: "__init__ errors",
 }
 LAYERS = {name: layer for layer, names in SPINE.items() for name in names.split()}

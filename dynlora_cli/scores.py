@@ -1,0 +1,126 @@
+"""Numbers out of per-row results: the mean loss and the interval of a difference, accuracy, F1 and Matthews.
+
+Everything here is a pure function of arrays; what made them, and on what, is not its business.
+
+Dimensions: R rows, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+_AT_ONCE = 1 << 21  # counts of rows in resamples that are held in memory at the same time
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """What a model did on every row, in the order of the rows.
+
+    Attributes:
+        loss_R: nats, summed over a row's targets; fp64.
+        targets_R: number of targets: supervised tokens, or 1 for a classifier.
+        correct_R: number of targets that were the most likely choice.
+        predicted_R: a classifier's choice; None for a language model.
+    """
+
+    loss_R: NDArray[np.float64]
+    targets_R: NDArray[np.int64]
+    correct_R: NDArray[np.int64]
+    predicted_R: NDArray[np.int64] | None = None
+
+    @property
+    def targets(self) -> int:
+        return int(self.targets_R.sum())
+
+    @property
+    def loss(self) -> float:
+        """Mean over all targets, so that every token weighs the same whatever the row it stands in; nats."""
+        return float(self.loss_R.sum() / self.targets)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were the most likely choice."""
+        return float(self.correct_R.sum() / self.targets)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), kept finite."""
+    return math.exp(min(loss, 700.0))
+
+
+def paired_difference(first: RowSums, second: RowSums, *, seed: int = 0) -> dict[str, float]:
+    """How much lower or higher the loss of `first` is than that of `second` on the same rows.
+
+    Rows, not tokens, are drawn with replacement, since the tokens of a row hang together; both models are judged on
+    the same draw, so what makes a row hard for both does not widen the interval. Percentile bootstrap: Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+
+    Args:
+        first, second: on the same rows in the same order.
+        seed: of the draws; the same seed gives the same interval.
+
+    Returns:
+        `loss`: mean loss of first minus that of second, nats per target; `low`, `high`: 95 % interval of it.
+
+    Raises:
+        ValueError: the rows are not the same ones.
+    """
+    if not np.array_equal(first.targets_R, second.targets_R):
+        raise ValueError("a paired difference needs the same rows for both")
+    difference_R, targets_R = first.loss_R - second.loss_R, first.targets_R.astype(np.float64)
+    rows = len(difference_R)
+    chance = np.random.default_rng(seed)
+    share_R = np.full(rows, 1 / rows)
+    drawn: list[NDArray[np.float64]] = []
+    left = RESAMPLES
+    while left:
+        count = min(left, max(1, _AT_ONCE // rows))
+        times_SR = chance.multinomial(rows, share_R, size=count).astype(np.float64)
+        drawn.append((times_SR @ difference_R) / (times_SR @ targets_R))
+        left -= count
+    low, high = np.quantile(np.concatenate(drawn), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    mean = float(difference_R.sum() / targets_R.sum())
+    # A few rows drawn over and over can leave the mean itself just outside by rounding.
+    return {"loss": mean, "low": min(float(low), mean), "high": max(float(high), mean)}
+
+
+def confusion(truth_R: NDArray[np.int64], predicted_R: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Rows counted by their class (line) and by what was predicted (column), [K, K]."""
+    counts_KK = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts_KK, (truth_R, predicted_R), 1)
+    return counts_KK
+
+
+def classification(counts_KK: NDArray[np.int64]) -> dict[str, Any]:
+    """Accuracy, macro-averaged F1 and Matthews' correlation of a confusion matrix.
+
+    Classes that neither occur nor are predicted do not count in F1. A correlation without variance is 0. Both as
+    scikit-learn has it. Source of the correlation for many classes: Gorodkin, Comparing two K-category assignments by
+    a K-category correlation coefficient, 2004.
+
+    Args:
+        counts_KK: truth in lines, predictions in columns.
+
+    Returns:
+        accuracy (0 to 1), f1 (0 to 1), matthews (-1 to 1) and the matrix as `confusion`.
+    """
+    counts = counts_KK.astype(np.float64)
+    hits_K, truth_K, predicted_K = np.diag(counts), counts.sum(1), counts.sum(0)
+    met_K = truth_K + predicted_K > 0
+    f1_K = 2 * hits_K[met_K] / (truth_K + predicted_K)[met_K]
+    total, right = counts.sum(), hits_K.sum()
+    covariance = right * total - truth_K @ predicted_K
+    spread = math.sqrt(total**2 - predicted_K @ predicted_K) * math.sqrt(total**2 - truth_K @ truth_K)
+    return {
+        "accuracy": float(right / total),
+        "f1": float(f1_K.mean()),
+        "matthews": float(covariance / spread) if spread else 0.0,
+        "confusion": counts_KK.tolist(),
+    }

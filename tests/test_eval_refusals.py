@@ -1,0 +1,179 @@
+"""What `dynlora eval` refuses, with which exit code, and how it ends when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eval_helpers import Answer, Run, foreign
+from test_architecture import fresh
+from tiny_run import model_folder
+
+from dynlora_cli import evaluate, generation
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no run below ./out"),
+        (["--fail-below", "acuracy=0.8"], "did you mean 'accuracy'"),
+        (["--max-regression", "1%"], "--baseline"),
+        (["--baseline", "none.json"], "none.json cannot be read"),
+        (["--limit", "3"], "--tasks"),
+        (["--tasks", "none.yaml"], "no task file none.yaml"),
+        (["none.yaml"], "no recipe at none.yaml"),
+        (["folder"], "--adapter folder"),
+        (["--data", "none.yaml", "--adapter", "x"], "no recipe at none.yaml"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_refused_before_anything_heavy_loads(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    code, loaded, shown = fresh("eval", *arguments)
+    assert (code, loaded) == (2, [])
+    assert message in " ".join(shown.split())
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_help(dynlora_eval: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
+    """Golden: after a wanted change write the new text with UPDATE_GOLDEN=1."""
+    monkeypatch.setenv("COLUMNS", "120")
+    answer = dynlora_eval("--help")
+    golden = GOLDEN / "help_eval.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(answer.out, encoding="utf-8")
+    assert answer == (0, golden.read_text(encoding="utf-8"), "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--adapter", "nowhere"], 2, "nowhere does not exist"),
+        (["--adapter", "{run}", "--adapter", "{run}"], 2, "are the same"),
+        (["--adapter", "{run}", "--adapter", "{gpt2}"], 2, "different base models"),
+        (["--adapter", "{run}", "--fail-below", "accuracy=0.8"], 2, "measured here: token_accuracy"),
+        (["--adapter", "{bert}", "--fail-below", "bleu=10"], 2, "measured here: accuracy, f1, matthews"),
+        (["--adapter", "{bert}", "--generate", "2"], 2, "no prompts"),
+        (["--adapter", "{bert}", "--tasks", "hellaswag"], 2, "--tasks are for causal-lm"),
+        (["--adapter", "{run}", "--data", "no.jsonl"], 2, "no.jsonl"),
+        (["{recipe}", "--adapter", "{run}", "--data", "no.jsonl"], 2, "both say which rows"),
+        (["{recipe}", "--base", "no-such-folder"], 3, "no-such-folder"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_mistake_gets_one_message(
+    arguments: list[str], code: int, message: str, runs: Callable[[str], Run], dynlora_eval: Callable[..., Answer]
+):
+    places = {kind: runs(kind).folder for kind in ("gpt2", "bert")}
+    places |= {"run": runs("llama").folder, "recipe": runs("llama").recipe}
+    answer = dynlora_eval(*(argument.format(**places) for argument in arguments), "--json")
+    assert answer.code == code, answer.err
+    assert answer.json["ok"] is False
+    assert message in " ".join(f"{answer.json['error']} {answer.json['hint']}".split())
+    assert answer.err.count("error:") == 1
+
+
+def test_rows_that_nobody_knows(dynlora_eval: Callable[..., Answer], tmp_path: Path):
+    adapter = foreign(model_folder(tmp_path), tmp_path / "adapter", target_modules=["q_proj"])
+    answer = dynlora_eval("--adapter", adapter)
+    assert (answer.code, "--data FILE" in answer.err) == (2, True)
+
+
+def test_weights_that_are_not_numbers(llama: Run, dynlora_eval: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
+    honest = evaluate.row_sums
+
+    def poisoned(*given: Any, **options: Any) -> Any:
+        sums = honest(*given, **options)
+        sums.loss_R[0] = math.nan
+        return sums
+
+    monkeypatch.setattr(evaluate, "row_sums", poisoned)
+    answer = dynlora_eval("--adapter", llama.folder, "--json")
+    assert (answer.code, answer.json["error"]) == (4, "the held-out loss of base is nan")
+
+
+def test_without_the_extra(llama: Run, dynlora_eval: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generation, "missing_packages", lambda: ["sacrebleu"])
+    answer = dynlora_eval("--adapter", llama.folder, "--json")
+    assert answer.code == 0
+    assert "bleu" not in answer.json["adapters"][0]
+    assert 'pip install "dynlora[eval]"' in answer.err
+    asked = dynlora_eval("--adapter", llama.folder, "--generate", 3, "--json")
+    assert (asked.code, asked.json["hint"]) == (3, 'pip install "dynlora[eval]"')
+
+
+def test_without_the_harness(llama: Run, dynlora_eval: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
+    from dynlora_cli import harness
+
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    answer = dynlora_eval("--adapter", llama.folder, "--tasks", "hellaswag", "--json")
+    assert (answer.code, answer.json["hint"]) == (3, 'pip install "dynlora[harness]"')
+
+
+def test_interrupted(llama: Run, dynlora_eval: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(llama.folder.parent.rglob("*"))
+    monkeypatch.setattr(evaluate, "row_sums", lambda *given, **options: os.kill(os.getpid(), signal.SIGINT))
+    answer = dynlora_eval("--adapter", llama.folder, "--json")
+    assert (answer.code, answer.json["ok"]) == (130, False)
+    assert sorted(llama.folder.parent.rglob("*")) == before
+    assert not list(tmp_path.iterdir())
+
+
+# -- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_another_chat_template_is_refused_unless_allowed(
+    chat_run: Run, dynlora_eval: Callable[..., Answer], tmp_path: Path
+):
+    answer = dynlora_eval("--adapter", chat_run.folder, "--samples", 2, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["adapters"][0]["loss"] == pytest.approx(chat_run.summary["loss_after"], abs=1e-5)
+    assert answer.json["samples"][0]["references"][0].startswith("done ")
+    changed = tmp_path / "changed"
+    shutil.copytree(chat_run.folder, changed)
+    template = changed / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|assistant|>", "<|bot|>"))
+    refused = dynlora_eval("--adapter", changed, "--json")
+    assert refused.code == 2
+    assert "--allow-template-mismatch" in refused.json["hint"]
+    assert refused.json["error"].count("hash") == 1
+    allowed = dynlora_eval("--adapter", changed, "--allow-template-mismatch", "--generate", 0, "--json")
+    assert allowed.code == 0
+    assert any("chat template in use" in note for note in allowed.json["notes"])
+
+
+def test_an_adapter_trained_without_a_template(chat_run: Run, dynlora_eval: Callable[..., Answer], tmp_path: Path):
+    changed = tmp_path / "changed"
+    shutil.copytree(chat_run.folder, changed)
+    record = json.loads((changed / "dynlora.json").read_text())
+    record["chat_template_sha256"] = None
+    (changed / "dynlora.json").write_text(json.dumps(record))
+    answer = dynlora_eval("--adapter", changed, "--json")
+    assert (answer.code, "trained without one" in answer.json["error"]) == (2, True)
+
+
+def test_a_foreign_adapter_has_no_template_to_compare(
+    chat_run: Run, dynlora_eval: Callable[..., Answer], tmp_path: Path
+):
+    adapter = foreign(chat_run.folder.parent / "pico", tmp_path / "adapter", target_modules=["q_proj"])
+    answer = dynlora_eval(
+        "--adapter", adapter, "--data", chat_run.folder.parent / "chat.jsonl", "--generate", 0, "--json"
+    )
+    assert answer.code == 0, answer.err
+    assert any("does not say which chat template" in note for note in answer.json["notes"])
