@@ -104,7 +104,7 @@ def test_healing_trains_what_is_left(tmp_path: Path, dynlora: Dynlora):
 
 @pytest.mark.parametrize("kind", ["rslora", "patterns", "dora", "conv1d", "embedding", "classifier"])
 def test_adapters_of_other_tools_need_no_data(kind: str, tmp_path: Path, dynlora: Dynlora):
-    base, adapter = make(kind, tmp_path)
+    _, adapter = make(kind, tmp_path)
     answer = dynlora("prune", "--adapter", adapter, "--budget", "0.6", "--out", tmp_path / "small", "--json")
     assert answer.code == 0, answer.err
     assert "the loss is not measured" in answer.err

@@ -1,0 +1,205 @@
+"""`dynlora export`: every form read back as its consumer does, and what a consumer cannot read is refused with advice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import Dynlora, contents, runner
+from gguf import GGUFReader
+from peft_adapters import ids, make, peft_logits
+from safetensors.torch import load_file
+from tiny_run import make_recipe, train
+from transformers import AutoModelForCausalLM
+
+from dynlora_cli import drawers, export
+from dynlora_cli.adapter_reader import read_adapter
+
+FORMS = drawers.names("exporters")
+GGUF = ("gguf", "merged-gguf", "ollama")
+
+
+@pytest.fixture
+def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
+    return runner(capfd)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose layers have several ranks, some of them 0."""
+    recipe = make_recipe(tmp_path_factory.mktemp("mixed"), "rank.budget=0.2", "train.learning_rate=2e-2")
+    summary, _ = train(recipe)
+    assert 0 in summary["ranks"].values()
+    assert len(set(summary["ranks"].values())) > 2
+    return Path(recipe.output_dir)
+
+
+def test_all_forms_of_the_design_are_there():
+    assert set(FORMS) == {"peft", "uniform", "vllm", "lorax", "gguf", "ollama", "merged", "merged-gguf"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mixed_rank_run_in_every_form(form: str, mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    before = contents(mixed)
+    out = tmp_path / "out"
+    answer = dynlora("export", "--adapter", mixed, "--to", form, "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    assert contents(mixed) == before
+    record = json.loads((out / "export.json").read_text())
+    assert record == answer.json
+    assert record["max_logit_difference"] < (0.05 if form in ("merged-gguf", "ollama") else 1e-4)
+    assert record["ranks"] == read_adapter(mixed).ranks
+    files = contents(out)
+    files.pop("export.json")
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == {
+        name: file["sha256"] for name, file in record["files"].items()
+    }
+
+
+@pytest.mark.parametrize("form", ["peft", "uniform", "vllm", "lorax"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "patterns"])
+def test_stock_peft_computes_the_same_with_every_adapter_form(kind: str, form: str, tmp_path: Path, dynlora: Dynlora):
+    base, adapter = make(kind, tmp_path)
+    answer = dynlora("export", "--adapter", adapter, "--to", form, "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    expected = peft_logits(base, adapter)
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lorax_gets_one_rank_and_no_holes(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    answer = dynlora("export", "--adapter", mixed, "--to", "lorax", "--out", tmp_path / "out", "--json")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    blocks: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        shapes.setdefault(kind, set()).add(tuple(tensor.shape))
+        blocks.setdefault(kind, set()).add(re.findall(r"\.(\d+)\.", name)[0])
+    assert all(len(found) == 1 for found in shapes.values()), "LoRAX stacks a type over all blocks"
+    assert all(found == {"0", "1"} for found in blocks.values()), "and drops a type that a block lacks"
+    assert answer.json["filled_layers"] > 0
+
+
+def test_vllm_is_compact_and_names_the_rank_to_serve_with(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    answer = dynlora("export", "--adapter", mixed, "--to", "vllm", "--out", tmp_path / "out", "--json")
+    assert "--max-lora-rank 8" in answer.err
+    assert answer.json["max_lora_rank"] == 8
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max(read_adapter(mixed).ranks.values())
+    assert read_adapter(tmp_path / "out").ranks == read_adapter(mixed).ranks
+
+
+def test_gguf_is_padded_to_one_rank_with_alpha_equal(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    dynlora("export", "--adapter", mixed, "--to", "gguf", "--out", tmp_path / "out")
+    reader = GGUFReader(tmp_path / "out" / "adapter.gguf")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    ranks = {int(t.shape[1 if t.name.endswith("lora_a") else 0]) for t in reader.tensors}
+    assert ranks == {int(alpha)} == {max(read_adapter(mixed).ranks.values())}
+
+
+def test_q8_is_smaller_and_close(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    half = dynlora("export", "--adapter", mixed, "--to", "merged-gguf", "--out", tmp_path / "h", "--json").json
+    byte = dynlora(
+        "export", "--adapter", mixed, "--to", "merged-gguf", "--outtype", "q8_0", "--out", tmp_path / "q", "--json"
+    ).json
+    assert byte["files"]["model.gguf"]["bytes"] < half["files"]["model.gguf"]["bytes"]
+    assert half["check"]["kl"] < byte["check"]["kl"] < 0.1
+
+
+@pytest.mark.parametrize("kind", ["tied", "embedding", "whole-head", "conv1d", "classifier", "dora"])
+def test_merged_takes_every_kind(kind: str, tmp_path: Path, dynlora: Dynlora):
+    base, adapter = make(kind, tmp_path)
+    answer = dynlora("export", "--adapter", adapter, "--to", "merged", "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["max_logit_difference"] < 1e-4
+    if kind == "tied":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids()).logits, peft_logits(base, adapter), atol=1e-4, rtol=1e-4)
+
+
+REFUSED = [
+    ("dora", "vllm", "is a DoRA"),
+    ("dora", "uniform", "is a DoRA"),
+    ("embedding", "gguf", "embedding"),
+    ("whole-head", "vllm", "whole tensors"),
+    ("classifier", "lorax", "whole tensors"),
+    ("classifier", "merged-gguf", "bert"),
+]
+
+
+@pytest.mark.parametrize(("kind", "form", "message"), REFUSED)
+def test_what_a_consumer_cannot_read_is_refused_with_advice(kind, form, message, tmp_path: Path, dynlora: Dynlora):
+    _, adapter = make(kind, tmp_path)
+    before = contents(tmp_path)
+    answer = dynlora("export", "--adapter", adapter, "--to", form, "--out", tmp_path / "out", "--json")
+    assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err
+    assert "hint:" in answer.err
+    assert contents(tmp_path) == before
+
+
+def test_dora_stays_dora_for_peft(tmp_path: Path, dynlora: Dynlora):
+    base, adapter = make("dora", tmp_path)
+    assert dynlora("export", "--adapter", adapter, "--to", "peft", "--out", tmp_path / "out").code == 0
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), peft_logits(base, adapter), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_the_base_on_this_machine(form: str, tmp_path: Path, dynlora: Dynlora):
+    base, adapter = make("patterns", tmp_path)
+    shutil.rmtree(base)
+    answer = dynlora("export", "--adapter", adapter, "--to", form, "--out", tmp_path / "out", "--json")
+    if form in ("peft", "uniform", "vllm"):
+        assert answer.code == 0, answer.err
+        assert "logits are not" in answer.err
+        assert answer.json["max_logit_difference"] is None
+        assert answer.json["max_weight_difference"] < 1e-6
+    else:
+        assert (answer.code, "--base FOLDER" in answer.err) == (3, True), answer.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_computes_something_else_is_withdrawn(
+    mixed: Path, tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch
+):
+    exporter = drawers.load("exporters", "uniform")
+    right = exporter.read_back
+
+    def wrong(job, folder):
+        found = right(job, folder)
+        name = next(iter(found.layers))
+        found.layers[name].b_OC.mul_(40.0)
+        return found
+
+    monkeypatch.setattr(exporter, "read_back", wrong)
+    answer = dynlora("export", "--adapter", mixed, "--to", "uniform", "--out", tmp_path / "out", "--json")
+    assert (answer.code, "nothing was kept" in answer.json["error"]) == (4, True), answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_space_left(mixed: Path, tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(export.run_folder, "write_json", full)
+    answer = dynlora("export", "--adapter", mixed, "--to", "merged", "--out", tmp_path / "out")
+    assert (answer.code, "no space left" in answer.err) == (3, True), answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_words(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    for options, message in ((["--to", "gguff"], "did you mean 'gguf'"), (["--to", "gguf", "--outtype", "q4"], "q8_0")):
+        answer = dynlora("export", "--adapter", mixed, *options, "--out", tmp_path / "out")
+        assert (answer.code, message in answer.err) == (2, True), answer.err
+
+
+def test_gguf_is_an_extra(mixed: Path, tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    answer = dynlora("export", "--adapter", mixed, "--to", "gguf", "--out", tmp_path / "out")
+    assert (answer.code, 'pip install "dynlora[gguf]"' in answer.err) == (3, True), answer.err
+    assert not (tmp_path / "out").exists()
