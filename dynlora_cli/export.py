@@ -115,7 +115,7 @@ def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
         plan = plan_merge(adapter, place)
 
         def write(folder: Path) -> None:
-            write_merged(plan, adapter, place, folder, lambda _: None)
+            write_merged(plan, adapter, place, folder)
 
         return Merged(plan.config, plan.tensor_names(), plan.read, write, plan.untied)
 

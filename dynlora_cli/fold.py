@@ -177,7 +177,7 @@ def folded(base: Callable[[], Tensor], factors: Factors, transposed: bool) -> Te
     view.addmm_(factors.b_OC, factors.a_CI)
     if factors.magnitude_O is not None:
         view.mul_((factors.magnitude_O / view.norm(dim=1)).unsqueeze(1))
-    if not view.isfinite().all():
+    if not all(extreme.isfinite() for extreme in view.aminmax()):
         raise MeasureError("a merged weight is not finite", "look at the base's and the adapter's numbers")
     return W
 
@@ -226,7 +226,7 @@ def _full_names(weights: Weights, model: PreTrainedModel) -> dict[str, str]:
     return {name: f"{prefix}.{name}" for name in weights.entries if name not in known and f"{prefix}.{name}" in known}
 
 
-def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path, done: Callable[[int], None]) -> int:
+def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path) -> int:
     """Write the merged model into an existing folder; returns the bytes of its tensors.
 
     Raises:
@@ -249,7 +249,7 @@ def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path, done:
                 shutil.copyfile(path, folder / path.name)
     copy_tokenizer(adapter.folder, folder)  # as it was when the adapter was trained, template included
     write_json(folder / "config.json", plan.config)
-    total = write_like(plan.weights, folder, changed, added, renamed=lambda name: plan.names.get(name, name), done=done)
+    total = write_like(plan.weights, folder, changed, added, renamed=lambda name: plan.names.get(name, name))
     if len(merged) != len(changed) + len(added) or len(plan.modules) != len(adapter.layers):
         raise DynloraError(f"merged {len(merged)} of {len(changed) + len(added)} tensors", "please report this")
     return total

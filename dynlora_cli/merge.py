@@ -77,7 +77,9 @@ def into_base(
         plan = plan_merge(adapter, place, dtype=number)
     _refuse_full_disk(plan, out)
     with run_folder.whole_folder(out) as folder:
-        size = write_merged(plan, adapter, place, folder, lambda _: None)
+        writing = time.monotonic()
+        size = write_merged(plan, adapter, place, folder)
+        writing = time.monotonic() - writing
         emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
         checks = _check(adapter, place, folder, quantized if base_weights == "dequantized" else None)
         summary = {
@@ -94,6 +96,7 @@ def into_base(
             "bytes": size,
             "check": checks.as_dict(),
             "trained_base": _against_trained_base(adapter, place, folder, quantized, base_weights),
+            "write_seconds": writing,
             "seconds": time.monotonic() - started,
         }
         if checks.kl > max_kl:

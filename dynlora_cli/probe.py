@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,14 +57,22 @@ def random_rows(vocab_size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def predictions(model: PreTrainedModel, rows: list[Tensor], *, autocast: Any = None) -> list[Tensor]:
-    """Logits of every line, each [T, V] in fp32 on the CPU ([1, classes] for a classifier)."""
-    found = []
-    with autocast or nullcontext():
-        for row in rows:
-            logits = model(input_ids=row.to(model_device(model))).logits
-            found.append(logits.float().cpu().view(-1, logits.shape[-1]))
-    return found
+def predictions(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
+    """Logits of every line, each [T, V] in fp32 on the CPU ([1, classes] for a classifier).
+
+    A language model gets all lines at once, so that one that is read from disk is read once.
+    """
+    device = model_device(model)
+    if model.get_output_embeddings() is None:
+        return [model(input_ids=row.to(device)).logits.float().cpu() for row in rows]
+    lengths = [row.shape[1] for row in rows]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : lengths[index]] = row[0]
+        mask[index, : lengths[index]] = 1
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return [logits[index, :length].float().cpu() for index, length in enumerate(lengths)]
 
 
 def model_device(model: PreTrainedModel) -> torch.device:

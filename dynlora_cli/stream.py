@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from dynlora_cli.adapter_base import Place, tied
@@ -57,7 +59,7 @@ def streamed(place: Place, read: Callable[[PreTrainedModel], Read]) -> PreTraine
         place: the folder and how to read its config.
         read: gives, for the model's structure, what reads a parameter by its name.
     """
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _NoDraws():
         model = load_structure(place.options, place.folder, place.labels, device=None)
     model.eval()
     if hasattr(model.config, "use_cache"):
@@ -67,6 +69,17 @@ def streamed(place: Place, read: Callable[[PreTrainedModel], Read]) -> PreTraine
         if module._parameters:
             _stream(module, name, source)
     return model
+
+
+class _NoDraws(TorchFunctionMode):
+    """Random starts are not drawn: nobody reads them, and untouched memory costs nothing."""
+
+    SKIPPED = (Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_, init.kaiming_uniform_, init.normal_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.SKIPPED and isinstance(args[0] if args else kwargs.get("tensor"), nn.Parameter):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _stream(module: nn.Module, name: str, read: Read) -> None:

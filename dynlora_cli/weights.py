@@ -168,7 +168,6 @@ def write_like(
     added: Mapping[str, New],
     *,
     renamed: Callable[[str], str] = lambda name: name,
-    done: Callable[[int], None] = lambda size: None,  # noqa: ARG005
 ) -> int:
     """Write the model again, shard by shard, with some tensors changed.
 
@@ -178,7 +177,6 @@ def write_like(
         changed: what stands in the place of an old tensor.
         added: what goes into the last shard besides.
         renamed: the new name of an old tensor.
-        done: told the bytes written so far.
 
     Returns:
         Bytes of tensors written.
@@ -202,7 +200,6 @@ def write_like(
                     source.seek(item.start)
                     _copy(source, target, item.size)
                 total += item.size
-                done(total)
         placed |= dict.fromkeys(names.values(), file.name)
     if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})

@@ -23,7 +23,7 @@ def merge(adapter, folder):
     place = find_base(adapter)
     folder.mkdir()
     plan = plan_merge(adapter, place)
-    write_merged(plan, adapter, place, folder, lambda size: None)
+    write_merged(plan, adapter, place, folder)
     return plan, place
 
 
