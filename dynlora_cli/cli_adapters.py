@@ -214,7 +214,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.", show_default=False)],
     base: Base = None,
-    outtype: Annotated[str, typer.Option(metavar="f16|q8_0", help="Number format of a GGUF model.")] = "f16",
+    outtype: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Number format of a GGUF model.")] = "f16",
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -231,7 +231,7 @@ def export(
         from dynlora_cli.options import choice
 
         choice(to, drawers.names("exporters"), "--to")
-        choice(outtype, ("f16", "q8_0"), "--outtype")
+        choice(outtype, ("f32", "f16", "q8_0"), "--outtype")
         from dynlora_cli import export as command
         from dynlora_cli.console_adapter import AdapterView
 

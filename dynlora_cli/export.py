@@ -28,7 +28,7 @@ from dynlora_cli.fold import plan_merge, write_merged
 from dynlora_cli.probe import agreement
 
 Emit = Callable[[dict[str, Any]], None]
-MAX_KL = {"f16": 0.01, "q8_0": 0.1}  # nats per token
+MAX_KL = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1}  # nats per token
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
         to: a file of the drawer exporters/.
         out: a new folder.
         base_name: folder or hub id of the base model, in place of the one on record.
-        outtype: f16 | q8_0, of a GGUF model.
+        outtype: f32 | f16 | q8_0, of a GGUF model.
         max_kl: nats per token by which the export may differ; None: by its number format.
         overwrite: replace an earlier export.
         emit: takes notes.

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_helpers import runner
 from peft import PeftModel
 from tiny_gguf import (
     CONFIGS,
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dynlora_cli.adapter import PREFIX, lora_config
 from dynlora_cli.adapter import write_adapter as write_peft
+from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.exporters._gguf import write_adapter
 from dynlora_cli.exporters._gguf_vocab import load_tokenizer
 from dynlora_cli.exporters._ollama import match_template
@@ -161,6 +163,40 @@ def test_base_with_adapter_and_merged_model_say_what_peft_says(real, tmp_path, l
     check(llama_cpp(model=tmp_path / "merged.gguf", **asked), adapted, prompts, 1e-5)
     for one, other in zip(plain["generated"], with_adapter["generated"], strict=True):
         assert one["ids"] != other["ids"], "the adapter changes the text"
+
+
+def test_a_trained_run_exported_by_the_command_line(real, tmp_path, llama_cpp, capfd):
+    """train, then `dynlora export`: the adapter on its base, and the merged model, say what stock PEFT says."""
+    rows = [
+        {"prompt": f"{word} {i}: ", "completion": f"{word} " * 4} for i, word in enumerate(["sun", "moon", "star"] * 8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"train.max_steps": 12, "train.micro_batch_size": 4, "train.learning_rate": 0.01, "rank.init": 4}
+    settings |= {"rank.budget": 0.3, "dataset.val_size": 0.2, "output_dir": str(tmp_path / "run")}
+    recipe = {"model": str(real), "dataset": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    dynlora = runner(capfd)
+    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    assert dynlora("train", tmp_path / "recipe.yaml", *options).code == 0
+    for form, more in (("gguf", []), ("merged-gguf", ["--outtype", "f32"])):
+        answer = dynlora("export", "--adapter", tmp_path / "run", "--to", form, "--out", tmp_path / form, *more)
+        assert answer.code == 0, answer.err
+    export_base(real, tmp_path / "base.gguf")
+    adapted = PeftModel.from_pretrained(load(real), tmp_path / "run").eval()
+    ranks = read_adapter(tmp_path / "run").all_ranks
+    assert 0 in ranks.values()
+    assert len(set(ranks.values())) > 2
+    tokenizer = load_tokenizer(real)
+    prompts = [tokenizer(text)["input_ids"] for text in [*PROMPTS, rows[0]["prompt"]]]
+    asked = {"generate": prompts, "max_tokens": NEW_TOKENS, "past_end": True, "top": 5}
+    check(
+        llama_cpp(model=tmp_path / "base.gguf", adapter=str(tmp_path / "gguf" / "adapter.gguf"), **asked),
+        adapted,
+        prompts,
+        1e-4,
+    )
+    # the built-in model is stored in bf16; merged in f32 it is base + adapter to the last digits
+    check(llama_cpp(model=tmp_path / "merged-gguf" / "model.gguf", **asked), adapted, prompts, 1e-4)
 
 
 def test_the_same_tokens_of_every_text(real, tmp_path, llama_cpp):

@@ -59,7 +59,7 @@ class Job:
         base_folder, base_config: the base and its config.json; None where it is not here.
         linear_layers: names and (I, O) of all linear layers of the base, in order; None likewise.
         merged: base and adapter as one model, made when asked for.
-        outtype: number format of a GGUF model, f16 or q8_0.
+        outtype: number format of a GGUF model: f32, f16 or q8_0.
         notes: for the person; exporters add to them.
     """
 

@@ -1,7 +1,7 @@
 """The base with the adapter folded in, as one GGUF file for llama.cpp.
 
 What it does
-    Writes model.gguf with weights, vocabulary and chat template, in f16 or q8_0 (`--outtype`); norms stay in f32.
+    Writes model.gguf with weights, vocabulary and chat template, in f32, f16 or q8_0 (`--outtype`); norms stay in f32.
 
 When to use it
     For llama.cpp, LM Studio, and everything else that runs GGUF.
