@@ -152,8 +152,7 @@ def save(adapter: Adapter, folder: Path) -> None:
         fan_in_fan_out=adapter.fan_in_fan_out,
         modules_to_save=config.get("modules_to_save"),
     )
-    if config.get("task_type") is None:
-        written["task_type"] = None
+    written["task_type"] = config.get("task_type")
     written["use_dora"] = adapter.dora
     adapted = {f"{name}.weight": f"{name}.base_layer.weight" for name in adapter.layers}
     tensors = {adapted.get(name, name): tensor for name, tensor in adapter.whole.items()}

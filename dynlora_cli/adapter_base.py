@@ -16,6 +16,8 @@ from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.model import HEAD_NAMES, find_model, fingerprint, load_structure
 from dynlora_cli.recipe_settings import Model
 
+SUPPORTED = ("CAUSAL_LM", "SEQ_CLS")  # PEFT's names
+
 
 @dataclass(frozen=True)
 class Place:
@@ -45,6 +47,11 @@ def find_base(adapter: Adapter, base: str | None = None) -> Place:
         MachineError: it is not on this machine.
         UsageError: `base` holds no model, or the one that was found is not what the adapter was trained on.
     """
+    kind = adapter.config.get("task_type")
+    if kind not in (None, *SUPPORTED):
+        raise UsageError(
+            f"{adapter.folder}: models of task_type {kind} are not supported yet", f"there are: {', '.join(SUPPORTED)}"
+        )
     recorded = ((adapter.record.get("recipe") or {}).get("model") or {}).copy()
     name = str(recorded.get("name_or_path") or "")
     if not name.startswith("builtin:"):

@@ -99,7 +99,7 @@ def train(
                 resume=resume,
                 resume_from=resume_from,
             )
-        summary = {**summary, "next": _next_commands(recipe, overrides or [], summary)}
+        summary = {**summary, "next": _next_commands(summary)}
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
@@ -117,16 +117,16 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-def _next_commands(recipe: Path, overrides: list[str], summary: dict[str, Any]) -> list[str]:
-    """Commands that make sense after a run; only ones that this version has, complete with what was set."""
+def _next_commands(summary: dict[str, Any]) -> list[str]:
+    """Commands that make sense after a run."""
     if "ranks" not in summary:
         return []
-    settings = [word for override in overrides for word in ("--set", override)]
-    half = summary["parameters"] / 2000
-    folder, budget = summary["output_dir"], f"{half:.0f}k" if half >= 10 else f"{half:g}k"
-    smaller = ["dynlora", "train", str(recipe), *settings, "--set", f"rank.budget={budget}"]
+    folder = summary["output_dir"]
+    small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
     return [
-        shlex.join([*smaller, "--output-dir", f"{folder}-half"]),
+        shlex.join(["dynlora", "eval", "--adapter", folder]),
+        shlex.join(["dynlora", "prune", "--adapter", folder, *small]),
+        shlex.join(["dynlora", "merge", "--adapter", folder]),
         f"python -m webbrowser {shlex.quote(str((Path(folder) / 'report.html').resolve()))}",
     ]
 

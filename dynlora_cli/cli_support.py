@@ -65,16 +65,17 @@ def _as_ours(error: Exception) -> DynloraError | None:
     """Faults of the machine that may come from anywhere, in our words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(
-            f"no space left on the device ({error.filename or 'output folder'})", "free some, then --resume"
+            f"no space left on the device ({error.filename or 'output folder'})",
+            "free some and try again; a training run goes on with --resume",
         )
     if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
         return UsageError(
-            f"{error.filename}: {error.strerror}", "check that path; --output-dir chooses another place for the run"
+            f"{error.filename}: {error.strerror}", "check that path, or choose another place for the output"
         )
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             "the GPU has not enough memory",
-            "lower train.micro_batch_size or dataset.max_length, or set train.gradient_checkpointing: true",
+            "in training: lower train.micro_batch_size, dataset.max_length, or set train.gradient_checkpointing: true",
         )
     return None
 

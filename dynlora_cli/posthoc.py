@@ -11,7 +11,7 @@ Dimensions: K components of all layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -195,12 +195,6 @@ def _fit_to_flow(adapter: Adapter, model: PreTrainedModel, batches: Batches) -> 
         layers[name] = replace(factors, a_CI=a, b_OC=b)
         energies.append(energy)
     return adapter.with_layers(layers), torch.cat(energies)
-
-
-def set_gates(pool: Pool, gates: Mapping[str, Tensor] | None) -> None:
-    """Let only some components act, as if the others were cut; None: all act."""
-    for name, layer in pool.layers.items():
-        layer.gate = None if gates is None else gates[name].to(pool.values.device, pool.values.dtype)
 
 
 def smallest_within(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -15,17 +16,14 @@ from dynlora_cli.adapter import Adapter, save
 from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
-from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.heal import heal
-from dynlora_cli.held_out import Rows, base_in_memory, held_out_rows, own_recipe, read_tokenizer
+from dynlora_cli.held_out import Rows, base_in_memory, held_out_rows, own_recipe, precision_of, read_tokenizer
 from dynlora_cli.loss import held_out
 from dynlora_cli.model import Base
-from dynlora_cli.posthoc import Order, parameters_of, set_gates, smallest_within
+from dynlora_cli.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruned_folder import write_record
 from dynlora_cli.recipe_settings import Budget
-
-if TYPE_CHECKING:
-    from dynlora_cli.components import Pool
 
 CURVE_POINTS = 7
 Emit = Callable[[dict[str, Any]], None]
@@ -77,6 +75,9 @@ def run(
         emit({"event": "note", "text": adapter.note})
     needs_rows = scorer.needs != "values" or budget.kind == "auto" or heal_steps or data is not None
     bench = _bench(adapter, data, base_name, max_samples, bool(needs_rows), measure, emit)
+    recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
+    if heal_steps and recipe is None:
+        raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
     order = Order.by_policy(
         adapter, scorer, bench.base.model if bench else None, bench.batches if bench else None, seed
     )
@@ -89,9 +90,7 @@ def run(
     events: list[dict[str, Any]] = []
     if heal_steps:
         assert bench is not None
-        recipe = own_recipe(adapter) or bench.rows.recipe
-        if recipe is None:
-            raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
+        assert recipe is not None
         smaller = heal(smaller, bench.base, recipe, heal_steps, out, events.append)
     summary = _summary(adapter, smaller, order, curve, out, policy, target, keep_K)
     if bench and heal_steps:
@@ -116,14 +115,17 @@ class Bench:
         """All rows, anew at each call."""
         return self.rows.batches(cast("int", self.base.tokenizer.pad_token_id), self.base.model.device)
 
-    def loss_now(self) -> float:
-        """Held-out loss of the model as it stands, nats per target."""
-        return held_out(self.base.model, self.batches())["loss"]
-
     def loss(self, adapter: Adapter) -> float:
-        """Held-out loss with this adapter."""
+        """Held-out loss with this adapter, nats per target.
+
+        Raises:
+            MeasureError: it is not finite.
+        """
         with attached(self.base.model, adapter):
-            return self.loss_now()
+            loss = held_out(self.base.model, self.batches(), autocast=precision_of(self.base))["loss"]
+        if not math.isfinite(loss):
+            raise MeasureError(f"the held-out loss is {loss}", "look at the adapter and at the rows")
+        return loss
 
 
 def _bench(
@@ -181,7 +183,6 @@ class Curve:
     bench: Bench | None
     emit: Emit
     points: list[dict[str, Any]] = field(default_factory=list)
-    _pool: Pool | None = None
 
     def loss(self, parameters: int) -> float:
         """Held-out loss with the best components within so many parameters; each size is measured once."""
@@ -204,12 +205,9 @@ class Curve:
             "parameters": kept,
             "components": int(keep_K.sum()),
             "energy": self.order.energy_kept(keep_K),
-            "loss": None,
+            "loss": self.bench.loss(self.order.cut(keep_K)) if self.bench else None,
         }
         if self.bench:
-            with attached(self.bench.base.model, self.order.adapter) as pool:
-                set_gates(pool, self.order.split(keep_K))
-                point["loss"] = self.bench.loss_now()
             self.emit({"event": "point", **point})
         self.points.append(point)
         self.points.sort(key=lambda point: -point["parameters"])

@@ -31,7 +31,7 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CHUNK = 1 << 24  # bytes copied at once
+_CHUNK = 1 << 22  # bytes converted or copied at once
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ def test_train_for_a_person(train: Callable[..., Answer], recipe: Path, tmp_path
     answer = train()
     assert (answer.code, answer.out) == (0, "")
     assert "\x1b" not in answer.err, "no colours and no animation where stderr is no terminal"
-    for part in ("format completion", "held-out loss", "prune", str(tmp_path / "out"), "Next\n  dynlora train"):
+    for part in ("format completion", "held-out loss", "prune", str(tmp_path / "out"), "Next\n  dynlora eval"):
         assert part in answer.err
     assert {"adapter_config.json", "adapter_model.safetensors", "dynlora.json", "report.html"} <= set(
         os.listdir(tmp_path / "out")
@@ -282,10 +282,11 @@ def test_train_for_a_person(train: Callable[..., Answer], recipe: Path, tmp_path
 @pytest.mark.parametrize("budget", ["2", "0.05"])
 def test_the_next_commands_work(budget: str, train: Callable[..., Answer], dynlora: Callable[..., Answer]):
     answer = train("--set", "train.max_steps=1", "--set", f"rank.budget={budget}", "--json")
-    program, *arguments = shlex.split(answer.json["next"][0])
-    assert program == "dynlora"
-    assert dynlora(*arguments, "--dry-run").code == 0
-    assert Path(shlex.split(answer.json["next"][1])[-1]).is_file(), "the report, to be looked at"
+    *commands, look = map(shlex.split, answer.json["next"])
+    assert [command[:2] for command in commands] == [["dynlora", name] for name in ("eval", "prune", "merge")]
+    for _, *arguments in commands:
+        assert dynlora(*arguments).code == 0
+    assert Path(look[-1]).is_file(), "the report, to be looked at"
 
 
 def test_train_for_a_script(train: Callable[..., Answer], tmp_path: Path):

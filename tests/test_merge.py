@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,10 +230,10 @@ def test_sixteen_bits_round_and_fp32_does_not(tmp_path: Path, dynlora: Dynlora):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype == torch.float32
 
 
-@pytest.fixture(scope="module")
-def quantized_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qlora")
-    recipe = make_recipe(folder, "model.load_in_4bit=true", "train.learning_rate=2e-2")
+@pytest.fixture(scope="module", params=["load_in_4bit", "load_in_8bit"])
+def quantized_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = make_recipe(folder, f"model.{request.param}=true", "train.learning_rate=2e-2")
     train(recipe)
     return Path(recipe.output_dir)
 
@@ -255,7 +257,8 @@ def test_qlora_into_the_weights_as_training_saw_them(quantized_run: Path, tmp_pa
         "merge", "--adapter", quantized_run, "--out", tmp_path / "m", "--base-weights", "dequantized", "--json"
     )
     assert answer.code == 0, answer.err
-    assert answer.json["check"]["max_logit_difference"] < 1e-3
+    # int8 kernels round the inputs too, which no weight can hold
+    assert answer.json["check"]["max_logit_difference"] < (0.05 if "8bit" in str(quantized_run) else 1e-3)
     folder = read_adapter(quantized_run).config["base_model_name_or_path"]
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "m"))
     untouched = set(read_adapter(quantized_run).all_ranks) - set(read_adapter(quantized_run).layers)
@@ -292,3 +295,23 @@ def test_the_bare_form(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.Mon
     assert "newest below out" in answer.err
     merged = tmp_path / "out" / "run" / "merged"
     assert {"config.json", "model.safetensors", "tokenizer.json", "merge.json"} <= set(contents(merged))
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path):
+    """A model of many shards, larger than the bound; the script fails where the peak is above it."""
+    script = Path(__file__).parent.parent / "scripts" / "bench" / "merge_memory.py"
+    command = [
+        sys.executable,
+        script,
+        "--gigabytes",
+        "1.5",
+        "--work",
+        tmp_path,
+        "--results",
+        tmp_path / "results.jsonl",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row["peak_bytes"] < row["bound_bytes"] < row["model_bytes"]

@@ -13,7 +13,7 @@ from dynlora_cli.attach import attached
 from dynlora_cli.batches import Batch
 from dynlora_cli.covariances import Covariances, turn
 from dynlora_cli.gauge import svd_factors
-from dynlora_cli.posthoc import Order, parameters_of, set_gates, smallest_within
+from dynlora_cli.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.recipe_settings import Budget
 
 POLICIES = drawers.names("policies")
@@ -157,19 +157,6 @@ def test_turning_where_nothing_flows_keeps_the_update():
     a2, b2, energies = turn(a, b, one @ one.T, torch.zeros(4, 4, dtype=torch.float64))
     torch.testing.assert_close(b2 @ a2, b @ a, atol=1e-3, rtol=1e-2)
     assert energies.isfinite().all()
-
-
-def test_gates_compute_what_the_cut_adapter_computes(tmp_path):
-    for kind in ("lora", "dora"):
-        (tmp_path / kind).mkdir()
-        model, adapter, order = ordered(kind, "magnitude", tmp_path / kind)
-        keep, _ = order.keep(adapter.parameters // 2)
-        with torch.no_grad():
-            with attached(model, order.adapter) as pool:
-                set_gates(pool, order.split(keep))
-                gated = model(ids()).logits
-            with attached(model, order.cut(keep)):
-                torch.testing.assert_close(model(ids()).logits, gated, atol=1e-4, rtol=1e-4)
 
 
 def test_bisection_finds_the_smallest_size_within_the_limit():
