@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,19 @@ def test_no_space_left(mixed: Path, tmp_path: Path, dynlora: Dynlora, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_no_space_left_for_a_gguf(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    """numpy tells of a full disk without an error number, so a real one is needed: no file may grow beyond 30 kB."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));"
+        "from dynlora_cli.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "export", "--adapter", mixed, "--to", "merged-gguf", "--out", tmp_path / "g"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "no space left" in done.stderr) == (3, True), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_words(mixed: Path, tmp_path: Path, dynlora: Dynlora):
     for options, message in ((["--to", "gguff"], "did you mean 'gguf'"), (["--to", "gguf", "--outtype", "q4"], "q8_0")):
         answer = dynlora("export", "--adapter", mixed, *options, "--out", tmp_path / "out")
@@ -199,7 +214,7 @@ def test_wrong_words(mixed: Path, tmp_path: Path, dynlora: Dynlora):
 
 
 def test_gguf_is_an_extra(mixed: Path, tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     answer = dynlora("export", "--adapter", mixed, "--to", "gguf", "--out", tmp_path / "out")
     assert (answer.code, 'pip install "dynlora[gguf]"' in answer.err) == (3, True), answer.err
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ Reference: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -201,6 +202,10 @@ def _writing(gguf: ModuleType, path: Path, arch: Architecture) -> Iterator[Any]:
         finally:
             writer.close()
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:  # numpy's way to say that fewer bytes were written than asked for
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
