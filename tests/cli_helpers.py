@@ -1,4 +1,4 @@
-"""Runs `dynlora ARGUMENTS` in this process, as tests/test_cli.py does, for the commands of an adapter's later life."""
+"""Runs `dynlora ARGUMENTS` in this process; conftest.py has the fixture `dynlora`."""
 
 from __future__ import annotations
 

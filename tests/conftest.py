@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from eval_helpers import Answer, Run
+    from cli_helpers import Dynlora
+    from eval_helpers import Run
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,19 +29,17 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def dynlora_eval(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """Runs `dynlora eval ARGUMENTS`; captures the file descriptors, so that nothing a library prints escapes."""
-    from eval_helpers import Answer
+def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
+    """Runs `dynlora ARGUMENTS`."""
+    from cli_helpers import runner
 
-    from dynlora_cli.cli import main
+    return runner(capfd)
 
-    def run(*arguments: object) -> Answer:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(["eval", *map(str, arguments)])
-        return Answer(end.value.code or 0, *capfd.readouterr())
 
-    return run
+@pytest.fixture
+def dynlora_eval(dynlora: Dynlora) -> Dynlora:
+    """Runs `dynlora eval ARGUMENTS`."""
+    return lambda *arguments: dynlora("eval", *arguments)
 
 
 @pytest.fixture(scope="session")

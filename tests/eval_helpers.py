@@ -16,18 +16,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dynlora_cli.recipe import load_recipe
 
 
-class Answer(NamedTuple):
-    """What a command left behind; `json` is stdout, which must be one JSON object and nothing else."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
 class Run(NamedTuple):
     """A finished run, its recipe file, and what it said."""
 

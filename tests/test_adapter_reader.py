@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import Dynlora, contents, runner
+from cli_helpers import Dynlora, contents
 from peft import AdaLoraConfig, get_peft_model
 from peft_adapters import base_model, load, make
 from safetensors.torch import load_file, save_file
 
 from dynlora_cli.adapter_reader import find_adapter, read_adapter
 from dynlora_cli.errors import MeasureError, UsageError
-
-
-@pytest.fixture
-def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
-    return runner(capfd)
 
 
 @pytest.fixture

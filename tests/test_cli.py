@@ -13,46 +13,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from cli_helpers import Answer, contents
 from pico import pico_recipe
 
 from dynlora_cli import __version__, assemble, run_folder
-from dynlora_cli.cli import main
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-class Answer(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """stdout, which must be one JSON object and nothing else."""
-        return json.loads(self.out)
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico_recipe(tmp_path_factory.mktemp("cli"))
-
-
-@pytest.fixture
-def dynlora(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """Runs `dynlora ARGUMENTS`; captures the file descriptors, so that nothing a library prints escapes."""
-
-    def run(*arguments: object) -> Answer:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return Answer(end.value.code or 0, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -73,10 +47,6 @@ def process(*arguments: object, cwd: Path) -> Answer:
     command = [sys.executable, "-m", "dynlora_cli", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     return Answer(done.returncode, done.stdout, done.stderr)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def as_one_line(text: str) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_helpers import Answer, Run, foreign
+from cli_helpers import Answer
+from eval_helpers import Run, foreign
 from test_architecture import fresh
 from tiny_run import model_folder
 

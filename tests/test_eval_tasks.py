@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from eval_helpers import Answer, Run, by_peft, foreign
+from cli_helpers import Answer
+from eval_helpers import Run, by_peft, foreign
 from tiny_run import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

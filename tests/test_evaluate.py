@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from eval_helpers import Answer, Run, by_peft, foreign
+from cli_helpers import Answer
+from eval_helpers import Run, by_peft, foreign
 from peft import PeftModel
 from tiny_run import make_recipe, model_folder, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import Dynlora, contents, runner
+from cli_helpers import Dynlora, contents
 from gguf import GGUFReader
 from peft_adapters import ids, make, peft_logits
 from safetensors.torch import load_file
@@ -24,11 +24,6 @@ from dynlora_cli.adapter_reader import read_adapter
 
 FORMS = drawers.names("exporters")
 GGUF = ("gguf", "merged-gguf", "ollama")
-
-
-@pytest.fixture
-def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
-    return runner(capfd)
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import Dynlora, contents, runner
+from cli_helpers import Dynlora, contents
 from peft_adapters import KINDS, make
 from tiny_run import make_recipe, train
 
 from dynlora_cli.adapter_reader import read_adapter
-
-
-@pytest.fixture
-def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
-    return runner(capfd)
 
 
 @pytest.mark.parametrize("kind", KINDS)

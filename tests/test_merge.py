@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import Dynlora, contents, runner
+from cli_helpers import Dynlora, contents
 from peft import PeftModel
 from peft_adapters import ids, load, make, peft_logits
 from tiny_run import make_recipe, train
@@ -21,11 +21,6 @@ from dynlora_cli.adapter import save
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.combine import Way, combine
 from dynlora_cli.recipe_settings import Budget
-
-
-@pytest.fixture
-def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
-    return runner(capfd)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_helpers import Dynlora, contents, runner
+from cli_helpers import Dynlora, contents
 from peft_adapters import make
 from test_clients import by_peft
 from tiny_run import make_recipe, train, write_rows
@@ -16,11 +16,6 @@ from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.recipe import Recipe
 
 POLICIES = drawers.names("policies")
-
-
-@pytest.fixture
-def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
-    return runner(capfd)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "bert"])

@@ -17,20 +17,15 @@ from typing import Any
 
 from dynlora_cli.adapter import Adapter
 from dynlora_cli.exporters._exporter import Job, Read
-from dynlora_cli.exporters._gguf import read_model, write_model
+from dynlora_cli.exporters._gguf import read_model
+from dynlora_cli.exporters._merged_gguf import FILE, write_merged_gguf
 
 needs_base = True
-FILE = "model.gguf"
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:
     """Write model.gguf."""
-    merged = job.merged()
-    assert job.tokenizer_folder is not None
-    facts = write_model(folder / FILE, merged.config, job.tokenizer_folder, merged.names, merged.read, kind=job.outtype)
-    job.notes.extend(facts.pop("notes", []))
-    facts.pop("path", None)
-    return facts
+    return write_merged_gguf(job, folder)
 
 
 def read_back(job: Job, folder: Path) -> Adapter | Read | Path:

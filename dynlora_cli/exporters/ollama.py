@@ -19,23 +19,21 @@ from typing import Any
 
 from dynlora_cli.adapter import Adapter
 from dynlora_cli.exporters._exporter import Job, Read
-from dynlora_cli.exporters._gguf import read_model, write_model
+from dynlora_cli.exporters._gguf import read_model
 from dynlora_cli.exporters._gguf_vocab import load_tokenizer
+from dynlora_cli.exporters._merged_gguf import FILE, write_merged_gguf
 from dynlora_cli.exporters._ollama import modelfile
 
 needs_base = True
-FILE = "model.gguf"
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:
     """Write model.gguf and Modelfile."""
-    merged = job.merged()
+    facts = write_merged_gguf(job, folder)
     assert job.tokenizer_folder is not None
-    facts = write_model(folder / FILE, merged.config, job.tokenizer_folder, merged.names, merged.read, kind=job.outtype)
     text, notes = modelfile(FILE, load_tokenizer(job.tokenizer_folder), _generation_config(job))
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    job.notes.extend([*facts.pop("notes", []), *notes])
-    facts.pop("path", None)
+    job.notes.extend(notes)
     return facts | {"template": "TEMPLATE" in text}
 
 
