@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.model import HEAD_NAMES, find_model, fingerprint, load_structure
 from dynlora_cli.recipe_settings import Model
 
+COMMIT = re.compile("[0-9a-f]{40}")
 SUPPORTED = ("CAUSAL_LM", "SEQ_CLS")  # PEFT's names
 
 
@@ -92,7 +94,13 @@ def label_names(adapter: Adapter) -> list[str] | None:
 
 
 def _refuse_another(adapter: Adapter, place: Place) -> None:
-    """Compare the model's fingerprint with the one on record."""
+    """Compare the model's commit, where its folder is named by one, and its fingerprint with those on record."""
+    revision, commit = str(adapter.config.get("revision")), place.folder.name
+    if COMMIT.fullmatch(revision) and COMMIT.fullmatch(commit) and revision != commit:
+        raise UsageError(
+            f"{place.folder} is another revision than {adapter.folder} was trained on, {revision}",
+            "name the right one with --base FOLDER",
+        )
     recorded: dict[str, Any] = adapter.record.get("base_model") or {}
     before = recorded.get("fingerprint") or {}
     if not before:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,9 @@ from dynlora_cli.adapter import Adapter
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.attach import attached
 from dynlora_cli.held_out import read_tokenizer
+from dynlora_cli.model import load_base, load_tokenizer
 from dynlora_cli.probe import predictions, probe_rows, random_rows
-from dynlora_cli.stream import Read, reader, streamed, through_ties
+from dynlora_cli.stream import Read, read_by, reader, streamed, through_ties, unreadable
 from dynlora_cli.weights import Weights
 
 CPU = torch.device("cpu")
@@ -38,23 +41,29 @@ def predictions_of(
         read: gives the parameters, where they are not in the folder's own files.
         tied_weights: of `read`: where the model shares one weight between table and head, only the table's is there.
     """
-
-    def source(model: PreTrainedModel) -> Read:
-        if read is None:
-            return reader(Weights(place.folder), model)
-        return through_ties(read, model) if tied_weights else read
-
-    return predictions(streamed(place, source), rows)
+    if read is None:
+        return predictions(_open(place, {})[0], rows)
+    model = streamed(place)
+    read_by(model, through_ties(read, model) if tied_weights else read)
+    return predictions(model, rows)
 
 
 def adapted_predictions(adapter: Adapter, place: Place, rows: list[Tensor]) -> list[Tensor]:
     """What base and adapter predict together."""
-    sources: list[Read] = []
-
-    def source(model: PreTrainedModel) -> Read:
-        sources.append(reader(Weights(place.folder), model, adapter.whole))
-        return sources[0]
-
-    model = streamed(place, source)
-    with attached(model, adapter, device=CPU, read=sources[0], whole=False):
+    model, read = _open(place, adapter.whole)
+    with attached(model, adapter, device=CPU, read=read, whole=read is None):
         return predictions(model, rows)
+
+
+def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, Read | None]:
+    """The model of a folder, streamed, and what reads it; all of it in memory, and None, where that cannot be."""
+    model, weights = streamed(place), Weights(place.folder)
+    if not unreadable(model, weights, whole):
+        read = reader(weights, model, whole)
+        read_by(model, read)
+        return model, read
+    plain = {"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False, "name_or_path": str(place.folder)}
+    options = place.options.model_copy(update=plain)
+    tokenizer: Any = load_tokenizer(place.folder) if place.labels else None
+    base = load_base(options, tokenizer, device=CPU, labels=place.labels, seed=0, checkpointing=False)
+    return base.model.eval(), None

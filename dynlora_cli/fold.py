@@ -95,7 +95,7 @@ def plan_merge(
         _convert(plan, dtype)
     if place.labels:
         _as_classifier(plan, model, place.labels)
-    plan.names = _full_names(weights, model) if place.labels else {}
+    plan.names = _full_names(weights, model) if plan.added else {}
     return plan
 
 
@@ -221,7 +221,7 @@ def _as_classifier(plan: Plan, model: PreTrainedModel, labels: list[str]) -> Non
 
 
 def _full_names(weights: Weights, model: PreTrainedModel) -> dict[str, str]:
-    """For an encoder that was saved without its prefix and now has a head beside it: its names with the prefix."""
+    """For a model that was saved without its prefix and now has a head beside it: its names with the prefix."""
     prefix, known = model.base_model_prefix, set(model.state_dict())
     return {name: f"{prefix}.{name}" for name in weights.entries if name not in known and f"{prefix}.{name}" in known}
 
@@ -245,7 +245,7 @@ def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path) -> in
     added = {name: counted(name, new) for name, new in plan.added.items()}
     for pattern in KEPT_FILES:
         for path in place.folder.glob(pattern):
-            if not path.name.startswith("model.safetensors"):
+            if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
     copy_tokenizer(adapter.folder, folder)  # as it was when the adapter was trained, template included
     write_json(folder / "config.json", plan.config)

@@ -1,5 +1,8 @@
 """A model that holds no weights: each module reads its own when it runs, and forgets them.
 
+    model = streamed(place)
+    read_by(model, reader(Weights(place.folder), model))
+
 So a check of a merged or exported model needs no more memory than its largest tensor, as the merge itself.
 """
 
@@ -33,8 +36,7 @@ def reader(weights: Weights, model: PreTrainedModel, whole: Mapping[str, Tensor]
     """
 
     def read(name: str) -> Tensor:
-        module, _, leaf = name.rpartition(".")
-        found = weights.locate(module, leaf)
+        found = weights.locate(*_parts(name))
         if found is None:
             raise UsageError(f"{weights.folder} has no tensor for {name}", "the model's files and its config disagree")
         return weights.read(found, torch.float32 if weights.entries[found].dtype.is_floating_point else None)
@@ -52,23 +54,32 @@ def through_ties(read: Read, model: PreTrainedModel) -> Read:
     return lambda name: read(table if name == head else name)
 
 
-def streamed(place: Place, read: Callable[[PreTrainedModel], Read]) -> PreTrainedModel:
-    """The model of a folder, in evaluation mode, computing in fp32 on the CPU.
+def unreadable(model: PreTrainedModel, weights: Weights, whole: Mapping[str, Tensor]) -> list[str]:
+    """Parameters that no one tensor of the files is: of experts, which lie apart on disk and together in memory."""
+    read = through_ties(lambda name: torch.empty(0) if weights.locate(*_parts(name)) else torch.empty(1), model)
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return [name for name in names if name not in whole and read(name).numel()]
 
-    Args:
-        place: the folder and how to read its config.
-        read: gives, for the model's structure, what reads a parameter by its name.
-    """
+
+def _parts(name: str) -> tuple[str, str]:
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
+
+
+def streamed(place: Place) -> PreTrainedModel:
+    """The model of a folder without its weights, in evaluation mode; `read_by` makes it run, in fp32 on the CPU."""
     with init_empty_weights(include_buffers=False), _NoDraws():
         model = load_structure(place.options, place.folder, place.labels, device=None)
-    model.eval()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    source = read(model)
+    return model.eval()
+
+
+def read_by(model: PreTrainedModel, read: Read) -> None:
+    """Let every module read its parameters when it runs, by their names in the model, and forget them."""
     for name, module in model.named_modules(remove_duplicate=False):
         if module._parameters:
-            _stream(module, name, source)
-    return model
+            _stream(module, name, read)
 
 
 class _NoDraws(TorchFunctionMode):

@@ -15,6 +15,7 @@ from transformers import (
     BertModel,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
 )
 
 LLAMA: dict[str, Any] = {
@@ -25,12 +26,18 @@ BASES: dict[str, Any] = {
     "llama": LlamaConfig(**LLAMA),
     "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "mixtral": MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "bert": BertConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=64,
     ),
 }  # fmt: skip
 
+# What only some tests use.
+SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
+    "tied-conv1d": ("gpt2", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+}
 # name: (base, LoraConfig's arguments)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"target_modules": "all-linear", "lora_alpha": 16}),
@@ -79,7 +86,7 @@ def make(kind: str, folder: Path, **saving: Any) -> tuple[Path, Path]:
     Returns:
         the base's folder and the adapter's.
     """
-    base, options = KINDS[kind]
+    base, options = (KINDS | SPECIAL)[kind]
     path = base_model(base, folder, **saving)
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():

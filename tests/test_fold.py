@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft_adapters
 import pytest
 import torch
 from peft_adapters import KINDS, ids, make, peft_logits
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
 from dynlora_cli.adapter import save
 from dynlora_cli.adapter_base import find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached, detached
+from dynlora_cli.errors import UsageError
 from dynlora_cli.fold import plan_merge, write_merged
-from dynlora_cli.stream import reader, streamed
+from dynlora_cli.merge import into_base
+from dynlora_cli.stream import read_by, reader, streamed, unreadable
 from dynlora_cli.weights import Weights
 
 
@@ -65,9 +68,11 @@ def test_streamed_models_compute_the_same_without_holding_weights(kind, tmp_path
     place = find_base(adapter)
     weights = Weights(place.folder)
     expected = peft_logits(base, folder)
-    model = streamed(place, lambda model: reader(weights, model, adapter.whole))
+    model = streamed(place)
     assert not any(p.device.type != "meta" for p in model.parameters())
+    assert not unreadable(model, weights, adapter.whole)
     read = reader(weights, model, adapter.whole)
+    read_by(model, read)
     with torch.no_grad(), attached(model, adapter, device=torch.device("cpu"), read=read, whole=False):
         torch.testing.assert_close(model(ids()).logits, expected, atol=1e-4, rtol=1e-4)
     assert not any(p.device.type != "meta" for p in model.parameters())
@@ -100,3 +105,44 @@ def test_shards_and_types_stay_as_they_were(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(ids()).logits, peft_logits(base, folder), atol=1e-4, rtol=1e-4)
+
+
+def test_experts_kept_together_in_memory_and_apart_on_disk(tmp_path):
+    """Mixtral: its attention is merged; the check sees that the experts' files cannot be read one by one."""
+    base, folder = make("experts", tmp_path)
+    adapter = read_adapter(folder)
+    place = find_base(adapter)
+    assert unreadable(streamed(place), Weights(place.folder), {})
+    summary = into_base(adapter, tmp_path / "merged")
+    assert summary["check"]["max_logit_difference"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, peft_logits(base, folder), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "tied-conv1d"])
+def test_a_checkpoint_without_the_prefix_of_its_model(kind, tmp_path):
+    """As GPT-2 on the hub: `h.0.attn.c_attn.weight`, with no `transformer.` before it, and no head."""
+    base, folder = make(kind, tmp_path)
+    expected = peft_logits(base, folder)
+    GPT2Model.from_pretrained(base).save_pretrained(tmp_path / "bare")
+    shutil.rmtree(base)
+    (tmp_path / "bare").rename(base)
+    assert "wte.weight" in Weights(base).entries
+    into_base(read_adapter(folder), tmp_path / "merged")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_another_revision_is_refused(tmp_path):
+    """Snapshots of a hub model are folders that are named by their commit."""
+    base, folder = make("lora", tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"revision": "a" * 40}))
+    for commit in ("a", "b"):
+        shutil.copytree(base, tmp_path / "snapshots" / (commit * 40))
+    assert find_base(read_adapter(folder), str(tmp_path / "snapshots" / ("a" * 40))).chosen
+    with pytest.raises(UsageError, match="revision"):
+        find_base(read_adapter(folder), str(tmp_path / "snapshots" / ("b" * 40)))
