@@ -54,13 +54,14 @@ def _what_it_is(record: RunRecord) -> str:
     summary, task = record.summary, record.info.get("task") or "causal-lm"
     if _is_full(record):
         return f"`{_base(record)}` ({task}) with all weights fine-tuned by dynlora: the baseline for its adapters."
-    text = f"A LoRA adapter for `{_base(record)}` ({task}), fine-tuned with dynlora: "
+    made = "pruned" if record.info.get("prune") and not record.info.get("recipe") else "fine-tuned"
+    text = f"A LoRA adapter for `{_base(record)}` ({task}), {made} with dynlora: "
     text += "the update is a sum of rank-1 components in one pool"
     first, last = summary.get("components_start"), summary.get("components")
     if first is not None and last is not None and last < first:
         when = "after training" if record.info.get("prune") else "while training under one budget"
         text += f", pruned {when}, from {count(first)} to {count(last)} of them"
-        text += ". Every layer has the rank that training left it; layers that kept no component are not adapted"
+        text += ". Every layer has the rank that this left it; layers that kept no component are not adapted"
     text += "."
     return text + " The files are a plain PEFT LoRA whose scale is exactly 1."
 
@@ -88,7 +89,9 @@ def _numbers(record: RunRecord) -> str:
 def _cost(summary: dict[str, Any]) -> str:
     parts = [f"{count(summary['steps'])} steps"] if summary.get("steps") else []
     if summary.get("seconds") is not None:
-        parts.append(f"{duration(summary['seconds'])} of training")
+        parts.append(
+            f"{duration(summary['seconds'])} of {'pruning' if summary.get('command') == 'prune' else 'training'}"
+        )
     if summary.get("budget_parameters"):
         parts.append(f"a budget of {count(summary['budget_parameters'])} parameters")
     if summary.get("adapter_bytes"):

@@ -70,7 +70,11 @@ def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     if summary.get("components") is not None:
         yield "components", count(summary["components"]), f"from {count(summary.get('components_start'))}"
     if summary.get("seconds") is not None:
-        yield "time", duration(summary["seconds"]), f"{short(summary.get('tokens'))} tokens"
+        yield (
+            "time",
+            duration(summary["seconds"]),
+            f"{short(summary['tokens'])} tokens" if summary.get("tokens") else "",
+        )
     if summary.get("tokens_per_second") is not None:
         yield "speed", f"{short(summary['tokens_per_second'])} tok/s", _speeds(summary)
     memory = record.info.get("peak_memory_bytes") or summary.get("peak_memory_bytes")
@@ -90,23 +94,24 @@ def _size_curve(record: RunRecord) -> str:
     if not points:
         return ""
     chosen = record.summary.get("parameters")
-    chart = partial(svg.line_chart, last_step=points[-1]["parameters"], x_unit="parameter")
+    chart = partial(svg.line_chart, last_step=points[-1]["parameters"], x_unit="parameters", y_text=_plain, wide=True)
     loss = [(point["parameters"], point["loss"]) for point in points]
     energy = [(point["parameters"], point["energy"]) for point in points]
-    this = [point for point in points if point["parameters"] == chosen]
+    heights = [y for _, y in loss if y is not None]
+    here = [(chosen, y) for y in (min(heights), max(heights))] if heights and chosen else []
     figures = chart(
         "Held-out loss against size",
-        [Series("measured", loss, "dots"), Series("this adapter", [(p["parameters"], p["loss"]) for p in this])],
+        [Series("measured", loss, "dots"), Series("this adapter", here, "dash")],
         unit="nats per token",
-        y_text=_plain,
-        wide=True,
-    ) + chart("Share of the update kept", [Series("‖ΔW‖²", energy, "dots")], unit="share", y_text=_plain, wide=True)
+    ) + chart("Share of the update kept", [Series("‖ΔW‖²", energy, "dots")], unit="share")
     source, policy = text(pruned.get("from", "")), text(pruned.get("policy", ""))
     lead = f'<p class="muted">Cut from {source} by the policy {policy}, in one order of its components.</p>'
     return f'<h2>Loss against size</h2>{lead}<div class="charts">{figures}</div>'
 
 
 def _charts(record: RunRecord) -> str:
+    if not record.last_step:
+        return ""  # pruned after training, with nothing trained since
     train, prunes = record.metrics, record.prunes
     loss = _column(train, "loss")
     budget = (record.info.get("budget") or {}).get("parameters") or record.summary.get("budget_parameters")

@@ -74,7 +74,7 @@ class Frame:
     right: float = 16
     top: float = 26
     bottom: float = 34
-    x_unit: str = "optimizer step"
+    x_unit: str = "optimizer steps"
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -95,7 +95,7 @@ def line_chart(
     last_step: float,
     wide: bool = False,
     from_zero: bool = False,
-    x_unit: str = "optimizer step",
+    x_unit: str = "optimizer steps",
 ) -> str:
     """A figure of `series` over optimizer steps 0 to `last_step`, or over another `x_unit`.
 
@@ -216,7 +216,10 @@ def _axes(frame: Frame, unit: str, y_text: Callable[[float], str]) -> str:
             out += f'<text class="middle" x="{frame.x(value):.1f}" y="{floor + 17}">{value:,.0f}</text>'
     out += f'<path class="axis" d="M{frame.left} {floor}H{right}"/>'
     out += f'<text class="unit" x="4" y="13">{text(unit)}</text>'
-    return out + f'<text class="unit end" x="{right}" y="{frame.height - 3}">{text(frame.x_unit)}</text>'
+    return (
+        out
+        + f'<text class="unit end" x="{right}" y="{frame.height - 3}">{text(frame.x_unit.replace("steps", "step"))}</text>'
+    )
 
 
 def _marks(frame: Frame, steps: Sequence[float]) -> str:
@@ -234,7 +237,7 @@ def _draw(frame: Frame, series: Series, y_text: Callable[[float], str]) -> str:
     if series.style == "dots" or len(points) == 1:
         out += "".join(
             f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.6">'
-            f"<title>{text(frame.x_unit.split()[-1])} {x:,g}: {text(series.label)} {text(y_text(y))}</title></circle>"
+            f"<title>{_one(frame.x_unit)} {x:,g}: {text(series.label)} {text(y_text(y))}</title></circle>"
             for x, y in points
         )
     return out
@@ -252,17 +255,22 @@ def _spoken(
     series: Sequence[Series],
     unit: str,
     y_text: Callable[[float], str],
-    x_unit: str = "optimizer step",
+    x_unit: str = "optimizer steps",
 ) -> str:
     """The chart in one sentence, for those who do not see it."""
-    parts, word = [], x_unit.split()[-1]
+    parts, word = [], _one(x_unit)
     for one in series:
         points = one.finite()
         if one.label:
             parts.append(
                 f"{one.label} {y_text(points[0][1])} at {word} {points[0][0]:g}, {y_text(points[-1][1])} at the end"
             )
-    return f"{title} ({unit}) over {x_unit}s: {'; '.join(parts)}"
+    return f"{title} ({unit}) over {x_unit}: {'; '.join(parts)}"
+
+
+def _one(unit: str) -> str:
+    """`step` of `optimizer steps`."""
+    return unit.split()[-1].removesuffix("s")
 
 
 def _signed(value: float) -> str:
