@@ -216,10 +216,7 @@ def _axes(frame: Frame, unit: str, y_text: Callable[[float], str]) -> str:
             out += f'<text class="middle" x="{frame.x(value):.1f}" y="{floor + 17}">{value:,.0f}</text>'
     out += f'<path class="axis" d="M{frame.left} {floor}H{right}"/>'
     out += f'<text class="unit" x="4" y="13">{text(unit)}</text>'
-    return (
-        out
-        + f'<text class="unit end" x="{right}" y="{frame.height - 3}">{text(frame.x_unit.replace("steps", "step"))}</text>'
-    )
+    return out + f'<text class="unit end" x="{right}" y="{frame.height - 3}">{text(frame.x_unit)}</text>'
 
 
 def _marks(frame: Frame, steps: Sequence[float]) -> str:
