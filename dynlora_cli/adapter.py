@@ -13,6 +13,7 @@ Dimensions: C components of a layer, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -76,8 +77,9 @@ class Factors:
         return torch.linalg.svdvals(r_b @ r_a.T)
 
     def energy(self) -> float:
-        """The Frobenius norm of ΔW."""
-        return float(self.singular_values_C().square().sum().sqrt())
+        """The Frobenius norm of ΔW, from thin products: ‖BA‖² = tr(BᵀB · AAᵀ)."""
+        a, b = self.a_CI.double(), self.b_OC.double()
+        return math.sqrt(max(0.0, ((b.T @ b) * (a @ a.T)).sum().item()))
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Adapter:
         return any(factors.magnitude_O is not None for factors in self.layers.values())
 
     def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
-        """The same adapter with other factors; layers without components are left out, but for DoRA's magnitudes."""
+        """The same adapter with other factors; layers without components are left out."""
         return replace(self, layers={name: f for name, f in layers.items() if f.rank})
 
 

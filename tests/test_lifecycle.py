@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 @pytest.mark.slow
 def test_train_prune_merge_eval_export_in_one_script(tmp_path: Path):
     out = tmp_path / "life"
-    environment = os.environ | {"STEPS": "40", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"STEPS": "40", "OMP_NUM_THREADS": "1"}
     command = ["bash", "scripts/lifecycle", str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
