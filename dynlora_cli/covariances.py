@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dynlora_cli.components import ComponentLinear, Pool
 
@@ -66,7 +65,9 @@ class Covariances:
 
     def _look(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, ComponentLinear)
-        h_NC = F.linear(self._real(inputs[0].detach()).to(layer.a_CI.dtype), layer.a_CI.detach()).double()
+        x_NI = self._real(inputs[0].detach())
+        with torch.autocast(x_NI.device.type, enabled=False):
+            h_NC = (x_NI.to(layer.a_CI.dtype) @ layer.a_CI.detach().T).double()
         self._inputs[name] += h_NC.T @ h_NC
         self._tokens[name] += len(h_NC)
         y.register_hook(partial(self._look_back, name, layer))

@@ -24,7 +24,7 @@ from dynlora_cli.compare import adapted_predictions, predictions_of, rows_to_com
 from dynlora_cli.components import dense_weight
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.fold import Plan, plan_merge, write_merged
-from dynlora_cli.held_out import base_in_memory, read_tokenizer
+from dynlora_cli.held_out import base_in_memory, precision_of, read_tokenizer
 from dynlora_cli.model import DTYPES, Base
 from dynlora_cli.probe import Agreement, agreement, predictions
 from dynlora_cli.weights import New
@@ -156,7 +156,7 @@ def _check(adapter: Adapter, place: Place, folder: Path, quantized: Base | None)
     """Base + adapter against the merged files, on the probe text."""
     rows = rows_to_compare(adapter, place)
     if quantized is not None:
-        with attached(quantized.model, adapter):
+        with attached(quantized.model, adapter), precision_of(quantized)():
             reference = predictions(quantized.model, rows)
     else:
         reference = adapted_predictions(adapter, place, rows)
@@ -170,7 +170,7 @@ def _against_trained_base(
     if quantized is None or base_weights == "dequantized":
         return None
     rows = rows_to_compare(adapter, place)
-    with attached(quantized.model, adapter):
+    with attached(quantized.model, adapter), precision_of(quantized)():
         reference = predictions(quantized.model, rows)
     return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows).as_dict()
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 BISECTIONS = 8
 Batches = Callable[[], Iterable["Batch"]]
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,14 @@ class Order:
 
     @classmethod
     def by_policy(
-        cls, adapter: Adapter, policy: ModuleType, model: PreTrainedModel | None, batches: Batches | None, seed: int = 0
+        cls,
+        adapter: Adapter,
+        policy: ModuleType,
+        model: PreTrainedModel | None,
+        batches: Batches | None,
+        *,
+        autocast: Autocast = nullcontext,
+        seed: int = 0,
     ) -> Order:
         """Turn the components into the basis that the policy judges, and score them.
 
@@ -62,6 +71,7 @@ class Order:
             policy: a file of the drawer policies/.
             model: the base, for policies that look at data.
             batches: gives the rows to look at, anew at each call.
+            autocast: makes the context of the forward pass.
             seed: of what is random.
 
         Raises:
@@ -77,11 +87,11 @@ class Order:
         if tables:
             raise UsageError(f"{tables[0]} is an embedding, which only --policy magnitude can judge")
         if policy.needs == "covariances":
-            turned, energies = _fit_to_flow(adapter, model, batches)
+            turned, energies = _fit_to_flow(adapter, model, batches, autocast)
             observed = Energies(energies)
         else:
             turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
-            observed = _gate_gradients(turned, model, batches)
+            observed = _gate_gradients(turned, model, batches, autocast)
         return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
 
     @property
@@ -165,12 +175,13 @@ def _scores(policy: ModuleType, pool: Pool, observed: GateGradients | Energies, 
     return scores
 
 
-def _gate_gradients(adapter: Adapter, model: PreTrainedModel, batches: Batches) -> GateGradients:
+def _gate_gradients(adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast) -> GateGradients:
     """Averages of every gate's gradient over the rows, on the CPU."""
     found = GateGradients(decay=None)
     with attached(model, adapter) as pool:
         for batch in batches():
-            loss = summed_loss(model, batch)[0] / batch.supervised
+            with autocast():
+                loss = summed_loss(model, batch)[0] / batch.supervised
             loss.backward()
             found.observe(pool.gate_gradient_K().cpu(), batch.supervised)
             assert pool.values.grad is not None
@@ -179,7 +190,9 @@ def _gate_gradients(adapter: Adapter, model: PreTrainedModel, batches: Batches) 
     return found
 
 
-def _fit_to_flow(adapter: Adapter, model: PreTrainedModel, batches: Batches) -> tuple[Adapter, Tensor]:
+def _fit_to_flow(
+    adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast
+) -> tuple[Adapter, Tensor]:
     """The components in the basis of what flows through the layers, and their energies. [K]"""
     with attached(model, adapter) as pool:
         covariances = Covariances(pool)
@@ -187,7 +200,9 @@ def _fit_to_flow(adapter: Adapter, model: PreTrainedModel, batches: Batches) -> 
             for batch in batches():
                 mask = batch.inputs.get("attention_mask")
                 covariances.mask = mask.bool() if mask is not None and mask.ndim == 2 else None
-                summed_loss(model, batch)[0].backward()
+                with autocast():
+                    loss = summed_loss(model, batch)[0]
+                loss.backward()
     layers, energies = {}, []
     for name, factors in adapter.layers.items():
         flow = (covariance.cpu() for covariance in covariances.mean(name))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -78,9 +79,7 @@ def run(
     recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
     if heal_steps and recipe is None:
         raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
-    order = Order.by_policy(
-        adapter, scorer, bench.base.model if bench else None, bench.batches if bench else None, seed
-    )
+    order = _order(adapter, scorer, bench, seed)
     curve = Curve(order, bench, emit)
     target = _target(order, budget, adapter, curve, tolerance)
     if budget.kind != "auto":
@@ -153,6 +152,13 @@ def _bench(
     for note in rows.notes:
         emit({"event": "note", "text": note})
     return Bench(place, base_in_memory(adapter, place, tokenizer), rows)
+
+
+def _order(adapter: Adapter, policy: ModuleType, bench: Bench | None, seed: int) -> Order:
+    if bench is None:
+        return Order.by_policy(adapter, policy, None, None, seed=seed)
+    autocast = precision_of(bench.base)
+    return Order.by_policy(adapter, policy, bench.base.model, bench.batches, autocast=autocast, seed=seed)
 
 
 def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, tolerance: float) -> int:

@@ -48,6 +48,18 @@ def test_a_run_is_pruned_by_every_policy_and_peft_agrees(policy, trained, tmp_pa
     assert points[0]["energy"] == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("policy", ["activation", "fisher"])
+def test_a_base_in_sixteen_bits(kind: str, policy: str, tmp_path: Path, dynlora: Dynlora):
+    """Heads and components are fp32 beside it, as in training."""
+    recipe = make_recipe(tmp_path, "model.dtype=bfloat16", "train.learning_rate=2e-2", kind=kind)
+    trained_summary, _ = train(recipe)
+    options = ["--budget", "0.5", "--policy", policy, "--out", tmp_path / "small", "--json"]
+    answer = dynlora("prune", "--adapter", recipe.output_dir, *options)
+    assert answer.code == 0, answer.err
+    assert answer.json["loss_before"] == pytest.approx(trained_summary["loss_after"], abs=1e-2)
+
+
 def test_what_is_left_is_a_run_folder_with_the_curve_in_its_report(trained, tmp_path: Path, dynlora: Dynlora):
     recipe, _ = trained
     out = tmp_path / "small"
