@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,26 +30,30 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "posthoc.jsonl", HERE / "posthoc.md"
+RESULTS, TABLE = Path(__file__).with_suffix(".jsonl"), Path(__file__).with_suffix(".md")
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
 MODEL, DATA = SHARED / "models" / "stories3M", SHARED / "data" / "e2e_nlg"
 
 SEEDS = (0, 1, 2)
 THRESHOLDS = (0.95, 0.9, 0.8, 0.6)
-POLICIES = {"magnitude": False, "random": False, "activation": True, "fisher": True, "gradient": True}  # looks at data
+POLICIES = {"magnitude": False, "activation": True, "random": False, "fisher": True, "gradient": True}  # looks at data
 RANK, STEPS, BATCH, RATE, WARMUP = 16, 300, 16, 1e-3, 10
-TEST_ROWS, CALIBRATION_ROWS = 1000, 200
+CALIBRATION_ROWS = 100
+TEST = {
+    "first": (slice(1000), "The first 1000 rows (213 prompts, of 5.2 attributes on average)"),
+    "spread": (slice(None, None, 9), "Every ninth row of the whole part (6.3 attributes on average)"),
+}
 
+base = partial(AutoModelForCausalLM.from_pretrained, MODEL)
 Row = tuple[list[int], int]  # tokens, and how many of them are the prompt's
 Result = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -86,11 +91,7 @@ def held_out_loss(model: Any, rows: list[Row]) -> float:
     return sum(loss.item() for loss, _ in sums) / sum(count for _, count in sums)
 
 
-def base() -> Any:
-    return AutoModelForCausalLM.from_pretrained(MODEL)
-
-
-def train(out: Path, rows: list[Row], seed: int) -> None:
+def train(rows: list[Row], seed: int, out: Path) -> None:
     """A plain LoRA by stock PEFT: AdamW, linear decay, gradients clipped at 1."""
     torch.manual_seed(seed)
     drawn = random.Random(seed)
@@ -105,31 +106,28 @@ def train(out: Path, rows: list[Row], seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(out)
+    model.save_pretrained(str(out))
 
 
-def convert(adapter: Path, out: Path, threshold: float) -> None:
+def convert(adapter: Path, threshold: float, out: Path) -> None:
     """PEFT's own: so many components of each layer that they hold this share of its squared singular values."""
     peft.save_as_lora(out, PeftModel.from_pretrained(base(), adapter), rank=threshold)
 
 
-def prune(adapter: Path, out: Path, policy: str, parameters: int, calibration: Path | None, seed: int) -> Result:
+def prune(adapter: Path, policy: str, parameters: int, calibration: Path | None, seed: int, out: Path) -> Result:
     """Ours, through the command line; its summary."""
     command = [sys.executable, "-m", "dynlora_cli", "prune", "--adapter", adapter, "--out", out, "--overwrite"]
     budget = f"{(parameters + 0.5) / 1000:.4f}k"  # the half is rounded off again, and nothing else
-    command += ["--budget", budget, "--policy", policy, "--seed", str(seed), "--json"]
+    command += ["--budget", budget, "--policy", policy, "--seed", str(seed), "--no-measure", "--json"]
     if calibration:
         command += ["--data", calibration, "--max-samples", str(CALIBRATION_ROWS)]
-    else:
-        command += ["--no-measure"]
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
 
 def count(adapter: Path) -> int:
     """Numbers in an adapter's file."""
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        return sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
+    return sum(tensor.numel() for tensor in load_file(adapter / "adapter_model.safetensors").values())
 
 
 class Bench:
@@ -137,109 +135,96 @@ class Bench:
 
     def __init__(self, work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        self.work, self.calibration = work, work / "calibration.jsonl"
+        self.work, self.calibration, self.results = work, work / "calibration.jsonl", read_lines(RESULTS)
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        rows = read_rows(DATA / "valid_clean.jsonl")
+        rows, test = read_lines(DATA / "valid_clean.jsonl"), read_lines(DATA / "test_clean.jsonl")
         self.training = encode(tokenizer, (row for row in rows if tenth(row["prompt"]) < 7))
-        self.test = encode(tokenizer, read_rows(DATA / "test_clean.jsonl")[:TEST_ROWS])
+        self.test = {name: encode(tokenizer, test[part]) for name, (part, _) in TEST.items()}
         calibration = [row for row in rows if tenth(row["prompt"]) in (7, 8)]
         random.Random(0).shuffle(calibration)  # the data set is sorted by its prompts
         self.calibration.write_text("".join(json.dumps(row) + "\n" for row in calibration), encoding="utf-8")
-        self.results = read_results()
 
-    def run(self, seed: int) -> None:
-        """Everything of one seed."""
-        self._measure(seed, "base", None, lambda out: None)  # noqa: ARG005
-        adapter = self._measure(seed, "uncut", None, lambda out: train(out, self.training, seed))
+    def run(self, seed: int, policy: str) -> None:
+        """One policy against PEFT."""
+        self._measure(seed, "base", None, None)
+        adapter = self._measure(seed, "uncut", None, partial(train, self.training, seed))
+        data = self.calibration if POLICIES[policy] else None
         for threshold in THRESHOLDS:
-            converted = self._measure(seed, "PEFT", threshold, lambda out, t=threshold: convert(adapter, out, t))
-            parameters = count(converted)
-            for policy, with_data in POLICIES.items():
-                data = self.calibration if with_data else None
-                make = lambda out, p=policy, n=parameters, d=data: prune(adapter, out, p, n, d, seed)  # noqa: E731
-                pruned = self._measure(seed, policy, threshold, make)
-                assert count(pruned) <= parameters, f"{pruned}: {count(pruned)} > {parameters}"
+            converted = self._measure(seed, "PEFT", threshold, partial(convert, adapter, threshold))
+            make = partial(prune, adapter, policy, count(converted), data, seed)
+            pruned = self._measure(seed, policy, threshold, make)
+            assert count(pruned) <= count(converted), f"{pruned} is larger than {converted}"
 
-    def _measure(self, seed: int, method: str, threshold: float | None, make: Callable[[Path], Any]) -> Path:
-        """Make an adapter unless it is there, judge it unless that was done; its folder."""
+    def _measure(self, seed: int, method: str, threshold: float | None, make: Callable[[Path], Any] | None) -> Path:
+        """Make an adapter unless it is there, judge it unless that was done; its folder. The base has nothing to make."""
         out = self.work / f"seed-{seed}" / (method if threshold is None else f"{method}-{threshold}")
-        done = any((r["seed"], r["method"], r["threshold"]) == (seed, method, threshold) for r in self.results)
-        made, seconds, summary = out / "made.json", None, None
-        if method != "base" and not made.is_file():
+        made = out / "made.json"
+        if make and not made.is_file():
             started = time.monotonic()
             summary = make(out)
             seconds = time.monotonic() - started
             made.write_text(json.dumps({"seconds": seconds, "inside": summary["seconds"] if summary else seconds}))
-        if done:
+        if any((r["seed"], r["method"], r["threshold"]) == (seed, method, threshold) for r in self.results):
             return out
-        model = base() if method == "base" else PeftModel.from_pretrained(base(), out)
-        result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "seed": seed,
-            "method": method,
-            "threshold": threshold,
-            "parameters": 0 if method == "base" else count(out),
-            "loss": held_out_loss(model, self.test),
-            **({} if method == "base" else json.loads(made.read_text())),
-            "peft": peft.__version__,
-            "torch": torch.__version__,
-        }
+        model = PeftModel.from_pretrained(base(), out).merge_and_unload() if make else base()
+        result: Result = {"date": time.strftime("%Y-%m-%d"), "seed": seed, "method": method, "threshold": threshold}
+        result["parameters"] = count(out) if make else 0
+        result |= {name: held_out_loss(model, rows) for name, rows in self.test.items()}
+        result |= json.loads(made.read_text()) if make else {}
+        result |= {"peft": peft.__version__, "torch": torch.__version__}
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         self.results.append(result)
-        print(json.dumps(result), file=sys.stderr)
         return out
 
 
-def read_results() -> list[Result]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-
-
 def table(results: list[Result]) -> str:
-    """Losses, paired differences to PEFT, and times."""
+    """Losses, paired differences to PEFT, and times, of the policies that were measured with every seed."""
     found = {(r["method"], r["threshold"], r["seed"]): r for r in results}
-    seeds = [seed for seed in SEEDS if all((name, THRESHOLDS[-1], seed) in found for name in ("PEFT", *POLICIES))]
-    if not seeds:
-        return "No seed is complete yet.\n"
+    policies = [name for name in POLICIES if all((name, THRESHOLDS[-1], seed) in found for seed in SEEDS)]
+    names = ["PEFT", *policies]
 
-    def values(method: str, threshold: float | None, key: str = "loss") -> list[float]:
-        return [found[method, threshold, seed][key] for seed in seeds]
+    def values(method: str, threshold: float | None, key: str) -> list[float]:
+        return [found[method, threshold, seed][key] for seed in SEEDS]
 
-    def row(*cells: str) -> str:
-        return "| " + " | ".join(cells) + " |"
+    def loss(name: str, threshold: float, part: str) -> str:
+        return f"{mean(values(name, threshold, part)):.4f}"
 
-    full, names = mean(values("uncut", None, "parameters")), ["PEFT", *POLICIES]
-    losses, differences = [], []
-    for threshold in THRESHOLDS:
-        head = (f"{threshold}", f"{100 * mean(values('PEFT', threshold, 'parameters')) / full:.1f} %")
-        losses.append(row(*head, *(f"{mean(values(name, threshold)):.4f}" for name in names)))
-        cells = []
-        for name in POLICIES:
-            pairs = zip(values(name, threshold), values("PEFT", threshold), strict=True)
-            gaps = [ours - theirs for ours, theirs in pairs]
-            cells.append(f"{mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})")
-        differences.append(row(*head, *cells))
+    def gap(name: str, threshold: float, part: str) -> str:
+        gaps = [found[name, threshold, s][part] - found["PEFT", threshold, s][part] for s in SEEDS]
+        return f"{mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})"
+
+    def grid(columns: list[str], cell: Callable[[str, float, str], str], part: str) -> str:
+        lines = [["threshold", "parameters left", *columns], ["---"] * (2 + len(columns))]
+        for threshold in THRESHOLDS:
+            share = mean(values("PEFT", threshold, "parameters")) / mean(values("uncut", None, "parameters"))
+            lines.append([f"{threshold}", f"{100 * share:.1f} %", *(cell(name, threshold, part) for name in columns)])
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+    sections = [
+        f"""\
+## {title}
+
+Base {mean(values("base", None, part)):.4f}, uncut adapter {mean(values("uncut", None, part)):.4f}. Means over the seeds:
+
+{grid(names, loss, part)}
+
+Difference to PEFT at the same seed and threshold, mean (min to max); below 0 is better than PEFT:
+
+{grid(policies, gap, part)}
+"""
+        for part, (_, title) in TEST.items()
+    ]
     inside = {name: [s for t in THRESHOLDS for s in values(name, t, "inside")] for name in names}
     return f"""\
 # Cutting a trained adapter: `dynlora prune` against PEFT's `convert_to_lora`
 
-Made by `posthoc.py` from posthoc.jsonl; do not edit. Held-out loss (nats per token of the completion) on the first
-{TEST_ROWS} rows of E2E NLG's test part, judged by PEFT {results[-1]["peft"]}. LoRA of rank {RANK} on all linear layers of
-a Llama of 3 M parameters, {full:,.0f} parameters; seeds {", ".join(map(str, seeds))}. `magnitude` and `random` see no
-data, the others {CALIBRATION_ROWS} rows that were not trained on. Ours never has more parameters than PEFT's.
+Made by `posthoc.py` from posthoc.jsonl; do not edit. Loss on rows of E2E NLG's test part, in nats per token of the
+completion, judged by PEFT {results[-1]["peft"]}. LoRA of rank {RANK} on all linear layers of a Llama of 3 M parameters,
+{mean(values("uncut", None, "parameters")):,.0f} parameters; seeds {", ".join(map(str, SEEDS))}. `magnitude` and `random` see no data, the others
+{CALIBRATION_ROWS} rows that were not trained on. Ours never has more parameters than PEFT's.
 
-Base {mean(values("base", None)):.4f}, with the uncut adapter {mean(values("uncut", None)):.4f}; means over the seeds:
-
-{row("threshold", "parameters left", *names)}
-{row(*["---"] * (2 + len(names)))}
-{chr(10).join(losses)}
-
-Difference to PEFT at the same seed and threshold, mean (min to max); below 0 is better than PEFT:
-
-{row("threshold", "parameters left", *POLICIES)}
-{row(*["---"] * (2 + len(POLICIES)))}
-{chr(10).join(differences)}
-
+{chr(10).join(sections)}
 Seconds of one cut, without the start of Python, mean (max): \
 {", ".join(f"{name} {mean(seconds):.1f} ({max(seconds):.1f})" for name, seconds in inside.items())}. \
 With data, ours also measures the loss of up to 8 sizes.
@@ -252,13 +237,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table of what was measured before")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    RESULTS.touch()
     if not args.table:
         bench = Bench(args.work)
-        for seed in SEEDS:
-            bench.run(seed)
-    text = table(read_results())
-    TABLE.write_text(text, encoding="utf-8")
-    print(text)
+        for policy in POLICIES:
+            for seed in SEEDS:
+                bench.run(seed, policy)
+    TABLE.write_text(table(read_lines(RESULTS)), encoding="utf-8")
 
 
 if __name__ == "__main__":
