@@ -5,9 +5,9 @@
 
 Stock PEFT trains a LoRA of rank 16 on the validation part of E2E NLG, for each of three seeds. `convert_to_lora` of PEFT
 cuts it by a share of each layer's squared singular values; `dynlora prune` gets the number of parameters that this left.
-Stock PEFT then loads both results and judges them by their loss on rows of the test part, which nothing was tuned on.
-Data and models are those of the folder in DYNLORA_SHARED (../shared). Adapters are kept in FOLDER: a run that was cut
-off goes on where it was; delete FOLDER and posthoc.jsonl to start over.
+Stock PEFT then loads both and judges them by their loss on rows of the test part, which nothing was tuned on, and on rows
+like those that were trained on. Data and models are those of the folder in DYNLORA_SHARED (../shared). Adapters are kept
+in FOLDER: a run that was cut off goes on where it was; delete FOLDER and posthoc.jsonl to start over.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ MODEL, DATA = SHARED / "models" / "stories3M", SHARED / "data" / "e2e_nlg"
 SEEDS = (0, 1, 2)
 THRESHOLDS = (0.95, 0.9, 0.8, 0.6)
 POLICIES = {"magnitude": False, "activation": True, "random": False, "fisher": True, "gradient": True}  # looks at data
-RANK, STEPS, BATCH, RATE, WARMUP = 16, 300, 16, 1e-3, 10
-CALIBRATION_ROWS = 100
-TEST = {
-    "first": (slice(1000), "The first 1000 rows (213 prompts, of 5.2 attributes on average)"),
-    "spread": (slice(None, None, 9), "Every ninth row of the whole part (6.3 attributes on average)"),
+RANK, STEPS, BATCH, RATE, WARMUP, CALIBRATION_ROWS = 16, 300, 16, 1e-3, 10, 100
+TITLES = {
+    "first": "The first 1000 rows of the test part (213 prompts, of 5.2 attributes on average)",
+    "spread": "Every ninth row of the test part (6.3 attributes on average)",
+    "own": "Rows like those that were trained on, with other prompts (10 % of the validation part; seen in tuning)",
 }
 
 base = partial(AutoModelForCausalLM.from_pretrained, MODEL)
@@ -97,13 +97,12 @@ def train(rows: list[Row], seed: int, out: Path) -> None:
     drawn = random.Random(seed)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base(), config)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / WARMUP) * (1 - step / STEPS)
         loss, targets = summed_loss(model, drawn.sample(rows, BATCH))
         (loss / targets).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(str(out))
@@ -139,7 +138,9 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
         rows, test = read_lines(DATA / "valid_clean.jsonl"), read_lines(DATA / "test_clean.jsonl")
         self.training = encode(tokenizer, (row for row in rows if tenth(row["prompt"]) < 7))
-        self.test = {name: encode(tokenizer, test[part]) for name, (part, _) in TEST.items()}
+        own = [row for row in rows if tenth(row["prompt"]) == 9]
+        parts = {"first": test[:1000], "spread": test[::9], "own": own}
+        self.rows = {name: encode(tokenizer, part) for name, part in parts.items()}
         calibration = [row for row in rows if tenth(row["prompt"]) in (7, 8)]
         random.Random(0).shuffle(calibration)  # the data set is sorted by its prompts
         self.calibration.write_text("".join(json.dumps(row) + "\n" for row in calibration), encoding="utf-8")
@@ -164,46 +165,46 @@ class Bench:
             summary = make(out)
             seconds = time.monotonic() - started
             made.write_text(json.dumps({"seconds": seconds, "inside": summary["seconds"] if summary else seconds}))
-        if any((r["seed"], r["method"], r["threshold"]) == (seed, method, threshold) for r in self.results):
-            return out
-        model = PeftModel.from_pretrained(base(), out).merge_and_unload() if make else base()
-        result: Result = {"date": time.strftime("%Y-%m-%d"), "seed": seed, "method": method, "threshold": threshold}
-        result["parameters"] = count(out) if make else 0
-        result |= {name: held_out_loss(model, rows) for name, rows in self.test.items()}
-        result |= json.loads(made.read_text()) if make else {}
-        result |= {"peft": peft.__version__, "torch": torch.__version__}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        self.results.append(result)
+        times = json.loads(made.read_text()) if make else {}
+        known = {(r["seed"], r["method"], r["threshold"], r["rows"]) for r in self.results}
+        missing = [name for name in self.rows if (seed, method, threshold, name) not in known]
+        model = PeftModel.from_pretrained(base(), out).merge_and_unload() if make and missing else base()
+        for name in missing:
+            result: Result = {"seed": seed, "method": method, "threshold": threshold, "rows": name}
+            result |= {"loss": held_out_loss(model, self.rows[name]), "parameters": count(out) if make else 0, **times}
+            result |= {"date": time.strftime("%Y-%m-%d"), "peft": peft.__version__, "torch": torch.__version__}
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            self.results.append(result)
         return out
 
 
 def table(results: list[Result]) -> str:
     """Losses, paired differences to PEFT, and times, of the policies that were measured with every seed."""
-    found = {(r["method"], r["threshold"], r["seed"]): r for r in results}
-    policies = [name for name in POLICIES if all((name, THRESHOLDS[-1], seed) in found for seed in SEEDS)]
+    found = {(r["method"], r["threshold"], r["rows"], r["seed"]): r for r in results}
+    policies = [name for name in POLICIES if all((name, THRESHOLDS[-1], "own", seed) in found for seed in SEEDS)]
     names = ["PEFT", *policies]
 
-    def values(method: str, threshold: float | None, key: str) -> list[float]:
-        return [found[method, threshold, seed][key] for seed in SEEDS]
+    def values(method: str, threshold: float | None, part: str = "own", key: str = "loss") -> list[float]:
+        return [found[method, threshold, part, seed][key] for seed in SEEDS]
 
     def loss(name: str, threshold: float, part: str) -> str:
         return f"{mean(values(name, threshold, part)):.4f}"
 
     def gap(name: str, threshold: float, part: str) -> str:
-        gaps = [found[name, threshold, s][part] - found["PEFT", threshold, s][part] for s in SEEDS]
+        gaps = [o - p for o, p in zip(values(name, threshold, part), values("PEFT", threshold, part), strict=True)]
         return f"{mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})"
 
     def grid(columns: list[str], cell: Callable[[str, float, str], str], part: str) -> str:
         lines = [["threshold", "parameters left", *columns], ["---"] * (2 + len(columns))]
         for threshold in THRESHOLDS:
-            share = mean(values("PEFT", threshold, "parameters")) / mean(values("uncut", None, "parameters"))
+            share = mean(values("PEFT", threshold, key="parameters")) / full
             lines.append([f"{threshold}", f"{100 * share:.1f} %", *(cell(name, threshold, part) for name in columns)])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
+    full = mean(values("uncut", None, key="parameters"))
     sections = [
-        f"""\
-## {title}
+        f"""## {title}
 
 Base {mean(values("base", None, part)):.4f}, uncut adapter {mean(values("uncut", None, part)):.4f}. Means over the seeds:
 
@@ -213,15 +214,14 @@ Difference to PEFT at the same seed and threshold, mean (min to max); below 0 is
 
 {grid(policies, gap, part)}
 """
-        for part, (_, title) in TEST.items()
+        for part, title in TITLES.items()
     ]
-    inside = {name: [s for t in THRESHOLDS for s in values(name, t, "inside")] for name in names}
-    return f"""\
-# Cutting a trained adapter: `dynlora prune` against PEFT's `convert_to_lora`
+    inside = {name: [s for t in THRESHOLDS for s in values(name, t, key="inside")] for name in names}
+    return f"""# Cutting a trained adapter: `dynlora prune` against PEFT's `convert_to_lora`
 
-Made by `posthoc.py` from posthoc.jsonl; do not edit. Loss on rows of E2E NLG's test part, in nats per token of the
+Made by `posthoc.py` from posthoc.jsonl; do not edit. Held-out loss on E2E NLG (cleaned), in nats per token of the
 completion, judged by PEFT {results[-1]["peft"]}. LoRA of rank {RANK} on all linear layers of a Llama of 3 M parameters,
-{mean(values("uncut", None, "parameters")):,.0f} parameters; seeds {", ".join(map(str, SEEDS))}. `magnitude` and `random` see no data, the others
+{full:,.0f} parameters; seeds {", ".join(map(str, SEEDS))}. `magnitude` and `random` see no data, the others
 {CALIBRATION_ROWS} rows that were not trained on. Ours never has more parameters than PEFT's.
 
 {chr(10).join(sections)}
