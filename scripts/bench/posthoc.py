@@ -5,8 +5,8 @@
 
 Stock PEFT trains a LoRA of rank 16 on the validation part of E2E NLG, for each of three seeds. `convert_to_lora` of PEFT
 cuts it by a share of each layer's squared singular values; `dynlora prune` gets the number of parameters that this left.
-Stock PEFT then loads both and judges them by their loss on rows of the test part, which nothing was tuned on, and on rows
-like those that were trained on. Data and models are those of the folder in DYNLORA_SHARED (../shared). Adapters are kept
+Stock PEFT then loads both and judges them by their loss on rows of the test part and on rows like those that were
+trained on; nothing was tuned on any of them. Data and models are those of the folder in DYNLORA_SHARED (../shared). Adapters are kept
 in FOLDER: a run that was cut off goes on where it was; delete FOLDER and posthoc.jsonl to start over.
 """
 
@@ -20,7 +20,6 @@ import random
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ RANK, STEPS, BATCH, RATE, WARMUP, CALIBRATION_ROWS = 16, 300, 16, 1e-3, 10, 100
 TITLES = {
     "first": "The first 1000 rows of the test part (213 prompts, of 5.2 attributes on average)",
     "spread": "Every ninth row of the test part (6.3 attributes on average)",
-    "own": "Rows like those that were trained on, with other prompts (10 % of the validation part; seen in tuning)",
+    "own": "193 rows of the validation part, like those that were trained on, with other prompts",
 }
 
 base = partial(AutoModelForCausalLM.from_pretrained, MODEL)
@@ -58,7 +57,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def tenth(prompt: str) -> int:
-    """Rows with the same prompt are in the same part: 0 to 6 are trained on, 7 and 8 calibrate, 9 is for tuning."""
+    """Rows with the same prompt are in the same part: 0 to 6 are trained on, 7 and 8 calibrate, 9 is held out."""
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
 
 
@@ -78,7 +77,8 @@ def summed_loss(model: Any, rows: list[Row]) -> tuple[torch.Tensor, int]:
     width = max(len(tokens) for tokens, _ in rows)
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
     at, length = torch.arange(width), torch.tensor([[len(tokens), prompt] for tokens, prompt in rows])
-    real, supervised = at < length[:, :1], (at >= length[:, 1:]) & (at < length[:, :1])
+    real = at < length[:, :1]
+    supervised = real & (at >= length[:, 1:])
     logits = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1][supervised[:, 1:]]
     return F.cross_entropy(logits.float(), ids[supervised], reduction="sum"), int(supervised.sum())
 
@@ -138,7 +138,7 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
         rows, test = read_lines(DATA / "valid_clean.jsonl"), read_lines(DATA / "test_clean.jsonl")
         self.training = encode(tokenizer, (row for row in rows if tenth(row["prompt"]) < 7))
-        own = [row for row in rows if tenth(row["prompt"]) == 9]
+        own = [row for row in rows if tenth(row["prompt"]) == 9][300:]  # the first 300 were tuned on
         parts = {"first": test[:1000], "spread": test[::9], "own": own}
         self.rows = {name: encode(tokenizer, part) for name, part in parts.items()}
         calibration = [row for row in rows if tenth(row["prompt"]) in (7, 8)]
@@ -162,16 +162,16 @@ class Bench:
         made = out / "made.json"
         if make and not made.is_file():
             started = time.monotonic()
-            summary = make(out)
+            summary = make(out) or {}
             seconds = time.monotonic() - started
-            made.write_text(json.dumps({"seconds": seconds, "inside": summary["seconds"] if summary else seconds}))
-        times = json.loads(made.read_text()) if make else {}
+            made.write_text(json.dumps({"seconds": seconds, "inside": summary.get("seconds", seconds)}))
         known = {(r["seed"], r["method"], r["threshold"], r["rows"]) for r in self.results}
         missing = [name for name in self.rows if (seed, method, threshold, name) not in known]
         model = PeftModel.from_pretrained(base(), out).merge_and_unload() if make and missing else base()
         for name in missing:
             result: Result = {"seed": seed, "method": method, "threshold": threshold, "rows": name}
-            result |= {"loss": held_out_loss(model, self.rows[name]), "parameters": count(out) if make else 0, **times}
+            result |= {"loss": held_out_loss(model, self.rows[name]), "parameters": count(out) if make else 0}
+            result |= json.loads(made.read_text()) if make else {}
             result |= {"date": time.strftime("%Y-%m-%d"), "peft": peft.__version__, "torch": torch.__version__}
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
@@ -183,7 +183,6 @@ def table(results: list[Result]) -> str:
     """Losses, paired differences to PEFT, and times, of the policies that were measured with every seed."""
     found = {(r["method"], r["threshold"], r["rows"], r["seed"]): r for r in results}
     policies = [name for name in POLICIES if all((name, THRESHOLDS[-1], "own", seed) in found for seed in SEEDS)]
-    names = ["PEFT", *policies]
 
     def values(method: str, threshold: float | None, part: str = "own", key: str = "loss") -> list[float]:
         return [found[method, threshold, part, seed][key] for seed in SEEDS]
@@ -208,7 +207,7 @@ def table(results: list[Result]) -> str:
 
 Base {mean(values("base", None, part)):.4f}, uncut adapter {mean(values("uncut", None, part)):.4f}. Means over the seeds:
 
-{grid(names, loss, part)}
+{grid(["PEFT", *policies], loss, part)}
 
 Difference to PEFT at the same seed and threshold, mean (min to max); below 0 is better than PEFT:
 
@@ -216,7 +215,7 @@ Difference to PEFT at the same seed and threshold, mean (min to max); below 0 is
 """
         for part, title in TITLES.items()
     ]
-    inside = {name: [s for t in THRESHOLDS for s in values(name, t, key="inside")] for name in names}
+    inside = {name: [s for t in THRESHOLDS for s in values(name, t, key="inside")] for name in ("PEFT", *policies)}
     return f"""# Cutting a trained adapter: `dynlora prune` against PEFT's `convert_to_lora`
 
 Made by `posthoc.py` from posthoc.jsonl; do not edit. Held-out loss on E2E NLG (cleaned), in nats per token of the
@@ -236,7 +235,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for adapters, outside the repository")
     parser.add_argument("--table", action="store_true", help="only write the table of what was measured before")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
     RESULTS.touch()
     if not args.table:
         bench = Bench(args.work)
