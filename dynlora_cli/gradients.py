@@ -52,17 +52,19 @@ class GateGradients:
         """Average of (dL/dg)², likewise. [K]"""
         return self._unbiased(self._square_K, pool)
 
-    def predicted_loss_change(self, removed_K: Tensor, pool: Pool) -> float | None:
-        """Change of the loss when gates go from 1 to 0, to second order: -Σ g_i + ½ Σ h_i; None before the first step.
+    def removal_K(self, pool: Pool) -> Tensor:
+        """Change of the loss when one gate goes from 1 to 0, to second order: -g_i + ½ h_i. [K]
 
         The curvature h_i is taken from the diagonal of the empirical Fisher information: the variance of the step's
-        mean gradient times the number of targets it is the mean of. Interactions between components are left out.
+        mean gradient times the number of targets it is the mean of.
         """
-        if not self.steps:
-            return None
         mean = self.mean(pool)
         curvature = self.targets * (self.square(pool) - mean.square()).clamp_min(0) + mean.square()
-        return (0.5 * curvature - mean)[removed_K].sum().item()
+        return 0.5 * curvature - mean
+
+    def predicted_loss_change(self, removed_K: Tensor, pool: Pool) -> float | None:
+        """The sum of `removal_K`; interactions between components are left out. None before the first step."""
+        return self.removal_K(pool)[removed_K].sum().item() if self.steps else None
 
     def _unbiased(self, average_K: Tensor | None, pool: Pool) -> Tensor:
         if average_K is None:

@@ -1,16 +1,17 @@
-"""Keep the components whose removal would raise the held-out loss, to first order.
+"""Keep the components whose removal would raise the loss most.
 
 What it does
-    Averages each gate's gradient, dL/dg_i = <a_i, dL/da_i>, with its sign. Removing component i changes the loss by
-    -dL/dg_i to first order, so that is its worth, per number it holds; a component that does harm has a negative one.
+    Predicts the change of the loss from removing each component alone, from its gate's gradient over the rows:
+    -dL/dg_i, which has a sign and may call a component harmful, plus half the curvature, from the gradient's variance.
+    That per number it holds is the score.
 
 When to use it
-    In `dynlora prune`, on rows that were held out: the adapter has not made its peace with them, so the sign still
-    says something. In training, where the mean gradient goes to zero, `fisher` is the better one.
+    In `dynlora prune`, on rows that were held out, where the adapter may have learned what does harm there. The sign
+    alone is worse than chance (scripts/bench/NOTES.md): it calls the largest components harmful, since a little less of
+    them would help, and nothing of them would not.
 
 Reference
-    Held-out first-order saliency of LoRA components; the identity is that of Molchanov et al. 2017
-    (arXiv 1611.06440), Taylor pruning.
+    Taylor pruning, Molchanov et al. 2017 (arXiv 1611.06440), with the second-order term of optimal brain damage.
 """
 
 from __future__ import annotations
@@ -25,5 +26,5 @@ needs = "gradients"
 
 
 def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-    """The rise of the loss that removal would cause, per number. [K]"""
-    return -gradients.mean(pool) / pool.costs_K()
+    """The predicted rise of the loss, per number. [K]"""
+    return gradients.removal_K(pool) / pool.costs_K()
