@@ -50,7 +50,7 @@ def prune(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the smaller adapter goes.", show_default=False)],
     policy: Annotated[
         str,
-        typer.Option(help="magnitude needs no data; activation, fisher and gradient look at held-out rows."),
+        typer.Option(help="magnitude needs no data; activation, the best, fisher and gradient look at held-out rows."),
     ] = "magnitude",
     data: Annotated[
         Path | None,

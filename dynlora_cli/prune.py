@@ -80,7 +80,7 @@ def run(
     if heal_steps and recipe is None:
         raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
     order = _order(adapter, scorer, bench, seed)
-    curve = Curve(order, bench, emit)
+    curve = Curve(order, bench if measure or budget.kind == "auto" else None, emit)
     target = _target(order, budget, adapter, curve, tolerance)
     if budget.kind != "auto":
         curve.survey(target)

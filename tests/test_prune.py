@@ -170,6 +170,14 @@ def test_what_is_refused(options, code, message, trained, tmp_path: Path, dynlor
     assert not list(tmp_path.iterdir())
 
 
+def test_not_measuring_where_it_is_not_needed(trained, tmp_path: Path, dynlora: Dynlora):
+    recipe, _ = trained
+    options = ["--budget", "0.5", "--policy", "activation", "--no-measure", "--out", tmp_path / "small", "--json"]
+    summary = dynlora("prune", "--adapter", recipe.output_dir, *options).json
+    assert summary["loss_after"] is None
+    assert {point["loss"] for point in summary["curve"]} == {None}
+
+
 def test_an_output_folder_in_use(trained, tmp_path: Path, dynlora: Dynlora):
     recipe, _ = trained
     (tmp_path / "mine").write_text("precious")
