@@ -82,31 +82,37 @@ def into_base(
         writing = time.monotonic() - writing
         emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
         checks = _check(adapter, place, folder, quantized if base_weights == "dequantized" else None)
-        summary = {
-            "ok": True,
-            "command": "merge",
-            "into": "base",
-            "output_dir": str(out),
-            "adapters": [str(adapter.folder)],
-            "base_model": str(place.folder),
-            "base_weights": base_weights,
-            "dtype": dtype,
-            "modules": len(plan.modules),
-            "untied": bool(plan.untied),
-            "bytes": size,
-            "check": checks.as_dict(),
-            "trained_base": _against_trained_base(adapter, place, folder, quantized, base_weights),
-            "write_seconds": writing,
-            "seconds": time.monotonic() - started,
-        }
         if checks.kl > max_kl:
             raise MeasureError(
                 f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
                 "nothing was kept",
                 "raise --max-kl if that is meant, or report this",
             )
+        summary = {
+            **_facts(adapter, place, plan, out),
+            "base_weights": base_weights,
+            "dtype": dtype,
+            "bytes": size,
+            "check": checks.as_dict(),
+            "trained_base": _against_trained_base(adapter, place, folder, quantized, base_weights),
+            "write_seconds": writing,
+            "seconds": time.monotonic() - started,
+        }
         run_folder.write_json(folder / run_folder.MERGE_RECORD, {**summary, "dynlora_version": __version__})
     return summary
+
+
+def _facts(adapter: Adapter, place: Place, plan: Plan, out: Path) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "command": "merge",
+        "into": "base",
+        "output_dir": str(out),
+        "adapters": [str(adapter.folder)],
+        "base_model": str(place.folder),
+        "modules": len(plan.modules),
+        "untied": plan.untied,
+    }
 
 
 def _quantized_base(adapter: Adapter, place: Place, base_weights: str, emit: Emit) -> Base | None:
