@@ -45,6 +45,9 @@ def refuse_occupied(folder: Path, *, overwrite: bool, option: str = "--output-di
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{option} {folder} is a file", f"choose another folder with {option}")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{option} {folder}: {parent} may not be written to", f"choose another {option}")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             resume = "--resume to go on with the run in it, " if option == "--output-dir" else ""
@@ -97,7 +100,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place if the block succeeds, and vanishes if it does not."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path} cannot be made: {path.parent} takes no folders", "choose another place") from None
     try:
         yield temporary
         if path.exists():

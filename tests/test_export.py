@@ -202,6 +202,12 @@ def test_no_space_left_for_a_gguf(mixed: Path, tmp_path: Path, dynlora: Dynlora)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where no folder can be made")
+def test_a_place_where_no_folder_can_be_made(mixed: Path, dynlora: Dynlora):
+    answer = dynlora("export", "--adapter", mixed, "--to", "peft", "--out", "/proc/dynlora")
+    assert (answer.code, "/proc" in answer.err, "Traceback" in answer.err) == (2, True, False), answer.err
+
+
 def test_wrong_words(mixed: Path, tmp_path: Path, dynlora: Dynlora):
     for options, message in ((["--to", "gguff"], "did you mean 'gguf'"), (["--to", "gguf", "--outtype", "q4"], "q8_0")):
         answer = dynlora("export", "--adapter", mixed, *options, "--out", tmp_path / "out")
