@@ -213,17 +213,3 @@ class _Scales:
     @staticmethod
     def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
         return next((value for pattern, value in patterns if pattern.match(module)), default)
-
-
-def check_same_kind(adapters: list[Adapter], what: str) -> None:
-    """Refuse what only plain LoRA can do.
-
-    Raises:
-        UsageError: one of the adapters is a DoRA.
-    """
-    for adapter in adapters:
-        if adapter.dora:
-            raise UsageError(
-                f"{adapter.folder} is a DoRA, and {what} needs plain LoRA: its magnitudes depend on the base",
-                "merge it into its base first: dynlora merge --into base",
-            )

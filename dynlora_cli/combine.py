@@ -90,7 +90,8 @@ def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
         else:
             layers[name] = _side_by_side(parts)
             energy += layers[name].energy() ** 2
-    together = replace(adapters[0], layers=layers, record={}, note=None)
+    base = {key: value for key, value in adapters[0].record.items() if key == "base_model"}
+    together = replace(adapters[0], layers=layers, record=base, note=None)
     if (method != "exact" or way.budget) and together.parameters > wanted:
         order = Order.by_policy(together, drawers.load("policies", "magnitude"), None, None)
         if wanted < order.least:

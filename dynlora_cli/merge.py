@@ -81,7 +81,7 @@ def into_base(
         size = write_merged(plan, adapter, place, folder)
         writing = time.monotonic() - writing
         emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
-        checks = _check(adapter, place, folder, quantized if base_weights == "dequantized" else None)
+        checks, to_trained_base = _compare(adapter, place, folder, quantized, base_weights)
         if checks.kl > max_kl:
             raise MeasureError(
                 f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
@@ -94,7 +94,7 @@ def into_base(
             "dtype": dtype,
             "bytes": size,
             "check": checks.as_dict(),
-            "trained_base": _against_trained_base(adapter, place, folder, quantized, base_weights),
+            "trained_base": to_trained_base.as_dict() if to_trained_base else None,
             "write_seconds": writing,
             "seconds": time.monotonic() - started,
         }
@@ -158,27 +158,24 @@ def _refuse_full_disk(plan: Plan, out: Path) -> None:
         )
 
 
-def _check(adapter: Adapter, place: Place, folder: Path, quantized: Base | None) -> Agreement:
-    """Base + adapter against the merged files, on the probe text."""
-    rows = rows_to_compare(adapter, place)
-    if quantized is not None:
-        with attached(quantized.model, adapter), precision_of(quantized)():
-            reference = predictions(quantized.model, rows)
-    else:
-        reference = adapted_predictions(adapter, place, rows)
-    return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows)
-
-
-def _against_trained_base(
+def _compare(
     adapter: Adapter, place: Place, folder: Path, quantized: Base | None, base_weights: str
-) -> dict[str, Any] | None:
-    """How far the merged model is from what QLoRA training saw; for information, since the base differs."""
-    if quantized is None or base_weights == "dequantized":
-        return None
+) -> tuple[Agreement, Agreement | None]:
+    """The merged files against base + adapter on the probe text.
+
+    Returns:
+        the check, against the weights that were added to; and for a QLoRA adapter that went into the weights as they
+        were, how far the result is from what training saw, for information.
+    """
     rows = rows_to_compare(adapter, place)
+    found = predictions_of(replace(place, folder=folder), rows)
+    if quantized is None:
+        return agreement(adapted_predictions(adapter, place, rows), found, rows), None
     with attached(quantized.model, adapter), precision_of(quantized)():
-        reference = predictions(quantized.model, rows)
-    return agreement(reference, predictions_of(replace(place, folder=folder), rows), rows).as_dict()
+        as_trained = agreement(predictions(quantized.model, rows), found, rows)
+    if base_weights == "dequantized":
+        return as_trained, None
+    return agreement(adapted_predictions(adapter, place, rows), found, rows), as_trained
 
 
 def into_adapter(adapters: Sequence[Adapter], out: Path, way: Way, *, overwrite: bool = False) -> dict[str, Any]:

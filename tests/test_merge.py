@@ -277,8 +277,11 @@ def test_a_fine_tune_of_the_same_shape_is_another_base(tmp_path: Path, dynlora: 
         model.model.layers[1].mlp.up_proj.weight += 0.01
     model.save_pretrained(tmp_path / "tuned")
     shutil.copyfile(base / "config.json", tmp_path / "tuned" / "config.json")
-    answer = dynlora("merge", "--adapter", recipe.output_dir, "--base", tmp_path / "tuned")
-    assert (answer.code, "its numbers differ" in " ".join(answer.err.split())) == (2, True), answer.err
+    shutil.copytree(recipe.output_dir, tmp_path / "twin")
+    several = ["--adapter", tmp_path / "twin", "--into", "base", "--out", tmp_path / "new"]
+    for options in ([], several):
+        answer = dynlora("merge", "--adapter", recipe.output_dir, "--base", tmp_path / "tuned", *options)
+        assert (answer.code, "its numbers differ" in " ".join(answer.err.split())) == (2, True), answer.err
 
 
 def test_the_bare_form(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
