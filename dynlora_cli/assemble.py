@@ -30,7 +30,7 @@ from dynlora_cli.model import (
     resolve_dtype,
 )
 from dynlora_cli.rank import RankControl, Schedule, Start, plan_start
-from dynlora_cli.state import Run
+from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,6 +187,7 @@ def make_run(
             probe=_probe(recipe, accelerator, base, data),
         )
     val = data.val[: recipe.eval.max_samples]
+    rate = recipe.train.learning_rate
     return Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -198,6 +199,7 @@ def make_run(
         val_batches=make_batches(recipe, val, base, shuffle=False, accelerator=accelerator) if val else None,
         total_steps=steps,
         save=save,
+        progress=Progress(learning_rate=None if rate == "auto" else rate),
     )
 
 
@@ -208,7 +210,8 @@ def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Opt
     groups: list[dict[str, Any]] = [{"params": [pool.values], "coupled": True}] if pool else []
     if rest:
         groups.append({"params": rest, "coupled": False})
-    return torch.optim.AdamW(groups, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
+    # The loop sets the rate of every step.
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=recipe.train.weight_decay)
 
 
 def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:

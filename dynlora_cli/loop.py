@@ -15,30 +15,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 
 from dynlora_cli.errors import DynloraError, Interrupted, MeasureError
 from dynlora_cli.interrupt import interruptible
-from dynlora_cli.loss import held_out, summed_loss
+from dynlora_cli.loss import held_out
 from dynlora_cli.meter import Window, count_step, log_window
+from dynlora_cli.optimizer_step import LOWER_RATE, backward, clip, finish_gradient, not_finite, update
+from dynlora_cli.rate_search import rate_share, search
 from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
     from dynlora_cli.batches import Batch
-    from dynlora_cli.recipe import Train
 
 AUTOSAVE_SECONDS = 600.0
-LOWER_RATE = "lower train.learning_rate"
-
-
-def learning_rate(step: int, total_steps: int, options: Train) -> float:
-    """The scheduled rate of optimizer step `step` (from 1), before the coupling to what is alive."""
-    warmup = max(1, round(options.warmup_ratio * total_steps)) if options.warmup_ratio else 0
-    if step <= warmup:
-        return options.learning_rate * step / warmup
-    left = 1 - (step - warmup - 1) / max(1, total_steps - warmup)
-    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}
-    return options.learning_rate * shape[options.lr_scheduler]
 
 
 def fit(run: Run) -> None:
@@ -54,6 +43,8 @@ def fit(run: Run) -> None:
             progress.first = progress.last = held_out_loss(run)
             _emit_evaluation(run, progress.first, best=False)
         run.model.train()
+        if progress.learning_rate is None:
+            _find_rate(run)
         while not _finished(run):
             epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
             started = time.perf_counter()
@@ -82,6 +73,14 @@ def fit(run: Run) -> None:
         run.emit({"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"})
 
 
+def _find_rate(run: Run) -> None:
+    """The learning rate of a run whose recipe leaves it open."""
+    tried = search(run)
+    run.progress.learning_rate, run.progress.rates_tried = min(tried, key=tried.__getitem__), sorted(tried.items())
+    losses = ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in run.progress.rates_tried)
+    run.emit({"event": "note", "text": f"learning rate {run.progress.learning_rate:.1e}, by short trials: {losses}"})
+
+
 def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """One optimizer step: gradients of this process's micro-batches, rank control, update.
 
@@ -90,22 +89,23 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     """
     number = run.progress.step + 1
     supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
-    losses = [_backward(run, batch, supervised) for batch in micro_batches]
+    losses = [backward(run, batch, supervised) for batch in micro_batches]
     # Asked late, so that a Ctrl-C of meanwhile counts for this step.
     loss, stop_votes = run.total(sum(losses), interrupted())
     if not math.isfinite(loss):
         batches = zip(micro_batches, losses, strict=True)
-        raise _not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
-    norm = _finish_gradient(run, number, micro_batches)
-    rate = learning_rate(number, run.total_steps, run.recipe.train)
+        raise not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
+    norm = finish_gradient(run, number, micro_batches)
+    assert run.progress.learning_rate is not None
+    rate = run.progress.learning_rate * rate_share(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
         if run.control:
             run.control.observe(number, supervised)
-        _clip(run, norm)
+        clip(run, norm)
     factor = run.control.rate_factor if run.control else 1.0
     for group in run.optimizer.param_groups:
         group["lr"] = rate * (factor if group["coupled"] else 1.0)
-    _update(run)
+    update(run)
     event = run.control.apply(number) if run.control else None
     if event:
         check_same_ranks(run, number)
@@ -133,63 +133,6 @@ def check_same_ranks(run: Run, number: int) -> None:
     total, squares = run.reduce(torch.stack([counts, counts * counts]))
     if not torch.equal(processes * squares, total * total):
         raise DynloraError(f"the processes kept different components at step {number}", "please report this")
-
-
-def _backward(run: Run, batch: Batch, supervised: float) -> float:
-    """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
-
-    A function of its own, so that the graph is gone when components are removed.
-    """
-    batch = batch.to(run.accelerator.device)
-    with run.accelerator.autocast():
-        loss = summed_loss(run.model, batch)[0] / supervised
-    run.accelerator.backward(loss)
-    return loss.item()
-
-
-def _not_finite(what: str, batches: list[Batch]) -> MeasureError:
-    """The error, alike in all processes, with the rows of each."""
-    rows = gather_object([row for batch in batches for row in batch.rows])
-    return MeasureError(
-        f"{what}, on rows {rows} of the training data",
-        f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
-    )
-
-
-def _finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
-    """Reduce over processes and unscale; the gradient's norm, or None where fp16 overflowed."""
-    for parameter in run.parameters:
-        if parameter.grad is not None:
-            run.reduce(parameter.grad)
-    scaler = run.accelerator.scaler
-    if scaler is not None:
-        scaler.unscale_(run.optimizer)
-    gradients = [p.grad for p in run.parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).item()
-    if math.isfinite(norm):
-        return norm
-    if scaler is not None:
-        return None
-    raise _not_finite(f"the gradient of step {number} is {norm}", micro_batches)
-
-
-def _clip(run: Run, norm: float) -> None:
-    limit = run.recipe.train.max_grad_norm
-    if limit and norm > limit:
-        for parameter in run.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(limit / (norm + 1e-6))
-
-
-def _update(run: Run) -> None:
-    scaler = run.accelerator.scaler
-    if scaler is not None:
-        scaler.step(run.optimizer)
-        scaler.update()
-    else:
-        run.optimizer.step()
-    # Zeroed in place: the gradients of all layers are views of one tensor.
-    run.optimizer.zero_grad(set_to_none=run.pool is None)
 
 
 def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:

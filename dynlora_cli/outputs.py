@@ -224,6 +224,8 @@ def summarize(recipe: Recipe, training: Run, start: Start | None, folder: Path, 
         "variant": recipe.adapter.variant,
         "policy": recipe.pruning.policy if prunes else None,
         "steps": progress.step,
+        "learning_rate": progress.learning_rate,
+        "rates_tried": progress.rates_tried,
         "loss_before": first.get("loss"),
         "loss_after": last.get("loss"),
     }

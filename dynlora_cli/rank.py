@@ -52,7 +52,7 @@ def plan_start(shapes: Mapping[str, tuple[int, int]], budget: Budget, init: int 
     Args:
         shapes: (d_in, d_out) of every layer.
         budget: kind "rank" (an average), "share" (of the start) or "parameters".
-        init: components per layer at the start, or "auto": 4x the budget's average rank, 32 where that is a share.
+        init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share.
             Never above half of min(d_in, d_out).
 
     Raises:
@@ -61,7 +61,7 @@ def plan_start(shapes: Mapping[str, tuple[int, int]], budget: Budget, init: int 
     per_rank = sum(d_in + d_out for d_in, d_out in shapes.values())
     asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
     if init == "auto":
-        init = 32 if asked is None else max(1, math.ceil(4 * asked / per_rank))
+        init = 32 if asked is None else max(1, math.ceil(2 * asked / per_rank))
     counts = {name: max(1, min(int(init), min(shape) // 2)) for name, shape in shapes.items()}
     parameters = sum(counts[name] * sum(shape) for name, shape in shapes.items())
     limit = math.floor(budget.value * parameters if asked is None else asked)

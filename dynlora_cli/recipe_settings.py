@@ -210,7 +210,7 @@ class Adapter(Section):
     """all-linear (every linear layer but the output head), attention, qv, or module names and globs."""
     scaling: Literal["rslora", "lora"] = "rslora"
     """rslora: alpha / sqrt(r); lora: alpha / r; r is the budget's average rank, constant for the run."""
-    alpha: Positive = 16.0
+    alpha: Positive = 2.0
     """Numerator of the scale."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the adapters."""
@@ -222,7 +222,7 @@ class Rank(Section):
     """How many components there are, at the start and at the end."""
 
     init: Literal["auto"] | Count = "auto"
-    """Components per layer at the start; auto: 4 times the budget, 32 where the budget is a share."""
+    """Components per layer at the start; auto: twice the budget, 32 where the budget is a share."""
     budget: Annotated[
         int | float | str,
         BeforeValidator(_budget),
@@ -250,7 +250,7 @@ class Pruning(Section):
     """What scores the components: a file name in dynlora_cli/policies."""
     start: Share = 0.05
     """When pruning begins."""
-    end: Share = 0.25
+    end: Share = 0.5
     """When the budget is met."""
     lr_coupling: Share = 0.5
     """The learning rate is multiplied by (start parameters / alive parameters) to this power."""
@@ -273,8 +273,8 @@ class Train(Section):
     """Examples per forward pass and device."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    """Highest learning rate, before `pruning.lr_coupling` raises it."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """Highest learning rate, before `pruning.lr_coupling` raises it; auto: found by short trials on the data."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Share = 0.03

@@ -24,6 +24,8 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
+        learning_rate: the highest of the run, before the coupling; None until it is settled.
+        rates_tried: where it was searched for: rates with the loss of their trials.
         tokens: tokens seen, padding not counted.
         seconds: spent in steps, over all sessions of the run.
         tokens_per_second_start, tokens_per_second_end: median over the first and the newest line of metrics.
@@ -34,6 +36,8 @@ class Progress:
     """
 
     step: int = 0
+    learning_rate: float | None = None
+    rates_tried: list[tuple[float, float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
     tokens_per_second_start: float | None = None

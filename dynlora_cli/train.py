@@ -28,9 +28,10 @@ from dynlora_cli.checkpoint import read_state, restore
 from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
-from dynlora_cli.loop import fit, learning_rate
+from dynlora_cli.loop import fit
 from dynlora_cli.model import find_model, fingerprint
 from dynlora_cli.rank import Schedule, Start, swap
+from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
 from dynlora_cli.state import Progress, Run
@@ -162,13 +163,16 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _planned_events(recipe: Recipe, steps: int, start: Start, schedule: Schedule) -> list[dict[str, Any]]:
     """The parameters and the average rank alive after each event, and the learning rate that follows them."""
+    highest = None if recipe.train.learning_rate == "auto" else recipe.train.learning_rate
     alive = [(0, start.parameters), *zip(schedule.steps, schedule.targets, strict=True)]
     return [
         {
             "step": step,
             "parameters": parameters,
             "rank": start.average_rank * parameters / start.budget,
-            "learning_rate": learning_rate(step + 1, steps, recipe.train)
+            "learning_rate": highest
+            and highest
+            * rate_share(step + 1, steps, recipe.train)
             * (start.parameters / parameters) ** recipe.pruning.lr_coupling,
         }
         for step, parameters in alive
@@ -234,7 +238,7 @@ def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
     averages = restore(tensors, training.parameters, training.optimizer)
     if training.control:
         training.control.load_state_dict(averages)
-    training.progress = Progress(**position["progress"])
+    training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))
     if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
         torch.manual_seed(training.recipe.seed + rank + 1_000_003 * training.progress.step)
     best = _best_so_far(checkpoint, training.progress)

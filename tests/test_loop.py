@@ -12,7 +12,8 @@ from tiny_run import assembled, lines, make_recipe, train
 
 from dynlora_cli import loop
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.loop import learning_rate, step
+from dynlora_cli.loop import step
+from dynlora_cli.rate_search import rate_share
 
 EIGHT_ROWS = ["dataset.val_size=0", "eval.steps=null"]
 
@@ -26,7 +27,7 @@ def gradient(run, micro_batches=None):
         run.optimizer.zero_grad(set_to_none=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_update", keep)
+        patch.setattr(loop, "update", keep)
         record = step(run, micro_batches or run.batches.step(0, 0))
     return record["loss"], found["gradient"]
 
@@ -155,8 +156,8 @@ def test_bfloat16_trains_with_a_float32_pool(tmp_path):
 
 
 def rates(total=20, **options):
-    options = {"learning_rate": 1.0, "warmup_ratio": 0.2, "lr_scheduler": "cosine"} | options
-    return [learning_rate(step, total, SimpleNamespace(**options)) for step in range(1, total + 1)]
+    options = {"warmup_ratio": 0.2, "lr_scheduler": "cosine"} | options
+    return [rate_share(step, total, SimpleNamespace(**options)) for step in range(1, total + 1)]
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
@@ -200,7 +201,7 @@ def taken(run):
     """The gradient that the optimizer was given, and the norm that was reported."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_update", lambda run: found.update(norm=run.pool.values.grad.norm().item()))
+        patch.setattr(loop, "update", lambda run: found.update(norm=run.pool.values.grad.norm().item()))
         return found, step(run, run.batches.step(0, 0))["grad_norm"]
 
 

@@ -24,10 +24,10 @@ def budget(kind, value):
 
 
 class TestStart:
-    def test_auto_is_four_times_the_budget_and_never_above_half_the_smaller_side(self):
+    def test_auto_is_twice_the_budget_and_never_above_half_the_smaller_side(self):
         start = plan_start({"big": (100, 200), "small": (10, 300)}, budget("rank", 4), "auto")
-        assert start.counts == {"big": 16, "small": 5}
-        assert start.parameters == 16 * 300 + 5 * 310
+        assert start.counts == {"big": 8, "small": 5}
+        assert start.parameters == 8 * 300 + 5 * 310
         assert start.budget == 4 * 610
         assert start.average_rank == 4
 
@@ -39,7 +39,7 @@ class TestStart:
         start = plan_start({"l": (100, 100), "m": (100, 100)}, budget("parameters", 1000), "auto")
         assert start.budget == 1000
         assert start.average_rank == 2.5
-        assert start.counts == {"l": 10, "m": 10}
+        assert start.counts == {"l": 5, "m": 5}
 
     def test_init_equal_to_the_budget_prunes_nothing(self):
         start = plan_start(SHAPES, budget("rank", 3), 3)

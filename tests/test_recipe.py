@@ -40,7 +40,7 @@ adapter:
   variant: lora
   target_modules: all-linear
   scaling: rslora
-  alpha: 16
+  alpha: 2
   dropout: 0.0
   init_weights: default
 rank:
@@ -49,11 +49,11 @@ rank:
 pruning:
   policy: fisher
   start: 0.05
-  end: 0.25
+  end: 0.5
   lr_coupling: 0.5
   events: auto
   tolerance: null
-train: {epochs: 1, max_steps: null, micro_batch_size: 8, gradient_accumulation_steps: 1, learning_rate: 2.0e-4,
+train: {epochs: 1, max_steps: null, micro_batch_size: 8, gradient_accumulation_steps: 1, learning_rate: auto,
         lr_scheduler: cosine, warmup_ratio: 0.03, weight_decay: 0.0, max_grad_norm: 1.0, gradient_checkpointing: false,
         optimizer: adamw, log_steps: 10, save_steps: null, report_to: []}
 eval: {steps: null, max_samples: null, early_stopping_patience: null}

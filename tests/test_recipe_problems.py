@@ -137,7 +137,7 @@ CONFLICTS = [
     (["dataset.val_size=0", "eval.early_stopping_patience=2"], "eval.early_stopping_patience", 1),
     (["dataset.val_size=0", "eval.steps=2"], "eval.steps", 1),
     (["rank.init=4"], "rank.init", 0),
-    (["pruning.start=0.3"], "pruning.end", 0),
+    (["pruning.start=0.6"], "pruning.end", 0),
     (["pruning.start=0.3", "pruning.end=0.3"], "pruning.end", 1),
 ]
 

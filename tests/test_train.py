@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dynlora_cli import loop, run_folder
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.loop import learning_rate, step
+from dynlora_cli.loop import step
+from dynlora_cli.rate_search import rate_share
 
 GOLDEN = Path(__file__).parent / "golden"
 ONE_RANK = 1024  # Σ(d_in + d_out) over the layers of the tiny Llama
@@ -175,7 +176,13 @@ def test_the_saved_adapter_has_the_held_out_loss_that_is_reported(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
 def test_without_pruning_it_trains_as_peft_does(tmp_path, scaling, kind):
-    settings = ["rank.init=4", "rank.budget=4", f"adapter.scaling={scaling}", "train.weight_decay=0.1"]
+    settings = [
+        "rank.init=4",
+        "rank.budget=4",
+        "adapter.alpha=16",
+        f"adapter.scaling={scaling}",
+        "train.weight_decay=0.1",
+    ]
     run = assembled(make_recipe(tmp_path, *settings, kind=kind), fill=False)
     run.model.eval()  # GPT-2 has dropout of its own
     model = AutoModelForCausalLM.from_pretrained(run.recipe.model.name_or_path).eval()
@@ -203,7 +210,7 @@ def test_without_pruning_it_trains_as_peft_does(tmp_path, scaling, kind):
             loss.backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(number, run.total_steps, run.recipe.train)
+        optimizer.param_groups[0]["lr"] = 5e-3 * rate_share(number, run.total_steps, run.recipe.train)
         optimizer.step()
         optimizer.zero_grad()
         theirs.append(sum(losses))

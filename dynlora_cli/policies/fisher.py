@@ -2,7 +2,8 @@
 
 What it does
     Averages the square of each gate's gradient, dL/dg_i = <a_i, dL/da_i>, over the optimizer steps since the last
-    event: F_i. Its root, per number the component holds, is the score. The square, not the sign: near a minimum the
+    event: F_i, to which the loss of removing the component is proportional. F_i per number that the component holds
+    is what the budget buys, so that is the order; the score is its root. The square, not the sign: near a minimum the
     signed mean is noise. It costs nothing beyond the gradients that exist, and has no bias for large layers, since it
     is in units of the loss.
 
@@ -26,5 +27,5 @@ needs = "gradients"
 
 
 def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-    """Root of the averaged squared gate gradient, per number. [K]"""
-    return gradients.square(pool).sqrt() / pool.costs_K()
+    """Root of the averaged squared gate gradient per number. [K]"""
+    return (gradients.square(pool) / pool.costs_K()).sqrt()

@@ -1,0 +1,75 @@
+"""One optimizer step in its parts: gradients of micro-batches, reduced and clipped, then the update."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.loss import summed_loss
+
+if TYPE_CHECKING:
+    from dynlora_cli.batches import Batch
+    from dynlora_cli.state import Run
+
+LOWER_RATE = "lower train.learning_rate"
+
+
+def backward(run: Run, batch: Batch, supervised: float) -> float:
+    """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
+
+    A function of its own, so that the graph is gone when components are removed.
+    """
+    batch = batch.to(run.accelerator.device)
+    with run.accelerator.autocast():
+        loss = summed_loss(run.model, batch)[0] / supervised
+    run.accelerator.backward(loss)
+    return loss.item()
+
+
+def not_finite(what: str, batches: list[Batch]) -> MeasureError:
+    """The error, alike in all processes, with the rows of each."""
+    rows = gather_object([row for batch in batches for row in batch.rows])
+    return MeasureError(
+        f"{what}, on rows {rows} of the training data",
+        f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
+    )
+
+
+def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
+    """Reduce over processes and unscale; the gradient's norm, or None where fp16 overflowed."""
+    for parameter in run.parameters:
+        if parameter.grad is not None:
+            run.reduce(parameter.grad)
+    scaler = run.accelerator.scaler
+    if scaler is not None:
+        scaler.unscale_(run.optimizer)
+    gradients = [p.grad for p in run.parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    if math.isfinite(norm):
+        return norm
+    if scaler is not None:
+        return None
+    raise not_finite(f"the gradient of step {number} is {norm}", micro_batches)
+
+
+def clip(run: Run, norm: float) -> None:
+    limit = run.recipe.train.max_grad_norm
+    if limit and norm > limit:
+        for parameter in run.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / (norm + 1e-6))
+
+
+def update(run: Run) -> None:
+    scaler = run.accelerator.scaler
+    if scaler is not None:
+        scaler.step(run.optimizer)
+        scaler.update()
+    else:
+        run.optimizer.step()
+    # Zeroed in place: the gradients of all layers are views of one tensor.
+    run.optimizer.zero_grad(set_to_none=run.pool is None)

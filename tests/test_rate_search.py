@@ -1,0 +1,84 @@
+"""`train.learning_rate: auto`: short trials that leave nothing behind but a rate."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import assembled, lines, make_recipe, train
+
+from dynlora_cli import rate_search
+from dynlora_cli.errors import Interrupted, MeasureError
+
+AUTO = "train.learning_rate=auto"
+
+
+def test_the_best_rate_has_a_worse_neighbour_on_both_sides(tmp_path: Path):
+    run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False)
+    losses = rate_search.search(run)
+    best = min(losses, key=losses.__getitem__)
+    assert losses[best / 2] > losses[best] < losses[best * 2]
+    assert len(losses) <= 9
+
+
+def test_the_search_starts_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for first in (2e-3 / 16, 2e-3 * 16):
+        monkeypatch.setattr(rate_search, "FIRST", first)
+        losses = rate_search.search(assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False))
+        found.append(min(losses, key=losses.__getitem__))
+    assert found[0] == pytest.approx(found[1], rel=1e-6) or max(found) == pytest.approx(2 * min(found), rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
+    run = assembled(make_recipe(tmp_path, AUTO, f"adapter.dropout={dropout}"), fill=False)
+    values, random_state = run.pool.values.detach().clone(), torch.get_rng_state()
+    first = rate_search.search(run)
+    assert torch.equal(run.pool.values, values)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not run.optimizer.state
+    assert not run.pool.values.grad.any()
+    assert rate_search.search(run) == first
+
+
+def test_a_run_uses_what_it_found_and_says_so(tmp_path: Path):
+    summary, events = train(make_recipe(tmp_path, AUTO))
+    rates = dict(summary["rates_tried"])
+    assert summary["learning_rate"] == min(rates, key=rates.__getitem__)
+    (note,) = [event["text"] for event in events if event["event"] == "note"]
+    assert f"learning rate {summary['learning_rate']:.1e}" in note
+    record = json.loads((tmp_path / "out" / "dynlora.json").read_text(encoding="utf-8"))
+    assert record["summary"]["learning_rate"] == summary["learning_rate"]
+    fixed, _ = train(make_recipe(tmp_path, f"train.learning_rate={summary['learning_rate']}", out="fixed"))
+    assert fixed["loss_after"] == summary["loss_after"]
+    assert fixed["rates_tried"] == []
+
+
+def test_a_resumed_run_does_not_search_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, _ = train(make_recipe(tmp_path, AUTO, out="whole"))
+    recipe = make_recipe(tmp_path, AUTO)
+    with pytest.raises(Interrupted):
+        train(recipe, interrupt_at=6)
+    monkeypatch.setattr(rate_search, "FIRST", 0.0)
+    summary, _ = train(recipe, resume=True)
+    assert summary["learning_rate"] == whole["learning_rate"]
+    assert summary["loss_after"] == whole["loss_after"]
+    assert lines(tmp_path / "out" / "metrics.jsonl") == lines(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_a_classifier_and_all_weights(tmp_path: Path):
+    for number, settings in enumerate((["rank.budget=2"], ["adapter.variant=full"])):
+        summary, _ = train(make_recipe(tmp_path, AUTO, *settings, kind="bert", out=f"out{number}"))
+        assert math.isfinite(summary["loss_after"])
+        assert len(summary["rates_tried"]) >= 3
+
+
+def test_where_every_rate_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rate_search, "_trial", lambda run, rate: math.inf)
+    with pytest.raises(MeasureError, match="not finite at any learning rate") as stopped:
+        train(make_recipe(tmp_path, AUTO))
+    assert stopped.value.exit_code == 4
