@@ -1,0 +1,154 @@
+"""Does a rank that follows the data learn more per parameter than a fixed one? Against stock PEFT, on real data.
+
+    python scripts/bench/quality.py curve             # where does rank matter? LoRA at ranks 1 to 32, every task
+    python scripts/bench/quality.py design            # the design tasks, for choosing the algorithm
+    python scripts/bench/quality.py final             # the table: the other tasks, budgets 1, 2, 4
+    python scripts/bench/quality.py run --tasks e2e --methods lora,dynlora --budgets 1 --seeds 3
+    python scripts/bench/quality.py table             # only write RESULTS.md again
+
+A cell is a task, a method and a budget. Its learning rate is chosen on seed 0 by the loss on the `val` part, from a grid
+of factors of 2 that is extended until the best is inside it; then it runs with the other seeds, on the same batches in
+the same order as every other method with that seed. The `test` part is read in the same go and used for nothing but the
+table. Every run is a line of quality.jsonl; what is there is not run again. Data and models are in DYNLORA_SHARED
+(../shared).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from quality_tasks import TASKS
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+# Where the search for the learning rate begins, until other tasks tell better.
+FIRST_RATE = {"lora": 4e-3, "rslora": 1e-3, "dora": 4e-3, "adalora": 8e-3, "eva": 4e-3, "lora-4x": 2e-3}
+RIVALS = ["lora", "rslora", "dora", "adalora", "eva"]
+BOUNDS = ["lora-4x", "lora-4x-cut"]
+Record = dict[str, Any]
+Cell = tuple[str, str, int]  # task, method, budget
+
+
+def read_results(path: Path = RESULTS) -> list[Record]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def run_cell(cell: Cell, seeds: int, results: Path, work: Path) -> str:
+    """Choose the cell's learning rate, then run the other seeds with it."""
+    task, method, budget = cell
+    rate = choose_rate(cell, results, work)
+    losses = [measure(cell, rate, seed, results, work) for seed in range(seeds)]
+    return f"{task:12} {method:16} budget {budget}  rate {rate:.1e}  " + " ".join(f"{loss:.4f}" for loss in losses)
+
+
+def choose_rate(cell: Cell, results: Path, work: Path) -> float:
+    """The best of a geometric grid on seed 0, neither end of which is the best."""
+    first = first_rate(cell, read_results(results))
+    losses: dict[int, float] = {}
+
+    def loss(k: int) -> float:
+        if k not in losses:
+            losses[k] = measure(cell, first * 2.0**k, 0, results, work)
+        return losses[k]
+
+    loss(0)
+    loss(1)
+    while True:
+        best = min(losses, key=lambda k: (losses[k], k))
+        if best - 1 in losses and best + 1 in losses:
+            return first * 2.0**best
+        loss(best + 1 if best + 1 not in losses else best - 1)
+
+
+def first_rate(cell: Cell, records: list[Record]) -> float:
+    """A guess at the cell's best rate, from cells like it; always on the same grid of powers of 2."""
+    task, method, budget = cell
+    best: dict[Cell, tuple[float, float]] = {}
+    for record in records:
+        if record["seed"] == 0 and record["method"] in (method, method.split()[0]):
+            key = (record["task"], record["method"], record["budget"])
+            best[key] = min(best.get(key, (math.inf, 0.0)), (record["loss"], record["rate"]))
+    near = [
+        {k: v for k, v in best.items() if k[0] == task and k[2] == budget},
+        {k: v for k, v in best.items() if k[2] == budget},
+        best,
+    ]
+    kin = next(([rate for _, rate in cells.values()] for cells in near if cells), [])
+    guess = median(kin) if kin else FIRST_RATE.get(method, 1e-3)
+    return 1e-3 * 2.0 ** round(math.log2(guess / 1e-3))
+
+
+def measure(cell: Cell, rate: float, seed: int, results: Path, work: Path) -> float:
+    """The run's held-out loss, from the file or by running it; appended to the file."""
+    from quality_methods import Job, run
+
+    job = Job(*cell, rate, seed)
+    for record in read_results(results):
+        if Job(*(record[k] for k in ("task", "method", "budget", "rate", "seed"))).key == job.key:
+            return float(record["loss"])
+    started = time.time()
+    found = run(job, work)
+    record = {**job.__dict__, **found, "wall": round(time.time() - started, 1)}
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return float(found["loss"])
+
+
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def run_cells(cells: Iterable[Cell], seeds: int, results: Path, work: Path, workers: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    with ProcessPoolExecutor(workers, get_context("spawn"), one_thread) as pool:
+        futures = [pool.submit(run_cell, cell, seeds, results, work) for cell in cells]
+        for future in as_completed(futures):
+            print(future.result(), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["curve", "design", "final", "run", "table"])
+    parser.add_argument("--tasks", default="")
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--budgets", default="1,2,4")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=Path, default=Path("out/quality"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    design = [name for name, task in TASKS.items() if task.design]
+    tasks, methods, budgets, seeds = {
+        "curve": (list(TASKS), ["lora"], [1, 2, 4, 8, 16, 32], 1),
+        "design": (design, [*RIVALS, "dynlora"], [1, 2, 4], 3),
+        "final": ([name for name in TASKS if name not in design], [*RIVALS, "dynlora", *BOUNDS], [1, 2, 4], 5),
+        "run": (
+            options.tasks.split(","),
+            options.methods.split(","),
+            [int(b) for b in options.budgets.split(",")],
+            options.seeds,
+        ),
+        "table": ([], [], [], 0),
+    }[options.stage]
+    cells = [(task, method, budget) for task, budget, method in product(tasks, budgets, methods)]
+    if cells:
+        run_cells(cells, seeds, options.results, options.work.resolve(), options.workers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""The methods of quality.py: one run of each, over the same batches with the same loop.
+
+A rival is stock PEFT on the same base; its loop (`_train_rival`) is dynlora's without rank control: the same batches in
+the same order, token-normalised loss, clipping, schedule and AdamW. dynlora's own runs go through `loop.fit`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from quality_tasks import TASKS, model_path, prepare
+from torch import nn
+from transformers import PreTrainedModel
+
+from dynlora_cli import loop
+from dynlora_cli.assemble import attach, make_accelerator, make_batches, make_run, plan_ranks, read_base, read_data
+from dynlora_cli.batches import Batches
+from dynlora_cli.components import Pool, linear_shape
+from dynlora_cli.data import Data
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.loss import held_out, summed_loss
+from dynlora_cli.model import Base
+from dynlora_cli.rank import Start
+from dynlora_cli.rate_search import rate_share
+from dynlora_cli.recipe import Recipe, load_recipe
+from dynlora_cli.variants import lora
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: everything that its result depends on."""
+
+    task: str
+    method: str
+    budget: int
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, int, str, int]:
+        return (self.task, self.method, self.budget, f"{self.rate:.3e}", self.seed)
+
+
+@dataclass
+class Ground:
+    """What the runs of a task share with one seed: recipe, rows, base, and the batches of both."""
+
+    recipe: Recipe
+    data: Data
+    base: Base
+    train: Batches
+    val: Batches
+    test: Batches
+
+
+def run(job: Job, work: Path) -> Result:
+    """Train once; the held-out loss (val and test), parameters, seconds of training and the ranks found."""
+    torch.manual_seed(job.seed)
+    ground = lay_ground(job, work)
+    try:
+        return METHODS[job.method.split()[0]](job, ground)
+    except MeasureError:  # diverged; a learning rate too far
+        return {"loss": math.inf}
+
+
+def lay_ground(job: Job, work: Path) -> Ground:
+    recipe = recipe_for(job, work, "val", settings_of(job.method))
+    tokenizer, data = _rows(job.task, work, "val")
+    _, testing = _rows(job.task, work, "test")
+    base = read_base(recipe, tokenizer, data, torch.device("cpu"))
+    return Ground(
+        recipe,
+        data,
+        base,
+        make_batches(recipe, data.train, base, shuffle=True),
+        make_batches(recipe, data.val, base, shuffle=False),
+        make_batches(recipe, testing.val, base, shuffle=False),
+    )
+
+
+def recipe_for(job: Job, work: Path, part: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a task, as a user would write it."""
+    task, folder = TASKS[job.task], prepare(job.task, work)
+    path = work / "recipe.yaml"
+    if not path.exists():
+        path.write_text("model: builtin:tiny\ndataset: none.jsonl\n", encoding="utf-8")
+    settings = {
+        "model.name_or_path": model_path(task.model),
+        "model.task": "sequence-classification" if task.classify else "causal-lm",
+        "dataset": f"{{train: [{{path: {folder / 'train.jsonl'}}}], val: [{{path: {folder / f'{part}.jsonl'}}}]}}",
+        "dataset.max_length": task.max_length,
+        "rank.budget": job.budget,
+        "train.max_steps": task.steps,
+        "train.micro_batch_size": task.batch,
+        "train.learning_rate": f"{job.rate:.6f}" if job.rate else "auto",
+        "train.save_steps": 1_000_000,
+        "seed": job.seed,
+    }
+    return load_recipe(path, [f"{key}={value}" for key, value in settings.items()] + list(overrides))
+
+
+@lru_cache(maxsize=4)
+def _rows(task: str, work: Path, part: str) -> tuple[Any, Data]:
+    return read_data(recipe_for(Job(task, "lora", 1, 1e-3, 0), work, part))
+
+
+# -- dynlora ---------------------------------------------------------------------------------------------------------
+
+
+def dynlora(job: Job, ground: Ground) -> Result:  # noqa: ARG001 - one signature for all methods
+    """A run of ours, as the recipe says."""
+    recipe, base = ground.recipe, ground.base
+    pool, start = attach(lora, base, recipe)
+    assert pool is not None
+    assert start is not None
+    return _fit(ground, pool, start)
+
+
+def fixed_map(ground: Ground, counts: Mapping[str, int]) -> Result:
+    """Ours with given ranks from the first step to the last."""
+    targets, start = plan_ranks(ground.recipe, ground.base)
+    size = sum(counts[name] * sum(linear_shape(module)) for name, module in targets.items())
+    fixed = Start(dict(counts), size, size, start.average_rank)
+    return _fit(ground, lora.attach(ground.base.model, targets, fixed, ground.recipe), fixed)
+
+
+def _fit(ground: Ground, pool: Pool, start: Start) -> Result:
+    recipe, unmeasured = ground.recipe, replace(ground.data, val=[])
+    accelerator = make_accelerator(recipe, Path(recipe.output_dir))
+    training = make_run(recipe, accelerator, ground.base, unmeasured, pool, start, save=lambda _: None)
+    assert training.control is not None
+    training.control.probe = None
+    started = time.perf_counter()
+    loop.fit(training)
+    seconds = time.perf_counter() - started
+    found = {"ranks": dict(pool.counts), "rate_used": training.progress.learning_rate}
+    return _result(ground.base.model, ground, pool.parameters, seconds) | found
+
+
+# -- stock PEFT ------------------------------------------------------------------------------------------------------
+
+
+def rival(job: Job, ground: Ground, config: Callable[..., peft.PeftConfig], times: int = 1) -> Result:
+    """A method of stock PEFT at `times` the budget's rank."""
+    model, targets = _wrap(job, ground, config, times * job.budget)
+    started = time.perf_counter()
+    _train_rival(model, ground, job.budget * sum(sum(linear_shape(module)) for module in targets.values()))
+    seconds = time.perf_counter() - started
+    return _result(model, ground, _parameters(model, ground.base.head), seconds)
+
+
+def compressed(job: Job, ground: Ground) -> Result:
+    """LoRA of 4x the rank, cut by PEFT's own `convert_to_lora` to the budget or just below it."""
+    model, targets = _wrap(job, ground, lora_config, 4 * job.budget)
+    started = time.perf_counter()
+    _train_rival(model, ground)
+    per_rank = sum(sum(linear_shape(module)) for module in targets.values())
+    low, high, found = 0.02, 1.0, None
+    for _ in range(7):  # the largest share of energy that fits
+        share = (low + high) / 2
+        cut_config, state = peft.convert_to_lora(model, rank=share)
+        size = sum(tensor.numel() for tensor in state.values())
+        if size <= job.budget * per_rank:
+            low, found = share, (cut_config, state, size)
+        else:
+            high = share
+    seconds = time.perf_counter() - started
+    if found is None:
+        return {"loss": math.inf}
+    cut_config, state, size = found
+    plain = model.unload()
+    again = peft.get_peft_model(plain, cut_config)
+    peft.set_peft_model_state_dict(again, state)
+    return _result(again, ground, size, seconds)
+
+
+def lora_config(rank: int, **more: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, **more)
+
+
+def rslora_config(rank: int, **more: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **more)
+
+
+def dora_config(rank: int, **more: Any) -> peft.LoraConfig:
+    return lora_config(rank, use_dora=True, **more)
+
+
+def eva_config(rank: int, **more: Any) -> peft.LoraConfig:
+    return lora_config(rank, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0), **more)
+
+
+def adalora_config(rank: int, *, steps: int, **more: Any) -> peft.AdaLoraConfig:
+    """Scale-matched: PEFT divides by the rank at the start, so alpha is twice that; the paper's 1.5x at the start."""
+    start = math.ceil(1.5 * rank)
+    return peft.AdaLoraConfig(
+        init_r=start,
+        target_r=rank,
+        lora_alpha=2 * start,
+        tinit=steps // 10,
+        tfinal=steps // 2,
+        deltaT=max(1, steps // 50),
+        total_step=steps,
+        **more,
+    )
+
+
+def _wrap(job: Job, ground: Ground, config: Callable[..., Any], rank: int) -> tuple[Any, dict[str, nn.Module]]:
+    """The base in PEFT's clothes; a classifier's head trains too."""
+    model, head = ground.base.model, ground.base.head
+    targets, _ = plan_ranks(ground.recipe, ground.base)
+    more: dict[str, Any] = {"target_modules": list(targets)}
+    if "steps" in config.__annotations__:
+        more["steps"] = TASKS[job.task].steps
+    torch.manual_seed(job.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, config(rank, **more))
+        if config is eva_config:
+            _eva_start(wrapped, ground)
+    for name, parameter in wrapped.named_parameters():
+        if head and f".{head}." in name:
+            parameter.requires_grad_(True)
+    return wrapped, targets
+
+
+def _eva_start(model: Any, ground: Ground) -> None:
+    """EVA's principal directions, from training rows in training order."""
+    batches = ground.train
+    loader = [
+        {**batch.inputs, "labels": batch.labels}
+        for index in range(min(50, batches.steps_per_epoch))
+        for batch in batches.step(0, index)
+    ]
+    peft.initialize_lora_eva_weights(
+        model,
+        loader,
+        forward_fn=lambda m, inputs: m(**{k: v for k, v in inputs.items() if k != "labels"}),
+        show_progress_bar=False,
+    )
+
+
+def _train_rival(model: Any, ground: Ground, budget: int = 0) -> None:
+    """The loop; `budget` is the number of parameters that AdaLoRA may keep."""
+    options, batches = ground.recipe.train, ground.train
+    steps = options.max_steps
+    assert steps is not None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    adaptive = isinstance(model.peft_config["default"], peft.AdaLoraConfig)
+    model.train()
+    for done in range(steps):
+        epoch, index = divmod(done, batches.steps_per_epoch)
+        (batch,) = batches.step(epoch, index)
+        loss = summed_loss(model, batch)[0] / batch.supervised
+        if adaptive:
+            loss = loss + _orthogonality(model)
+        if not math.isfinite(loss.item()):
+            raise MeasureError(f"the loss of step {done + 1} is {loss.item()}", "lower the rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * rate_share(done + 1, steps, options)
+        optimizer.step()
+        if adaptive:
+            model.base_model.rankallocator.target_bgt = _components_for(model, budget)
+            model.base_model.update_and_allocate(done)
+        optimizer.zero_grad()
+
+
+def _components_for(model: Any, budget: int) -> int:
+    """How many components AdaLoRA may keep, so that they hold `budget` numbers.
+
+    It counts components, whatever they cost, and prefers the expensive ones: left alone it ends with a quarter more
+    parameters than LoRA of the same average rank.
+    """
+    alive = parameters = 0
+    for module in model.modules():
+        if hasattr(module, "lora_E"):
+            here = int((module.lora_E["default"] != 0).sum())
+            alive, parameters = alive + here, parameters + here * (module.in_features + module.out_features + 1)
+    return budget * alive // parameters if alive else 1
+
+
+def _orthogonality(model: Any) -> torch.Tensor:
+    """AdaLoRA's penalty, which PEFT adds only where the model computes its loss itself."""
+    norms = []
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            norms.append(torch.linalg.norm(gram - torch.eye(len(gram))))
+    weight: float = model.peft_config["default"].orth_reg_weight
+    return weight * torch.stack(norms).mean()
+
+
+def _parameters(model: Any, head: str | None) -> int:
+    """Numbers of the adapter that are alive; those that AdaLoRA masked do not count."""
+    config = model.peft_config["default"]
+    pattern = getattr(config, "rank_pattern", None)
+    if isinstance(config, peft.AdaLoraConfig) and pattern:
+        total = 0
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_E"):
+                key = next(k for k in pattern if k.startswith(name.removeprefix("base_model.model.") + ".lora_E"))
+                total += sum(pattern[key]) * (module.in_features + module.out_features + 1)
+        return total
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not (head and f".{head}." in n))
+
+
+def _result(model: PreTrainedModel, ground: Ground, parameters: int, seconds: float) -> Result:
+    result: Result = {"parameters": parameters, "seconds": round(seconds, 2)}
+    for key, batches in (("loss", ground.val), ("test", ground.test)):
+        rows = (b for index in range(batches.steps_per_epoch) for b in batches.step(0, index))
+        found = held_out(model, rows, classify=ground.base.head is not None)
+        result[key] = round(found["loss"], 5)
+        if "accuracy" in found:
+            result[f"{key}_accuracy"] = found["accuracy"]
+    return result
+
+
+def settings_of(method: str) -> tuple[str, ...]:
+    """What a method sets in the recipe: `dynlora pruning.policy=random rank.init=8`."""
+    return tuple(method.split()[1:])
+
+
+METHODS: dict[str, Callable[[Job, Ground], Result]] = {
+    "lora": partial(rival, config=lora_config),
+    "rslora": partial(rival, config=rslora_config),
+    "dora": partial(rival, config=dora_config),
+    "adalora": partial(rival, config=adalora_config),
+    "eva": partial(rival, config=eva_config),
+    "lora-4x": partial(rival, config=lora_config, times=4),
+    "lora-4x-cut": compressed,
+    "dynlora": dynlora,
+}

@@ -1,0 +1,186 @@
+"""RESULTS.md and its pictures, from the lines of quality.jsonl.
+
+A cell's runs are those with its chosen learning rate: the one with the lowest `val` loss on seed 0. Tables show the loss
+on the `test` part. Differences to LoRA are paired by seed: same task, budget, seed, batches and order; in percent of
+LoRA's loss. The 95 % interval is a bootstrap over tasks and, inside a task, over seeds, since runs of one task are not
+independent of each other.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+Record = dict[str, Any]
+Cell = tuple[str, str, int]  # task, method, budget
+SAMPLES = 10_000
+WIDTH, HEIGHT, MARGIN = 640, 380, 56
+COLOURS = ["#1b6ef3", "#d6336c", "#2b8a3e", "#e8590c", "#7048e8", "#0c8599", "#868e96", "#495057"]
+
+
+@dataclass
+class Chosen:
+    """A cell at its chosen rate: the rate, and its runs by seed."""
+
+    rate: float
+    runs: dict[int, Record]
+
+    def mean(self, key: str) -> float:
+        return mean(run[key] for run in self.runs.values())
+
+
+def choose(records: Iterable[Record]) -> dict[Cell, Chosen]:
+    """Every cell at the rate with the lowest held-out loss on seed 0."""
+    by_rate: dict[Cell, dict[float, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        by_rate[record["task"], record["method"], record["budget"]][record["rate"]][record["seed"]] = record
+    chosen = {}
+    for cell, rates in by_rate.items():
+        tried = {rate: runs for rate, runs in rates.items() if 0 in runs}
+        rate = min(tried, key=lambda rate: (tried[rate][0]["loss"], rate))
+        if math.isfinite(tried[rate][0]["loss"]):
+            chosen[cell] = Chosen(rate, tried[rate])
+    return chosen
+
+
+def paired(
+    cells: dict[Cell, Chosen], tasks: Sequence[str], method: str, budget: int, to: Cell | str, key: str = "test"
+) -> dict[str, list[float]]:
+    """Differences in percent of the other's loss, by task, one for each seed that both have.
+
+    Args:
+        to: the method to compare with, at the same budget, or a full (task ignored) cell at another budget.
+    """
+    found = {}
+    for task in tasks:
+        other = (task, to, budget) if isinstance(to, str) else (task, to[1], to[2])
+        ours, theirs = cells.get((task, method, budget)), cells.get(other)
+        if ours and theirs:
+            seeds = ours.runs.keys() & theirs.runs.keys()
+            found[task] = [100 * (ours.runs[s][key] / theirs.runs[s][key] - 1) for s in sorted(seeds)]
+    return found
+
+
+def interval(differences: dict[str, list[float]]) -> tuple[float, float, float]:
+    """Mean over tasks of the means over seeds, and a 95 % bootstrap interval over both."""
+    draw, groups = random.Random(0), list(differences.values())
+    means = sorted(
+        mean(mean(draw.choices(group, k=len(group))) for group in draw.choices(groups, k=len(groups)))
+        for _ in range(SAMPLES)
+    )
+    return mean(map(mean, groups)), means[int(0.025 * SAMPLES)], means[int(0.975 * SAMPLES)]
+
+
+def mean_ranks(
+    cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budget: int
+) -> dict[str, float]:
+    """Place of each method by its mean test loss, averaged over the tasks that all of them have."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for task in tasks:
+        if all((task, method, budget) in cells for method in methods):
+            order = sorted(methods, key=lambda method: cells[task, method, budget].mean("test"))
+            for method in methods:
+                places[method].append(1 + order.index(method))
+    return {method: mean(found) for method, found in places.items()}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def budget_table(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budget: int) -> str:
+    """Test loss by task and method, mean rank, and the paired difference to LoRA."""
+    ranked = [m for m in methods if all((t, m, budget) in cells for t in tasks)]
+    ranks = mean_ranks(cells, tasks, ranked, budget)
+    rows = []
+    for method in methods:
+        losses = [cells.get((task, method, budget)) for task in tasks]
+        if not any(losses):
+            continue
+        size = mean(
+            c.mean("parameters") / cells[t, "lora", budget].mean("parameters")
+            for t, c in zip(tasks, losses, strict=True)
+            if c
+        )
+        row = [method, *(f"{cell.mean('test'):.4f}" if cell else "" for cell in losses), f"{size:.2f}x"]
+        row.append(f"{ranks[method]:.2f}" if method in ranks else "")
+        differences = paired(cells, tasks, method, budget, "lora")
+        low_high = "{:+.2f} % ({:+.2f} to {:+.2f})".format(*interval(differences)) if method != "lora" else ""
+        rows.append([*row, low_high])
+    return table(["method", *tasks, "parameters", "mean rank", "difference to LoRA"], rows)
+
+
+def curve_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence[int]) -> str:
+    """LoRA's held-out loss by rank: where it falls no further, no allocation of rank can win."""
+    rows = []
+    for task in tasks:
+        found = [cells.get((task, "lora", rank)) for rank in ranks]
+        if any(found):
+            rows.append([task, *(f"{c.runs[0]['loss']:.4f}" if c else "" for c in found)])
+    return table(["task", *(f"rank {rank}" for rank in ranks)], rows)
+
+
+def pareto_svg(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budgets: Sequence[int]) -> str:
+    """Loss over final parameters, both relative to LoRA of rank 1, in the mean over tasks."""
+    base = (tasks, "lora", 1)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for method in methods:
+        points = []
+        for budget in budgets:
+            pairs = [
+                (cells[t, method, budget], cells[t, base[1], base[2]])
+                for t in tasks
+                if (t, method, budget) in cells and (t, "lora", 1) in cells
+            ]
+            if len(pairs) == len(tasks):
+                x = mean(a.mean("parameters") / b.mean("parameters") for a, b in pairs)
+                y = mean(a.mean("test") / b.mean("test") for a, b in pairs)
+                points.append((x, 100 * y))
+        if points:
+            lines[method] = points
+    return draw(lines, "final parameters, relative to LoRA of rank 1", "held-out loss, % of LoRA of rank 1")
+
+
+def draw(lines: dict[str, list[tuple[float, float]]], x_title: str, y_title: str) -> str:
+    """A line chart as SVG; x is logarithmic to base 2."""
+    xs = [math.log2(x) for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    left, right, low, high = min(xs) - 0.1, max(xs) + 0.1, min(ys) - 0.5, max(ys) + 0.5
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            MARGIN + (math.log2(x) - left) / (right - left) * (WIDTH - 2 * MARGIN - 90),
+            HEIGHT - MARGIN - (y - low) / (high - low) * (HEIGHT - 2 * MARGIN),
+        )
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+    ]
+    for tick in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 6))):
+        _, y = place(2**left, tick)
+        parts.append(
+            f'<path d="M{MARGIN} {y:.1f}H{WIDTH - MARGIN - 90}" stroke="#e9ecef"/><text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>'
+        )
+    for power in range(math.ceil(left), math.floor(right) + 1):
+        x, _ = place(2.0**power, low)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{2.0**power:g}x</text>')
+    for number, (name, points) in enumerate(lines.items()):
+        colour, places = COLOURS[number % len(COLOURS)], [place(*point) for point in sorted(points)]
+        width = 3 if name == "dynlora" else 1.5
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width + 1}" fill="{colour}"/>' for x, y in places]
+        y = MARGIN + 18 * number
+        parts.append(f'<text x="{WIDTH - MARGIN - 78}" y="{y}" fill="{colour}">{name}</text>')
+    parts.append(f'<text x="{(WIDTH - 90) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{x_title}</text>')
+    parts.append(
+        f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{y_title}</text></svg>'
+    )
+    return "\n".join(parts) + "\n"
