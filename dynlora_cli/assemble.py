@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState
 
 from dynlora_cli import drawers
 from dynlora_cli.batches import Batches, packed_mask_dtype
+from dynlora_cli.brake import Brake
 from dynlora_cli.components import Pool, linear_shape
 from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError
-from dynlora_cli.loss import held_out
+from dynlora_cli.loss import held_out, row_sums
 from dynlora_cli.model import (
     Base,
     context_length,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from dynlora_cli.variants._variant import Variant
 
 PROBE_ROWS = 8
+SIZING_ROWS = 64  # to choose the rank by
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -86,6 +88,7 @@ def read_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
         seed=recipe.seed,
         max_length=context,
         num_labels=recipe.model.num_labels,
+        sizing=SIZING_ROWS if recipe.rank.parsed_budget().kind == "auto" else 0,
     )
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
@@ -150,6 +153,15 @@ def total_steps(recipe: Recipe, batches: Batches) -> int:
 
 def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
     """The pruning events of the run."""
+    if start.open:
+        return Schedule.descend(
+            total_steps=steps,
+            start=recipe.pruning.start,
+            end=recipe.pruning.end,
+            events=recipe.pruning.events,
+            parameters=start.parameters,
+            floor=start.budget,
+        )
     return Schedule.plan(
         total_steps=steps,
         start=recipe.pruning.start,
@@ -184,7 +196,8 @@ def make_run(
             seed=recipe.seed,
             gauge=recipe.pruning.gauge,
             lr_coupling=recipe.pruning.lr_coupling,
-            probe=_probe(recipe, accelerator, base, data),
+            probe=None if start.open else _probe(recipe, accelerator, base, data),
+            brake=_brake(recipe, accelerator, base, data) if start.open else None,
         )
     val = data.val[: recipe.eval.max_samples]
     rate = recipe.train.learning_rate
@@ -219,3 +232,10 @@ def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> 
     rows = make_batches(recipe, (data.val or data.train)[:PROBE_ROWS], base, shuffle=False)
     batches = [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]
     return lambda: held_out(base.model, batches, autocast=accelerator.autocast)["loss"]
+
+
+def _brake(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Brake:
+    """What stops the pruning of an automatic budget: the loss of every row that was held out for it."""
+    rows = make_batches(recipe, data.sizing, base, shuffle=False)
+    batches = [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]
+    return Brake(lambda: row_sums(base.model, batches, autocast=accelerator.autocast), recipe.pruning.tolerance)

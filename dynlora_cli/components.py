@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -216,6 +217,18 @@ class Pool:
                 "its backward would train tensors that no longer exist",
                 "run backward and drop the loss first",
             )
+
+    @contextmanager
+    def masked(self, keep_K: Tensor) -> Iterator[None]:
+        """Inside the block the model computes as if only these components were there; for measuring."""
+        per_layer = keep_K.to(self.values).split(list(self.counts.values()))
+        for layer, keep_C in zip(self.layers.values(), per_layer, strict=True):
+            layer.gate = keep_C
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.gate = None
 
     def gate_gradient_K(self) -> Tensor:
         """dL/dg_i of every component, from the gradient at hand: <a_i, dL/da_i>. [K]

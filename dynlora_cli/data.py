@@ -44,6 +44,7 @@ class Data:
         notes: sentences for the person who runs it: what was chosen, what to look at.
         counts: for `train` and `val`: rows, tokens, supervised, truncated, cut_answers, dropped.
         sha256: over the options and all examples in order.
+        sizing: examples held out from the training rows to choose the rank by; only where that is asked for.
         forms: the neutral forms that rows came in, by name: Turns, Pair, Plain, Labelled.
     """
 
@@ -53,6 +54,7 @@ class Data:
     notes: list[str]
     counts: dict[str, dict[str, int]]
     sha256: str
+    sizing: list[Example] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
 
 
@@ -78,6 +80,7 @@ def load_data(
     max_length: int | None = None,
     num_labels: int | None = None,
     labels: list[str] | None = None,
+    sizing: int = 0,
 ) -> Data:
     """Read, tokenise, split and count the rows of a recipe.
 
@@ -91,6 +94,7 @@ def load_data(
         max_length: caps `dataset.max_length`, such as at the model's context.
         num_labels: classes that the recipe announces, if it does.
         labels: names of the classes in their order, where they are known; by default they are found in the rows.
+        sizing: rows to hold out from the training rows as well, at most a tenth of them.
 
     Raises:
         DataError: rows that cannot be trained on; names the place and what to change.
@@ -112,12 +116,20 @@ def load_data(
         val, val_dropped = _read(reader, dataset.train[:1], held_out=True)
     else:
         train, val = split(train, dataset.val_size, seed, reader.notes)
+    train, sizing_rows = split(train, min(0.1, sizing / len(train)), seed + 1, reader.notes)
     if labels is not None:
-        number_labels(train + val, labels)
+        number_labels(train + val + sizing_rows, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, limit, reader.notes)
     data = Data(
-        [kept.example for kept in train], [kept.example for kept in val], labels, reader.notes, counts, "", reader.forms
+        [kept.example for kept in train],
+        [kept.example for kept in val],
+        labels,
+        reader.notes,
+        counts,
+        "",
+        [kept.example for kept in sizing_rows],
+        reader.forms,
     )
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
     data.notes = list(dict.fromkeys(reader.notes))

@@ -134,7 +134,7 @@ def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: S
     schedule = training.control.schedule if training.control else None
     budget = {
         "requested": recipe.rank.budget,
-        "parameters": start.budget if start else None,
+        "parameters": start.limit if start else None,
         "start_parameters": start.parameters if start else None,
     }
     return {
@@ -195,7 +195,7 @@ def start_event(recipe: Recipe, training: Run, base: Base, data: Data, start: St
         "trainable_parameters": sum(parameter.numel() for parameter in training.parameters),
         "components": pool.components if pool else None,
         "parameters": pool.parameters if pool else None,
-        "budget_parameters": start.budget if start else None,
+        "budget_parameters": start.limit if start else None,
         "scale": next(iter(pool.layers.values())).scale if pool else None,
     }
     layers = [
@@ -236,7 +236,8 @@ def summarize(recipe: Recipe, training: Run, start: Start | None, folder: Path, 
     if pool and start:
         summary |= {
             "parameters_start": start.parameters,
-            "budget_parameters": start.budget,
+            "budget_parameters": start.limit,
+            "average_rank": start.rank_of(pool.parameters),
             "components_start": sum(start.counts.values()),
             "components": pool.components,
             "ranks": dict(pool.counts),

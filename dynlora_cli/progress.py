@@ -76,6 +76,9 @@ class Progress:
             )
         if kind == "prune":
             return self._prune_line(event)
+        if kind == "refused":
+            cost = f"fewer would add {event['measured_loss_change']:+.4f} to the held-out loss"
+            return f"keep  {self._at(event)}  {cost}{'; the rank is found' if event.get('ended') else ''}"
         if kind == "checkpoint":
             return f"saved {self._at(event)}  {event['path']}"
         return f"{kind}: {event['text']}" if kind in ("note", "warning") else None

@@ -25,6 +25,7 @@ from dynlora_cli.gauge import to_svd_basis
 from dynlora_cli.gradients import GateGradients
 
 if TYPE_CHECKING:
+    from dynlora_cli.brake import Brake
     from dynlora_cli.policies._policy import Policy
     from dynlora_cli.recipe import Budget
 
@@ -37,13 +38,24 @@ class Start:
         counts: components of each layer at the start.
         parameters: numbers they hold.
         budget: numbers that may be alive at the end.
-        average_rank: the budget as an average rank, budget / Σ(d_in + d_out) over layers.
+        average_rank: the budget, or where it is open the start, as an average rank: numbers / Σ(d_in + d_out).
+        open: the budget is only a floor, and the run decides where to stop (`rank.budget: auto`).
     """
 
     counts: dict[str, int]
     parameters: int
     budget: int
     average_rank: float
+    open: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        """The budget that the run was given; None where it finds its own."""
+        return None if self.open else self.budget
+
+    def rank_of(self, parameters: int) -> float:
+        """A number of parameters as an average rank."""
+        return self.average_rank * parameters / (self.parameters if self.open else self.budget)
 
 
 def plan_start(shapes: Mapping[str, tuple[int, int]], budget: Budget, init: int | str) -> Start:
@@ -51,8 +63,9 @@ def plan_start(shapes: Mapping[str, tuple[int, int]], budget: Budget, init: int 
 
     Args:
         shapes: (d_in, d_out) of every layer.
-        budget: kind "rank" (an average), "share" (of the start) or "parameters".
-        init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share.
+        budget: kind "rank" (an average), "share" (of the start), "parameters" or "auto" (down to a quarter of a rank).
+        init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share or
+            auto.
             Never above half of min(d_in, d_out).
 
     Raises:
@@ -64,8 +77,11 @@ def plan_start(shapes: Mapping[str, tuple[int, int]], budget: Budget, init: int 
         init = 32 if asked is None else max(1, math.ceil(2 * asked / per_rank))
     counts = {name: max(1, min(int(init), min(shape) // 2)) for name, shape in shapes.items()}
     parameters = sum(counts[name] * sum(shape) for name, shape in shapes.items())
-    limit = math.floor(budget.value * parameters if asked is None else asked)
     largest = max(sum(shape) for shape in shapes.values())
+    if budget.kind == "auto":
+        floor = max(largest, math.floor(budget.value * per_rank))
+        return Start(counts, parameters, floor, parameters / per_rank, open=True)
+    limit = math.floor(budget.value * parameters if asked is None else asked)
     if limit < largest:
         raise UsageError(
             f"rank.budget allows {limit:,} parameters, but one component of the target layers has up to {largest:,}",
@@ -112,6 +128,23 @@ class Schedule:
         steps = tuple(begin + math.ceil(share * length) for share in shares)
         targets = tuple(budget + math.floor((parameters - budget) * (1 - share) ** 3) for share in shares)
         return cls(begin, steps, targets)
+
+    @classmethod
+    def descend(
+        cls, *, total_steps: int, start: float, end: float, events: int | str, parameters: int, floor: int
+    ) -> Schedule:
+        """Spread events evenly over [start, end] of the run, each of which takes the same share of what is alive.
+
+        Args:
+            events: number of events, or "auto": one for each 5 steps, at most 14, at least 1.
+            floor: alive after the last one; the others as in `plan`.
+        """
+        begin = min(round(start * total_steps), total_steps - 1)
+        length = max(1, round(end * total_steps) - begin)
+        count = max(1, min(14, length // 5)) if events == "auto" else max(1, min(int(events), length))
+        shares = [(j + 1) / count for j in range(count)]
+        steps = tuple(begin + math.ceil(share * length) for share in shares)
+        return cls(begin, steps, tuple(math.floor(parameters * (floor / parameters) ** share) for share in shares))
 
     @property
     def last(self) -> int:
@@ -209,6 +242,7 @@ class RankControl:
         gauge: turn the components into their SVD basis after each event.
         lr_coupling: exponent of (parameters at the start / alive) in `rate_factor`.
         probe: the loss on a few fixed rows, measured before and after each event; None: not measured.
+        brake: may refuse events; None: the schedule is met.
     """
 
     def __init__(
@@ -222,9 +256,10 @@ class RankControl:
         gauge: bool = True,
         lr_coupling: float = 0.0,
         probe: Callable[[], float] | None = None,
+        brake: Brake | None = None,
     ) -> None:
         self.pool, self.optimizer, self.policy, self.schedule = pool, optimizer, policy, schedule
-        self.gauge, self.lr_coupling, self.probe = gauge, lr_coupling, probe
+        self.gauge, self.lr_coupling, self.probe, self.brake = gauge, lr_coupling, probe, brake
         self.start_parameters = pool.parameters
         self.gradients = GateGradients()
         self.generator = torch.Generator().manual_seed(seed)
@@ -236,7 +271,9 @@ class RankControl:
 
     @property
     def budget_met(self) -> bool:
-        """Whether the last event is over."""
+        """Whether no further component will go."""
+        if self.brake and self.brake.ended:
+            return True
         return not self.schedule.steps or self.pool.parameters <= self.schedule.targets[-1]
 
     def observe(self, step: int, targets: float = 1.0) -> None:
@@ -245,14 +282,16 @@ class RankControl:
         Args:
             targets: supervised tokens (or rows) that the gradient is the mean of.
         """
-        if self.schedule.begin < step <= self.schedule.last:
+        if self.schedule.begin < step <= self.schedule.last and not (self.brake and self.brake.ended):
             self.gradients.observe(self.pool.gate_gradient_K(), targets)
 
     def apply(self, step: int) -> dict[str, Any] | None:
         """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
         started = time.perf_counter()
+        if self.brake and self.brake.ended:
+            return None
         if step in self.schedule.steps:
-            event = self._prune(step, self.schedule.targets[self.schedule.steps.index(step)])
+            event = self._prune(step, self._target(step))
         elif self.schedule.steps and step == self.schedule.begin and self.gauge and self._turn():
             event = {"event": "gauge"}  # the scores are collected in this basis from here on
         else:
@@ -263,6 +302,15 @@ class RankControl:
             "ranks": dict(self.pool.counts),
         }
         return {**event, "step": step, **alive, "seconds": time.perf_counter() - started}
+
+    def _target(self, step: int) -> int:
+        """Numbers that may be alive after the event of this step."""
+        floor = self.schedule.targets[-1]
+        if self.brake is None:
+            return self.schedule.targets[self.schedule.steps.index(step)]
+        # The same share at every event, of what is alive: after a refusal no more is asked than before.
+        share = (floor / self.start_parameters) ** (1 / len(self.schedule.steps))
+        return max(floor, math.floor(share * self.pool.parameters))
 
     def _turn(self) -> int:
         """Turn into the SVD basis; averages of the old one mean nothing any more."""
@@ -283,16 +331,33 @@ class RankControl:
         if self.gauge and self.policy.needs == "values":
             self._turn()
         scores_K = self.policy.scores(pool, self.gradients, self.generator)
-        capped = step != self.schedule.last
+        # The cap guards against one noisy event that empties a layer; a brake measures it.
+        capped = step != self.schedule.last and self.brake is None
         keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
+        if self.brake and not self._allowed(keep_K, event):
+            self.brake.ended |= step == self.schedule.last
+            return event
         event["predicted_loss_change"] = self.gradients.predicted_loss_change(~keep_K, pool)
         shrink(pool, self.optimizer, keep_K)
         self.gradients.select(keep_K)
         if self.gauge:
             self._turn()
         event["removed"] = {name: n - pool.counts[name] for name, n in counts.items() if n > pool.counts[name]}
-        event["measured_loss_change"] = None if loss is None or self.probe is None else self.probe() - loss
+        if self.brake is None:
+            event["measured_loss_change"] = None if loss is None or self.probe is None else self.probe() - loss
         return event
+
+    def _allowed(self, keep_K: Tensor, event: dict[str, Any]) -> bool:
+        """Whether the brake lets the other components go; what it saw is put into the event."""
+        assert self.brake is not None
+        before = self.brake.measure()
+        with self.pool.masked(keep_K):
+            after = self.brake.measure()
+        allowed, change = self.brake.allows(before, after)
+        if not allowed:
+            event |= {"event": "refused", "ended": self.brake.ended}
+        event["held_out_loss"], event["measured_loss_change"] = before.loss, change
+        return allowed
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages and the generator, for a checkpoint; tensors only."""
@@ -301,6 +366,7 @@ class RankControl:
             **averages,
             "generator": self.generator.get_state(),
             "start_parameters": torch.tensor(self.start_parameters),
+            "brake": torch.tensor([self.brake.refused, self.brake.ended] if self.brake else [0, 0]),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -309,3 +375,6 @@ class RankControl:
         self.gradients.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         self.generator.set_state(state["generator"])
         self.start_parameters = int(state["start_parameters"])
+        if self.brake:
+            self.brake.refused, ended = state["brake"].tolist()
+            self.brake.ended = bool(ended)

@@ -18,9 +18,10 @@ from pydantic_core import PydanticCustomError, core_schema
 from dynlora_cli import aliases, drawers
 from dynlora_cli.strict_yaml import show
 
+LOWEST_AUTO = 0.25  # average rank at which an automatic budget stops in any case
 MAX_RANK = 100_000  # wider than any layer: whoever writes more means parameters
 BUDGET_FORMS = (
-    "an average rank (a whole number from 1), a share of the start between 0 and 1, or a parameter count like 2M"
+    "an average rank (a whole number from 1), a share of the start between 0 and 1, a parameter count like 2M, or auto"
 )
 
 
@@ -50,7 +51,7 @@ def parse_budget(value: object) -> Budget:
             raise ValueError(f"got {value}, too high for an average rank; a parameter count is written like 2M or 500k")
         return Budget("rank", value)
     if value == "auto":
-        raise ValueError("auto is not supported yet; give an average rank, a share or a parameter count")
+        return Budget("auto", LOWEST_AUTO)
     raise ValueError(f"got {show(value)}, must be {BUDGET_FORMS}")
 
 
@@ -67,12 +68,6 @@ def _budget(value: object) -> object:
 def _supported_task(value: str) -> str:
     if value == "seq2seq-lm":
         raise ValueError("seq2seq-lm is not supported yet; use causal-lm or sequence-classification")
-    return value
-
-
-def _no_tolerance(value: object) -> object:
-    if value is not None:
-        raise ValueError("not supported yet, it needs `rank.budget: auto`; leave it null")
     return value
 
 
@@ -222,7 +217,7 @@ class Rank(Section):
     """How many components there are, at the start and at the end."""
 
     init: Literal["auto"] | Count = "auto"
-    """Components per layer at the start; auto: twice the budget, 32 where the budget is a share."""
+    """Components per layer at the start; auto: twice the budget, 32 where the budget is a share or auto."""
     budget: Annotated[
         int | float | str,
         BeforeValidator(_budget),
@@ -231,12 +226,12 @@ class Rank(Section):
                 "anyOf": [
                     {"type": "integer", "minimum": 1, "maximum": MAX_RANK},
                     {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                    {"type": "string", "pattern": r"^\d+(\.\d+)?[kKmMbB]$"},
+                    {"type": "string", "pattern": r"^\d+(\.\d+)?[kKmMbB]$|^auto$"},
                 ]
             }
         ),
     ] = 8
-    """What may live at the end: an average rank (8), a share of the start (0.5) or a parameter count (2M)."""
+    """What may live at the end: an average rank (8), a share of the start (0.5), a parameter count (2M), or auto."""
 
     def parsed_budget(self) -> Budget:
         """The budget as its kind and value."""
@@ -258,8 +253,8 @@ class Pruning(Section):
     """Number of pruning events; auto: a tenth of the steps between start and end, 1 to 20."""
     gauge: bool = True
     """Turn the factors of each layer into their SVD basis after each event."""
-    tolerance: Annotated[float | None, BeforeValidator(_no_tolerance)] = None
-    """With an automatic budget: how much the held-out loss may rise; not supported yet."""
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    """With `rank.budget: auto`: nats that an event may add to the held-out loss; null: one standard error."""
 
 
 class Train(Section):
@@ -369,6 +364,8 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             "rank.init", "rank.budget", f"got {rank.init}, below the budget {budget.value}; pruning only removes"
         )
+    if pruning.tolerance is not None and budget.kind != "auto":
+        yield Conflict("pruning.tolerance", "rank.budget", "only `rank.budget: auto` measures what an event adds")
     if pruning.start >= pruning.end:
         yield Conflict(
             "pruning.end", "pruning.start", f"got {pruning.end}, must be above `pruning.start` ({pruning.start})"

@@ -21,7 +21,7 @@ from dynlora_cli.errors import DynloraError, UsageError
 
 METRICS = "metrics.jsonl"
 RANK_EVENTS = "rank_events.jsonl"
-FILE_OF_EVENT = {"train": METRICS, "eval": METRICS, "gauge": RANK_EVENTS, "prune": RANK_EVENTS}
+FILE_OF_EVENT = {"train": METRICS, "eval": METRICS, "gauge": RANK_EVENTS, "prune": RANK_EVENTS, "refused": RANK_EVENTS}
 OUTSIDE = "other"  # the row of layers that stand outside the blocks
 
 Event = dict[str, Any]

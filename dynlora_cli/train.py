@@ -156,7 +156,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         )
         for name, module in targets.items()
     ]
-    found["parameters"].update(start=start.parameters, budget=start.budget)
+    found["parameters"].update(start=start.parameters, budget=start.limit)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
     return found
 
@@ -169,7 +169,7 @@ def _planned_events(recipe: Recipe, steps: int, start: Start, schedule: Schedule
         {
             "step": step,
             "parameters": parameters,
-            "rank": start.average_rank * parameters / start.budget,
+            "rank": start.rank_of(parameters),
             "learning_rate": highest
             and highest
             * rate_share(step + 1, steps, recipe.train)

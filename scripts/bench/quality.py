@@ -8,7 +8,8 @@
 
 A cell is a task, a method and a budget. Its learning rate is chosen on seed 0 by the loss on the `val` part, from a grid
 of factors of 2 that is extended until the best is inside it; then it runs with the other seeds, on the same batches in
-the same order as every other method with that seed. The `test` part is read in the same go and used for nothing but the
+the same order as every other method with that seed. (`dynlora-auto-rate` finds its own rate, `dynlora-auto` its rank too;
+their `budget` and rate mean nothing.) The `test` part is read in the same go and used for nothing but the
 table. Every run is a line of quality.jsonl; what is there is not run again. Data and models are in DYNLORA_SHARED
 (../shared).
 """
@@ -47,7 +48,7 @@ def read_results(path: Path = RESULTS) -> list[Record]:
 def run_cell(cell: Cell, seeds: int, results: Path, work: Path) -> str:
     """Choose the cell's learning rate, then run the other seeds with it."""
     task, method, budget = cell
-    rate = choose_rate(cell, results, work)
+    rate = 0.0 if method.startswith("dynlora-auto") else choose_rate(cell, results, work)
     losses = [measure(cell, rate, seed, results, work) for seed in range(seeds)]
     return f"{task:12} {method:16} budget {budget}  rate {rate:.1e}  " + " ".join(f"{loss:.4f}" for loss in losses)
 

@@ -27,7 +27,7 @@ from dynlora_cli.batches import Batches
 from dynlora_cli.components import Pool, linear_shape
 from dynlora_cli.data import Data
 from dynlora_cli.errors import MeasureError
-from dynlora_cli.loss import held_out, summed_loss
+from dynlora_cli.loss import row_sums, summed_loss
 from dynlora_cli.model import Base
 from dynlora_cli.rank import Start
 from dynlora_cli.rate_search import rate_share
@@ -322,16 +322,21 @@ def _result(model: PreTrainedModel, ground: Ground, parameters: int, seconds: fl
     result: Result = {"parameters": parameters, "seconds": round(seconds, 2)}
     for key, batches in (("loss", ground.val), ("test", ground.test)):
         rows = (b for index in range(batches.steps_per_epoch) for b in batches.step(0, index))
-        found = held_out(model, rows, classify=ground.base.head is not None)
-        result[key] = round(found["loss"], 5)
-        if "accuracy" in found:
-            result[f"{key}_accuracy"] = found["accuracy"]
+        found = row_sums(model, rows, classify=ground.base.head is not None)
+        residual_R = found.loss_R - found.loss * found.targets_R
+        error = math.sqrt(float((residual_R**2).sum())) / found.targets
+        result |= {key: round(found.loss, 5), f"{key}_error": round(error, 5)}
+        if ground.base.head is not None:
+            result[f"{key}_accuracy"] = found.accuracy
     return result
 
 
 def settings_of(method: str) -> tuple[str, ...]:
     """What a method sets in the recipe: `dynlora pruning.policy=random rank.init=8`."""
-    return tuple(method.split()[1:])
+    name, *settings = method.split()
+    if name == "dynlora-auto":
+        settings.append("rank.budget=auto")
+    return tuple(settings)
 
 
 METHODS: dict[str, Callable[[Job, Ground], Result]] = {
@@ -343,4 +348,6 @@ METHODS: dict[str, Callable[[Job, Ground], Result]] = {
     "lora-4x": partial(rival, config=lora_config, times=4),
     "lora-4x-cut": compressed,
     "dynlora": dynlora,
+    "dynlora-auto-rate": dynlora,
+    "dynlora-auto": dynlora,
 }

@@ -1,0 +1,60 @@
+"""The brake of `rank.budget: auto`: pruning goes on while rows that are not trained on say that it does no harm.
+
+Before an event its components are masked, not removed, and the loss is measured on the same rows with and without
+them. Rows differ far more from each other than a row from itself, so the difference is paired: it is judged against
+its own standard error, which a few dozen rows make small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynlora_cli.scores import RowSums
+
+PATIENCE = 2  # refusals in a row; one alone may be chance
+NEGLIGIBLE = 0.005  # of the loss: what training makes good at once
+
+
+@dataclass
+class Brake:
+    """Refuses events that raise the held-out loss, and ends the pruning where they keep doing so.
+
+    Attributes:
+        measure: the loss of every held-out row, of the model as it is.
+        tolerance: what one event may add to the loss, in nats per target; None: one standard error of the change, or
+            half a percent of the loss where that is more.
+        refused: events refused in a row.
+        ended: no further event will be tried.
+    """
+
+    measure: Callable[[], RowSums]
+    tolerance: float | None = None
+    refused: int = 0
+    ended: bool = False
+
+    def allows(self, before: RowSums, after: RowSums) -> tuple[bool, float]:
+        """Whether the change may stand, and how much it adds to the loss; remembers the answer."""
+        change, error = paired_change(before, after)
+        limit = max(error, NEGLIGIBLE * before.loss) if self.tolerance is None else self.tolerance
+        allowed = change <= limit
+        self.refused = 0 if allowed else self.refused + 1
+        self.ended = self.refused >= PATIENCE
+        return allowed, change
+
+
+def paired_change(before: RowSums, after: RowSums) -> tuple[float, float]:
+    """The change of the mean loss over the same rows, and its standard error, in nats per target.
+
+    The mean over targets is a ratio of sums over rows, so the error is that of a ratio estimator.
+    """
+    difference_R = after.loss_R - before.loss_R
+    change = float(difference_R.sum() / before.targets)
+    residual_R = difference_R - change * before.targets_R
+    rows = len(residual_R)
+    if rows < 2:
+        return change, math.inf
+    return change, float(np.sqrt(rows / (rows - 1) * np.square(residual_R).sum()) / before.targets)

@@ -1,0 +1,176 @@
+"""`rank.budget: auto`: pruning that stops where rows which are not trained on begin to suffer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import Dynlora
+from tiny_run import assembled, lines, make_recipe, train
+
+from dynlora_cli.assemble import read_data
+from dynlora_cli.brake import Brake, paired_change
+from dynlora_cli.errors import Interrupted
+from dynlora_cli.rank import Schedule, plan_start, shrink
+from dynlora_cli.recipe import parse_budget
+from dynlora_cli.scores import RowSums
+
+AUTO = ("rank.budget=auto", "pruning.start=0.1", "pruning.end=0.9", "pruning.events=6")
+ANYTHING, NOTHING = "pruning.tolerance=1e6", "pruning.tolerance=0"
+
+
+def rows(loss, targets=None):
+    loss_R = np.asarray(loss, dtype=np.float64)
+    targets_R = np.ones(len(loss_R), dtype=np.int64) if targets is None else np.asarray(targets)
+    return RowSums(loss_R, targets_R, np.zeros_like(targets_R))
+
+
+# -- the judgement ---------------------------------------------------------------------------------------------------
+
+
+def test_the_error_is_that_of_the_paired_change():
+    """Against many draws: the spread of the change is the error, and has nothing to do with how rows differ."""
+    generator = np.random.default_rng(0)
+    targets = generator.integers(1, 30, 64)
+    level = generator.uniform(1, 5, 64) * targets
+    changes, errors = [], []
+    for _ in range(2000):
+        after = level + 0.02 * targets + generator.normal(0, 0.1, 64) * targets
+        change, error = paired_change(rows(level, targets), rows(after, targets))
+        changes.append(change)
+        errors.append(error)
+    assert np.mean(changes) == pytest.approx(0.02, abs=1e-3)
+    assert np.mean(errors) == pytest.approx(np.std(changes), rel=0.1)
+
+
+def test_one_row_says_nothing():
+    change, error = paired_change(rows([1.0]), rows([1.5]))
+    assert change == 0.5
+    assert error == np.inf
+
+
+def test_a_tolerance_is_a_limit_in_nats():
+    brake = Brake(lambda: rows([1.0]), tolerance=0.1)
+    assert brake.allows(rows([1.0, 1.0]), rows([1.09, 1.09]))[0]
+    assert not brake.allows(rows([1.0, 1.0]), rows([1.11, 1.11]))[0]
+
+
+def test_by_default_a_clear_rise_is_refused_and_noise_is_not():
+    brake = Brake(lambda: rows([1.0]))
+    before = rows(np.ones(50))
+    assert not brake.allows(before, rows(np.full(50, 1.02)))[0]
+    assert brake.allows(before, rows(np.full(50, 1.004)))[0], "half a percent is nothing"
+    noise = np.random.default_rng(1).normal(0, 0.5, 50)
+    assert brake.allows(before, rows(1 + noise - noise.mean() + 0.02))[0]
+
+
+def test_two_refusals_in_a_row_end_it():
+    brake, before, worse = Brake(lambda: rows([1.0])), rows(np.ones(9)), rows(np.full(9, 2.0))
+    brake.allows(before, worse)
+    brake.allows(before, before)
+    brake.allows(before, worse)
+    assert not brake.ended
+    brake.allows(before, worse)
+    assert brake.ended
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_an_open_budget_starts_high_and_has_a_floor():
+    start = plan_start({"l": (100, 100), "m": (200, 200)}, parse_budget("auto"), "auto")
+    assert start.counts == {"l": 32, "m": 32}
+    assert start.limit is None
+    assert start.average_rank == 32
+    assert start.budget == 400, "one component of the largest layer"
+    assert start.rank_of(600) == 1
+    assert plan_start({"l": (100, 100)}, parse_budget("auto"), 8).counts == {"l": 8}
+
+
+@pytest.mark.parametrize(("total", "events"), [(1000, 14), (100, 9), (4, 1)])
+def test_every_event_takes_the_same_share(total: int, events: int):
+    schedule = Schedule.descend(total_steps=total, start=0.05, end=0.5, events="auto", parameters=32_000, floor=250)
+    assert len(schedule.steps) == events
+    assert schedule.targets[-1] == 250
+    assert schedule.last <= total * 0.5 + 1
+    shares = np.divide(schedule.targets, (32_000, *schedule.targets[:-1]))
+    assert shares == pytest.approx(shares[0], rel=0.02)
+
+
+def test_masked_computes_as_if_the_others_were_gone(tmp_path: Path):
+    run = assembled(make_recipe(tmp_path))
+    (batch,) = run.batches.step(0, 0)[:1]
+    keep = torch.rand(run.pool.components, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.no_grad():
+        whole = run.model(**batch.inputs).logits
+        with run.pool.masked(keep):
+            masked = run.model(**batch.inputs).logits
+        assert torch.equal(run.model(**batch.inputs).logits, whole)
+        shrink(run.pool, run.optimizer, keep)
+        assert torch.allclose(run.model(**batch.inputs).logits, masked, atol=1e-5)
+    assert not torch.allclose(masked, whole, atol=1e-3)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_to_choose_by_are_neither_trained_on_nor_reported(tmp_path: Path):
+    _, fixed = read_data(make_recipe(tmp_path))
+    _, data = read_data(make_recipe(tmp_path, *AUTO))
+    texts = [{tuple(example.input_ids) for example in part} for part in (data.train, data.val, data.sizing)]
+    assert len(data.sizing) == round(0.1 * len(fixed.train))
+    assert sum(map(len, texts)) == len(set().union(*texts)) == len(data.train) + len(data.val) + len(data.sizing)
+    assert data.val == fixed.val
+    assert not fixed.sizing
+
+
+def test_without_objection_it_goes_down_to_the_floor(tmp_path: Path):
+    summary, events = train(make_recipe(tmp_path, *AUTO, ANYTHING))
+    run = assembled(make_recipe(tmp_path, *AUTO, ANYTHING))
+    assert summary["parameters"] <= run.control.schedule.targets[-1]
+    assert summary["budget_parameters"] is None
+    assert summary["average_rank"] <= 0.26
+    pruned = [event for event in events if event["event"] == "prune"]
+    assert len(pruned) == 6
+    assert all(event["measured_loss_change"] is not None and event["held_out_loss"] > 0 for event in pruned)
+
+
+def test_what_does_harm_is_refused_and_then_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dynlora_cli.brake.paired_change", lambda before, after: (1.0, 0.1))
+    summary, events = train(make_recipe(tmp_path, *AUTO))
+    assert [event["ended"] for event in events if event["event"] == "refused"] == [False, True]
+    assert summary["parameters"] == summary["parameters_start"]
+    kept = [line for line in lines(tmp_path / "out" / "rank_events.jsonl") if line["event"] == "refused"]
+    assert [line["measured_loss_change"] for line in kept] == [1.0, 1.0]
+
+
+def test_a_resumed_run_finds_the_same_rank(tmp_path: Path):
+    whole, _ = train(make_recipe(tmp_path, *AUTO, NOTHING, out="whole"))
+    for step in (5, 9):
+        recipe = make_recipe(tmp_path, *AUTO, NOTHING, out=f"out{step}")
+        with pytest.raises(Interrupted):
+            train(recipe, interrupt_at=step)
+        summary, _ = train(recipe, resume=True)
+        assert (summary["ranks"], summary["loss_after"]) == (whole["ranks"], whole["loss_after"])
+        assert lines(tmp_path / f"out{step}" / "rank_events.jsonl") == lines(tmp_path / "whole" / "rank_events.jsonl")
+
+
+def test_a_classifier_finds_its_rank(tmp_path: Path):
+    summary, events = train(make_recipe(tmp_path, *AUTO, ANYTHING, kind="bert"))
+    assert summary["average_rank"] < 8
+    assert any(event["event"] == "prune" for event in events)
+
+
+def test_from_the_command_line(tmp_path: Path, dynlora: Dynlora):
+    recipe = make_recipe(tmp_path, *AUTO)
+    path = tmp_path / "auto.yaml"
+    path.write_text(recipe.model_dump_json(), encoding="utf-8")
+    planned = dynlora("train", path, "--dry-run")
+    assert planned.code == 0, planned.err
+    answer = dynlora("train", path)
+    assert answer.code == 0, answer.err
+    for name in ("report.html", "README.md"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    assert dynlora("inspect", "--adapter", tmp_path / "out").code == 0
