@@ -19,7 +19,7 @@ from dynlora_cli.batches import Batches, packed_mask_dtype
 from dynlora_cli.brake import Brake
 from dynlora_cli.components import Pool, linear_shape
 from dynlora_cli.data import Data, Example, load_data
-from dynlora_cli.errors import MachineError
+from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.loss import held_out, row_sums
 from dynlora_cli.model import (
     Base,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from dynlora_cli.variants._variant import Variant
 
 PROBE_ROWS = 8
-SIZING_ROWS = 64  # to choose the rank by
+SIZING_ROWS, LEAST_SIZING_ROWS = 64, 8  # to choose the rank by
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -235,7 +235,17 @@ def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> 
 
 
 def _brake(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Brake:
-    """What stops the pruning of an automatic budget: the loss of every row that was held out for it."""
+    """What stops the pruning of an automatic budget: the loss of every row that was held out for it.
+
+    Raises:
+        UsageError: too few such rows to tell anything.
+    """
+    if len(data.sizing) < LEAST_SIZING_ROWS:
+        raise UsageError(
+            f"rank.budget: auto holds out a tenth of the training rows to choose by, which here is {len(data.sizing)}; "
+            f"at least {LEAST_SIZING_ROWS} are needed",
+            "add rows (with other prompts), or write a number",
+        )
     rows = make_batches(recipe, data.sizing, base, shuffle=False)
     batches = [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]
     return Brake(lambda: row_sums(base.model, batches, autocast=accelerator.autocast), recipe.pruning.tolerance)

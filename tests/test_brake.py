@@ -8,17 +8,23 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import Dynlora
-from tiny_run import assembled, lines, make_recipe, train
+from tiny_run import assembled, lines, make_recipe, train, write_rows
 
 from dynlora_cli.assemble import read_data
 from dynlora_cli.brake import Brake, paired_change
-from dynlora_cli.errors import Interrupted
+from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.rank import Schedule, plan_start, shrink
 from dynlora_cli.recipe import parse_budget
 from dynlora_cli.scores import RowSums
 
 AUTO = ("rank.budget=auto", "pruning.start=0.1", "pruning.end=0.9", "pruning.events=6")
 ANYTHING, NOTHING = "pruning.tolerance=1e6", "pruning.tolerance=0"
+
+
+def recipe_of(folder: Path, *settings: str, kind: str = "llama", out: str = "out"):
+    """A recipe whose budget is open, on rows enough to hold some out."""
+    many = write_rows(folder / f"many-{kind}.jsonl", 120, labelled=kind == "bert")
+    return make_recipe(folder, *AUTO, f"dataset.train=[{many}]", *settings, kind=kind, out=out)
 
 
 def rows(loss, targets=None):
@@ -117,8 +123,8 @@ def test_masked_computes_as_if_the_others_were_gone(tmp_path: Path):
 
 
 def test_rows_to_choose_by_are_neither_trained_on_nor_reported(tmp_path: Path):
-    _, fixed = read_data(make_recipe(tmp_path))
-    _, data = read_data(make_recipe(tmp_path, *AUTO))
+    _, fixed = read_data(recipe_of(tmp_path, "rank.budget=2"))
+    _, data = read_data(recipe_of(tmp_path))
     texts = [{tuple(example.input_ids) for example in part} for part in (data.train, data.val, data.sizing)]
     assert len(data.sizing) == round(0.1 * len(fixed.train))
     assert sum(map(len, texts)) == len(set().union(*texts)) == len(data.train) + len(data.val) + len(data.sizing)
@@ -127,8 +133,8 @@ def test_rows_to_choose_by_are_neither_trained_on_nor_reported(tmp_path: Path):
 
 
 def test_without_objection_it_goes_down_to_the_floor(tmp_path: Path):
-    summary, events = train(make_recipe(tmp_path, *AUTO, ANYTHING))
-    run = assembled(make_recipe(tmp_path, *AUTO, ANYTHING))
+    summary, events = train(recipe_of(tmp_path, ANYTHING))
+    run = assembled(recipe_of(tmp_path, ANYTHING))
     assert summary["parameters"] <= run.control.schedule.targets[-1]
     assert summary["budget_parameters"] is None
     assert summary["average_rank"] <= 0.26
@@ -139,7 +145,7 @@ def test_without_objection_it_goes_down_to_the_floor(tmp_path: Path):
 
 def test_what_does_harm_is_refused_and_then_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dynlora_cli.brake.paired_change", lambda before, after: (1.0, 0.1))
-    summary, events = train(make_recipe(tmp_path, *AUTO))
+    summary, events = train(recipe_of(tmp_path))
     assert [event["ended"] for event in events if event["event"] == "refused"] == [False, True]
     assert summary["parameters"] == summary["parameters_start"]
     kept = [line for line in lines(tmp_path / "out" / "rank_events.jsonl") if line["event"] == "refused"]
@@ -147,9 +153,9 @@ def test_what_does_harm_is_refused_and_then_it_ends(tmp_path: Path, monkeypatch:
 
 
 def test_a_resumed_run_finds_the_same_rank(tmp_path: Path):
-    whole, _ = train(make_recipe(tmp_path, *AUTO, NOTHING, out="whole"))
+    whole, _ = train(recipe_of(tmp_path, NOTHING, out="whole"))
     for step in (5, 9):
-        recipe = make_recipe(tmp_path, *AUTO, NOTHING, out=f"out{step}")
+        recipe = recipe_of(tmp_path, NOTHING, out=f"out{step}")
         with pytest.raises(Interrupted):
             train(recipe, interrupt_at=step)
         summary, _ = train(recipe, resume=True)
@@ -157,14 +163,24 @@ def test_a_resumed_run_finds_the_same_rank(tmp_path: Path):
         assert lines(tmp_path / f"out{step}" / "rank_events.jsonl") == lines(tmp_path / "whole" / "rank_events.jsonl")
 
 
+def test_too_few_rows_to_choose_by(tmp_path: Path):
+    recipe = recipe_of(tmp_path)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((tmp_path / "many-llama.jsonl").read_text().splitlines(keepends=True)[:20]))
+    with pytest.raises(UsageError, match="at least 8 are needed") as stopped:
+        train(recipe_of(tmp_path, f"dataset.train=[{few}]"))
+    assert stopped.value.exit_code == 2
+    assert not Path(recipe.output_dir).exists()
+
+
 def test_a_classifier_finds_its_rank(tmp_path: Path):
-    summary, events = train(make_recipe(tmp_path, *AUTO, ANYTHING, kind="bert"))
+    summary, events = train(recipe_of(tmp_path, ANYTHING, kind="bert"))
     assert summary["average_rank"] < 8
     assert any(event["event"] == "prune" for event in events)
 
 
 def test_from_the_command_line(tmp_path: Path, dynlora: Dynlora):
-    recipe = make_recipe(tmp_path, *AUTO)
+    recipe = recipe_of(tmp_path)
     path = tmp_path / "auto.yaml"
     path.write_text(recipe.model_dump_json(), encoding="utf-8")
     planned = dynlora("train", path, "--dry-run")
