@@ -21,7 +21,7 @@ from dynlora_cli.interrupt import interruptible
 from dynlora_cli.loss import held_out
 from dynlora_cli.meter import Window, count_step, log_window
 from dynlora_cli.optimizer_step import LOWER_RATE, backward, clip, finish_gradient, not_finite, update
-from dynlora_cli.rate_search import rate_share, search
+from dynlora_cli.rate_search import choose, rate_share, search
 from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def fit(run: Run) -> None:
             _emit_evaluation(run, progress.first, best=False)
         run.model.train()
         if progress.learning_rate is None:
-            _find_rate(run)
+            _find_rate(run, interrupted)
         while not _finished(run):
             epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
             started = time.perf_counter()
@@ -73,10 +73,10 @@ def fit(run: Run) -> None:
         run.emit({"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"})
 
 
-def _find_rate(run: Run) -> None:
+def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
     """The learning rate of a run whose recipe leaves it open."""
-    tried = search(run)
-    run.progress.learning_rate, run.progress.rates_tried = min(tried, key=tried.__getitem__), sorted(tried.items())
+    tried = search(run, interrupted)
+    run.progress.learning_rate, run.progress.rates_tried = choose(tried), sorted(tried.items())
     losses = ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in run.progress.rates_tried)
     run.emit({"event": "note", "text": f"learning rate {run.progress.learning_rate:.1e}, by short trials: {losses}"})
 

@@ -2,18 +2,21 @@
 
 The search is a race of short trials. Each begins where the run begins, sees the run's own first batches, and is judged
 by its mean training loss over the last of them; since all see the same rows in the same order, a few steps tell two
-rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides.
+rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides. Of
+those that do about as well as the best the lowest is taken: a run that is longer than a trial forgives a rate that is too
+low sooner than one that is too high.
 Nothing of a trial stays: values, moments and random state are put back.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from dynlora_cli.errors import MeasureError
+from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.optimizer_step import backward, clip, finish_gradient, update
 from dynlora_cli.state import Run
 
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Train
 
 FIRST, LOWEST, HIGHEST = 2e-3, 1e-6, 0.5
-STEPS, WARMUP, JUDGED = 20, 5, 8
+STEPS, WARMUP, JUDGED = 24, 6, 8
+ALIKE = 0.02  # of the loss: rates this close to the best are as good
 
 
 def rate_share(step: int, total_steps: int, options: Train) -> float:
@@ -34,11 +38,12 @@ def rate_share(step: int, total_steps: int, options: Train) -> float:
     return shape[options.lr_scheduler]
 
 
-def search(run: Run) -> dict[float, float]:
+def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> dict[float, float]:
     """The rates tried, each with its loss in nats per target.
 
     Raises:
         MeasureError: every rate down to the lowest one diverges.
+        Interrupted: Ctrl-C; there is nothing to save yet.
     """
     start = [parameter.detach().clone() for parameter in run.parameters]
     random_state = torch.get_rng_state()
@@ -47,7 +52,7 @@ def search(run: Run) -> dict[float, float]:
     def tried(rate: float) -> float:
         if rate not in losses:
             torch.set_rng_state(random_state)
-            losses[rate] = _trial(run, rate)
+            losses[rate] = _trial(run, rate, interrupted)
             _restore(run, start)
         return losses[rate]
 
@@ -65,13 +70,24 @@ def search(run: Run) -> dict[float, float]:
     return losses
 
 
-def _trial(run: Run, rate: float) -> float:
+def choose(losses: dict[float, float]) -> float:
+    """The lowest of the rates whose loss is about as good as the best."""
+    limit = (1 + ALIKE) * min(losses.values())
+    return min(rate for rate, loss in losses.items() if loss <= limit)
+
+
+def _trial(run: Run, rate: float, interrupted: Callable[[], bool]) -> float:
     """Mean loss over the last steps of a short run; infinite where it diverges."""
     losses = []
     for number in range(min(STEPS, run.total_steps)):
         micro_batches = run.batches.step(*divmod(number, run.batches.steps_per_epoch))
         (supervised,) = run.total(sum(batch.supervised for batch in micro_batches))
-        (loss,) = run.total(sum(backward(run, batch, supervised) for batch in micro_batches))
+        loss, stop_votes = run.total(sum(backward(run, batch, supervised) for batch in micro_batches), interrupted())
+        if stop_votes:
+            raise Interrupted(
+                "interrupted while looking for a learning rate; no step of the run was done",
+                "start again with --overwrite; a number in train.learning_rate skips the search",
+            )
         if not math.isfinite(loss):
             return math.inf
         losses.append(loss)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from tiny_run import assembled, lines, make_recipe, train
 
 from dynlora_cli import rate_search
-from dynlora_cli.errors import Interrupted, MeasureError
+from dynlora_cli.errors import Interrupted, MeasureError, UsageError
 
 AUTO = "train.learning_rate=auto"
 
@@ -33,6 +35,18 @@ def test_the_search_starts_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert found[0] == pytest.approx(found[1], rel=1e-6) or max(found) == pytest.approx(2 * min(found), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.5}, 2e-3),
+        ({1e-3: 3.0, 2e-3: 2.03, 4e-3: 2.0, 8e-3: 2.1}, 2e-3),
+        ({1e-3: 2.03, 2e-3: math.inf}, 1e-3),
+    ],
+)
+def test_of_rates_as_good_the_lowest(losses: dict[float, float], chosen: float):
+    assert rate_search.choose(losses) == chosen
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
     run = assembled(make_recipe(tmp_path, AUTO, f"adapter.dropout={dropout}"), fill=False)
@@ -48,7 +62,7 @@ def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
 def test_a_run_uses_what_it_found_and_says_so(tmp_path: Path):
     summary, events = train(make_recipe(tmp_path, AUTO))
     rates = dict(summary["rates_tried"])
-    assert summary["learning_rate"] == min(rates, key=rates.__getitem__)
+    assert summary["learning_rate"] == rate_search.choose(rates)
     (note,) = [event["text"] for event in events if event["event"] == "note"]
     assert f"learning rate {summary['learning_rate']:.1e}" in note
     record = json.loads((tmp_path / "out" / "dynlora.json").read_text(encoding="utf-8"))
@@ -77,8 +91,28 @@ def test_a_classifier_and_all_weights(tmp_path: Path):
         assert len(summary["rates_tried"]) >= 3
 
 
+def test_ctrl_c_in_the_search_stops_at_once_and_a_fresh_start_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe, backward, calls = make_recipe(tmp_path, AUTO), rate_search.backward, []
+
+    def press(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return backward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rate_search, "backward", press)
+        with pytest.raises(Interrupted, match="looking for a learning rate"):
+            train(recipe)
+    assert len(calls) <= 4
+    with pytest.raises(UsageError, match="no complete checkpoint"):
+        train(recipe, resume=True)
+    summary, _ = train(recipe, overwrite=True)
+    assert summary["steps"] == 12
+
+
 def test_where_every_rate_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rate_search, "_trial", lambda run, rate: math.inf)
+    monkeypatch.setattr(rate_search, "_trial", lambda *arguments: math.inf)
     with pytest.raises(MeasureError, match="not finite at any learning rate") as stopped:
         train(make_recipe(tmp_path, AUTO))
     assert stopped.value.exit_code == 4

@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from quality_tables import results
 from quality_tasks import TASKS
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -148,6 +149,9 @@ def main() -> int:
     cells = [(task, method, budget) for task, budget, method in product(tasks, budgets, methods)]
     if cells:
         run_cells(cells, seeds, options.results, options.work.resolve(), options.workers)
+    records, final = read_results(options.results), [name for name in TASKS if name not in design]
+    known = [*RIVALS, "dynlora", *BOUNDS]
+    options.results.with_name("RESULTS.md").write_text(results(records, design, final, known), encoding="utf-8")
     return 0
 
 

@@ -77,13 +77,13 @@ def interval(differences: dict[str, list[float]]) -> tuple[float, float, float]:
 
 
 def mean_ranks(
-    cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budget: int
+    cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budget: int, key: str
 ) -> dict[str, float]:
-    """Place of each method by its mean test loss, averaged over the tasks that all of them have."""
+    """Place of each method by its mean loss, averaged over the tasks that all of them have."""
     places: dict[str, list[int]] = defaultdict(list)
     for task in tasks:
         if all((task, method, budget) in cells for method in methods):
-            order = sorted(methods, key=lambda method: cells[task, method, budget].mean("test"))
+            order = sorted(methods, key=lambda method: cells[task, method, budget].mean(key))
             for method in methods:
                 places[method].append(1 + order.index(method))
     return {method: mean(found) for method, found in places.items()}
@@ -94,26 +94,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def budget_table(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budget: int) -> str:
-    """Test loss by task and method, mean rank, and the paired difference to LoRA."""
-    ranked = [m for m in methods if all((t, m, budget) in cells for t in tasks)]
-    ranks = mean_ranks(cells, tasks, ranked, budget)
+def budget_table(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budget: int, key: str) -> str:
+    """Mean loss by task and method, mean rank, and the paired difference to LoRA."""
+    tasks = [task for task in tasks if (task, "lora", budget) in cells]
+    ranked = [m for m in methods if tasks and all((t, m, budget) in cells for t in tasks)]
+    ranks = mean_ranks(cells, tasks, ranked, budget, key)
     rows = []
     for method in methods:
-        losses = [cells.get((task, method, budget)) for task in tasks]
-        if not any(losses):
+        found = {task: cells[task, method, budget] for task in tasks if (task, method, budget) in cells}
+        if not found:
             continue
-        size = mean(
-            c.mean("parameters") / cells[t, "lora", budget].mean("parameters")
-            for t, c in zip(tasks, losses, strict=True)
-            if c
-        )
-        row = [method, *(f"{cell.mean('test'):.4f}" if cell else "" for cell in losses), f"{size:.2f}x"]
-        row.append(f"{ranks[method]:.2f}" if method in ranks else "")
-        differences = paired(cells, tasks, method, budget, "lora")
-        low_high = "{:+.2f} % ({:+.2f} to {:+.2f})".format(*interval(differences)) if method != "lora" else ""
-        rows.append([*row, low_high])
-    return table(["method", *tasks, "parameters", "mean rank", "difference to LoRA"], rows)
+        size = mean(c.mean("parameters") / cells[t, "lora", budget].mean("parameters") for t, c in found.items())
+        losses = [f"{found[task].mean(key):.4f} ({len(found[task].runs)})" if task in found else "" for task in tasks]
+        place = f"{ranks[method]:.2f}" if method in ranks else ""
+        against = interval(paired(cells, tasks, method, budget, "lora", key))
+        difference = "" if method == "lora" else "{:+.2f} % ({:+.2f} to {:+.2f})".format(*against)
+        rows.append([f"`{method}`", *losses, f"{size:.2f}x", place, difference])
+    return table(["method", *tasks, "parameters", "mean rank", "difference to LoRA, 95 % interval"], rows)
 
 
 def curve_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence[int]) -> str:
@@ -121,9 +118,74 @@ def curve_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence
     rows = []
     for task in tasks:
         found = [cells.get((task, "lora", rank)) for rank in ranks]
-        if any(found):
-            rows.append([task, *(f"{c.runs[0]['loss']:.4f}" if c else "" for c in found)])
+        if sum(cell is not None for cell in found) > 1:
+            rows.append([task, *(f"{c.mean('loss'):.4f} ({c.rate:.0e}, {len(c.runs)})" if c else "" for c in found)])
     return table(["task", *(f"rank {rank}" for rank in ranks)], rows)
+
+
+def auto_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence[int]) -> str:
+    """One run that finds its rank, against LoRA at every rank with its rate chosen by hand; seed 0."""
+    rows = []
+    for task in tasks:
+        auto = cells.get((task, "dynlora-auto", 32))
+        sweep = {rank: cells[task, "lora", rank] for rank in ranks if (task, "lora", rank) in cells}
+        if not auto or not sweep:
+            continue
+        best = min(cell.runs[0]["loss"] for cell in sweep.values())
+        run = auto.runs[0]
+        limit = best + max(0.01 * best, run["loss_error"])
+        least = min(rank for rank, cell in sweep.items() if cell.runs[0]["loss"] <= limit)
+        found = run["parameters"] / (sweep[least].runs[0]["parameters"] / least)
+        rows.append(
+            [
+                task,
+                f"{best:.4f}",
+                f"{limit:.4f}",
+                str(least),
+                f"{found:.1f}",
+                f"{run['loss']:.4f}",
+                f"{run['rate_used']:.0e}",
+                "yes" if run["loss"] <= limit and found <= 2 * least else "no",
+            ]
+        )
+    head = [
+        "task",
+        "best of the sweep",
+        "with 1 % or its error",
+        "least rank within",
+        "rank found",
+        "loss",
+        "rate found",
+    ]
+    return table([*head, "both within"], rows)
+
+
+def results(records: list[Record], design: Sequence[str], final: Sequence[str], methods: Sequence[str]) -> str:
+    """RESULTS.md: everything that the lines of quality.jsonl say."""
+    cells, ranks, budgets = choose(records), (1, 2, 4, 8, 16, 32), (1, 2, 4)
+    others = sorted({method for _, method, _ in cells} - set(methods))
+    seconds = sum(record.get("wall", 0) for record in records)
+    parts = [
+        "# Quality: what a rank that follows the data is worth\n",
+        f"Made by `scripts/bench/quality.py table` from quality.jsonl: {len(records)} runs, {seconds / 3600:.1f} CPU hours. "
+        "What is measured and how: quality.py, quality_tasks.py, quality_methods.py. In brackets: seeds.\n",
+        "## Where rank matters\n\nLoRA (stock PEFT) by rank, `val` loss (best rate, seeds). Where it falls no further, no "
+        "method can win.\n",
+        curve_table(cells, [*design, *final], ranks),
+        "## One run that finds its rank\n\n`rank.budget: auto` and `train.learning_rate: auto` against the sweep above, "
+        "`val` loss, seed 0.\n",
+        auto_table(cells, [*design, *final], ranks),
+    ]
+    for title, tasks, key in (
+        ("Design tasks (`val` loss; the algorithm was chosen on them)", design, "loss"),
+        ("Final tasks (`test` loss)", final, "test"),
+    ):
+        parts.append(f"## {title}\n")
+        for budget in budgets:
+            if any((task, "lora", budget) in cells for task in tasks):
+                parts.append(f"Average rank {budget}:\n")
+                parts.append(budget_table(cells, tasks, [*methods, *others], budget, key))
+    return "\n".join(parts)
 
 
 def pareto_svg(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budgets: Sequence[int]) -> str:
