@@ -2,9 +2,9 @@
 
 The search is a race of short trials. Each begins where the run begins, sees the run's own first batches, and is judged
 by its mean training loss over the last of them; since all see the same rows in the same order, a few steps tell two
-rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides. Of
-those that do about as well as the best the lowest is taken: a run that is longer than a trial forgives a rate that is too
-low sooner than one that is too high.
+rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides.
+Of those that do about as well as the best the lowest is taken: a run that is longer than a trial forgives a rate that
+is too low sooner than one that is too high.
 Nothing of a trial stays: values, moments and random state are put back.
 """
 
