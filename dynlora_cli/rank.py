@@ -135,6 +135,8 @@ class Schedule:
     ) -> Schedule:
         """Spread events evenly over [start, end] of the run, each of which takes the same share of what is alive.
 
+        The share is at most a half, so a run with few events may end above the floor.
+
         Args:
             events: number of events, or "auto": one for each 5 steps, at most 14, at least 1.
             floor: alive after the last one; the others as in `plan`.
@@ -142,9 +144,9 @@ class Schedule:
         begin = min(round(start * total_steps), total_steps - 1)
         length = max(1, round(end * total_steps) - begin)
         count = max(1, min(14, length // 5)) if events == "auto" else max(1, min(int(events), length))
-        shares = [(j + 1) / count for j in range(count)]
-        steps = tuple(begin + math.ceil(share * length) for share in shares)
-        return cls(begin, steps, tuple(math.floor(parameters * (floor / parameters) ** share) for share in shares))
+        steps = tuple(begin + math.ceil((j + 1) / count * length) for j in range(count))
+        kept = max(0.5, (floor / parameters) ** (1 / count))
+        return cls(begin, steps, tuple(max(floor, math.floor(parameters * kept ** (j + 1))) for j in range(count)))
 
     @property
     def last(self) -> int:

@@ -95,14 +95,15 @@ def test_an_open_budget_starts_high_and_has_a_floor():
     assert plan_start({"l": (100, 100)}, parse_budget("auto"), 8).counts == {"l": 8}
 
 
-@pytest.mark.parametrize(("total", "events"), [(1000, 14), (100, 9), (4, 1)])
-def test_every_event_takes_the_same_share(total: int, events: int):
+@pytest.mark.parametrize(("total", "events", "end"), [(1000, 14, 250), (100, 9, 250), (40, 3, 4000), (4, 1, 16_000)])
+def test_every_event_takes_the_same_share_and_no_more_than_half(total: int, events: int, end: int):
     schedule = Schedule.descend(total_steps=total, start=0.05, end=0.5, events="auto", parameters=32_000, floor=250)
     assert len(schedule.steps) == events
-    assert schedule.targets[-1] == 250
+    assert schedule.targets[-1] == end
     assert schedule.last <= total * 0.5 + 1
     shares = np.divide(schedule.targets, (32_000, *schedule.targets[:-1]))
     assert shares == pytest.approx(shares[0], rel=0.02)
+    assert shares[0] >= 0.5
 
 
 def test_masked_computes_as_if_the_others_were_gone(tmp_path: Path):

@@ -96,11 +96,12 @@ def measure(cell: Cell, rate: float, seed: int, results: Path, work: Path) -> fl
     from quality_methods import Job, run
 
     job = Job(*cell, rate, seed)
-    for record in read_results(results):
+    earlier = read_results(results)
+    for record in earlier:
         if Job(*(record[k] for k in ("task", "method", "budget", "rate", "seed"))).key == job.key:
             return float(record["loss"])
     started = time.time()
-    found = run(job, work)
+    found = run(job, work, earlier)
     record = {**job.__dict__, **found, "wall": round(time.time() - started, 1)}
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

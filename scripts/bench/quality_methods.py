@@ -7,9 +7,11 @@ the same order, token-normalised loss, clipping, schedule and AdamW. dynlora's o
 from __future__ import annotations
 
 import math
+import random
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -62,21 +64,27 @@ class Ground:
     train: Batches
     val: Batches
     test: Batches
+    earlier: list[Result]
 
 
-def run(job: Job, work: Path) -> Result:
-    """Train once; the held-out loss (val and test), parameters, seconds of training and the ranks found."""
+def run(job: Job, work: Path, earlier: list[Result]) -> Result:
+    """Train once; the held-out loss (val and test), parameters, seconds of training and the ranks found.
+
+    Args:
+        earlier: lines of quality.jsonl; where a method uses the ranks that another one found, they are there.
+    """
     torch.manual_seed(job.seed)
-    ground = lay_ground(job, work)
+    ground = lay_ground(job, work, earlier)
     try:
         return METHODS[job.method.split()[0]](job, ground)
     except MeasureError:  # diverged; a learning rate too far
         return {"loss": math.inf}
 
 
-def lay_ground(job: Job, work: Path) -> Ground:
+def lay_ground(job: Job, work: Path, earlier: list[Result]) -> Ground:
     recipe = recipe_for(job, work, "val", settings_of(job.method))
-    tokenizer, data = _rows(job.task, work, "val")
+    # An open budget holds rows out of its training rows.
+    tokenizer, data = read_data(recipe) if job.method == "dynlora-auto" else _rows(job.task, work, "val")
     _, testing = _rows(job.task, work, "test")
     base = read_base(recipe, tokenizer, data, torch.device("cpu"))
     return Ground(
@@ -86,6 +94,7 @@ def lay_ground(job: Job, work: Path) -> Ground:
         make_batches(recipe, data.train, base, shuffle=True),
         make_batches(recipe, data.val, base, shuffle=False),
         make_batches(recipe, testing.val, base, shuffle=False),
+        earlier,
     )
 
 
@@ -127,11 +136,26 @@ def dynlora(job: Job, ground: Ground) -> Result:  # noqa: ARG001 - one signature
     return _fit(ground, pool, start)
 
 
-def fixed_map(ground: Ground, counts: Mapping[str, int]) -> Result:
-    """Ours with given ranks from the first step to the last."""
+def fixed_map(job: Job, ground: Ground, *, shuffled: bool = False) -> Result:
+    """The ranks that dynlora found with this seed, from the first step to the last.
+
+    Args:
+        shuffled: dealt out anew among layers of the same shape, so that the size stays.
+    """
     targets, start = plan_ranks(ground.recipe, ground.base)
+    wanted = (job.task, "dynlora", job.budget, job.seed)
+    found = [r for r in ground.earlier if (r["task"], r["method"], r["budget"], r["seed"]) == wanted and "ranks" in r]
+    if not found:
+        raise SystemExit(f"no run of {wanted} in quality.jsonl: run dynlora first")
+    counts: dict[str, int] = min(found, key=lambda record: record["loss"])["ranks"]
+    if shuffled:
+        draw, groups = random.Random(job.seed), defaultdict(list)
+        for name, module in targets.items():
+            groups[linear_shape(module)].append(name)
+        for names in groups.values():
+            counts |= zip(names, draw.sample([counts[name] for name in names], len(names)), strict=True)
     size = sum(counts[name] * sum(linear_shape(module)) for name, module in targets.items())
-    fixed = Start(dict(counts), size, size, start.average_rank)
+    fixed = Start(counts, size, size, start.average_rank)
     return _fit(ground, lora.attach(ground.base.model, targets, fixed, ground.recipe), fixed)
 
 
@@ -350,4 +374,6 @@ METHODS: dict[str, Callable[[Job, Ground], Result]] = {
     "dynlora": dynlora,
     "dynlora-auto-rate": dynlora,
     "dynlora-auto": dynlora,
+    "dynlora-map": fixed_map,
+    "dynlora-map-shuffled": partial(fixed_map, shuffled=True),
 }

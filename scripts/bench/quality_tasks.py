@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -146,9 +147,11 @@ def prepare(name: str, work: Path) -> Path:
         return folder
     parts: dict[str, list[Row]] = {part: [] for part in ROWS}
     rows = [(_digest(row), part, row) for part, row in TASKS[name].rows()]
-    has_test = any(part == "test" for _, part, _ in rows) and name != "mix"
+    tested = {digest for digest, part, _ in rows if part == "test"}
     for digest, given, row in sorted(rows, key=lambda item: (item[0], json.dumps(item[2]))):
-        part = given or _part(digest, has_test)
+        part = given or _part(digest, bool(tested))
+        if part != "test" and digest in tested:  # some sets have rows of their test part in their training part
+            continue
         if len(parts[part]) < ROWS[part]:
             parts[part].append(row)
     making = folder.with_name(f".{name}.{os.getpid()}")
@@ -159,6 +162,7 @@ def prepare(name: str, work: Path) -> Path:
         making.rename(folder)
     except OSError:  # another worker was faster
         assert folder.is_dir()
+        shutil.rmtree(making)
     return folder
 
 
