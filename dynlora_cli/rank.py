@@ -310,9 +310,9 @@ class RankControl:
         floor = self.schedule.targets[-1]
         if self.brake is None:
             return self.schedule.targets[self.schedule.steps.index(step)]
-        # The same share at every event, of what is alive: after a refusal no more is asked than before.
-        share = (floor / self.start_parameters) ** (1 / len(self.schedule.steps))
-        return max(floor, math.floor(share * self.pool.parameters))
+        # The same share at every event, of what is alive; after a refusal half as much is asked.
+        gone = 1 - (floor / self.start_parameters) ** (1 / len(self.schedule.steps))
+        return max(floor, math.floor((1 - gone / 2**self.brake.refused) * self.pool.parameters))
 
     def _turn(self) -> int:
         """Turn into the SVD basis; averages of the old one mean nothing any more."""
