@@ -46,13 +46,13 @@ def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> dict[fl
         Interrupted: Ctrl-C; there is nothing to save yet.
     """
     start = [parameter.detach().clone() for parameter in run.parameters]
-    random_state = torch.get_rng_state()
+    device = run.accelerator.device
     losses: dict[float, float] = {}
 
     def tried(rate: float) -> float:
         if rate not in losses:
-            torch.set_rng_state(random_state)
-            losses[rate] = _trial(run, rate, interrupted)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for dropout
+                losses[rate] = _trial(run, rate, interrupted)
             _restore(run, start)
         return losses[rate]
 
@@ -62,7 +62,6 @@ def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> dict[fl
         if tried(best) <= min(lower, higher) and math.isfinite(tried(best)):
             break
         best = best / 2 if lower <= higher else 2 * best
-    torch.set_rng_state(random_state)
     if not any(map(math.isfinite, losses.values())):
         raise MeasureError(
             f"the loss is not finite at any learning rate down to {min(losses):.0e}", "look at the rows and the model"
