@@ -116,7 +116,7 @@ def load_data(
         val, val_dropped = _read(reader, dataset.train[:1], held_out=True)
     else:
         train, val = split(train, dataset.val_size, seed, reader.notes)
-    train, sizing_rows = split(train, min(0.1, sizing / len(train)), seed + 1, reader.notes)
+    train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
     if labels is not None:
         number_labels(train + val + sizing_rows, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
