@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dynlora_cli import drawers
-from dynlora_cli.batches import Batches, packed_mask_dtype
+from dynlora_cli.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.brake import Brake
 from dynlora_cli.components import Pool, linear_shape
 from dynlora_cli.data import Data, Example, load_data
@@ -153,16 +153,8 @@ def total_steps(recipe: Recipe, batches: Batches) -> int:
 
 def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
     """The pruning events of the run."""
-    if start.open:
-        return Schedule.descend(
-            total_steps=steps,
-            start=recipe.pruning.start,
-            end=recipe.pruning.end,
-            events=recipe.pruning.events,
-            parameters=start.parameters,
-            floor=start.budget,
-        )
-    return Schedule.plan(
+    plan = Schedule.descend if start.open else Schedule.plan
+    return plan(
         total_steps=steps,
         start=recipe.pruning.start,
         end=recipe.pruning.end,
@@ -229,8 +221,7 @@ def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Opt
 
 def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:
     """The loss on a few fixed rows, for the change that an event makes."""
-    rows = make_batches(recipe, (data.val or data.train)[:PROBE_ROWS], base, shuffle=False)
-    batches = [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]
+    batches = _on_device(recipe, accelerator, base, (data.val or data.train)[:PROBE_ROWS])
     return lambda: held_out(base.model, batches, autocast=accelerator.autocast)["loss"]
 
 
@@ -246,6 +237,11 @@ def _brake(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> 
             f"at least {LEAST_SIZING_ROWS} are needed",
             "add rows (with other prompts), or write a number",
         )
-    rows = make_batches(recipe, data.sizing, base, shuffle=False)
-    batches = [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]
+    batches = _on_device(recipe, accelerator, base, data.sizing)
     return Brake(lambda: row_sums(base.model, batches, autocast=accelerator.autocast), recipe.pruning.tolerance)
+
+
+def _on_device(recipe: Recipe, accelerator: Accelerator, base: Base, examples: list[Example]) -> list[Batch]:
+    """Batches of examples that are measured again and again."""
+    rows = make_batches(recipe, examples, base, shuffle=False)
+    return [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]

@@ -121,16 +121,8 @@ def load_data(
         number_labels(train + val + sizing_rows, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, limit, reader.notes)
-    data = Data(
-        [kept.example for kept in train],
-        [kept.example for kept in val],
-        labels,
-        reader.notes,
-        counts,
-        "",
-        [kept.example for kept in sizing_rows],
-        reader.forms,
-    )
+    training, measured, sized = ([kept.example for kept in part] for part in (train, val, sizing_rows))
+    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms)
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
     data.notes = list(dict.fromkeys(reader.notes))
     return data

@@ -131,7 +131,7 @@ class Schedule:
 
     @classmethod
     def descend(
-        cls, *, total_steps: int, start: float, end: float, events: int | str, parameters: int, floor: int
+        cls, *, total_steps: int, start: float, end: float, events: int | str, parameters: int, budget: int
     ) -> Schedule:
         """Spread events evenly over [start, end] of the run, each of which takes the same share of what is alive.
 
@@ -139,14 +139,14 @@ class Schedule:
 
         Args:
             events: number of events, or "auto": one for each 5 steps, at most 14, at least 1.
-            floor: alive after the last one; the others as in `plan`.
+            budget: a floor for what is alive after the last one; the others as in `plan`.
         """
         begin = min(round(start * total_steps), total_steps - 1)
         length = max(1, round(end * total_steps) - begin)
         count = max(1, min(14, length // 5)) if events == "auto" else max(1, min(int(events), length))
         steps = tuple(begin + math.ceil((j + 1) / count * length) for j in range(count))
-        kept = max(0.5, (floor / parameters) ** (1 / count))
-        return cls(begin, steps, tuple(max(floor, math.floor(parameters * kept ** (j + 1))) for j in range(count)))
+        kept = max(0.5, (budget / parameters) ** (1 / count))
+        return cls(begin, steps, tuple(max(budget, math.floor(parameters * kept ** (j + 1))) for j in range(count)))
 
     @property
     def last(self) -> int:

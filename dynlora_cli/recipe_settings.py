@@ -250,11 +250,11 @@ class Pruning(Section):
     lr_coupling: Share = 0.5
     """The learning rate is multiplied by (start parameters / alive parameters) to this power."""
     events: Literal["auto"] | Count = "auto"
-    """Number of pruning events; auto: a tenth of the steps between start and end, 1 to 20."""
+    """Number of pruning events; auto: one per 10 steps from start to end, 1 to 20 (open budget: per 5, to 14)."""
     gauge: bool = True
     """Turn the factors of each layer into their SVD basis after each event."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
-    """With `rank.budget: auto`: nats that an event may add to the held-out loss; null: one standard error."""
+    """With `rank.budget: auto`: nats that an event may add to the held-out loss; null: one standard error, or 0.5 %."""
 
 
 class Train(Section):

@@ -97,7 +97,7 @@ def test_an_open_budget_starts_high_and_has_a_floor():
 
 @pytest.mark.parametrize(("total", "events", "end"), [(1000, 14, 250), (100, 9, 250), (40, 3, 4000), (4, 1, 16_000)])
 def test_every_event_takes_the_same_share_and_no_more_than_half(total: int, events: int, end: int):
-    schedule = Schedule.descend(total_steps=total, start=0.05, end=0.5, events="auto", parameters=32_000, floor=250)
+    schedule = Schedule.descend(total_steps=total, start=0.05, end=0.5, events="auto", parameters=32_000, budget=250)
     assert len(schedule.steps) == events
     assert schedule.targets[-1] == end
     assert schedule.last <= total * 0.5 + 1

@@ -147,7 +147,7 @@ def fixed_map(job: Job, ground: Ground, *, shuffled: bool = False) -> Result:
     found = [r for r in ground.earlier if (r["task"], r["method"], r["budget"], r["seed"]) == wanted and "ranks" in r]
     if not found:
         raise SystemExit(f"no run of {wanted} in quality.jsonl: run dynlora first")
-    counts: dict[str, int] = min(found, key=lambda record: record["loss"])["ranks"]
+    counts: dict[str, int] = dict(min(found, key=lambda record: record["loss"])["ranks"])
     if shuffled:
         draw, groups = random.Random(job.seed), defaultdict(list)
         for name, module in targets.items():
