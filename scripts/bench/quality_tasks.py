@@ -20,6 +20,7 @@ from typing import Any
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
 ROWS = {"train": 4000, "val": 160, "test": 240}
+CLASSIFIER_ROWS = {"train": 4000, "val": 400, "test": 500}  # a row is one target there, not dozens
 CHUNK = 240  # characters of a row of running text, about 80 tokens
 LONGEST = 320  # characters of a prompt with its answer, where the set has longer ones too
 
@@ -145,14 +146,15 @@ def prepare(name: str, work: Path) -> Path:
     folder = work / "data" / name
     if folder.is_dir():
         return folder
-    parts: dict[str, list[Row]] = {part: [] for part in ROWS}
+    limits = CLASSIFIER_ROWS if TASKS[name].classify else ROWS
+    parts: dict[str, list[Row]] = {part: [] for part in limits}
     rows = [(_digest(row), part, row) for part, row in TASKS[name].rows()]
     tested = {digest for digest, part, _ in rows if part == "test"}
     for digest, given, row in sorted(rows, key=lambda item: (item[0], json.dumps(item[2]))):
         part = given or _part(digest, bool(tested))
         if part != "test" and digest in tested:  # some sets have rows of their test part in their training part
             continue
-        if len(parts[part]) < ROWS[part]:
+        if len(parts[part]) < limits[part]:
             parts[part].append(row)
     making = folder.with_name(f".{name}.{os.getpid()}")
     making.mkdir(parents=True)
