@@ -20,7 +20,7 @@ from typing import Any
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
 ROWS = {"train": 4000, "val": 160, "test": 240}
-CLASSIFIER_ROWS = {"train": 4000, "val": 400, "test": 500}  # a row is one target there, not dozens
+CLASSIFIER_ROWS = ROWS | {"val": 400, "test": 500}  # a row is one target there, not dozens
 CHUNK = 240  # characters of a row of running text, about 80 tokens
 LONGEST = 320  # characters of a prompt with its answer, where the set has longer ones too
 
