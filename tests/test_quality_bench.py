@@ -34,10 +34,12 @@ def test_the_grid_is_extended_until_the_best_is_inside(best, monkeypatch, tmp_pa
 
     monkeypatch.setattr(quality, "measure", measure)
     found = quality.choose_rate(("t", "lora", 1), tmp_path / "none.jsonl", tmp_path)
-    assert abs(math.log2(found / best)) <= 0.5
-    assert {round(math.log2(rate / found)) for rate in tried} >= {-1, 0, 1}
+    assert abs(math.log2(found / best)) <= 0.25
+    assert {round(2 * math.log2(rate / found)) for rate in tried} >= {-1, 0, 1}
+    assert min(tried) < found < max(tried)
     assert len(tried) == len(set(tried))
-    assert all(abs(math.log2(rate / 1e-3) % 1) < 1e-9 for rate in tried), "one grid for all methods"
+    steps = [2 * math.log2(rate / 1e-3) for rate in tried]
+    assert all(abs(step - round(step)) < 1e-9 for step in steps), "one grid for all methods"
 
 
 def test_a_diverged_rate_is_never_chosen(monkeypatch, tmp_path):
@@ -61,7 +63,7 @@ def test_differences_are_paired_by_seed_and_task():
     lines = [record(seed=s, test=10.0 * (s + 1)) for s in range(3)]
     lines += [record(method="dynlora", seed=s, test=9.0 * (s + 1)) for s in range(2)]
     cells = tables.choose(lines)
-    assert tables.paired(cells, ["t", "u"], "dynlora", 1, "lora", "test") == {"t": [pytest.approx(-10)] * 2}
+    assert tables.paired(cells, ["t", "u"], ("dynlora", 1), ("lora", 1), "test") == {"t": [pytest.approx(-10)] * 2}
     assert tables.interval({"t": [-10.0, -10.0], "u": [-10.0]}) == (-10, -10, -10)
 
 

@@ -7,7 +7,7 @@
     python scripts/bench/quality.py table             # only write RESULTS.md again
 
 A cell is a task, a method and a budget. Its learning rate is chosen on seed 0 by the loss on the `val` part, from a grid
-of factors of 2 that is extended until the best is inside it; then it runs with the other seeds, on the same batches in
+of factors of 2 that is extended until the best is inside it, and then half a factor on either side; with the best it runs with the other seeds, on the same batches in
 the same order as every other method with that seed. (`dynlora-auto-rate` finds its own rate, `dynlora-auto` its rank too;
 their `budget` and rate mean nothing.) The `test` part is read in the same go and used for nothing but the
 table. Every run is a line of quality.jsonl; what is there is not run again. Data and models are in DYNLORA_SHARED
@@ -30,14 +30,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from quality_tables import results
+from quality_tables import choose, pareto_svg, results
 from quality_tasks import TASKS
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 # Where the search for the learning rate begins, until other tasks tell better.
-FIRST_RATE = {"lora": 4e-3, "rslora": 1e-3, "dora": 4e-3, "adalora": 8e-3, "eva": 4e-3, "lora-4x": 2e-3}
+FIRST_RATE = {"rslora": 1e-3, "adalora": 8e-3, "lora-4x": 2e-3}  # 4e-3 elsewhere
 RIVALS = ["lora", "rslora", "dora", "adalora", "eva"]
 BOUNDS = ["lora-4x", "lora-4x-cut"]
+CONTROLS = ["dynlora pruning.policy=random", "dynlora-map", "dynlora-map-shuffled"]
 Record = dict[str, Any]
 Cell = tuple[str, str, int]  # task, method, budget
 
@@ -55,22 +56,30 @@ def run_cell(cell: Cell, seeds: int, results: Path, work: Path) -> str:
 
 
 def choose_rate(cell: Cell, results: Path, work: Path) -> float:
-    """The best of a geometric grid on seed 0, neither end of which is the best."""
-    first = first_rate(cell, read_results(results))
-    losses: dict[int, float] = {}
+    """The best of a geometric grid on seed 0, neither end of which is the best, with a finer step around it.
 
-    def loss(k: int) -> float:
+    Methods whose best rates lie a factor of 1.4 apart would differ by a percent on a grid of factors of 2 alone, either
+    way, by nothing but where the grid happens to fall.
+    """
+    first = first_rate(cell, read_results(results))
+    losses: dict[float, float] = {}
+
+    def loss(k: float) -> float:
         if k not in losses:
             losses[k] = measure(cell, first * 2.0**k, 0, results, work)
         return losses[k]
 
+    def best() -> float:
+        return min(losses, key=lambda k: (losses[k], k))
+
     loss(0)
     loss(1)
-    while True:
-        best = min(losses, key=lambda k: (losses[k], k))
-        if best - 1 in losses and best + 1 in losses:
-            return first * 2.0**best
-        loss(best + 1 if best + 1 not in losses else best - 1)
+    while not {best() - 1, best() + 1} <= losses.keys():
+        loss(best() + 1 if best() + 1 not in losses else best() - 1)
+    middle = best()
+    loss(middle - 0.5)
+    loss(middle + 0.5)
+    return first * 2.0 ** best()
 
 
 def first_rate(cell: Cell, records: list[Record]) -> float:
@@ -87,7 +96,7 @@ def first_rate(cell: Cell, records: list[Record]) -> float:
         best,
     ]
     kin = next(([rate for _, rate in cells.values()] for cells in near if cells), [])
-    guess = median(kin) if kin else FIRST_RATE.get(method, 1e-3)
+    guess = median(kin) if kin else FIRST_RATE.get(method, 4e-3)
     return 1e-3 * 2.0 ** round(math.log2(guess / 1e-3))
 
 
@@ -138,7 +147,12 @@ def main() -> int:
     tasks, methods, budgets, seeds = {
         "curve": (list(TASKS), ["lora"], [1, 2, 4, 8, 16, 32], 1),
         "design": (design, [*RIVALS, "dynlora"], [1, 2, 4], 3),
-        "final": ([name for name in TASKS if name not in design], [*RIVALS, "dynlora", *BOUNDS], [1, 2, 4], 5),
+        "final": (
+            [name for name in TASKS if name not in design],
+            ["lora", "dynlora", *RIVALS[1:], "dynlora-dora-size", *BOUNDS, *CONTROLS],
+            [1, 2, 4],
+            5,
+        ),
         "run": (
             options.tasks.split(","),
             options.methods.split(","),
@@ -147,12 +161,15 @@ def main() -> int:
         ),
         "table": ([], [], [], 0),
     }[options.stage]
-    cells = [(task, method, budget) for task, budget, method in product(tasks, budgets, methods)]
+    cells = [(task, method, budget) for budget, method, task in product(budgets, methods, tasks)]
     if cells:
         run_cells(cells, seeds, options.results, options.work.resolve(), options.workers)
     records, final = read_results(options.results), [name for name in TASKS if name not in design]
     known = [*RIVALS, "dynlora", *BOUNDS]
     options.results.with_name("RESULTS.md").write_text(results(records, design, final, known), encoding="utf-8")
+    picture = pareto_svg(choose(records), final, ["lora", "dynlora", *RIVALS[1:], "lora-4x-cut"], [1, 2, 4])
+    if picture:
+        options.results.with_suffix(".svg").write_text(picture, encoding="utf-8")
     return 0
 
 

@@ -136,6 +136,14 @@ def dynlora(job: Job, ground: Ground) -> Result:  # noqa: ARG001 - one signature
     return _fit(ground, pool, start)
 
 
+def dora_size(job: Job, ground: Ground) -> Result:
+    """A run of ours with the parameters of DoRA, which has one magnitude per output more than LoRA of the same rank."""
+    targets, start = plan_ranks(ground.recipe, ground.base)
+    size = start.budget + sum(linear_shape(module)[1] for module in targets.values())
+    rank = ground.recipe.rank.model_copy(update={"budget": f"{size / 1000}k"})
+    return dynlora(job, replace(ground, recipe=ground.recipe.model_copy(update={"rank": rank})))
+
+
 def fixed_map(job: Job, ground: Ground, *, shuffled: bool = False) -> Result:
     """The ranks that dynlora found with this seed, from the first step to the last.
 
@@ -374,6 +382,7 @@ METHODS: dict[str, Callable[[Job, Ground], Result]] = {
     "dynlora": dynlora,
     "dynlora-auto-rate": dynlora,
     "dynlora-auto": dynlora,
+    "dynlora-dora-size": dora_size,
     "dynlora-map": fixed_map,
     "dynlora-map-shuffled": partial(fixed_map, shuffled=True),
 }

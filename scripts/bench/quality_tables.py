@@ -18,6 +18,7 @@ from typing import Any
 
 Record = dict[str, Any]
 Cell = tuple[str, str, int]  # task, method, budget
+Duel = tuple[str, tuple[str, int], tuple[str, int]]  # title, then method and budget of ours and of theirs
 SAMPLES = 10_000
 WIDTH, HEIGHT, MARGIN = 640, 380, 56
 COLOURS = ["#1b6ef3", "#d6336c", "#2b8a3e", "#e8590c", "#7048e8", "#0c8599", "#868e96", "#495057"]
@@ -49,20 +50,20 @@ def choose(records: Iterable[Record]) -> dict[Cell, Chosen]:
 
 
 def paired(
-    cells: dict[Cell, Chosen], tasks: Sequence[str], method: str, budget: int, to: Cell | str, key: str = "test"
+    cells: dict[Cell, Chosen], tasks: Sequence[str], ours: tuple[str, int], theirs: tuple[str, int], key: str
 ) -> dict[str, list[float]]:
     """Differences in percent of the other's loss, by task, one for each seed that both have.
 
     Args:
-        to: the method to compare with, at the same budget, or a full (task ignored) cell at another budget.
+        ours, theirs: method and budget.
+        key: "loss" or "test".
     """
     found = {}
     for task in tasks:
-        other = (task, to, budget) if isinstance(to, str) else (task, to[1], to[2])
-        ours, theirs = cells.get((task, method, budget)), cells.get(other)
-        if ours and theirs:
-            seeds = ours.runs.keys() & theirs.runs.keys()
-            found[task] = [100 * (ours.runs[s][key] / theirs.runs[s][key] - 1) for s in sorted(seeds)]
+        one, other = cells.get((task, *ours)), cells.get((task, *theirs))
+        if one and other:
+            seeds = one.runs.keys() & other.runs.keys()
+            found[task] = [100 * (one.runs[s][key] / other.runs[s][key] - 1) for s in sorted(seeds)]
     return found
 
 
@@ -107,10 +108,27 @@ def budget_table(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Seque
         size = mean(c.mean("parameters") / cells[t, "lora", budget].mean("parameters") for t, c in found.items())
         losses = [f"{found[task].mean(key):.4f} ({len(found[task].runs)})" if task in found else "" for task in tasks]
         place = f"{ranks[method]:.2f}" if method in ranks else ""
-        against = interval(paired(cells, tasks, method, budget, "lora", key))
-        difference = "" if method == "lora" else "{:+.2f} % ({:+.2f} to {:+.2f})".format(*against)
+        against = interval(paired(cells, tasks, (method, budget), ("lora", budget), key))
+        difference = "" if method == "lora" else signed(against)
         rows.append([f"`{method}`", *losses, f"{size:.2f}x", place, difference])
     return table(["method", *tasks, "parameters", "mean rank", "difference to LoRA, 95 % interval"], rows)
+
+
+def duel_table(cells: dict[Cell, Chosen], tasks: Sequence[str], duels: Sequence[Duel]) -> str:
+    """One line a duel: paired differences by task and over all of them; below zero ours is better."""
+    rows = []
+    for title, ours, theirs in duels:
+        found = paired(cells, tasks, ours, theirs, "test")
+        if found:
+            by_task = [f"{mean(found[task]):+.2f}" if task in found else "" for task in tasks]
+            better = sum(mean(group) < 0 for group in found.values())
+            size = mean(cells[(t, *ours)].mean("parameters") / cells[(t, *theirs)].mean("parameters") for t in found)
+            rows.append([title, *by_task, f"{size:.2f}x", f"{better} of {len(found)}", signed(interval(found))])
+    return table(["ours against", *tasks, "ours has", "better on", "mean, 95 % interval"], rows)
+
+
+def signed(interval: tuple[float, float, float]) -> str:
+    return "{:+.2f} % ({:+.2f} to {:+.2f})".format(*interval)
 
 
 def curve_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence[int]) -> str:
@@ -185,18 +203,38 @@ def results(records: list[Record], design: Sequence[str], final: Sequence[str], 
             if any((task, "lora", budget) in cells for task in tasks):
                 parts.append(f"Average rank {budget}:\n")
                 parts.append(budget_table(cells, tasks, [*methods, *others], budget, key))
+    parts += [
+        "## Ours against one other at a time (final tasks, `test` loss, percent)\n",
+        duel_table(cells, final, duels()),
+    ]
     return "\n".join(parts)
 
 
+def duels() -> list[Duel]:
+    """What the project claims, budget by budget."""
+    found: list[Duel] = []
+    for budget in (1, 2, 4):
+        ours, at = ("dynlora", budget), f"at {budget}"
+        found += [
+            (f"LoRA, {at}", ours, ("lora", budget)),
+            (f"LoRA of twice the size, {at}", ours, ("lora", 2 * budget)),
+            (f"DoRA, ours of its size, {at}", ("dynlora-dora-size", budget), ("dora", budget)),
+            (f"LoRA of 4x, then compressed by PEFT, {at}", ours, ("lora-4x-cut", budget)),
+            (f"components removed at random, {at}", ours, ("dynlora pruning.policy=random", budget)),
+            (f"the ranks found, shuffled, {at}", ours, ("dynlora-map-shuffled", budget)),
+            (f"the ranks found, from the start, {at}", ours, ("dynlora-map", budget)),
+        ]
+    return found
+
+
 def pareto_svg(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budgets: Sequence[int]) -> str:
-    """Loss over final parameters, both relative to LoRA of rank 1, in the mean over tasks."""
-    base = (tasks, "lora", 1)
+    """Loss over final parameters, both relative to LoRA of rank 1, in the mean over tasks; empty without runs."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for method in methods:
         points = []
         for budget in budgets:
             pairs = [
-                (cells[t, method, budget], cells[t, base[1], base[2]])
+                (cells[t, method, budget], cells[t, "lora", 1])
                 for t in tasks
                 if (t, method, budget) in cells and (t, "lora", 1) in cells
             ]
@@ -206,6 +244,8 @@ def pareto_svg(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequenc
                 points.append((x, 100 * y))
         if points:
             lines[method] = points
+    if not lines:
+        return ""
     return draw(lines, "final parameters, relative to LoRA of rank 1", "held-out loss, % of LoRA of rank 1")
 
 
