@@ -23,13 +23,14 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora_cli.errors import DynloraError
+from dynlora_cli.fused_linear import fused, plain_weight_OI
 
 
 class _Graph:
@@ -77,6 +78,7 @@ class ComponentLinear(nn.Module):
 
     a_CI: nn.Parameter
     b_OC: nn.Parameter
+    fuse: ClassVar[bool] = True  # False: ordinary operations throughout, to compare with
 
     def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -107,9 +109,12 @@ class ComponentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
-        y = self.base(x)
         if self.count == 0:
-            return y
+            return self.base(x)
+        weight_OI = self._fusable(x)
+        if weight_OI is not None:
+            return self._watched(fused(x, weight_OI, self.bias, self.a_CI, self.b_OC, self.scale))
+        y = self.base(x)
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.a_CI.dtype)
@@ -118,12 +123,25 @@ class ComponentLinear(nn.Module):
         h_C = F.linear(x, self.a_CI) * self.scale
         if self.gate is not None:
             h_C = h_C * self.gate
-        update = F.linear(h_C, self.b_OC)
-        if update.grad_fn is not None:
-            graph = _Graph()
-            update.grad_fn.metadata["dynlora"] = graph  # type: ignore[index]
-            self.graphs.add(graph)
+        update = self._watched(F.linear(h_C, self.b_OC))
         return y + update.to(y.dtype)
+
+    def _fusable(self, x: Tensor) -> Tensor | None:
+        """The base's weight [O, I] where base and components can run as one function, else None."""
+        if not self.fuse or self.gate is not None or (self.dropout and self.training):
+            return None
+        weight_OI = plain_weight_OI(self.base)
+        if weight_OI is None or torch.is_autocast_enabled(x.device.type):
+            return weight_OI
+        return weight_OI if x.dtype == weight_OI.dtype == self.a_CI.dtype else None
+
+    def _watched(self, result: Tensor) -> Tensor:
+        """Note the graph that ends here, so that components are not removed while it lives."""
+        if result.grad_fn is not None:
+            graph = _Graph()
+            result.grad_fn.metadata["dynlora"] = graph  # type: ignore[index]
+            self.graphs.add(graph)
+        return result
 
     def delta_OI(self) -> Tensor:
         """The update s·BA as a dense [O, I] matrix, in the components' precision."""

@@ -71,14 +71,14 @@ def test_gate_gradient_is_the_derivative_of_the_gate():
     torch.testing.assert_close(pool.gate_gradient_K(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gate_of_ones_changes_no_bit_and_zero_removes():
+def test_gate_of_ones_changes_nothing_and_zero_removes():
     net, pool = make()
     fill(pool)
     x = torch.randn(3, 12)
     plain = net(x)
     for layer in net.layers().values():
         layer.gate = torch.ones(layer.count)
-    assert torch.equal(net(x), plain)
+    torch.testing.assert_close(net(x), plain)  # not to the bit: with a gate it is not the fused function that computes
     for layer in net.layers().values():
         layer.gate = torch.zeros(layer.count)
     assert torch.equal(net(x), net.down.base(F.silu(net.gate.base(x)) * net.up.base(x)))

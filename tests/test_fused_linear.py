@@ -1,0 +1,122 @@
+"""The fused layer against the same layer by ordinary operations: outputs, gradients, precision, what stays unfused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.fused_linear import FusedLinear, fused
+
+
+def layer(base, *, dropout=0.0, count=4, dtype=torch.float32):
+    base = base.to(dtype).requires_grad_(False)
+    made = ComponentLinear(base, 1.7, dropout)
+    pool = Pool({"layer": made}, {"layer": count}, seed=3)
+    pool.adopt(torch.randn(pool.parameters, generator=torch.Generator().manual_seed(1), dtype=dtype), pool.counts)
+    return made
+
+
+def bases():
+    torch.manual_seed(0)
+    conv = Conv1D(20, 12)
+    nn.init.normal_(conv.bias)
+    return {"bias": nn.Linear(12, 20), "no bias": nn.Linear(12, 20, bias=False), "Conv1D": conv}
+
+
+def run(made, x, fuse, monkeypatch, context=None):
+    """Output and gradients of x, a and b."""
+    monkeypatch.setattr(ComponentLinear, "fuse", fuse)
+    for parameter in (made.a_CI, made.b_OC):
+        parameter.grad = None
+    x = x.clone().requires_grad_(True)
+    y = made(x) if context is None else context(made, x)
+    assert (type(y.grad_fn).__name__ == "FusedLinearBackward") == fuse
+    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    return y.detach(), x.grad, made.a_CI.grad, made.b_OC.grad
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (12,)])
+@pytest.mark.parametrize("kind", ["bias", "no bias", "Conv1D"])
+def test_fused_equals_ordinary_operations(kind, shape, monkeypatch):
+    made, x = layer(bases()[kind]), torch.randn(shape)
+    for ours, plain in zip(run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_against_finite_differences():
+    made = layer(nn.Linear(5, 4), count=2, dtype=torch.float64)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight, bias = made.base.weight, made.base.bias
+    assert torch.autograd.gradcheck(lambda *v: fused(v[0], weight, bias, v[1], v[2], 0.7), (x, made.a_CI, made.b_OC))
+
+
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_computes_in_autocasts_type(x_type, monkeypatch):
+    def bf16(made, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return made(x)
+
+    made, x = layer(bases()["bias"]), torch.randn(3, 12).to(x_type)
+    for ours, plain in zip(run(made, x, True, monkeypatch, bf16), run(made, x, False, monkeypatch, bf16), strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.1)
+
+
+def test_under_gradient_checkpointing(monkeypatch):
+    monkeypatch.setattr(ComponentLinear, "fuse", True)
+    made, x = layer(bases()["bias"]), torch.randn(3, 12)
+    wanted = run(made, x, True, monkeypatch)[2:]
+    made.a_CI.grad = made.b_OC.grad = None
+    y = checkpoint(made, x.requires_grad_(True), use_reentrant=False)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    for ours, plain in zip((made.a_CI.grad, made.b_OC.grad), wanted, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_an_input_that_needs_no_gradient_gets_none():
+    made = layer(nn.Linear(12, 20))
+    y = made(torch.randn(3, 12))
+    y.sum().backward()
+    assert made.a_CI.grad.abs().sum() > 0
+
+
+def test_x_is_saved_once_and_nothing_of_the_outputs_size():
+    saved = []
+    made, x = layer(nn.Linear(64, 96)), torch.randn(50, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        made(x.requires_grad_(True))
+    kept = {t.data_ptr(): t.numel() for t in saved}
+    own = {made.base.weight.data_ptr(), made.a_CI.data_ptr(), made.b_OC.data_ptr(), x.data_ptr()}
+    assert {n for pointer, n in kept.items() if pointer not in own} == {50 * 4}, "the C-wide product alone"
+    assert x.data_ptr() in kept
+
+
+class Odd(nn.Linear):
+    """A linear layer that does more than a product."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("why", ["another class", "a hook", "dropout", "gate", "another type", "switched off"])
+def test_what_is_not_fused(why, monkeypatch):
+    base = Odd(12, 20) if why == "another class" else nn.Linear(12, 20)
+    made = layer(base, dropout=0.5 if why == "dropout" else 0.0)
+    x = torch.randn(3, 12)
+    if why == "a hook":
+        base.register_forward_hook(lambda module, inputs, y: y + 1)
+    elif why == "gate":
+        made.gate = torch.ones(4)
+    elif why == "another type":
+        base.to(torch.bfloat16)
+        x = x.bfloat16()
+    elif why == "switched off":
+        monkeypatch.setattr(ComponentLinear, "fuse", False)
+    monkeypatch.setattr(FusedLinear, "forward", None)
+    torch.manual_seed(0)
+    assert made(x).shape == (3, 20)
