@@ -203,10 +203,10 @@ class Adapter(Section):
         Annotated[Text, AfterValidator(_NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
     ) = "all-linear"
     """all-linear (every linear layer but the output head), attention, qv, or module names and globs."""
-    scaling: Literal["rslora", "lora"] = "rslora"
-    """rslora: alpha / sqrt(r); lora: alpha / r; r is the budget's average rank, constant for the run."""
-    alpha: Positive = 2.0
-    """Numerator of the scale."""
+    scaling: Literal["lora", "rslora"] = "lora"
+    """lora: alpha / r; rslora: alpha / sqrt(r); r is the budget's average rank, constant for the run."""
+    alpha: Positive | Literal["auto"] = "auto"
+    """Numerator of the scale; auto: so that the scale is 2, which for lora is the customary alpha = 2 r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the adapters."""
     init_weights: Literal["default"] = "default"

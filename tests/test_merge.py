@@ -228,7 +228,9 @@ def test_sixteen_bits_round_and_fp32_does_not(tmp_path: Path, dynlora: Dynlora):
 @pytest.fixture(scope="module", params=["load_in_4bit", "load_in_8bit"])
 def quantized_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    recipe = make_recipe(folder, f"model.{request.param}=true", "train.learning_rate=2e-2", "adapter.alpha=16")
+    recipe = make_recipe(
+        folder, f"model.{request.param}=true", "train.learning_rate=2e-2", "adapter.scaling=rslora", "adapter.alpha=16"
+    )
     train(recipe)
     return Path(recipe.output_dir)
 

@@ -39,8 +39,8 @@ dataset:
 adapter:
   variant: lora
   target_modules: all-linear
-  scaling: rslora
-  alpha: 2
+  scaling: lora
+  alpha: auto
   dropout: 0.0
   init_weights: default
 rank:

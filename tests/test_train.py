@@ -179,6 +179,7 @@ def test_without_pruning_it_trains_as_peft_does(tmp_path, scaling, kind):
     settings = [
         "rank.init=4",
         "rank.budget=4",
+        "adapter.scaling=rslora",
         "adapter.alpha=16",
         f"adapter.scaling={scaling}",
         "train.weight_decay=0.1",
@@ -236,7 +237,13 @@ def test_full_fine_tuning_trains_everything_and_saves_a_model(tmp_path):
 
 
 def test_a_classifier_trains_its_head_and_reports_accuracy(tmp_path):
-    settings = ["train.max_steps=40", "train.micro_batch_size=16", "train.learning_rate=1e-2", "adapter.alpha=4"]
+    settings = [
+        "train.max_steps=40",
+        "train.micro_batch_size=16",
+        "train.learning_rate=1e-2",
+        "adapter.scaling=rslora",
+        "adapter.alpha=4",
+    ]
     recipe = make_recipe(tmp_path, *settings, kind="bert")
     summary, _ = train(recipe)
     folder = tmp_path / "out"
