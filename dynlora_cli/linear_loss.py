@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -25,60 +24,56 @@ LEAST_ROWS = 256  # of a chunk: with fewer, reading the head's weight costs more
 
 
 class Heads:
-    """Which models can be run without their head; asked once for each."""
+    """Which models end with their head: told by each model's first forward pass."""
 
-    use: ClassVar[bool] = True  # False: ordinary logits throughout, to compare with
-    _last: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
+    use: ClassVar[bool] = True  # False: logits throughout, to compare with
+    last: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
 
 
-def free_head(model: nn.Module) -> nn.Linear | None:
-    """The model's output layer, if it is a frozen linear layer and the last thing that the model does.
+def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | None, Tensor]:
+    """Run a model as far as its head, or to its logits where the head must stay.
 
-    Some models scale or cap the logits afterwards; a head that returns large numbers in place of logits tells.
+    The head can step aside where it is a frozen linear layer and what it returns is what the model returns: some models
+    scale or cap the logits afterwards.
+
+    Returns:
+        the head and what it would have seen, [B, T, D]; or None and the logits.
     """
+    head = _plain_head(model)
+    if head is None or not Heads.last.get(model, True):
+        return None, model(**inputs).logits
+    seen: list[Tensor] = []
+    known = model in Heads.last
+    logits: list[Tensor] = []
+    multiply = head.forward
+
+    def stand_in(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        logits.append(hidden if known else multiply(hidden))
+        return logits[-1]
+
+    head.forward = stand_in  # type: ignore[assignment]
+    try:
+        returned = model(**inputs).logits
+    finally:
+        del head.forward
+    Heads.last[model] = bool(logits) and returned is logits[-1]
+    return (head, seen[-1]) if Heads.last[model] else (None, returned)
+
+
+def _plain_head(model: nn.Module) -> nn.Linear | None:
     if not Heads.use or not isinstance(model, PreTrainedModel):
         return None
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad or not head.weight.is_floating_point():
-        return None
-    if model not in Heads._last:
-        Heads._last[model] = _is_last(model, head)
-    return head if Heads._last[model] else None
+    frozen = type(head) is nn.Linear and not head.weight.requires_grad and head.weight.is_floating_point()
+    return head if frozen else None
 
 
-@torch.no_grad()
-def _is_last(model: PreTrainedModel, head: nn.Linear) -> bool:
-    large = torch.tensor([1000.0, -1000.0, 3.0], device=head.weight.device)
-
-    def stand_in(hidden: Tensor) -> Tensor:
-        return large.to(hidden.dtype).expand(*hidden.shape[:-1], 3)
-
-    with _replaced(head, stand_in):
-        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device)).logits
-    return torch.equal(logits.float(), large.expand(1, 2, 3))
-
-
-@contextmanager
-def _replaced(head: nn.Linear, forward: Any) -> Iterator[None]:
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def hidden_states(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor]) -> Tensor:
-    """What the head would have seen at every position, [B, T, D]."""
-    with _replaced(head, lambda hidden: hidden):
-        hidden: Tensor = model(**inputs).logits
-    return hidden
-
-
-def chunks(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Hidden states, targets and fp32 logits [n, V] of a few targets at a time."""
+def chunks(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
+    """Targets [n] and fp32 logits [n, V], a few at a time."""
     rows = max(LEAST_ROWS, CHUNK // head.out_features)
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-        yield hidden, targets, F.linear(hidden, head.weight, head.bias).float()
+        yield targets, F.linear(hidden, head.weight, head.bias).float()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -87,18 +82,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
         total = torch.zeros((), device=hidden_ND.device)
-        grad_ND = torch.empty_like(hidden_ND)
-        done = 0
-        for hidden, targets, logits in chunks(hidden_ND, targets_N, head):
+        grads = []
+        for targets, logits in chunks(hidden_ND, targets_N, head):
             place = targets[:, None]
             normaliser = logits.logsumexp(-1, keepdim=True)
             total += (normaliser - logits.gather(1, place)).sum()
             # From here on the logits' memory holds their gradient: softmax minus one at the target.
             logits.sub_(normaliser).exp_()
             logits.scatter_add_(1, place, torch.full_like(normaliser, -1.0))
-            grad_ND[done : done + len(hidden)] = logits.to(head.weight.dtype) @ head.weight
-            done += len(hidden)
-        ctx.save_for_backward(grad_ND)
+            grads.append((logits.to(head.weight.dtype) @ head.weight).to(hidden_ND.dtype))
+        ctx.save_for_backward(torch.cat(grads))
         return total
 
     @staticmethod
@@ -110,4 +103,4 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
     """The summed loss of `LinearCrossEntropy`, a scalar in fp32."""
-    return LinearCrossEntropy.apply(hidden_ND, targets_N, head)  # type: ignore[no-any-return, no-untyped-call]
+    return LinearCrossEntropy.apply(hidden_ND, targets_N, head)

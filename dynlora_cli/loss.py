@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynlora_cli.linear_loss import chunks, linear_cross_entropy, run_to_head
 from dynlora_cli.scores import RowSums, perplexity
 
 if TYPE_CHECKING:
@@ -27,35 +28,42 @@ if TYPE_CHECKING:
 IGNORE = -100
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats, summed over the batch's targets, and the number of targets predicted right.
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's targets: a scalar in fp32, to train on.
 
     Labels are aligned with the logits already: `labels[:, t]` is the target of `logits[:, t]`, or -100.
+    """
+    head, states, targets_N, _ = _at_targets(model, batch)
+    if head is None:
+        return F.cross_entropy(states.float(), targets_N, reduction="sum")
+    return linear_cross_entropy(states, targets_N, head)
+
+
+def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tensor, Tensor, Tensor]:
+    """What the model says at the batch's targets and nowhere else: prompts cost no logits.
 
     Returns:
-        (loss, correct), both scalars; loss in fp32.
-    """
-    logits_NV, targets_N, _ = _targets(model, batch)
-    correct = (logits_NV.detach().argmax(-1) == targets_N).sum()
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), correct
-
-
-def _targets(model: nn.Module, batch: Batch, *, only_targets: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V] at the batch's targets, the targets [N], and the line of the batch [N] that each stands in.
-
-    Args:
-        only_targets: let the model make logits only at positions where some row has a target, if it can: over a large
-            vocabulary the logits of the prompts are most of the memory of a forward pass.
+        the model's head and hidden states [N, D] for it, or None and logits [N, V]; the targets [N]; and the line of
+        the batch that each stands in [N].
     """
     targets, more = batch.labels, {}
-    if only_targets and targets.ndim == 2 and "logits_to_keep" in signature(model.forward).parameters:
+    if targets.ndim == 1:
+        return None, model(**batch.inputs).logits, targets, torch.arange(len(targets), device=targets.device)
+    if "logits_to_keep" in signature(model.forward).parameters:
         positions = (targets != IGNORE).any(0).nonzero()[:, 0]
         targets, more = targets[:, positions], {"logits_to_keep": positions}
-    logits = model(**batch.inputs, **more).logits
-    if targets.ndim == 1:
-        return logits, targets, torch.arange(len(targets), device=targets.device)
+    head, states = run_to_head(model, {**batch.inputs, **more})
     supervised = targets != IGNORE
-    return logits[supervised], targets[supervised], supervised.nonzero()[:, 0]
+    return head, states[supervised], targets[supervised], supervised.nonzero()[:, 0]
+
+
+def _judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every target: its loss (nats, fp32), the model's choice, the target itself, and its line of the batch. [N]"""
+    head, states, targets_N, line_N = _at_targets(model, batch)
+    parts = [(targets_N, states.float())] if head is None else chunks(states, targets_N, head)
+    judged = [(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)) for targets, logits in parts]
+    loss_N, choice_N = (torch.cat(part) for part in zip(*judged, strict=True))
+    return loss_N, choice_N, targets_N, line_N
 
 
 @contextmanager
@@ -93,8 +101,9 @@ def held_out(
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), autocast():
         for batch in batches:
-            loss, correct = summed_loss(model, batch)
-            sums += torch.tensor([loss.item(), correct.item(), batch.supervised], dtype=torch.float64)
+            loss_N, choice_N, targets_N, _ = _judged(model, batch)
+            found = [loss_N.sum().item(), (choice_N == targets_N).sum().item(), batch.supervised]
+            sums += torch.tensor(found, dtype=torch.float64)
     total, correct_total, targets = reduce(sums).tolist()
     loss = total / targets
     if classify:
@@ -121,9 +130,7 @@ def row_sums(
     chosen: list[Tensor] = []
     with evaluating(model), autocast():
         for batch in batches:
-            logits_NV, targets_N, line_N = _targets(model, batch, only_targets=True)
-            choice_N = logits_NV.argmax(-1)
-            loss_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+            loss_N, choice_N, targets_N, line_N = _judged(model, batch)
             parts_3N = torch.stack(
                 [loss_N.double(), torch.ones_like(loss_N).double(), (choice_N == targets_N).double()]
             )

@@ -25,7 +25,7 @@ def backward(run: Run, batch: Batch, supervised: float) -> float:
     """
     batch = batch.to(run.accelerator.device)
     with run.accelerator.autocast():
-        loss = summed_loss(run.model, batch)[0] / supervised
+        loss = summed_loss(run.model, batch) / supervised
     run.accelerator.backward(loss)
     return loss.item()
 

@@ -181,7 +181,7 @@ def _gate_gradients(adapter: Adapter, model: PreTrainedModel, batches: Batches, 
     with attached(model, adapter) as pool:
         for batch in batches():
             with autocast():
-                loss = summed_loss(model, batch)[0] / batch.supervised
+                loss = summed_loss(model, batch) / batch.supervised
             loss.backward()
             found.observe(pool.gate_gradient_K().cpu(), batch.supervised)
             assert pool.values.grad is not None
@@ -201,7 +201,7 @@ def _fit_to_flow(
                 mask = batch.inputs.get("attention_mask")
                 covariances.mask = mask.bool() if mask is not None and mask.ndim == 2 else None
                 with autocast():
-                    loss = summed_loss(model, batch)[0]
+                    loss = summed_loss(model, batch)
                 loss.backward()
     layers, energies = {}, []
     for name, factors in adapter.layers.items():

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dynlora_cli import evaluate, generation
 from dynlora_cli.batches import Batches
+from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import held_out, row_sums
 from dynlora_cli.tokens import Example
 
@@ -149,13 +150,14 @@ def test_classes_that_an_adapter_does_not_know_are_not_guessed(dynlora_eval: Cal
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_sums_of_rows_are_those_of_the_whole_from_fewer_logits(
+def test_sums_of_rows_are_those_of_the_whole_from_fewer_logits_where_the_head_must_stay(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model = AutoModelForCausalLM.from_pretrained(model_folder(tmp_path, kind)).eval()
     examples = [Example([0, *range(20, 40)], [-100] * (9 + n) + list(range(28 + n, 40)), n) for n in range(5)]
     batches = [Batches.in_order(examples, micro_batch_size=2, max_length=32, pad_id=1).step(0, n)[0] for n in range(3)]
     whole = held_out(model, batches)
+    monkeypatch.setattr(Heads, "use", False)
     made: list[int] = []
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, given, made_BTV: made.append(made_BTV.shape[1]))

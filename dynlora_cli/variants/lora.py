@@ -8,8 +8,8 @@ When to use it
     The default.
 
 Reference
-    LoRA, arXiv 2106.09685: s = alpha/r; rsLoRA, arXiv 2312.03732: s = alpha/√r. Here r is the budget's average rank, constant for
-    the run, so that removing one component never rescales the others.
+    LoRA, arXiv 2106.09685: s = alpha/r; rsLoRA, arXiv 2312.03732: s = alpha/√r. Here r is the budget's average rank,
+    constant for the run, so that removing one component never rescales the others.
 """
 
 from __future__ import annotations

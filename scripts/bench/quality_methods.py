@@ -295,7 +295,7 @@ def _train_rival(model: Any, ground: Ground, budget: int = 0) -> None:
     for done in range(steps):
         epoch, index = divmod(done, batches.steps_per_epoch)
         (batch,) = batches.step(epoch, index)
-        loss = summed_loss(model, batch)[0] / batch.supervised
+        loss = summed_loss(model, batch) / batch.supervised
         if adaptive:
             loss = loss + _orthogonality(model)
         if not math.isfinite(loss.item()):
