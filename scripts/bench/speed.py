@@ -1,0 +1,265 @@
+"""How near does a training step come to the frozen model's own cost? Against that floor and stock PEFT, in one run.
+
+    python scripts/bench/speed.py                          # all shapes that fit a CPU, appended to speed.jsonl, then speed.md
+    python scripts/bench/speed.py --shapes 512x8 --ranks 16 --tokens 1024 --rounds 9
+    python scripts/bench/speed.py --table                  # only write speed.md again
+
+The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings: what every
+adapter method has to do. A step is forward, loss over all tokens, backward, clipping and AdamW; ours also observes its
+components. Methods take turns within a round, and ratios are of times of the same round. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynlora_cli.batches import Batch
+from dynlora_cli.components import ComponentLinear, Pool, linear_shape
+from dynlora_cli.gradients import GateGradients
+from dynlora_cli.linear_loss import Heads
+from dynlora_cli.loss import summed_loss
+from dynlora_cli.model import find_targets
+from dynlora_cli.rank import shrink
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+ROW = 256  # tokens of a row
+VOCABULARY = 4096
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    layers: int
+    rank: int
+    tokens: int
+
+
+def llama(shape: Shape) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=shape.hidden, intermediate_size=shape.hidden * 11 // 4 // 8 * 8,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.hidden // 64, num_key_value_heads=shape.hidden // 64,
+        tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(DEVICE, TYPE).train()
+
+
+def batch_ids(shape: Shape) -> Tensor:
+    length = min(ROW, shape.tokens)
+    return torch.randint(0, VOCABULARY, (shape.tokens // length, length), device=DEVICE)
+
+
+def floor(shape: Shape) -> Step:
+    model, ids = llama(shape).requires_grad_(False), batch_ids(shape)
+
+    def step() -> None:
+        embedded = model.get_input_embeddings()(ids).requires_grad_(True)
+        model(inputs_embeds=embedded, labels=ids).loss.backward()
+
+    return step
+
+
+def full(shape: Shape) -> Step:
+    model = llama(shape)
+    return labelled(model, batch_ids(shape))
+
+
+def rival(shape: Shape, config: type[peft.PeftConfig], **options: Any) -> Step:
+    model = llama(shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, config(target_modules="all-linear", **options))
+    return labelled(wrapped, batch_ids(shape))
+
+
+def labelled(model: nn.Module, ids: Tensor) -> Step:
+    """A step of a model that computes its loss itself, as every script for PEFT lets it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+    done = itertools.count(1)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if allocate:
+            allocate(next(done))
+        optimizer.zero_grad()
+
+    return step
+
+
+def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
+    """Ours, with the share `left` of its components, after a shrink as in training."""
+    model, ids = llama(shape).requires_grad_(False), batch_ids(shape)
+    layers: dict[str, ComponentLinear] = {}
+    for name, module in find_targets(model, "all-linear").items():
+        assert min(linear_shape(module)) >= 2 * shape.rank
+        layers[name] = ComponentLinear(module, 2.0)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layers[name])
+    pool = Pool(layers, dict.fromkeys(layers, shape.rank), device=DEVICE)
+    optimizer = torch.optim.AdamW([pool.values], lr=1e-4)
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:]
+    batch = Batch({"input_ids": ids}, labels, [], ids.numel(), int((labels != -100).sum()))
+    gradients = GateGradients()
+
+    def step() -> None:
+        ComponentLinear.fuse = Heads.use = fuse
+        with torch.autocast(DEVICE, TYPE, enabled=torch.float32 != TYPE):
+            loss = summed_loss(model, batch) / batch.supervised
+        loss.backward()
+        gradients.observe(pool.gate_gradient_K(), batch.supervised)
+        assert pool.values.grad is not None
+        norm = pool.values.grad.norm()
+        pool.values.grad.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    if left < 1:
+        step()
+        keep = torch.rand(pool.components, generator=torch.Generator().manual_seed(0)) < left
+        shrink(pool, optimizer, keep.to(DEVICE))
+        gradients.restart()
+    return step
+
+
+def methods(shape: Shape) -> dict[str, Callable[[], Step]]:
+    plain = {"r": shape.rank, "lora_alpha": 2 * shape.rank}
+    ada = {"init_r": shape.rank, "target_r": shape.rank, "lora_alpha": 2 * shape.rank, "total_step": 100_000}
+    return {
+        "floor": lambda: floor(shape),
+        "dynlora": lambda: dynlora(shape),
+        "dynlora, half left": lambda: dynlora(shape, left=0.5),
+        "dynlora, a quarter left": lambda: dynlora(shape, left=0.25),
+        "dynlora, ordinary operations": lambda: dynlora(shape, fuse=False),
+        "PEFT LoRA": lambda: rival(shape, peft.LoraConfig, **plain),
+        "PEFT DoRA": lambda: rival(shape, peft.LoraConfig, use_dora=True, **plain),
+        "PEFT AdaLoRA": lambda: rival(shape, peft.AdaLoraConfig, tinit=10_000, tfinal=10_000, deltaT=10, **ada),
+        "full fine-tuning": lambda: full(shape),
+    }
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Seconds of a step of every method in every round, and bytes at the peak."""
+    steps = {name: make() for name, make in methods(shape).items()}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            synchronise()
+            started = time.perf_counter()
+            steps[name]()
+            synchronise()
+            seconds[name].append(round(time.perf_counter() - started, 5))
+    memory = {name: peak(shape, name) for name in steps}
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "peft": peft.__version__, "device": device}
+    facts["threads"], facts["type"] = torch.get_num_threads(), str(TYPE).removeprefix("torch.")
+    return {**asdict(shape), **facts, "seconds": seconds, "peak_bytes": memory}
+
+
+def peak(shape: Shape, name: str) -> int:
+    """Most bytes of three steps, the model included: of the GPU, or resident in a process of its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_here, (shape, name))
+
+
+def peak_here(shape: Shape, name: str) -> int:
+    before = resident()["VmRSS"]
+    step = methods(shape)[name]()
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident()["VmHWM"] - before
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process in memory, now (VmRSS) and at most since its start (VmHWM); Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return {
+        key: int(value.split()[0]) * 1024
+        for key, value in (line.split(":", 1) for line in lines)
+        if key in ("VmRSS", "VmHWM")
+    }
+
+
+def synchronise() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    lines = ["# Speed: a step against the frozen model's own cost\n"]
+    lines.append(
+        "Made by `scripts/bench/speed.py` from speed.jsonl; how: its first lines. Median (min to max) over rounds.\n"
+    )
+    for record in records:
+        floors, plain = record["seconds"]["floor"], record["seconds"]["PEFT LoRA"]
+        shape = (
+            f"hidden {record['hidden']}, {record['layers']} layers, rank {record['rank']}, {record['tokens']} tokens"
+        )
+        lines.append(
+            f"\n{shape}; {record['type']}, {record['device']}, {record['threads']} threads, torch {record['torch']}\n"
+        )
+        lines += ["| | step / floor | PEFT LoRA / step | peak, MiB |", "|---|---|---|---|"]
+        for name, times in record["seconds"].items():
+            to_floor = spread([t / f for t, f in zip(times, floors, strict=True)])
+            to_plain = spread([p / t for t, p in zip(times, plain, strict=True)])
+            lines.append(f"| {name} | {to_floor} | {to_plain} | {record['peak_bytes'][name] / 2**20:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="256x8,512x8,1024x2", help="hidden size x layers")
+    parser.add_argument("--ranks", default="4,16,64")
+    parser.add_argument("--tokens", default="512,4096")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--table", action="store_true", help="only write speed.md again")
+    args = parser.parse_args()
+    for shape, rank, tokens in (
+        ()
+        if args.table
+        else itertools.product(
+            args.shapes.split(","), map(int, args.ranks.split(",")), map(int, args.tokens.split(","))
+        )
+    ):
+        hidden, layers = map(int, shape.split("x"))
+        record = measure(Shape(hidden, layers, rank, tokens), args.rounds)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(table([record]).split("\n\n", 2)[-1], flush=True)
+    records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    RESULTS.with_suffix(".md").write_text(table(records), encoding="utf-8")
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+if __name__ == "__main__":
+    main()
