@@ -37,7 +37,7 @@ from dynlora_cli.progress import (
     with_budget,
 )
 from dynlora_cli.report_log import Event, layer_grid, shade
-from dynlora_cli.units import change, count, duration, number, percent, rate, short, size
+from dynlora_cli.units import change, count, duration, memory_rows, number, percent, rate, short, size
 
 Ranks = Mapping[str, float]  # components per layer
 
@@ -153,7 +153,8 @@ class Console:
             self.show(Group(Text("Target modules", style="head"), _module_table(plan["modules"]), Text()))
         parameters = plan.get("parameters") or {}
         rows = [(f"{key} parameters", count(value)) for key, value in parameters.items()]
-        self.show(pairs([*rows, ("optimizer steps", count(plan.get("steps")))]))
+        rows.append(("optimizer steps", count(plan.get("steps"))))
+        self.show(pairs([*rows, *memory_rows(plan.get("memory"))]))
         if plan.get("schedule"):
             self.show(Group(Text(), Text("Schedule", style="head"), _schedule_table(plan["schedule"])))
         for note in plan.get("notes") or ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,7 +30,8 @@ from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import fit
-from dynlora_cli.model import find_model, fingerprint
+from dynlora_cli.memory import measure
+from dynlora_cli.model import Base, find_model, fingerprint, resolve_dtype
 from dynlora_cli.rank import Schedule, Start, swap
 from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import to_yaml
@@ -148,7 +150,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "notes": data.notes,
     }
     if not drawers.load("variants", recipe.adapter.variant).has_components:
-        return found
+        return found | _memory(recipe, base, data)
     targets, start = plan_ranks(recipe, base)
     found["modules"] = [
         dict(
@@ -158,6 +160,24 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     ]
     found["parameters"].update(start=start.parameters, budget=start.limit)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
+    return found | _memory(recipe, base, data)
+
+
+def _memory(recipe: Recipe, base: Base, data: Data) -> dict[str, Any]:
+    """The memory that the run will need, or a note why nobody knows; `base` is used up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
+    length = recipe.dataset.max_length if recipe.dataset.packing else max(len(e.input_ids) for e in data.train)
+    put = partial(attach, cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
+    try:
+        need = measure(base, lambda: put()[0], recipe.model, device, (recipe.train.micro_batch_size, length))
+    except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
+        return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
+    found: dict[str, Any] = {"memory": need.as_dict()}
+    if need.rows > need.most_rows:
+        advice = f"lower train.micro_batch_size to {need.most_rows}, " if need.most_rows else ""
+        advice += "set train.gradient_checkpointing: true or model.load_in_4bit: true, or lower dataset.max_length"
+        found["notes"] = [*data.notes, f"this may not fit into memory: {advice}"]
     return found
 
 

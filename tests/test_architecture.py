@@ -33,7 +33,7 @@ DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
     8: "cli cli_adapters cli_eval cli_support __main__",
     7: "evaluate export inspect_adapter merge prune train",
-    6: "assemble combine compare eval_report fold generation harness heal held_out linear_loss loop loss meter optimizer_step outputs posthoc probe pruned_folder rate_search state",
+    6: "assemble combine compare eval_report fold generation harness heal held_out linear_loss loop loss memory meter optimizer_step outputs posthoc probe pruned_folder rate_search state",
     5: "adapter_base attach batches data model stream",
     3: "adapter adapter_reader brake chat_mask checkpoint components covariances dora fused_linear gauge gradients rank rows splits stdlib_docs tokens "
     "weights",

@@ -1,0 +1,139 @@
+"""The memory that a run needs, told before it runs, against the tensors and the process of a real step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pico import pico_model, rows
+from tiny_run import make_recipe
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynlora_cli import train
+from dynlora_cli.assemble import attach, keep_libraries_quiet, read_base, read_data
+from dynlora_cli.batches import Batch
+from dynlora_cli.loss import summed_loss
+from dynlora_cli.memory import Need, _Peak, measure
+from dynlora_cli.variants import lora
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    keep_libraries_quiet()
+
+
+def estimate(recipe, ids, variant=lora):
+    tokenizer, data = read_data(recipe)
+    base = read_base(recipe, tokenizer, data, torch.device("meta"))
+    return measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, torch.device("cpu"), ids)
+
+
+def real_peak(recipe, ids):
+    """Bytes of the tensors of a real step, counted the same way."""
+    tokenizer, data = read_data(recipe)
+    base = read_base(recipe, tokenizer, data, torch.device("cpu"))
+    pool, _ = attach(lora, base, recipe)
+    tokens = torch.randint(5, 50, ids)
+    mask = torch.ones_like(tokens)
+    mask[0, -1] = 0  # a batch without padding would need no mask, and is not the largest
+    batch = Batch({"input_ids": tokens, "attention_mask": mask}, tokens, [], tokens.numel(), tokens.numel())
+    base.model.train()
+    summed_loss(base.model, batch).backward()  # the first pass of a model is not like the others
+    held = [*base.model.parameters(), *base.model.buffers(), pool.values, pool.values.grad]
+    with _Peak(
+        [*held, *batch.inputs.values(), *(p.grad for p in base.model.parameters() if p.grad is not None)]
+    ) as peak:
+        summed_loss(base.model, batch).backward()
+    return peak.peak
+
+
+@pytest.mark.parametrize("settings", [[], ["train.gradient_checkpointing=true"], ["rank.init=2"]], ids=str)
+def test_activations_are_those_of_a_real_step(settings, tmp_path):
+    recipe = make_recipe(tmp_path, *settings)
+    need = estimate(recipe, (8, 64))
+    assert need.activations == pytest.approx(real_peak(recipe, (8, 64)), rel=0.1)
+
+
+def test_weights_adapter_and_growth(tmp_path):
+    recipe = make_recipe(tmp_path)
+    tokenizer, data = read_data(recipe)
+    base = read_base(recipe, tokenizer, data, torch.device("cpu"))
+    weights = sum(p.numel() * 4 for p in base.model.parameters())
+    pool, _ = attach(lora, base, recipe)
+    one, two = estimate(recipe, (4, 64)), estimate(recipe, (8, 64))
+    assert one.base == two.base == weights
+    assert one.adapter == pool.parameters * 4 * 4, "values, gradient and two moments in fp32"
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.15)
+    checkpointed = estimate(make_recipe(tmp_path, "train.gradient_checkpointing=true"), (8, 64))
+    assert checkpointed.activations < two.activations
+
+
+def test_four_bits_are_a_seventh_of_the_linear_weights(tmp_path):
+    recipe = make_recipe(tmp_path)
+    four = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": True})})
+    plain, small = estimate(recipe, (2, 16)), estimate(four, (2, 16))
+    tokenizer, data = read_data(recipe)
+    model = read_base(recipe, tokenizer, data, torch.device("meta")).model
+    linear = sum(
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    )
+    assert plain.base - small.base == pytest.approx(linear * (4 - 0.516), rel=0.01)
+
+
+def test_rows_that_fit():
+    need = Need(base=500, adapter=100, activations=200, libraries=100, rows=4, length=64, free=2000)
+    assert need.total == 900
+    assert need.most_rows == 22, "(0.9 x 2000 - 700) / 50"
+    assert replace(need, free=700).most_rows == 0
+
+
+def test_dry_run_tells_and_warns(tmp_path, monkeypatch):
+    plan = train.plan(make_recipe(tmp_path))
+    assert plan["memory"]["total"] > plan["memory"]["activations"] > 0
+    assert not any("memory" in note for note in plan["notes"])
+    monkeypatch.setattr("dynlora_cli.memory._around", lambda device: (1000, 10_000))
+    plan = train.plan(make_recipe(tmp_path))
+    assert "this may not fit into memory: set train.gradient_checkpointing: true" in plan["notes"][-1]
+
+
+def test_a_model_that_needs_numbers_is_not_estimated(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("needs numbers\nand more")
+
+    monkeypatch.setattr("dynlora_cli.memory._step", refuse)
+    plan = train.plan(make_recipe(tmp_path))
+    assert plan["notes"][-1] == "memory was not estimated: needs numbers"
+    assert "memory" not in plan
+
+
+@pytest.mark.slow
+def test_the_estimate_is_within_15_percent_of_the_process(tmp_path):
+    """A real run in a process of its own, large enough that tensors outweigh libraries."""
+    model = pico_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    more = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    LlamaForCausalLM(LlamaConfig(**(config | more))).save_pretrained(model)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\ndataset: {{train: [{{path: {rows(tmp_path, 400)}}}], packing: true, max_length: 256}}\n"
+        "train: {max_steps: 3, micro_batch_size: 8, learning_rate: 1.0e-3}\n"
+        f"output_dir: {tmp_path / 'out'}\n"
+    )
+    command = [sys.executable, "-m", "dynlora_cli", "train", str(recipe), "--json"]
+    planned = json.loads(subprocess.run([*command, "--dry-run"], check=True, stdout=subprocess.PIPE).stdout)
+    need = planned["plan"]["memory"]
+    process = psutil.Popen([*command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    status, highest = Path(f"/proc/{process.pid}/status"), 0
+    while process.poll() is None:
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        highest = max(highest, int(lines.get("VmHWM", "0 kB").split()[0]) * 1024)
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert need["total"] == pytest.approx(highest, rel=0.15)
