@@ -63,7 +63,9 @@ def test_differences_are_paired_by_seed_and_task():
     lines = [record(seed=s, test=10.0 * (s + 1)) for s in range(3)]
     lines += [record(method="dynlora", seed=s, test=9.0 * (s + 1)) for s in range(2)]
     cells = tables.choose(lines)
-    assert tables.paired(cells, ["t", "u"], ("dynlora", 1), ("lora", 1), "test") == {"t": [pytest.approx(-10)] * 2}
+    assert tables.paired(cells, ["t", "u"], ("dynlora", 1), ("lora", 1), "test") == {
+        "t": [pytest.approx(100 * math.log(0.9))] * 2
+    }
     assert tables.interval({"t": [-10.0, -10.0], "u": [-10.0]}) == (-10, -10, -10)
 
 

@@ -1,9 +1,11 @@
 """RESULTS.md and its pictures, from the lines of quality.jsonl.
 
 A cell's runs are those with its chosen learning rate: the one with the lowest `val` loss on seed 0. Tables show the loss
-on the `test` part. Differences to LoRA are paired by seed: same task, budget, seed, batches and order; in percent of
-LoRA's loss. The 95 % interval is a bootstrap over tasks and, inside a task, over seeds, since runs of one task are not
-independent of each other.
+on the `test` part. Differences are paired by seed: same task, budget, seed, batches and order. They are 100 times the
+logarithm of the ratio of the losses, which is percent where it is small, and zero in the mean for two equal methods, as
+a mean of ratios is not. The 95 % interval is a bootstrap over tasks and, inside a task, over seeds, since runs of one
+task are not independent of each other. Language models also have an interval of their own: a classifier that is nearly
+always right has losses that differ severalfold between seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from quality_tasks import TASKS
+
+CONTEST = ("lora", "rslora", "dora", "adalora", "eva", "dynlora")  # who gets a mean rank
+LANGUAGE = "language models alone"
 Record = dict[str, Any]
 Cell = tuple[str, str, int]  # task, method, budget
 Duel = tuple[str, tuple[str, int], tuple[str, int]]  # title, then method and budget of ours and of theirs
@@ -52,7 +58,7 @@ def choose(records: Iterable[Record]) -> dict[Cell, Chosen]:
 def paired(
     cells: dict[Cell, Chosen], tasks: Sequence[str], ours: tuple[str, int], theirs: tuple[str, int], key: str
 ) -> dict[str, list[float]]:
-    """Differences in percent of the other's loss, by task, one for each seed that both have.
+    """Differences in percent (see above), by task, one for each seed that both have.
 
     Args:
         ours, theirs: method and budget.
@@ -63,7 +69,7 @@ def paired(
         one, other = cells.get((task, *ours)), cells.get((task, *theirs))
         if one and other:
             seeds = one.runs.keys() & other.runs.keys()
-            found[task] = [100 * (one.runs[s][key] / other.runs[s][key] - 1) for s in sorted(seeds)]
+            found[task] = [100 * math.log(one.runs[s][key] / other.runs[s][key]) for s in sorted(seeds)]
     return found
 
 
@@ -96,9 +102,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def budget_table(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budget: int, key: str) -> str:
-    """Mean loss by task and method, mean rank, and the paired difference to LoRA."""
+    """Mean loss by task and method, mean rank in the contest, and the paired difference to LoRA."""
     tasks = [task for task in tasks if (task, "lora", budget) in cells]
-    ranked = [m for m in methods if tasks and all((t, m, budget) in cells for t in tasks)]
+    ranked = [m for m in CONTEST if tasks and all((t, m, budget) in cells for t in tasks)]
     ranks = mean_ranks(cells, tasks, ranked, budget, key)
     rows = []
     for method in methods:
@@ -108,10 +114,10 @@ def budget_table(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Seque
         size = mean(c.mean("parameters") / cells[t, "lora", budget].mean("parameters") for t, c in found.items())
         losses = [f"{found[task].mean(key):.4f} ({len(found[task].runs)})" if task in found else "" for task in tasks]
         place = f"{ranks[method]:.2f}" if method in ranks else ""
-        against = interval(paired(cells, tasks, (method, budget), ("lora", budget), key))
-        difference = "" if method == "lora" else signed(against)
-        rows.append([f"`{method}`", *losses, f"{size:.2f}x", place, difference])
-    return table(["method", *tasks, "parameters", "mean rank", "difference to LoRA, 95 % interval"], rows)
+        against = paired(cells, tasks, (method, budget), ("lora", budget), key)
+        difference = ["", ""] if method == "lora" else intervals(against)
+        rows.append([f"`{method}`", *losses, f"{size:.2f}x", place, *difference])
+    return table(["method", *tasks, "parameters", "mean rank", "difference to LoRA, 95 % interval", LANGUAGE], rows)
 
 
 def duel_table(cells: dict[Cell, Chosen], tasks: Sequence[str], duels: Sequence[Duel]) -> str:
@@ -123,12 +129,16 @@ def duel_table(cells: dict[Cell, Chosen], tasks: Sequence[str], duels: Sequence[
             by_task = [f"{mean(found[task]):+.2f}" if task in found else "" for task in tasks]
             better = sum(mean(group) < 0 for group in found.values())
             size = mean(cells[(t, *ours)].mean("parameters") / cells[(t, *theirs)].mean("parameters") for t in found)
-            rows.append([title, *by_task, f"{size:.2f}x", f"{better} of {len(found)}", signed(interval(found))])
-    return table(["ours against", *tasks, "ours has", "better on", "mean, 95 % interval"], rows)
+            rows.append([title, *by_task, f"{size:.2f}x", f"{better} of {len(found)}", *intervals(found)])
+    return table(["ours against", *tasks, "ours has", "better on", "mean, 95 % interval", LANGUAGE], rows)
 
 
-def signed(interval: tuple[float, float, float]) -> str:
-    return "{:+.2f} % ({:+.2f} to {:+.2f})".format(*interval)
+def intervals(differences: dict[str, list[float]]) -> list[str]:
+    """Of all tasks, and of those that are no classifiers."""
+    language = {task: group for task, group in differences.items() if not (task in TASKS and TASKS[task].classify)}
+    return [
+        "{:+.2f} % ({:+.2f} to {:+.2f})".format(*interval(part)) if part else "" for part in (differences, language)
+    ]
 
 
 def curve_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence[int]) -> str:
