@@ -17,9 +17,10 @@ from accelerate.state import AcceleratorState
 from dynlora_cli import drawers
 from dynlora_cli.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.brake import Brake
-from dynlora_cli.components import Pool, linear_shape
+from dynlora_cli.components import ComponentLinear, Pool, linear_shape
 from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import held_out, row_sums
 from dynlora_cli.model import (
     Base,
@@ -116,6 +117,7 @@ def plan_ranks(recipe: Recipe, base: Base) -> tuple[dict[str, torch.nn.Module], 
 
 def attach(variant: Variant, base: Base, recipe: Recipe) -> tuple[Pool | None, Start | None]:
     """Put components on the model, or make all of it train."""
+    ComponentLinear.fuse = Heads.use = recipe.train.fused  # of the process: it trains one recipe at a time
     if not variant.has_components:
         base.model.requires_grad_(True)
         return None, None

@@ -280,6 +280,8 @@ class Train(Section):
     """Norm to which the gradient is clipped; null: no clipping."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    fused: bool = True
+    """Layers and loss as fused functions; false: as ordinary operations, equal up to rounding, to compare with."""
     optimizer: Literal["adamw"] = "adamw"
     """The optimizer."""
     log_steps: Count = 10

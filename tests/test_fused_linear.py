@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_run import lines, make_recipe, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -120,3 +121,15 @@ def test_what_is_not_fused(why, monkeypatch):
     monkeypatch.setattr(FusedLinear, "forward", None)
     torch.manual_seed(0)
     assert made(x).shape == (3, 20)
+
+
+def test_loss_curves_of_both_are_equal(tmp_path):
+    """Through the whole loop, with its events."""
+    curves = []
+    for switch in (True, False):
+        recipe = make_recipe(tmp_path, f"train.fused={str(switch).lower()}", "train.log_steps=1", out=f"out-{switch}")
+        train(recipe)
+        curves.append([line["loss"] for line in lines(tmp_path / f"out-{switch}" / "metrics.jsonl") if "loss" in line])
+    assert len(curves[0]) > 10
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] != curves[1], "the recipe's switch does something"
