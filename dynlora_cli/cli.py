@@ -89,7 +89,9 @@ def train(
             plan = command.plan(checked)
             result.update({"ok": True, "plan": plan})
             if not as_json:
-                view.show_plan(plan)
+                from dynlora_cli.console_plan import show_plan
+
+                show_plan(view, plan)
             return
         with view.train_view() as listener:
             summary = command.run(

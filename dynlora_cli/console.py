@@ -30,14 +30,13 @@ from dynlora_cli.progress import (
     Progress,
     joined,
     middle_cut,
-    module_groups,
     printable,
     sparkline,
     start_rows,
     with_budget,
 )
 from dynlora_cli.report_log import Event, layer_grid, shade
-from dynlora_cli.units import change, count, duration, memory_rows, number, percent, rate, short, size
+from dynlora_cli.units import change, count, duration, number, percent, rate, short, size
 
 Ranks = Mapping[str, float]  # components per layer
 
@@ -141,24 +140,6 @@ class Console:
         self.line(legend)
         self.show(Padding(text, (0, 2)))
         self.line()
-
-    def show_plan(self, plan: dict[str, Any]) -> None:
-        """What `--dry-run` found: the recipe, an example, the target modules, parameters and the schedule."""
-        recipe = Text(printable(plan.get("recipe_yaml", "")).rstrip())
-        recipe.highlight_regex(r"(?m)^\s*(?:- )?[\w.]+:", "accent")
-        self.show(Group(Text("Recipe", style="head"), Padding(recipe, (0, 2))))
-        if plan.get("example"):
-            self.show_example(plan["example"])
-        if plan.get("modules"):
-            self.show(Group(Text("Target modules", style="head"), _module_table(plan["modules"]), Text()))
-        parameters = plan.get("parameters") or {}
-        rows = [(f"{key} parameters", count(value)) for key, value in parameters.items()]
-        rows.append(("optimizer steps", count(plan.get("steps"))))
-        self.show(pairs([*rows, *memory_rows(plan.get("memory"))]))
-        if plan.get("schedule"):
-            self.show(Group(Text(), Text("Schedule", style="head"), _schedule_table(plan["schedule"])))
-        for note in plan.get("notes") or ():
-            self.note(note)
 
     def show_summary(self, summary: dict[str, Any]) -> None:
         """What came out: numbers before and after, the rank map, where the adapter is, and what to type next."""
@@ -364,23 +345,6 @@ def _before_after(summary: dict[str, Any]) -> Table:
     first, last = summary.get("tokens_per_second_start"), summary.get("tokens_per_second_end")
     if first is not None and last is not None:
         table.add_row("tokens/s", count(first), count(last), change(first, last))
-    return table
-
-
-def _module_table(modules: Iterable[dict[str, Any]]) -> Table:
-    table = plain_table("module", "layers", "out x in", "components each")
-    for (pattern, d_out, d_in, components), layers in module_groups(modules).items():
-        table.add_row(printable(pattern), f"x{layers}", f"{d_out} x {d_in}", count(components))
-    return table
-
-
-def _schedule_table(schedule: Sequence[dict[str, Any]]) -> Table:
-    table = plain_table("step", "average rank", "parameters", "learning rate", "")
-    most = max((row.get("parameters") or 0 for row in schedule), default=0) or 1
-    for row in schedule:
-        bar = Text("█" * max(1, round(24 * (row.get("parameters") or 0) / most)), style="accent")
-        cells = (count(row.get("step")), number(row.get("rank"), 1), count(row.get("parameters")))
-        table.add_row(*cells, rate(row.get("learning_rate")), bar)
     return table
 
 

@@ -133,7 +133,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What `run` would do, found without loading weights and without writing anything.
 
     Returns:
-        recipe_yaml, example, modules, parameters, schedule, steps, data and notes; see Console.show_plan.
+        recipe_yaml, example, modules, parameters, schedule, steps, data, memory and notes; see console_plan.py.
     """
     keep_libraries_quiet()
     tokenizer, data = read_data(recipe)

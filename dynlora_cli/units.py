@@ -33,17 +33,6 @@ def size(n_bytes: float | None) -> str:
     return f"{n_bytes:.0f} B" if abs(n_bytes) < 1000 else _scaled(n_bytes, ("kB", "MB", "GB", "TB"))
 
 
-def memory_rows(need: dict[str, int] | None) -> list[tuple[str, str]]:
-    """What `memory.Need.as_dict` says, as labelled lines."""
-    if need is None:
-        return []
-    parts = ", ".join(f"{key} {size(need[key])}" for key in ("base", "adapter", "activations", "libraries"))
-    return [
-        ("memory", f"about {size(need['total'])} of {size(need['free'])} free: {parts}"),
-        ("rows at a time", f"{need['rows']} of up to {need['length']} tokens; {count(need['most_rows'])} would fit"),
-    ]
-
-
 def duration(seconds: float | None) -> str:
     """Time with its two largest units: `85 ms`, `12.3 s`, `4 min 05 s`, `1 h 02 min`, `2 d 03 h`."""
     if seconds is None or not math.isfinite(seconds):

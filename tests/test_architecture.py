@@ -38,7 +38,7 @@ SPINE = {
     3: "adapter adapter_reader brake chat_mask checkpoint components covariances dora fused_linear gauge gradients rank rows splits stdlib_docs tokens "
     "weights",
     2: "aliases console drawers interrupt launch progress recipe recipe_problems recipe_settings report report_card "
-    "report_html report_log report_svg run_folder options console_adapter console_eval gates scores strict_yaml units",
+    "report_html report_log report_svg run_folder options console_adapter console_eval console_plan gates scores strict_yaml units",
     1: "__init__ errors",
 }
 LAYERS = {name: layer for layer, names in SPINE.items() for name in names.split()}

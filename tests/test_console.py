@@ -12,6 +12,7 @@ import pytest
 from rich.text import Text
 
 from dynlora_cli.console import Console, rank_map
+from dynlora_cli.console_plan import show_plan
 from dynlora_cli.errors import MachineError, RecipeError
 from dynlora_cli.progress import printable, sparkline
 
@@ -265,7 +266,7 @@ def test_the_plan_groups_modules_by_pattern() -> None:
         "steps": 400,
         "notes": ["nothing was written"],
     }
-    Console(pipe).show_plan(plan)
+    show_plan(Console(pipe), plan)
     rows = [line.split() for line in pipe.getvalue().splitlines()]
     assert ["model.layers.*.self_attn.q_proj", "x6", "128", "x", "64", "16"] in rows
     assert ["base", "parameters", "2,950,000"] in rows
