@@ -90,15 +90,28 @@ class LinearCrossEntropy(torch.autograd.Function):
             # From here on the logits' memory holds their gradient: softmax minus one at the target.
             logits.sub_(normaliser).exp_()
             logits.scatter_add_(1, place, torch.full_like(normaliser, -1.0))
-            grads.append((logits.to(head.weight.dtype) @ head.weight).to(hidden_ND.dtype))
+            grads.append(_times(logits, head.weight))
         ctx.save_for_backward(torch.cat(grads))
+        ctx.dtype = hidden_ND.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad.to(grad_ND.dtype), None, None
+        return (grad_ND * grad.to(grad_ND.dtype)).to(ctx.dtype), None, None
+
+
+def _times(logits_nV: Tensor, weight_VD: Tensor) -> Tensor:
+    """Gradient of the logits to that of the hidden states.
+
+    In fp16 small probabilities vanish before the backward pass multiplies with the loss scale, so there it is fp32.
+    """
+    device = logits_nV.device.type
+    if torch.float16 in (weight_VD.dtype, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)):
+        with torch.autocast(device, enabled=False):
+            return logits_nV @ weight_VD.float()
+    return logits_nV.to(weight_VD.dtype) @ weight_VD
 
 
 def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:

@@ -104,6 +104,19 @@ def test_chunks_add_up(monkeypatch):
     torch.testing.assert_close(hidden.grad, 0.5 * wanted)
 
 
+def test_small_gradients_survive_in_fp16():
+    """The loss scale comes with the backward pass, after the logits are gone."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 4000, bias=False).requires_grad_(False)
+    hidden = torch.randn(3, 16)
+    targets = torch.tensor([5, 6, 7])
+    head.weight[targets] = 8 * hidden / hidden.square().sum(1, keepdim=True)  # p of the target near 1, the rest 1e-7
+    exact, half = hidden.clone().requires_grad_(True), hidden.half().requires_grad_(True)
+    (linear_cross_entropy(exact, targets, head) * 1e-4).backward()
+    (linear_cross_entropy(half, targets, head.half()) * 1e-4 * 65536).backward()
+    torch.testing.assert_close(half.grad.float() / 65536, exact.grad, rtol=0.05, atol=1e-8)
+
+
 def test_under_autocast():
     model, rows = build("llama"), batch()
     exact = summed_loss(model, rows)
