@@ -42,23 +42,20 @@ def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | N
     head = _plain_head(model)
     if head is None or not Heads.last.get(model, True):
         return None, model(**inputs).logits
-    seen: list[Tensor] = []
-    known = model in Heads.last
-    logits: list[Tensor] = []
-    multiply = head.forward
+    known, multiply = model in Heads.last, head.forward
+    passes: list[tuple[Tensor, Tensor]] = []  # what the head was given, and what it returned
 
     def stand_in(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        logits.append(hidden if known else multiply(hidden))
-        return logits[-1]
+        passes.append((hidden, hidden if known else multiply(hidden)))
+        return passes[-1][1]
 
     head.forward = stand_in  # type: ignore[assignment]
     try:
         returned = model(**inputs).logits
     finally:
         del head.forward
-    Heads.last[model] = bool(logits) and returned is logits[-1]
-    return (head, seen[-1]) if Heads.last[model] else (None, returned)
+    Heads.last[model] = bool(passes) and returned is passes[-1][1]
+    return (head, passes[-1][0]) if Heads.last[model] else (None, returned)
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
