@@ -21,7 +21,7 @@ from dynlora_cli.assemble import attach, keep_libraries_quiet, read_base, read_d
 from dynlora_cli.batches import Batch
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.memory import Need, _Peak, measure
-from dynlora_cli.variants import lora
+from dynlora_cli.variants import full, lora
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,15 @@ def test_activations_are_those_of_a_real_step(settings, tmp_path):
     recipe = make_recipe(tmp_path, *settings)
     need = estimate(recipe, (8, 64))
     assert need.activations == pytest.approx(real_peak(recipe, (8, 64)), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("variant", [lora, full])
+def test_other_models_and_variants(kind, variant, tmp_path):
+    recipe = make_recipe(tmp_path, kind=kind)
+    small, large = estimate(recipe, (2, 32), variant), estimate(recipe, (8, 32), variant)
+    assert small.activations < large.activations
+    assert (small.base == 0) == (variant is full), "all that trains counts as the adapter, four times over"
 
 
 def test_weights_adapter_and_growth(tmp_path):
