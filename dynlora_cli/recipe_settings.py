@@ -243,7 +243,7 @@ class Pruning(Section):
 
     policy: Annotated[str, _Drawer("policies", refuse=_only_after_training)] = "fisher"
     """What scores the components: a file name in dynlora_cli/policies."""
-    start: Share = 0.05
+    start: Share = 0.25
     """When pruning begins."""
     end: Share = 0.5
     """When the budget is met."""

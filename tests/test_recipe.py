@@ -48,7 +48,7 @@ rank:
   budget: 8
 pruning:
   policy: fisher
-  start: 0.05
+  start: 0.25
   end: 0.5
   lr_coupling: 0.5
   events: auto
