@@ -238,7 +238,7 @@ def duels() -> list[Duel]:
 
 
 def pareto_svg(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequence[str], budgets: Sequence[int]) -> str:
-    """Loss over final parameters, both relative to LoRA of rank 1, in the mean over tasks; empty without runs."""
+    """Loss over final parameters, both relative to LoRA of rank 1, in the mean over tasks; empty before there is a line to draw."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for method in methods:
         points = []
@@ -254,7 +254,7 @@ def pareto_svg(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequenc
                 points.append((x, 100 * y))
         if points:
             lines[method] = points
-    if not lines:
+    if max(map(len, lines.values()), default=0) < 2:
         return ""
     return draw(lines, "final parameters, relative to LoRA of rank 1", "held-out loss, % of LoRA of rank 1")
 
