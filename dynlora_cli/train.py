@@ -149,8 +149,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "data": {"counts": data.counts, "sha256": data.sha256},
         "notes": data.notes,
     }
-    if not drawers.load("variants", recipe.adapter.variant).has_components:
-        return found | _memory(recipe, base, data)
+    variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
+    if not variant.has_components:
+        return found | _memory(recipe, variant, base, data)
     targets, start = plan_ranks(recipe, base)
     found["modules"] = [
         dict(
@@ -160,17 +161,17 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     ]
     found["parameters"].update(start=start.parameters, budget=start.limit)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
-    return found | _memory(recipe, base, data)
+    return found | _memory(recipe, variant, base, data)
 
 
-def _memory(recipe: Recipe, base: Base, data: Data) -> dict[str, Any]:
+def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data) -> dict[str, Any]:
     """The memory that the run will need, or a note why nobody knows; `base` is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
     length = recipe.dataset.max_length if recipe.dataset.packing else max(len(e.input_ids) for e in data.train)
-    put = partial(attach, cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
+    ids = (recipe.train.micro_batch_size, length)
     try:
-        need = measure(base, lambda: put()[0], recipe.model, device, (recipe.train.micro_batch_size, length))
+        need = measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids)
     except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
         return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
     found: dict[str, Any] = {"memory": need.as_dict()}

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.components import ComponentLinear, Pool
 from dynlora_cli.fused_linear import FusedLinear, fused
+from dynlora_cli.linear_loss import Heads
 
 
 def layer(base, *, dropout=0.0, count=4, dtype=torch.float32):
@@ -123,8 +124,10 @@ def test_what_is_not_fused(why, monkeypatch):
     assert made(x).shape == (3, 20)
 
 
-def test_loss_curves_of_both_are_equal(tmp_path):
+def test_loss_curves_of_both_are_equal(tmp_path, monkeypatch):
     """Through the whole loop, with its events."""
+    monkeypatch.setattr(ComponentLinear, "fuse", True)  # both are the process's: put back at the end
+    monkeypatch.setattr(Heads, "use", True)
     curves = []
     for switch in (True, False):
         recipe = make_recipe(tmp_path, f"train.fused={str(switch).lower()}", "train.log_steps=1", out=f"out-{switch}")

@@ -7,8 +7,8 @@
     python scripts/bench/quality.py table             # only write RESULTS.md again
 
 A cell is a task, a method and a budget. Its learning rate is chosen on seed 0 by the loss on the `val` part, from a grid
-of factors of 2 that is extended until the best is inside it, and then half a factor on either side; with the best it runs with the other seeds, on the same batches in
-the same order as every other method with that seed. (`dynlora-auto-rate` finds its own rate, `dynlora-auto` its rank too;
+of factors of 2 that is extended until the best is inside it, and then half a factor on either side; with the best it
+runs with the other seeds, on the same batches in the same order as every other method with that seed. (`dynlora-auto-rate` finds its own rate, `dynlora-auto` its rank too;
 their `budget` and rate mean nothing.) The `test` part is read in the same go and used for nothing but the
 table. Every run is a line of quality.jsonl; what is there is not run again. Data and models are in DYNLORA_SHARED
 (../shared).
