@@ -1,17 +1,21 @@
 """How near does a training step come to the frozen model's own cost? Against that floor and stock PEFT, in one run.
 
     python scripts/bench/speed.py                          # all shapes that fit a CPU, appended to speed.jsonl, then speed.md
-    python scripts/bench/speed.py --shapes 512x8 --ranks 16 --tokens 1024 --rounds 9
+    python scripts/bench/speed.py --models 512x8 --ranks 16 --tokens 1024 --rounds 9
+    python scripts/bench/speed.py --models llama-3.2-1b,llama-3.1-8b --base bf16,nf4 --tokens 4096   # on a GPU
     python scripts/bench/speed.py --table                  # only write speed.md again
 
 The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings: what every
 adapter method has to do. A step is forward, loss over all tokens, backward, clipping and AdamW; ours also observes its
-components. Methods take turns within a round, and ratios are of times of the same round. Nothing else should run.
+components. Methods take turns within a round, and ratios are of times of the same round. Nothing else should run. On a
+GPU everything is in bf16 under autocast, as trainers run it, with adapters in fp32; all methods share one frozen base.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import itertools
 import json
 import platform
@@ -19,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -41,43 +46,90 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 ROW = 256  # tokens of a row
 VOCABULARY = 4096
 Step = Callable[[], None]
+# Published shapes, by the arguments of LlamaConfig that tell them apart; `512x8` is hidden size x layers.
+PUBLISHED = {
+    "llama-3.2-1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "tie_word_embeddings": True},
+    "llama-3.1-8b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "tie_word_embeddings": False},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shape:
-    hidden: int
-    layers: int
+    model: str
     rank: int
     tokens: int
+    base: str  # fp32, bf16 or nf4
 
 
-def llama(shape: Shape) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=shape.hidden, intermediate_size=shape.hidden * 11 // 4 // 8 * 8,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.hidden // 64, num_key_value_heads=shape.hidden // 64,
+def config(shape: Shape) -> LlamaConfig:
+    if shape.model in PUBLISHED:
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+        return LlamaConfig(**PUBLISHED[shape.model], **heads, use_cache=False)
+    hidden, layers = map(int, shape.model.split("x"))
+    return LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4 // 8 * 8,
+        num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
         tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(DEVICE, TYPE).train()
+
+
+def llama(shape: Shape, *, alone: bool = False) -> LlamaForCausalLM:
+    """The model; its frozen weights are in memory once, whatever the number of methods, unless it shall train alone."""
+    model = fresh_llama(shape) if alone else copy.deepcopy(frozen_llama(shape), shared_weights(shape))
+    return model.train()
+
+
+@lru_cache(maxsize=1)
+def frozen_llama(shape: Shape) -> LlamaForCausalLM:
+    return fresh_llama(shape).requires_grad_(False)
+
+
+def shared_weights(shape: Shape) -> dict[int, Tensor]:
+    """What deepcopy shall not copy."""
+    model = frozen_llama(shape)
+    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+
+
+def fresh_llama(shape: Shape) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config(shape)).to(TYPE)
+    return quantized(model) if shape.base == "nf4" else model
+
+
+def quantized(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with its layers in 4 bits, but for the output layer; as transformers loads them."""
+    import bitsandbytes as bnb
+
+    for name, module in find_targets(model, "all-linear").items():
+        small = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, bias=False, compute_dtype=TYPE, quant_type="nf4"
+        )  # type: ignore[arg-type]
+        small.weight = bnb.nn.Params4bit(module.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, small.to(DEVICE))
+    return model
 
 
 def batch_ids(shape: Shape) -> Tensor:
-    length = min(ROW, shape.tokens)
-    return torch.randint(0, VOCABULARY, (shape.tokens // length, length), device=DEVICE)
+    length = min(ROW if DEVICE == "cpu" else 1024, shape.tokens)
+    return torch.randint(0, config(shape).vocab_size, (shape.tokens // length, length), device=DEVICE)
 
 
 def floor(shape: Shape) -> Step:
-    model, ids = llama(shape).requires_grad_(False), batch_ids(shape)
+    model, ids = llama(shape), batch_ids(shape)
 
     def step() -> None:
         embedded = model.get_input_embeddings()(ids).requires_grad_(True)
-        model(inputs_embeds=embedded, labels=ids).loss.backward()
+        with mixed():
+            loss = model(inputs_embeds=embedded, labels=ids).loss
+        loss.backward()
 
     return step
 
 
 def full(shape: Shape) -> Step:
-    model = llama(shape)
+    model = llama(shape, alone=True)
     return labelled(model, batch_ids(shape))
 
 
@@ -89,6 +141,10 @@ def rival(shape: Shape, config: type[peft.PeftConfig], **options: Any) -> Step:
     return labelled(wrapped, batch_ids(shape))
 
 
+def mixed() -> torch.autocast:
+    return torch.autocast(DEVICE, TYPE, enabled=torch.float32 != TYPE)
+
+
 def labelled(model: nn.Module, ids: Tensor) -> Step:
     """A step of a model that computes its loss itself, as every script for PEFT lets it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -97,7 +153,9 @@ def labelled(model: nn.Module, ids: Tensor) -> Step:
     done = itertools.count(1)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        with mixed():
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if allocate:
@@ -109,7 +167,7 @@ def labelled(model: nn.Module, ids: Tensor) -> Step:
 
 def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
     """Ours, with the share `left` of its components, after a shrink as in training."""
-    model, ids = llama(shape).requires_grad_(False), batch_ids(shape)
+    model, ids = llama(shape), batch_ids(shape)
     layers: dict[str, ComponentLinear] = {}
     for name, module in find_targets(model, "all-linear").items():
         assert min(linear_shape(module)) >= 2 * shape.rank
@@ -125,7 +183,7 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
 
     def step() -> None:
         ComponentLinear.fuse = Heads.use = fuse
-        with torch.autocast(DEVICE, TYPE, enabled=torch.float32 != TYPE):
+        with mixed():
             loss = summed_loss(model, batch) / batch.supervised
         loss.backward()
         gradients.observe(pool.gate_gradient_K(), batch.supervised)
@@ -155,12 +213,13 @@ def methods(shape: Shape) -> dict[str, Callable[[], Step]]:
         "PEFT LoRA": lambda: rival(shape, peft.LoraConfig, **plain),
         "PEFT DoRA": lambda: rival(shape, peft.LoraConfig, use_dora=True, **plain),
         "PEFT AdaLoRA": lambda: rival(shape, peft.AdaLoraConfig, tinit=10_000, tfinal=10_000, deltaT=10, **ada),
-        "full fine-tuning": lambda: full(shape),
+        **({"full fine-tuning": lambda: full(shape)} if shape.base != "nf4" and shape.model != "llama-3.1-8b" else {}),
     }
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Seconds of a step of every method in every round, and bytes at the peak."""
+    memory = {name: peak(shape, name) for name in methods(shape)}
     steps = {name: make() for name, make in methods(shape).items()}
     for step in steps.values():
         step()
@@ -173,7 +232,6 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
             steps[name]()
             synchronise()
             seconds[name].append(round(time.perf_counter() - started, 5))
-    memory = {name: peak(shape, name) for name in steps}
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
     facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "peft": peft.__version__, "device": device}
     facts["threads"], facts["type"] = torch.get_num_threads(), str(TYPE).removeprefix("torch.")
@@ -182,16 +240,27 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
 
 def peak(shape: Shape, name: str) -> int:
     """Most bytes of three steps, the model included: of the GPU, or resident in a process of its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_here, (shape, name))
+    if DEVICE == "cpu":
+        with get_context("spawn").Pool(1) as pool:
+            return pool.apply(peak_here, (shape, name))
+    unused = torch.cuda.memory_allocated() if name == "full fine-tuning" else 0  # the frozen base of the others
+    torch.cuda.reset_peak_memory_stats()
+    take_steps(shape, name)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.max_memory_allocated() - unused
 
 
 def peak_here(shape: Shape, name: str) -> int:
     before = resident()["VmRSS"]
+    take_steps(shape, name)
+    return resident()["VmHWM"] - before
+
+
+def take_steps(shape: Shape, name: str) -> None:
     step = methods(shape)[name]()
     for _ in range(3):
         step()
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident()["VmHWM"] - before
 
 
 def resident() -> dict[str, int]:
@@ -216,11 +285,10 @@ def table(records: list[dict[str, Any]]) -> str:
     )
     for record in records:
         floors, plain = record["seconds"]["floor"], record["seconds"]["PEFT LoRA"]
-        shape = (
-            f"hidden {record['hidden']}, {record['layers']} layers, rank {record['rank']}, {record['tokens']} tokens"
-        )
         lines.append(
-            f"\n{shape}; {record['type']}, {record['device']}, {record['threads']} threads, torch {record['torch']}\n"
+            f"\n{record['model']}, rank {record['rank']}, {record['tokens']} tokens; base {record['base']}, "
+            f"{record['type']}, {record['device']}, {record['threads']} threads, torch {record['torch']}, "
+            f"peft {record['peft']}\n"
         )
         lines += ["| | step / floor | PEFT LoRA / step | peak, MiB |", "|---|---|---|---|"]
         for name, times in record["seconds"].items():
@@ -236,26 +304,22 @@ def spread(ratios: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="256x8,512x8,1024x2", help="hidden size x layers")
+    parser.add_argument("--models", default="256x8,512x8,1024x2", help="hidden size x layers, or a published shape")
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--tokens", default="512,4096")
+    parser.add_argument("--base", default="fp32" if DEVICE == "cpu" else "bf16", help="the frozen weights: also nf4")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write speed.md again")
     args = parser.parse_args()
-    for shape, rank, tokens in (
-        ()
-        if args.table
-        else itertools.product(
-            args.shapes.split(","), map(int, args.ranks.split(",")), map(int, args.tokens.split(","))
-        )
-    ):
-        hidden, layers = map(int, shape.split("x"))
-        record = measure(Shape(hidden, layers, rank, tokens), args.rounds)
-        with RESULTS.open("a", encoding="utf-8") as file:
+    lists = (part.split(",") for part in (args.models, args.base, args.ranks, args.tokens))
+    for model, base, rank, tokens in () if args.table else itertools.product(*lists):
+        record = measure(Shape(model, int(rank), int(tokens), base), args.rounds)
+        with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(table([record]).split("\n\n", 2)[-1], flush=True)
-    records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    RESULTS.with_suffix(".md").write_text(table(records), encoding="utf-8")
+    records = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+    args.results.with_suffix(".md").write_text(table(records), encoding="utf-8")
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

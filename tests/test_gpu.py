@@ -1,0 +1,114 @@
+"""What only a GPU shows; skipped elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_run import make_recipe, train
+
+from dynlora_cli.assemble import attach, read_base, read_data
+from dynlora_cli.memory import CUDA_BYTES, measure
+from dynlora_cli.variants import lora
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+STORED = {
+    "bf16": (),
+    "fp16": ("model.dtype=float16",),
+    "4 bits": ("model.load_in_4bit=true",),
+    "8 bits": ("model.load_in_8bit=true",),
+    "checkpointing": ("train.gradient_checkpointing=true",),
+    "packed": ("dataset.packing=true",),
+    "unfused": ("train.fused=false",),
+}
+
+
+def losses(events):
+    return [event["loss"] for event in events if event["event"] == "train"]
+
+
+@pytest.mark.parametrize("how", STORED)
+def test_it_learns_prunes_and_saves(how, tmp_path):
+    summary, events = train(make_recipe(tmp_path, *STORED[how], "train.max_steps=40"))
+    assert losses(events)[-1] < losses(events)[0] - 0.1
+    assert summary["parameters"] <= summary["budget_parameters"] < summary["parameters_start"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_precisions_agree(tmp_path):
+    """bf16 has 8 bits of mantissa: losses differ by less than 1 %."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        summary, _ = train(make_recipe(tmp_path, f"model.dtype={dtype}", out=dtype))
+        found[dtype] = summary["loss_after"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path):
+    from dynlora_cli.errors import Interrupted
+
+    whole, _ = train(make_recipe(tmp_path, out="whole"))
+    with pytest.raises(Interrupted):
+        train(make_recipe(tmp_path, out="parts"), interrupt_at=6)
+    parts, _ = train(make_recipe(tmp_path, out="parts"), resume=True)
+    assert parts["loss_after"] == pytest.approx(whole["loss_after"], rel=1e-3)
+
+
+def test_quantized_base_prunes_and_merges(tmp_path, dynlora):
+    train(make_recipe(tmp_path, "model.load_in_4bit=true"))
+    adapter, smaller, merged = tmp_path / "out", tmp_path / "smaller", tmp_path / "merged"
+    assert dynlora("prune", "--adapter", adapter, "--budget", "1", "--out", smaller).code == 0
+    assert dynlora("merge", "--adapter", smaller, "--out", merged).code == 0
+    assert (merged / "model.safetensors").exists()
+
+
+def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
+    """The allocator's own count, which includes what it rounds up."""
+    from dynlora_cli.batches import Batch
+    from dynlora_cli.loss import summed_loss
+
+    recipe = make_recipe(tmp_path, "model.dtype=bfloat16")
+    tokenizer, data = read_data(recipe)
+    device = torch.device("cuda")
+    base = read_base(recipe, tokenizer, data, torch.device("meta"))
+    need = measure(base, lambda: attach(lora, base, recipe)[0], recipe.model, device, (64, 96))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    base = read_base(recipe, tokenizer, data, device)
+    pool, _ = attach(lora, base, recipe)
+    base.model.train()
+    optimizer = torch.optim.AdamW([pool.values], fused=True)
+    ids = torch.randint(5, 50, (64, 96), device=device)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, ids, [], ids.numel(), ids.numel())
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = summed_loss(base.model, batch)
+        loss.backward()
+        optimizer.step()
+        del loss
+    peak = torch.cuda.max_memory_allocated() - before
+    assert need.total - CUDA_BYTES == pytest.approx(peak, rel=0.15)
+
+
+def test_memory_falls_with_pruning():
+    """A pool of half the components takes half the bytes, with its gradient and its moments."""
+    from dynlora_cli.components import ComponentLinear, Pool
+    from dynlora_cli.rank import shrink
+
+    layer = ComponentLinear(torch.nn.Linear(4096, 4096, device="cuda"), 2.0)
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    pool = Pool({"layer": layer}, {"layer": 512}, device="cuda")
+    optimizer = torch.optim.AdamW([pool.values], fused=True)
+    pool.values.grad.normal_()
+    optimizer.step()
+    before = torch.cuda.memory_allocated() - start
+    shrink(pool, optimizer, torch.arange(512, device="cuda") % 2 == 0)
+    after = torch.cuda.memory_allocated() - start
+    assert after == pytest.approx(before / 2, rel=0.1)
