@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.fused_linear import fused, plain_weight_OI
+from dynlora_cli.fused_linear import fusable, fused, weight_type
 
 
 class _Graph:
@@ -89,6 +89,7 @@ class ComponentLinear(nn.Module):
         # One factor per component, [C] or broadcastable to [..., C], for a single request; None costs nothing.
         self.gate: Tensor | None = None
         self.graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
+        self.low: tuple[Tensor, Tensor] | None = None  # a and b in autocast's type, during a forward pass of the model
         self.a_CI = nn.Parameter(torch.empty(0, self.in_features))
         self.b_OC = nn.Parameter(torch.empty(self.out_features, 0))
 
@@ -111,9 +112,8 @@ class ComponentLinear(nn.Module):
         """Map [..., I] to [..., O]."""
         if self.count == 0:
             return self.base(x)
-        weight_OI = self._fusable(x)
-        if weight_OI is not None:
-            return self._watched(fused(x, weight_OI, self.bias, self.a_CI, self.b_OC, self.scale))
+        if self._fusable(x):
+            return self._watched(fused(x, self.base, self.a_CI, self.b_OC, self.scale, self.low))
         y = self.base(x)
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -126,14 +126,11 @@ class ComponentLinear(nn.Module):
         update = self._watched(F.linear(h_C, self.b_OC))
         return y + update.to(y.dtype)
 
-    def _fusable(self, x: Tensor) -> Tensor | None:
-        """The base's weight [O, I] where base and components can run as one function, else None."""
-        if not self.fuse or self.gate is not None or (self.dropout and self.training):
-            return None
-        weight_OI = plain_weight_OI(self.base)
-        if weight_OI is None or torch.is_autocast_enabled(x.device.type):
-            return weight_OI
-        return weight_OI if x.dtype == weight_OI.dtype == self.a_CI.dtype else None
+    def _fusable(self, x: Tensor) -> bool:
+        """Whether base and components can run as one function."""
+        if not self.fuse or self.gate is not None or (self.dropout and self.training) or not fusable(self.base):
+            return False
+        return torch.is_autocast_enabled(x.device.type) or x.dtype == weight_type(self.base) == self.a_CI.dtype
 
     def _watched(self, result: Tensor) -> Tensor:
         """Note the graph that ends here, so that components are not removed while it lives."""
@@ -226,6 +223,26 @@ class Pool:
         for layer, ((a, b), (a_grad, b_grad)) in zip(self.layers.values(), views, strict=True):
             layer.a_CI, layer.b_OC = nn.Parameter(a), nn.Parameter(b)
             layer.a_CI.grad, layer.b_OC.grad = a_grad, b_grad
+
+    def cast_with(self, model: nn.Module) -> None:
+        """From now on cast all components at once when a forward pass of this model begins, not layer by layer.
+
+        Only where autocast is on. When the pass ends the copies are forgotten, so that none can be out of date.
+        """
+
+        def cast(*_: Any) -> None:
+            kind = self.values.device.type
+            if torch.is_autocast_enabled(kind):
+                low = self.views(self.values.detach().to(torch.get_autocast_dtype(kind)))
+                for layer, pair in zip(self.layers.values(), low, strict=True):
+                    layer.low = pair
+
+        def forget(*_: Any) -> None:
+            for layer in self.layers.values():
+                layer.low = None
+
+        model.register_forward_pre_hook(cast)
+        model.register_forward_hook(forget, always_call=True)
 
     def refuse_live_graphs(self) -> None:
         """Raise where a forward pass is still waiting for its backward (or its loss is still held)."""

@@ -3,6 +3,7 @@
 The chain of ordinary operations builds the update as a tensor of its own, adds it to the base's output into a third
 one, and in the backward pass adds up two gradients of x. Here both are accumulated in place by the matrix product
 itself, and what is kept for the backward pass is x, which the base's neighbours keep as well, and the C-wide product.
+The gradients of the factors are added to what is in `.grad` right away; autograd would add them in an operation more.
 
 Dimensions: N tokens, I inputs, O outputs, C components.
 """
@@ -17,15 +18,32 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def plain_weight_OI(base: nn.Module) -> Tensor | None:
-    """The base's weight as a view [O, I], or None where the base does more than a matrix product with it."""
-    kind = type(base)
-    if kind is not nn.Linear and kind.__name__ != "Conv1D":
-        return None
+def fusable(base: nn.Module) -> bool:
+    """Whether all that the base does is one product with a frozen weight, and perhaps a bias."""
+    name = type(base).__name__
+    if type(base) is not nn.Linear and name not in ("Conv1D", "Linear4bit"):
+        return False
     weight: Tensor = base.weight  # type: ignore[assignment]
-    if weight.requires_grad or not weight.is_floating_point() or base._forward_hooks or base._forward_pre_hooks:
-        return None
-    return weight if kind is nn.Linear else weight.T
+    if weight.requires_grad or base._forward_hooks or base._forward_pre_hooks:
+        return False
+    # A 4-bit weight is quantized when it reaches its device, and multiplied unquantized only where that pays: training.
+    return weight.is_floating_point() or (hasattr(weight, "quant_state") and torch.is_grad_enabled())
+
+
+def weight_type(base: nn.Module) -> torch.dtype:
+    """The type of the numbers that `weight_OI` gives."""
+    weight: Any = base.weight
+    return weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
+
+
+def weight_OI(base: nn.Module) -> Tensor:
+    """The base's weight [O, I]: a view, or dequantized from 4 bits."""
+    weight: Any = base.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight if type(base) is nn.Linear else weight.T
 
 
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
@@ -48,34 +66,52 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_CI: Tensor, b_OC: Tensor, scale: float
+        ctx: Any, x: Tensor, base: nn.Module, leaves: tuple[Tensor, Tensor], low: Any, scale: float, *_: Tensor
     ) -> Tensor:
-        y = F.linear(x, weight_OI, bias_O)
+        weight, bias = weight_OI(base), base.bias
+        y = F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
         dtype = y.dtype
+        a_CI, b_OC = low or (leaf.to(dtype) for leaf in leaves)
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
-        h_NC = thin_product(x_NI, a_CI.to(dtype))
-        y.view(-1, y.shape[-1]).addmm_(h_NC, b_OC.to(dtype).T, alpha=scale)
-        ctx.save_for_backward(x, h_NC, weight_OI, a_CI, b_OC)
-        ctx.scale, ctx.dtype = scale, dtype
+        h_NC = thin_product(x_NI, a_CI)
+        y.view(-1, y.shape[-1]).addmm_(h_NC, b_OC.T, alpha=scale)
+        ctx.save_for_backward(x, h_NC, a_CI, b_OC)
+        ctx.base, ctx.leaves, ctx.scale, ctx.dtype = base, leaves, scale, dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h_NC, weight_OI, a_CI, b_OC = ctx.saved_tensors
+        x, h_NC, a_CI, b_OC = ctx.saved_tensors
         scale, dtype = ctx.scale, ctx.dtype
         grad_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
-        grad_h_NC = thin_product(grad_NO, b_OC.to(dtype).T.contiguous()).mul_(scale)
+        grad_h_NC = thin_product(grad_NO, b_OC.T.contiguous() if grad.device.type == "cpu" else b_OC.T)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x_NI = grad_NO @ weight_OI.to(dtype)
-            grad_x = grad_x_NI.addmm_(grad_h_NC, a_CI.to(dtype)).view(x.shape).to(x.dtype)
-        grad_a_CI = (grad_h_NC.T @ x_NI).to(a_CI.dtype)
-        grad_b_OC = (h_NC.T @ grad_NO).mul_(scale).T.to(b_OC.dtype)  # 2 to 5 times as fast as gradᵀ h on the CPU
-        return grad_x, None, None, grad_a_CI, grad_b_OC, None
+            grad_x_NI = grad_NO @ weight_OI(ctx.base).to(dtype)
+            grad_x = grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale).view(x.shape).to(x.dtype)
+        grad_a_CI = add_to_gradient(ctx.leaves[0], grad_h_NC.T @ x_NI, scale)
+        grad_b_OC = add_to_gradient(ctx.leaves[1], (h_NC.T @ grad_NO).T, scale)  # on the CPU 2 to 5 times gradᵀ h
+        return grad_x, None, None, None, None, grad_a_CI, grad_b_OC
 
 
-def fused(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_CI: Tensor, b_OC: Tensor, scale: float) -> Tensor:
-    """x Wᵀ + bias + s (x aᵀ) bᵀ, [..., O]."""
-    return FusedLinear.apply(x, weight_OI, bias_O, a_CI, b_OC, scale)
+def add_to_gradient(leaf: Tensor, product: Tensor, scale: float) -> Tensor | None:
+    """Add scale x product to the leaf's gradient; where it has none, return that for autograd to keep."""
+    if leaf.grad is None:
+        return product.mul_(scale).to(leaf.dtype)
+    leaf.grad.add_(product, alpha=scale)
+    return None
+
+
+def fused(x: Tensor, base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float, low: Any = None) -> Tensor:
+    """x Wᵀ + bias + s (x aᵀ) bᵀ, [..., O].
+
+    Args:
+        x: [..., I].
+        base: holds W and the bias; see `fusable`.
+        a_CI, b_OC: leaves.
+        scale: s.
+        low: the two in the type that autocast computes in, where that is at hand.
+    """
+    return FusedLinear.apply(x, base, (a_CI, b_OC), low, scale, a_CI, b_OC)

@@ -48,4 +48,6 @@ def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, rec
         parent, _, leaf = name.rpartition(".")
         layers[name] = ComponentLinear(base, scale, options.dropout)
         setattr(model.get_submodule(parent), leaf, layers[name])
-    return Pool(layers, start.counts, seed=recipe.seed, device=next(model.parameters()).device)
+    pool = Pool(layers, start.counts, seed=recipe.seed, device=next(model.parameters()).device)
+    pool.cast_with(model)
+    return pool

@@ -175,6 +175,7 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layers[name])
     pool = Pool(layers, dict.fromkeys(layers, shape.rank), device=DEVICE)
+    pool.cast_with(model)
     optimizer = torch.optim.AdamW([pool.values], lr=1e-4)
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:]
