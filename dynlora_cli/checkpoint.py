@@ -88,9 +88,10 @@ def restore(
         parameter.data.copy_(saved)
         prefix = f"optimizer.{index}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        # Adam keeps its step counter on the CPU.
+        # AdamW keeps its step counter on the CPU, unless it is fused.
+        fused = optimizer.defaults.get("fused")
         optimizer.state[parameter] = {
-            key: value if value.ndim == 0 else value.to(parameter.device) for key, value in state.items()
+            key: value.to(parameter.device) if value.ndim or fused else value for key, value in state.items()
         }
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():

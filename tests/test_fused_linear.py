@@ -37,7 +37,7 @@ def run(made, x, fuse, monkeypatch, context=None):
     x = x.clone().requires_grad_(True)
     y = made(x) if context is None else context(made, x)
     assert (type(y.grad_fn).__name__ == "FusedLinearBackward") == fuse
-    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
     return y.detach(), x.grad, made.a_CI.grad, made.b_OC.grad
 
 
@@ -78,6 +78,61 @@ def test_under_gradient_checkpointing(monkeypatch):
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     for ours, plain in zip((made.a_CI.grad, made.b_OC.grad), wanted, strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+def test_gradients_of_several_backward_passes_add_up(monkeypatch):
+    made, x = layer(bases()["bias"]), torch.randn(3, 12)
+    *_, a_once, b_once = run(made, x, True, monkeypatch)
+    made.a_CI.grad, made.b_OC.grad = torch.zeros_like(made.a_CI), torch.zeros_like(made.b_OC)
+    places = made.a_CI.grad.data_ptr(), made.b_OC.grad.data_ptr()
+    for _ in range(3):
+        y = made(x)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        del y
+    torch.testing.assert_close(made.a_CI.grad, 3 * a_once)
+    torch.testing.assert_close(made.b_OC.grad, 3 * b_once)
+    assert places == (made.a_CI.grad.data_ptr(), made.b_OC.grad.data_ptr()), "in the memory that was there"
+
+
+def test_the_pool_is_cast_once_and_never_out_of_date(monkeypatch):
+    """Copies in bf16 live no longer than a forward pass: an optimizer may change the factors behind torch's back."""
+    monkeypatch.setattr(ComponentLinear, "fuse", True)
+    made = layer(bases()["bias"])
+    pool = Pool({"layer": made}, {"layer": 4}, seed=3)
+    model = nn.Sequential(made)
+    pool.cast_with(model)
+    x, seen = torch.randn(3, 12), []
+    made.register_forward_hook(lambda module, inputs, y: seen.append(module.low))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        pool.values.fill_(0.5)
+        first = model(x)
+        pool.values.data.fill_(0.25)
+        second = model(x)
+    assert [low[0].dtype for low in seen] == [torch.bfloat16] * 2
+    assert made.low is None
+    base = made.base(x)
+    torch.testing.assert_close((second - base) * 4, (first - base).float(), rtol=0.1, atol=0.3)
+    model(x)
+    assert seen[-1] is None, "without autocast there is nothing to cast"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [False, True])
+def test_four_bits_equal_ordinary_operations(bias, monkeypatch):
+    import bitsandbytes as bnb
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain = nn.Linear(64, 128, bias=bias)
+    base = bnb.nn.Linear4bit(64, 128, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+    base.weight = bnb.nn.Params4bit(plain.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+    if bias:
+        base.bias = nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
+    made = ComponentLinear(base.to(device).train(), 1.7)
+    values = torch.randn(4 * (64 + 128), generator=torch.Generator().manual_seed(1))
+    Pool({"layer": made}, {"layer": 4}, device=device).adopt(values.to(device), {"layer": 4})
+    x = torch.randn(3, 64, device=device)
+    for ours, ordinary in zip(run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), strict=True):
+        torch.testing.assert_close(ours, ordinary, rtol=1e-4, atol=1e-4)
 
 
 def test_an_input_that_needs_no_gradient_gets_none():
@@ -134,5 +189,5 @@ def test_loss_curves_of_both_are_equal(tmp_path, monkeypatch):
         train(recipe)
         curves.append([line["loss"] for line in lines(tmp_path / f"out-{switch}" / "metrics.jsonl") if "loss" in line])
     assert len(curves[0]) > 10
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3 if torch.cuda.is_available() else 1e-4)  # bf16 on a GPU
     assert curves[0] != curves[1], "the recipe's switch does something"

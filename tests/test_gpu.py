@@ -12,6 +12,7 @@ from dynlora_cli.variants import lora
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned"),  # bitsandbytes, of models this small
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
