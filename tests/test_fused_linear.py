@@ -37,7 +37,7 @@ def run(made, x, fuse, monkeypatch, context=None):
     x = x.clone().requires_grad_(True)
     y = made(x) if context is None else context(made, x)
     assert (type(y.grad_fn).__name__ == "FusedLinearBackward") == fuse
-    (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
+    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     return y.detach(), x.grad, made.a_CI.grad, made.b_OC.grad
 
 
@@ -121,16 +121,15 @@ def test_the_pool_is_cast_once_and_never_out_of_date(monkeypatch):
 def test_four_bits_equal_ordinary_operations(bias, monkeypatch):
     import bitsandbytes as bnb
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = nn.Linear(64, 128, bias=bias)
     base = bnb.nn.Linear4bit(64, 128, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
     base.weight = bnb.nn.Params4bit(plain.weight.detach().clone(), requires_grad=False, quant_type="nf4")
     if bias:
         base.bias = nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
-    made = ComponentLinear(base.to(device).train(), 1.7)
+    made = ComponentLinear(base.to("cpu").train(), 1.7)  # which quantizes
     values = torch.randn(4 * (64 + 128), generator=torch.Generator().manual_seed(1))
-    Pool({"layer": made}, {"layer": 4}, device=device).adopt(values.to(device), {"layer": 4})
-    x = torch.randn(3, 64, device=device)
+    Pool({"layer": made}, {"layer": 4}).adopt(values, {"layer": 4})
+    x = torch.randn(3, 64)
     for ours, ordinary in zip(run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), strict=True):
         torch.testing.assert_close(ours, ordinary, rtol=1e-4, atol=1e-4)
 
@@ -189,5 +188,5 @@ def test_loss_curves_of_both_are_equal(tmp_path, monkeypatch):
         train(recipe)
         curves.append([line["loss"] for line in lines(tmp_path / f"out-{switch}" / "metrics.jsonl") if "loss" in line])
     assert len(curves[0]) > 10
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3 if torch.cuda.is_available() else 1e-4)  # bf16 on a GPU
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     assert curves[0] != curves[1], "the recipe's switch does something"

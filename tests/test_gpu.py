@@ -1,4 +1,4 @@
-"""What only a GPU shows; skipped elsewhere."""
+"""What only a GPU shows: `scripts/test gpu`; skipped elsewhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from dynlora_cli.variants import lora
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned"),  # bitsandbytes, of models this small
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; where there is one: scripts/test gpu"),
 ]
 
 STORED = {

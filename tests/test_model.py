@@ -189,7 +189,7 @@ class TestLoad:
 
 @pytest.mark.slow
 class TestFourBit:
-    """NF4 on whatever device there is; the first use imports bitsandbytes."""
+    """NF4 on the CPU; the first use imports bitsandbytes."""
 
     @pytest.fixture
     def base(self, tmp_path):
@@ -201,8 +201,7 @@ class TestFourBit:
             max_position_embeddings=64,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(tmp_path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load(tmp_path, device=device, load_in_4bit=True)
+        return load(tmp_path, load_in_4bit=True)
 
     def test_weights_are_packed_and_targets_found(self, base):
         from bitsandbytes.nn import Linear4bit

@@ -167,7 +167,10 @@ def main() -> int:
     records, final = read_results(options.results), [name for name in TASKS if name not in design]
     known = [*RIVALS, "dynlora", *BOUNDS]
     options.results.with_name("RESULTS.md").write_text(results(records, design, final, known), encoding="utf-8")
-    picture = pareto_svg(choose(records), final, ["lora", "dynlora", *RIVALS[1:], "lora-4x-cut"], [1, 2, 4])
+    # Over the language tasks: the losses of classifiers that are nearly right differ by a third from seed to seed.
+    language = [name for name in final if not TASKS[name].classify]
+    shown = ["lora", "dynlora", *RIVALS[1:], "dynlora-dora-size", "lora-4x-cut"]
+    picture = pareto_svg(choose(records), language, shown, [1, 2, 4])
     if picture:
         options.results.with_suffix(".svg").write_text(picture, encoding="utf-8")
     return 0
