@@ -26,24 +26,30 @@ def fusable(base: nn.Module) -> bool:
     weight: Tensor = base.weight  # type: ignore[assignment]
     if weight.requires_grad or base._forward_hooks or base._forward_pre_hooks:
         return False
-    # A 4-bit weight is quantized when it reaches its device, and multiplied unquantized only where that pays: training.
-    return weight.is_floating_point() or (hasattr(weight, "quant_state") and torch.is_grad_enabled())
+    if name == "Linear4bit":  # without gradients bitsandbytes has kernels that need no dequantized weight
+        return _quant_state(base) is not None and torch.is_grad_enabled()
+    return weight.is_floating_point()
 
 
 def weight_type(base: nn.Module) -> torch.dtype:
     """The type of the numbers that `weight_OI` gives."""
-    weight: Any = base.weight
-    return weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
+    state = _quant_state(base)
+    return base.weight.dtype if state is None else state.dtype  # type: ignore[return-value]
 
 
 def weight_OI(base: nn.Module) -> Tensor:
     """The base's weight [O, I]: a view, or dequantized from 4 bits."""
-    weight: Any = base.weight
-    if hasattr(weight, "quant_state"):
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    state = _quant_state(base)
+    if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)
+        return dequantize_4bit(weight.data, state)
     return weight if type(base) is nn.Linear else weight.T
+
+
+def _quant_state(base: nn.Module) -> Any:
+    return getattr(base.weight, "quant_state", None)
 
 
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
