@@ -128,13 +128,15 @@ class ComponentLinear(nn.Module):
 
     def _fusable(self, x: Tensor) -> bool:
         """Whether base and components can run as one function."""
+        if torch.compiler.is_compiling():  # torch.compile fuses ordinary operations itself
+            return False
         if not self.fuse or self.gate is not None or (self.dropout and self.training) or not fusable(self.base):
             return False
         return torch.is_autocast_enabled(x.device.type) or x.dtype == weight_type(self.base) == self.a_CI.dtype
 
     def _watched(self, result: Tensor) -> Tensor:
         """Note the graph that ends here, so that components are not removed while it lives."""
-        if result.grad_fn is not None:
+        if not torch.compiler.is_compiling() and result.grad_fn is not None:
             graph = _Graph()
             result.grad_fn.metadata["dynlora"] = graph  # type: ignore[index]
             self.graphs.add(graph)

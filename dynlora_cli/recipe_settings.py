@@ -282,6 +282,8 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     fused: bool = True
     """Layers and loss as fused functions; false: as ordinary operations, equal up to rounding, to compare with."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile: the first steps take a minute, the others less time on a GPU."""
     optimizer: Literal["adamw"] = "adamw"
     """The optimizer."""
     log_steps: Count = 10

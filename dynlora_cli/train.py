@@ -26,6 +26,7 @@ from dynlora_cli.assemble import (
     total_steps,
 )
 from dynlora_cli.checkpoint import read_state, restore
+from dynlora_cli.compile_blocks import compile_blocks, graphs_made
 from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
@@ -84,6 +85,8 @@ def run(
         _same_inputs(run_folder.run_of(checkpoint), data, recipe)
     base = read_base(recipe, tokenizer, data, accelerator.device)
     pool, start = attach(cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
+    if recipe.train.compile:
+        compile_blocks(base.model, pool)
     save = partial(outputs.write_checkpoint, folder=folder, base=base)
     training = make_run(recipe, accelerator, base, data, pool, start, save=save)
     # Dropout is the one thing that differs between processes.
@@ -100,6 +103,8 @@ def run(
             training.emit({"event": "note", "text": f"resuming from {checkpoint}"})
         accelerator.init_trackers(folder.name, config=_plain(recipe))
         fit(training)
+        if recipe.train.compile:
+            training.emit({"event": "note", "text": f"torch.compile made {graphs_made()} graphs"})
         kind = outputs.write_root(folder, training, base)
         summary = outputs.summarize(recipe, training, start, folder, kind)
         outputs.finish(folder, record, training, summary)

@@ -1,0 +1,89 @@
+"""`train.compile`: the blocks of the model as compiled code, which stays valid while components go.
+
+A block is compiled with the number of components of each layer unknown, so a pruning event needs no new code. Only 0
+and 1 are special to torch.compile; a block in which another layer comes down to that is compiled again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.errors import MachineError
+
+if TYPE_CHECKING:
+    from dynlora_cli.components import Pool
+
+# Codes of one function, which all blocks share. Beyond it torch.compile would run the rest uncompiled.
+MOST_GRAPHS = 64
+COMPILERS = ("g++", "clang++", "c++"), ("gcc", "clang", "cc")
+
+
+def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
+    """Compile every block at its first forward pass.
+
+    Args:
+        model: with its components in place.
+        pool: holds them; None where all weights train.
+
+    Raises:
+        MachineError: what torch.compile needs is not installed.
+    """
+    _refuse_without_compiler(next(model.parameters()).device)
+    import torch._dynamo.config as dynamo
+
+    dynamo.force_parameter_static_shapes = False
+    for limit in ("recompile_limit", "cache_size_limit"):  # its name since torch 2.7, and before
+        if hasattr(dynamo, limit):
+            setattr(dynamo, limit, MOST_GRAPHS)
+    # torch.compile looks at the .grad of every tensor that it meets, and then warns of it.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for block in blocks(model):
+        block.compile()
+    if pool is None:
+        return
+    marked: list[Any] = [None]
+
+    def mark(*_: Any) -> None:
+        if marked[0] is not pool.values:  # fresh leaves after every event
+            marked[0] = pool.values
+            for layer in pool.layers.values():
+                torch._dynamo.maybe_mark_dynamic(layer.a_CI, 0)
+                torch._dynamo.maybe_mark_dynamic(layer.b_OC, 1)
+
+    model.register_forward_pre_hook(mark)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated parts of a model: what its outermost lists of modules hold."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif not isinstance(child, ComponentLinear):
+            yield from blocks(child)
+
+
+def graphs_made() -> int:
+    """How many pieces of code this process has compiled so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def _refuse_without_compiler(device: torch.device) -> None:
+    cpp, c = COMPILERS
+    wanted = cpp if device.type == "cpu" else c
+    if not any(map(shutil.which, wanted)):
+        raise MachineError(
+            f"train.compile: torch.compile needs a compiler on this machine, one of {', '.join(wanted)}",
+            "install one (Debian: apt install g++), or set train.compile: false",
+        )
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise MachineError("train.compile: the package triton is not installed", "pip install triton")
