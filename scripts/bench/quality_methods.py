@@ -270,8 +270,10 @@ def _wrap(job: Job, ground: Ground, config: Callable[..., Any], rank: int) -> tu
 def _eva_start(model: Any, ground: Ground) -> None:
     """EVA's principal directions, from training rows in training order."""
     batches = ground.train
+    # Labels tell PEFT which tokens count; those of a classifier stand for whole rows.
+    labelled = ground.base.head is None
     loader = [
-        {**batch.inputs, "labels": batch.labels}
+        {**batch.inputs, "labels": batch.labels} if labelled else batch.inputs
         for index in range(min(50, batches.steps_per_epoch))
         for batch in batches.step(0, index)
     ]
@@ -279,8 +281,15 @@ def _eva_start(model: Any, ground: Ground) -> None:
         model,
         loader,
         forward_fn=lambda m, inputs: m(**{k: v for k, v in inputs.items() if k != "labels"}),
+        prepare_layer_inputs_fn=_at_tokens,
         show_progress_bar=False,
     )
+
+
+def _at_tokens(layer_input: Any, tokens_N2: torch.Tensor, _name: str) -> torch.Tensor:
+    """A layer's inputs at the tokens that count, [N, I]; a pooler has one input per row, and all of them count."""
+    x = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    return x[tokens_N2.T.unbind()] if x.ndim == 3 else x
 
 
 def _train_rival(model: Any, ground: Ground, budget: int = 0) -> None:
