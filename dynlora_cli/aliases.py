@@ -201,6 +201,7 @@ use_gradient_checkpointing        Unsloth        train.gradient_checkpointing
 grad_checkpoint                   mlx-lm         train.gradient_checkpointing
 enable_activation_checkpointing   torchtune      train.gradient_checkpointing
 disable_gradient_checkpointing    LLaMA-Factory  train.gradient_checkpointing: false
+torch_compile                     transformers   train.compile
 logging_steps                     transformers   train.log_steps
 log_every_n_steps                 torchtune      train.log_steps
 log_interval                      litgpt         train.log_steps

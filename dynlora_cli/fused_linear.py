@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
+
 
 def fusable(base: nn.Module) -> bool:
     """Whether all that the base does is one product with a frozen weight, and perhaps a bias."""
@@ -72,7 +74,7 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: nn.Module, leaves: tuple[Tensor, Tensor], low: Any, scale: float, *_: Tensor
+        ctx: Any, x: Tensor, base: nn.Module, leaves: Factors, low: Factors | None, scale: float, *_: Tensor
     ) -> Tensor:
         weight, bias = weight_OI(base), base.bias
         y = F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
@@ -110,7 +112,7 @@ def add_to_gradient(leaf: Tensor, product: Tensor, scale: float) -> Tensor | Non
     return None
 
 
-def fused(x: Tensor, base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float, low: Any = None) -> Tensor:
+def fused(x: Tensor, base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float, low: Factors | None = None) -> Tensor:
     """x Wᵀ + bias + s (x aᵀ) bᵀ, [..., O].
 
     Args:
