@@ -289,7 +289,7 @@ def _eva_start(model: Any, ground: Ground) -> None:
 def _at_tokens(layer_input: Any, tokens_N2: torch.Tensor, _name: str) -> torch.Tensor:
     """A layer's inputs at the tokens that count, [N, I]; a pooler has one input per row, and all of them count."""
     x = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
-    return x[tokens_N2.T.unbind()] if x.ndim == 3 else x
+    return x[tokens_N2.T.unbind()] if x.ndim == 3 else x.contiguous()
 
 
 def _train_rival(model: Any, ground: Ground, budget: int = 0) -> None:
