@@ -79,6 +79,7 @@ def restore(
     Raises:
         UsageError: the checkpoint is of other parameters.
     """
+    fused = optimizer.defaults.get("fused")  # only then AdamW's step counter is on the parameter's device
     for index, parameter in enumerate(parameters):
         saved = tensors.get(f"parameter.{index}")
         if saved is None or saved.shape != parameter.shape:
@@ -88,8 +89,6 @@ def restore(
         parameter.data.copy_(saved)
         prefix = f"optimizer.{index}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        # AdamW keeps its step counter on the CPU, unless it is fused.
-        fused = optimizer.defaults.get("fused")
         optimizer.state[parameter] = {
             key: value.to(parameter.device) if value.ndim or fused else value for key, value in state.items()
         }

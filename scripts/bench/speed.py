@@ -2,7 +2,7 @@
 
     python scripts/bench/speed.py                          # all shapes that fit a CPU, appended to speed.jsonl, then speed.md
     python scripts/bench/speed.py --models 512x8 --ranks 16 --tokens 1024 --rounds 9
-    python scripts/bench/speed.py --models llama-3.2-1b,llama-3.1-8b --base bf16,nf4 --tokens 4096   # on a GPU
+    python scripts/bench/speed.py --models llama-3.2-1b,llama-3.1-8b --base plain,nf4 --tokens 4096   # on a GPU
     python scripts/bench/speed.py --table                  # only write speed.md again
 
 The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings: what every
@@ -58,7 +58,7 @@ class Shape:
     model: str
     rank: int
     tokens: int
-    base: str  # fp32, bf16 or nf4
+    base: str  # plain or nf4
 
 
 def config(shape: Shape) -> LlamaConfig:
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--models", default="256x8,512x8,1024x2", help="hidden size x layers, or a published shape")
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--tokens", default="512,4096")
-    parser.add_argument("--base", default="fp32" if DEVICE == "cpu" else "bf16", help="the frozen weights: also nf4")
+    parser.add_argument("--base", default="plain", help="the frozen weights: plain, nf4")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write speed.md again")
