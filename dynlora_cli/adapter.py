@@ -173,8 +173,9 @@ def lora_tensors(pool: Pool) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in pool.layers.items():
         if layer.count:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.a_CI.detach()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.scale * layer.b_OC.detach()
+            a_CI, b_OC = layer.factors()
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = a_CI.detach()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.scale * b_OC.detach()
     return tensors
 
 

@@ -112,7 +112,8 @@ def plan_ranks(recipe: Recipe, base: Base) -> tuple[dict[str, torch.nn.Module], 
     """The target layers, and how many components each starts with."""
     targets = find_targets(base.model, recipe.adapter.target_modules, head=base.head)
     shapes = {name: linear_shape(module) for name, module in targets.items()}
-    return targets, plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init)
+    variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
+    return targets, plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, variant.Layer)
 
 
 def attach(variant: Variant, base: Base, recipe: Recipe) -> tuple[Pool | None, Start | None]:

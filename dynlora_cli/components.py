@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -79,6 +79,8 @@ class ComponentLinear(nn.Module):
     a_CI: nn.Parameter
     b_OC: nn.Parameter
     fuse: ClassVar[bool] = True  # False: ordinary operations throughout, to compare with
+    turns: ClassVar[bool] = True  # the update depends on BA alone, so that components may be turned into another basis
+    plain: ClassVar[bool] = True  # the leaves are the factors themselves
 
     def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -90,8 +92,53 @@ class ComponentLinear(nn.Module):
         self.gate: Tensor | None = None
         self.graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self.low: tuple[Tensor, Tensor] | None = None  # a and b in autocast's type, during a forward pass of the model
-        self.a_CI = nn.Parameter(torch.empty(0, self.in_features))
-        self.b_OC = nn.Parameter(torch.empty(self.out_features, 0))
+        self.a_width, self.b_width = self.widths(self.in_features, self.out_features)
+        self.a_CI = nn.Parameter(torch.empty(0, self.a_width))
+        self.b_OC = nn.Parameter(torch.empty(self.b_width, 0))
+        # Which of the components that the layer began with are left. [C]
+        self.survivors_C = torch.empty(0, dtype=torch.long)
+
+    # -- what a variant may change; see variants/_variant.py -----------------------------------------------------------
+
+    @staticmethod
+    def widths(d_in: int, d_out: int) -> tuple[int, int]:
+        """Numbers of one component in a_CI and in b_OC."""
+        return d_in, d_out
+
+    @staticmethod
+    def most(d_in: int, d_out: int) -> int:
+        """Components that a layer may begin with."""
+        return max(1, min(d_in, d_out) // 2)
+
+    def start(self, a_CI: Tensor, b_OC: Tensor, generator: torch.Generator) -> None:  # noqa: ARG002 - zero already
+        """Write the initial values into the leaves: A kaiming_uniform (a = √5), B zero, as PEFT."""
+        bound = 1 / math.sqrt(self.in_features)
+        a_CI.uniform_(-bound, bound, generator=generator)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a_CI [C, I] and b_OC [O, C] of the update s·BA, from the leaves."""
+        return self.a_CI, self.b_OC
+
+    def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:  # noqa: ARG002 - the same by either side
+        """dL/dg of the layer's components from the leaves' gradients: <a_i, dL/da_i> = <b_i, dL/db_i>."""
+        assert self.a_CI.grad is not None
+        return (a_CI * self.a_CI.grad).sum(1)
+
+    def ranked(self, scores_C: Tensor) -> Tensor:
+        """Scores by which components may go, from a policy's."""
+        return scores_C
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Called before optimizer step `step` (from 1)."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of an optimizer step."""
+        return None
+
+    def after_update(self, rate: float) -> None:
+        """Called after every optimizer step, with its learning rate."""
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     @property
     def count(self) -> int:
@@ -112,18 +159,19 @@ class ComponentLinear(nn.Module):
         """Map [..., I] to [..., O]."""
         if self.count == 0:
             return self.base(x)
+        a_CI, b_OC = self.factors()
         if self._fusable(x):
-            return self._watched(fused(x, self.base, self.a_CI, self.b_OC, self.scale, self.low))
+            return self._watched(fused(x, self.base, a_CI, b_OC, self.scale, self.low))
         y = self.base(x)
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.a_CI.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        h_C = F.linear(x, self.a_CI) * self.scale
+        h_C = F.linear(x, a_CI) * self.scale
         if self.gate is not None:
             h_C = h_C * self.gate
-        update = self._watched(F.linear(h_C, self.b_OC))
+        update = self._watched(F.linear(h_C, b_OC))
         return y + update.to(y.dtype)
 
     def _fusable(self, x: Tensor) -> bool:
@@ -144,11 +192,12 @@ class ComponentLinear(nn.Module):
 
     def delta_OI(self) -> Tensor:
         """The update s·BA as a dense [O, I] matrix, in the components' precision."""
-        return self.scale * (self.b_OC @ self.a_CI).detach()
+        a_CI, b_OC = self.factors()
+        return self.scale * (b_OC @ a_CI).detach()
 
     def energy(self) -> float:
         """The Frobenius norm of s·BA, from the thin factors: ‖BA‖² = tr(BᵀB · AAᵀ)."""
-        a, b = self.a_CI.detach().double(), self.b_OC.detach().double()
+        a, b = (factor.detach().double() for factor in self.factors())
         return self.scale * math.sqrt(max(0.0, ((b.T @ b) * (a @ a.T)).sum().item()))
 
 
@@ -178,14 +227,14 @@ class Pool:
         values = torch.zeros(sum(counts[name] * self.cost(name) for name in self.layers))
         self.counts = {name: counts[name] for name in self.layers}
         generator = torch.Generator().manual_seed(seed)
-        for a_CI, _ in self.views(values):
-            bound = 1 / math.sqrt(a_CI.shape[1])
-            a_CI.uniform_(-bound, bound, generator=generator)
+        for layer, (a_CI, b_OC) in zip(self.layers.values(), self.views(values), strict=True):
+            layer.start(a_CI, b_OC, generator)
+        self.survive([torch.arange(count) for count in self.counts.values()])
         self.adopt(values.to(device), self.counts)
 
     def cost(self, name: str) -> int:
-        """Numbers that one component of this layer holds: d_in + d_out."""
-        return self.layers[name].in_features + self.layers[name].out_features
+        """Numbers that one component of this layer holds: d_in + d_out in LoRA."""
+        return self.layers[name].a_width + self.layers[name].b_width
 
     @property
     def parameters(self) -> int:
@@ -199,11 +248,11 @@ class Pool:
 
     def views(self, flat_P: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(a_CI, b_OC) of every layer, in order, as views of a flat tensor of this pool: values, gradient, moments."""
-        sizes_a = [self.counts[name] * layer.in_features for name, layer in self.layers.items()]
-        sizes_b = [self.counts[name] * layer.out_features for name, layer in self.layers.items()]
+        sizes_a = [self.counts[name] * layer.a_width for name, layer in self.layers.items()]
+        sizes_b = [self.counts[name] * layer.b_width for name, layer in self.layers.items()]
         parts = flat_P.split(sizes_a + sizes_b)
         return [
-            (a.view(self.counts[name], layer.in_features), b.view(layer.out_features, self.counts[name]))
+            (a.view(self.counts[name], layer.a_width), b.view(layer.b_width, self.counts[name]))
             for (name, layer), a, b in zip(
                 self.layers.items(), parts[: len(sizes_a)], parts[len(sizes_a) :], strict=True
             )
@@ -237,7 +286,7 @@ class Pool:
             if torch.is_autocast_enabled(kind):
                 low = self.views(self.values.detach().to(torch.get_autocast_dtype(kind)))
                 for layer, pair in zip(self.layers.values(), low, strict=True):
-                    layer.low = pair
+                    layer.low = pair if layer.plain else None
 
         def forget(*_: Any) -> None:
             for layer in self.layers.values():
@@ -272,17 +321,43 @@ class Pool:
 
         With W' = W + s Σ g_i b_i a_iᵀ at g = 1, the gate's gradient equals <a_i, dL/da_i> = <b_i, dL/db_i>.
         """
-        assert self.values.grad is not None
-        values, gradients = self.views(self.values.detach()), self.views(self.values.grad)
-        return torch.cat([(a * a_grad).sum(1) for (a, _), (a_grad, _) in zip(values, gradients, strict=True)])
+        return torch.cat(
+            [layer.gate_gradient_C(layer.a_CI.detach(), layer.b_OC.detach()) for layer in self.layers.values()]
+        )
 
+    @torch.no_grad()
     def magnitudes_K(self) -> Tensor:
         """s·‖b_i‖·‖a_i‖ of every component, the Frobenius norm of its share of ΔW. [K]"""
-        pairs = zip(self.layers.values(), self.views(self.values.detach()), strict=True)
-        return torch.cat([layer.scale * a.norm(dim=1) * b.norm(dim=0) for layer, (a, b) in pairs])
+        pairs = [(layer.scale, *layer.factors()) for layer in self.layers.values()]
+        return torch.cat([scale * a.norm(dim=1) * b.norm(dim=0) for scale, a, b in pairs])
+
+    def ranked(self, scores_K: Tensor) -> Tensor:
+        """A policy's scores as the layers rank them. [K]"""
+        parts = zip(self.layers.values(), scores_K.split(list(self.counts.values())), strict=True)
+        return torch.cat([layer.ranked(scores_C) for layer, scores_C in parts])
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Tell every layer that optimizer step `step` (from 1) is next."""
+        for layer in self.layers.values():
+            layer.begin_step(step, total_steps)
+
+    def after_update(self, rate: float) -> None:
+        """Tell every layer that the optimizer has stepped at this learning rate."""
+        for layer in self.layers.values():
+            layer.after_update(rate)
+
+    def penalty(self) -> Tensor | None:
+        """What the layers add to the loss of an optimizer step."""
+        parts = [part for layer in self.layers.values() if (part := layer.penalty()) is not None]
+        return torch.stack(parts).sum() if parts else None
+
+    def survive(self, survivors: Sequence[Tensor]) -> None:
+        """Note for every layer which of its first components are left."""
+        for layer, survivors_C in zip(self.layers.values(), survivors, strict=True):
+            layer.survivors_C = survivors_C
 
     def costs_K(self) -> Tensor:
-        """Numbers of every component: d_in + d_out of its layer. [K], int64"""
+        """Numbers of every component. [K], int64"""
         return self._per_component([self.cost(name) for name in self.layers])
 
     def layers_K(self) -> Tensor:

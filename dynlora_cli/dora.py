@@ -44,25 +44,37 @@ class DoraLinear(ComponentLinear):
         self.weight_OI = weight
         self.bias_O = None if bias_O is None else bias_O.detach()
         self._of: Tensor | None = None
+        self._base_O: Tensor | None = None  # ‖W‖²
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         y = super().forward(x)
+        if self.count == 0:  # with its last component a layer loses its magnitude: no file could keep it
+            return y
         if self.bias_O is not None:
             y = y - self.bias_O
-        y = y * (self.magnitude_O / self.norm_O()).to(y.dtype)
+        # Not y * ratio: in bf16 a ratio near 1 would lose what was learned.
+        y = torch.addcmul(y, y, (self.magnitude_O / self.norm_O() - 1).to(y.dtype))
         return y if self.bias_O is None else y + self.bias_O
+
+    @torch.no_grad()
+    def delta_OI(self) -> Tensor:
+        """W' - W as a dense [O, I] matrix, which BA alone does not say here."""
+        W = self.weight_OI().to(self.a_CI)
+        return (self.magnitude_O / self.norm_O())[:, None] * (W + super().delta_OI()) - W
 
     @torch.no_grad()
     def norm_O(self) -> Tensor:
         """‖W + s B diag(gate) A‖ over the inputs of each output, from thin products."""
         if self._of is not self.a_CI or self.training:
-            W = self.weight_OI().to(self.a_CI.device)
-            self._base_O, self._with_a_OC = W.square().sum(1), F.linear(W, self.a_CI)
+            W = self.weight_OI().to(self.a_CI)
+            self._base_O = W.square().sum(1) if self._base_O is None else self._base_O
+            self._with_a_OC = F.linear(W, self.a_CI)
             self._of = self.a_CI
         b_OC = self.scale * self.b_OC
         if self.gate is not None:
             b_OC = b_OC * self.gate
+        assert self._base_O is not None
         cross_O = (self._with_a_OC * b_OC).sum(1)
         own_O = ((b_OC @ (self.a_CI @ self.a_CI.T)) * b_OC).sum(1)
         return (self._base_O + 2 * cross_O + own_O).clamp_min(0).sqrt()

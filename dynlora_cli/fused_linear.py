@@ -105,8 +105,8 @@ class FusedLinear(torch.autograd.Function):
 
 
 def add_to_gradient(leaf: Tensor, product: Tensor, scale: float) -> Tensor | None:
-    """Add scale x product to the leaf's gradient; where it has none, return that for autograd to keep."""
-    if leaf.grad is None:
+    """Add scale x product to the leaf's gradient; where it has none, or is no leaf, return that for autograd."""
+    if not leaf.is_leaf or leaf.grad is None:
         return product.mul_(scale).to(leaf.dtype)
     leaf.grad.add_(product, alpha=scale)
     return None
@@ -118,7 +118,7 @@ def fused(x: Tensor, base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float, 
     Args:
         x: [..., I].
         base: holds W and the bias; see `fusable`.
-        a_CI, b_OC: leaves.
+        a_CI, b_OC: leaves, or made of leaves.
         scale: s.
         low: the two in the type that autocast computes in, where that is at hand.
     """

@@ -27,7 +27,7 @@ MAX_CONDITION = 1e6
 def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
     """Turn every layer of the pool into its SVD basis, in place; the function of the model stays the same.
 
-    A layer whose B is zero has no direction yet and is left alone.
+    A layer whose B is zero has no direction yet and is left alone, as is one whose update is no function of BA.
 
     Args:
         pool: its values are changed in place.
@@ -41,8 +41,8 @@ def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
     first = pool.views(state["exp_avg"]) if state else []
     second = pool.views(state["exp_avg_sq"]) if state else []
     turned = 0
-    for index, (a, b) in enumerate(values):
-        if a.shape[0] == 0 or not b.any():
+    for index, (layer, (a, b)) in enumerate(zip(pool.layers.values(), values, strict=True)):
+        if not layer.turns or a.shape[0] == 0 or not b.any():
             continue
         basis = svd_basis(a, b)
         if basis is None:

@@ -89,6 +89,8 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     """
     number = run.progress.step + 1
     supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
+    if run.pool:
+        run.pool.begin_step(number, run.total_steps)
     losses = [backward(run, batch, supervised) for batch in micro_batches]
     # Asked late, so that a Ctrl-C of meanwhile counts for this step.
     loss, stop_votes = run.total(sum(losses), interrupted())

@@ -40,7 +40,10 @@ def not_finite(what: str, batches: list[Batch]) -> MeasureError:
 
 
 def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
-    """Reduce over processes and unscale; the gradient's norm, or None where fp16 overflowed."""
+    """Add the variant's penalty, reduce over processes and unscale; the norm, or None where fp16 overflowed."""
+    penalty = run.pool.penalty() if run.pool else None
+    if penalty is not None:
+        run.accelerator.backward(penalty / run.accelerator.num_processes)
     for parameter in run.parameters:
         if parameter.grad is not None:
             run.reduce(parameter.grad)
@@ -71,5 +74,7 @@ def update(run: Run) -> None:
         scaler.update()
     else:
         run.optimizer.step()
+    if run.pool:
+        run.pool.after_update(run.optimizer.param_groups[0]["lr"])
     # Zeroed in place: the gradients of all layers are views of one tensor.
     run.optimizer.zero_grad(set_to_none=run.pool is None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynlora_cli import __version__, run_folder
+from dynlora_cli import __version__, drawers, run_folder
 from dynlora_cli.adapter import PREFIX, lora_config, lora_tensors, write_adapter
 from dynlora_cli.checkpoint import read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
@@ -42,8 +42,11 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
         fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in training.pool.layers.values()),
         modules_to_save=[base.head] if base.head else None,
     )
+    variant = drawers.load("variants", training.recipe.adapter.variant)
+    form = getattr(variant, "saved", None)
+    config, tensors = form(training.pool, config) if form else (config, lora_tensors(training.pool))
     saved_head = {f"{PREFIX}{base.head}.{name}": value for name, value in head.items()}
-    write_adapter(folder, config, {**lora_tensors(training.pool), **saved_head})
+    write_adapter(folder, config, {**tensors, **saved_head})
 
 
 def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
+from dynlora_cli.components import ComponentLinear, Pool
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import to_svd_basis
 from dynlora_cli.gradients import GateGradients
@@ -58,26 +58,33 @@ class Start:
         return self.average_rank * parameters / (self.parameters if self.open else self.budget)
 
 
-def plan_start(shapes: Mapping[str, tuple[int, int]], budget: Budget, init: int | str) -> Start:
+def plan_start(
+    shapes: Mapping[str, tuple[int, int]],
+    budget: Budget,
+    init: int | str,
+    kind: type[ComponentLinear] = ComponentLinear,
+) -> Start:
     """Resolve `rank.budget` and `rank.init` for the layers at hand.
 
     Args:
         shapes: (d_in, d_out) of every layer.
+        kind: of the layers, which says how many numbers a component has.
         budget: kind "rank" (an average), "share" (of the start), "parameters" or "auto" (down to a quarter of a rank).
         init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share or
             auto.
-            Never above half of min(d_in, d_out).
+            Never above half of min(d_in, d_out), where the kind has no other limit.
 
     Raises:
         UsageError: the budget is smaller than one component.
     """
-    per_rank = sum(d_in + d_out for d_in, d_out in shapes.values())
+    costs = {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}
+    per_rank = sum(costs.values())
     asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
     if init == "auto":
         init = 32 if asked is None else max(1, math.ceil(2 * asked / per_rank))
-    counts = {name: max(1, min(int(init), min(shape) // 2)) for name, shape in shapes.items()}
-    parameters = sum(counts[name] * sum(shape) for name, shape in shapes.items())
-    largest = max(sum(shape) for shape in shapes.values())
+    counts = {name: min(int(init), kind.most(*shape)) for name, shape in shapes.items()}
+    parameters = sum(counts[name] * cost for name, cost in costs.items())
+    largest = max(costs.values())
     if budget.kind == "auto":
         floor = max(largest, math.floor(budget.value * per_rank))
         return Start(counts, parameters, floor, parameters / per_rank, open=True)
@@ -213,7 +220,9 @@ def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None
         key: value[keep_P] if torch.is_tensor(value) and value.shape == old.shape else value
         for key, value in optimizer.state.get(old, {}).items()
     }
+    left = [layer.survivors_C[keep.cpu()] for layer, keep in zip(pool.layers.values(), per_layer, strict=True)]
     swap(pool, optimizer, old.detach()[keep_P], counts, state)
+    pool.survive(left)
 
 
 def swap(
@@ -333,6 +342,7 @@ class RankControl:
         if self.gauge and self.policy.needs == "values":
             self._turn()
         scores_K = self.policy.scores(pool, self.gradients, self.generator)
+        scores_K = pool.ranked(scores_K)
         # The cap guards against one noisy event that empties a layer; a brake measures it.
         capped = step != self.schedule.last and self.brake is None
         keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
@@ -368,6 +378,7 @@ class RankControl:
             **averages,
             "generator": self.generator.get_state(),
             "start_parameters": torch.tensor(self.start_parameters),
+            "survivors": torch.cat([layer.survivors_C for layer in self.pool.layers.values()]),
             "brake": torch.tensor([self.brake.refused, self.brake.ended] if self.brake else [0, 0]),
         }
 
@@ -377,6 +388,7 @@ class RankControl:
         self.gradients.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         self.generator.set_state(state["generator"])
         self.start_parameters = int(state["start_parameters"])
+        self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))
         if self.brake:
             self.brake.refused, ended = state["brake"].tolist()
             self.brake.ended = bool(ended)

@@ -80,6 +80,8 @@ def _trial(run: Run, rate: float, interrupted: Callable[[], bool]) -> float:
     losses = []
     for number in range(min(STEPS, run.total_steps)):
         micro_batches = run.batches.step(*divmod(number, run.batches.steps_per_epoch))
+        if run.pool:
+            run.pool.begin_step(number + 1, run.total_steps)
         (supervised,) = run.total(sum(batch.supervised for batch in micro_batches))
         loss, stop_votes = run.total(sum(backward(run, batch, supervised) for batch in micro_batches), interrupted())
         if stop_votes:

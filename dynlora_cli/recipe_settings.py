@@ -209,6 +209,8 @@ class Adapter(Section):
     """Numerator of the scale; auto: so that the scale is 2, which for lora is the customary alpha = 2 r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the adapters."""
+    penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
     init_weights: Literal["default"] = "default"
     """Start of the factors; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT."""
 

@@ -84,7 +84,7 @@ def run(job: Job, work: Path, earlier: list[Result]) -> Result:
 def lay_ground(job: Job, work: Path, earlier: list[Result]) -> Ground:
     recipe = recipe_for(job, work, "val", settings_of(job.method))
     # An open budget holds rows out of its training rows.
-    tokenizer, data = read_data(recipe) if job.method == "dynlora-auto" else _rows(job.task, work, "val")
+    tokenizer, data = read_data(recipe) if job.method.split()[0] == "dynlora-auto" else _rows(job.task, work, "val")
     _, testing = _rows(job.task, work, "test")
     base = read_base(recipe, tokenizer, data, torch.device("cpu"))
     return Ground(
