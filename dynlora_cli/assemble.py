@@ -31,7 +31,8 @@ from dynlora_cli.model import (
     load_tokenizer,
     resolve_dtype,
 )
-from dynlora_cli.rank import RankControl, Schedule, Start, plan_start
+from dynlora_cli.rank import RankControl, Start, plan_start
+from dynlora_cli.schedule import Schedule
 from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:

@@ -124,6 +124,10 @@ class ComponentLinear(nn.Module):
         assert self.a_CI.grad is not None
         return (a_CI * self.a_CI.grad).sum(1)
 
+    def mean_parts_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
+        """The mean over a component's numbers in a, plus that over those in b, of tensors of the leaves' shape."""
+        return a_CI.sum(1) / max(1, a_CI.shape[1]) + b_OC.sum(0) / max(1, b_OC.shape[0])
+
     def ranked(self, scores_C: Tensor) -> Tensor:
         """Scores by which components may go, from a policy's."""
         return scores_C
@@ -350,6 +354,15 @@ class Pool:
         """What the layers add to the loss of an optimizer step."""
         parts = [part for layer in self.layers.values() if (part := layer.penalty()) is not None]
         return torch.stack(parts).sum() if parts else None
+
+    def numbers_P(self, chosen_K: Tensor) -> Tensor:
+        """Of which numbers these components consist. [P], boolean"""
+        chosen_P = torch.zeros(self.parameters, dtype=torch.bool, device=self.values.device)
+        per_layer = chosen_K.to(self.values.device).split(list(self.counts.values()))
+        for (a, b), chosen_C in zip(self.views(chosen_P), per_layer, strict=True):
+            a[chosen_C] = True
+            b[:, chosen_C] = True
+        return chosen_P
 
     def survive(self, survivors: Sequence[Tensor]) -> None:
         """Note for every layer which of its first components are left."""

@@ -1,4 +1,4 @@
-"""Gate gradients: what the ordinary backward pass says about each component, averaged between events.
+"""What the ordinary backward pass says about each component, averaged between events.
 
 Dimensions: K components of the pool.
 """
@@ -90,3 +90,50 @@ class GateGradients:
             self._mean_K, self._square_K = state["mean"], state["square"]
             steps, self.targets = state["counters"].tolist()
             self.steps = int(steps)
+
+
+class EntryAverages:
+    """Running averages for every single number w of the pool: I = |w · dL/dw|, and U = |I - average of I|.
+
+    Source: AdaLoRA (arXiv 2303.10512), equations 8 to 10.
+    """
+
+    DECAY = 0.85
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything: after a change of basis the numbers are others."""
+        self._importance_P: Tensor | None = None
+        self._uncertainty_P: Tensor | None = None
+
+    def observe(self, pool: Pool) -> None:
+        """Take the gradient of one optimizer step: normalised, reduced, not yet clipped."""
+        assert pool.values.grad is not None
+        found_P = (pool.values.detach() * pool.values.grad).abs()
+        if self._importance_P is None or self._uncertainty_P is None:
+            self._importance_P, self._uncertainty_P = torch.zeros_like(found_P), torch.zeros_like(found_P)
+        self._importance_P.lerp_(found_P, 1 - self.DECAY)
+        self._uncertainty_P.lerp_((found_P - self._importance_P).abs(), 1 - self.DECAY)
+
+    def products(self, pool: Pool) -> list[tuple[Tensor, Tensor]]:
+        """I·U as (a_CI, b_OC) of every layer; zeros before the first step."""
+        if self._importance_P is None or self._uncertainty_P is None:
+            return pool.views(torch.zeros_like(pool.values.detach()))
+        return pool.views(self._importance_P * self._uncertainty_P)
+
+    def select(self, keep_P: Tensor) -> None:
+        """Forget the numbers that were removed; `keep_P` is boolean over those that were there."""
+        if self._importance_P is not None and self._uncertainty_P is not None:
+            self._importance_P, self._uncertainty_P = self._importance_P[keep_P], self._uncertainty_P[keep_P]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on in another process."""
+        if self._importance_P is None or self._uncertainty_P is None:
+            return {}
+        return {"importance": self._importance_P, "uncertainty": self._uncertainty_P}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self._importance_P, self._uncertainty_P = state.get("importance"), state.get("uncertainty")

@@ -26,7 +26,7 @@ from dynlora_cli.components import ComponentLinear, Pool
 from dynlora_cli.covariances import Covariances, Energies, turn
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors
-from dynlora_cli.gradients import GateGradients
+from dynlora_cli.gradients import EntryAverages, GateGradients
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.rank import plan_start, select_K
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe_settings import Budget
 
 BISECTIONS = 8
+Observed = GateGradients | EntryAverages | Energies
 Batches = Callable[[], Iterable["Batch"]]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -79,7 +80,7 @@ class Order:
         """
         if policy.needs == "values":
             turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
-            observed: GateGradients | Energies = GateGradients()
+            observed: Observed = GateGradients()
             return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
         if model is None or batches is None:
             raise UsageError("this policy looks at data, and there is none", "name rows with --data, or use magnitude")
@@ -91,7 +92,8 @@ class Order:
             observed = Energies(energies)
         else:
             turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
-            observed = _gate_gradients(turned, model, batches, autocast)
+            averages = EntryAverages() if policy.needs == "entries" else GateGradients(decay=None)
+            observed = _observed(averages, turned, model, batches, autocast)
         return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
 
     @property
@@ -167,7 +169,7 @@ def _loose_pool(adapter: Adapter) -> Pool:
     return pool
 
 
-def _scores(policy: ModuleType, pool: Pool, observed: GateGradients | Energies, seed: int, adapter: Adapter) -> Tensor:
+def _scores(policy: ModuleType, pool: Pool, observed: Observed, seed: int, adapter: Adapter) -> Tensor:
     scores = policy.scores(pool, observed, torch.Generator().manual_seed(seed)).double().cpu()
     if adapter.dora:  # a magnitude cannot be stored without a component, so each layer's best one stays
         for part in scores.split(list(adapter.ranks.values())):
@@ -175,19 +177,27 @@ def _scores(policy: ModuleType, pool: Pool, observed: GateGradients | Energies, 
     return scores
 
 
-def _gate_gradients(adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast) -> GateGradients:
-    """Averages of every gate's gradient over the rows, on the CPU."""
-    found = GateGradients(decay=None)
+def _observed(
+    averages: GateGradients | EntryAverages,
+    adapter: Adapter,
+    model: PreTrainedModel,
+    batches: Batches,
+    autocast: Autocast,
+) -> GateGradients | EntryAverages:
+    """The averages of what the backward passes over the rows say."""
     with attached(model, adapter) as pool:
         for batch in batches():
             with autocast():
                 loss = summed_loss(model, batch) / batch.supervised
             loss.backward()
-            found.observe(pool.gate_gradient_K().cpu(), batch.supervised)
+            if isinstance(averages, EntryAverages):
+                averages.observe(pool)
+            else:
+                averages.observe(pool.gate_gradient_K().cpu(), batch.supervised)
             assert pool.values.grad is not None
             pool.values.grad.zero_()
             del loss
-    return found
+    return averages
 
 
 def _fit_to_flow(

@@ -1,6 +1,6 @@
 """Rank control: one budget for all layers, met by removing components while training.
 
-    Schedule      when the events are and how many parameters may be alive after each; plain arithmetic
+    plan_start    how many components each layer begins with
     select_K      which components an event keeps: one threshold over the whole pool
     shrink, swap  the only code that changes module, parameter group and moments; all three together
     RankControl   observe after backward, apply after the optimizer's step
@@ -22,7 +22,8 @@ from torch import Tensor
 from dynlora_cli.components import ComponentLinear, Pool
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import to_svd_basis
-from dynlora_cli.gradients import GateGradients
+from dynlora_cli.gradients import EntryAverages, GateGradients
+from dynlora_cli.schedule import Schedule
 
 if TYPE_CHECKING:
     from dynlora_cli.brake import Brake
@@ -97,70 +98,6 @@ def plan_start(
     return Start(counts, parameters, limit, limit / per_rank)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The events of a run: after optimizer step `steps[j]` at most `targets[j]` parameters are alive.
-
-    Attributes:
-        begin: the step after which scores are observed.
-        steps: optimizer steps of the events, rising; empty where there is nothing to prune.
-        targets: parameters allowed after each; the last is the budget.
-    """
-
-    begin: int
-    steps: tuple[int, ...]
-    targets: tuple[int, ...]
-
-    @classmethod
-    def plan(
-        cls, *, total_steps: int, start: float, end: float, events: int | str, parameters: int, budget: int
-    ) -> Schedule:
-        """Spread events evenly over [start, end] of the run, with a cubic descent to the budget.
-
-        alive(t) = budget + (parameters - budget) · (1 - t)³, t from 0 to 1 (AdaLoRA, arXiv 2303.10512, equation 12).
-
-        Args:
-            total_steps: optimizer steps of the whole run.
-            start, end: shares of `total_steps`.
-            events: number of events, or "auto": one for each 10 steps, at most 20, at least 1.
-            parameters: alive at the start.
-            budget: alive at the end, at most.
-        """
-        if parameters <= budget:
-            return cls(total_steps, (), ())
-        begin = min(round(start * total_steps), total_steps - 1)
-        length = max(1, round(end * total_steps) - begin)
-        count = max(1, min(20, length // 10)) if events == "auto" else max(1, min(int(events), length))
-        shares = [(j + 1) / count for j in range(count)]
-        steps = tuple(begin + math.ceil(share * length) for share in shares)
-        targets = tuple(budget + math.floor((parameters - budget) * (1 - share) ** 3) for share in shares)
-        return cls(begin, steps, targets)
-
-    @classmethod
-    def descend(
-        cls, *, total_steps: int, start: float, end: float, events: int | str, parameters: int, budget: int
-    ) -> Schedule:
-        """Spread events evenly over [start, end] of the run, each of which takes the same share of what is alive.
-
-        The share is at most a half, so a run with few events may end above the floor.
-
-        Args:
-            events: number of events, or "auto": one for each 5 steps, at most 14, at least 1.
-            budget: a floor for what is alive after the last one; the others as in `plan`.
-        """
-        begin = min(round(start * total_steps), total_steps - 1)
-        length = max(1, round(end * total_steps) - begin)
-        count = max(1, min(14, length // 5)) if events == "auto" else max(1, min(int(events), length))
-        steps = tuple(begin + math.ceil((j + 1) / count * length) for j in range(count))
-        kept = max(0.5, (budget / parameters) ** (1 / count))
-        return cls(begin, steps, tuple(max(budget, math.floor(parameters * kept ** (j + 1))) for j in range(count)))
-
-    @property
-    def last(self) -> int:
-        """The step after which the budget is met; 0 where it is from the start."""
-        return self.steps[-1] if self.steps else 0
-
-
 def select_K(scores_K: Tensor, costs_K: Tensor, layers_K: Tensor, target: int, *, capped: bool) -> tuple[Tensor, float]:
     """Choose the components to keep: the best by one threshold over the whole pool.
 
@@ -210,17 +147,14 @@ def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None
     """
     pool.refuse_live_graphs()
     old = pool.values
-    keep_P = torch.zeros(old.numel(), dtype=torch.bool, device=old.device)
-    per_layer = keep_K.to(old.device).split(list(pool.counts.values()))
-    for (a, b), keep_C in zip(pool.views(keep_P), per_layer, strict=True):
-        a[keep_C] = True
-        b[:, keep_C] = True
+    keep_P = pool.numbers_P(keep_K)
+    per_layer = keep_K.cpu().split(list(pool.counts.values()))
     counts = dict(zip(pool.counts, (int(keep_C.sum()) for keep_C in per_layer), strict=True))
     state = {
         key: value[keep_P] if torch.is_tensor(value) and value.shape == old.shape else value
         for key, value in optimizer.state.get(old, {}).items()
     }
-    left = [layer.survivors_C[keep.cpu()] for layer, keep in zip(pool.layers.values(), per_layer, strict=True)]
+    left = [layer.survivors_C[keep] for layer, keep in zip(pool.layers.values(), per_layer, strict=True)]
     swap(pool, optimizer, old.detach()[keep_P], counts, state)
     pool.survive(left)
 
@@ -273,6 +207,7 @@ class RankControl:
         self.gauge, self.lr_coupling, self.probe, self.brake = gauge, lr_coupling, probe, brake
         self.start_parameters = pool.parameters
         self.gradients = GateGradients()
+        self.entries = EntryAverages() if policy.needs == "entries" else None
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -295,6 +230,8 @@ class RankControl:
         """
         if self.schedule.begin < step <= self.schedule.last and not (self.brake and self.brake.ended):
             self.gradients.observe(self.pool.gate_gradient_K(), targets)
+            if self.entries:
+                self.entries.observe(self.pool)
 
     def apply(self, step: int) -> dict[str, Any] | None:
         """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
@@ -328,7 +265,13 @@ class RankControl:
         turned = to_svd_basis(self.pool, self.optimizer)
         if turned:
             self.gradients.restart()
+            if self.entries:
+                self.entries.restart()
         return turned
+
+    def scores_K(self) -> Tensor:
+        """What the policy thinks of the components now. [K]"""
+        return self.policy.scores(self.pool, self.entries or self.gradients, self.generator)
 
     def _prune(self, step: int, target: int) -> dict[str, Any]:
         pool = self.pool
@@ -341,8 +284,7 @@ class RankControl:
         counts, loss = dict(pool.counts), self.probe() if self.probe else None
         if self.gauge and self.policy.needs == "values":
             self._turn()
-        scores_K = self.policy.scores(pool, self.gradients, self.generator)
-        scores_K = pool.ranked(scores_K)
+        scores_K = pool.ranked(self.scores_K())
         # The cap guards against one noisy event that empties a layer; a brake measures it.
         capped = step != self.schedule.last and self.brake is None
         keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
@@ -350,6 +292,8 @@ class RankControl:
             self.brake.ended |= step == self.schedule.last
             return event
         event["predicted_loss_change"] = self.gradients.predicted_loss_change(~keep_K, pool)
+        if self.entries:
+            self.entries.select(pool.numbers_P(keep_K))
         shrink(pool, self.optimizer, keep_K)
         self.gradients.select(keep_K)
         if self.gauge:
@@ -374,8 +318,10 @@ class RankControl:
     def state_dict(self) -> dict[str, Tensor]:
         """The averages and the generator, for a checkpoint; tensors only."""
         averages = {f"gradients.{key}": value for key, value in self.gradients.state_dict().items()}
+        entries = self.entries.state_dict() if self.entries else {}
         return {
             **averages,
+            **{f"entries.{key}": value for key, value in entries.items()},
             "generator": self.generator.get_state(),
             "start_parameters": torch.tensor(self.start_parameters),
             "survivors": torch.cat([layer.survivors_C for layer in self.pool.layers.values()]),
@@ -384,8 +330,13 @@ class RankControl:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict`; the pool must hold the same components."""
-        prefix = "gradients."
-        self.gradients.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+        self.gradients.load_state_dict(part("gradients."))
+        if self.entries:
+            self.entries.load_state_dict(part("entries."))
         self.generator.set_state(state["generator"])
         self.start_parameters = int(state["start_parameters"])
         self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))

@@ -33,10 +33,11 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import fit
 from dynlora_cli.memory import measure
 from dynlora_cli.model import Base, find_model, fingerprint, resolve_dtype
-from dynlora_cli.rank import Schedule, Start, swap
+from dynlora_cli.rank import Start, swap
 from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
+from dynlora_cli.schedule import Schedule
 from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:

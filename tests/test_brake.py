@@ -13,8 +13,9 @@ from tiny_run import assembled, lines, make_recipe, train, write_rows
 from dynlora_cli.assemble import read_data
 from dynlora_cli.brake import Brake, paired_change
 from dynlora_cli.errors import Interrupted, UsageError
-from dynlora_cli.rank import Schedule, plan_start, shrink
+from dynlora_cli.rank import plan_start, shrink
 from dynlora_cli.recipe import parse_budget
+from dynlora_cli.schedule import Schedule
 from dynlora_cli.scores import RowSums
 
 AUTO = ("rank.budget=auto", "pruning.start=0.1", "pruning.end=0.9", "pruning.events=6")

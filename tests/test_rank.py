@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlora_cli import drawers
 from dynlora_cli.errors import DynloraError, UsageError
-from dynlora_cli.gradients import GateGradients
-from dynlora_cli.rank import RankControl, Schedule, plan_start, select_K, shrink
+from dynlora_cli.gradients import EntryAverages, GateGradients
+from dynlora_cli.rank import RankControl, plan_start, select_K, shrink
+from dynlora_cli.schedule import Schedule
 
 from toy import SHAPES, fill, make, train
 
@@ -298,9 +299,12 @@ class TestControl:
         for seed in range(3):
             gradient = torch.rand(run.pool.components, generator=torch.Generator().manual_seed(seed))
             run.control.gradients.observe(gradient, targets=10)
+            if run.control.entries:
+                run.pool.values.grad.uniform_(-1, 1)
+                run.control.entries.observe(run.pool)
         other = RankControl(run.pool, run.optimizer, run.control.policy, run.control.schedule, seed=99)
         other.load_state_dict({key: value.clone() for key, value in run.control.state_dict().items()})
-        ours, theirs = (c.policy.scores(run.pool, c.gradients, c.generator) for c in (run.control, other))
+        ours, theirs = (c.scores_K() for c in (run.control, other))
         assert torch.equal(ours, theirs)
         assert (other.gradients.steps, other.gradients.targets) == (3, 10)
         assert other.rate_factor == run.control.rate_factor
@@ -378,3 +382,40 @@ class TestEightDefectsOfTheFirstPublishedRank1SumCode:
         scores = drawers.load("policies", "fisher").scores(pool, gradients, torch.Generator())
         assert scores[0] > 0
         assert scores[1] == 0
+
+
+class TestPoliciesByTheirEquations:
+    def test_squeeze_leaves_every_layer_the_same_rank_and_its_largest(self):
+        _, pool = make((4, 4, 4))
+        fill(pool)
+        sizes = pool.magnitudes_K().split([4, 4, 4])
+        scores = drawers.load("policies", "squeeze").scores(pool, GateGradients(), torch.Generator())
+        target = 2 * sum(pool.cost(name) for name in pool.layers)
+        keep, _ = select_K(scores, pool.costs_K(), pool.layers_K(), target, capped=False)
+        for kept, size in zip(keep.split([4, 4, 4]), sizes, strict=True):
+            assert set(kept.nonzero().flatten().tolist()) == set(size.topk(2).indices.tolist())
+
+    def test_sensitivity_is_adaloras_score(self):
+        """Against PEFT's own allocator, on the same values and gradients."""
+        from peft.tuners.adalora.layer import RankAllocator
+
+        _, pool = make((4, 3, 2))
+        fill(pool)
+        entries, config = EntryAverages(), SimpleNamespace(beta1=0.85, beta2=0.85, init_r=4, target_r=2)
+        theirs = RankAllocator.__new__(RankAllocator)
+        theirs.beta1, theirs.beta2, theirs.peft_config, theirs.adapter_name = 0.85, 0.85, config, "default"
+        theirs.ipt, theirs.exp_avg_ipt, theirs.exp_avg_unc = {}, {}, {}
+        named = {}
+        for name, layer in pool.layers.items():
+            named |= {f"{name}.lora_A.default": layer.a_CI, f"{name}.lora_B.default": layer.b_OC}
+        model = SimpleNamespace(named_parameters=named.items)
+        for seed in range(3):
+            pool.values.grad.copy_(torch.randn(pool.parameters, generator=torch.Generator().manual_seed(seed)))
+            entries.observe(pool)
+            theirs.update_ipt(model)
+        found = drawers.load("policies", "sensitivity").scores(pool, entries, torch.Generator())
+        expected = []
+        for name in pool.layers:
+            a, b = (theirs._element_score(f"{name}.lora_{part}.default") for part in "AB")
+            expected.append(a.mean(1) + b.mean(0))
+        torch.testing.assert_close(found, torch.cat(expected))

@@ -23,6 +23,9 @@ class GatedLinear(ComponentLinear):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.a_CI[:, :-1], self.b_OC * self.gates_C(self.a_CI[:, -1])
 
+    def mean_parts_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
+        return super().mean_parts_C(a_CI[:, :-1], b_OC) + a_CI[:, -1]
+
     def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:  # noqa: ARG002
         assert self.a_CI.grad is not None
         return (a_CI * self.a_CI.grad)[:, :-1].sum(1)
