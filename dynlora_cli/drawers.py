@@ -20,9 +20,15 @@ from dynlora_cli.errors import UsageError
 
 
 def names(drawer: str) -> list[str]:
-    """Names that a drawer offers, sorted, without importing any of its files; `_` in a file name is `-` in a name."""
-    folder = Path(__file__).parent / drawer
-    return sorted(path.stem.replace("_", "-") for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    """Names that a drawer offers, sorted, without importing any of the files; `_` in a file name is `-` in a name."""
+    return sorted(_files(drawer))
+
+
+def _files(drawer: str) -> dict[str, Path]:
+    """Name to file, of every folder that belongs to the drawer's package."""
+    folders = importlib.import_module(f"dynlora_cli.{drawer}").__path__
+    files = [path for folder in folders for path in Path(folder).glob("*.py") if not path.stem.startswith("_")]
+    return {path.stem.replace("_", "-"): path for path in files}
 
 
 def load(drawer: str, name: str) -> ModuleType:
@@ -40,8 +46,7 @@ def load(drawer: str, name: str) -> ModuleType:
 
 def declared(drawer: str, name: str, constant: str) -> Any:
     """What `dynlora_cli/<drawer>/<name>.py` sets a constant to, without importing it; None where it does not."""
-    path = Path(__file__).parent / drawer / f"{name.replace('-', '_')}.py"
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in ast.parse(_files(drawer)[name].read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [constant]:
             return ast.literal_eval(node.value)
     return None

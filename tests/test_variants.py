@@ -172,3 +172,35 @@ def test_trained_pruned_saved_and_resumed(folder, name):
     again, _ = train(recipe, resume_from=out / "checkpoints" / "step-5", overwrite=True)
     assert (out / "adapter_model.safetensors").read_bytes() == first
     assert again["loss_after"] == summary["loss_after"]
+
+
+TOY = """
+\"\"\"Half of LoRA.\"\"\"
+
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.variants._variant import put
+
+has_components = True
+
+
+class Layer(ComponentLinear):
+    turns = plain = False
+
+    def factors(self):
+        return self.a_CI, self.b_OC / 2
+
+
+def attach(model, targets, start, recipe):
+    return put(model, targets, start, recipe, Layer)
+"""
+
+
+def test_a_new_variant_is_one_new_file(folder, tmp_path, monkeypatch):
+    import dynlora_cli.variants
+
+    (tmp_path / "toy_variant.py").write_text(TOY, encoding="utf-8")
+    monkeypatch.setattr(dynlora_cli.variants, "__path__", [*dynlora_cli.variants.__path__, str(tmp_path)])
+    recipe = make_recipe(folder, "adapter.variant=toy-variant", out="out-toy")
+    summary, _ = train(recipe)
+    assert (summary["variant"], summary["parameters"] <= summary["budget_parameters"]) == ("toy-variant", True)
+    assert read_adapter(Path(recipe.output_dir)).parameters == summary["parameters"]

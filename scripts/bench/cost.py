@@ -36,7 +36,7 @@ output_dir: OUT
 
 
 def train(work: Path, budget: int, steps: int, *overrides: str) -> dict[str, float]:
-    """One command: seconds of its loop, and of all of it."""
+    """One command: seconds of its loop, and of all of it, and the peak of its resident memory in bytes."""
     recipe, out = work / "recipe.yaml", work / "out"
     values = {"MODEL": work / "model", "BUDGET": budget, "STEPS": steps, "OUT": out}
     text = RECIPE
@@ -47,7 +47,8 @@ def train(work: Path, budget: int, steps: int, *overrides: str) -> dict[str, flo
     command = [sys.executable, "-m", "dynlora_cli", "train", str(recipe), "--overwrite", "--json", *sets]
     started = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return {"training": json.loads(done.stdout)["seconds"], "command": time.perf_counter() - started}
+    summary, command_seconds = json.loads(done.stdout), time.perf_counter() - started
+    return {"training": summary["seconds"], "command": command_seconds, "peak": summary["peak_memory_bytes"]}
 
 
 def pair(work: Path, budget: int, steps: int, number: int) -> dict[str, Any]:

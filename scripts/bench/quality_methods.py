@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import peft
 import torch
@@ -23,7 +23,7 @@ from quality_tasks import TASKS, model_path, prepare
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynlora_cli import loop
+from dynlora_cli import drawers, loop
 from dynlora_cli.assemble import attach, make_accelerator, make_batches, make_run, plan_ranks, read_base, read_data
 from dynlora_cli.batches import Batches
 from dynlora_cli.components import Pool, linear_shape
@@ -35,6 +35,9 @@ from dynlora_cli.rank import Start
 from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import Recipe, load_recipe
 from dynlora_cli.variants import lora
+
+if TYPE_CHECKING:
+    from dynlora_cli.variants._variant import Variant
 
 Result = dict[str, Any]
 
@@ -130,7 +133,7 @@ def _rows(task: str, work: Path, part: str) -> tuple[Any, Data]:
 def dynlora(job: Job, ground: Ground) -> Result:  # noqa: ARG001 - one signature for all methods
     """A run of ours, as the recipe says."""
     recipe, base = ground.recipe, ground.base
-    pool, start = attach(lora, base, recipe)
+    pool, start = attach(cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
     assert pool is not None
     assert start is not None
     return _fit(ground, pool, start)
