@@ -3,6 +3,8 @@
 The search is a race of short trials. Each begins where the run begins, sees the run's own first batches, and is judged
 by its mean training loss over the last of them; since all see the same rows in the same order, a few steps tell two
 rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides.
+A rate that leaves the loss no lower than it was before the trial has broken the model, and counts as the worst there
+is: of broken models one may well look better than the next.
 Of those that do about as well as the best the lowest is taken: a run that is longer than a trial forgives a rate that
 is too low sooner than one that is too high.
 Nothing of a trial stays: values, moments and random state are put back.
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynlora_cli.errors import Interrupted, MeasureError
+from dynlora_cli.loss import summed_loss
 from dynlora_cli.optimizer_step import backward, clip, finish_gradient, update
 from dynlora_cli.state import Run
 
@@ -46,15 +49,17 @@ def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> dict[fl
         Interrupted: Ctrl-C; there is nothing to save yet.
     """
     start = [parameter.detach().clone() for parameter in run.parameters]
-    device = run.accelerator.device
+    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
     losses: dict[float, float] = {}
+    with torch.random.fork_rng(devices):  # for dropout
+        untrained = _untrained(run)
 
     def tried(rate: float) -> float:
         if rate not in losses:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for dropout
+            with torch.random.fork_rng(devices):
                 losses[rate] = _trial(run, rate, interrupted)
             _restore(run, start)
-        return losses[rate]
+        return losses[rate] if losses[rate] < untrained else math.inf
 
     best = FIRST
     while LOWEST <= best <= HIGHEST:
@@ -73,6 +78,19 @@ def choose(losses: dict[float, float]) -> float:
     """The lowest of the rates whose loss is about as good as the best."""
     limit = (1 + ALIKE) * min(losses.values())
     return min(rate for rate, loss in losses.items() if loss <= limit)
+
+
+@torch.no_grad()
+def _untrained(run: Run) -> float:
+    """Mean loss over the steps that a trial is judged by, of the model as it is."""
+    losses, steps = [], min(STEPS, run.total_steps)
+    for number in range(max(0, steps - JUDGED), steps):
+        micro_batches = run.batches.step(*divmod(number, run.batches.steps_per_epoch))
+        with run.accelerator.autocast():
+            sums = [summed_loss(run.model, batch.to(run.accelerator.device)).item() for batch in micro_batches]
+        loss, supervised = run.total(sum(sums), sum(batch.supervised for batch in micro_batches))
+        losses.append(loss / supervised)
+    return sum(losses) / len(losses)
 
 
 def _trial(run: Run, rate: float, interrupted: Callable[[], bool]) -> float:

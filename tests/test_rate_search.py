@@ -47,6 +47,24 @@ def test_of_rates_as_good_the_lowest(losses: dict[float, float], chosen: float):
     assert rate_search.choose(losses) == chosen
 
 
+def test_of_broken_models_none_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From 1e-3 up the model breaks, at 4e-3 a little less than at its neighbours: the search must not stop there."""
+    run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False)
+    untrained = rate_search._untrained(run)
+    broken = {5e-4: 0.8, 1e-3: 1.5, 2e-3: 1.7, 4e-3: 1.1, 8e-3: 1.3}
+
+    def trial(run, rate, interrupted):
+        return untrained * next((loss for known, loss in broken.items() if math.isclose(known, rate)), 0.9)
+
+    monkeypatch.setattr(rate_search, "_trial", trial)
+    assert rate_search.choose(rate_search.search(run)) == pytest.approx(5e-4)
+
+
+def test_a_model_is_untrained_where_the_rate_is_nothing(tmp_path: Path):
+    run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False)
+    assert rate_search._untrained(run) == pytest.approx(rate_search._trial(run, 0.0, lambda: False), rel=1e-6)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
     run = assembled(make_recipe(tmp_path, AUTO, f"adapter.dropout={dropout}"), fill=False)
