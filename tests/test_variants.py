@@ -61,7 +61,7 @@ def fill(pool: Pool):
         for layer in pool.layers.values():
             for parameter in layer.parameters(recurse=False):
                 if parameter.requires_grad and not any(parameter is leaf for leaf in (layer.a_CI, layer.b_OC)):
-                    parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+                    parameter.add_(0.2 * torch.rand(parameter.shape, generator=generator))
     for layer in pool.layers.values():
         layer.begin_step(8, 10)
         layer.after_update(0.0)
