@@ -1,4 +1,4 @@
-"""The adapter as data, and on disk: a plain PEFT LoRA whose scale is exactly 1 for every module.
+"""The adapter as data, and on disk: a plain PEFT LoRA (or HiRA) whose scale is exactly 1 for every module.
 
 s is folded into B, and `lora_alpha = r` globally and per module. So every consumer computes the same update, whichever
 of PEFT's patterns it honours: PEFT divides alpha by rank per module, vLLM knows one global ratio, llama.cpp divides by
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+from torch.nn import functional as F
 
 from dynlora_cli.components import Pool
 from dynlora_cli.run_folder import write_json
@@ -30,12 +31,17 @@ from dynlora_cli.run_folder import write_json
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Keys of `lora_config` that PEFT's other configurations do not have.
+ONLY_LORA = (
+    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "rank_pattern", "use_dora",
+    "use_rslora",
+)  # fmt: skip
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The components of one layer: ΔW = b_OC @ a_CI.
+    """The components of one layer: ΔW = b_OC @ a_CI, which is added to W.
 
     Attributes:
         a_CI: fp32.
@@ -43,6 +49,7 @@ class Factors:
         scale: s that training used; in `b_OC` already.
         magnitude_O: DoRA's m: W' = m · (W + ΔW) / ‖W + ΔW‖, norms over the inputs of each output; None for LoRA.
         embedding: the layer is a table, O its tokens and I its width.
+        hadamard: HiRA: W' = W ∘ (1 + ΔW). What is said of ΔW, such as its energy, is of ΔW as it is here, not of W'.
     """
 
     a_CI: Tensor
@@ -50,6 +57,7 @@ class Factors:
     scale: float = 1.0
     magnitude_O: Tensor | None = None
     embedding: bool = False
+    hadamard: bool = False
 
     @property
     def rank(self) -> int:
@@ -107,6 +115,13 @@ class Adapter:
         return self.record.get("name") or self.folder.resolve().name
 
     @property
+    def base_name(self) -> str:
+        """Folder or hub id of the base model; empty where nobody says."""
+        recorded = str(((self.record.get("recipe") or {}).get("model") or {}).get("name_or_path") or "")
+        # A built-in model lies elsewhere on every machine.
+        return recorded if recorded.startswith("builtin:") else self.config.get("base_model_name_or_path") or recorded
+
+    @property
     def task(self) -> str:
         by_type = {value: key for key, value in TASK_TYPES.items()}
         return self.record.get("task") or by_type.get(self.config.get("task_type") or "", "causal-lm")
@@ -138,6 +153,15 @@ class Adapter:
     def dora(self) -> bool:
         return any(factors.magnitude_O is not None for factors in self.layers.values())
 
+    @property
+    def hira(self) -> bool:
+        return any(factors.hadamard for factors in self.layers.values())
+
+    @property
+    def kind(self) -> str:
+        """LoRA, DoRA or HiRA: what its factors do to a weight."""
+        return "DoRA" if self.dora else "HiRA" if self.hira else "LoRA"
+
     def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
         """The same adapter with other factors; layers without components are left out."""
         return replace(self, layers={name: f for name, f in layers.items() if f.rank})
@@ -165,6 +189,8 @@ def save(adapter: Adapter, folder: Path) -> None:
             tensors |= {f"{name}.lora_A.weight": factors.a_CI, f"{name}.lora_B.weight": factors.b_OC}
         if factors.magnitude_O is not None:
             tensors[f"{name}.lora_magnitude_vector"] = factors.magnitude_O
+    if adapter.hira:
+        written, tensors = hira_form(written, tensors)
     write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
@@ -177,6 +203,24 @@ def lora_tensors(pool: Pool) -> dict[str, Tensor]:
             tensors[f"{PREFIX}{name}.lora_A.weight"] = a_CI.detach()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.scale * b_OC.detach()
     return tensors
+
+
+def hira_form(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a LoRA as PEFT's HIRA has them.
+
+    All layers are filled up to the largest rank with components of zeros, since PEFT does not heed HiRA's
+    `rank_pattern` at linear layers (0.21, tuners/hira/layer.py: dispatch_default).
+    """
+    rank, form = config["r"], {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            form[name.replace(".lora_A.weight", ".hira_A")] = F.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
+        elif name.endswith(".lora_B.weight"):
+            form[name.replace(".lora_B.weight", ".hira_B")] = F.pad(tensor, (0, rank - tensor.shape[1]))
+        else:
+            form[name] = tensor
+    written = {key: value for key, value in config.items() if key not in ONLY_LORA}
+    return written | {"peft_type": "HIRA", "hira_dropout": 0.0, "init_weights": True, "rank_pattern": {}}, form
 
 
 def lora_config(

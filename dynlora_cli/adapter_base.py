@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.model import HEAD_NAMES, find_model, fingerprint, load_structure
+from dynlora_cli.model import HEAD_NAMES, fingerprint, load_structure
+from dynlora_cli.model_folder import find_model
 from dynlora_cli.recipe_settings import Model
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -54,10 +55,8 @@ def find_base(adapter: Adapter, base: str | None = None) -> Place:
         raise UsageError(
             f"{adapter.folder}: models of task_type {kind} are not supported yet", f"there are: {', '.join(SUPPORTED)}"
         )
-    recorded = ((adapter.record.get("recipe") or {}).get("model") or {}).copy()
-    name = str(recorded.get("name_or_path") or "")
-    if not name.startswith("builtin:"):
-        name = adapter.config.get("base_model_name_or_path") or name
+    recorded = (adapter.record.get("recipe") or {}).get("model") or {}
+    name = adapter.base_name
     if not (base or name):
         raise UsageError(f"{adapter.folder} does not say what its base model is", "name it with --base FOLDER")
     labels = label_names(adapter)

@@ -1,4 +1,5 @@
 """Reads any LoRA folder in PEFT's layout, dynlora's own or another tool's: plain LoRA, rsLoRA, DoRA, with patterns.
+Of PEFT's other kinds HiRA, and VeRA as the LoRA that it equals (peft_kinds.py).
 
     find_adapter    the folder that a person means by `--adapter D`
     read_adapter    that folder as an `Adapter`, with the scale folded into B
@@ -12,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from dynlora_cli.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Factors
 from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.peft_kinds import hira_layers, vera_layers
 from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed, read_record
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
@@ -31,7 +34,8 @@ NOT_UNDERSTOOD = (
 # Starts that also changed the base model's weights, so that the saved factors belong to another base.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|hira_A|hira_B|vera_A|vera_B|vera_lambda_b|vera_lambda_d)"
     r"(\.default)?(\.weight)?"
 )
 
@@ -69,20 +73,30 @@ def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
     return None
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, base: str | None = None) -> Adapter:
     """Read the adapter that `path` names.
 
+    Args:
+        path: a folder, see `find_adapter`.
+        base: folder or hub id of the base model, in place of the one on record; looked at where the adapter does not
+            say how wide its layers are, as VeRA.
+
     Raises:
-        UsageError: no adapter there, or one that is damaged, a pickle, or not a LoRA that can be carried out exactly.
+        UsageError: no adapter there, or one that is damaged, a pickle, or none that can be carried out exactly.
         MeasureError: its weights are not finite.
     """
     folder, note = find_adapter(path)
     config = _read_config(folder / CONFIG)
-    tensors = _read_tensors(folder)
-    layers, whole = _sort(tensors, config, folder)
+    parts, whole = _sort(_read_tensors(folder), folder)
     run = folder if (folder / RECORD).is_file() else folder.parent.parent
     record = read_record(run) if (run / RECORD).is_file() else {}
-    return Adapter(folder, layers, config, record, whole, note)
+    adapter = Adapter(folder, {}, config, record, whole, note)
+    if config["peft_type"] == "VERA":
+        return adapter.with_layers(vera_layers(adapter, parts, base))
+    if config["peft_type"] == "HIRA":
+        return adapter.with_layers(hira_layers(adapter, parts))
+    scales = _Scales(config, folder)
+    return replace(adapter, layers={module: _factors(module, tensors, scales) for module, tensors in parts.items()})
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -91,7 +105,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", "VERA", "HIRA"):
         raise UsageError(
             f"{path}: peft_type is {kind}, not LORA", "PEFT's `convert_to_lora` makes a LoRA of many kinds"
         )
@@ -130,17 +144,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sort(
-    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path
-) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """The tensors as factors by layer, and those that replace a tensor of the base."""
+def _sort(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of every layer, in the model's order, and those that replace a tensor of the base."""
     parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _PART.fullmatch(name):
             parts.setdefault(match["module"], {})[match["part"]] = tensor.float()
-        elif "lora_" in name or "token_adapter" in name:
+        elif any(part in name for part in ("lora_", "hira_", "vera_", "token_adapter")):
             raise UsageError(f"{folder / WEIGHTS}: the tensor {key} is not understood", "is it a newer kind of LoRA?")
         else:
             for infix in (".base_layer", ".modules_to_save.default", ".modules_to_save"):
@@ -148,9 +160,7 @@ def _sort(
             whole[name] = tensor
     if not parts:
         raise UsageError(f"{folder / WEIGHTS} holds no LoRA factors", "the files are incomplete or of another kind")
-    scales = _Scales(config, folder)
-    layers = {module: _factors(module, parts[module], scales) for module in sorted(parts, key=natural_order)}
-    return layers, whole
+    return {module: parts[module] for module in sorted(parts, key=natural_order)}, whole
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -25,12 +25,12 @@ from dynlora_cli.loss import held_out, row_sums
 from dynlora_cli.model import (
     Base,
     context_length,
-    find_model,
     find_targets,
     load_base,
     load_tokenizer,
     resolve_dtype,
 )
+from dynlora_cli.model_folder import find_model
 from dynlora_cli.rank import RankControl, Start, plan_start
 from dynlora_cli.schedule import Schedule
 from dynlora_cli.state import Progress, Run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace as changed
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import module_of
 from dynlora_cli.components import ComponentLinear, Pool, dense_weight
 from dynlora_cli.dora import DoraLinear
+from dynlora_cli.hira import HiraLinear
 
 
 class AdaptedEmbedding(nn.Module):
@@ -92,10 +94,12 @@ def attached(
 def _layer(
     base: nn.Module, factors: Factors, name: str, read: Callable[[str], Tensor] | None, device: torch.device
 ) -> ComponentLinear:
+    weight = partial(dense_weight, base) if read is None else partial(_read_dense, read, name, base)
+    if factors.hadamard:
+        return HiraLinear(base, factors.scale, weight)
     if factors.magnitude_O is None:
         return ComponentLinear(base, factors.scale)
     bias_O: Any = base.bias if read is None or base.bias is None else read(f"{name}.bias")
-    weight = partial(dense_weight, base) if read is None else partial(_read_dense, read, name, base)
     return DoraLinear(base, factors.scale, factors.magnitude_O.to(device), weight, bias_O)
 
 
@@ -117,7 +121,6 @@ def detached(adapter: Adapter, pool: Pool) -> Adapter:
     for name, layer in pool.layers.items():
         old = adapter.layers[name]
         magnitude = layer.magnitude_O.detach().cpu() if isinstance(layer, DoraLinear) else None
-        layers[name] = Factors(
-            layer.a_CI.detach().cpu().clone(), (layer.scale * layer.b_OC.detach()).cpu(), old.scale, magnitude
-        )
+        a_CI, b_OC = layer.a_CI.detach().cpu().clone(), (layer.scale * layer.b_OC.detach()).cpu()
+        layers[name] = changed(old, a_CI=a_CI, b_OC=b_OC, magnitude_O=magnitude)
     return adapter.with_layers({name: layers[name] for name in adapter.layers})

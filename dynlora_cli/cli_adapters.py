@@ -181,7 +181,7 @@ def merge(
         from dynlora_cli.console_adapter import AdapterView
 
         view = AdapterView(console())
-        adapters = command.read_all(adapter, view)
+        adapters = command.read_all(adapter, view, base)
         way = command.Way(method, given, limit, density, seed)
         if wanted == "adapter":
             assert out is not None

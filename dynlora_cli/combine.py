@@ -107,13 +107,13 @@ def check(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that do not belong together.
 
     Raises:
-        UsageError: a DoRA, another base or task, layers of other shapes, heads that differ.
+        UsageError: a DoRA or HiRA, another base or task, layers of other shapes, heads that differ.
     """
     first = adapters[0]
     for adapter in adapters:
-        if adapter.dora:
+        if adapter.kind != "LoRA":
             raise UsageError(
-                f"{adapter.folder} is a DoRA, and its magnitudes belong to one update only",
+                f"{adapter.folder} is a {adapter.kind}, whose updates cannot be added",
                 "merge it into its base instead: dynlora merge --adapter FOLDER --into base",
             )
     for other in adapters[1:]:

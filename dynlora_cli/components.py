@@ -119,6 +119,13 @@ class ComponentLinear(nn.Module):
         """a_CI [C, I] and b_OC [O, C] of the update s·BA, from the leaves."""
         return self.a_CI, self.b_OC
 
+    def update(self, x: Tensor, a_CI: Tensor, b_OC: Tensor) -> Tensor:
+        """What the components add to the base's output. [..., O]"""
+        h_C = F.linear(x, a_CI) * self.scale
+        if self.gate is not None:
+            h_C = h_C * self.gate
+        return F.linear(h_C, b_OC)
+
     def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:  # noqa: ARG002 - the same by either side
         """dL/dg of the layer's components from the leaves' gradients: <a_i, dL/da_i> = <b_i, dL/db_i>."""
         assert self.a_CI.grad is not None
@@ -172,11 +179,7 @@ class ComponentLinear(nn.Module):
             x = x.to(self.a_CI.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        h_C = F.linear(x, a_CI) * self.scale
-        if self.gate is not None:
-            h_C = h_C * self.gate
-        update = self._watched(F.linear(h_C, b_OC))
-        return y + update.to(y.dtype)
+        return y + self._watched(self.update(x, a_CI, b_OC)).to(y.dtype)
 
     def _fusable(self, x: Tensor) -> bool:
         """Whether base and components can run as one function."""

@@ -70,7 +70,8 @@ class DoraLinear(ComponentLinear):
             W = self.weight_OI().to(self.a_CI)
             self._base_O = W.square().sum(1) if self._base_O is None else self._base_O
             self._with_a_OC = F.linear(W, self.a_CI)
-            self._of = self.a_CI
+            # An optimizer changes a_CI in place, so what a training step computed is not for the evaluation after it.
+            self._of = None if self.training else self.a_CI
         b_OC = self.scale * self.b_OC
         if self.gate is not None:
             b_OC = b_OC * self.gate

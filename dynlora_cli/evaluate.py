@@ -86,7 +86,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     Raises:
         DynloraError: with the exit code that fits; a failed gate is no error.
     """
-    adapters = [read_adapter(folder) for folder in folders]
+    adapters = [read_adapter(folder, options.base) for folder in folders]
     place = _one_base(adapters, options.base)
     tokenizer = read_tokenizer(adapters[0], place)
     rows = _rows(adapters[0], place, tokenizer, data, options)

@@ -63,7 +63,7 @@ def run(
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     exporter = drawers.load("exporters", to)
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, base_name)
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
     place = _base(adapter, base_name, exporter, emit)

@@ -2,6 +2,7 @@
 
     W' = W + ΔW                                   LoRA; Conv1D and embedding tables in their own layout
     W' = m · (W + ΔW) / ‖W + ΔW‖                  DoRA
+    W' = W ∘ (1 + ΔW)                             HiRA
 
 Shards, types and everything beside the weights stay as they are in the base's folder.
 """
@@ -174,7 +175,10 @@ def folded(base: Callable[[], Tensor], factors: Factors, transposed: bool) -> Te
     """W' in fp32, in the layout of the file: [O, I], or [I, O] for Conv1D."""
     W = base()
     view = W.T if transposed else W
-    view.addmm_(factors.b_OC, factors.a_CI)
+    if factors.hadamard:
+        view.addcmul_(view, factors.delta_OI())
+    else:
+        view.addmm_(factors.b_OC, factors.a_CI)
     if factors.magnitude_O is not None:
         view.mul_((factors.magnitude_O / view.norm(dim=1)).unsqueeze(1))
     if not all(extreme.isfinite() for extreme in view.aminmax()):

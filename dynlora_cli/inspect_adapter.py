@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynlora_cli.adapter import WEIGHTS, Adapter, Factors
 from dynlora_cli.adapter_reader import natural_order, read_adapter
+from dynlora_cli.errors import UsageError
 
 SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # shares of ‖ΔW‖² for which the number of directions is told
 
@@ -52,7 +53,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "folder": str(adapter.folder),
-        "kind": "DoRA" if adapter.dora else "LoRA",
+        "kind": adapter.kind,
         "task": adapter.task,
         "parameters": adapter.parameters,
         "components": adapter.components,
@@ -121,7 +122,17 @@ def _provenance(adapter: Adapter) -> dict[str, Any]:
 
 
 def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
-    """Layer by layer: ranks, energies, and the cosine between the two updates, from thin products."""
+    """Layer by layer: ranks, energies, and the cosine between the two updates, from thin products.
+
+    Raises:
+        UsageError: one adds to the weights and the other multiplies them.
+    """
+    if first.hira != second.hira:
+        raise UsageError(
+            f"{first.folder} is a {first.kind} and {second.folder} a {second.kind}: one adds to the weights, the other "
+            "multiplies them",
+            "inspect them one by one",
+        )
     names = sorted(first.layers.keys() | second.layers.keys(), key=natural_order)
     dots, squares = 0.0, [0.0, 0.0]
     layers = {}

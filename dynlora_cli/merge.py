@@ -244,9 +244,9 @@ def _record(
     }
 
 
-def read_all(paths: Sequence[Path], emit: Emit) -> list[Adapter]:
+def read_all(paths: Sequence[Path], emit: Emit, base_name: str | None = None) -> list[Adapter]:
     """The adapters that the paths name; how each was found goes to `emit`."""
-    adapters = [read_adapter(path) for path in paths]
+    adapters = [read_adapter(path, base_name) for path in paths]
     for adapter in adapters:
         if adapter.note:
             emit({"event": "note", "text": adapter.note})

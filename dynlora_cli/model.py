@@ -1,4 +1,4 @@
-"""The base model: find it, load it (plain or 4-bit), and choose the layers that get components."""
+"""The base model: load it (plain or 4-bit), and choose the layers that get components."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.model_folder import find_model
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Model
 
-BUILTIN = {"builtin:tiny": Path(__file__).parent / "assets" / "builtin_tiny"}
-# What a model needs to run; no pickles, and no weights of other frameworks.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 # What transformers calls the output layer of a classifier, and PEFT with it.
 HEAD_NAMES = ("classifier", "score")
 # Leaf names of query and value projections, fused ones included.
@@ -62,47 +60,6 @@ class Base:
     dtype: torch.dtype
     head: str | None
     new_head: bool = False
-
-
-def find_model(options: Model) -> tuple[Path, str]:
-    """The model's local folder, and how an adapter should name it.
-
-    Raises:
-        UsageError: a local folder that holds no model, or an unknown built-in one.
-        MachineError: a hub id that is neither cached nor reachable.
-    """
-    name = options.name_or_path
-    if name.startswith("builtin:"):
-        if name not in BUILTIN:
-            raise UsageError(
-                f"model.name_or_path: no built-in model {name!r}{did_you_mean(name, BUILTIN)}",
-                f"there is: {', '.join(BUILTIN)}",
-            )
-        return BUILTIN[name], str(BUILTIN[name])
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout"
-            )
-        return folder.resolve(), str(folder.resolve())
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
-    return _from_hub(name, options.revision), name
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    """The local snapshot of a hub model, fetched if need be and allowed."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise MachineError(
-            f"model {name!r} is neither a local folder nor to be had from the hub: {first_line}",
-            "check the name, or fetch it where there is a network and give its folder: --set model.name_or_path=FOLDER",
-        ) from None
 
 
 def load_base(

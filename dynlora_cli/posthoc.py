@@ -88,6 +88,11 @@ class Order:
         if tables:
             raise UsageError(f"{tables[0]} is an embedding, which only --policy magnitude can judge")
         if policy.needs == "covariances":
+            if adapter.hira:
+                raise UsageError(
+                    f"{adapter.folder} is a HiRA, through whose factors nothing flows that this policy could look at",
+                    "use --policy fisher or magnitude",
+                )
             turned, energies = _fit_to_flow(adapter, model, batches, autocast)
             observed = Energies(energies)
         else:

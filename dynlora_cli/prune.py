@@ -69,7 +69,7 @@ def run(
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     scorer = drawers.load("policies", policy)
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, base_name)
     if out.resolve() == adapter.folder.resolve():
         raise UsageError(f"--out {out} is the adapter itself, which is never changed", "choose another folder")
     if adapter.note:

@@ -50,6 +50,7 @@ def write_record(
         "dynlora_version": __version__,
         "name": Path(summary["output_dir"]).name,
         "task": before.task,
+        "variant": "lora" if before.config.get("peft_type") == "VERA" else old.get("variant"),  # read as the LoRA it is
         "layers": gone | layers,
         "base_model": old.get("base_model") or {"name_or_path": summary["model"]},
         "budget": {

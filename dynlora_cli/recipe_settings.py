@@ -357,6 +357,8 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             if getattr(model, key):
                 text = "variant full trains the weights themselves, which a quantized base does not allow"
                 yield Conflict(f"model.{key}", "adapter.variant", text)
+    if recipe.adapter.variant == "vera" and recipe.adapter.alpha != "auto":
+        yield Conflict("adapter.alpha", "adapter.variant", "variant vera has no scale: d and b stand for it")
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
     if data.packing and classifier:

@@ -32,7 +32,8 @@ from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import fit
 from dynlora_cli.memory import measure
-from dynlora_cli.model import Base, find_model, fingerprint, resolve_dtype
+from dynlora_cli.model import Base, fingerprint, resolve_dtype
+from dynlora_cli.model_folder import find_model
 from dynlora_cli.rank import Start, swap
 from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import to_yaml

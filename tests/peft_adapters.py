@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -38,7 +38,7 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
     "tied-conv1d": ("gpt2", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
 }
-# name: (base, LoraConfig's arguments)
+# name: (base, arguments of PEFT's configuration)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"target_modules": "all-linear", "lora_alpha": 16}),
     "rslora": ("llama", {"target_modules": "all-linear", "use_rslora": True}),
@@ -57,6 +57,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d-dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
     "classifier": ("bert", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
+    "hira": ("llama", {"target_modules": "all-linear"}),
+    "conv1d-hira": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "vera": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 48}),
+    "conv1d-vera": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "projection_prng_key": 3}),
 }
 
 
@@ -88,14 +92,19 @@ def make(kind: str, folder: Path, **saving: Any) -> tuple[Path, Path]:
     """
     base, options = (KINDS | SPECIAL)[kind]
     path = base_model(base, folder, **saving)
-    defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    method = {"hira": HiraConfig, "vera": VeraConfig}.get(kind.split("-")[-1], LoraConfig)
+    defaults: dict[str, Any] = {"r": 4, "task_type": "CAUSAL_LM"}
+    if method is LoraConfig:
+        defaults["lora_alpha"] = 8
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(load(path, base == "bert"), LoraConfig(**(defaults | options)))
+        model = get_peft_model(load(path, base == "bert"), method(**(defaults | options)))
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_" in name and "magnitude" not in name:
+                if "vera_" in name:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                elif ("lora_" in name and "magnitude" not in name) or "hira_" in name:
                     parameter.normal_(std=0.15, generator=generator)
                 elif "magnitude" in name:
                     parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))

@@ -171,3 +171,37 @@ def test_not_finite_numbers_are_a_failed_measurement(adapter: Path):
     rewrite(adapter, lambda tensors: tensors[first(tensors)].view(-1)[:1].fill_(float("inf")))
     with pytest.raises(MeasureError):
         read_adapter(adapter)
+
+
+def test_a_vera_takes_its_shapes_from_the_base(tmp_path: Path, dynlora: Dynlora):
+    base, vera = make("vera", tmp_path)
+    base.rename(tmp_path / "moved")
+    answer = dynlora("inspect", "--adapter", vera)
+    assert (answer.code, str(base) in "".join(answer.err.split())) == (2, True), answer.err
+    answer = dynlora("merge", "--adapter", vera, "--base", tmp_path / "moved", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["check"]["max_logit_difference"] < 1e-4
+    answer = dynlora("merge", "--adapter", vera, "--base", base_model("gpt2", tmp_path))
+    assert (answer.code, "this is another base model" in " ".join(answer.err.split())) == (2, True), answer.err
+
+
+KIND_DAMAGES = [
+    ("vera", lambda t: t.pop("base_model.vera_A"), "save_projection=True"),
+    ("vera", lambda t: t.pop(next(k for k in t if k.endswith("lambda_b"))), "lacks its vera_lambda_b"),
+    ("vera", lambda t: t.update({k: t[k][:-1] for k in list(t) if k.endswith("lambda_d")}), "does not fit vera_A"),
+    ("vera", lambda t: [t[k].zero_() for k in t if k.endswith("lambda_d")], "zeros only"),
+    ("hira", lambda t: t.pop(next(k for k in t if k.endswith("hira_B"))), "lacks its hira_A or hira_B"),
+    ("hira", lambda t: t.update({k: t[k][:, 1:] for k in list(t) if k.endswith("hira_B")}), "has factors"),
+    ("hira", lambda t: t.update({"x.hira_embedding_A": torch.ones(2)}), "not understood"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), KIND_DAMAGES)
+def test_a_damaged_vera_or_hira(kind: str, change, message: str, tmp_path: Path, dynlora: Dynlora):
+    _, folder = make(kind, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    answer = dynlora("inspect", "--adapter", folder)
+    assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err

@@ -108,7 +108,7 @@ def test_q8_is_smaller_and_close(mixed: Path, tmp_path: Path, dynlora: Dynlora):
     assert half["check"]["kl"] < byte["check"]["kl"] < 0.1
 
 
-@pytest.mark.parametrize("kind", ["tied", "embedding", "whole-head", "conv1d", "classifier", "dora"])
+@pytest.mark.parametrize("kind", ["tied", "embedding", "whole-head", "conv1d", "classifier", "dora", "hira", "vera"])
 def test_merged_takes_every_kind(kind: str, tmp_path: Path, dynlora: Dynlora):
     base, adapter = make(kind, tmp_path)
     answer = dynlora("export", "--adapter", adapter, "--to", "merged", "--out", tmp_path / "out", "--json")
@@ -123,6 +123,10 @@ def test_merged_takes_every_kind(kind: str, tmp_path: Path, dynlora: Dynlora):
 REFUSED = [
     ("dora", "vllm", "is a DoRA"),
     ("dora", "uniform", "is a DoRA"),
+    ("hira", "vllm", "is a HiRA"),
+    ("hira", "uniform", "is a HiRA"),
+    ("hira", "lorax", "is a HiRA"),
+    ("hira", "gguf", "is a HiRA"),
     ("embedding", "gguf", "embedding"),
     ("whole-head", "vllm", "whole tensors"),
     ("classifier", "lorax", "whole tensors"),
@@ -140,8 +144,9 @@ def test_what_a_consumer_cannot_read_is_refused_with_advice(kind, form, message,
     assert contents(tmp_path) == before
 
 
-def test_dora_stays_dora_for_peft(tmp_path: Path, dynlora: Dynlora):
-    base, adapter = make("dora", tmp_path)
+@pytest.mark.parametrize("kind", ["dora", "hira", "conv1d-hira", "vera"])
+def test_for_peft_it_stays_what_it_is_or_becomes_the_same_lora(kind: str, tmp_path: Path, dynlora: Dynlora):
+    base, adapter = make(kind, tmp_path)
     assert dynlora("export", "--adapter", adapter, "--to", "peft", "--out", tmp_path / "out").code == 0
     torch.testing.assert_close(peft_logits(base, tmp_path / "out"), peft_logits(base, adapter), atol=1e-4, rtol=1e-4)
 

@@ -159,11 +159,16 @@ def test_options_that_are_refused(options: list[str], message: str, tmp_path: Pa
 
 def test_adapters_that_do_not_belong_together(tmp_path: Path, dynlora: Dynlora):
     made = {}
-    for kind in ("lora", "dora", "conv1d", "whole-head"):
+    for kind in ("lora", "dora", "hira", "conv1d", "whole-head"):
         (tmp_path / kind).mkdir()
         made[kind] = make(kind, tmp_path / kind)[1]
     both = ("--adapter", made["lora"], "--out", tmp_path / "new")
-    for kind, message in (("dora", "is a DoRA"), ("conv1d", "different bases"), ("whole-head", "different bases")):
+    for kind, message in (
+        ("dora", "is a DoRA"),
+        ("hira", "is a HiRA"),
+        ("conv1d", "different bases"),
+        ("whole-head", "different bases"),
+    ):
         answer = dynlora("merge", "--adapter", made[kind], *both)
         assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err
     answer = dynlora("merge", "--adapter", made["lora"], *both, "--weights", "1")

@@ -13,15 +13,14 @@ from test_adapter import build
 from dynlora_cli.components import ComponentLinear, Pool, linear_shape
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.model import (
-    BUILTIN,
     context_length,
-    find_model,
     find_targets,
     fingerprint,
     group_names,
     load_base,
     resolve_dtype,
 )
+from dynlora_cli.model_folder import BUILTIN, find_model
 
 
 def options(name, **more):

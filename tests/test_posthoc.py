@@ -12,6 +12,7 @@ from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.batches import Batch
 from dynlora_cli.covariances import Covariances, turn
+from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors
 from dynlora_cli.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.recipe_settings import Budget
@@ -39,9 +40,13 @@ def ordered(kind: str, policy: str, folder):
     return model, adapter, Order.by_policy(adapter, drawers.load("policies", policy), model, batches)
 
 
-@pytest.mark.parametrize("kind", ["lora", "patterns", "dora", "conv1d"])
+@pytest.mark.parametrize("kind", ["lora", "patterns", "dora", "conv1d", "hira"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_putting_in_order_changes_no_layer(kind: str, policy: str, tmp_path):
+    if (kind, policy) == ("hira", "activation"):
+        with pytest.raises(UsageError, match="is a HiRA"):
+            ordered(kind, policy, tmp_path)
+        return
     _, adapter, order = ordered(kind, policy, tmp_path)
     assert order.adapter.layers.keys() == adapter.layers.keys()
     for name, factors in adapter.layers.items():

@@ -13,6 +13,7 @@ from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.assemble import make_batches, read_base, read_data
 from dynlora_cli.attach import attached
 from dynlora_cli.components import Pool, dense_weight
+from dynlora_cli.errors import RecipeError
 from dynlora_cli.loss import held_out
 from dynlora_cli.rank import Start, shrink
 
@@ -61,7 +62,7 @@ def fill(pool: Pool):
         for layer in pool.layers.values():
             for parameter in layer.parameters(recurse=False):
                 if parameter.requires_grad and not any(parameter is leaf for leaf in (layer.a_CI, layer.b_OC)):
-                    parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+                    parameter.add_(0.2 * torch.rand(parameter.shape, generator=generator))
     for layer in pool.layers.values():
         layer.begin_step(8, 10)
         layer.after_update(0.0)
@@ -204,3 +205,47 @@ def test_a_new_variant_is_one_new_file(folder, tmp_path, monkeypatch):
     summary, _ = train(recipe)
     assert (summary["variant"], summary["parameters"] <= summary["budget_parameters"]) == ("toy-variant", True)
     assert read_adapter(Path(recipe.output_dir)).parameters == summary["parameters"]
+
+
+def test_dora_is_evaluated_with_the_factors_of_now(folder):
+    model, pool = one_layer(folder, "dora")
+    x = torch.randn(3, 10, dtype=torch.float64)
+    model.train()
+    model["layer"](x)
+    fill(pool)  # in place, as an optimizer does
+    training = model["layer"](x)
+    fill(pool)
+    found = model.eval()["layer"](x)
+    assert not torch.equal(found, training)
+    torch.testing.assert_close(found, model.train()["layer"](x))
+
+
+def test_vera_holds_copies_of_its_pair_only_when_it_has_to(folder):
+    _, pool = one_layer(folder, "vera", dtype=torch.float32)
+    layer, x = pool.layers["layer"], torch.randn(3, 10)
+    layer(x)
+    assert layer._A_CI.data_ptr() == layer.pair[0].data_ptr()
+    shrink(pool, torch.optim.AdamW([pool.values]), torch.tensor([False, True, False, True]))
+    layer(x)
+    before = layer._A_CI
+    assert torch.equal(before, layer.pair[0][[1, 3]])
+    layer(x)
+    assert layer._A_CI is before, "gathered once"
+    assert pool.parameters == 2, "a component is one number"
+
+
+def test_vera_has_no_scale_to_set(folder):
+    with pytest.raises(RecipeError, match=r"adapter\.alpha: variant vera has no scale"):
+        recipe_of(folder, "vera", "adapter.alpha=16")
+
+
+def test_hira_keeps_no_matrix_of_the_base_for_the_backward_pass(folder):
+    model, pool = one_layer(folder, "hira", dtype=torch.float32)
+    model.train()
+    sizes = []
+    pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        update = pool.layers["layer"].update(torch.randn(3, 10), *pool.layers["layer"].factors())
+    assert sizes
+    assert max(sizes) < 120, "the base is 12 x 10"
+    update.sum().backward()

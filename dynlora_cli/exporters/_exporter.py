@@ -96,9 +96,9 @@ def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapt
     Raises:
         UsageError: it is more than that; the message says what would work.
     """
-    hint = "fold it into the base instead: --to merged"
-    if adapter.dora:
-        raise UsageError(f"{adapter.folder} is a DoRA, which {consumer} does not read", hint)
+    hint = "fold it into the base instead: --to merged, or `dynlora merge`"
+    if adapter.kind != "LoRA":
+        raise UsageError(f"{adapter.folder} is a {adapter.kind}, which {consumer} does not read", hint)
     tables = [name for name, factors in adapter.layers.items() if factors.embedding]
     if tables:
         raise UsageError(f"{adapter.folder} adapts the embedding {tables[0]}, which {consumer} does not read", hint)

@@ -33,17 +33,21 @@ def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
         config = PeftConfig.from_pretrained(str(folder))
         config.modules_to_save = None  # heads are no business of the scale
         inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
-        known = {k: v for k, v in load_peft_weights(str(folder), device="cpu").items() if "lora_" in k}
+        known = {k: v for k, v in load_peft_weights(str(folder), device="cpu").items() if _of_factors(k)}
         found: Any = set_peft_model_state_dict(
             model, {k.removeprefix("base_model.model."): v for k, v in known.items()}, low_cpu_mem_usage=True
         )
-    missing = [key for key in found.missing_keys if "lora_" in key]
+    missing = [key for key in found.missing_keys if _of_factors(key)]
     if missing or found.unexpected_keys:
         raise DynloraError(
             f"PEFT misses {missing[:3]} and does not expect {found.unexpected_keys[:3]}", "please report this"
         )
     modules: dict[str, Any] = dict(model.named_modules())
-    return {name: modules[name].scaling["default"] for name in adapter.layers}
+    return {name: 1.0 if adapter.hira else modules[name].scaling["default"] for name in adapter.layers}
+
+
+def _of_factors(key: str) -> bool:
+    return "lora_" in key or "hira_" in key
 
 
 def _place(model: nn.Module, name: str, d_in: int, d_out: int, embedding: bool) -> None:

@@ -9,6 +9,7 @@ Layer
     most        components that a layer may begin with
     start       initial values
     factors     A and B of the update s·BA, made of the leaves; enough for whatever is a LoRA in the end
+    update      what a layer adds, where that is not s·BA times the inputs
     turns       False where the update is no function of BA alone
     ranked, begin_step, penalty, after_update
                 what else happens in training

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from dynlora_cli.adapter import lora_config, write_adapter
-from dynlora_cli.model import BUILTIN
+from dynlora_cli.model_folder import BUILTIN
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "merge_memory.jsonl"

@@ -23,7 +23,7 @@ from statistics import median
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dynlora_cli.model import BUILTIN
+from dynlora_cli.model_folder import BUILTIN
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "shrink.jsonl"

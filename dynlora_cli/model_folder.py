@@ -1,0 +1,57 @@
+"""Where a model's files are on this machine: built in, in a folder, or in the cache of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynlora_cli.drawers import did_you_mean
+from dynlora_cli.errors import MachineError, UsageError
+
+if TYPE_CHECKING:
+    from dynlora_cli.recipe_settings import Model
+
+BUILTIN = {"builtin:tiny": Path(__file__).parent / "assets" / "builtin_tiny"}
+# What a model needs to run; no pickles, and no weights of other frameworks.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def find_model(options: Model) -> tuple[Path, str]:
+    """The model's local folder, and how an adapter should name it.
+
+    Raises:
+        UsageError: a local folder that holds no model, or an unknown built-in one.
+        MachineError: a hub id that is neither cached nor reachable.
+    """
+    name = options.name_or_path
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise UsageError(
+                f"model.name_or_path: no built-in model {name!r}{did_you_mean(name, BUILTIN)}",
+                f"there is: {', '.join(BUILTIN)}",
+            )
+        return BUILTIN[name], str(BUILTIN[name])
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout"
+            )
+        return folder.resolve(), str(folder.resolve())
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
+    return _from_hub(name, options.revision), name
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """The local snapshot of a hub model, fetched if need be and allowed."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise MachineError(
+            f"model {name!r} is neither a local folder nor to be had from the hub: {first_line}",
+            "check the name, or fetch it where there is a network and give its folder: --set model.name_or_path=FOLDER",
+        ) from None
