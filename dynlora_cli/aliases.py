@@ -269,7 +269,9 @@ attn_implementation  auto               null
 variant         qlora                   `variant: lora` with `model.load_in_4bit: true`
 variant         rslora                  `variant: lora` with `scaling: rslora`
 variant         adalora                 `variant: lora` with `rank.budget`: dynlora prunes while it trains
-variant         pissa                   `variant: lora` with `init_weights: pissa`, once that is supported
+variant         pissa                   `variant: lora` with `init_weights: pissa`
+variant         loftq                   `variant: lora` with `init_weights: loftq` and `model.load_in_4bit: true`
+variant         eva                     `variant: lora` with `init_weights: eva`
 variant         none                    full
 variant         freeze                  full
 target_modules  all                     all-linear

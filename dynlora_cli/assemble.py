@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dynlora_cli import drawers
+from dynlora_cli.allocation import with_counts
 from dynlora_cli.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.brake import Brake
 from dynlora_cli.components import ComponentLinear, Pool, linear_shape
@@ -32,6 +33,7 @@ from dynlora_cli.model import (
 )
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.rank import RankControl, Start, plan_start
+from dynlora_cli.relative import layer_kind
 from dynlora_cli.schedule import Schedule
 from dynlora_cli.state import Progress, Run
 
@@ -109,21 +111,29 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
     )
 
 
-def plan_ranks(recipe: Recipe, base: Base) -> tuple[dict[str, torch.nn.Module], Start]:
-    """The target layers, and how many components each starts with."""
+def plan_ranks(
+    recipe: Recipe, base: Base, counts: Mapping[str, int] | None = None
+) -> tuple[dict[str, torch.nn.Module], Start]:
+    """The target layers, and how many components each starts with: as many everywhere, or `counts`."""
     targets = find_targets(base.model, recipe.adapter.target_modules, head=base.head)
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
-    return targets, plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, variant.Layer)
+    kind = layer_kind(recipe, variant.Layer)
+    start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)
+    if counts is not None:
+        start = with_counts(start, counts, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()})
+    return targets, start
 
 
-def attach(variant: Variant, base: Base, recipe: Recipe) -> tuple[Pool | None, Start | None]:
-    """Put components on the model, or make all of it train."""
+def attach(
+    variant: Variant, base: Base, recipe: Recipe, counts: Mapping[str, int] | None = None
+) -> tuple[Pool | None, Start | None]:
+    """Put components on the model, with the values of the default start, or make all of it train."""
     ComponentLinear.fuse = Heads.use = recipe.train.fused  # of the process: it trains one recipe at a time
     if not variant.has_components:
         base.model.requires_grad_(True)
         return None, None
-    targets, start = plan_ranks(recipe, base)
+    targets, start = plan_ranks(recipe, base, counts)
     return variant.attach(base.model, targets, start, recipe), start
 
 

@@ -81,6 +81,7 @@ class ComponentLinear(nn.Module):
     fuse: ClassVar[bool] = True  # False: ordinary operations throughout, to compare with
     turns: ClassVar[bool] = True  # the update depends on BA alone, so that components may be turned into another basis
     plain: ClassVar[bool] = True  # the leaves are the factors themselves
+    terms: ClassVar[int] = 1  # products b aᵀ in the update for each component, which `factors` gives term by term
 
     def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ class ComponentLinear(nn.Module):
         """What the components add to the base's output. [..., O]"""
         h_C = F.linear(x, a_CI) * self.scale
         if self.gate is not None:
-            h_C = h_C * self.gate
+            h_C = h_C * torch.cat([self.gate] * self.terms, -1)
         return F.linear(h_C, b_OC)
 
     def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:  # noqa: ARG002 - the same by either side
@@ -135,6 +136,11 @@ class ComponentLinear(nn.Module):
         """The mean over a component's numbers in a, plus that over those in b, of tensors of the leaves' shape."""
         return a_CI.sum(1) / max(1, a_CI.shape[1]) + b_OC.sum(0) / max(1, b_OC.shape[0])
 
+    def magnitudes_C(self) -> Tensor:
+        """s·‖b_i‖·‖a_i‖ of every component, the Frobenius norm of its share of ΔW."""
+        a_CI, b_OC = self.factors()
+        return self.scale * a_CI.norm(dim=1) * b_OC.norm(dim=0)
+
     def ranked(self, scores_C: Tensor) -> Tensor:
         """Scores by which components may go, from a policy's."""
         return scores_C
@@ -145,6 +151,9 @@ class ComponentLinear(nn.Module):
     def penalty(self) -> Tensor | None:
         """What is added to the loss of an optimizer step."""
         return None
+
+    def settle_gradient(self) -> None:
+        """Called when the gradient of an optimizer step is complete, before its norm is taken."""
 
     def after_update(self, rate: float) -> None:
         """Called after every optimizer step, with its learning rate."""
@@ -334,9 +343,8 @@ class Pool:
 
     @torch.no_grad()
     def magnitudes_K(self) -> Tensor:
-        """s·‖b_i‖·‖a_i‖ of every component, the Frobenius norm of its share of ΔW. [K]"""
-        pairs = [(layer.scale, *layer.factors()) for layer in self.layers.values()]
-        return torch.cat([scale * a.norm(dim=1) * b.norm(dim=0) for scale, a, b in pairs])
+        """The Frobenius norm of every component's share of ΔW. [K]"""
+        return torch.cat([layer.magnitudes_C() for layer in self.layers.values()])
 
     def ranked(self, scores_K: Tensor) -> Tensor:
         """A policy's scores as the layers rank them. [K]"""
@@ -347,6 +355,11 @@ class Pool:
         """Tell every layer that optimizer step `step` (from 1) is next."""
         for layer in self.layers.values():
             layer.begin_step(step, total_steps)
+
+    def settle_gradient(self) -> None:
+        """Tell every layer that the gradient of an optimizer step is complete."""
+        for layer in self.layers.values():
+            layer.settle_gradient()
 
     def after_update(self, rate: float) -> None:
         """Tell every layer that the optimizer has stepped at this learning rate."""

@@ -50,6 +50,8 @@ def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float 
     scaler = run.accelerator.scaler
     if scaler is not None:
         scaler.unscale_(run.optimizer)
+    if run.pool:
+        run.pool.settle_gradient()
     gradients = [p.grad for p in run.parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     if math.isfinite(norm):

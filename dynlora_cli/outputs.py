@@ -35,7 +35,7 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
     assert training.pool is not None
     head = base.model.get_submodule(base.head).state_dict() if base.head else {}
     config = lora_config(
-        training.pool.counts,
+        {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
         base_model=base.reference,
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
@@ -139,6 +139,7 @@ def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: S
         "requested": recipe.rank.budget,
         "parameters": start.limit if start else None,
         "start_parameters": start.parameters if start else None,
+        "start_components": start.counts if start else None,
     }
     return {
         "schema_version": SCHEMA_VERSION,

@@ -79,10 +79,10 @@ def plan_start(
         UsageError: the budget is smaller than one component.
     """
     costs = {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}
-    per_rank = sum(costs.values())
+    per_rank = sum(costs.values()) // kind.terms
     asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
     if init == "auto":
-        init = 32 if asked is None else max(1, math.ceil(2 * asked / per_rank))
+        init = 32 // kind.terms if asked is None else max(1, math.ceil(2 * asked / sum(costs.values())))
     counts = {name: min(int(init), kind.most(*shape)) for name, shape in shapes.items()}
     parameters = sum(counts[name] * cost for name, cost in costs.items())
     largest = max(costs.values())

@@ -211,8 +211,8 @@ class Adapter(Section):
     """Dropout on the input of the adapters."""
     penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
-    init_weights: Literal["default"] = "default"
-    """Start of the factors; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT."""
+    init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq"] = "default"
+    """Start of the factors; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/starts.py."""
 
 
 class Rank(Section):
@@ -220,6 +220,8 @@ class Rank(Section):
 
     init: Literal["auto"] | Count = "auto"
     """Components per layer at the start; auto: twice the budget, 32 where the budget is a share or auto."""
+    allocation: Literal["uniform", "eva", "gora", "sensitivity"] = "uniform"
+    """How they are shared out among layers: alike, by variance of inputs, or by gradients (importance, sensitivity)."""
     budget: Annotated[
         int | float | str,
         BeforeValidator(_budget),
@@ -367,8 +369,10 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         for key in ("steps", "early_stopping_patience"):
             if getattr(recipe.eval, key) is not None:
                 yield Conflict(f"eval.{key}", "dataset.val_size", "needs `dataset.val`, or `dataset.val_size` above 0")
+    yield from _start_conflicts(recipe)
     budget = rank.parsed_budget()
-    if isinstance(rank.init, int) and budget.kind == "rank" and rank.init < budget.value:
+    saved = 2 if recipe.adapter.init_weights == "pissa" else 1  # rank of a component in the files
+    if isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value:
         yield Conflict(
             "rank.init", "rank.budget", f"got {rank.init}, below the budget {budget.value}; pruning only removes"
         )
@@ -378,3 +382,16 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             "pruning.end", "pruning.start", f"got {pruning.end}, must be above `pruning.start` ({pruning.start})"
         )
+
+
+def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Starts that the variant or the base does not allow."""
+    variant, start = recipe.adapter.variant, recipe.adapter.init_weights
+    if recipe.rank.allocation != "uniform" and not drawers.declared("variants", variant, "has_components"):
+        yield Conflict("rank.allocation", "adapter.variant", f"variant {variant} has no components to share out")
+    if start not in ("default", *(drawers.declared("variants", variant, "starts") or ())):
+        text = f"variant {variant} does not start as {start}; write `init_weights: default`, or `variant: lora`"
+        yield Conflict("adapter.init_weights", "adapter.variant", text)
+    elif start == "loftq" and not recipe.model.load_in_4bit:
+        text = "loftq makes up for what 4 bits lose; set `model.load_in_4bit: true`, or choose another start"
+        yield Conflict("adapter.init_weights", "model.load_in_4bit", text)

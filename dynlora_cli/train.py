@@ -39,6 +39,7 @@ from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
 from dynlora_cli.schedule import Schedule
+from dynlora_cli.starts import begin
 from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def run(
     if checkpoint:
         _same_inputs(run_folder.run_of(checkpoint), data, recipe)
     base = read_base(recipe, tokenizer, data, accelerator.device)
-    pool, start = attach(cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
+    variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
+    pool, start = begin(recipe, variant, base, data, accelerator, _first_counts(checkpoint))
     if recipe.train.compile:
         compile_blocks(base.model, pool)
     save = partial(outputs.write_checkpoint, folder=folder, base=base)
@@ -160,6 +162,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if not variant.has_components:
         return found | _memory(recipe, variant, base, data)
     targets, start = plan_ranks(recipe, base)
+    if recipe.rank.allocation != "uniform":
+        data.notes.append(f"rank.allocation: {recipe.rank.allocation} needs the model's data; shown is uniform")
     found["modules"] = [
         dict(
             zip(("name", "d_in", "d_out", "components"), (name, *linear_shape(module), start.counts[name]), strict=True)
@@ -272,6 +276,14 @@ def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
     best = _best_so_far(checkpoint, training.progress)
     if training.accelerator.is_main_process:
         run_folder.rewind(folder, checkpoint, best)
+
+
+def _first_counts(checkpoint: Path | None) -> dict[str, int] | None:
+    """The components that a run began with, for one that goes on; None for a new one."""
+    if checkpoint is None:
+        return None
+    budget = run_folder.read_record(run_folder.run_of(checkpoint))["budget"]
+    return budget and budget["start_components"]
 
 
 def _best_so_far(checkpoint: Path, progress: Progress) -> Path | None:

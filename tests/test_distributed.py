@@ -65,12 +65,14 @@ def wait_for_step(folder, step, process, seconds=90):
     pytest.fail(f"step {step} was not reached: {process.communicate()[1]}")
 
 
-def test_two_processes_train_as_one(tmp_path):
-    one, _ = train(make_recipe(tmp_path, *SETTINGS, "train.max_grad_norm=null", out="one"))
+@pytest.mark.parametrize(
+    "more", [[], ["adapter.init_weights=eva", "rank.allocation=gora"]], ids=["default", "surveyed"]
+)
+def test_two_processes_train_as_one(tmp_path, more):
+    settings = [*SETTINGS, "train.max_grad_norm=null", *more]
+    one, _ = train(make_recipe(tmp_path, *settings, out="one"))
     folder = tmp_path / "two"
-    arguments = command(
-        tmp_path, *sets(*SETTINGS, "train.max_grad_norm=null"), "--output-dir", str(folder), "--json", devices=2
-    )
+    arguments = command(tmp_path, *sets(*settings), "--output-dir", str(folder), "--json", devices=2)
     with start(arguments) as process:
         out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err

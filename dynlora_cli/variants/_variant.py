@@ -14,6 +14,10 @@ Layer
     ranked, begin_step, penalty, after_update
                 what else happens in training
 
+starts = ("orthogonal", ...)
+    Optional: the values of `adapter.init_weights` that it takes besides `default`, all of which write whole factors
+    into the leaves.
+
 attach(model, targets, start, recipe) -> Pool
     Puts layers on a frozen model; the model's output stays the same, or the file says that it does not. `put` does
     the work.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+starts = ("orthogonal", "eva")
 Layer = DoraLinear
 
 

@@ -21,15 +21,17 @@ from torch import nn
 
 from dynlora_cli.components import ComponentLinear, Pool
 from dynlora_cli.rank import Start
+from dynlora_cli.relative import layer_kind
 from dynlora_cli.variants._variant import put
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+starts = ("orthogonal", "eva", "pissa", "loftq")
 Layer = ComponentLinear
 
 
 def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
     """Replace every target by a layer that holds it."""
-    return put(model, targets, start, recipe, Layer)
+    return put(model, targets, start, recipe, layer_kind(recipe, Layer))
