@@ -110,7 +110,7 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
 
 def plan_ranks(recipe: Recipe, base: Base) -> tuple[dict[str, torch.nn.Module], Start]:
     """The target layers, and how many components each starts with."""
-    targets = find_targets(base.model, recipe.adapter.target_modules, head=base.head)
+    targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
     return targets, plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, variant.Layer)

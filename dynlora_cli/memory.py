@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.linear_loss import linear_cross_entropy, run_to_head
+from dynlora_cli.model import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +148,7 @@ def _quantized(base: Base, options: Model) -> list[Tensor]:
     return [
         module.weight
         for name, module in base.model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not kept and name.split(".")[0] != base.head
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not kept and not inside(name, base.whole)
     ]
 
 

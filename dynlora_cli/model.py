@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.weights import Weights
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Model
@@ -46,13 +47,14 @@ class Base:
     """A frozen base model with its tokenizer.
 
     Attributes:
-        model: all parameters frozen, except a classifier's new head.
+        model: all parameters frozen, except a classifier's `whole` modules.
         tokenizer: the model's own.
         folder: the local files.
         reference: what `base_model_name_or_path` of the adapter should be: a folder, or a hub id.
         dtype: of the weights and, below fp32, of autocast.
         head: name of the classifier head, or None.
         new_head: the head is not the checkpoint's own but a new, random one.
+        whole: modules that are trained and saved whole: the head, and what else of a classifier its checkpoint lacks.
     """
 
     model: PreTrainedModel
@@ -62,6 +64,7 @@ class Base:
     dtype: torch.dtype
     head: str | None
     new_head: bool = False
+    whole: tuple[str, ...] = ()
 
 
 def find_model(options: Model) -> tuple[Path, str]:
@@ -129,14 +132,15 @@ def load_base(
     """
     folder, reference = find_model(options)
     dtype = resolve_dtype(options.dtype, device)
+    structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
+    head, new, whole = _whole(structure, folder) if structure is not None and labels else (None, False, ())
     torch.manual_seed(seed)
-    if device.type == "meta":
-        model, new_head = load_structure(options, folder, labels), bool(labels)
+    if structure is not None and device.type == "meta":
+        model = structure
     else:
-        model, new_head = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device)
-    head = next((name for name in HEAD_NAMES if hasattr(model, name)), None) if labels else None
+        model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
     for name, parameter in model.named_parameters():
-        trains = head is not None and name.split(".")[0] == head
+        trains = inside(name, whole)
         parameter.requires_grad_(trains)
         if trains:
             parameter.data = parameter.data.float()
@@ -146,7 +150,29 @@ def load_base(
         model.config.use_cache = False
     if labels and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, folder, reference, dtype, head, new_head)
+    return Base(model, tokenizer, folder, reference, dtype, head, new, whole)
+
+
+def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tuple[str, ...]]:
+    """Of a classifier: its head, whether its checkpoint lacks that, and all modules that train whole.
+
+    Beside the head, those are the modules on top of the encoder that the checkpoint lacks: they are as random as a new
+    head, and nobody who loads the adapter would get the same numbers again.
+    """
+    weights = Weights(folder)
+    head = next((name for name in HEAD_NAMES if hasattr(model, name)), None)
+    found = {} if head is None else {head: None}
+    lacking = [name for name, _ in model.named_parameters() if weights.locate(*name.rpartition(".")[::2]) is None]
+    on_top = [name for name in lacking if "pooler" in name or not inside(name, [model.base_model_prefix])]
+    for name in on_top:
+        if not inside(name, found):
+            found[name.rpartition(".")[0]] = None
+    return head, head is not None and any(inside(name, [head]) for name in lacking), tuple(found)
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of these modules or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def load_structure(
@@ -213,24 +239,26 @@ def _auto(options: Model) -> Any:
 
 
 def _from_pretrained(
-    options: Model, folder: Path, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, bool]:
-    """The model with its weights, and whether its checkpoint lacks the classifier head."""
+    options: Model,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: Sequence[str],
+) -> PreTrainedModel:
+    """The model with its weights; only modules that train whole may be new, and they are never quantized."""
     auto = _auto(options)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
     if options.attn_implementation:
         arguments["attn_implementation"] = options.attn_implementation
     if options.load_in_4bit or options.load_in_8bit:
-        arguments["quantization_config"] = _quantization(options, dtype)
+        arguments["quantization_config"] = _quantization(options, dtype, whole)
         arguments["device_map"] = {"": device}
     try:
         model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
-    new_head = any(name.split(".")[0] in HEAD_NAMES for name in info["missing_keys"])
-    missing = sorted(
-        name for name in info["missing_keys"] if name.split(".")[0] not in HEAD_NAMES and "pooler" not in name
-    )
+    missing = sorted(name for name in info["missing_keys"] if not inside(name, whole))
     if missing:
         raise UsageError(
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
@@ -241,28 +269,32 @@ def _from_pretrained(
         # back to training; some shapes even fail.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model if "device_map" in arguments else model.to(device), new_head
+    return model if "device_map" in arguments else model.to(device)
 
 
-def _quantization(options: Model, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+def _quantization(options: Model, dtype: torch.dtype, whole: Sequence[str]) -> transformers.BitsAndBytesConfig:
+    kept = list(whole) or None  # None: transformers keeps the output layer
     if options.load_in_8bit:
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
     )
 
 
-def find_targets(model: PreTrainedModel, wanted: str | list[str], *, head: str | None = None) -> dict[str, nn.Module]:
+def find_targets(
+    model: PreTrainedModel, wanted: str | list[str], *, whole: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """The linear layers that get components, by name, in the model's order.
 
     Args:
         model: the base.
         wanted: "all-linear" (all but the output layer), "attention", "qv", one name or glob, or a list of them. A name
             matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
-        head: the classifier head, never a target.
+        whole: modules that train whole, never targets: a classifier's head.
 
     Raises:
         UsageError: a pattern matches nothing; the message lists what there is.
@@ -271,7 +303,7 @@ def find_targets(model: PreTrainedModel, wanted: str | list[str], *, head: str |
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] != head
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not inside(name, whole)
     }
     patterns = [wanted] if isinstance(wanted, str) else wanted
     chosen: set[str] = set()

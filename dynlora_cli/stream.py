@@ -93,17 +93,33 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Table(dict[str, Any]):
+    """The parameters of an embedding, read wherever they are looked at: some tables are used without being called."""
+
+    def __init__(self, parameters: Mapping[str, Any], read: Read) -> None:
+        super().__init__(parameters)
+        self.read = read
+
+    def __getitem__(self, leaf: str) -> Any:
+        value = super().__getitem__(leaf)
+        return nn.Parameter(self.read(leaf), requires_grad=False) if value is not None and value.is_meta else value
+
+
 def _stream(module: nn.Module, name: str, read: Read) -> None:
     empty = dict(module._parameters)
+
+    def own(leaf: str) -> Tensor:
+        return read(f"{name}.{leaf}" if name else leaf)
 
     def fetch(module: nn.Module, _inputs: Any) -> None:
         for leaf, parameter in empty.items():
             if parameter is not None:
-                value = read(f"{name}.{leaf}" if name else leaf)
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(own(leaf), requires_grad=False)
 
     def forget(module: nn.Module, _inputs: Any, _outputs: Any) -> None:
         module._parameters.update(empty)
 
+    if isinstance(module, nn.Embedding):
+        module._parameters = _Table(empty, own)
     module.register_forward_pre_hook(fetch)
     module.register_forward_hook(forget, always_call=True)

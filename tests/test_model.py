@@ -70,7 +70,7 @@ class TestTargets:
         ],
     )
     def test_by_structure_name_and_glob(self, kind, wanted, count, expected):
-        targets = find_targets(build(kind), wanted, head="classifier" if kind == "bert" else None)
+        targets = find_targets(build(kind), wanted, whole=["classifier"] if kind == "bert" else [])
         assert len(targets) == count
         assert leaves(targets) == expected
         assert not {"lm_head", "classifier"} & set(targets)
@@ -79,7 +79,7 @@ class TestTargets:
         from peft import LoraConfig, get_peft_model
 
         for kind in ("llama", "gpt2", "bert"):
-            ours = set(find_targets(build(kind), "all-linear", head="classifier" if kind == "bert" else None))
+            ours = set(find_targets(build(kind), "all-linear", whole=["classifier"] if kind == "bert" else []))
             task = "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
             config = LoraConfig(target_modules="all-linear", task_type=task, fan_in_fan_out=kind == "gpt2")
             assert ours == set(get_peft_model(build(kind), config).targeted_module_names)
