@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynlora_cli.linear_loss import chunks, linear_cross_entropy, run_to_head
+from dynlora_cli.linear_loss import chunks, decoder_inputs, linear_cross_entropy, run_to_head
 from dynlora_cli.scores import RowSums, perplexity
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
     targets, more = batch.labels, {}
     if targets.ndim == 1:
         return None, model(**batch.inputs).logits, targets, torch.arange(len(targets), device=targets.device)
+    more |= decoder_inputs(model, targets)
     if "logits_to_keep" in signature(model.forward).parameters:
         positions = (targets != IGNORE).any(0).nonzero()[:, 0]
-        targets, more = targets[:, positions], {"logits_to_keep": positions}
+        targets, more = targets[:, positions], {**more, "logits_to_keep": positions}
     head, states = run_to_head(model, {**batch.inputs, **more})
     supervised = targets != IGNORE
     return head, states[supervised], targets[supervised], supervised.nonzero()[:, 0]

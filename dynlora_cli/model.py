@@ -34,10 +34,11 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 HEAD_NAMES = ("classifier", "score")
 # Leaf names of query and value projections, fused ones included.
 QUERY_VALUE = {
-    "q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv", "to_q", "to_v",
+    "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "wq", "wv", "to_q", "to_v",
+    "q", "v",
     "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj",
 }  # fmt: skip
-ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)", re.IGNORECASE)
+ATTENTION = re.compile(r"(^|[._])(self_?|encdec)?(attn|attention)([._]|$)", re.IGNORECASE)
 SAMPLED_BYTES = 64  # from the middle of every tensor, for the fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -234,8 +235,11 @@ def _config(options: Model, folder: Path, labels: list[str] | None) -> transform
 
 
 def _auto(options: Model) -> Any:
-    classify = options.task == "sequence-classification"
-    return transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+    return {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+    }[options.task]
 
 
 def _from_pretrained(

@@ -41,6 +41,23 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
         CLASSES,
         16,
     ),
+    "t5": (
+        "T5",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1},
+        SEQ2SEQ,
+        32,
+    ),
+    "bart": (
+        "Bart",
+        {
+            f"{side}_{key}": value
+            for side in ("encoder", "decoder")
+            for key, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+        }
+        | {"d_model": 32, "decoder_start_token_id": 1},
+        SEQ2SEQ,
+        32,
+    ),
     "modernbert": ("ModernBert", {**SMALL, "global_attn_every_n_layers": 2}, CLASSES, 9),
 }
 
