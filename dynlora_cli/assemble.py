@@ -27,6 +27,7 @@ from dynlora_cli.model import (
     context_length,
     find_model,
     find_targets,
+    fused_experts,
     load_base,
     load_tokenizer,
     resolve_dtype,
@@ -97,8 +98,8 @@ def read_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
 
 
 def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:
-    """The frozen model; on the device "meta" only its structure."""
-    return load_base(
+    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes."""
+    base = load_base(
         recipe.model,
         tokenizer,
         device=device,
@@ -106,6 +107,13 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
         seed=recipe.seed,
         checkpointing=recipe.train.gradient_checkpointing,
     )
+    experts = fused_experts(base.model)
+    if experts and drawers.load("variants", recipe.adapter.variant).has_components:
+        data.notes.append(
+            f"the weights of the experts ({max(experts.values())} in each of {len(experts)} blocks) are not adapted, "
+            "nor are the routers: components are in the other linear layers only"
+        )
+    return base
 
 
 def plan_ranks(recipe: Recipe, base: Base) -> tuple[dict[str, torch.nn.Module], Start]:

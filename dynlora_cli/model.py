@@ -296,18 +296,18 @@ def find_targets(
 
     Args:
         model: the base.
-        wanted: "all-linear" (all but the output layer), "attention", "qv", one name or glob, or a list of them. A name
-            matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
+        wanted: "all-linear" (all but the output layer and routers), "attention", "qv", one name or glob, or a list of
+            them. A name matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
         whole: modules that train whole, never targets: a classifier's head.
 
     Raises:
         UsageError: a pattern matches nothing; the message lists what there is.
     """
-    output = model.get_output_embeddings()
+    output, routers = model.get_output_embeddings(), _routers(model)
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not inside(name, whole)
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not inside(name, (*whole, *routers))
     }
     patterns = [wanted] if isinstance(wanted, str) else wanted
     chosen: set[str] = set()
@@ -322,6 +322,27 @@ def find_targets(
             )
         chosen |= found
     return {name: module for name, module in linear.items() if name in chosen}
+
+
+def fused_experts(model: nn.Module) -> dict[str, int]:
+    """The modules that hold the weights of many experts in one tensor [experts, ..., ...], and how many experts."""
+    found = {}
+    for name, module in model.named_modules():
+        counts = [len(p) for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) > 1]
+        if counts and not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            found[name] = counts[0]
+    return found
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """The linear layers beside fused experts that weigh them: one output for each expert, or one for a shared one."""
+    found = []
+    for experts, count in fused_experts(model).items():
+        block = experts.rpartition(".")[0]
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, nn.Linear) and module.out_features in (1, count) and not inside(name, [experts]):
+                found.append(name)
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:

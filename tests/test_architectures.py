@@ -19,6 +19,7 @@ from dynlora_cli.report_card import AUTO_CLASS
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LANGUAGE, CLASSES, SEQ2SEQ = "causal-lm", "sequence-classification", "seq2seq-lm"
 # Config class, what is special in it, the task, and how many layers get components.
 CASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
@@ -41,6 +42,15 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
         CLASSES,
         16,
     ),
+    "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, LANGUAGE, 8),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 48},
+        LANGUAGE,
+        14,
+    ),
+    "qwen3_moe": ("Qwen3Moe", {**GROUPED, **EXPERTS, "head_dim": 8}, LANGUAGE, 8),
+    "olmoe": ("Olmoe", {**GROUPED, **EXPERTS}, LANGUAGE, 8),
     "t5": (
         "T5",
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1},
@@ -100,11 +110,14 @@ def test_trained_pruned_saved_loaded_and_merged(folder, kind):
         rows = write_rows(folder / f"{kind}-rows.jsonl", labelled=True)
         overrides.append(f"dataset.train=[{rows}]")
     recipe = make_recipe(folder, *overrides, "eval.steps=3", kind=kind, out=f"out-{kind}")
-    summary, _ = train(recipe)
+    summary, events = train(recipe)
     assert summary["parameters"] <= summary["budget_parameters"] < summary["parameters_start"]
     assert len(summary["ranks"]) == layers
     assert summary["loss_after"] != summary["loss_before"]
 
+    notes = events[0]["notes"]
+    of_experts = [note for note in notes if "experts (4 in each of 2 blocks) are not adapted" in note]
+    assert len(of_experts) == ("num_experts_per_tok" in settings)
     auto = getattr(transformers, AUTO_CLASS[task])
     adapter = read_adapter(Path(recipe.output_dir))
     more = {"num_labels": 2} if task == CLASSES else {}
