@@ -22,18 +22,10 @@ from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import held_out, row_sums
-from dynlora_cli.model import (
-    Base,
-    context_length,
-    find_model,
-    find_targets,
-    fused_experts,
-    load_base,
-    load_tokenizer,
-    resolve_dtype,
-)
+from dynlora_cli.model import Base, context_length, find_model, load_base, load_tokenizer, resolve_dtype
 from dynlora_cli.rank import RankControl, Schedule, Start, plan_start
 from dynlora_cli.state import Progress, Run
+from dynlora_cli.targets import find_targets, fused_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -46,10 +46,10 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
         the model's head and hidden states [N, D] for it, or None and logits [N, V]; the targets [N]; and the line of
         the batch that each stands in [N].
     """
-    targets, more = batch.labels, {}
+    targets = batch.labels
     if targets.ndim == 1:
         return None, model(**batch.inputs).logits, targets, torch.arange(len(targets), device=targets.device)
-    more |= decoder_inputs(model, targets)
+    more = decoder_inputs(model, targets)
     if "logits_to_keep" in signature(model.forward).parameters:
         positions = (targets != IGNORE).any(0).nonzero()[:, 0]
         targets, more = targets[:, positions], {**more, "logits_to_keep": positions}

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.linear_loss import decoder_inputs, linear_cross_entropy, run_to_head
-from dynlora_cli.model import inside
+from dynlora_cli.targets import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,27 +1,24 @@
-"""The base model: find it, load it (plain or 4-bit), and choose the layers that get components."""
+"""The base model: find it, and load it (plain or quantized)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.targets import inside
 from dynlora_cli.weights import Weights
 
 if TYPE_CHECKING:
@@ -32,13 +29,6 @@ BUILTIN = {"builtin:tiny": Path(__file__).parent / "assets" / "builtin_tiny"}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 # What transformers calls the output layer of a classifier, and PEFT with it.
 HEAD_NAMES = ("classifier", "score")
-# Leaf names of query and value projections, fused ones included.
-QUERY_VALUE = {
-    "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "wq", "wv", "to_q", "to_v",
-    "q", "v",
-    "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj",
-}  # fmt: skip
-ATTENTION = re.compile(r"(^|[._])(self_?|encdec)?(attn|attention)([._]|$)", re.IGNORECASE)
 SAMPLED_BYTES = 64  # from the middle of every tensor, for the fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,11 +161,6 @@ def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tupl
     return head, head is not None and any(inside(name, [head]) for name in lacking), tuple(found)
 
 
-def inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module or parameter is one of these modules or lies in one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
 def load_structure(
     options: Model, folder: Path, labels: list[str] | None, device: str | None = "meta"
 ) -> PreTrainedModel:
@@ -287,81 +272,6 @@ def _quantization(options: Model, dtype: torch.dtype, whole: Sequence[str]) -> t
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
-
-
-def find_targets(
-    model: PreTrainedModel, wanted: str | list[str], *, whole: Collection[str] = ()
-) -> dict[str, nn.Module]:
-    """The linear layers that get components, by name, in the model's order.
-
-    Args:
-        model: the base.
-        wanted: "all-linear" (all but the output layer and routers), "attention", "qv", one name or glob, or a list of
-            them. A name matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
-        whole: modules that train whole, never targets: a classifier's head.
-
-    Raises:
-        UsageError: a pattern matches nothing; the message lists what there is.
-    """
-    output, routers = model.get_output_embeddings(), _routers(model)
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not inside(name, (*whole, *routers))
-    }
-    patterns = [wanted] if isinstance(wanted, str) else wanted
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in linear if _matches(name, pattern)}
-        if not found:
-            listed = "\n".join(f"  {group}" for group in group_names(linear))
-            near = did_you_mean(pattern, {name.split(".")[-1] for name in linear} | {"all-linear", "attention", "qv"})
-            raise UsageError(
-                f"adapter.target_modules: {pattern!r} matches no linear layer of this model{near}",
-                f"there are:\n{listed}",
-            )
-        chosen |= found
-    return {name: module for name, module in linear.items() if name in chosen}
-
-
-def fused_experts(model: nn.Module) -> dict[str, int]:
-    """The modules that hold the weights of many experts in one tensor [experts, ..., ...], and how many experts."""
-    found = {}
-    for name, module in model.named_modules():
-        counts = [len(p) for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) > 1]
-        if counts and not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-            found[name] = counts[0]
-    return found
-
-
-def _routers(model: nn.Module) -> list[str]:
-    """The linear layers beside fused experts that weigh them: one output for each expert, or one for a shared one."""
-    found = []
-    for experts, count in fused_experts(model).items():
-        block = experts.rpartition(".")[0]
-        for name, module in model.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, nn.Linear) and module.out_features in (1, count) and not inside(name, [experts]):
-                found.append(name)
-    return found
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if pattern == "all-linear":
-        return True
-    if pattern == "attention":
-        return ATTENTION.search(name) is not None
-    if pattern == "qv":
-        return ATTENTION.search(name) is not None and name.split(".")[-1] in QUERY_VALUE
-    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
-
-
-def group_names(names: Iterable[str]) -> list[str]:
-    """Module names with block numbers folded: `model.layers.*.self_attn.q_proj (6)`."""
-    groups: dict[str, int] = {}
-    for name in names:
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        groups[key] = groups.get(key, 0) + 1
-    return [f"{key} ({count})" if count > 1 else key for key, count in groups.items()]
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from transformers import (
 
 from dynlora_cli.adapter import PREFIX, lora_config, lora_tensors, write_adapter
 from dynlora_cli.components import linear_shape
-from dynlora_cli.model import find_targets
 from dynlora_cli.rank import plan_start, shrink
+from dynlora_cli.targets import find_targets
 from dynlora_cli.variants import lora
 
 CONFIGS = {

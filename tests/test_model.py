@@ -12,16 +12,8 @@ from test_adapter import build
 
 from dynlora_cli.components import ComponentLinear, Pool, linear_shape
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.model import (
-    BUILTIN,
-    context_length,
-    find_model,
-    find_targets,
-    fingerprint,
-    group_names,
-    load_base,
-    resolve_dtype,
-)
+from dynlora_cli.model import BUILTIN, context_length, find_model, fingerprint, load_base, resolve_dtype
+from dynlora_cli.targets import find_targets, group_names
 
 
 def options(name, **more):

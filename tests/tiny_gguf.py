@@ -32,7 +32,7 @@ from transformers import (
 
 from dynlora_cli.components import linear_shape
 from dynlora_cli.exporters._gguf import write_model
-from dynlora_cli.model import find_targets
+from dynlora_cli.targets import find_targets
 
 SMALL: dict[str, Any] = {
     "vocab_size": 352,  # more than the tokenizer has
