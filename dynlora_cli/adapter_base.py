@@ -19,7 +19,7 @@ from dynlora_cli.model_folder import find_model
 from dynlora_cli.recipe_settings import Model
 
 COMMIT = re.compile("[0-9a-f]{40}")
-SUPPORTED = ("CAUSAL_LM", "SEQ_CLS")  # PEFT's names
+SUPPORTED = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # PEFT's names
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,13 @@ from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import held_out, row_sums
-from dynlora_cli.model import (
-    Base,
-    context_length,
-    find_targets,
-    load_base,
-    load_tokenizer,
-    resolve_dtype,
-)
+from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.rank import RankControl, Start, plan_start
 from dynlora_cli.relative import layer_kind
 from dynlora_cli.schedule import Schedule
 from dynlora_cli.state import Progress, Run
+from dynlora_cli.targets import find_targets, fused_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,8 +94,8 @@ def read_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
 
 
 def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:
-    """The frozen model; on the device "meta" only its structure."""
-    return load_base(
+    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes."""
+    base = load_base(
         recipe.model,
         tokenizer,
         device=device,
@@ -109,13 +103,20 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
         seed=recipe.seed,
         checkpointing=recipe.train.gradient_checkpointing,
     )
+    experts = fused_experts(base.model)
+    if experts and drawers.load("variants", recipe.adapter.variant).has_components:
+        data.notes.append(
+            f"the weights of the experts ({max(experts.values())} in each of {len(experts)} blocks) are not adapted, "
+            "nor are the routers: components are in the other linear layers only"
+        )
+    return base
 
 
 def plan_ranks(
     recipe: Recipe, base: Base, counts: Mapping[str, int] | None = None
 ) -> tuple[dict[str, torch.nn.Module], Start]:
     """The target layers, and how many components each starts with: as many everywhere, or `counts`."""
-    targets = find_targets(base.model, recipe.adapter.target_modules, head=base.head)
+    targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
     kind = layer_kind(recipe, variant.Layer)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.tokens import IGNORED, Example
@@ -41,7 +42,7 @@ class Batch:
         inputs: for `model(**inputs)`: input_ids [B, T] and attention_mask, [B, T], or [B, 1, T, T] when packed, with
             position_ids [B, T]; token_type_ids [B, T] where the examples have them.
         labels: [B, T], aligned with the logits: `labels[:, t]` is the target of `logits[:, t]`, -100 where there is
-            none. For a classifier [B].
+            none. Of a decoder as wide as its longest text. For a classifier [B].
         rows: `Example.row` of each example in it.
         tokens: tokens that are not padding.
         supervised: targets.
@@ -63,7 +64,7 @@ class Batches:
     """The micro-batches of every step of every epoch.
 
     Args:
-        examples: all of one kind, causal-lm or classification.
+        examples: all of one task.
         micro_batch_size: rows (bins, when packed) of one forward pass.
         accumulation: micro-batches of one optimizer step, over all ranks.
         seed: of the order.
@@ -77,7 +78,7 @@ class Batches:
         mask_dtype: of the packed attention mask, as `packed_mask_dtype` gives it for a model.
 
     Raises:
-        ValueError: an example longer than `max_length`, no examples, or a classifier with packing.
+        ValueError: an example longer than `max_length`, no examples, or packing for another task than causal-lm.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Batches:
         self.lengths = [len(example.input_ids) for example in examples]
         if not examples or max(self.lengths) > max_length:
             raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
-        if packing and isinstance(examples[0].labels, int):
+        if packing and (isinstance(examples[0].labels, int) or examples[0].decoded):
             raise ValueError("packing serves causal language models only")
         self._bins = self._pack(max_length) if packing else [(index,) for index in range(len(examples))]
         self.steps_per_epoch = -(-len(self._bins) // self.step_size)
@@ -171,7 +172,7 @@ class Batches:
                 ids[line, start : start + len(example.input_ids)] = torch.tensor(example.input_ids)
         inputs = {"input_ids": ids, **(self._packed if self.packing else self._padded)(bins, width)}
         labels = self._labels(bins, width)
-        tokens = sum(len(example.input_ids) for example in examples)
+        tokens = sum(example.tokens for example in examples)
         rows = [example.row for example in examples]
         return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()))
 
@@ -186,6 +187,9 @@ class Batches:
     def _labels(self, bins: list[Bin], width: int) -> Tensor:
         if isinstance(self.examples[0].labels, int):
             return torch.tensor([self.examples[item[0]].labels for item in bins])
+        if self.examples[0].decoded:
+            texts: Any = [torch.tensor(self.examples[item[0]].labels) for item in bins]
+            return pad_sequence(texts, batch_first=True, padding_value=IGNORED).long()
         labels = torch.full((len(bins), width), IGNORED)
         for line, item in enumerate(bins):
             for start, example in self._placed(item):

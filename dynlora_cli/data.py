@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.recipe import Dataset, Source
 
-CLASSIFICATION = "sequence-classification"
+CLASSIFICATION, SEQ2SEQ = "sequence-classification", "seq2seq-lm"
 _CHUNK = 1024  # rows tokenised in one call
 
 
@@ -89,7 +89,7 @@ def load_data(
     Args:
         dataset: the recipe's `dataset` section.
         tokenizer: of the base model.
-        task: causal-lm | sequence-classification.
+        task: causal-lm | seq2seq-lm | sequence-classification.
         seed: decides which rows are held out, by a hash of their prompts: row order does not matter.
         max_length: caps `dataset.max_length`, such as at the model's context.
         num_labels: classes that the recipe announces, if it does.
@@ -100,12 +100,11 @@ def load_data(
         DataError: rows that cannot be trained on; names the place and what to change.
         UsageError: a missing file. MachineError: a hub data set that cannot be reached.
     """
-    if task not in ("causal-lm", CLASSIFICATION):
-        raise UsageError(f"no data format serves model.task {task!r} yet", f"use causal-lm or {CLASSIFICATION}")
     if dataset.chat_template:
         tokenizer.chat_template = _template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
-    reader = _Reader(dataset, tokenizer, task, limit, Encoder(tokenizer, dataset.train_on, limit))
+    encoder = Encoder(tokenizer, dataset.train_on, limit, decoded=task == SEQ2SEQ)
+    reader = _Reader(dataset, tokenizer, task, limit, encoder)
     train, dropped = _read(reader, dataset.train, held_out=False)
     if task == CLASSIFICATION:
         labels = labels or label_names(train, num_labels)
@@ -167,7 +166,7 @@ def _drafts(reader: _Reader, source: Source, table: Table) -> Iterator[tuple[str
         for number, draft in enumerate(reader.encoder.pieces(place, str(first["text"])), 1):
             yield f"{place}, piece {number}", draft
         return
-    has_template = bool(reader.tokenizer.chat_template)
+    has_template = bool(reader.tokenizer.chat_template) and reader.task != SEQ2SEQ
     located = (_located(form, place, row, has_template) for place, row in itertools.chain([(place, first)], rows))
     while batch := list(itertools.islice(located, _CHUNK)):
         drafts = reader.encoder.encode(batch)
@@ -231,7 +230,7 @@ def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
             "the chat template ends assistant turns without a special token; the end-of-text token was added"
         )
     pairs = [row.form for row in batch if isinstance(row.form, Pair)]
-    if any(_runs_on(pair) for pair in pairs):
+    if not reader.encoder.decoded and any(_runs_on(pair) for pair in pairs):
         reader.notes.append(
             f"{table.name}: some completions follow their prompt with nothing between the two; "
             "end prompts with a space or a newline if that is not meant"
@@ -247,7 +246,7 @@ def _runs_on(pair: Pair) -> bool:
 def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
     """A draft within the length limit, or None for a row to be dropped."""
     limit, cut_answer = reader.max_length, False
-    truncated = draft.cut or len(draft.ids) > limit
+    truncated = draft.cut or max(len(draft.ids), len(draft.labels)) > limit
     if truncated and reader.dataset.overlong == "error":
         raise DataError(
             f"{place}: longer than max_length {limit}",
@@ -260,7 +259,7 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
         labels = array("i", draft.labels[:limit])
         cut_answer = any(label != IGNORED for label in draft.labels[limit:])
     types = array("i", draft.types) if draft.types else None
-    example = Example(array("i", draft.ids[:limit]), labels, number, types)
+    example = Example(array("i", draft.ids[:limit]), labels, number, types, reader.encoder.decoded)
     if not example.supervised():
         return None
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
@@ -273,7 +272,7 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
 def _counts(rows: list[Kept], dropped: int) -> dict[str, int]:
     return {
         "rows": len(rows),
-        "tokens": sum(len(row.example.input_ids) for row in rows),
+        "tokens": sum(row.example.tokens for row in rows),
         "supervised": sum(row.example.supervised() for row in rows),
         "truncated": sum(row.truncated for row in rows),
         "cut_answers": sum(row.cut_answer for row in rows),
@@ -314,10 +313,12 @@ def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[t
     """The text of an example in pieces, each with whether it is in the loss; joined, they are the decoded whole.
 
     Args:
-        example: of a causal language model, or of a classifier (one piece, not in the loss).
+        example: of a causal language model, of an encoder and decoder, or of a classifier (one piece, not in the loss).
         tokenizer: that made it.
     """
     ids = list(example.input_ids)
+    if example.decoded and not isinstance(example.labels, int):
+        return [(decode(tokenizer, ids), False), (decode(tokenizer, example.labels), True)]
     labels: Any = [IGNORED] * len(ids) if isinstance(example.labels, int) else example.labels
     flags = [label != IGNORED for label in labels]
     pieces, shown, end = [], "", 0

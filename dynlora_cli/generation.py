@@ -66,12 +66,11 @@ def find_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     prompts: dict[tuple[int, ...], Prompt] = {}
     for example in examples:
-        start, end = _last_run(example)
-        key = tuple(example.input_ids[:start])
+        question, answer = _last_answer(example)
+        key = tuple(question)
         if not key or (key not in prompts and len(prompts) == count):
             continue
         prompt = prompts.setdefault(key, Prompt(key, _shown(tokenizer, key)))
-        answer = list(example.input_ids[start:end])
         text = _text(tokenizer, answer)
         if text not in prompt.references:
             prompt.references.append(text)
@@ -80,17 +79,19 @@ def find_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     return list(prompts.values())
 
 
-def _last_run(example: Example) -> tuple[int, int]:
-    """Where the last supervised tokens start, and the position after their end; (0, 0) where there is no prompt."""
+def _last_answer(example: Example) -> tuple[Sequence[int], list[int]]:
+    """The last supervised tokens, and all that stands before them; nothing does where there is no prompt."""
     assert not isinstance(example.labels, int), "classifiers write nothing"
+    if example.decoded:
+        return example.input_ids, list(example.labels)
     supervised = [label != IGNORED for label in example.labels]
     if supervised[0]:
-        return 0, 0
+        return (), []
     end = max(place for place, flag in enumerate(supervised) if flag) + 1
     start = end
     while supervised[start - 1]:
         start -= 1
-    return start, end
+    return example.input_ids[:start], list(example.input_ids[start:end])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -116,8 +117,8 @@ def generate(
         model: in evaluation mode.
         tokenizer: with a pad token.
         prompts: in any order.
-        batch_size: prompts answered at once, padded on the left.
-        context: tokens that prompt and answer may have together; None where nobody knows.
+        batch_size: prompts answered at once, padded on the left, an encoder's on the right.
+        context: tokens that prompt and answer may have together (of an encoder-decoder: each); None where nobody knows.
 
     Returns:
         Texts without special tokens and without white space around them, in the order of the prompts.
@@ -125,22 +126,26 @@ def generate(
     longest = max((prompt.longest for prompt in prompts), default=0) + MARGIN
     ends = {int(end) for prompt in prompts for end in prompt.end_ids} | _own_ends(model, tokenizer)
     answers = [""] * len(prompts)
+    two = bool(model.config.is_encoder_decoder)
+    if two and context is not None:
+        longest, context = min(longest, context), None
     for room, numbers in _batches(prompts, longest, batch_size, context):
         width = max(len(prompts[number].ids) for number in numbers)
         ids = torch.full((len(numbers), width), int(tokenizer.pad_token_id))  # [B, T]
         mask = torch.zeros_like(ids)
         for line, number in enumerate(numbers):
             prompt = torch.tensor(prompts[number].ids)
-            ids[line, width - len(prompt) :] = prompt
-            mask[line, width - len(prompt) :] = 1
+            place = slice(0, len(prompt)) if two else slice(width - len(prompt), width)
+            ids[line, place] = prompt
+            mask[line, place] = 1
         write: Any = model.generate
         written = write(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=_greedy(room, ends, int(tokenizer.pad_token_id)),
+            generation_config=_greedy(room, ends, int(tokenizer.pad_token_id), _start(model)),
         )
         for line, number in enumerate(numbers):
-            answer = itertools.takewhile(lambda token: token not in ends, written[line, width:].tolist())
+            answer = itertools.takewhile(lambda token: token not in ends, written[line, 1 if two else width :].tolist())
             answers[number] = _text(tokenizer, list(answer))
     return answers
 
@@ -152,7 +157,12 @@ def _own_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set
     return {int(end) for end in found if end is not None}
 
 
-def _greedy(room: int, ends: set[int], pad_id: int) -> GenerationConfig:
+def _start(model: PreTrainedModel) -> int | None:
+    """The token that a decoder begins with."""
+    return getattr(model.config, "decoder_start_token_id", None) if model.config.is_encoder_decoder else None
+
+
+def _greedy(room: int, ends: set[int], pad_id: int, start_id: int | None) -> GenerationConfig:
     """Greedy, with a cache, and without anything that a model's own generation config may ask for."""
     return GenerationConfig(
         max_new_tokens=room,
@@ -163,6 +173,7 @@ def _greedy(room: int, ends: set[int], pad_id: int) -> GenerationConfig:
         use_cache=True,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad_id,
+        decoder_start_token_id=start_id,
     )
 
 

@@ -58,6 +58,12 @@ def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | N
     return (head, passes[-1][0]) if Heads.last[model] else (None, returned)
 
 
+def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
+    """What the decoder of an encoder-decoder reads while it writes `labels` [B, T]: the model shifts them itself."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return {} if shift is None else {"decoder_input_ids": shift(labels)}
+
+
 def _plain_head(model: nn.Module) -> nn.Linear | None:
     if not Heads.use or not isinstance(model, PreTrainedModel):
         return None

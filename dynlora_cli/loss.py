@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynlora_cli.linear_loss import chunks, linear_cross_entropy, run_to_head
+from dynlora_cli.linear_loss import chunks, decoder_inputs, linear_cross_entropy, run_to_head
 from dynlora_cli.scores import RowSums, perplexity
 
 if TYPE_CHECKING:
@@ -46,12 +46,13 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
         the model's head and hidden states [N, D] for it, or None and logits [N, V]; the targets [N]; and the line of
         the batch that each stands in [N].
     """
-    targets, more = batch.labels, {}
+    targets = batch.labels
     if targets.ndim == 1:
         return None, model(**batch.inputs).logits, targets, torch.arange(len(targets), device=targets.device)
+    more = decoder_inputs(model, targets)
     if "logits_to_keep" in signature(model.forward).parameters:
         positions = (targets != IGNORE).any(0).nonzero()[:, 0]
-        targets, more = targets[:, positions], {"logits_to_keep": positions}
+        targets, more = targets[:, positions], {**more, "logits_to_keep": positions}
     head, states = run_to_head(model, {**batch.inputs, **more})
     supervised = targets != IGNORE
     return head, states[supervised], targets[supervised], supervised.nonzero()[:, 0]

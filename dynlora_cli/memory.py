@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.linear_loss import linear_cross_entropy, run_to_head
+from dynlora_cli.linear_loss import decoder_inputs, linear_cross_entropy, run_to_head
+from dynlora_cli.targets import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +148,7 @@ def _quantized(base: Base, options: Model) -> list[Tensor]:
     return [
         module.weight
         for name, module in base.model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not kept and name.split(".")[0] != base.head
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not kept and not inside(name, base.whole)
     ]
 
 
@@ -169,7 +170,7 @@ def _step(base: Base, ids: Tensor) -> None:
             logits = base.model(input_ids=ids).logits
             loss = F.cross_entropy(logits.float(), ids[:, 0], reduction="sum")
         else:
-            head, states = run_to_head(base.model, {"input_ids": ids})
+            head, states = run_to_head(base.model, {"input_ids": ids, **decoder_inputs(base.model, ids)})
             states = states.flatten(0, 1)
             if head is None:
                 loss = F.cross_entropy(states.float(), ids.flatten(), reduction="sum")

@@ -1,40 +1,31 @@
-"""The base model: load it (plain or 4-bit), and choose the layers that get components."""
+"""The base model: load it, plain or quantized."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.model_folder import find_model
+from dynlora_cli.targets import inside
+from dynlora_cli.weights import Weights
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Model
 
 # What transformers calls the output layer of a classifier, and PEFT with it.
 HEAD_NAMES = ("classifier", "score")
-# Leaf names of query and value projections, fused ones included.
-QUERY_VALUE = {
-    "q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv", "to_q", "to_v",
-    "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj",
-}  # fmt: skip
-ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)", re.IGNORECASE)
 SAMPLED_BYTES = 64  # from the middle of every tensor, for the fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,13 +35,14 @@ class Base:
     """A frozen base model with its tokenizer.
 
     Attributes:
-        model: all parameters frozen, except a classifier's new head.
+        model: all parameters frozen, except a classifier's `whole` modules.
         tokenizer: the model's own.
         folder: the local files.
         reference: what `base_model_name_or_path` of the adapter should be: a folder, or a hub id.
         dtype: of the weights and, below fp32, of autocast.
         head: name of the classifier head, or None.
         new_head: the head is not the checkpoint's own but a new, random one.
+        whole: modules that are trained and saved whole: the head, and what else of a classifier its checkpoint lacks.
     """
 
     model: PreTrainedModel
@@ -60,6 +52,7 @@ class Base:
     dtype: torch.dtype
     head: str | None
     new_head: bool = False
+    whole: tuple[str, ...] = ()
 
 
 def load_base(
@@ -86,14 +79,15 @@ def load_base(
     """
     folder, reference = find_model(options)
     dtype = resolve_dtype(options.dtype, device)
+    structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
+    head, new, whole = _whole(structure, folder) if structure is not None and labels else (None, False, ())
     torch.manual_seed(seed)
-    if device.type == "meta":
-        model, new_head = load_structure(options, folder, labels), bool(labels)
+    if structure is not None and device.type == "meta":
+        model = structure
     else:
-        model, new_head = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device)
-    head = next((name for name in HEAD_NAMES if hasattr(model, name)), None) if labels else None
+        model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
     for name, parameter in model.named_parameters():
-        trains = head is not None and name.split(".")[0] == head
+        trains = inside(name, whole)
         parameter.requires_grad_(trains)
         if trains:
             parameter.data = parameter.data.float()
@@ -103,7 +97,24 @@ def load_base(
         model.config.use_cache = False
     if labels and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, folder, reference, dtype, head, new_head)
+    return Base(model, tokenizer, folder, reference, dtype, head, new, whole)
+
+
+def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tuple[str, ...]]:
+    """Of a classifier: its head, whether its checkpoint lacks that, and all modules that train whole.
+
+    Beside the head, those are the modules on top of the encoder that the checkpoint lacks: they are as random as a new
+    head, and nobody who loads the adapter would get the same numbers again.
+    """
+    weights = Weights(folder)
+    head = next((name for name in HEAD_NAMES if hasattr(model, name)), None)
+    found = {} if head is None else {head: None}
+    lacking = [name for name, _ in model.named_parameters() if weights.locate(*name.rpartition(".")[::2]) is None]
+    on_top = [name for name in lacking if "pooler" in name or not inside(name, [model.base_model_prefix])]
+    for name in on_top:
+        if not inside(name, found):
+            found[name.rpartition(".")[0]] = None
+    return head, head is not None and any(inside(name, [head]) for name in lacking), tuple(found)
 
 
 def load_structure(
@@ -165,29 +176,34 @@ def _config(options: Model, folder: Path, labels: list[str] | None) -> transform
 
 
 def _auto(options: Model) -> Any:
-    classify = options.task == "sequence-classification"
-    return transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+    return {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+    }[options.task]
 
 
 def _from_pretrained(
-    options: Model, folder: Path, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, bool]:
-    """The model with its weights, and whether its checkpoint lacks the classifier head."""
+    options: Model,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: Sequence[str],
+) -> PreTrainedModel:
+    """The model with its weights; only modules that train whole may be new, and they are never quantized."""
     auto = _auto(options)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
     if options.attn_implementation:
         arguments["attn_implementation"] = options.attn_implementation
     if options.load_in_4bit or options.load_in_8bit:
-        arguments["quantization_config"] = _quantization(options, dtype)
+        arguments["quantization_config"] = _quantization(options, dtype, whole)
         arguments["device_map"] = {"": device}
     try:
         model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
-    new_head = any(name.split(".")[0] in HEAD_NAMES for name in info["missing_keys"])
-    missing = sorted(
-        name for name in info["missing_keys"] if name.split(".")[0] not in HEAD_NAMES and "pooler" not in name
-    )
+    missing = sorted(name for name in info["missing_keys"] if not inside(name, whole))
     if missing:
         raise UsageError(
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
@@ -198,70 +214,20 @@ def _from_pretrained(
         # back to training; some shapes even fail.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model if "device_map" in arguments else model.to(device), new_head
+    return model if "device_map" in arguments else model.to(device)
 
 
-def _quantization(options: Model, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+def _quantization(options: Model, dtype: torch.dtype, whole: Sequence[str]) -> transformers.BitsAndBytesConfig:
+    kept = list(whole) or None  # None: transformers keeps the output layer
     if options.load_in_8bit:
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
     )
-
-
-def find_targets(model: PreTrainedModel, wanted: str | list[str], *, head: str | None = None) -> dict[str, nn.Module]:
-    """The linear layers that get components, by name, in the model's order.
-
-    Args:
-        model: the base.
-        wanted: "all-linear" (all but the output layer), "attention", "qv", one name or glob, or a list of them. A name
-            matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
-        head: the classifier head, never a target.
-
-    Raises:
-        UsageError: a pattern matches nothing; the message lists what there is.
-    """
-    output = model.get_output_embeddings()
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] != head
-    }
-    patterns = [wanted] if isinstance(wanted, str) else wanted
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in linear if _matches(name, pattern)}
-        if not found:
-            listed = "\n".join(f"  {group}" for group in group_names(linear))
-            near = did_you_mean(pattern, {name.split(".")[-1] for name in linear} | {"all-linear", "attention", "qv"})
-            raise UsageError(
-                f"adapter.target_modules: {pattern!r} matches no linear layer of this model{near}",
-                f"there are:\n{listed}",
-            )
-        chosen |= found
-    return {name: module for name, module in linear.items() if name in chosen}
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if pattern == "all-linear":
-        return True
-    if pattern == "attention":
-        return ATTENTION.search(name) is not None
-    if pattern == "qv":
-        return ATTENTION.search(name) is not None and name.split(".")[-1] in QUERY_VALUE
-    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
-
-
-def group_names(names: Iterable[str]) -> list[str]:
-    """Module names with block numbers folded: `model.layers.*.self_attn.q_proj (6)`."""
-    groups: dict[str, int] = {}
-    for name in names:
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        groups[key] = groups.get(key, 0) + 1
-    return [f"{key} ({count})" if count > 1 else key for key, count in groups.items()]
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

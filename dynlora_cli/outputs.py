@@ -31,22 +31,22 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "
 
 
 def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
-    """The adapter of this moment, as PEFT reads it, with the classifier head where there is one."""
+    """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
     assert training.pool is not None
-    head = base.model.get_submodule(base.head).state_dict() if base.head else {}
     config = lora_config(
         {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
         base_model=base.reference,
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
         fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in training.pool.layers.values()),
-        modules_to_save=[base.head] if base.head else None,
+        modules_to_save=list(base.whole) or None,
     )
     variant = drawers.load("variants", training.recipe.adapter.variant)
     form = getattr(variant, "saved", None)
     config, tensors = form(training.pool, config) if form else (config, lora_tensors(training.pool))
-    saved_head = {f"{PREFIX}{base.head}.{name}": value for name, value in head.items()}
-    write_adapter(folder, config, {**tensors, **saved_head})
+    for module in base.whole:
+        tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
+    write_adapter(folder, config, tensors)
 
 
 def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:

@@ -60,7 +60,8 @@ def random_rows(vocab_size: int) -> list[Tensor]:
 def predictions(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
     """Logits of every line, each [T, V] in fp32 on the CPU ([1, classes] for a classifier).
 
-    A language model gets all lines at once, so that one that is read from disk is read once.
+    A language model gets all lines at once, so that one that is read from disk is read once. An encoder-decoder reads
+    each line with both.
     """
     device = model_device(model)
     if model.get_output_embeddings() is None:
@@ -71,7 +72,8 @@ def predictions(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
     for index, row in enumerate(rows):
         ids[index, : lengths[index]] = row[0]
         mask[index, : lengths[index]] = 1
-    logits = model(input_ids=ids, attention_mask=mask).logits
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    logits = model(input_ids=ids, attention_mask=mask, **more).logits
     return [logits[index, :length].float().cpu() for index, length in enumerate(lengths)]
 
 

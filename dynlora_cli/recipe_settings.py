@@ -65,12 +65,6 @@ def _budget(value: object) -> object:
     return _whole(value)
 
 
-def _supported_task(value: str) -> str:
-    if value == "seq2seq-lm":
-        raise ValueError("seq2seq-lm is not supported yet; use causal-lm or sequence-classification")
-    return value
-
-
 @dataclass(frozen=True)
 class _NotForeign:
     """Refuses a free text that other tools use for something which has another name here."""
@@ -136,10 +130,8 @@ class Model(Section):
     """A hub id, a folder, or `builtin:tiny`."""
     revision: Text | None = None
     """Branch, tag or commit on the hub."""
-    task: Annotated[Literal["causal-lm", "seq2seq-lm", "sequence-classification"], AfterValidator(_supported_task)] = (
-        "causal-lm"
-    )
-    """What the model is trained to do; seq2seq-lm is not supported yet."""
+    task: Literal["causal-lm", "seq2seq-lm", "sequence-classification"] = "causal-lm"
+    """What the model is trained to do; seq2seq-lm: an encoder reads the prompt, a decoder writes the completion."""
     num_labels: Annotated[int, Field(ge=2), BeforeValidator(_whole)] | None = None
     """Number of classes, for sequence-classification; null counts them in the data."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -363,8 +355,11 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("adapter.alpha", "adapter.variant", "variant vera has no scale: d and b stand for it")
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
-    if data.packing and classifier:
-        yield Conflict("dataset.packing", "model.task", "packing does not go with sequence-classification")
+    if data.packing and model.task != "causal-lm":
+        yield Conflict("dataset.packing", "model.task", f"packing does not go with {model.task}")
+    if data.train_on in ("assistant", "all") and model.task == "seq2seq-lm":
+        text = f"got {data.train_on}; a decoder writes the completion and nothing else, so leave it at auto"
+        yield Conflict("dataset.train_on", "model.task", text)
     if not data.val and not data.val_size:
         for key in ("steps", "early_stopping_patience"):
             if getattr(recipe.eval, key) is not None:

@@ -18,7 +18,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from dynlora_cli.adapter_base import Place, tied
+from dynlora_cli.adapter_base import Place
 from dynlora_cli.errors import UsageError
 from dynlora_cli.model import load_structure
 from dynlora_cli.weights import Weights
@@ -36,29 +36,30 @@ def reader(weights: Weights, model: PreTrainedModel, whole: Mapping[str, Tensor]
     """
 
     def read(name: str) -> Tensor:
-        found = weights.locate(*_parts(name))
+        found = _located(weights, model, name)
         if found is None:
             raise UsageError(f"{weights.folder} has no tensor for {name}", "the model's files and its config disagree")
         return weights.read(found, torch.float32 if weights.entries[found].dtype.is_floating_point else None)
 
-    base = through_ties(read, model)
-    return lambda name: whole[name].float() if whole and name in whole else base(name)
+    return lambda name: whole[name].float() if whole and name in whole else read(name)
 
 
 def through_ties(read: Read, model: PreTrainedModel) -> Read:
-    """Reads the input table where the model's output head shares its weight."""
-    shared = tied(model)
-    if shared is None:
-        return read
-    table, head = (f"{module}.weight" for module in shared)
-    return lambda name: read(table if name == head else name)
+    """Reads the parameter that another one shares its numbers with, such as the table for the output head."""
+    shared = model.all_tied_weights_keys
+    return lambda name: read(shared.get(name, name))
+
+
+def _located(weights: Weights, model: PreTrainedModel, name: str) -> str | None:
+    """The tensor of a parameter: its own, or that of the one it is tied to."""
+    shared = model.all_tied_weights_keys.get(name)
+    return weights.locate(*_parts(name)) or (weights.locate(*_parts(shared)) if shared else None)
 
 
 def unreadable(model: PreTrainedModel, weights: Weights, whole: Mapping[str, Tensor]) -> list[str]:
     """Parameters that no one tensor of the files is: of experts, which lie apart on disk and together in memory."""
-    read = through_ties(lambda name: torch.empty(0) if weights.locate(*_parts(name)) else torch.empty(1), model)
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    return [name for name in names if name not in whole and read(name).numel()]
+    return [name for name in names if name not in whole and _located(weights, model, name) is None]
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -93,17 +94,33 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Table(dict[str, Any]):
+    """The parameters of an embedding, read wherever they are looked at: some tables are used without being called."""
+
+    def __init__(self, parameters: Mapping[str, Any], read: Read) -> None:
+        super().__init__(parameters)
+        self.read = read
+
+    def __getitem__(self, leaf: str) -> Any:
+        value = super().__getitem__(leaf)
+        return nn.Parameter(self.read(leaf), requires_grad=False) if value is not None and value.is_meta else value
+
+
 def _stream(module: nn.Module, name: str, read: Read) -> None:
     empty = dict(module._parameters)
+
+    def own(leaf: str) -> Tensor:
+        return read(f"{name}.{leaf}" if name else leaf)
 
     def fetch(module: nn.Module, _inputs: Any) -> None:
         for leaf, parameter in empty.items():
             if parameter is not None:
-                value = read(f"{name}.{leaf}" if name else leaf)
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(own(leaf), requires_grad=False)
 
     def forget(module: nn.Module, _inputs: Any, _outputs: Any) -> None:
         module._parameters.update(empty)
 
+    if isinstance(module, nn.Embedding):
+        module._parameters = _Table(empty, own)
     module.register_forward_pre_hook(fetch)
     module.register_forward_hook(forget, always_call=True)

@@ -31,21 +31,39 @@ class Example:
     """One row, ready for a model. Sequences are `array('i')`: four bytes a token.
 
     Args:
-        input_ids: token ids.
-        labels: causal-lm: the token where it is trained, -100 elsewhere, not shifted. Classification: the class index.
+        input_ids: token ids; seq2seq-lm: what the encoder reads.
+        labels: causal-lm: the token where it is trained, -100 elsewhere, not shifted. seq2seq-lm: what the decoder
+            writes, of its own length. Classification: the class index.
         row: number of the row, counted from 0 over all sources of its list in the recipe.
         token_type_ids: classification of text pairs, where the tokenizer has them.
+        decoded: the row is one of seq2seq-lm.
     """
 
     input_ids: Sequence[int]
     labels: Sequence[int] | int
     row: int
     token_type_ids: Sequence[int] | None = None
+    decoded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a model reads or writes."""
+        return len(self.input_ids) + (0 if isinstance(self.labels, int) or not self.decoded else len(self.labels))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text of the row."""
+        return max(len(self.input_ids), len(self.labels) if not isinstance(self.labels, int) else 0)
 
     def supervised(self) -> int:
-        """Number of targets: tokens with a label but the first, which nothing precedes; 1 for a classifier."""
+        """Number of targets: tokens with a label but the first, which nothing precedes; 1 for a classifier.
+
+        A decoder's first token is a target as well: its start token precedes it.
+        """
         if isinstance(self.labels, int):
             return 1
+        if self.decoded:
+            return len(self.labels)
         return sum(label != IGNORED for label in itertools.islice(self.labels, 1, None))
 
 
@@ -55,7 +73,7 @@ class Draft:
 
     Args:
         ids: token ids.
-        labels: as long as `ids`; empty for a classifier.
+        labels: as long as `ids`; empty for a classifier; a decoder's are a text of their own.
         prompt: rows with the same prompt belong on the same side of a split.
         label: the class, for a classifier.
         types: token type ids, for a classifier of text pairs.
@@ -84,16 +102,20 @@ class Encoder:
     Args:
         tokenizer: of the model to be trained.
         train_on: auto | completion | assistant | all.
+        decoded: an encoder reads the prompt, and a decoder writes the answer.
         max_length: length of the pieces of a text file, and of a classifier's text.
 
     Raises:
         DataError: the tokenizer cannot do what the rows need.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int, *, decoded: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.max_length = max_length
+        self.decoded = decoded
         self.opening = self._opening()
         self.glue = self._glue()
 
@@ -123,9 +145,9 @@ class Encoder:
             drafts.append(Draft(opening + piece, [IGNORED] * len(opening) + labels, prompt=repr(piece)))
         return drafts
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         # verbose=False: a text longer than the model's context is cut later, and counted.
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"] if texts else []
 
     def _end(self) -> int:
         end = self.tokenizer.eos_token_id
@@ -156,6 +178,8 @@ class Encoder:
 
     def _pairs(self, rows: list[Located]) -> list[Draft]:
         pairs = [row.form for row in rows if isinstance(row.form, Pair)]
+        if self.decoded:
+            return self._two_texts(pairs)
         prompts = self._ids([pair.prompt for pair in pairs])
         answers = self._continuations([pair.completion for pair in pairs])
         drafts = []
@@ -164,6 +188,22 @@ class Encoder:
             given = prompt if self.train_on == "all" else [IGNORED] * len(prompt)
             drafts.append(Draft(prompt + answer, given + answer, pair.prompt))
         return drafts
+
+    def _two_texts(self, pairs: list[Pair]) -> list[Draft]:
+        """Prompts and answers each with the tokenizer's own special tokens, and cut by it: none of those is lost."""
+        drafts = [Draft([], [], pair.prompt) for pair in pairs]
+        prompts = self._cut([pair.prompt for pair in pairs], drafts)
+        answers = self._ids([pair.completion for pair in pairs], special=True)
+        for draft, prompt, answer in zip(drafts, prompts, answers, strict=True):
+            draft.ids, draft.labels = prompt, self._ended(answer)
+        return drafts
+
+    def _cut(self, texts: list[str], drafts: list[Draft]) -> list[list[int]]:
+        """Tokens of whole texts, no longer than `max_length`; a draft whose text is cut is told so."""
+        whole = self._ids(texts, special=True)
+        for draft, ids in zip(drafts, whole, strict=True):
+            draft.cut = len(ids) > self.max_length
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
     def _opened(self, ids: list[int]) -> list[int]:
         """With the opening token, unless the text spells it out itself."""

@@ -179,7 +179,7 @@ def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data) -> dict[st
     """The memory that the run will need, or a note why nobody knows; `base` is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
-    length = recipe.dataset.max_length if recipe.dataset.packing else max(len(e.input_ids) for e in data.train)
+    length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train)
     ids = (recipe.train.micro_batch_size, length)
     try:
         need = measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids)

@@ -21,8 +21,8 @@ from transformers import (
 
 from dynlora_cli.adapter import PREFIX, lora_config, lora_tensors, write_adapter
 from dynlora_cli.components import linear_shape
-from dynlora_cli.model import find_targets
 from dynlora_cli.rank import plan_start, shrink
+from dynlora_cli.targets import find_targets
 from dynlora_cli.variants import lora
 
 CONFIGS = {
@@ -50,7 +50,7 @@ def pruned(kind, folder, *, scale_alpha=16.0, seed=0):
     model = build(kind)
     model.save_pretrained(folder / "base")
     head = "classifier" if kind == "bert" else None
-    targets = find_targets(model, "all-linear", head=head)
+    targets = find_targets(model, "all-linear", whole=[head] if head else [])
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     start = plan_start(shapes, SimpleNamespace(kind="rank", value=4), 6)
     options = SimpleNamespace(alpha=scale_alpha, scaling="rslora", dropout=0.0, init_weights="default")

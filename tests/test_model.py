@@ -12,15 +12,9 @@ from test_adapter import build
 
 from dynlora_cli.components import ComponentLinear, Pool, linear_shape
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.model import (
-    context_length,
-    find_targets,
-    fingerprint,
-    group_names,
-    load_base,
-    resolve_dtype,
-)
+from dynlora_cli.model import context_length, fingerprint, load_base, resolve_dtype
 from dynlora_cli.model_folder import BUILTIN, find_model
+from dynlora_cli.targets import find_targets, group_names
 
 
 def options(name, **more):
@@ -69,7 +63,7 @@ class TestTargets:
         ],
     )
     def test_by_structure_name_and_glob(self, kind, wanted, count, expected):
-        targets = find_targets(build(kind), wanted, head="classifier" if kind == "bert" else None)
+        targets = find_targets(build(kind), wanted, whole=["classifier"] if kind == "bert" else [])
         assert len(targets) == count
         assert leaves(targets) == expected
         assert not {"lm_head", "classifier"} & set(targets)
@@ -78,7 +72,7 @@ class TestTargets:
         from peft import LoraConfig, get_peft_model
 
         for kind in ("llama", "gpt2", "bert"):
-            ours = set(find_targets(build(kind), "all-linear", head="classifier" if kind == "bert" else None))
+            ours = set(find_targets(build(kind), "all-linear", whole=["classifier"] if kind == "bert" else []))
             task = "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
             config = LoraConfig(target_modules="all-linear", task_type=task, fan_in_fan_out=kind == "gpt2")
             assert ours == set(get_peft_model(build(kind), config).targeted_module_names)

@@ -46,7 +46,6 @@ WRONG = [
     ("model.name_or_path=", "null, must be a text"),
     ("model.name_or_path=''", "a text"),
     ("model.revision=1234", "put it in quotes"),
-    ("model.task=seq2seq-lm", "seq2seq-lm is not supported yet"),
     ("model.task=causal", "did you mean 'causal-lm'?"),
     ("model.dtype=fp32", "write `dtype: float32`"),
     ("model.dtype=int8", "one of: auto, float32"),

@@ -32,7 +32,7 @@ from transformers import (
 
 from dynlora_cli.components import linear_shape
 from dynlora_cli.exporters._gguf import write_model
-from dynlora_cli.model import find_targets
+from dynlora_cli.targets import find_targets
 
 SMALL: dict[str, Any] = {
     "vocab_size": 352,  # more than the tokenizer has
@@ -111,7 +111,7 @@ def random_layers(model: PreTrainedModel, strength: float = 0.1) -> dict[str, tu
     """a_CI and b_OC by module name; C goes from 1 to 5."""
     generator = torch.Generator().manual_seed(1)
     layers = {}
-    for index, (name, module) in enumerate(find_targets(model, "all-linear", head=None).items()):
+    for index, (name, module) in enumerate(find_targets(model, "all-linear").items()):
         inputs, outputs = linear_shape(module)
         rank = 1 + 3 * index % 5
         a_CI = torch.empty(rank, inputs).uniform_(-strength, strength, generator=generator)

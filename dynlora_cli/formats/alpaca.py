@@ -22,7 +22,7 @@ from typing import Any
 from dynlora_cli.formats._forms import Pair, Turns, optional_text, text_of
 
 COLUMNS = "instruction, output [input, system]"
-TASKS = ("causal-lm",)
+TASKS = ("causal-lm", "seq2seq-lm")
 PRECEDENCE = 1
 
 _TASK = "Below is an instruction that describes a task"

@@ -22,7 +22,7 @@ from typing import Any
 from dynlora_cli.formats._forms import Pair, text_of
 
 COLUMNS = "prompt, completion"
-TASKS = ("causal-lm",)
+TASKS = ("causal-lm", "seq2seq-lm")
 PRECEDENCE = 2
 
 

@@ -37,13 +37,13 @@ eval: {max_samples: 200}
 def resident_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, int]:
     """Bytes of the base's linear layers, and of its tables and its head."""
     from dynlora_cli.assemble import read_base, read_data
-    from dynlora_cli.model import find_targets
     from dynlora_cli.recipe import load_recipe
+    from dynlora_cli.targets import find_targets
 
     recipe = load_recipe(recipe_path, overrides)
     tokenizer, data = read_data(recipe)
     model = read_base(recipe, tokenizer, data, torch.device("cpu")).model
-    layers = find_targets(model, "all-linear", head=None)
+    layers = find_targets(model, "all-linear")
     linear = sum(_bytes(module) for module in layers.values())
     apart = {id(p): p.nbytes for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = model.get_output_embeddings()

@@ -39,8 +39,8 @@ from dynlora_cli.components import ComponentLinear, Pool, linear_shape
 from dynlora_cli.gradients import GateGradients
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import summed_loss
-from dynlora_cli.model import find_targets
 from dynlora_cli.rank import shrink
+from dynlora_cli.targets import find_targets
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 ROW = 256  # tokens of a row

@@ -1,0 +1,60 @@
+"""Each architecture from a tiny random model of its config: train with a pruning event, save, load in PEFT, merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny_architectures import CASES, CLASSES, write_model
+from tiny_run import make_recipe, train, write_rows
+
+from dynlora_cli.adapter_reader import read_adapter
+from dynlora_cli.attach import attached
+from dynlora_cli.merge import into_base
+from dynlora_cli.report_card import AUTO_CLASS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("architectures")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.tensor([[0, 45, 60, 33, 71, 80, 12], [0, 90, 22, 53, 64, 101, 7]])
+    more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_trained_pruned_saved_loaded_and_merged(folder, kind):
+    _, settings, task, layers = CASES[kind]
+    write_model(folder / kind, kind)
+    overrides = [f"model.task={task}", "train.max_steps=3", "pruning.start=0.3", "pruning.end=0.7", "pruning.events=1"]
+    if task == CLASSES:
+        rows = write_rows(folder / f"{kind}-rows.jsonl", labelled=True)
+        overrides.append(f"dataset.train=[{rows}]")
+    recipe = make_recipe(folder, *overrides, "eval.steps=3", kind=kind, out=f"out-{kind}")
+    summary, events = train(recipe)
+    assert summary["parameters"] <= summary["budget_parameters"] < summary["parameters_start"]
+    assert len(summary["ranks"]) == layers
+    assert summary["loss_after"] != summary["loss_before"]
+
+    notes = events[0]["notes"]
+    of_experts = [note for note in notes if "experts (4 in each of 2 blocks) are not adapted" in note]
+    assert len(of_experts) == ("num_experts_per_tok" in settings)
+    auto = getattr(transformers, AUTO_CLASS[task])
+    adapter = read_adapter(Path(recipe.output_dir))
+    more = {"num_labels": 2} if task == CLASSES else {}
+    untouched = logits(auto.from_pretrained(folder / kind, **more))
+    expected = logits(peft.PeftModel.from_pretrained(auto.from_pretrained(folder / kind, **more), adapter.folder))
+    assert (expected - untouched).abs().max() > 1e-3
+    with attached(ours := auto.from_pretrained(folder / kind, **more), adapter):
+        torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)
+    merged = into_base(adapter, folder / f"merged-{kind}")
+    assert merged["check"]["kl"] < 1e-6
+    torch.testing.assert_close(logits(auto.from_pretrained(folder / f"merged-{kind}")), expected, rtol=1e-4, atol=1e-5)
