@@ -202,7 +202,12 @@ def _from_pretrained(
     try:
         model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"the model in {folder} does not load as {options.task}: {error}") from None
+        reason = str(error).partition("\nModel type should be")[0]  # without the names of all other models
+        two = options.task == "causal-lm" and config.is_encoder_decoder
+        raise UsageError(
+            f"the model in {folder} does not load as {options.task}: {reason}",
+            "it is an encoder with a decoder: set model.task: seq2seq-lm" if two else None,
+        ) from None
     missing = sorted(name for name in info["missing_keys"] if not inside(name, whole))
     if missing:
         raise UsageError(

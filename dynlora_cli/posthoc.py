@@ -214,7 +214,8 @@ def _fit_to_flow(
         with covariances.watching():
             for batch in batches():
                 mask = batch.inputs.get("attention_mask")
-                covariances.mask = mask.bool() if mask is not None and mask.ndim == 2 else None
+                plain = mask is not None and mask.ndim == 2 and not model.config.is_encoder_decoder
+                covariances.mask = mask.bool() if plain and mask is not None else None
                 with autocast():
                     loss = summed_loss(model, batch)
                 loss.backward()

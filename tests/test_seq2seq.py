@@ -10,15 +10,17 @@ import pytest
 import torch
 from data_helpers import CHATML, byte_tokenizer, dataset
 from tiny_architectures import write_model
-from tiny_run import make_recipe
+from tiny_run import make_recipe, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from dynlora_cli import evaluate, prune
 from dynlora_cli import train as train_command
 from dynlora_cli.batches import Batches
 from dynlora_cli.data import Data, load_data, show_example
-from dynlora_cli.errors import DataError
+from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.generation import find_prompts, generate
 from dynlora_cli.loss import held_out, row_sums, summed_loss
+from dynlora_cli.recipe import parse_budget
 
 from recipe_helpers import MINIMAL, problems
 
@@ -131,6 +133,23 @@ def test_answers_are_the_decoders(tiny: tuple[Any, Any], tmp_path: Path):
         alone = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         assert answer
         assert alone.startswith(answer) or answer.startswith(alone)  # one of the two is cut earlier
+
+
+def test_a_run_is_evaluated_and_its_adapter_pruned(tmp_path: Path):
+    write_model(tmp_path / "t5", "t5")
+    summary, _ = train(make_recipe(tmp_path, f"model.task={TASK}", "train.max_steps=3", "eval.steps=3", kind="t5"))
+    report = evaluate.run([tmp_path / "out"], None, evaluate.Options(generate=0), print)
+    assert report["adapters"][0]["loss"] == pytest.approx(summary["loss_after"], rel=1e-4)
+    half = prune.run(tmp_path / "out", parse_budget(0.5), tmp_path / "half", policy="activation")
+    assert half["parameters"] <= summary["parameters"] / 2
+
+
+def test_an_encoder_decoder_as_causal_lm_is_answered_with_the_right_task(tmp_path: Path):
+    write_model(tmp_path / "t5", "t5")
+    with pytest.raises(UsageError, match="does not load as causal-lm") as caught:
+        train(make_recipe(tmp_path, kind="t5"))
+    assert "model.task: seq2seq-lm" in str(caught.value.hint)
+    assert "LlamaConfig" not in str(caught.value)
 
 
 def test_the_plan_of_a_run(tmp_path: Path):
