@@ -119,9 +119,12 @@ class ComponentLinear(nn.Module):
         """a_CI [C, I] and b_OC [O, C] of the update s·BA, from the leaves."""
         return self.a_CI, self.b_OC
 
-    def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:  # noqa: ARG002 - the same by either side
+    def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
         """dL/dg of the layer's components from the leaves' gradients: <a_i, dL/da_i> = <b_i, dL/db_i>."""
         assert self.a_CI.grad is not None
+        assert self.b_OC.grad is not None
+        if not self.a_CI.requires_grad:
+            return (b_OC * self.b_OC.grad).sum(0)
         return (a_CI * self.a_CI.grad).sum(1)
 
     def ranked(self, scores_C: Tensor) -> Tensor:
@@ -220,6 +223,7 @@ class Pool:
         device: torch.device | str = "cpu",
     ) -> None:
         self.layers = dict(layers)
+        self.a_frozen = False
         # Graphs through any of the layers that can still run backward; components cannot be removed meanwhile.
         self.graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         for layer in self.layers.values():
@@ -272,8 +276,26 @@ class Pool:
         self.values.grad = torch.zeros_like(values_P)
         views = zip(self.views(self.values.detach()), self.views(self.values.grad), strict=True)
         for layer, ((a, b), (a_grad, b_grad)) in zip(self.layers.values(), views, strict=True):
-            layer.a_CI, layer.b_OC = nn.Parameter(a), nn.Parameter(b)
+            layer.a_CI, layer.b_OC = nn.Parameter(a, requires_grad=not self.a_frozen), nn.Parameter(b)
             layer.a_CI.grad, layer.b_OC.grad = a_grad, b_grad
+
+    def freeze_a(self) -> None:
+        """Train B alone from now on: no A gets a gradient, and no layer keeps its input for one.
+
+        A is still turned by the gauge and pruned. It keeps its place in the flat tensors, where its gradient and its
+        moments are zero: what is saved is activations.
+
+        Source: LoRA-FA, arXiv 2308.03303.
+        """
+        self.a_frozen = True
+        for layer in self.layers.values():
+            layer.a_CI.requires_grad_(False)
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The numbers of all A and those of all B, as views of the pool's values."""
+        size_a = sum(self.counts[name] * layer.a_width for name, layer in self.layers.items())
+        values = self.values.detach()
+        return values[:size_a], values[size_a:]
 
     def cast_with(self, model: nn.Module) -> None:
         """From now on cast all components at once when a forward pass of this model begins, not layer by layer.

@@ -209,6 +209,8 @@ class Adapter(Section):
     """Numerator of the scale; auto: so that the scale is 2, which for lora is the customary alpha = 2 r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the adapters."""
+    freeze_a: bool = False
+    """Train B alone (LoRA-FA): layers keep no inputs for the backward pass, which saves memory."""
     penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
     init_weights: Literal["default"] = "default"
@@ -276,6 +278,8 @@ class Train(Section):
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Share = 0.03
     """Share of all optimizer steps over which the learning rate rises from 0."""
+    lora_plus_ratio: Positive | None = None
+    """B learns at this multiple of A's rate (LoRA+; its authors advise 16); null: at the same."""
     weight_decay: Share = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: Positive | None = 1.0
@@ -286,8 +290,8 @@ class Train(Section):
     """Layers and loss as fused functions; false: as ordinary operations, equal up to rounding, to compare with."""
     compile: bool = False
     """Compile the model's blocks with torch.compile: the first steps take a minute, the others less time on a GPU."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """8bit: moments in a quarter of the memory; paged: in memory that moves to the host where the GPU is full."""
     log_steps: Count = 10
     """Optimizer steps between log lines."""
     save_steps: Count | None = None
@@ -357,6 +361,13 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             if getattr(model, key):
                 text = "variant full trains the weights themselves, which a quantized base does not allow"
                 yield Conflict(f"model.{key}", "adapter.variant", text)
+    variant = recipe.adapter.variant
+    if recipe.adapter.freeze_a and variant not in ("lora", "dora"):
+        yield Conflict(
+            "adapter.freeze_a", "adapter.variant", f"only lora and dora train without A; the variant is {variant}"
+        )
+    if recipe.train.lora_plus_ratio is not None and variant in ("full", "singlora"):
+        yield Conflict("train.lora_plus_ratio", "adapter.variant", f"variant {variant} has no B of its own")
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
     if data.packing and classifier:

@@ -35,7 +35,7 @@ SPINE = {
     7: "evaluate export inspect_adapter merge prune train",
     6: "assemble combine compare eval_report fold generation harness heal held_out linear_loss loop loss memory meter optimizer_step outputs posthoc probe pruned_folder rate_search state",
     5: "adapter_base attach batches data model stream",
-    3: "adapter adapter_reader brake chat_mask checkpoint compile_blocks components covariances dora fused_linear gauge gradients rank rows splits stdlib_docs tokens "
+    3: "adapter adapter_reader brake chat_mask checkpoint compile_blocks components covariances dora fused_linear gauge gradients optimizers rank rows splits stdlib_docs tokens "
     "weights",
     2: "aliases console drawers interrupt launch progress recipe recipe_problems recipe_settings report report_card "
     "report_html report_log report_svg run_folder options console_adapter console_eval console_plan gates scores strict_yaml units",

@@ -86,4 +86,6 @@ def put(
         setattr(model.get_submodule(parent), leaf, layers[name])
     pool = Pool(layers, start.counts, seed=recipe.seed, device=next(model.parameters()).device)
     pool.cast_with(model)
+    if options.freeze_a:
+        pool.freeze_a()
     return pool
