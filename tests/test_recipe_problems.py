@@ -134,6 +134,8 @@ CONFLICTS = [
     (["model.load_in_4bit=true", "model.load_in_8bit=true"], "model.load_in_8bit", 1),
     (["adapter.variant=full", "model.load_in_4bit=true"], "model.load_in_4bit", 1),
     (["adapter.variant=full", "model.load_in_8bit=true"], "model.load_in_8bit", 1),
+    (["adapter.variant=full", "adapter.freeze_a=true"], "adapter.freeze_a", 1),
+    (["adapter.variant=full", "train.lora_plus_ratio=16"], "train.lora_plus_ratio", 1),
     (["model.num_labels=2"], "model.num_labels", 0),
     (["model.task=sequence-classification", "dataset.packing=true"], "dataset.packing", 1),
     (["dataset.val_size=0", "eval.early_stopping_patience=2"], "eval.early_stopping_patience", 1),
@@ -158,6 +160,7 @@ def test_settings_that_do_not_go_together(overrides: list[str], key: str, place:
         ["rank.init=8", "rank.budget=8"],
         ["rank.init=4", "rank.budget=0.5"],
         ["adapter.variant=full"],
+        ["adapter.freeze_a=true", "train.lora_plus_ratio=16"],
         ["pruning.start=0", "pruning.end=1"],
     ],
 )
