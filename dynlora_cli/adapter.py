@@ -25,7 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynlora_cli.components import Pool
+from dynlora_cli.pool import Pool
 from dynlora_cli.run_folder import write_json
 
 PREFIX = "base_model.model."

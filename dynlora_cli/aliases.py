@@ -110,6 +110,7 @@ peft_type                         PEFT           adapter.variant
 use_dora                          PEFT           adapter.variant; a layer's form is a variant here
 peft_use_dora                     axolotl        adapter.variant; a layer's form is a variant here
 use_rslora                        PEFT           adapter.scaling: rslora
+loraplus_lr_ratio                 PEFT           train.lora_plus_ratio
 peft_use_rslora                   axolotl        adapter.scaling: rslora
 lora_alpha                        PEFT           adapter.alpha
 lora_dropout                      PEFT           adapter.dropout
@@ -315,10 +316,9 @@ optimizer       adam                    adamw
 optimizer       adamw_torch             adamw
 optimizer       adamw_torch_fused       adamw
 optimizer       adamw_hf                adamw
-optimizer       adamw_8bit              adamw
-optimizer       adamw_bnb_8bit          adamw
-optimizer       paged_adamw_8bit        adamw
-optimizer       paged_adamw_32bit       adamw
+optimizer       adamw_bnb_8bit          adamw_8bit
+optimizer       adamw8bit               adamw_8bit
+optimizer       paged_adamw_32bit       paged_adamw
 report_to       none                    []
 report_to       all                     a list of the trackers you use
 max_grad_norm   0                       null

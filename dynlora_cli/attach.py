@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import module_of
-from dynlora_cli.components import ComponentLinear, Pool, dense_weight
+from dynlora_cli.components import ComponentLinear, dense_weight
 from dynlora_cli.dora import DoraLinear
 from dynlora_cli.hira import HiraLinear
+from dynlora_cli.pool import Pool
 
 
 class AdaptedEmbedding(nn.Module):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.optimizers import restore_state
 from dynlora_cli.run_folder import is_whole, write_json
 
 
@@ -79,7 +80,6 @@ def restore(
     Raises:
         UsageError: the checkpoint is of other parameters.
     """
-    fused = optimizer.defaults.get("fused")  # only then AdamW's step counter is on the parameter's device
     for index, parameter in enumerate(parameters):
         saved = tensors.get(f"parameter.{index}")
         if saved is None or saved.shape != parameter.shape:
@@ -89,9 +89,7 @@ def restore(
         parameter.data.copy_(saved)
         prefix = f"optimizer.{index}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) if value.ndim or fused else value for key, value in state.items()
-        }
+        restore_state(optimizer, parameter, state)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])

@@ -23,10 +23,10 @@ from torch import Tensor
 from dynlora_cli import drawers
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_reader import natural_order
+from dynlora_cli.budget import Budget
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors
 from dynlora_cli.posthoc import Order, parameters_of
-from dynlora_cli.recipe_settings import Budget
 
 METHODS = ("exact", "linear", "ties", "dare", "svd")
 OVERSAMPLED = 16  # directions beyond those wanted, for the randomized SVD

@@ -19,7 +19,7 @@ from dynlora_cli.components import ComponentLinear
 from dynlora_cli.errors import MachineError
 
 if TYPE_CHECKING:
-    from dynlora_cli.components import Pool
+    from dynlora_cli.pool import Pool
 
 # Codes of one function, which all blocks share. Beyond it torch.compile would run the rest uncompiled.
 MOST_GRAPHS = 64

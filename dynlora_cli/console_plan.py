@@ -54,7 +54,9 @@ def _schedule_table(schedule: Sequence[dict[str, Any]]) -> Table:
 def _memory_rows(need: dict[str, int] | None) -> list[tuple[str, str]]:
     if need is None:
         return []
-    parts = ", ".join(f"{key} {size(need[key])}" for key in ("base", "adapter", "activations", "libraries"))
+    parts = ", ".join(
+        f"{key} {size(need[key])}" for key in ("base", "adapter", "optimizer", "activations", "libraries")
+    )
     return [
         ("memory", f"about {size(need['total'])} of {size(need['free'])} free: {parts}"),
         ("rows at a time", f"{need['rows']} of up to {need['length']} tokens; {count(need['most_rows'])} would fit"),

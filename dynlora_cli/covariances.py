@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.pool import Pool
 
 # Directions in which nothing flows are kept apart from division by zero.
 SMALLEST = 1e-12

@@ -2,8 +2,9 @@
 
 The chain of ordinary operations builds the update as a tensor of its own, adds it to the base's output into a third
 one, and in the backward pass adds up two gradients of x. Here both are accumulated in place by the matrix product
-itself, and what is kept for the backward pass is x, which the base's neighbours keep as well, and the C-wide product.
-The gradients of the factors are added to what is in `.grad` right away; autograd would add them in an operation more.
+itself, and what is kept for the backward pass is x, which the base's neighbours keep as well, and the C-wide product;
+where A is frozen, the latter alone (LoRA-FA, arXiv 2308.03303). The gradients of the factors are added to what is in
+`.grad` right away; autograd would add them in an operation more.
 
 Dimensions: N tokens, I inputs, O outputs, C components.
 """
@@ -83,8 +84,9 @@ class FusedLinear(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
         h_NC = thin_product(x_NI, a_CI)
         y.view(-1, y.shape[-1]).addmm_(h_NC, b_OC.T, alpha=scale)
-        ctx.save_for_backward(x, h_NC, a_CI, b_OC)
-        ctx.base, ctx.leaves, ctx.scale, ctx.dtype = base, leaves, scale, dtype
+        a_trains = ctx.needs_input_grad[5]
+        ctx.save_for_backward(x if a_trains else None, h_NC, a_CI, b_OC)
+        ctx.base, ctx.leaves, ctx.scale, ctx.dtype, ctx.x_dtype = base, leaves, scale, dtype, x.dtype
         return y
 
     @staticmethod
@@ -93,13 +95,16 @@ class FusedLinear(torch.autograd.Function):
         x, h_NC, a_CI, b_OC = ctx.saved_tensors
         scale, dtype = ctx.scale, ctx.dtype
         grad_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
-        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
         grad_h_NC = thin_product(grad_NO, b_OC.T.contiguous() if grad.device.type == "cpu" else b_OC.T)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x_NI = grad_NO @ weight_OI(ctx.base).to(dtype)
-            grad_x = grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale).view(x.shape).to(x.dtype)
-        grad_a_CI = add_to_gradient(ctx.leaves[0], grad_h_NC.T @ x_NI, scale)
+            grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale)
+            grad_x = grad_x_NI.view(*grad.shape[:-1], a_CI.shape[1]).to(ctx.x_dtype)
+        grad_a_CI = None
+        if x is not None:
+            x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+            grad_a_CI = add_to_gradient(ctx.leaves[0], grad_h_NC.T @ x_NI, scale)
         grad_b_OC = add_to_gradient(ctx.leaves[1], (h_NC.T @ grad_NO).T, scale)  # on the CPU 2 to 5 times gradᵀ h
         return grad_x, None, None, None, None, grad_a_CI, grad_b_OC
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
+from dynlora_cli.optimizers import read_moments, write_moments
+from dynlora_cli.pool import Pool
 
 # Rows of A that are nearly dependent make T ill-conditioned; such a layer keeps its basis.
 MAX_CONDITION = 1e6
@@ -31,15 +32,15 @@ def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
 
     Args:
         pool: its values are changed in place.
-        optimizer: the one that steps `pool.values`; its `exp_avg` and `exp_avg_sq` (as of Adam) go along.
+        optimizer: the one that steps `pool.values`; its moments (as of Adam) go along.
 
     Returns:
         The number of layers turned.
     """
-    state = optimizer.state.get(pool.values, {})
+    moments = read_moments(optimizer, pool.values)
     values = pool.views(pool.values.detach())
-    first = pool.views(state["exp_avg"]) if state else []
-    second = pool.views(state["exp_avg_sq"]) if state else []
+    first = pool.views(moments["exp_avg"]) if moments else []
+    second = pool.views(moments["exp_avg_sq"]) if moments else []
     turned = 0
     for index, (layer, (a, b)) in enumerate(zip(pool.layers.values(), values, strict=True)):
         if not layer.turns or a.shape[0] == 0 or not b.any():
@@ -50,9 +51,11 @@ def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
         turned += 1
         T, T_inv = basis
         _transform(a, b, T, T_inv)
-        if state:
+        if moments:
             _transform(*first[index], T_inv.T, T.T)
             _transform(*second[index], T_inv.T.square(), T.T.square())
+    if turned and moments:
+        write_moments(optimizer, pool.values, moments)
     return turned
 
 

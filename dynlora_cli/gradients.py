@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
+from dynlora_cli.pool import Pool
 
 # Averages forget over about 20 steps.
 DECAY = 0.95

@@ -50,6 +50,8 @@ def heal(
     )
     accelerator = make_accelerator(recipe, folder)
     with attached(base.model, adapter) as pool, torch.enable_grad():
+        if recipe.adapter.freeze_a:
+            pool.freeze_a()
         run = make_run(recipe, accelerator, base, data, pool, None, save=lambda _: None)
         run.emit = emit
         torch.manual_seed(recipe.seed)

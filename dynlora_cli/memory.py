@@ -23,13 +23,14 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.linear_loss import decoder_inputs, linear_cross_entropy, run_to_head
+from dynlora_cli.optimizers import state_bytes
 from dynlora_cli.targets import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dynlora_cli.components import Pool
     from dynlora_cli.model import Base
+    from dynlora_cli.pool import Pool
     from dynlora_cli.recipe_settings import Model
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
@@ -45,7 +46,8 @@ class Need:
 
     Attributes:
         base: the frozen weights.
-        adapter: what trains, with its gradient and AdamW's two moments, at the start of the run.
+        adapter: what trains, with its gradient, at the start of the run.
+        optimizer: the moments of what trains.
         activations: the rest: what the backward pass needs, and the largest temporary tensors.
         libraries: what the process holds besides: its code, or CUDA's context.
         rows, length: of the batch: rows of a micro-batch, and the tokens of its longest row.
@@ -54,6 +56,7 @@ class Need:
 
     base: int
     adapter: int
+    optimizer: int
     activations: int
     libraries: int
     rows: int
@@ -62,7 +65,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        return self.base + self.adapter + self.activations + self.libraries
+        return self.base + self.adapter + self.optimizer + self.activations + self.libraries
 
     @property
     def most_rows(self) -> int:
@@ -97,7 +100,12 @@ class _Peak(TorchDispatchMode):
 
 
 def measure(
-    base: Base, attach: Callable[[], Pool | None], options: Model, device: torch.device, ids: tuple[int, int]
+    base: Base,
+    attach: Callable[[], Pool | None],
+    options: Model,
+    device: torch.device,
+    ids: tuple[int, int],
+    optimizer: str = "adamw",
 ) -> Need:
     """The need of one step.
 
@@ -107,6 +115,7 @@ def measure(
         options: how the weights are stored.
         device: where the run will be.
         ids: rows of a micro-batch, and tokens of its longest row.
+        optimizer: its name in the recipe.
     """
     model: PreTrainedModel = base.model.to(dtype=base.dtype)  # type: ignore[call-arg]
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -125,11 +134,12 @@ def measure(
         _step(base, tokens)  # the first pass of a model makes all logits, see linear_loss.py
         with _Peak([*model.parameters(), *model.buffers(), *trained, *gradients, tokens]) as peak:
             _step(base, tokens)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in leaves]
     weights = _bytes(frozen) - _bytes(quantized) + round(_per_weight(options) * sum(p.numel() for p in quantized))
     largest = max((_bytes([p]) for p in quantized), default=0)  # one at a time is dequantized
     libraries, free = _around(device)
-    return Need(weights, 4 * _bytes(trained), peak.peak + largest, libraries, *ids, free)
+    moments = sum(state_bytes(optimizer, parameter) for parameter in trained)
+    return Need(weights, 2 * _bytes(trained), moments, peak.peak + largest, libraries, *ids, free)
 
 
 def _around(device: torch.device) -> tuple[int, int]:

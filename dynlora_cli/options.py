@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from dynlora_cli.budget import Budget, parse_budget
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import UsageError
-from dynlora_cli.recipe_settings import Budget, parse_budget
 
 
 def choice(text: str, choices: Sequence[str], option: str) -> None:

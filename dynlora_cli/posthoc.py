@@ -22,19 +22,20 @@ from torch import Tensor, nn
 
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.attach import attached
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
 from dynlora_cli.covariances import Covariances, Energies, turn
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors
 from dynlora_cli.gradients import EntryAverages, GateGradients
 from dynlora_cli.loss import summed_loss
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import plan_start, select_K
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dynlora_cli.batches import Batch
-    from dynlora_cli.recipe_settings import Budget
+    from dynlora_cli.budget import Budget
 
 BISECTIONS = 8
 Observed = GateGradients | EntryAverages | Energies

@@ -17,6 +17,7 @@ from dynlora_cli.adapter import Adapter, save
 from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
+from dynlora_cli.budget import Budget
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.heal import heal
 from dynlora_cli.held_out import Rows, base_in_memory, held_out_rows, own_recipe, precision_of, read_tokenizer
@@ -24,7 +25,6 @@ from dynlora_cli.loss import held_out
 from dynlora_cli.model import Base
 from dynlora_cli.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruned_folder import write_record
-from dynlora_cli.recipe_settings import Budget
 
 CURVE_POINTS = 7
 Emit = Callable[[dict[str, Any]], None]

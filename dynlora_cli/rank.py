@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import to_svd_basis
 from dynlora_cli.gradients import EntryAverages, GateGradients
+from dynlora_cli.optimizers import read_moments, write_moments
+from dynlora_cli.pool import Pool
 from dynlora_cli.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -150,27 +152,27 @@ def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None
     keep_P = pool.numbers_P(keep_K)
     per_layer = keep_K.cpu().split(list(pool.counts.values()))
     counts = dict(zip(pool.counts, (int(keep_C.sum()) for keep_C in per_layer), strict=True))
-    state = {
-        key: value[keep_P] if torch.is_tensor(value) and value.shape == old.shape else value
-        for key, value in optimizer.state.get(old, {}).items()
-    }
+    moments = {key: value[keep_P] for key, value in read_moments(optimizer, old).items()}
     left = [layer.survivors_C[keep] for layer, keep in zip(pool.layers.values(), per_layer, strict=True)]
-    swap(pool, optimizer, old.detach()[keep_P], counts, state)
+    swap(pool, optimizer, old.detach()[keep_P], counts, moments)
     pool.survive(left)
 
 
 def swap(
-    pool: Pool, optimizer: torch.optim.Optimizer, values_P: Tensor, counts: Mapping[str, int], state: dict[str, Any]
+    pool: Pool,
+    optimizer: torch.optim.Optimizer,
+    values_P: Tensor,
+    counts: Mapping[str, int],
+    moments_P: Mapping[str, Tensor],
 ) -> None:
-    """Put other numbers in the place of the pool's: in the layers, the parameter group and the optimizer's state.
+    """Put other numbers in the place of the pool's: in the layers, the parameter group and the optimizer's moments.
 
     Raises:
         DynloraError: an autograd graph through the old tensors is alive.
     """
     old = pool.values
     pool.adopt(values_P, counts)
-    optimizer.state.pop(old, None)
-    optimizer.state[pool.values] = state
+    write_moments(optimizer, pool.values, moments_P, replaces=old)
     for group in optimizer.param_groups:
         group["params"] = [pool.values if parameter is old else parameter for parameter in group["params"]]
 

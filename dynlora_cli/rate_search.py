@@ -21,6 +21,7 @@ import torch
 from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.optimizer_step import backward, clip, finish_gradient, update
+from dynlora_cli.optimizers import forget_steps
 from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
@@ -126,5 +127,5 @@ def _restore(run: Run, start: list[torch.Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(run.parameters, start, strict=True):
             parameter.copy_(value)
-    run.optimizer.state.clear()
+    forget_steps(run.optimizer)
     run.optimizer.zero_grad(set_to_none=run.pool is None)

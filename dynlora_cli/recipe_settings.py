@@ -7,7 +7,6 @@ The sentence under a field is its description in `dynlora schema`. Reading a fil
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,43 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, core_schema
 
 from dynlora_cli import aliases, drawers
+from dynlora_cli.budget import MAX_RANK, Budget, parse_budget
 from dynlora_cli.strict_yaml import show
-
-LOWEST_AUTO = 0.25  # average rank at which an automatic budget stops in any case
-MAX_RANK = 100_000  # wider than any layer: whoever writes more means parameters
-BUDGET_FORMS = (
-    "an average rank (a whole number from 1), a share of the start between 0 and 1, a parameter count like 2M, or auto"
-)
-
-
-class Budget(NamedTuple):
-    """What may live at the end: `value` is an average rank, a share of the start, or a number of parameters."""
-
-    kind: Literal["rank", "share", "parameters", "auto"]
-    value: float
-
-
-def parse_budget(value: object) -> Budget:
-    """The parsed form of `rank.budget`.
-
-    Raises:
-        ValueError: the value is none of the three forms; the text names them.
-    """
-    count = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB])", value) if isinstance(value, str) else None
-    parameters = float(count[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[count[2].lower()] if count else 0.0
-    if parameters >= 1:
-        return Budget("parameters", parameters)
-    if isinstance(value, float) and value.is_integer() and value > 1:  # but 1.0: all of the start, or rank 1?
-        value = int(value)
-    if isinstance(value, float) and 0 < value < 1:
-        return Budget("share", value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        if value > MAX_RANK:
-            raise ValueError(f"got {value}, too high for an average rank; a parameter count is written like 2M or 500k")
-        return Budget("rank", value)
-    if value == "auto":
-        return Budget("auto", LOWEST_AUTO)
-    raise ValueError(f"got {show(value)}, must be {BUDGET_FORMS}")
 
 
 def _whole(value: object) -> object:
@@ -201,6 +165,8 @@ class Adapter(Section):
     """Numerator of the scale; auto: so that the scale is 2, which for lora is the customary alpha = 2 r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the adapters."""
+    freeze_a: bool = False
+    """Train B alone (LoRA-FA): layers keep no inputs for the backward pass, which saves memory."""
     penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
     init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq"] = "default"
@@ -270,6 +236,8 @@ class Train(Section):
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Share = 0.03
     """Share of all optimizer steps over which the learning rate rises from 0."""
+    lora_plus_ratio: Positive | None = None
+    """B learns at this multiple of A's rate (LoRA+; its authors advise 16); null: at the same."""
     weight_decay: Share = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: Positive | None = 1.0
@@ -280,8 +248,8 @@ class Train(Section):
     """Layers and loss as fused functions; false: as ordinary operations, equal up to rounding, to compare with."""
     compile: bool = False
     """Compile the model's blocks with torch.compile: the first steps take a minute, the others less time on a GPU."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """8bit: moments in a quarter of the memory; paged: in memory that moves to the host where the GPU is full."""
     log_steps: Count = 10
     """Optimizer steps between log lines."""
     save_steps: Count | None = None
@@ -353,6 +321,13 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
                 yield Conflict(f"model.{key}", "adapter.variant", text)
     if recipe.adapter.variant == "vera" and recipe.adapter.alpha != "auto":
         yield Conflict("adapter.alpha", "adapter.variant", "variant vera has no scale: d and b stand for it")
+    variant = recipe.adapter.variant
+    if recipe.adapter.freeze_a and variant not in ("lora", "dora"):
+        yield Conflict(
+            "adapter.freeze_a", "adapter.variant", f"only lora and dora train without A; the variant is {variant}"
+        )
+    if recipe.train.lora_plus_ratio is not None and variant in ("full", "singlora", "vera"):
+        yield Conflict("train.lora_plus_ratio", "adapter.variant", f"variant {variant} has no B of its own")
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
     if data.packing and model.task != "causal-lm":
@@ -382,6 +357,8 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
 def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Starts that the variant or the base does not allow."""
     variant, start = recipe.adapter.variant, recipe.adapter.init_weights
+    if recipe.adapter.freeze_a and start == "pissa":
+        yield Conflict("adapter.freeze_a", "adapter.init_weights", "PiSSA's start is subtracted, and A has to leave it")
     if recipe.rank.allocation != "uniform" and not drawers.declared("variants", variant, "has_components"):
         yield Conflict("rank.allocation", "adapter.variant", f"variant {variant} has no components to share out")
     if start not in ("default", *(drawers.declared("variants", variant, "starts") or ())):

@@ -25,11 +25,12 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.allocation import in_proportion, share_out
 from dynlora_cli.assemble import attach, make_batches, plan_ranks
-from dynlora_cli.components import Pool, dense_weight, linear_shape
+from dynlora_cli.components import dense_weight, linear_shape
 from dynlora_cli.data import Data
 from dynlora_cli.directions import Directions, orthogonal_start, orthonormal_rows, principal_factors
 from dynlora_cli.errors import UsageError
 from dynlora_cli.model import Base
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.relative import RelativeLinear, layer_kind
 from dynlora_cli.survey import MEASURES, watch_inputs, weigh

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dynlora_cli.batches import Batches
-    from dynlora_cli.components import Pool
+    from dynlora_cli.pool import Pool
     from dynlora_cli.rank import RankControl
     from dynlora_cli.recipe import Recipe
 

@@ -182,7 +182,9 @@ def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data) -> dict[st
     length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train)
     ids = (recipe.train.micro_batch_size, length)
     try:
-        need = measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids)
+        need = measure(
+            base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, recipe.train.optimizer
+        )
     except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
         return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
     found: dict[str, Any] = {"memory": need.as_dict()}

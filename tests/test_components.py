@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.gauge import svd_basis, to_svd_basis
+from dynlora_cli.pool import Pool
 
 from toy import fill, make, train
 

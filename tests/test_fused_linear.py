@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
 from dynlora_cli.fused_linear import FusedLinear, fused
 from dynlora_cli.linear_loss import Heads
+from dynlora_cli.pool import Pool
 
 
 def layer(base, *, dropout=0.0, count=4, dtype=torch.float32):

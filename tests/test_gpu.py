@@ -25,6 +25,9 @@ STORED = {
     "checkpointing": ("train.gradient_checkpointing=true",),
     "packed": ("dataset.packing=true",),
     "unfused": ("train.fused=false",),
+    "8-bit moments": ("train.optimizer=adamw_8bit",),
+    "paged moments": ("train.optimizer=paged_adamw_8bit",),
+    "LoRA-FA": ("adapter.freeze_a=true",),
 }
 
 
@@ -100,7 +103,8 @@ def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
 
 def test_memory_falls_with_pruning():
     """A pool of half the components takes half the bytes, with its gradient and its moments."""
-    from dynlora_cli.components import ComponentLinear, Pool
+    from dynlora_cli.components import ComponentLinear
+    from dynlora_cli.pool import Pool
     from dynlora_cli.rank import shrink
 
     layer = ComponentLinear(torch.nn.Linear(4096, 4096, device="cuda"), 2.0)
@@ -114,3 +118,29 @@ def test_memory_falls_with_pruning():
     shrink(pool, optimizer, torch.arange(512, device="cuda") % 2 == 0)
     after = torch.cuda.memory_allocated() - start
     assert after == pytest.approx(before / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_paged_moments_are_pruned_in_the_memory_that_they_have(name):
+    from dynlora_cli.components import ComponentLinear
+    from dynlora_cli.optimizers import make_optimizer, read_moments
+    from dynlora_cli.pool import Pool
+    from dynlora_cli.rank import shrink
+
+    layer = ComponentLinear(torch.nn.Linear(1024, 1024, device="cuda"), 2.0)
+    pool = Pool({"layer": layer}, {"layer": 128}, device="cuda")
+    optimizer = make_optimizer(name, [{"params": [pool.values]}], 0.0)
+    pool.values.grad.normal_()
+    optimizer.step()
+    before = optimizer.state[pool.values]["state1"]
+    assert before.is_paged
+    expected = read_moments(optimizer, pool.values)["exp_avg"][: 64 * 1024]
+    shrink(pool, optimizer, torch.arange(128, device="cuda") < 64)
+    after = optimizer.state[pool.values]["state1"]
+    assert after.is_paged
+    assert after.data_ptr() == before.data_ptr()
+    found = read_moments(optimizer, pool.values)["exp_avg"][: 64 * 1024]
+    assert (found - expected).abs().max() <= 0.0075 * expected.abs().max()
+    pool.values.grad.normal_()
+    optimizer.step()
+    assert pool.values.isfinite().all()

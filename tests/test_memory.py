@@ -32,7 +32,26 @@ def _quiet():
 def estimate(recipe, ids, variant=lora):
     tokenizer, data = read_data(recipe)
     base = read_base(recipe, tokenizer, data, torch.device("meta"))
-    return measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, torch.device("cpu"), ids)
+    device, optimizer = torch.device("cpu"), recipe.train.optimizer
+    return measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, optimizer)
+
+
+def test_eight_bit_moments_are_a_quarter(tmp_path):
+    plain, small = (
+        estimate(make_recipe(tmp_path), (2, 16)),
+        estimate(make_recipe(tmp_path, "train.optimizer=adamw_8bit"), (2, 16)),
+    )
+    assert small.optimizer == pytest.approx(plain.optimizer / 4, rel=0.02)
+    assert small.total == sum((small.base, small.adapter, small.optimizer, small.activations, small.libraries))
+
+
+def test_a_frozen_a_needs_no_inputs(tmp_path):
+    plain, frozen = (
+        estimate(make_recipe(tmp_path), (8, 64)),
+        estimate(make_recipe(tmp_path, "adapter.freeze_a=true"), (8, 64)),
+    )
+    assert frozen.activations < 0.97 * plain.activations
+    assert (frozen.base, frozen.adapter, frozen.optimizer) == (plain.base, plain.adapter, plain.optimizer)
 
 
 def real_peak(recipe, ids):
@@ -54,7 +73,9 @@ def real_peak(recipe, ids):
     return peak.peak
 
 
-@pytest.mark.parametrize("settings", [[], ["train.gradient_checkpointing=true"], ["rank.init=2"]], ids=str)
+@pytest.mark.parametrize(
+    "settings", [[], ["train.gradient_checkpointing=true"], ["rank.init=2"], ["adapter.freeze_a=true"]], ids=str
+)
 def test_activations_are_those_of_a_real_step(settings, tmp_path):
     recipe = make_recipe(tmp_path, *settings)
     need = estimate(recipe, (8, 64))
@@ -67,7 +88,7 @@ def test_other_models_and_variants(kind, variant, tmp_path):
     recipe = make_recipe(tmp_path, kind=kind)
     small, large = estimate(recipe, (2, 32), variant), estimate(recipe, (8, 32), variant)
     assert small.activations < large.activations
-    assert (small.base == 0) == (variant is full), "all that trains counts as the adapter, four times over"
+    assert (small.base == 0) == (variant is full), "all that trains counts as the adapter"
 
 
 def test_weights_adapter_and_growth(tmp_path):
@@ -78,7 +99,8 @@ def test_weights_adapter_and_growth(tmp_path):
     pool, _ = attach(lora, base, recipe)
     one, two = estimate(recipe, (4, 64)), estimate(recipe, (8, 64))
     assert one.base == two.base == weights
-    assert one.adapter == pool.parameters * 4 * 4, "values, gradient and two moments in fp32"
+    assert one.adapter == pool.parameters * 2 * 4, "values and gradient in fp32"
+    assert one.optimizer == pool.parameters * 2 * 4, "two moments in fp32"
     assert two.activations == pytest.approx(2 * one.activations, rel=0.15)
     checkpointed = estimate(make_recipe(tmp_path, "train.gradient_checkpointing=true"), (8, 64))
     assert checkpointed.activations < two.activations
@@ -97,7 +119,7 @@ def test_four_bits_are_a_seventh_of_the_linear_weights(tmp_path):
 
 
 def test_rows_that_fit():
-    need = Need(base=500, adapter=100, activations=200, libraries=100, rows=4, length=64, free=2000)
+    need = Need(base=500, adapter=60, optimizer=40, activations=200, libraries=100, rows=4, length=64, free=2000)
     assert need.total == 900
     assert need.most_rows == 22, "(0.9 x 2000 - 700) / 50"
     assert replace(need, free=700).most_rows == 0

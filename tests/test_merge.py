@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from dynlora_cli import merge as command
 from dynlora_cli.adapter import save
 from dynlora_cli.adapter_reader import read_adapter
+from dynlora_cli.budget import Budget
 from dynlora_cli.combine import Way, combine
-from dynlora_cli.recipe_settings import Budget
 
 
 @pytest.fixture

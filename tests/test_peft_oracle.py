@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from dynlora_cli import drawers, outputs
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
-from dynlora_cli.components import Pool
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 
 RANK, ALPHA = 4, 6

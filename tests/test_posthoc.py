@@ -11,11 +11,11 @@ from dynlora_cli import drawers
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.batches import Batch
+from dynlora_cli.budget import Budget
 from dynlora_cli.covariances import Covariances, turn
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors
 from dynlora_cli.posthoc import Order, parameters_of, smallest_within
-from dynlora_cli.recipe_settings import Budget
 
 POLICIES = drawers.names("policies")
 

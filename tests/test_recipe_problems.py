@@ -133,6 +133,8 @@ CONFLICTS = [
     (["model.load_in_4bit=true", "model.load_in_8bit=true"], "model.load_in_8bit", 1),
     (["adapter.variant=full", "model.load_in_4bit=true"], "model.load_in_4bit", 1),
     (["adapter.variant=full", "model.load_in_8bit=true"], "model.load_in_8bit", 1),
+    (["adapter.variant=full", "adapter.freeze_a=true"], "adapter.freeze_a", 1),
+    (["adapter.variant=full", "train.lora_plus_ratio=16"], "train.lora_plus_ratio", 1),
     (["model.num_labels=2"], "model.num_labels", 0),
     (["model.task=sequence-classification", "dataset.packing=true"], "dataset.packing", 1),
     (["dataset.val_size=0", "eval.early_stopping_patience=2"], "eval.early_stopping_patience", 1),
@@ -165,6 +167,7 @@ def test_settings_that_do_not_go_together(overrides: list[str], key: str, place:
         ["adapter.init_weights=loftq", "model.load_in_4bit=true"],
         ["adapter.init_weights=eva", "rank.allocation=sensitivity"],
         ["adapter.variant=full"],
+        ["adapter.freeze_a=true", "train.lora_plus_ratio=16"],
         ["pruning.start=0", "pruning.end=1"],
     ],
 )

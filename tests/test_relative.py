@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynlora_cli.components import Pool
+from dynlora_cli.budget import parse_budget
 from dynlora_cli.directions import Directions, leading, orthonormal_rows, principal_factors
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import plan_start, shrink
-from dynlora_cli.recipe_settings import parse_budget
 from dynlora_cli.relative import RelativeLinear
 
 

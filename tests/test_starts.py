@@ -16,11 +16,11 @@ from dynlora_cli import drawers
 from dynlora_cli import train as train_command
 from dynlora_cli.allocation import in_proportion, share_out, with_counts
 from dynlora_cli.assemble import make_accelerator, read_base, read_data
+from dynlora_cli.budget import parse_budget
 from dynlora_cli.components import ComponentLinear, dense_weight
 from dynlora_cli.directions import orthonormal_rows
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.rank import plan_start
-from dynlora_cli.recipe_settings import parse_budget
 from dynlora_cli.starts import begin
 from dynlora_cli.survey import MEASURES, watch_inputs, weigh
 from dynlora_cli.targets import find_targets

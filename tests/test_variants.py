@@ -12,9 +12,10 @@ from dynlora_cli import drawers
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.assemble import make_batches, read_base, read_data
 from dynlora_cli.attach import attached
-from dynlora_cli.components import Pool, dense_weight
+from dynlora_cli.components import dense_weight
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.loss import held_out
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start, shrink
 
 NAMES = [name for name in drawers.names("variants") if drawers.load("variants", name).has_components]

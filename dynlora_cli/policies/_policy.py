@@ -21,9 +21,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
 from dynlora_cli.covariances import Energies
 from dynlora_cli.gradients import EntryAverages, GateGradients
+from dynlora_cli.pool import Pool
 
 
 class Policy(Protocol):

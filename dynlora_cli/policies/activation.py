@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
 from dynlora_cli.covariances import Energies
+from dynlora_cli.pool import Pool
 
 needs = "covariances"
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
 from dynlora_cli.gradients import GateGradients
+from dynlora_cli.pool import Pool
 
 needs = "values"
 LAYER_POWER = 0.75  # of ‖ΔW‖²: 0 would compare σ² between layers, 1 its share of the layer

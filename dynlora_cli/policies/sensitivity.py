@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
 from dynlora_cli.gradients import EntryAverages
+from dynlora_cli.pool import Pool
 
 needs = "entries"
 

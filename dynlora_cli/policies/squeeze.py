@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlora_cli.components import Pool
 from dynlora_cli.gradients import GateGradients
+from dynlora_cli.pool import Pool
 
 needs = "values"
 

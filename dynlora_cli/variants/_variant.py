@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 
 if TYPE_CHECKING:
@@ -91,4 +92,6 @@ def put(
         setattr(model.get_submodule(parent), leaf, layers[name])
     pool = Pool(layers, start.counts, seed=recipe.seed, device=next(model.parameters()).device)
     pool.cast_with(model)
+    if options.freeze_a:
+        pool.freeze_a()
     return pool

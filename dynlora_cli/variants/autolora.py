@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.components import Pool
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.variants._gated import GatedLinear
 from dynlora_cli.variants._variant import put

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dynlora_cli.adapter import PREFIX, lora_tensors
-from dynlora_cli.components import Pool, dense_weight
+from dynlora_cli.components import dense_weight
 from dynlora_cli.dora import DoraLinear
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.variants._variant import put
 

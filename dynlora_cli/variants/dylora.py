@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.variants._variant import put
 

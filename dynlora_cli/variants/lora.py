@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dynlora_cli.components import ComponentLinear, Pool
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.relative import layer_kind
 from dynlora_cli.variants._variant import put

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.adapter import ONLY_LORA, PREFIX
-from dynlora_cli.components import ComponentLinear, Pool, linear_shape
+from dynlora_cli.components import ComponentLinear, linear_shape
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.variants._variant import put
 

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 from dynlora_cli import drawers, loop
 from dynlora_cli.assemble import attach, make_accelerator, make_batches, make_run, plan_ranks, read_base, read_data
 from dynlora_cli.batches import Batches
-from dynlora_cli.components import Pool, linear_shape
+from dynlora_cli.components import linear_shape
 from dynlora_cli.data import Data
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.loss import row_sums, summed_loss
 from dynlora_cli.model import Base
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import Recipe, load_recipe
@@ -134,8 +135,7 @@ def dynlora(job: Job, ground: Ground) -> Result:  # noqa: ARG001 - one signature
     """A run of ours, as the recipe says."""
     recipe, base = ground.recipe, ground.base
     pool, start = attach(cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
-    assert pool is not None
-    assert start is not None
+    assert pool is not None and start is not None  # noqa: PT018
     return _fit(ground, pool, start)
 
 

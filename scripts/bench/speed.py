@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli.batches import Batch
-from dynlora_cli.components import ComponentLinear, Pool, linear_shape
+from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.gradients import GateGradients
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import summed_loss
+from dynlora_cli.pool import Pool
 from dynlora_cli.rank import shrink
 from dynlora_cli.targets import find_targets
 
