@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import Place, module_of, structure, tied
 from dynlora_cli.errors import DynloraError, MeasureError, UsageError
+from dynlora_cli.experts import split
 from dynlora_cli.run_folder import copy_tokenizer, write_json
 from dynlora_cli.weights import New, Weights, write_like
 
@@ -82,6 +83,8 @@ def plan_merge(
     """
     weights = Weights(place.folder)
     model = structure(place)
+    if adapter.experts:
+        split(model)
     config = json.loads((place.folder / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         raise UsageError(
