@@ -13,9 +13,13 @@ from tiny_architectures import write_model
 from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM
 
+from dynlora_cli.adapter_base import Place
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.experts import fuse, fused_experts, join, split, unfuse
+from dynlora_cli.fold import plan_merge, write_merged
+from dynlora_cli.recipe_settings import Model
+from dynlora_cli.weights import Weights
 
 SHORT = ("train.max_steps=3", "pruning.start=0.3", "pruning.end=0.7", "pruning.events=1", "eval.steps=3")
 # What is adapted, and how many layers that makes: 2 blocks, 4 experts.
@@ -121,3 +125,44 @@ def test_peft_reads_it_and_so_do_we(trained):
 def test_refused_in_the_recipe(tmp_path, setting, problem):
     with pytest.raises(Exception, match=problem):
         make_recipe(tmp_path, "adapter.target_modules=experts", setting)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_merged_into_the_files_of_the_base(trained, tmp_path, whole):
+    """The files hold each expert apart, as they do on the hub, or all experts in one tensor, as the model does."""
+    folder, kind, _ = trained
+    if whole:
+        (tmp_path / kind).mkdir()
+        base(folder, kind).save_pretrained(tmp_path / kind, save_original_format=False)
+        assert "model.layers.0.mlp.experts.down_proj" in Weights(tmp_path / kind).entries
+    adapter = read_adapter(folder / "out")
+    with attached(model := base(folder, kind), adapter):
+        expected = logits(model)
+    place = Place(Model(name_or_path=str(folder / kind)), (tmp_path if whole else folder) / kind, None, True)
+    (tmp_path / "merged").mkdir()
+    write_merged(plan_merge(adapter, place), adapter, place, tmp_path / "merged")
+    torch.testing.assert_close(logits(base(tmp_path, "merged")), expected, rtol=1e-4, atol=1e-5)
+    assert Weights(tmp_path / "merged").entries.keys() == Weights(place.folder).entries.keys()
+
+
+def test_commands_that_carry_it_out_and_those_that_say_what_does(trained, tmp_path, dynlora):
+    folder, kind, summary = trained
+    merged = dynlora("merge", "--adapter", folder / "out", "--out", tmp_path / "merged", "--json")
+    assert merged.code == 0, merged.err
+    assert merged.json["check"]["kl"] < 1e-6
+    assert merged.json["modules"] == sum(rank > 0 for rank in summary["ranks"].values())
+    measured = dynlora("eval", "--adapter", folder / "out", "--json")
+    assert measured.code == 0, measured.err
+    for form in ("gguf", "vllm", "ollama", "uniform", "lorax"):
+        refused = dynlora("export", "--adapter", folder / "out", "--to", form, "--out", tmp_path / form)
+        assert refused.code == 2
+        assert "has components for each expert" in refused.err
+        assert "--to merged" in refused.err
+    for command in (
+        ("prune", "--adapter", folder / "out", "--budget", "1"),
+        ("merge", "--adapter", folder / "out", "--adapter", folder / "out", "--into", "adapter"),
+    ):
+        refused = dynlora(*command, "--out", tmp_path / "none")
+        assert refused.code == 2, refused.err
+        assert "has components for each expert" in refused.err
+        assert "dynlora merge --adapter" in refused.err
