@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynlora_cli.experts import ExpertSlice, fuse, parameter_of
 from dynlora_cli.pool import Pool
 from dynlora_cli.run_folder import write_json
 
@@ -50,6 +51,7 @@ class Factors:
         magnitude_O: DoRA's m: W' = m · (W + ΔW) / ‖W + ΔW‖, norms over the inputs of each output; None for LoRA.
         embedding: the layer is a table, O its tokens and I its width.
         hadamard: HiRA: W' = W ∘ (1 + ΔW). What is said of ΔW, such as its energy, is of ΔW as it is here, not of W'.
+        experts: the layer is the slice of one expert, in a parameter that holds so many; 0 for others.
     """
 
     a_CI: Tensor
@@ -58,6 +60,7 @@ class Factors:
     magnitude_O: Tensor | None = None
     embedding: bool = False
     hadamard: bool = False
+    experts: int = 0
 
     @property
     def rank(self) -> int:
@@ -158,6 +161,11 @@ class Adapter:
         return any(factors.hadamard for factors in self.layers.values())
 
     @property
+    def experts(self) -> dict[str, int]:
+        """Layers that are the slice of one expert, and how many experts their parameter holds."""
+        return {name: factors.experts for name, factors in self.layers.items() if factors.experts}
+
+    @property
     def kind(self) -> str:
         """LoRA, DoRA or HiRA: what its factors do to a weight."""
         return "DoRA" if self.dora else "HiRA" if self.hira else "LoRA"
@@ -177,12 +185,17 @@ def save(adapter: Adapter, folder: Path) -> None:
         task=adapter.task,
         fan_in_fan_out=adapter.fan_in_fan_out,
         modules_to_save=config.get("modules_to_save"),
+        experts=adapter.experts,
     )
     written["task_type"] = config.get("task_type")
     written["use_dora"] = adapter.dora
     adapted = {f"{name}.weight": f"{name}.base_layer.weight" for name in adapter.layers}
     tensors = {adapted.get(name, name): tensor for name, tensor in adapter.whole.items()}
+    slices = {name: (f.a_CI, f.b_OC) for name, f in adapter.layers.items() if f.experts}
+    tensors |= fuse(slices, adapter.experts)
     for name, factors in adapter.layers.items():
+        if factors.experts:
+            continue
         if factors.embedding:
             tensors |= {f"{name}.lora_embedding_A": factors.b_OC.T, f"{name}.lora_embedding_B": factors.a_CI.T}
         else:
@@ -196,13 +209,23 @@ def save(adapter: Adapter, folder: Path) -> None:
 
 def lora_tensors(pool: Pool) -> dict[str, Tensor]:
     """PEFT's names and tensors: lora_A.weight [C, I], lora_B.weight [O, C] with s in it; layers at rank 0 absent."""
-    tensors = {}
+    experts = experts_of(pool)
+    tensors: dict[str, Tensor] = {}
+    slices: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in pool.layers.items():
         if layer.count:
             a_CI, b_OC = layer.factors()
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a_CI.detach()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.scale * b_OC.detach()
-    return tensors
+            a_CI, b_OC = a_CI.detach(), layer.scale * b_OC.detach()
+            if name in experts:
+                slices[name] = a_CI, b_OC
+            else:
+                tensors |= {f"{name}.lora_A.weight": a_CI, f"{name}.lora_B.weight": b_OC}
+    return {PREFIX + name: tensor for name, tensor in (tensors | fuse(slices, experts)).items()}
+
+
+def experts_of(pool: Pool) -> dict[str, int]:
+    """Layers that are the slice of one expert, and how many experts their parameter holds."""
+    return {name: layer.base.experts for name, layer in pool.layers.items() if isinstance(layer.base, ExpertSlice)}
 
 
 def hira_form(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -231,6 +254,7 @@ def lora_config(
     task: str,
     fan_in_fan_out: bool = False,
     modules_to_save: list[str] | None = None,
+    experts: Collection[str] = (),
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
@@ -241,10 +265,17 @@ def lora_config(
         task: as in the recipe.
         fan_in_fan_out: the targets are GPT-2's transposed Conv1D.
         modules_to_save: modules stored whole, such as a classifier head.
+        experts: layers that are the slice of one expert; their parameter is listed, with the largest rank of a slice.
     """
-    alive = {name: rank for name, rank in ranks.items() if rank}
+    alive = {name: rank for name, rank in ranks.items() if rank and name not in experts}
+    fused: dict[str, int] = {}
+    for name in experts:
+        if ranks[name]:
+            fused[parameter_of(name)] = max(ranks[name], fused.get(parameter_of(name), 0))
+    modules, alive = sorted(alive), alive | fused
     largest = max(alive.values())
-    # PEFT tries every key for every module: one key for all modules of a rank, each a full, escaped name.
+    # PEFT tries every key for every module: one key for all modules of a rank, each a full, escaped name. Where a key
+    # names parameters of experts alone, PEFT 0.21 warns that it "was ignored", and honours it all the same.
     pattern = {
         "|".join(re.escape(name) for name, r in alive.items() if r == rank): rank
         for rank in sorted(set(alive.values()) - {largest})
@@ -263,7 +294,8 @@ def lora_config(
         "r": largest,
         "rank_pattern": pattern,
         "revision": revision,
-        "target_modules": sorted(alive),
+        "target_modules": modules,
+        **({"target_parameters": sorted(fused)} if fused else {}),
         "task_type": TASK_TYPES[task],
         "use_dora": False,
         "use_rslora": False,

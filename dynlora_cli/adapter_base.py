@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.experts import ExpertSlice
 from dynlora_cli.model import HEAD_NAMES, fingerprint, load_structure
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.recipe_settings import Model
@@ -129,7 +130,7 @@ def module_of(model: PreTrainedModel, name: str, factors: Factors, adapter: Adap
         module = model.get_submodule(name)
     except AttributeError:
         raise UsageError(f"{adapter.folder}: the base model has no layer {name}", hint) from None
-    kinds = (nn.Embedding,) if factors.embedding else (nn.Linear, Conv1D)
+    kinds = (nn.Embedding,) if factors.embedding else (ExpertSlice,) if factors.experts else (nn.Linear, Conv1D)
     if not isinstance(module, kinds):
         raise UsageError(f"{adapter.folder}: {name} is a {type(module).__name__}, which takes no LoRA here")
     d_in, d_out = (module.embedding_dim, module.num_embeddings) if factors.embedding else linear_shape(module)

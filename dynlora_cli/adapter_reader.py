@@ -23,13 +23,14 @@ from torch import Tensor
 
 from dynlora_cli.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Factors
 from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.experts import PARAMETERS, unfuse
 from dynlora_cli.peft_kinds import hira_layers, vera_layers
 from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed, read_record
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
 NOT_UNDERSTOOD = (
     "alora_invocation_tokens", "arrow_config", "bdlora_config", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 # Starts that also changed the base model's weights, so that the saved factors belong to another base.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
@@ -96,7 +97,14 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     if config["peft_type"] == "HIRA":
         return adapter.with_layers(hira_layers(adapter, parts))
     scales = _Scales(config, folder)
-    return replace(adapter, layers={module: _factors(module, tensors, scales) for module, tensors in parts.items()})
+    layers: dict[str, Factors] = {}
+    for module, tensors in parts.items():
+        parameter = _parameter(module, config, folder)
+        if parameter is None:
+            layers[module] = _factors(module, tensors, scales)
+        else:
+            layers |= _slices(parameter, tensors, scales)
+    return replace(adapter, layers={name: layers[name] for name in sorted(layers, key=natural_order)})
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -188,6 +196,45 @@ def _factors(module: str, parts: dict[str, Tensor], scales: _Scales) -> Factors:
     return Factors(a, scale * b, scale, None if magnitude is None else magnitude.flatten(), embedding)
 
 
+def _parameter(module: str, config: dict[str, Any], folder: Path) -> str | None:
+    """The parameter of many experts that the tensors of a module belong to; None: the module is a layer.
+
+    PEFT names the module alone. It wraps it once for each targeted parameter, the first innermost.
+    """
+    wanted = config.get("target_parameters") or []
+    strange = [name for name in wanted if name.split(".")[-1] not in PARAMETERS]
+    if strange:
+        raise UsageError(
+            f"{folder / CONFIG}: target_parameters: {strange[0]}: only {' and '.join(PARAMETERS)} of experts are "
+            "understood",
+            "merge it with the tool that made it",
+        )
+    inner = module.endswith(".base_layer")
+    names = [f"{module.removesuffix('.base_layer')}.{leaf}" for leaf in PARAMETERS]
+    adapted = [name for name in names if any(name == end or name.endswith(f".{end}") for end in wanted)]
+    if not adapted:
+        return None
+    return adapted[0] if inner else adapted[-1]
+
+
+def _slices(parameter: str, parts: dict[str, Tensor], scales: _Scales) -> dict[str, Factors]:
+    """The factors of every expert that has components."""
+    if parts.keys() != {"lora_A", "lora_B"}:
+        raise UsageError(f"{scales.folder}: {parameter} lacks its lora_A or lora_B", "copy the files again")
+    a, b = parts["lora_A"], parts["lora_B"]
+    rank = scales.rank_of(parameter)
+    if not (a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0):
+        raise UsageError(
+            f"{scales.folder}: {parameter} has factors {tuple(a.shape)} and {tuple(b.shape)}, and {CONFIG} rank {rank}",
+            "one of the two files is of another adapter; copy both again",
+        )
+    scale = scales.of(parameter, rank)
+    return {
+        name: Factors(a_CI, scale * b_OC, scale, experts=a.shape[0] // rank)
+        for name, (a_CI, b_OC) in unfuse(parameter, a, b, rank).items()
+    }
+
+
 class _Scales:
     """alpha / r of every module, as PEFT finds it: a pattern's key matches the end of a name, and may be a regex."""
 
@@ -209,7 +256,7 @@ class _Scales:
         Raises:
             UsageError: the config announces another rank.
         """
-        announced = self._first(self.ranks, module, self.config.get("r"))
+        announced = self.rank_of(module)
         alpha = self._first(self.alphas, module, self.config.get("lora_alpha"))
         if announced != rank:
             raise UsageError(
@@ -219,6 +266,10 @@ class _Scales:
         if rank == 0 or not isinstance(alpha, (int, float)):
             raise UsageError(f"{self.folder / CONFIG}: layer {module} has rank {rank} and lora_alpha {alpha!r}")
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def rank_of(self, module: str) -> Any:
+        """The rank that the config announces."""
+        return self._first(self.ranks, module, self.config.get("r"))
 
     @staticmethod
     def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:

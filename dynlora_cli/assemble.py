@@ -21,6 +21,7 @@ from dynlora_cli.brake import Brake
 from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.experts import fused_experts, split
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import held_out, row_sums
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype
@@ -31,7 +32,7 @@ from dynlora_cli.rank import RankControl, Start, plan_start
 from dynlora_cli.relative import layer_kind
 from dynlora_cli.schedule import Schedule
 from dynlora_cli.state import Progress, Run
-from dynlora_cli.targets import find_targets, fused_experts
+from dynlora_cli.targets import find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,10 +109,12 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
         checkpointing=recipe.train.gradient_checkpointing,
     )
     experts = fused_experts(base.model)
-    if experts and drawers.load("variants", recipe.adapter.variant).has_components:
+    adapted = recipe.adapter.names_experts or not drawers.load("variants", recipe.adapter.variant).has_components
+    if experts and not adapted:
         data.notes.append(
             f"the weights of the experts ({max(experts.values())} in each of {len(experts)} blocks) are not adapted, "
-            "nor are the routers: components are in the other linear layers only"
+            "nor are the routers: components are in the other linear layers only; "
+            "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
         )
     return base
 
@@ -120,9 +123,17 @@ def plan_ranks(
     recipe: Recipe, base: Base, counts: Mapping[str, int] | None = None
 ) -> tuple[dict[str, torch.nn.Module], Start]:
     """The target layers, and how many components each starts with: as many everywhere, or `counts`."""
+    variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
+    if recipe.adapter.names_experts:
+        if hasattr(variant, "saved"):
+            raise UsageError(
+                f"adapter.target_modules: variant {recipe.adapter.variant} is no LoRA when it is saved, which is all "
+                "that PEFT takes for experts",
+                "write `variant: lora`, or leave experts out of adapter.target_modules",
+            )
+        split(base.model)
     targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
     shapes = {name: linear_shape(module) for name, module in targets.items()}
-    variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
     kind = layer_kind(recipe, variant.Layer)
     start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)
     if counts is not None:

@@ -19,6 +19,7 @@ from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import module_of
 from dynlora_cli.components import ComponentLinear, dense_weight
 from dynlora_cli.dora import DoraLinear
+from dynlora_cli.experts import join, split
 from dynlora_cli.hira import HiraLinear
 from dynlora_cli.pool import Pool
 
@@ -68,6 +69,8 @@ def attached(
         before.append((holder, leaf, getattr(holder, leaf)))
         setattr(holder, leaf, by)
 
+    if adapter.experts:
+        split(model)
     try:
         if whole:
             for name, tensor in adapter.whole.items():
@@ -90,6 +93,8 @@ def attached(
     finally:
         for holder, leaf, original in reversed(before):
             setattr(holder, leaf, original)
+        if adapter.experts:
+            join(model)
 
 
 def _layer(

@@ -107,13 +107,18 @@ def check(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that do not belong together.
 
     Raises:
-        UsageError: a DoRA or HiRA, another base or task, layers of other shapes, heads that differ.
+        UsageError: a DoRA or HiRA, components for each expert, another base or task, layers of other shapes, heads that differ.
     """
     first = adapters[0]
     for adapter in adapters:
         if adapter.kind != "LoRA":
             raise UsageError(
                 f"{adapter.folder} is a {adapter.kind}, whose updates cannot be added",
+                "merge it into its base instead: dynlora merge --adapter FOLDER --into base",
+            )
+        if adapter.experts:
+            raise UsageError(
+                f"{adapter.folder} has components for each expert, which are not combined yet",
                 "merge it into its base instead: dynlora merge --adapter FOLDER --into base",
             )
     for other in adapters[1:]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import Place, module_of, structure, tied
 from dynlora_cli.errors import DynloraError, MeasureError, UsageError
+from dynlora_cli.experts import parameter_of, parts_of, split
 from dynlora_cli.run_folder import copy_tokenizer, write_json
 from dynlora_cli.weights import New, Weights, write_like
 
@@ -82,6 +84,8 @@ def plan_merge(
     """
     weights = Weights(place.folder)
     model = structure(place)
+    if adapter.experts:
+        split(model)
     config = json.loads((place.folder / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         raise UsageError(
@@ -91,6 +95,7 @@ def plan_merge(
     plan = Plan(weights, config)
     folding = _Folding(adapter, model, plan, original or (lambda tensor, _: weights.read(tensor, torch.float32)))
     folding.layers()
+    folding.experts()
     folding.replaced()
     if dtype is not None:
         _convert(plan, dtype)
@@ -110,6 +115,8 @@ class _Folding:
     def layers(self) -> None:
         for name, factors in self.adapter.layers.items():
             module = module_of(self.model, name, factors, self.adapter)
+            if factors.experts:
+                continue
             tensor = self._tensor(name)
             entry = self.plan.weights.entries[tensor]
             expected = tuple(module.get_parameter("weight").shape)
@@ -122,6 +129,21 @@ class _Folding:
             base = partial(_copy, whole) if whole is not None else partial(self.original, tensor, name)
             self._put(name, New(entry.dtype, entry.shape, partial(folded, base, factors, isinstance(module, Conv1D))))
             self.plan.modules.append(name)
+
+    def experts(self) -> None:
+        """Slices of experts, which no quantization of ours touches, and which lie on disk in pieces of their own."""
+        groups: dict[str, dict[int, Factors]] = {}
+        for name, factors in self.adapter.layers.items():
+            if factors.experts:
+                groups.setdefault(parameter_of(name), {})[parts_of(name)[1]] = factors
+                self.plan.modules.append(name)
+        weights = self.plan.weights
+        for parameter, slices in groups.items():
+            for tensor, starts in stored_rows(self.model, parameter, weights).items():
+                if any(expert in slices for expert, _ in starts):
+                    entry, base = weights.entries[tensor], partial(weights.read, tensor, torch.float32)
+                    make = partial(folded_experts, base, slices, starts)
+                    self.plan.changed[tensor] = New(entry.dtype, entry.shape, make)
 
     def replaced(self) -> None:
         """Tensors that were trained whole: a head, embeddings with more tokens."""
@@ -181,9 +203,50 @@ def folded(base: Callable[[], Tensor], factors: Factors, transposed: bool) -> Te
         view.addmm_(factors.b_OC, factors.a_CI)
     if factors.magnitude_O is not None:
         view.mul_((factors.magnitude_O / view.norm(dim=1)).unsqueeze(1))
-    if not all(extreme.isfinite() for extreme in view.aminmax()):
+    return _finite(W)
+
+
+def folded_experts(base: Callable[[], Tensor], slices: Mapping[int, Factors], starts: list[tuple[int, int]]) -> Tensor:
+    """W' in fp32 of a tensor with rows of experts, see `stored_rows`."""
+    W = base()
+    for matrix, (expert, row) in zip(W.view(-1, *W.shape[-2:]), starts, strict=True):
+        if expert in slices:
+            matrix.addmm_(slices[expert].b_OC[row : row + len(matrix)], slices[expert].a_CI)
+    return _finite(W)
+
+
+def _finite(W: Tensor) -> Tensor:
+    if not all(extreme.isfinite() for extreme in W.aminmax()):
         raise MeasureError("a merged weight is not finite", "look at the base's and the adapter's numbers")
     return W
+
+
+def stored_rows(model: PreTrainedModel, parameter: str, weights: Weights) -> dict[str, list[tuple[int, int]]]:
+    """The tensors of the files that hold a parameter of experts [E, O, I], and for each matrix in them the expert and
+    the row of its slice that it begins with.
+
+    A file holds the parameter as it is, or each expert apart, with gate and up apart as well. transformers knows how,
+    and saves any tensor of this name so; here one that numbers all rows.
+
+    Raises:
+        UsageError: the files hold it in no such form.
+    """
+    experts, rows, inputs = model.get_parameter(parameter).shape
+    numbers = torch.arange(experts * rows).view(experts, rows, 1)
+    as_it_is = weights.locate(*parameter.rpartition(".")[::2]) is not None
+    pieces = {parameter: numbers} if as_it_is else revert_weight_conversion(model, {parameter: numbers})
+    found = {}
+    for name, piece in pieces.items():
+        tensor = weights.locate(*name.rpartition(".")[::2])
+        entry = weights.entries[tensor] if tensor else None
+        consecutive = bool((piece.diff(dim=-2) == 1).all())
+        if tensor is None or entry is None or entry.shape != (*piece.shape[:-1], inputs) or not consecutive:
+            raise UsageError(
+                f"{weights.folder} holds {parameter} in a form that cannot be added to: {name}",
+                "use the adapter beside the base, without merging it",
+            )
+        found[tensor] = [divmod(int(matrix[0]), rows) for matrix in piece.reshape(-1, piece.shape[-2])]
+    return found
 
 
 def _convert(plan: Plan, dtype: torch.dtype) -> None:

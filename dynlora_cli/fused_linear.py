@@ -24,7 +24,7 @@ Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
 def fusable(base: nn.Module) -> bool:
     """Whether all that the base does is one product with a frozen weight, and perhaps a bias."""
     name = type(base).__name__
-    if type(base) is not nn.Linear and name not in ("Conv1D", "Linear4bit"):
+    if type(base) is not nn.Linear and name not in ("Conv1D", "Linear4bit", "ExpertSlice"):
         return False
     weight: Tensor = base.weight  # type: ignore[assignment]
     if weight.requires_grad or base._forward_hooks or base._forward_pre_hooks:
@@ -48,7 +48,7 @@ def weight_OI(base: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state)
-    return weight if type(base) is nn.Linear else weight.T
+    return weight.T if type(base).__name__ == "Conv1D" else weight
 
 
 def _quant_state(base: nn.Module) -> Any:

@@ -35,7 +35,13 @@ class GateGradients:
         self._square_K: Tensor | None = None
 
     def observe(self, gradient_K: Tensor, targets: float) -> None:
-        """Take the gate gradient of one optimizer step: normalised, reduced, not yet clipped."""
+        """Take the gate gradient of one optimizer step: normalised, reduced, not yet clipped.
+
+        A component of an expert that no token of the step was sent to has gradient 0, and that 0 counts. What the score
+        stands for is the rise of the mean loss over all tokens when the component goes, and an expert that is needed
+        half as often adds half as much to that. Averages over only the steps in which an expert was used would give
+        rare experts the rank of common ones.
+        """
         if self._mean_K is None or self._square_K is None:
             self._mean_K, self._square_K = torch.zeros_like(gradient_K), torch.zeros_like(gradient_K)
         self.steps += 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli import __version__, drawers, run_folder
-from dynlora_cli.adapter import PREFIX, lora_config, lora_tensors, write_adapter
+from dynlora_cli.adapter import PREFIX, experts_of, lora_config, lora_tensors, write_adapter
 from dynlora_cli.checkpoint import read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.model import Base, fingerprint
@@ -40,6 +40,7 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
         task=training.recipe.model.task,
         fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in training.pool.layers.values()),
         modules_to_save=list(base.whole) or None,
+        experts=experts_of(training.pool),
     )
     variant = drawers.load("variants", training.recipe.adapter.variant)
     form = getattr(variant, "saved", None)

@@ -72,6 +72,11 @@ def run(
     adapter = read_adapter(path, base_name)
     if out.resolve() == adapter.folder.resolve():
         raise UsageError(f"--out {out} is the adapter itself, which is never changed", "choose another folder")
+    if adapter.experts:
+        raise UsageError(
+            f"{adapter.folder} has components for each expert, which are pruned in training only",
+            "train with a smaller rank.budget, or use it as it is: dynlora merge --adapter FOLDER",
+        )
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
     needs_rows = scorer.needs != "values" or budget.kind == "auto" or heal_steps or data is not None

@@ -7,6 +7,7 @@ The sentence under a field is its description in `dynlora schema`. Reading a fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -158,7 +159,7 @@ class Adapter(Section):
     target_modules: (
         Annotated[Text, AfterValidator(_NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
     ) = "all-linear"
-    """all-linear (every linear layer but the output head), attention, qv, or module names and globs."""
+    """all-linear (every linear layer but the output head), attention, qv, experts, or module names and globs."""
     scaling: Literal["lora", "rslora"] = "lora"
     """lora: alpha / r; rslora: alpha / sqrt(r); r is the budget's average rank, constant for the run."""
     alpha: Positive | Literal["auto"] = "auto"
@@ -171,6 +172,12 @@ class Adapter(Section):
     """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
     init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq"] = "default"
     """Start of the factors; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/starts.py."""
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether every expert of a mixture gets components of its own."""
+        wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        return any(re.search(r"(^|\W)experts(\W|$)", pattern) for pattern in wanted)
 
 
 class Rank(Section):
@@ -366,8 +373,15 @@ def _variant_conflicts(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    """Starts that the variant or the base does not allow."""
+    """Starts that the variant, the layers or the base do not allow."""
     variant, start = recipe.adapter.variant, recipe.adapter.init_weights
+    if recipe.adapter.names_experts:
+        if start not in ("default", "orthogonal"):
+            text = f"experts do not start as {start}; write `init_weights: default`, or orthogonal"
+            yield Conflict("adapter.init_weights", "adapter.target_modules", text)
+        if recipe.rank.allocation != "uniform":
+            text = "experts start alike: an expert that no token reaches has nothing to be measured by"
+            yield Conflict("rank.allocation", "adapter.target_modules", text)
     if recipe.adapter.freeze_a and start == "pissa":
         yield Conflict("adapter.freeze_a", "adapter.init_weights", "PiSSA's start is subtracted, and A has to leave it")
     if recipe.rank.allocation != "uniform" and not drawers.declared("variants", variant, "has_components"):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import UsageError
+from dynlora_cli.experts import WORD, ExpertSlice, fused_experts
 
 # Leaf names of query and value projections, fused ones included.
 QUERY_VALUE = {
@@ -29,8 +30,9 @@ def find_targets(
 
     Args:
         model: the base.
-        wanted: "all-linear" (all but the output layer and routers), "attention", "qv", one name or glob, or a list of
-            them. A name matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
+        wanted: "all-linear" (all but the output layer, routers and slices of experts), "attention", "qv", "experts"
+            (all linear layers in modules of this name), one name or glob, or a list of them. A name matches a whole
+            module name or its end after a dot, as in PEFT; a glob matches the whole name.
         whole: modules that train whole, never targets: a classifier's head.
 
     Raises:
@@ -40,31 +42,25 @@ def find_targets(
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not inside(name, (*whole, *routers))
+        if isinstance(module, (nn.Linear, Conv1D, ExpertSlice))
+        and module is not output
+        and not inside(name, (*whole, *routers))
     }
     patterns = [wanted] if isinstance(wanted, str) else wanted
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in linear if _matches(name, pattern)}
+        found = {name for name, module in linear.items() if _matches(name, pattern, isinstance(module, ExpertSlice))}
         if not found:
             listed = "\n".join(f"  {group}" for group in group_names(linear))
-            near = did_you_mean(pattern, {name.split(".")[-1] for name in linear} | {"all-linear", "attention", "qv"})
+            near = did_you_mean(
+                pattern, {name.split(".")[-1] for name in linear} | {"all-linear", "attention", "qv", WORD}
+            )
             raise UsageError(
                 f"adapter.target_modules: {pattern!r} matches no linear layer of this model{near}",
                 f"there are:\n{listed}",
             )
         chosen |= found
     return {name: module for name, module in linear.items() if name in chosen}
-
-
-def fused_experts(model: nn.Module) -> dict[str, int]:
-    """The modules that hold the weights of many experts in one tensor [experts, ..., ...], and how many experts."""
-    found = {}
-    for name, module in model.named_modules():
-        counts = [len(p) for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) > 1]
-        if counts and not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-            found[name] = counts[0]
-    return found
 
 
 def _routers(model: nn.Module) -> list[str]:
@@ -78,9 +74,11 @@ def _routers(model: nn.Module) -> list[str]:
     return found
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str, of_expert: bool) -> bool:
     if pattern == "all-linear":
-        return True
+        return not of_expert
+    if pattern == WORD:
+        return WORD in name.split(".")
     if pattern == "attention":
         return ATTENTION.search(name) is not None
     if pattern == "qv":

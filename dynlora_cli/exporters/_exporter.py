@@ -102,6 +102,8 @@ def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapt
     tables = [name for name, factors in adapter.layers.items() if factors.embedding]
     if tables:
         raise UsageError(f"{adapter.folder} adapts the embedding {tables[0]}, which {consumer} does not read", hint)
+    if adapter.experts:
+        raise UsageError(f"{adapter.folder} has components for each expert, which {consumer} does not read", hint)
     if adapter.whole and not heads:
         raise UsageError(
             f"{adapter.folder} holds whole tensors ({', '.join(adapter.whole)}), which {consumer} does not read", hint
