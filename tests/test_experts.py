@@ -13,7 +13,7 @@ import torch
 from test_architectures import logits
 from tiny_architectures import write_model
 from tiny_run import make_recipe, train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from dynlora_cli import evaluate, export, prune
 from dynlora_cli.adapter_base import Place
@@ -249,3 +249,16 @@ def test_a_variant_that_is_no_lora_in_the_end(tmp_path):
 def test_a_model_without_experts(tmp_path):
     with pytest.raises(UsageError, match="'experts' matches no linear layer"):
         plan(make_recipe(tmp_path, "adapter.target_modules=experts"))
+
+
+def test_experts_of_another_form_are_refused():
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = GptOssConfig(vocab_size=64, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    with pytest.raises(UsageError, match="are not stored as gate_up_proj and down_proj"):
+        split(AutoModelForCausalLM.from_config(config))
