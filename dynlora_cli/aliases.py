@@ -107,11 +107,11 @@ train_type                        ms-swift       adapter.variant
 tuner_type                        ms-swift       adapter.variant
 fine_tune_type                    mlx-lm         adapter.variant
 peft_type                         PEFT           adapter.variant
-use_dora                          PEFT           adapter.variant; a layer's form is a variant here
-peft_use_dora                     axolotl        adapter.variant; a layer's form is a variant here
-use_rslora                        PEFT           adapter.scaling: rslora
+use_dora                          PEFT           adapter.variant: dora
+peft_use_dora                     axolotl        adapter.variant: dora
+use_rslora                        PEFT           adapter.scaling: rslora, with a number as `alpha`
 loraplus_lr_ratio                 PEFT           train.lora_plus_ratio
-peft_use_rslora                   axolotl        adapter.scaling: rslora
+peft_use_rslora                   axolotl        adapter.scaling: rslora, with a number as `alpha`
 lora_alpha                        PEFT           adapter.alpha
 lora_dropout                      PEFT           adapter.dropout
 lora_target_modules               axolotl        adapter.target_modules
@@ -164,9 +164,9 @@ tfinal                            PEFT           pruning.end; a share of all ste
 adalora_tfinal                    ms-swift       pruning.end; a share of all steps: when the budget is met
 deltaT                            PEFT           pruning.events; the number of events, not the steps between them
 adalora_deltaT                    ms-swift       pruning.events; the number of events, not the steps between them
-beta1                             PEFT           -AdaLoRA's averages have no counterpart, see `pruning.policy`
-beta2                             PEFT           -AdaLoRA's averages have no counterpart, see `pruning.policy`
-orth_reg_weight                   PEFT           -`pruning.gauge` makes components orthogonal without a penalty
+beta1                             PEFT           -it is 0.85 in `pruning.policy: sensitivity`
+beta2                             PEFT           -it is 0.85 in `pruning.policy: sensitivity`
+orth_reg_weight                   PEFT           adapter.penalty; with `variant: adalora`
 prune                             own            pruning
 pruning_policy                    own            pruning.policy
 num_epochs                        axolotl        train.epochs
@@ -268,8 +268,7 @@ attn_implementation  flash_attention    flash_attention_2
 attn_implementation  flash              flash_attention_2
 attn_implementation  auto               null
 variant         qlora                   `variant: lora` with `model.load_in_4bit: true`
-variant         rslora                  `variant: lora` with `scaling: rslora`
-variant         adalora                 `variant: lora` with `rank.budget`: dynlora prunes while it trains
+variant         rslora                  `variant: lora` with `scaling: rslora` and `alpha: 16`
 variant         pissa                   `variant: lora` with `init_weights: pissa`
 variant         loftq                   `variant: lora` with `init_weights: loftq` and `model.load_in_4bit: true`
 variant         eva                     `variant: lora` with `init_weights: eva`
@@ -300,9 +299,7 @@ overlong        raise                   error
 overlong        delete                  drop
 overlong        left                    truncate
 overlong        right                   truncate
-policy          adalora                 fisher
-policy          sensitivity             fisher
-policy          gradient                fisher
+policy          adalora                 sensitivity
 policy          norm                    magnitude
 policy          l2                      magnitude
 lr_scheduler    cosine_with_min_lr      cosine

@@ -49,7 +49,8 @@ class DoraLinear(ComponentLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         y = super().forward(x)
-        if self.count == 0:  # with its last component a layer loses its magnitude: no file could keep it
+        # With its last component a layer loses its magnitude: no file could keep it.
+        if self.count == 0 or (self.gate is not None and not self.gate.any()):
             return y
         if self.bias_O is not None:
             y = y - self.bias_O

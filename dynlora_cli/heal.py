@@ -40,6 +40,10 @@ def heal(
     train = recipe.train.model_copy(update={"max_steps": steps, "save_steps": None, "report_to": []})
     evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
+    variant, rate = recipe.adapter.variant, recipe.train.learning_rate
+    if variant not in ("lora", "dora", "hira") and rate != "auto":
+        text = f"{variant} heals as the plain LoRA that it equals, at the learning rate {rate:g} that was for {variant}"
+        emit({"event": "note", "text": text})
     data = load_data(
         recipe.dataset,
         base.tokenizer,

@@ -53,7 +53,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "folder": str(adapter.folder),
-        "kind": adapter.kind,
+        "kind": "VeRA, as the LoRA that it equals" if adapter.config.get("peft_type") == "VERA" else adapter.kind,
         "task": adapter.task,
         "parameters": adapter.parameters,
         "components": adapter.components,

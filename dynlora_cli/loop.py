@@ -107,7 +107,7 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     factor = run.control.rate_factor if run.control else 1.0
     for group in run.optimizer.param_groups:
         group["lr"] = rate * (factor if group["coupled"] else 1.0)
-    update(run)
+    update(run, skipped=norm is None)
     event = run.control.apply(number) if run.control else None
     if event:
         check_same_ranks(run, number)

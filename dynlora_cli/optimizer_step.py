@@ -90,7 +90,8 @@ def rates_of_a_and_b(run: Run) -> Iterator[None]:
         half.copy_(before.lerp(half, rate))
 
 
-def update(run: Run) -> None:
+def update(run: Run, *, skipped: bool) -> None:
+    """Let the optimizer step, and the layers after it; `skipped` where fp16 overflowed and the scaler will not step."""
     scaler = run.accelerator.scaler
     with rates_of_a_and_b(run):
         if scaler is not None:
@@ -99,6 +100,6 @@ def update(run: Run) -> None:
         else:
             run.optimizer.step()
     if run.pool:
-        run.pool.after_update(run.optimizer.param_groups[0]["lr"])
+        run.pool.after_update(0.0 if skipped else run.optimizer.param_groups[0]["lr"])
     # Zeroed in place: the gradients of all layers are views of one tensor.
     run.optimizer.zero_grad(set_to_none=run.pool is None)

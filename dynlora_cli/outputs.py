@@ -86,7 +86,10 @@ def write_root(folder: Path, training: Run, base: Base) -> str:
     """
     best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
     if best is not None:
-        restore(read_state(best)[1], training.parameters, training.optimizer)
+        position, tensors = read_state(best)
+        restore(tensors, training.parameters, training.optimizer)
+        if training.pool:
+            training.pool.stand_after(position["progress"]["step"], training.total_steps)
     if training.accelerator.is_main_process:
         base.tokenizer.save_pretrained(folder)
         if training.pool is None:

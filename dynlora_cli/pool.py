@@ -189,6 +189,11 @@ class Pool:
         for layer in self.layers.values():
             layer.settle_gradient()
 
+    def stand_after(self, step: int, total_steps: int) -> None:
+        """Put the layers where optimizer step `step` left them, which no checkpoint says in full."""
+        self.begin_step(step, total_steps)
+        self.after_update(0.0)
+
     def after_update(self, rate: float) -> None:
         """Tell every layer that the optimizer has stepped at this learning rate."""
         for layer in self.layers.values():

@@ -119,7 +119,7 @@ def _trial(run: Run, rate: float, interrupted: Callable[[], bool]) -> float:
             clip(run, norm)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * min(1.0, (number + 1) / WARMUP)
-        update(run)
+        update(run, skipped=norm is None)
     return sum(losses[-JUDGED:]) / len(losses[-JUDGED:])
 
 

@@ -326,15 +326,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             if getattr(model, key):
                 text = "variant full trains the weights themselves, which a quantized base does not allow"
                 yield Conflict(f"model.{key}", "adapter.variant", text)
-    if recipe.adapter.variant == "vera" and recipe.adapter.alpha != "auto":
-        yield Conflict("adapter.alpha", "adapter.variant", "variant vera has no scale: d and b stand for it")
-    variant = recipe.adapter.variant
-    if recipe.adapter.freeze_a and variant not in ("lora", "dora"):
-        yield Conflict(
-            "adapter.freeze_a", "adapter.variant", f"only lora and dora train without A; the variant is {variant}"
-        )
-    if recipe.train.lora_plus_ratio is not None and variant in ("full", "singlora", "vera"):
-        yield Conflict("train.lora_plus_ratio", "adapter.variant", f"variant {variant} has no B of its own")
+    yield from _variant_conflicts(recipe)
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
     if data.packing and model.task != "causal-lm":
@@ -361,6 +353,25 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def _variant_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Settings that a variant has no use for."""
+    adapter, variant = recipe.adapter, recipe.adapter.variant
+    if variant == "vera" and adapter.alpha != "auto":
+        yield Conflict("adapter.alpha", "adapter.variant", "variant vera has no scale: d and b stand for it")
+    elif adapter.scaling == "rslora" and adapter.alpha == "auto":
+        yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
+    if adapter.penalty != "auto" and variant not in ("adalora", "sora", "ard"):
+        yield Conflict("adapter.penalty", "adapter.variant", f"variant {variant} has no penalty of its own")
+    if adapter.dropout and variant == "full":
+        yield Conflict("adapter.dropout", "adapter.variant", "variant full adds nothing that could drop inputs")
+    if adapter.freeze_a and variant not in ("lora", "dora"):
+        yield Conflict(
+            "adapter.freeze_a", "adapter.variant", f"only lora and dora train without A; the variant is {variant}"
+        )
+    if recipe.train.lora_plus_ratio is not None and variant in ("full", "singlora", "vera"):
+        yield Conflict("train.lora_plus_ratio", "adapter.variant", f"variant {variant} has no B of its own")
+
+
 def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Starts that the variant, the layers or the base do not allow."""
     variant, start = recipe.adapter.variant, recipe.adapter.init_weights
@@ -375,6 +386,10 @@ def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("adapter.freeze_a", "adapter.init_weights", "PiSSA's start is subtracted, and A has to leave it")
     if recipe.rank.allocation != "uniform" and not drawers.declared("variants", variant, "has_components"):
         yield Conflict("rank.allocation", "adapter.variant", f"variant {variant} has no components to share out")
+    if recipe.model.task == "seq2seq-lm":
+        for key, value in (("adapter.init_weights", start), ("rank.allocation", recipe.rank.allocation)):
+            if value == "eva":
+                yield Conflict(key, "model.task", "eva looks at the tokens that carry loss, and an encoder has none")
     if start not in ("default", *(drawers.declared("variants", variant, "starts") or ())):
         text = f"variant {variant} does not start as {start}; write `init_weights: default`, or `variant: lora`"
         yield Conflict("adapter.init_weights", "adapter.variant", text)

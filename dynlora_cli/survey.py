@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dynlora_cli.components import dense_weight, linear_shape
 from dynlora_cli.directions import Directions
+from dynlora_cli.errors import UsageError
 from dynlora_cli.loss import IGNORE, evaluating, summed_loss
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ def watch_inputs(
         layers: of the model, by name.
         counts: directions wanted of each layer, at least.
         autocast: makes the context of the forward pass.
+
+    Raises:
+        UsageError: the model did not use one of the layers.
     """
     inputs = _Inputs(layers, counts)
     hooked = _hooked(layers, lambda name, layer: layer.register_forward_pre_hook(partial(inputs.look, name)))
@@ -57,6 +61,12 @@ def watch_inputs(
             inputs.tokens = _with_loss(batch)
             with autocast():
                 summed_loss(model, batch)
+    for name in layers:
+        if name not in inputs.found:
+            raise UsageError(
+                f"nothing went into {name} on the first batches, so eva cannot tell how to start it",
+                "leave it out of adapter.target_modules, or choose another start",
+            )
     return inputs.found
 
 

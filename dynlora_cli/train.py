@@ -273,6 +273,8 @@ def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
     if training.control:
         training.control.load_state_dict(averages)
     training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))
+    if training.pool:
+        training.pool.stand_after(training.progress.step, training.total_steps)
     if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
         torch.manual_seed(training.recipe.seed + rank + 1_000_003 * training.progress.step)
     best = _best_so_far(checkpoint, training.progress)

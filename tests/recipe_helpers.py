@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
-from dynlora_cli import drawers
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.recipe import Recipe, load_recipe
 
 MINIMAL = "model: builtin:tiny\ndataset: rows.jsonl\n"
-DRAWERS = {
-    "variants": ["full", "lora"],
-    "policies": ["fisher", "magnitude", "random"],
-    "formats": ["alpaca", "chat", "classification", "completion", "text"],
-}
-
-
-@contextmanager
-def known_drawers() -> Iterator[None]:
-    """The drawers hold what `DRAWERS` says, whatever files exist."""
-    with patch.object(drawers, "names", DRAWERS.__getitem__):
-        yield
 
 
 def load(text: str, *overrides: str, output_dir: str | None = None) -> Recipe:
     """The recipe of a file recipe.yaml with this text."""
-    with TemporaryDirectory() as folder, known_drawers():
+    with TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
         path.write_text(text, encoding="utf-8")
         return load_recipe(path, overrides, output_dir)
@@ -40,7 +25,7 @@ def load(text: str, *overrides: str, output_dir: str | None = None) -> Recipe:
 
 def problems(text: str, *overrides: str) -> list[str]:
     """All problems of a recipe that must be refused; places read recipe.yaml:LINE."""
-    with TemporaryDirectory() as folder, known_drawers():
+    with TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
         path.write_text(text, encoding="utf-8")
         with pytest.raises(RecipeError) as caught:

@@ -23,7 +23,8 @@ def test_any_adapter(kind: str, tmp_path: Path, dynlora: Dynlora):
     (told,) = answer.json["adapters"]
     adapter = read_adapter(folder)
     assert (told["parameters"], told["components"]) == (adapter.parameters, adapter.components)
-    assert told["kind"] == ("DoRA" if "dora" in kind else "HiRA" if "hira" in kind else "LoRA")
+    names = {"dora": "DoRA", "hira": "HiRA", "vera": "VeRA, as the LoRA that it equals"}
+    assert told["kind"] == next((name for word, name in names.items() if word in kind), "LoRA")
     for name, factors in adapter.layers.items():
         values = torch.linalg.svdvals(factors.delta_OI().double())[: factors.rank]
         assert told["layers"][name]["spectrum"] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-6)

@@ -46,6 +46,11 @@ class Layer(GatedLinear):
         a_CI[:, :-1].normal_(0, 0.02, generator=generator)
         b_OC.normal_(0, 0.02, generator=generator)
 
+    def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:  # noqa: ARG002
+        """λ · dL/dλ, which is the same, and the only part of the gradient without the penalty in it."""
+        assert self.a_CI.grad is not None
+        return (a_CI * self.a_CI.grad)[:, -1]
+
     def penalty(self) -> Tensor | None:
         if not self.count or not self.penalty_weight:
             return None

@@ -2,8 +2,8 @@
 
 What it does
     ΔW = s·Σ g_i b_i a_iᵀ with g = k·softmax(β), k the components at the start, so that g = 1 there. Odd steps train A
-    and B, even steps β: within an epoch these are two halves of the rows. When a component goes, its share passes to
-    the others of its layer.
+    and B, even steps β: within an epoch these are two halves of the rows. (What a step does not train moves on by
+    Adam's momentum.) When a component goes, its share passes to the others of its layer.
 
 When to use it
     To compare with. The paper learns β through an unrolled step of A and B (second order) and trains again from scratch
@@ -45,6 +45,8 @@ class Layer(GatedLinear):
         self.first = len(a_CI)
 
     def gates_C(self, raw_C: Tensor) -> Tensor:
+        if self.gate is not None and self.gate.any():  # what is masked takes no share, as when it is gone
+            raw_C = raw_C.masked_fill(self.gate == 0, -torch.inf)
         return self.first * raw_C.softmax(0)
 
     def factors(self) -> tuple[Tensor, Tensor]:

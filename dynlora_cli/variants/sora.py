@@ -3,10 +3,12 @@
 What it does
     ΔW = s·Σ g_i b_i a_iᵀ with g = 1 at the start. After every optimizer step each gate comes nearer to zero by the
     learning rate times `adapter.penalty`, and stays at zero unless the loss pulls it away: the proximal step of an
-    L1 penalty. Pruning takes what is at zero first, since it has no magnitude and no gradient.
+    L1 penalty. Pruning takes small gates first, as their components have little magnitude and gradient. With the
+    default 0.1 a gate that the loss leaves alone loses a tenth of the summed learning rates, so a short run thins gates
+    and zeroes few; nearer to 1 the threshold is as strong as a step of Adam.
 
 When to use it
-    To see how sparse a task wants its ranks to be: what is left after the last event is still thinned.
+    To see how sparse a task wants its ranks to be.
 
 Reference
     SoRA, arXiv 2311.11696, equations 6 to 8. Saved as the plain LoRA that it is, g in B.

@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--no-cost", action="store_true", help="leave time and memory for a quieter hour")
     options = parser.parse_args()
     if not options.table:
-        cells = [(task, method(name), 2) for name in NAMES for task in TASKS]
+        cells = [(task, method(name), 2) for task in TASKS for name in NAMES]
         run_cells(cells, SEEDS, RESULTS, options.work.resolve(), options.workers)
         if not options.no_cost:
             measure_costs()
