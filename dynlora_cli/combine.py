@@ -107,7 +107,8 @@ def check(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that do not belong together.
 
     Raises:
-        UsageError: a DoRA or HiRA, components for each expert, another base or task, layers of other shapes, heads that differ.
+        UsageError: a DoRA or HiRA, components for each expert, another base or task, layers of other shapes, heads that
+            differ.
     """
     first = adapters[0]
     for adapter in adapters:

@@ -53,7 +53,7 @@ def pruned(kind, folder, *, scale_alpha=16.0, seed=0):
     targets = find_targets(model, "all-linear", whole=[head] if head else [])
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     start = plan_start(shapes, SimpleNamespace(kind="rank", value=4), 6)
-    options = SimpleNamespace(alpha=scale_alpha, scaling="rslora", dropout=0.0, init_weights="default")
+    options = SimpleNamespace(alpha=scale_alpha, scaling="rslora", dropout=0.0, init_weights="default", freeze_a=False)
     pool = lora.attach(model, targets, start, SimpleNamespace(adapter=options, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 
 import peft
@@ -11,14 +13,20 @@ import torch
 from test_architectures import logits
 from tiny_architectures import write_model
 from tiny_run import make_recipe, train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
+from dynlora_cli import evaluate, export, prune
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
+from dynlora_cli.budget import Budget
+from dynlora_cli.combine import Way, combine
+from dynlora_cli.errors import UsageError
 from dynlora_cli.experts import fuse, fused_experts, join, split, unfuse
 from dynlora_cli.fold import plan_merge, write_merged
+from dynlora_cli.merge import into_base
 from dynlora_cli.recipe_settings import Model
+from dynlora_cli.train import plan
 from dynlora_cli.weights import Weights
 
 SHORT = ("train.max_steps=3", "pruning.start=0.3", "pruning.end=0.7", "pruning.events=1", "eval.steps=3")
@@ -145,24 +153,112 @@ def test_merged_into_the_files_of_the_base(trained, tmp_path, whole):
     assert Weights(tmp_path / "merged").entries.keys() == Weights(place.folder).entries.keys()
 
 
-def test_commands_that_carry_it_out_and_those_that_say_what_does(trained, tmp_path, dynlora):
-    folder, kind, summary = trained
-    merged = dynlora("merge", "--adapter", folder / "out", "--out", tmp_path / "merged", "--json")
-    assert merged.code == 0, merged.err
-    assert merged.json["check"]["kl"] < 1e-6
-    assert merged.json["modules"] == sum(rank > 0 for rank in summary["ranks"].values())
-    measured = dynlora("eval", "--adapter", folder / "out", "--json")
-    assert measured.code == 0, measured.err
-    for form in ("gguf", "vllm", "ollama", "uniform", "lorax"):
-        refused = dynlora("export", "--adapter", folder / "out", "--to", form, "--out", tmp_path / form)
-        assert refused.code == 2
-        assert "has components for each expert" in refused.err
-        assert "--to merged" in refused.err
+one_kind = pytest.mark.parametrize("trained", ["mixtral"], indirect=True)
+
+
+@one_kind
+def test_commands_that_carry_it_out(trained, tmp_path):
+    folder, _, summary = trained
+    merged = into_base(read_adapter(folder / "out"), tmp_path / "merged")
+    assert merged["check"]["kl"] < 1e-6
+    assert merged["modules"] == sum(rank > 0 for rank in summary["ranks"].values())
+    report = evaluate.run([folder / "out"], None, evaluate.Options(generate=0), print)
+    assert report["adapters"][0]["loss"] == pytest.approx(summary["loss_after"], rel=1e-5)
+    export.run(folder / "out", "peft", tmp_path / "peft")
+    again, first = read_adapter(tmp_path / "peft"), read_adapter(folder / "out")
+    assert again.experts == first.experts
+    for name, factors in first.layers.items():
+        torch.testing.assert_close(again.layers[name].delta_OI(), factors.delta_OI())
+
+
+@one_kind
+def test_commands_that_cannot_say_what_can(trained, tmp_path):
+    folder = trained[0] / "out"
+    adapter = read_adapter(folder)
+    for form in ("vllm", "uniform", "lorax", "gguf"):
+        with pytest.raises(UsageError, match="has components for each expert") as refused:
+            export.run(folder, form, tmp_path / form)
+        assert "--to merged" in (refused.value.hint or "")
+    with pytest.raises(UsageError, match="model_type 'mixtral' has no GGUF form here") as refused:
+        export.run(folder, "ollama", tmp_path / "ollama")
+    assert "--to merged" in (refused.value.hint or "")
     for command in (
-        ("prune", "--adapter", folder / "out", "--budget", "1"),
-        ("merge", "--adapter", folder / "out", "--adapter", folder / "out", "--into", "adapter"),
+        lambda: prune.run(folder, Budget("rank", 1), tmp_path / "pruned"),
+        lambda: combine([adapter, adapter], Way()),
     ):
-        refused = dynlora(*command, "--out", tmp_path / "none")
-        assert refused.code == 2, refused.err
-        assert "has components for each expert" in refused.err
-        assert "dynlora merge --adapter" in refused.err
+        with pytest.raises(UsageError, match="has components for each expert") as refused:
+            command()
+        assert "dynlora merge --adapter" in (refused.value.hint or "")
+
+
+def test_an_adapter_of_another_tool(tmp_path):
+    write_model(tmp_path / "mixtral", "mixtral")
+    torch.manual_seed(0)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=["q_proj"],
+        target_parameters=parameters,
+        rank_pattern={"experts.down_proj": 2, "q_proj": 4},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # see lora_config
+        model = peft.get_peft_model(base(tmp_path, "mixtral"), config)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    assert len(adapter.layers) == 2 * (1 + 8)
+    with attached(ours := base(tmp_path, "mixtral"), adapter):
+        torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)
+
+
+@one_kind
+def test_a_stopped_run_goes_on_to_the_same_bytes(trained, tmp_path):
+    folder, kind, _ = trained
+    shutil.copytree(folder / kind, tmp_path / kind)
+    recipe = make_recipe(tmp_path, *SHORT, f"adapter.target_modules={WANTED[kind][0]}", "train.save_steps=1", kind=kind)
+    train(recipe)
+    whole = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    more = make_recipe(
+        tmp_path, *SHORT, f"adapter.target_modules={WANTED[kind][0]}", "train.save_steps=1", kind=kind, out="more"
+    )
+    train(more, resume_from=tmp_path / "out/checkpoints/step-2")
+    assert (tmp_path / "more/adapter_model.safetensors").read_bytes() == whole
+
+
+def test_dry_run_tells_every_expert(tmp_path):
+    write_model(tmp_path / "olmoe", "olmoe")
+    found = plan(make_recipe(tmp_path, *SHORT, "adapter.target_modules=experts", kind="olmoe"))
+    assert len(found["modules"]) == 16
+    assert {"name": "model.layers.1.mlp.experts.3.down_proj", "d_in": 64, "d_out": 32, "components": 8} in found[
+        "modules"
+    ]
+    assert found["memory"]["activations"] > 0
+    assert not [note for note in found["notes"] if "experts" in note]
+
+
+def test_a_variant_that_is_no_lora_in_the_end(tmp_path):
+    write_model(tmp_path / "olmoe", "olmoe")
+    with pytest.raises(UsageError, match="variant dora is no LoRA when it is saved"):
+        plan(make_recipe(tmp_path, "adapter.target_modules=experts", "adapter.variant=dora", kind="olmoe"))
+
+
+def test_a_model_without_experts(tmp_path):
+    with pytest.raises(UsageError, match="'experts' matches no linear layer"):
+        plan(make_recipe(tmp_path, "adapter.target_modules=experts"))
+
+
+def test_experts_of_another_form_are_refused():
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = GptOssConfig(vocab_size=64, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    with pytest.raises(UsageError, match="are not stored as gate_up_proj and down_proj"):
+        split(AutoModelForCausalLM.from_config(config))

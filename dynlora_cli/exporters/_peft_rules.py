@@ -6,10 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from dynlora_cli.adapter import Adapter
+from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.errors import DynloraError
+from dynlora_cli.experts import PARAMETERS, parameter_of, parts_of
 
 
 def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
@@ -26,8 +28,9 @@ def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
     from peft.utils import load_peft_weights
 
     model = nn.Module()
-    for name, factors in adapter.layers.items():
-        _place(model, name, factors.a_CI.shape[1], factors.b_OC.shape[0], factors.embedding)
+    # PEFT wraps the parameters of experts in the order in which their module registers them.
+    for name in sorted(adapter.layers, key=lambda name: name.split(".")[-1] == PARAMETERS[-1]):
+        _place(model, name, adapter.layers[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(str(folder))
@@ -43,18 +46,36 @@ def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
             f"PEFT misses {missing[:3]} and does not expect {found.unexpected_keys[:3]}", "please report this"
         )
     modules: dict[str, Any] = dict(model.named_modules())
-    return {name: 1.0 if adapter.hira else modules[name].scaling["default"] for name in adapter.layers}
+    return {
+        name: 1.0 if adapter.hira else _wrapper(modules, name, factors).scaling["default"]
+        for name, factors in adapter.layers.items()
+    }
+
+
+def _wrapper(modules: dict[str, Any], name: str, factors: Factors) -> Any:
+    """The module that PEFT has put around a layer, or around the parameter of experts that it is a slice of."""
+    if not factors.experts:
+        return modules[name]
+    module, _, parameter = parts_of(name)
+    wrapper = modules[module]
+    while wrapper.parameter_name != parameter:
+        wrapper = wrapper.base_layer
+    return wrapper
 
 
 def _of_factors(key: str) -> bool:
     return "lora_" in key or "hira_" in key
 
 
-def _place(model: nn.Module, name: str, d_in: int, d_out: int, embedding: bool) -> None:
-    *path, leaf = name.split(".")
+def _place(model: nn.Module, name: str, factors: Factors) -> None:
+    d_in, d_out = factors.a_CI.shape[1], factors.b_OC.shape[0]
+    *path, leaf = (parameter_of(name) if factors.experts else name).split(".")
     for part in path:
         if part not in model._modules:
             model.add_module(part, nn.Module())
         model = model.get_submodule(part)
-    made = nn.Embedding(d_out, d_in, device="meta") if embedding else nn.Linear(d_in, d_out, device="meta")
+    if factors.experts:
+        model.register_parameter(leaf, nn.Parameter(torch.empty(factors.experts, d_out, d_in, device="meta")))
+        return
+    made = nn.Embedding(d_out, d_in, device="meta") if factors.embedding else nn.Linear(d_in, d_out, device="meta")
     model.add_module(leaf, made)
