@@ -22,7 +22,7 @@ def gradient(run, micro_batches=None):
     """(mean loss, gradient of everything that trains) of the run's first step, which updates nothing."""
     found = {}
 
-    def keep(run):
+    def keep(run, *, skipped):
         found["gradient"] = torch.cat([p.grad.flatten().clone() for p in run.parameters])
         run.optimizer.zero_grad(set_to_none=False)
 
@@ -201,7 +201,7 @@ def taken(run):
     """The gradient that the optimizer was given, and the norm that was reported."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "update", lambda run: found.update(norm=run.pool.values.grad.norm().item()))
+        patch.setattr(loop, "update", lambda run, skipped: found.update(norm=run.pool.values.grad.norm().item()))
         return found, step(run, run.batches.step(0, 0))["grad_norm"]
 
 
