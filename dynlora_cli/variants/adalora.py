@@ -7,8 +7,8 @@ What it does
     is reported is the task's own.
 
 When to use it
-    To compare with; plain LoRA under `fisher` did better here (scripts/bench/RESULTS.md). Its best learning rate is
-    near 1e-2.
+    To compare with: at equal size it is level with plain LoRA under `fisher` (scripts/bench/NOTES.md), and a step costs
+    more. Its best learning rate is near 1e-2.
 
 Reference
     AdaLoRA, arXiv 2303.10512, equations 3 and 4. Saved as the plain LoRA that it is, λ in B.
