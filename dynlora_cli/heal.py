@@ -41,8 +41,8 @@ def heal(
     evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
     variant, rate = recipe.adapter.variant, recipe.train.learning_rate
-    if variant not in ("lora", "dora", "hira") and rate != "auto":
-        text = f"{variant} heals as the plain LoRA that it equals, at the learning rate {rate:g} that was for {variant}"
+    if variant != adapter.kind.lower() and rate != "auto":
+        text = f"{variant} heals as the {adapter.kind} that it equals, at {rate:g}, which was the learning rate of {variant}"
         emit({"event": "note", "text": text})
     data = load_data(
         recipe.dataset,

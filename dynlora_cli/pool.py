@@ -32,7 +32,7 @@ class Pool:
     Args:
         layers: name to layer, in the model's order. They get their components here.
         counts: components of each layer at the start.
-        seed: of the initial values: B = 0, A uniform on ±1/√d_in (kaiming_uniform with a = √5, as PEFT).
+        seed: of the initial values, which the layers write.
         device: where the components live.
     """
 

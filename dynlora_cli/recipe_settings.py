@@ -354,22 +354,21 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _variant_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    """Settings that a variant has no use for."""
+    """Settings that the variant has no use for: it names those that it takes, see variants/_variant.py."""
     adapter, variant = recipe.adapter, recipe.adapter.variant
-    if variant == "vera" and adapter.alpha != "auto":
-        yield Conflict("adapter.alpha", "adapter.variant", "variant vera has no scale: d and b stand for it")
-    elif adapter.scaling == "rslora" and adapter.alpha == "auto":
+    takes = drawers.declared("variants", variant, "takes") or ()
+    given = {
+        "adapter.alpha": adapter.alpha != "auto",
+        "adapter.dropout": adapter.dropout > 0,
+        "adapter.penalty": adapter.penalty != "auto",
+        "adapter.freeze_a": adapter.freeze_a,
+        "train.lora_plus_ratio": recipe.train.lora_plus_ratio is not None,
+    }
+    for key, is_given in given.items():
+        if is_given and key.split(".")[1] not in takes:
+            yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
+    if adapter.scaling == "rslora" and adapter.alpha == "auto":
         yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
-    if adapter.penalty != "auto" and variant not in ("adalora", "sora", "ard"):
-        yield Conflict("adapter.penalty", "adapter.variant", f"variant {variant} has no penalty of its own")
-    if adapter.dropout and variant == "full":
-        yield Conflict("adapter.dropout", "adapter.variant", "variant full adds nothing that could drop inputs")
-    if adapter.freeze_a and variant not in ("lora", "dora"):
-        yield Conflict(
-            "adapter.freeze_a", "adapter.variant", f"only lora and dora train without A; the variant is {variant}"
-        )
-    if recipe.train.lora_plus_ratio is not None and variant in ("full", "singlora", "vera"):
-        yield Conflict("train.lora_plus_ratio", "adapter.variant", f"variant {variant} has no B of its own")
 
 
 def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:

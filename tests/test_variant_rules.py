@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_variants import fill, folder, one_layer  # noqa: F401 - folder is a fixture
+from test_variants import fill, one_layer
 
 from dynlora_cli import drawers
 
 
-def test_soras_threshold_draws_gates_to_zero_and_no_further(folder):  # noqa: F811
-    _, pool = one_layer(folder, "sora", dtype=torch.float32)
+def test_soras_threshold_draws_gates_to_zero_and_no_further(tmp_path):
+    _, pool = one_layer(tmp_path, "sora", dtype=torch.float32)
     layer = pool.layers["layer"]
     with torch.no_grad():
         layer.a_CI[:, -1] = torch.tensor([1.0, 0.004, -0.5, 0.0])
@@ -19,8 +19,8 @@ def test_soras_threshold_draws_gates_to_zero_and_no_further(folder):  # noqa: F8
     torch.testing.assert_close(layer.a_CI[:, -1].detach(), torch.tensor([0.995, 0.0, -0.495, 0.0]))
 
 
-def test_adaloras_penalty_is_the_distance_from_orthonormal(folder):  # noqa: F811
-    _, pool = one_layer(folder, "adalora", dtype=torch.float32)
+def test_adaloras_penalty_is_the_distance_from_orthonormal(tmp_path):
+    _, pool = one_layer(tmp_path, "adalora", dtype=torch.float32)
     layer = pool.layers["layer"]
     q = torch.linalg.qr(torch.randn(12, 4)).Q
     with torch.no_grad():
@@ -35,8 +35,8 @@ def test_adaloras_penalty_is_the_distance_from_orthonormal(folder):  # noqa: F81
     assert layer.penalty() is None
 
 
-def test_adaloras_gate_gradient_is_without_the_penalty(folder):  # noqa: F811
-    _, pool = one_layer(folder, "adalora", dtype=torch.float32)
+def test_adaloras_gate_gradient_is_without_the_penalty(tmp_path):
+    _, pool = one_layer(tmp_path, "adalora", dtype=torch.float32)
     fill(pool)
     layer, x = pool.layers["layer"], torch.randn(3, 10)
     layer(x).square().sum().backward()
@@ -46,8 +46,8 @@ def test_adaloras_gate_gradient_is_without_the_penalty(folder):  # noqa: F811
     torch.testing.assert_close(pool.gate_gradient_K(), alone)
 
 
-def test_ards_penalty_draws_the_rank_factor_down_and_keeps_it_calm(folder):  # noqa: F811
-    _, pool = one_layer(folder, "ard", dtype=torch.float32)
+def test_ards_penalty_draws_the_rank_factor_down_and_keeps_it_calm(tmp_path):
+    _, pool = one_layer(tmp_path, "ard", dtype=torch.float32)
     layer, calm = pool.layers["layer"], drawers.load("variants", "ard").CALM
     layer.penalty_weight = 3.0
     layer.begin_step(1, 10)
@@ -59,14 +59,14 @@ def test_ards_penalty_draws_the_rank_factor_down_and_keeps_it_calm(folder):  # n
     assert layer.gates_C().diff().max() < 0, "the last components close first"
 
 
-def test_dyloras_components_go_from_the_end(folder):  # noqa: F811
-    _, pool = one_layer(folder, "dylora")
+def test_dyloras_components_go_from_the_end(tmp_path):
+    _, pool = one_layer(tmp_path, "dylora")
     ranked = pool.layers["layer"].ranked(torch.tensor([1.0, 3.0, 0.5, 2.0]))
     assert ranked.tolist() == [3.0, 3.0, 2.0, 2.0]
 
 
-def test_dylora_uses_first_components_in_a_step_and_all_after_it(folder):  # noqa: F811
-    _, pool = one_layer(folder, "dylora", count=8, d_in=20, d_out=20)
+def test_dylora_uses_first_components_in_a_step_and_all_after_it(tmp_path):
+    _, pool = one_layer(tmp_path, "dylora", count=8, d_in=20, d_out=20)
     layer, counts = pool.layers["layer"], set()
     for step in range(1, 30):
         layer.begin_step(step, 30)
@@ -79,8 +79,8 @@ def test_dylora_uses_first_components_in_a_step_and_all_after_it(folder):  # noq
     assert int(layer.factors()[1].detach()[0].sum()) == 8
 
 
-def test_singlora_has_left_the_base_after_its_first_step(folder):  # noqa: F811
-    model, pool = one_layer(folder, "singlora")
+def test_singlora_has_left_the_base_after_its_first_step(tmp_path):
+    model, pool = one_layer(tmp_path, "singlora")
     pool.layers["layer"].begin_step(1, 100)
     x = torch.randn(3, 10, dtype=torch.float64)
     change = (model["layer"](x) - pool.layers["layer"].base(x)).norm()

@@ -181,6 +181,7 @@ from dynlora_cli.components import ComponentLinear
 from dynlora_cli.variants._variant import put
 
 has_components = True
+takes = ()
 
 
 class Layer(ComponentLinear):
@@ -234,7 +235,7 @@ def test_vera_holds_copies_of_its_pair_only_when_it_has_to(folder):
 
 
 def test_vera_has_no_scale_to_set(folder):
-    with pytest.raises(RecipeError, match=r"adapter\.alpha: variant vera has no scale"):
+    with pytest.raises(RecipeError, match=r"adapter\.alpha: variant vera has no use for it"):
         recipe_of(folder, "vera", "adapter.alpha=16")
 
 

@@ -3,6 +3,10 @@
 has_components = True
     False: everything of the base model trains; rank and pruning do not apply, and the names below are not needed.
 
+takes = ("alpha", "dropout", ...)
+    Which of the settings alpha, dropout, penalty, freeze_a and lora_plus_ratio mean something here; the others are
+    refused where they are given.
+
 Layer
     A class under `ComponentLinear`. By what it overrides it says how components are used:
     widths      numbers that one component holds, by default d_in and d_out
@@ -11,7 +15,7 @@ Layer
     factors     A and B of the update s·BA, made of the leaves; enough for whatever is a LoRA in the end
     update      what a layer adds, where that is not s·BA times the inputs
     turns       False where the update is no function of BA alone
-    ranked, begin_step, penalty, after_update
+    ranked, begin_step, penalty, settle_gradient, after_update
                 what else happens in training
 
 starts = ("orthogonal", ...)
@@ -50,6 +54,7 @@ class Variant(Protocol):
     """The shape of a variant's module."""
 
     has_components: bool
+    takes: tuple[str, ...]
     Layer: type[ComponentLinear]
 
     def attach(self, model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:

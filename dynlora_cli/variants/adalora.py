@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")
 ORTHOGONALITY = 0.1  # PEFT's orth_reg_weight is 0.5, over the mean of all layers' matrices; the paper has 0.1 to 0.5
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")
 SPARSITY = 0.01  # λ, over the mean of all layers
 CALM = 0.1  # β
 

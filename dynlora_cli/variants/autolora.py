@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("alpha", "dropout", "lora_plus_ratio")
 
 
 class Layer(GatedLinear):
@@ -51,8 +52,6 @@ class Layer(GatedLinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b, raw = self.a_CI[:, :-1], self.b_OC, self.a_CI[:, -1]
-        if not self.training:
-            return a, b * self.gates_C(raw)
         if self.of_gates:
             return a.detach(), b.detach() * self.gates_C(raw)
         return a, b * self.gates_C(raw.detach())

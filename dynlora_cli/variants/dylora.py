@@ -2,8 +2,8 @@
 
 What it does
     In every training step all layers use only their first ones, a share that is drawn anew each time; what stands early
-    is trained more often and comes to matter most. Pruning cuts each layer from its end. `dynlora prune` or an eye on
-    the tensors' first rows gives any smaller rank of the same training.
+    is trained more often and comes to matter most. Pruning in training cuts each layer from its end. The first
+    components of each saved layer are an adapter of that rank (`dynlora prune` goes by its own scores, not by order).
 
 When to use it
     Where one training has to serve several sizes.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("alpha", "dropout", "lora_plus_ratio")
 
 
 class Layer(ComponentLinear):

@@ -13,3 +13,4 @@ Reference
 from __future__ import annotations
 
 has_components = False
+takes = ()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("alpha", "dropout", "freeze_a", "lora_plus_ratio")
 starts = ("orthogonal", "eva", "pissa", "loftq")
 Layer = ComponentLinear
 

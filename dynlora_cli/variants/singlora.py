@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("alpha", "dropout")
 RAMP = 0.1  # of the run
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")
 THRESHOLD = 0.1  # per unit of learning rate
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 has_components = True
+takes = ("dropout",)
 D_INITIAL = 0.1
 
 
