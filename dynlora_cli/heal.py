@@ -42,7 +42,7 @@ def heal(
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
     variant, rate = recipe.adapter.variant, recipe.train.learning_rate
     if variant != adapter.kind.lower() and rate != "auto":
-        text = f"{variant} heals as the {adapter.kind} that it equals, at {rate:g}, which was the learning rate of {variant}"
+        text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
         emit({"event": "note", "text": text})
     data = load_data(
         recipe.dataset,
