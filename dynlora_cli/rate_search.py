@@ -5,8 +5,8 @@ by its mean training loss over the last of them; since all see the same rows in 
 rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides.
 A rate that leaves the loss no lower than it was before the trial has broken the model, and counts as the worst there
 is: of broken models one may well look better than the next.
-Of those that do about as well as the best the lowest is taken: a run that is longer than a trial forgives a rate that
-is too low sooner than one that is too high.
+Factors of 2 are coarse, so the rate taken is the lowest point of the parabola through the best and its two neighbours,
+over the logarithm of the rate. Losses rise more steeply on the high side, so it leans to the low one.
 Nothing of a trial stays: values, moments and random state are put back.
 """
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 FIRST, LOWEST, HIGHEST = 2e-3, 1e-6, 0.5
 STEPS, WARMUP, JUDGED = 24, 6, 8
-ALIKE = 0.02  # of the loss: rates this close to the best are as good
 
 
 def rate_share(step: int, total_steps: int, options: Train) -> float:
@@ -76,9 +75,11 @@ def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> dict[fl
 
 
 def choose(losses: dict[float, float]) -> float:
-    """The lowest of the rates whose loss is about as good as the best."""
-    limit = (1 + ALIKE) * min(losses.values())
-    return min(rate for rate, loss in losses.items() if loss <= limit)
+    """Where the parabola through the best and its two neighbours is lowest; the best itself where one is missing."""
+    best = min(losses, key=lambda rate: (losses[rate], rate))
+    lower, here, higher = (losses.get(rate, math.inf) for rate in (best / 2, best, 2 * best))
+    bend = lower - 2 * here + higher
+    return best * 2 ** ((lower - higher) / (2 * bend)) if 0 < bend < math.inf else best
 
 
 @torch.no_grad()

@@ -38,13 +38,23 @@ def test_the_search_starts_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("losses", "chosen"),
     [
-        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.5}, 2e-3),
-        ({1e-3: 3.0, 2e-3: 2.03, 4e-3: 2.0, 8e-3: 2.1}, 2e-3),
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 3.0}, 2e-3),  # the neighbours alike
+        ({5e-4: 4.0, 1e-3: 2.0, 2e-3: 2.0, 4e-3: 4.0}, 1e-3 * math.sqrt(2)),  # half-way between equals
+        ({1e-3: 2.5, 2e-3: 2.0, 4e-3: 4.0}, 2e-3 * 2**-0.3),
+        ({1e-3: 2.0, 2e-3: 2.0, 4e-3: 2.0}, 1e-3),  # flat
         ({1e-3: 2.03, 2e-3: math.inf}, 1e-3),
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: math.inf}, 2e-3),
     ],
 )
-def test_of_rates_as_good_the_lowest(losses: dict[float, float], chosen: float):
-    assert rate_search.choose(losses) == chosen
+def test_the_rate_is_the_lowest_point_of_a_parabola(losses: dict[float, float], chosen: float):
+    assert rate_search.choose(losses) == pytest.approx(chosen)
+
+
+def test_the_parabola_stays_near_the_best():
+    """However lopsided the three losses are, no further than half-way to a neighbour."""
+    for lower, higher in ((1.1, 1e6), (1e6, 1.1), (1.0 + 1e-9, 1.1)):
+        rate = rate_search.choose({1e-3: lower, 2e-3: 1.0, 4e-3: higher})
+        assert 2e-3 / math.sqrt(2) <= rate <= 2e-3 * math.sqrt(2)
 
 
 def test_of_broken_models_none_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -57,7 +67,7 @@ def test_of_broken_models_none_is_the_best(tmp_path: Path, monkeypatch: pytest.M
         return untrained * next((loss for known, loss in broken.items() if math.isclose(known, rate)), 0.9)
 
     monkeypatch.setattr(rate_search, "_trial", trial)
-    assert rate_search.choose(rate_search.search(run)) == pytest.approx(5e-4)
+    assert rate_search.choose(rate_search.search(run)) < 1e-3
 
 
 def test_a_model_is_untrained_where_the_rate_is_nothing(tmp_path: Path):

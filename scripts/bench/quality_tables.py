@@ -188,6 +188,33 @@ def auto_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence[
     return table([*head, "both within"], rows)
 
 
+def rate_table(cells: dict[Cell, Chosen], tasks: Sequence[str], budgets: Sequence[int]) -> str:
+    """The rate found by short trials, against the same method with its rate chosen by whole runs; seed 0."""
+    rows = []
+    for budget, task in ((budget, task) for budget in budgets for task in tasks):
+        found, tuned = cells.get((task, "dynlora-auto-rate", budget)), cells.get((task, "dynlora", budget))
+        if not found or not tuned:
+            continue
+        run, best = found.runs[0], tuned.runs[0]
+        limit = best["loss"] + max(0.01 * best["loss"], best["loss_error"])
+        difference = 100 * math.log(run["loss"] / best["loss"])
+        losses = [f"{tuned.rate:.0e}", f"{best['loss']:.4f}", f"{run['rate_used']:.0e}", f"{run['loss']:.4f}"]
+        within = "yes" if run["loss"] <= limit else "no"
+        rows.append([task, str(budget), *losses, f"{difference:+.1f} %", f"{limit:.4f}", within])
+    head = [
+        "task",
+        "rank",
+        "best rate",
+        "its loss",
+        "rate found",
+        "its loss",
+        "difference",
+        "1 % or its error",
+        "within",
+    ]
+    return table(head, rows)
+
+
 def results(records: list[Record], design: Sequence[str], final: Sequence[str], methods: Sequence[str]) -> str:
     """RESULTS.md: everything that the lines of quality.jsonl say."""
     cells, ranks, budgets = choose(records), (1, 2, 4, 8, 16, 32), (1, 2, 4)
@@ -203,6 +230,9 @@ def results(records: list[Record], design: Sequence[str], final: Sequence[str], 
         "## One run that finds its rank\n\n`rank.budget: auto` and `train.learning_rate: auto` against the sweep above, "
         "`val` loss, seed 0.\n",
         auto_table(cells, [*design, *final], ranks),
+        "## A learning rate found by short trials\n\n`train.learning_rate: auto` against the best of whole runs, `val` loss, "
+        "seed 0.\n",
+        rate_table(cells, [*design, *final], budgets),
     ]
     for title, tasks, key in (
         ("Design tasks (`val` loss; the algorithm was chosen on them)", design, "loss"),
