@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-CHUNK = 1 << 22  # logits at a time: 16 MiB in fp32
+CHUNK = 1 << 22  # logits at a time: 16 MiB in fp32, and as much for their gradient
 LEAST_ROWS = 256  # of a chunk: with fewer, reading the head's weight costs more than multiplying with it
 
 
@@ -58,6 +58,11 @@ def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | N
     return (head, passes[-1][0]) if Heads.last[model] else (None, returned)
 
 
+def steps_aside(model: nn.Module) -> bool:
+    """Whether a forward pass has shown already that the model's head can step aside."""
+    return Heads.last.get(model, False) and _plain_head(model) is not None
+
+
 def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
     """What the decoder of an encoder-decoder reads while it writes `labels` [B, T]: the model shifts them itself."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -88,12 +93,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         grads = []
         for targets, logits in chunks(hidden_ND, targets_N, head):
             place = targets[:, None]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(1, place)).sum()
-            # From here on the logits' memory holds their gradient: softmax minus one at the target.
-            logits.sub_(normaliser).exp_()
-            logits.scatter_add_(1, place, torch.full_like(normaliser, -1.0))
-            grads.append(_times(logits, head.weight))
+            grad_nV = logits.log_softmax(-1)
+            total -= grad_nV.gather(1, place).sum()
+            # From here on the memory holds the gradient of the logits: softmax minus one at the target.
+            grad_nV.exp_().scatter_add_(1, place, grad_nV.new_full(place.shape, -1.0))
+            grads.append(_times(grad_nV, head.weight))
         ctx.save_for_backward(torch.cat(grads))
         ctx.dtype = hidden_ND.dtype
         return total

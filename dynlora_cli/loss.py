@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynlora_cli.linear_loss import chunks, decoder_inputs, linear_cross_entropy, run_to_head
+from dynlora_cli.linear_loss import chunks, decoder_inputs, linear_cross_entropy, run_to_head, steps_aside
 from dynlora_cli.scores import RowSums, perplexity
 
 if TYPE_CHECKING:
@@ -50,12 +50,13 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
     if targets.ndim == 1:
         return None, model(**batch.inputs).logits, targets, torch.arange(len(targets), device=targets.device)
     more = decoder_inputs(model, targets)
-    if "logits_to_keep" in signature(model.forward).parameters:
+    if not steps_aside(model) and "logits_to_keep" in signature(model.forward).parameters:
         positions = (targets != IGNORE).any(0).nonzero()[:, 0]
         targets, more = targets[:, positions], {**more, "logits_to_keep": positions}
     head, states = run_to_head(model, {**batch.inputs, **more})
-    supervised = targets != IGNORE
-    return head, states[supervised], targets[supervised], supervised.nonzero()[:, 0]
+    place_N = (targets.flatten() != IGNORE).nonzero()[:, 0]
+    states_ND = states.flatten(0, 1).index_select(0, place_N)  # whose gradient is cheaper than that of a mask
+    return head, states_ND, targets.flatten()[place_N], place_N // targets.shape[1]
 
 
 def _judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

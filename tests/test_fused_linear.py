@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.components import ComponentLinear
-from dynlora_cli.fused_linear import FusedLinear, fused
+from dynlora_cli.fused_linear import FusedLinear, MergedLinear, fused
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.pool import Pool
 
@@ -37,23 +37,25 @@ def run(made, x, fuse, monkeypatch, context=None):
         parameter.grad = None
     x = x.clone().requires_grad_(True)
     y = made(x) if context is None else context(made, x)
-    assert (type(y.grad_fn).__name__ == "FusedLinearBackward") == fuse
+    assert (type(y.grad_fn).__name__ in ("FusedLinearBackward", "MergedLinearBackward")) == fuse
     (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     return y.detach(), x.grad, made.a_CI.grad, made.b_OC.grad
 
 
-@pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (12,)])
+@pytest.mark.parametrize("count", [1, 4, 10])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (12,), (40, 12), (2, 300, 12)])
 @pytest.mark.parametrize("kind", ["bias", "no bias", "Conv1D"])
-def test_fused_equals_ordinary_operations(kind, shape, monkeypatch):
-    made, x = layer(bases()[kind]), torch.randn(shape)
+def test_fused_equals_ordinary_operations(kind, shape, count, monkeypatch):
+    made, x = layer(bases()[kind], count=count), torch.randn(shape)
     for ours, plain in zip(run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), strict=True):
         assert ours.dtype == plain.dtype
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_against_finite_differences():
+@pytest.mark.parametrize("tokens", [3, 6])
+def test_gradients_against_finite_differences(tokens):
     made = layer(nn.Linear(5, 4), count=2, dtype=torch.float64)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, tokens, 5, dtype=torch.float64, requires_grad=True)
     made.a_CI.grad = made.b_OC.grad = None
     assert torch.autograd.gradcheck(lambda *v: fused(v[0], made.base, v[1], v[2], 0.7), (x, made.a_CI, made.b_OC))
 
@@ -118,8 +120,9 @@ def test_the_pool_is_cast_once_and_never_out_of_date(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tokens", [3, 300])
 @pytest.mark.parametrize("bias", [False, True])
-def test_four_bits_equal_ordinary_operations(bias, monkeypatch):
+def test_four_bits_equal_ordinary_operations(bias, tokens, monkeypatch):
     import bitsandbytes as bnb
 
     plain = nn.Linear(64, 128, bias=bias)
@@ -130,7 +133,7 @@ def test_four_bits_equal_ordinary_operations(bias, monkeypatch):
     made = ComponentLinear(base.to("cpu").train(), 1.7)  # which quantizes
     values = torch.randn(4 * (64 + 128), generator=torch.Generator().manual_seed(1))
     Pool({"layer": made}, {"layer": 4}).adopt(values, {"layer": 4})
-    x = torch.randn(3, 64)
+    x = torch.randn(tokens, 64)
     for ours, ordinary in zip(run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), strict=True):
         torch.testing.assert_close(ours, ordinary, rtol=1e-4, atol=1e-4)
 
@@ -151,6 +154,31 @@ def test_x_is_saved_once_and_nothing_of_the_outputs_size():
     own = {made.base.weight.data_ptr(), made.a_CI.data_ptr(), made.b_OC.data_ptr(), x.data_ptr()}
     assert {n for pointer, n in kept.items() if pointer not in own} == {50 * 4}, "the C-wide product alone"
     assert x.data_ptr() in kept
+
+
+def test_for_many_tokens_nothing_but_x_is_saved():
+    saved = []
+    made, x = layer(nn.Linear(64, 96)), torch.randn(500, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        y = made(x.requires_grad_(True))
+    assert type(y.grad_fn).__name__ == "MergedLinearBackward"
+    assert set(saved) == {made.a_CI.data_ptr(), made.b_OC.data_ptr(), x.data_ptr()}
+
+
+@pytest.mark.parametrize("why", ["few tokens", "autocast", "A is frozen"])
+def test_what_does_not_go_through_the_weight(why):
+    made, x = layer(nn.Linear(64, 96)), torch.randn(5 if why == "few tokens" else 500, 64)
+    made.a_CI.requires_grad_(why != "A is frozen")
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        y = made(x.requires_grad_(True))
+    assert type(y.grad_fn).__name__ == "FusedLinearBackward"
+
+
+def test_the_base_is_untouched_by_a_pass_through_its_weight():
+    made, x = layer(nn.Linear(12, 20)), torch.randn(500, 12, requires_grad=True)
+    before = made.base.weight.clone()
+    made(x).sum().backward()
+    assert torch.equal(made.base.weight, before)
 
 
 class Odd(nn.Linear):
@@ -175,6 +203,7 @@ def test_what_is_not_fused(why, monkeypatch):
     elif why == "switched off":
         monkeypatch.setattr(ComponentLinear, "fuse", False)
     monkeypatch.setattr(FusedLinear, "forward", None)
+    monkeypatch.setattr(MergedLinear, "forward", None)
     torch.manual_seed(0)
     assert made(x).shape == (3, 20)
 

@@ -39,6 +39,7 @@ from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.gradients import GateGradients
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import summed_loss
+from dynlora_cli.optimizers import make_optimizer
 from dynlora_cli.pool import Pool
 from dynlora_cli.rank import shrink
 from dynlora_cli.targets import find_targets
@@ -177,7 +178,7 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
         setattr(model.get_submodule(parent), leaf, layers[name])
     pool = Pool(layers, dict.fromkeys(layers, shape.rank), device=DEVICE)
     pool.cast_with(model)
-    optimizer = torch.optim.AdamW([pool.values], lr=1e-4)
+    optimizer = make_optimizer("adamw", [{"params": [pool.values], "lr": 1e-4}], 0.0)
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:]
     batch = Batch({"input_ids": ids}, labels, [], ids.numel(), int((labels != -100).sum()))
