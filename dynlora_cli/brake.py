@@ -15,25 +15,27 @@ import numpy as np
 
 from dynlora_cli.scores import RowSums
 
-PATIENCE = 2  # refusals in a row; one alone may be chance
 NEGLIGIBLE = 0.005  # of the loss: what training makes good at once
 
 
 @dataclass
 class Brake:
-    """Refuses events that raise the held-out loss, and ends the pruning where they keep doing so.
+    """Refuses an event that raises the held-out loss; half of it is tried next, and that ends the pruning.
+
+    To go on in small steps would take a little more each time: no event sees what its components would still have
+    learned.
 
     Attributes:
         measure: the loss of every held-out row, of the model as it is.
         tolerance: what one event may add to the loss, in nats per target; None: one standard error of the change, or
             half a percent of the loss where that is more.
-        refused: events refused in a row.
+        refused: whether an event was refused.
         ended: no further event will be tried.
     """
 
     measure: Callable[[], RowSums]
     tolerance: float | None = None
-    refused: int = 0
+    refused: bool = False
     ended: bool = False
 
     def allows(self, before: RowSums, after: RowSums) -> tuple[bool, float]:
@@ -41,8 +43,8 @@ class Brake:
         change, error = paired_change(before, after)
         limit = max(error, NEGLIGIBLE * before.loss) if self.tolerance is None else self.tolerance
         allowed = change <= limit
-        self.refused = 0 if allowed else self.refused + 1
-        self.ended = self.refused >= PATIENCE
+        self.ended = self.refused
+        self.refused |= not allowed
         return allowed, change
 
 

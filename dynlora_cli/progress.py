@@ -78,7 +78,7 @@ class Progress:
             return self._prune_line(event)
         if kind == "refused":
             cost = f"fewer would add {event['measured_loss_change']:+.4f} to the held-out loss"
-            return f"keep  {self._at(event)}  {cost}{'; the rank is found' if event.get('ended') else ''}"
+            return f"keep  {self._at(event)}  {cost}{_found(event)}"
         if kind == "checkpoint":
             return f"saved {self._at(event)}  {event['path']}"
         return f"{kind}: {event['text']}" if kind in ("note", "warning") else None
@@ -128,7 +128,11 @@ class Progress:
             parts.append(f"loss {event['measured_loss_change']:+.4f}")
         if event.get("predicted_loss_change") is not None:
             parts.append(f"predicted {event['predicted_loss_change']:+.4f}")
-        return "  ".join(parts)
+        return "  ".join(parts) + _found(event)
+
+
+def _found(event: Event) -> str:
+    return "; the rank is found" if event.get("ended") else ""
 
 
 def start_rows(event: Event) -> list[tuple[str, str]]:

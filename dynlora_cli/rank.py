@@ -258,9 +258,9 @@ class RankControl:
         floor = self.schedule.targets[-1]
         if self.brake is None:
             return self.schedule.targets[self.schedule.steps.index(step)]
-        # The same share at every event, of what is alive; after a refusal half as much is asked.
+        # The same share at every event, of what is alive; after a refusal half of it.
         gone = 1 - (floor / self.start_parameters) ** (1 / len(self.schedule.steps))
-        return max(floor, math.floor((1 - gone / 2**self.brake.refused) * self.pool.parameters))
+        return max(floor, math.floor((1 - gone / (1 + self.brake.refused)) * self.pool.parameters))
 
     def _turn(self) -> int:
         """Turn into the SVD basis; averages of the old one mean nothing any more."""
@@ -290,8 +290,7 @@ class RankControl:
         # The cap guards against one noisy event that empties a layer; a brake measures it.
         capped = step != self.schedule.last and self.brake is None
         keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
-        if self.brake and not self._allowed(keep_K, event):
-            self.brake.ended |= step == self.schedule.last
+        if self.brake and not self._allowed(step, keep_K, event):
             return event
         event["predicted_loss_change"] = self.gradients.predicted_loss_change(~keep_K, pool)
         if self.entries:
@@ -305,15 +304,15 @@ class RankControl:
             event["measured_loss_change"] = None if loss is None or self.probe is None else self.probe() - loss
         return event
 
-    def _allowed(self, keep_K: Tensor, event: dict[str, Any]) -> bool:
+    def _allowed(self, step: int, keep_K: Tensor, event: dict[str, Any]) -> bool:
         """Whether the brake lets the other components go; what it saw is put into the event."""
         assert self.brake is not None
         before = self.brake.measure()
         with self.pool.masked(keep_K):
             after = self.brake.measure()
         allowed, change = self.brake.allows(before, after)
-        if not allowed:
-            event |= {"event": "refused", "ended": self.brake.ended}
+        self.brake.ended |= step == self.schedule.last
+        event |= {"event": "prune" if allowed else "refused", "ended": self.brake.ended}
         event["held_out_loss"], event["measured_loss_change"] = before.loss, change
         return allowed
 
@@ -343,5 +342,4 @@ class RankControl:
         self.start_parameters = int(state["start_parameters"])
         self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))
         if self.brake:
-            self.brake.refused, ended = state["brake"].tolist()
-            self.brake.ended = bool(ended)
+            self.brake.refused, self.brake.ended = map(bool, state["brake"].tolist())

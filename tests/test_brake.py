@@ -73,13 +73,13 @@ def test_by_default_a_clear_rise_is_refused_and_noise_is_not():
     assert brake.allows(before, rows(1 + noise - noise.mean() + 0.02))[0]
 
 
-def test_two_refusals_in_a_row_end_it():
+@pytest.mark.parametrize("last", ["harmless", "harmful"])
+def test_after_a_refusal_there_is_one_more_event(last: str):
     brake, before, worse = Brake(lambda: rows([1.0])), rows(np.ones(9)), rows(np.full(9, 2.0))
-    brake.allows(before, worse)
-    brake.allows(before, before)
-    brake.allows(before, worse)
-    assert not brake.ended
-    brake.allows(before, worse)
+    for after, refused in ((before, False), (before, False), (worse, True)):
+        brake.allows(before, after)
+        assert (brake.refused, brake.ended) == (refused, False)
+    assert brake.allows(before, before if last == "harmless" else worse)[0] == (last == "harmless")
     assert brake.ended
 
 
@@ -152,6 +152,22 @@ def test_what_does_harm_is_refused_and_then_it_ends(tmp_path: Path, monkeypatch:
     assert summary["parameters"] == summary["parameters_start"]
     kept = [line for line in lines(tmp_path / "out" / "rank_events.jsonl") if line["event"] == "refused"]
     assert [line["measured_loss_change"] for line in kept] == [1.0, 1.0]
+
+
+def test_the_event_after_a_refusal_takes_half_and_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    changes = iter([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr("dynlora_cli.brake.paired_change", lambda before, after: (next(changes), 0.1))
+    summary, events = train(recipe_of(tmp_path))
+    told = [event for event in events if event["event"] in ("prune", "refused")]
+    assert [(event["event"], event["ended"]) for event in told] == [
+        ("prune", False),
+        ("refused", False),
+        ("prune", True),
+    ]
+    first, refused, last = ((e["parameters_before"] - e["target_parameters"]) / e["parameters_before"] for e in told)
+    assert first == pytest.approx(refused, rel=0.01)
+    assert last == pytest.approx(refused / 2, rel=0.01)
+    assert summary["parameters"] == told[-1]["parameters"] < summary["parameters_start"]
 
 
 def test_a_resumed_run_finds_the_same_rank(tmp_path: Path):
