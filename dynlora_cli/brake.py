@@ -15,7 +15,7 @@ import numpy as np
 
 from dynlora_cli.scores import RowSums
 
-NEGLIGIBLE = 0.005  # of the loss: what training makes good at once
+NEGLIGIBLE = 0.005  # of the loss: what the rest of the training makes good
 
 
 @dataclass
@@ -27,14 +27,16 @@ class Brake:
 
     Attributes:
         measure: the loss of every held-out row, of the model as it is.
-        tolerance: what one event may add to the loss, in nats per target; None: one standard error of the change, or
-            half a percent of the loss where that is more.
+        tolerance: what all events together may add to the loss, in nats per target; None: half a percent of the loss,
+            or the standard error of the change at hand where that is more.
+        added: what they have added; an event that lowered the loss pays for no other.
         refused: whether an event was refused.
         ended: no further event will be tried.
     """
 
     measure: Callable[[], RowSums]
     tolerance: float | None = None
+    added: float = 0.0
     refused: bool = False
     ended: bool = False
 
@@ -42,10 +44,20 @@ class Brake:
         """Whether the change may stand, and how much it adds to the loss; remembers the answer."""
         change, error = paired_change(before, after)
         limit = max(error, NEGLIGIBLE * before.loss) if self.tolerance is None else self.tolerance
-        allowed = change <= limit
+        allowed = self.added + change <= limit
+        if allowed:
+            self.added += max(0.0, change)
         self.ended = self.refused
         self.refused |= not allowed
         return allowed, change
+
+    def state(self) -> tuple[float, float, float]:
+        """What it remembers, as numbers for a checkpoint."""
+        return self.added, float(self.refused), float(self.ended)
+
+    def go_on(self, added: float, refused: float, ended: float) -> None:
+        """Go on from `state`."""
+        self.added, self.refused, self.ended = added, bool(refused), bool(ended)
 
 
 def paired_change(before: RowSums, after: RowSums) -> tuple[float, float]:

@@ -326,7 +326,7 @@ class RankControl:
             "generator": self.generator.get_state(),
             "start_parameters": torch.tensor(self.start_parameters),
             "survivors": torch.cat([layer.survivors_C for layer in self.pool.layers.values()]),
-            "brake": torch.tensor([self.brake.refused, self.brake.ended] if self.brake else [0, 0]),
+            "brake": torch.tensor(self.brake.state() if self.brake else (0.0, 0.0, 0.0), dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -342,4 +342,4 @@ class RankControl:
         self.start_parameters = int(state["start_parameters"])
         self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))
         if self.brake:
-            self.brake.refused, self.brake.ended = map(bool, state["brake"].tolist())
+            self.brake.go_on(*state["brake"].tolist())

@@ -223,7 +223,7 @@ class Pruning(Section):
     gauge: bool = True
     """Turn the factors of each layer into their SVD basis after each event."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
-    """With `rank.budget: auto`: nats that an event may add to the held-out loss; null: one standard error, or 0.5 %."""
+    """With `rank.budget: auto`: nats that all events may add to the held-out loss; null: one standard error, or 0.5 %."""
 
 
 class Train(Section):
@@ -346,7 +346,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             "rank.init", "rank.budget", f"got {rank.init}, below the budget {budget.value}; pruning only removes"
         )
     if pruning.tolerance is not None and budget.kind != "auto":
-        yield Conflict("pruning.tolerance", "rank.budget", "only `rank.budget: auto` measures what an event adds")
+        yield Conflict("pruning.tolerance", "rank.budget", "only `rank.budget: auto` measures what its events add")
     if pruning.start >= pruning.end:
         yield Conflict(
             "pruning.end", "pruning.start", f"got {pruning.end}, must be above `pruning.start` ({pruning.start})"

@@ -64,6 +64,18 @@ def test_a_tolerance_is_a_limit_in_nats():
     assert not brake.allows(rows([1.0, 1.0]), rows([1.11, 1.11]))[0]
 
 
+def test_rises_add_up_and_a_fall_pays_for_none():
+    brake, before = Brake(lambda: rows([1.0]), tolerance=0.1), rows([1.0, 1.0])
+    assert brake.allows(before, rows([1.06, 1.06]))[0]
+    assert brake.allows(before, rows([0.5, 0.5]))[0]
+    assert brake.added == pytest.approx(0.06)
+    again = Brake(lambda: rows([1.0]), tolerance=0.1)
+    again.go_on(*brake.state())
+    assert not again.allows(before, rows([1.05, 1.05]))[0]
+    assert again.allows(before, rows([1.03, 1.03]))[0]
+    assert again == Brake(again.measure, 0.1, pytest.approx(0.09), refused=True, ended=True)
+
+
 def test_by_default_a_clear_rise_is_refused_and_noise_is_not():
     brake = Brake(lambda: rows([1.0]))
     before = rows(np.ones(50))

@@ -159,9 +159,9 @@ def auto_table(cells: dict[Cell, Chosen], tasks: Sequence[str], ranks: Sequence[
         sweep = {rank: cells[task, "lora", rank] for rank in ranks if (task, "lora", rank) in cells}
         if not auto or not sweep:
             continue
-        best = min(cell.runs[0]["loss"] for cell in sweep.values())
-        run = auto.runs[0]
-        limit = best + max(0.01 * best, run["loss_error"])
+        top = min((cell.runs[0] for cell in sweep.values()), key=lambda run: run["loss"])
+        best, run = top["loss"], auto.runs[0]
+        limit = best + max(0.01 * best, top.get("loss_error", run["loss_error"]))
         least = min(rank for rank, cell in sweep.items() if cell.runs[0]["loss"] <= limit)
         found = run["parameters"] / (sweep[least].runs[0]["parameters"] / least)
         rows.append(
