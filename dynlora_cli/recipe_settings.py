@@ -223,7 +223,7 @@ class Pruning(Section):
     gauge: bool = True
     """Turn the factors of each layer into their SVD basis after each event."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
-    """With `rank.budget: auto`: nats that all events may add to the held-out loss; null: one standard error, or 0.5 %."""
+    """With budget auto: nats that all events may add to the held-out loss; null: 0.5 %, or one standard error."""
 
 
 class Train(Section):
