@@ -282,23 +282,66 @@ def synchronise() -> None:
 
 
 def table(records: list[dict[str, Any]]) -> str:
+    """speed.md: the newest run of each shape on each machine, in brief and in full."""
+    newest = {tuple(record[key] for key in ("device", "threads", *Shape.__annotations__)): record for record in records}
+    shown = sorted(newest.values(), key=lambda r: (r["device"], r["model"], r["base"], r["tokens"], r["rank"]))
     lines = ["# Speed: a step against the frozen model's own cost\n"]
     lines.append(
         "Made by `scripts/bench/speed.py` from speed.jsonl; how: its first lines. Median (min to max) over rounds.\n"
     )
+    lines += [
+        brief([record for record in shown if record["device"] == device])
+        for device in sorted({r["device"] for r in shown})
+    ]
+    return "\n".join(lines + [details(record) for record in shown])
+
+
+def brief(records: list[dict[str, Any]]) -> str:
+    """One line for each shape, of one device."""
+    rivals = ("PEFT LoRA", "PEFT AdaLoRA", "PEFT DoRA")
+    ours = ("dynlora", "dynlora, half left", "dynlora, a quarter left")
+    head = [
+        "shape",
+        "tokens",
+        "rank",
+        "ours / floor",
+        "half left",
+        "a quarter left",
+        *(f"{name} / ours" for name in rivals),
+        "peak, ours / PEFT",
+    ]
+    lines = [f"{records[0]['device']}:\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for record in records:
-        floors, plain = record["seconds"]["floor"], record["seconds"]["PEFT LoRA"]
-        lines.append(
-            f"\n{record['model']}, rank {record['rank']}, {record['tokens']} tokens; base {record['base']}, "
-            f"{record['type']}, {record['device']}, {record['threads']} threads, torch {record['torch']}, "
-            f"peft {record['peft']}\n"
-        )
-        lines += ["| | step / floor | PEFT LoRA / step | peak, MiB |", "|---|---|---|---|"]
-        for name, times in record["seconds"].items():
-            to_floor = spread([t / f for t, f in zip(times, floors, strict=True)])
-            to_plain = spread([p / t for t, p in zip(times, plain, strict=True)])
-            lines.append(f"| {name} | {to_floor} | {to_plain} | {record['peak_bytes'][name] / 2**20:.0f} |")
+        seconds, peak = record["seconds"], record["peak_bytes"]
+        cells = [
+            record["model"] + ("" if record["base"] == "plain" else f", {record['base']}"),
+            f"{record['tokens']}",
+            f"{record['rank']}",
+        ]
+        cells += [ratio(seconds[name], seconds["floor"]) for name in ours]
+        cells += [ratio(seconds[name], seconds["dynlora"]) for name in rivals]
+        lines.append("| " + " | ".join([*cells, f"{peak['dynlora'] / peak['PEFT LoRA']:.2f}"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def details(record: dict[str, Any]) -> str:
+    """All methods on one shape."""
+    floors, plain = record["seconds"]["floor"], record["seconds"]["PEFT LoRA"]
+    lines = [
+        f"{record['model']}, rank {record['rank']}, {record['tokens']} tokens; base {record['base']}, "
+        f"{record['type']}, {record['device']}, {record['threads']} threads, torch {record['torch']}, "
+        f"peft {record['peft']}, {record['date']}\n"
+    ]
+    lines += ["| | step / floor | PEFT LoRA / step | peak, MiB |", "|---|---|---|---|"]
+    for name, times in record["seconds"].items():
+        peak = record["peak_bytes"][name] / 2**20
+        lines.append(f"| {name} | {ratio(times, floors)} | {ratio(plain, times)} | {peak:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """Of times of the same rounds."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def spread(ratios: list[float]) -> str:
@@ -320,7 +363,7 @@ def main() -> None:
         record = measure(Shape(model, int(rank), int(tokens), base), args.rounds)
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        print(table([record]).split("\n\n", 2)[-1], flush=True)
+        print(details(record), flush=True)
     records = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
     args.results.with_suffix(".md").write_text(table(records), encoding="utf-8")
 
