@@ -75,10 +75,14 @@ def fit(run: Run) -> None:
 
 def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
     """The learning rate of a run whose recipe leaves it open."""
-    tried = search(run, interrupted)
-    run.progress.learning_rate, run.progress.rates_tried = choose(tried), sorted(tried.items())
-    losses = ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in run.progress.rates_tried)
-    run.emit({"event": "note", "text": f"learning rate {run.progress.learning_rate:.1e}, by short trials: {losses}"})
+    tried, untrained = search(run, interrupted)
+    rate = choose(tried, untrained)
+    run.progress.learning_rate, run.progress.rates_tried = rate, sorted(tried.items())
+    text = f"learning rate {rate:.1e}, by short trials: "
+    text += ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in run.progress.rates_tried)
+    if min(tried.values()) >= untrained:
+        text += f"; none ended below the {untrained:.3f} of no training, so a number may do better"
+    run.emit({"event": "note", "text": text})
 
 
 def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:

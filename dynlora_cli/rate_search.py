@@ -3,8 +3,9 @@
 The search is a race of short trials. Each begins where the run begins, sees the run's own first batches, and is judged
 by its mean training loss over the last of them; since all see the same rows in the same order, a few steps tell two
 rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides.
-A rate that leaves the loss no lower than it was before the trial has broken the model, and counts as the worst there
-is: of broken models one may well look better than the next.
+A rate that leaves the loss no lower than it was before the trial is no candidate: of broken models one may well look
+better than the next. Where no rate is one, for the model learns nothing in so few steps, the highest that does no harm
+is taken.
 Factors of 2 are coarse, so the rate taken is the lowest point of the parabola through the best and its two neighbours,
 over the logarithm of the rate. Losses rise more steeply on the high side, so it leans to the low one.
 Nothing of a trial stays: values, moments and random state are put back.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FIRST, LOWEST, HIGHEST = 2e-3, 1e-6, 0.5
 STEPS, WARMUP, JUDGED = 24, 6, 8
+HARMLESS = 0.01  # of the untrained model's loss: a trial that ends no further above it has broken nothing
 
 
 def rate_share(step: int, total_steps: int, options: Train) -> float:
@@ -41,8 +43,8 @@ def rate_share(step: int, total_steps: int, options: Train) -> float:
     return shape[options.lr_scheduler]
 
 
-def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> dict[float, float]:
-    """The rates tried, each with its loss in nats per target.
+def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> tuple[dict[float, float], float]:
+    """The rates tried, each with its loss in nats per target; and the loss of the model as it is.
 
     Raises:
         MeasureError: every rate down to the lowest one diverges.
@@ -63,20 +65,24 @@ def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> dict[fl
 
     best = FIRST
     while LOWEST <= best <= HIGHEST:
-        lower, higher = tried(best / 2), tried(2 * best)
-        if tried(best) <= min(lower, higher) and math.isfinite(tried(best)):
+        lower, here, higher = tried(best / 2), tried(best), tried(2 * best)
+        if math.inf > here <= min(lower, higher):
             break
+        if min(lower, here, higher) == math.inf and losses[best] <= (1 + HARMLESS) * untrained:
+            break  # lower rates would do even less
         best = best / 2 if lower <= higher else 2 * best
     if not any(map(math.isfinite, losses.values())):
         raise MeasureError(
             f"the loss is not finite at any learning rate down to {min(losses):.0e}", "look at the rows and the model"
         )
-    return losses
+    return losses, untrained
 
 
-def choose(losses: dict[float, float]) -> float:
+def choose(losses: dict[float, float], untrained: float) -> float:
     """Where the parabola through the best and its two neighbours is lowest; the best itself where one is missing."""
     best = min(losses, key=lambda rate: (losses[rate], rate))
+    if losses[best] >= untrained:
+        return max((rate for rate, loss in losses.items() if loss <= (1 + HARMLESS) * untrained), default=min(losses))
     lower, here, higher = (losses.get(rate, math.inf) for rate in (best / 2, best, 2 * best))
     bend = lower - 2 * here + higher
     return best * 2 ** ((lower - higher) / (2 * bend)) if 0 < bend < math.inf else best

@@ -20,17 +20,18 @@ AUTO = "train.learning_rate=auto"
 
 def test_the_best_rate_has_a_worse_neighbour_on_both_sides(tmp_path: Path):
     run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False)
-    losses = rate_search.search(run)
+    losses, untrained = rate_search.search(run)
     best = min(losses, key=losses.__getitem__)
     assert losses[best / 2] > losses[best] < losses[best * 2]
     assert len(losses) <= 9
+    assert losses[best] < untrained
 
 
 def test_the_search_starts_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = []
     for first in (2e-3 / 16, 2e-3 * 16):
         monkeypatch.setattr(rate_search, "FIRST", first)
-        losses = rate_search.search(assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False))
+        losses, _ = rate_search.search(assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False))
         found.append(min(losses, key=losses.__getitem__))
     assert found[0] == pytest.approx(found[1], rel=1e-6) or max(found) == pytest.approx(2 * min(found), rel=1e-6)
 
@@ -47,13 +48,13 @@ def test_the_search_starts_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_the_rate_is_the_lowest_point_of_a_parabola(losses: dict[float, float], chosen: float):
-    assert rate_search.choose(losses) == pytest.approx(chosen)
+    assert rate_search.choose(losses, 10.0) == pytest.approx(chosen)
 
 
 def test_the_parabola_stays_near_the_best():
     """However lopsided the three losses are, no further than half-way to a neighbour."""
     for lower, higher in ((1.1, 1e6), (1e6, 1.1), (1.0 + 1e-9, 1.1)):
-        rate = rate_search.choose({1e-3: lower, 2e-3: 1.0, 4e-3: higher})
+        rate = rate_search.choose({1e-3: lower, 2e-3: 1.0, 4e-3: higher}, 10.0)
         assert 2e-3 / math.sqrt(2) <= rate <= 2e-3 * math.sqrt(2)
 
 
@@ -67,7 +68,25 @@ def test_of_broken_models_none_is_the_best(tmp_path: Path, monkeypatch: pytest.M
         return untrained * next((loss for known, loss in broken.items() if math.isclose(known, rate)), 0.9)
 
     monkeypatch.setattr(rate_search, "_trial", trial)
-    assert rate_search.choose(rate_search.search(run)) < 1e-3
+    assert rate_search.choose(*rate_search.search(run)) < 1e-3
+
+
+def test_where_nothing_is_learned_the_highest_rate_that_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A classifier may stand at chance for longer than a trial; the search must not go down to rates that do nothing."""
+    recipe = make_recipe(tmp_path, AUTO, "train.max_steps=40")
+    run = assembled(recipe, fill=False)
+    untrained = rate_search._untrained(run)
+
+    def trial(run, rate, interrupted):
+        return untrained * (1 + 10 * rate)
+
+    monkeypatch.setattr(rate_search, "_trial", trial)
+    losses, _ = rate_search.search(run)
+    assert rate_search.choose(losses, untrained) == pytest.approx(1e-3)
+    assert len(losses) == 4
+    _, events = train(recipe)
+    (note,) = [event["text"] for event in events if event["event"] == "note"]
+    assert f"none ended below the {untrained:.3f} of no training" in note
 
 
 def test_a_model_is_untrained_where_the_rate_is_nothing(tmp_path: Path):
@@ -90,7 +109,7 @@ def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
 def test_a_run_uses_what_it_found_and_says_so(tmp_path: Path):
     summary, events = train(make_recipe(tmp_path, AUTO))
     rates = dict(summary["rates_tried"])
-    assert summary["learning_rate"] == rate_search.choose(rates)
+    assert summary["learning_rate"] == rate_search.choose(rates, math.inf)
     (note,) = [event["text"] for event in events if event["event"] == "note"]
     assert f"learning rate {summary['learning_rate']:.1e}" in note
     record = json.loads((tmp_path / "out" / "dynlora.json").read_text(encoding="utf-8"))
