@@ -6,9 +6,6 @@ itself, and what is kept for the backward pass is x, which the base's neighbours
 where A is frozen, the latter alone (LoRA-FA, arXiv 2308.03303). The gradients of the factors are added to what is in
 `.grad` right away; autograd would add them in an operation more.
 
-    FusedLinear    adds the update to the output: y = x Wᵀ, then y += s (x aᵀ) bᵀ
-    MergedLinear   adds it to the weight, anew in each pass: y = x (W + s b a)ᵀ; for many tokens in full precision
-
 Dimensions: N tokens, I inputs, O outputs, C components.
 """
 
@@ -22,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
-BLOCK = 256  # tokens whose inputs and gradients stay in the cache between two products
 
 
 def fusable(base: nn.Module) -> bool:
@@ -55,14 +51,6 @@ def weight_OI(base: nn.Module) -> Tensor:
     return weight.T if type(base).__name__ == "Conv1D" else weight
 
 
-def merged_OI(base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float) -> Tensor:
-    """W + s b a as a tensor of its own, [O, I]."""
-    weight = weight_OI(base)
-    if _quant_state(base) is not None:  # dequantized just now: nobody else has it
-        return weight.addmm_(b_OC, a_CI, alpha=scale)
-    return torch.addmm(weight, b_OC, a_CI, alpha=scale)
-
-
 def _quant_state(base: nn.Module) -> Any:
     return getattr(base.weight, "quant_state", None)
 
@@ -70,10 +58,11 @@ def _quant_state(base: nn.Module) -> Any:
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
     """x aᵀ, [N, C].
 
-    On the CPU the kernel for a few columns of output is slow (MKL: up to four times the time of the transposed product,
-    which has a few rows); scripts/bench/NOTES.md has the times.
+    On the CPU the kernel for 2 to 15 columns of output is slow (MKL: up to four times the time of the transposed product,
+    as long as that is small); scripts/bench/NOTES.md has the times.
     """
-    if x_NI.device.type == "cpu" and 1 < a_CI.shape[0] <= 8:
+    count, tokens = a_CI.shape[0], x_NI.shape[0]
+    if x_NI.device.type == "cpu" and 1 < count < 16 and count * tokens <= 1 << 13:
         return (a_CI @ x_NI.T).T
     return x_NI @ a_CI.T
 
@@ -121,50 +110,6 @@ class FusedLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, grad_a_CI, grad_b_OC
 
 
-class MergedLinear(torch.autograd.Function):
-    """The same, by way of the weight that the components make of W.
-
-    Of the six thin products and two walks over an output that is long out of the cache, the four products of the
-    factors' gradients are left, and those are taken in blocks of tokens that stay in the cache from one to the next.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module, leaves: Factors, scale: float, *_: Tensor) -> Tensor:
-        a_CI, b_OC = (leaf.detach() for leaf in leaves)
-        ctx.save_for_backward(x, a_CI, b_OC)
-        ctx.base, ctx.leaves, ctx.scale = base, leaves, scale
-        return F.linear(x, merged_OI(base, a_CI, b_OC, scale), base.bias)  # type: ignore[arg-type]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a_CI, b_OC = ctx.saved_tensors
-        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_NO @ merged_OI(ctx.base, a_CI, b_OC, ctx.scale)).view(x.shape)
-        grad_a_CI, grad_b_CO, b_CO = torch.zeros_like(a_CI), torch.zeros_like(b_OC.T), b_OC.T.contiguous()
-        for x_nI, grad_nO in zip(x_NI.split(BLOCK), grad_NO.split(BLOCK), strict=True):
-            grad_a_CI.addmm_(thin_product(grad_nO, b_CO).T, x_nI)
-            grad_b_CO.addmm_(thin_product(x_nI, a_CI).T, grad_nO)
-        of_a = add_to_gradient(ctx.leaves[0], grad_a_CI, ctx.scale)
-        of_b = add_to_gradient(ctx.leaves[1], grad_b_CO.T, ctx.scale)
-        return grad_x, None, None, None, of_a, of_b
-
-
-def merges(x: Tensor, a_CI: Tensor, b_OC: Tensor) -> bool:
-    """Whether the way through the weight is the shorter one, and exact.
-
-    It walks over the weight twice instead of over input and output once. In half precision the weight would swallow a
-    small update. A frozen A needs no x in the backward pass, which this way keeps.
-    """
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not a_CI.requires_grad:
-        return False
-    full = torch.float32, torch.float64
-    (d_in, d_out), tokens = (a_CI.shape[1], b_OC.shape[0]), x.numel() // x.shape[-1]
-    return x.dtype in full and tokens * (d_in + d_out) >= 4 * d_in * d_out
-
-
 def add_to_gradient(leaf: Tensor, product: Tensor, scale: float) -> Tensor | None:
     """Add scale x product to the leaf's gradient; where it has none, or is no leaf, return that for autograd."""
     if not leaf.is_leaf or leaf.grad is None:
@@ -183,6 +128,4 @@ def fused(x: Tensor, base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float, 
         scale: s.
         low: the two in the type that autocast computes in, where that is at hand.
     """
-    if merges(x, a_CI, b_OC):
-        return MergedLinear.apply(x, base, (a_CI, b_OC), scale, a_CI, b_OC)
     return FusedLinear.apply(x, base, (a_CI, b_OC), low, scale, a_CI, b_OC)
