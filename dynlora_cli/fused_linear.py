@@ -58,8 +58,8 @@ def _quant_state(base: nn.Module) -> Any:
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
     """x aᵀ, [N, C].
 
-    On the CPU the kernel for 2 to 15 columns of output is slow (MKL: up to four times the time of the transposed product,
-    as long as that is small); scripts/bench/NOTES.md has the times.
+    On the CPU the kernel for 2 to 15 columns of output is slow (MKL: up to four times the time of the transposed
+    product, as long as that is small); scripts/bench/NOTES.md has the times.
     """
     count, tokens = a_CI.shape[0], x_NI.shape[0]
     if x_NI.device.type == "cpu" and 1 < count < 16 and count * tokens <= 1 << 13:
