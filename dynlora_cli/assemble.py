@@ -249,8 +249,9 @@ def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Opt
 
 
 def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:
-    """The loss on a few fixed rows, for the change that an event makes."""
-    batches = _on_device(recipe, accelerator, base, (data.val or data.train)[:PROBE_ROWS])
+    """The loss on a few fixed rows, no more than those of a step, for the change that an event makes."""
+    rows = min(PROBE_ROWS, recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps)
+    batches = _on_device(recipe, accelerator, base, (data.val or data.train)[:rows])
     return lambda: held_out(base.model, batches, autocast=accelerator.autocast)["loss"]
 
 

@@ -52,7 +52,7 @@ def weight_OI(base: nn.Module) -> Tensor:
 
 
 def _quant_state(base: nn.Module) -> Any:
-    return getattr(base.weight, "quant_state", None)
+    return None if type(base) is nn.Linear else getattr(base.weight, "quant_state", None)
 
 
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class FusedLinear(torch.autograd.Function):
         weight, bias = weight_OI(base), base.bias
         y = F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
         dtype = y.dtype
-        a_CI, b_OC = low or (leaf.to(dtype) for leaf in leaves)
-        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+        a_CI, b_OC = low or (_in(leaf, dtype) for leaf in leaves)
+        x_NI = _in(x.reshape(-1, x.shape[-1]), dtype)
         h_NC = thin_product(x_NI, a_CI)
         y.view(-1, y.shape[-1]).addmm_(h_NC, b_OC.T, alpha=scale)
         a_trains = ctx.needs_input_grad[5]
@@ -95,19 +95,24 @@ class FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h_NC, a_CI, b_OC = ctx.saved_tensors
         scale, dtype = ctx.scale, ctx.dtype
-        grad_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        grad_NO = _in(grad.reshape(-1, grad.shape[-1]), dtype)
         grad_h_NC = thin_product(grad_NO, b_OC.T.contiguous() if grad.device.type == "cpu" else b_OC.T)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x_NI = grad_NO @ weight_OI(ctx.base).to(dtype)
+            grad_x_NI = grad_NO @ _in(weight_OI(ctx.base), dtype)
             grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale)
-            grad_x = grad_x_NI.view(*grad.shape[:-1], a_CI.shape[1]).to(ctx.x_dtype)
+            grad_x = _in(grad_x_NI.view(*grad.shape[:-1], a_CI.shape[1]), ctx.x_dtype)
         grad_a_CI = None
         if x is not None:
-            x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+            x_NI = _in(x.reshape(-1, x.shape[-1]), dtype)
             grad_a_CI = add_to_gradient(ctx.leaves[0], grad_h_NC.T @ x_NI, scale)
         grad_b_OC = add_to_gradient(ctx.leaves[1], (h_NC.T @ grad_NO).T, scale)  # on the CPU 2 to 5 times gradᵀ h
         return grad_x, None, None, None, None, grad_a_CI, grad_b_OC
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this type; where it is already, without the call into torch, of which a step has hundreds."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def add_to_gradient(leaf: Tensor, product: Tensor, scale: float) -> Tensor | None:

@@ -25,6 +25,7 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 # Prints seconds from here, with the libraries imported, to the first step's end.
 FIRST_STEP = """
 import sys, time
+from pathlib import Path
 import torch, transformers
 from transformers import AutoTokenizer, LlamaForCausalLM
 started = time.perf_counter()
@@ -34,7 +35,7 @@ def listen(event):
     if event["event"] == "tick":
         print(time.perf_counter() - started)
         raise SystemExit
-train.run(load_recipe(sys.argv[1], ["output_dir=" + sys.argv[2]]), listener=listen)
+train.run(load_recipe(Path(sys.argv[1]), ["output_dir=" + sys.argv[2]]), listener=listen)
 """
 ROOT = Path(__file__).parents[2]
 
