@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli_support import console, reporting
+from dynlora_cli.cli_support import console, reporting, return_memory_at_once
 from dynlora_cli.errors import UsageError
 
 AdapterPath = Annotated[
@@ -177,6 +177,7 @@ def merge(
             raise UsageError("--into adapter combines several adapters", "add --adapter, or use `dynlora prune`")
         if len(adapter) > 1 and out is None:
             raise UsageError("several adapters have no folder of their own for the result", "name one with --out")
+        return_memory_at_once()
         from dynlora_cli import merge as command
         from dynlora_cli.console_adapter import AdapterView
 
@@ -232,6 +233,7 @@ def export(
 
         choice(to, drawers.names("exporters"), "--to")
         choice(outtype, ("f32", "f16", "q8_0"), "--outtype")
+        return_memory_at_once()
         from dynlora_cli import export as command
         from dynlora_cli.console_adapter import AdapterView
 
