@@ -4,8 +4,8 @@
     python scripts/bench/control.py --table      # only the table of what is there
 
 A real run of `dynlora train` in this process, on the Llama of hidden size 512 of shrink.py, 512 tokens a step, from
-twice the budget, with a clock around `RankControl.observe` and `RankControl.apply` (which includes the turn into the SVD basis, the
-optimizer's moments, and the loss on the probe's rows before and after). A short run has all the events; its medians are
+twice the budget, with a clock around `RankControl.observe`; events tell their own seconds (with the turn into the SVD
+basis, the optimizer's moments, and the loss on the probe's rows before and after). A short run has all the events; its medians are
 scaled to the recipe's defaults over 1,000 steps: 250 observed steps and 20 events. Nothing else should run.
 """
 
@@ -61,18 +61,13 @@ def measure(work: Path, budget: int) -> dict[str, Any]:
     path.write_text(text)
     events: list[dict[str, Any]] = []
     recipe = load_recipe(path, ["train.log_steps=1", "pruning.events=10"])
-    with Clock(RankControl, "observe") as observing, Clock(RankControl, "apply") as applying:
+    with Clock(RankControl, "observe") as observing:
         train.run(recipe, overwrite=True, listener=events.append)
     pruned = [event["seconds"] for event in events if event["event"] == "prune"]
     observed = sorted(observing.seconds)[-15:]  # steps outside of the window cost nothing
     step = [event["step_seconds"] for event in events if event["event"] == "train"]
     facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    found = {
-        "step": median(step),
-        "observe": median(observed),
-        "event": median(pruned),
-        "events": sum(applying.seconds),
-    }
+    found = {"step": median(step), "observe": median(observed), "event": median(pruned)}
     return {"budget": budget, **facts, **found}
 
 
