@@ -160,7 +160,7 @@ def make_batches(
     longest = max(len(example.input_ids) for example in examples)
     packing = recipe.dataset.packing
     capacity = max(longest, min(recipe.dataset.max_length, context_length(base.folder) or recipe.dataset.max_length))
-    on_meta = base.model.device.type == "meta"
+    kind = base.model.device.type
     return Batches(
         examples,
         micro_batch_size=recipe.train.micro_batch_size,
@@ -172,7 +172,8 @@ def make_batches(
         shuffle=shuffle,
         shards=accelerator.num_processes if accelerator else 1,
         shard=accelerator.process_index if accelerator else 0,
-        mask_dtype=packed_mask_dtype(base.model, capacity) if packing and not on_meta else torch.bool,
+        mask_dtype=packed_mask_dtype(base.model, capacity) if packing and kind != "meta" else torch.bool,
+        pin=kind == "cuda",
     )
 
 

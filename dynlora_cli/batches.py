@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -56,8 +57,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU reads while the program goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=change(self.labels))
 
 
 class Batches:
@@ -76,6 +84,7 @@ class Batches:
             one without targets and without rows, so that all ranks make the same number of forward passes.
         shard: this rank.
         mask_dtype: of the packed attention mask, as `packed_mask_dtype` gives it for a model.
+        pin: the batches lie in pinned memory; for a GPU.
 
     Raises:
         ValueError: an example longer than `max_length`, no examples, or packing for another task than causal-lm.
@@ -95,10 +104,12 @@ class Batches:
         shards: int = 1,
         shard: int = 0,
         mask_dtype: torch.dtype = torch.bool,
+        pin: bool = False,
     ) -> None:
         self.examples, self.pad_id, self.seed, self.packing, self.shuffle = examples, pad_id, seed, packing, shuffle
         self.micro_batch_size, self.step_size = micro_batch_size, micro_batch_size * accumulation
-        self.shards, self.shard, self.mask_dtype = shards, shard, mask_dtype
+        self.shards, self.shard, self.mask_dtype, self.pin = shards, shard, mask_dtype, pin
+        self._prepared: dict[tuple[int, int], list[Batch]] = {}
         self.lengths = [len(example.input_ids) for example in examples]
         if not examples or max(self.lengths) > max_length:
             raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
@@ -120,12 +131,19 @@ class Batches:
             epoch: counted from 0.
             index: of the step in its epoch, from 0 to `steps_per_epoch` - 1; the last step may have fewer rows.
         """
+        return self._prepared.pop((epoch, index), None) or self._step(epoch, index)
+
+    def prepare(self, epoch: int, index: int) -> None:
+        """Make the step that will be asked for next; to be called while a GPU is at work on this one."""
+        self._prepared = {(epoch, index): self._step(epoch, index)}
+
+    def _step(self, epoch: int, index: int) -> list[Batch]:
         bins = self._plan(epoch)[index]
         cuts = [bins[at : at + self.micro_batch_size] for at in range(0, len(bins), self.micro_batch_size)]
         own = [self._batch(cut) for cut in cuts[self.shard :: self.shards]]
         if len(own) < -(-len(cuts) // self.shards):
             own.append(self._without_targets(cuts[-1]))
-        return own
+        return [batch.pinned() for batch in own] if self.pin else own
 
     def _make_plan(self, epoch: int) -> list[list[Bin]]:
         """The bins of every step of an epoch."""
@@ -169,7 +187,7 @@ class Batches:
         ids = torch.full((len(bins), width), self.pad_id)
         for line, item in enumerate(bins):
             for start, example in self._placed(item):
-                ids[line, start : start + len(example.input_ids)] = torch.tensor(example.input_ids)
+                ids[line, start : start + len(example.input_ids)] = _tensor(example.input_ids)
         inputs = {"input_ids": ids, **(self._packed if self.packing else self._padded)(bins, width)}
         labels = self._labels(bins, width)
         tokens = sum(example.tokens for example in examples)
@@ -188,13 +206,13 @@ class Batches:
         if isinstance(self.examples[0].labels, int):
             return torch.tensor([self.examples[item[0]].labels for item in bins])
         if self.examples[0].decoded:
-            texts: Any = [torch.tensor(self.examples[item[0]].labels) for item in bins]
+            texts: Any = [_tensor(self.examples[item[0]].labels) for item in bins]
             return pad_sequence(texts, batch_first=True, padding_value=IGNORED).long()
         labels = torch.full((len(bins), width), IGNORED)
         for line, item in enumerate(bins):
             for start, example in self._placed(item):
                 targets: Any = example.labels
-                labels[line, start : start + len(targets) - 1] = torch.tensor(targets[1:])
+                labels[line, start : start + len(targets) - 1] = _tensor(targets)[1:]
         return labels
 
     def _padded(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
@@ -210,14 +228,15 @@ class Batches:
     def _packed(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
         """Positions that restart in each row, and a mask that is causal inside a row and closed between rows."""
         positions = torch.zeros(len(bins), width, dtype=torch.long)
-        owner = torch.full((len(bins), width), -1)  # padding sees padding: a line that sees nothing has no softmax
+        mask = torch.zeros(len(bins), 1, width, width, dtype=torch.bool)
+        mask.diagonal(dim1=-2, dim2=-1).fill_(True)  # of padding too: a line that sees nothing has no softmax
+        triangle = torch.ones(width, width, dtype=torch.bool).tril()
         for line, item in enumerate(bins):
-            for number, (start, example) in enumerate(self._placed(item)):
+            for start, example in self._placed(item):
                 length = len(example.input_ids)
-                positions[line, start : start + length] = torch.arange(length)
-                owner[line, start : start + length] = number
-        seen = (owner[:, :, None] == owner[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
-        mask = seen[:, None]
+                own = slice(start, start + length)
+                positions[line, own] = torch.arange(length)
+                mask[line, 0, own, own] = triangle[:length, :length]
         if self.mask_dtype != torch.bool:
             closed = torch.finfo(self.mask_dtype).min
             mask = torch.zeros(mask.shape, dtype=self.mask_dtype).masked_fill(~mask, closed)
@@ -226,6 +245,11 @@ class Batches:
     def _without_targets(self, bins: list[Bin]) -> Batch:
         batch = self._batch(bins[:1])
         return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), [], 0, 0)
+
+
+def _tensor(tokens: Any) -> Tensor:
+    """Of an `array`, without a copy: torch.tensor would read it number by number."""
+    return torch.from_numpy(np.asarray(tokens, dtype=np.int32))
 
 
 def packed_mask_dtype(model: PreTrainedModel, max_length: int) -> torch.dtype:

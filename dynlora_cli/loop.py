@@ -96,6 +96,8 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     if run.pool:
         run.pool.begin_step(number, run.total_steps)
     losses = [backward(run, batch, supervised) for batch in micro_batches]
+    if number < run.total_steps:  # a GPU is still at work on the gradient
+        run.batches.prepare(*divmod(number, run.batches.steps_per_epoch))
     # Asked late, so that a Ctrl-C of meanwhile counts for this step.
     loss, stop_votes = run.total(sum(losses), interrupted())
     if not math.isfinite(loss):

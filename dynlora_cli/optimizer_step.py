@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.loss import summed_loss
@@ -20,16 +21,17 @@ if TYPE_CHECKING:
 LOWER_RATE = "lower train.learning_rate"
 
 
-def backward(run: Run, batch: Batch, supervised: float) -> float:
+def backward(run: Run, batch: Batch, supervised: float) -> Tensor:
     """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
 
-    A function of its own, so that the graph is gone when components are removed.
+    A function of its own, so that the graph is gone when components are removed. The loss stays on the device: to read
+    it would keep the next micro-batch waiting.
     """
     batch = batch.to(run.accelerator.device)
     with run.accelerator.autocast():
         loss = summed_loss(run.model, batch) / supervised
     run.accelerator.backward(loss)
-    return loss.item()
+    return loss.detach().double()
 
 
 def not_finite(what: str, batches: list[Batch]) -> MeasureError:

@@ -86,6 +86,9 @@ class Run:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def total(self, *numbers: float) -> list[float]:
+    def total(self, *numbers: float | Tensor) -> list[float]:
         """Each number summed over processes."""
-        return self.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)).tolist()
+        if self.accelerator.num_processes == 1:
+            return [float(number) for number in numbers]
+        values = [torch.as_tensor(x, dtype=torch.float64, device=self.accelerator.device) for x in numbers]
+        return self.reduce(torch.stack(values)).tolist()

@@ -68,6 +68,17 @@ def test_any_step_can_be_asked_for_first(packing: bool) -> None:
             assert same(one, other)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_made_ahead_is_the_step_and_is_given_once(packing: bool) -> None:
+    ahead, plain = (batches(examples(50), 2, 3, packing=packing, seed=5) for _ in range(2))
+    ahead.prepare(1, 1)
+    made = ahead.step(1, 1)
+    for again in (plain.step(1, 1), ahead.step(1, 1)):
+        assert all(same(one, other) and one is not other for one, other in zip(made, again, strict=True))
+    ahead.prepare(1, 0)  # and never asked for
+    assert all(map(same, ahead.step(0, 2), plain.step(0, 2)))
+
+
 def test_seed_decides_the_order() -> None:
     first, second = (batches(examples(50), seed=seed) for seed in (0, 1))
     assert [rows_of(first.step(0, i)) for i in range(3)] != [rows_of(second.step(0, i)) for i in range(3)]
@@ -181,6 +192,16 @@ def test_packed_loss_and_gradient_equal_the_unpacked(make: Any, attention: str) 
     together, gradient_together = loss_and_gradient(model, packed)
     assert together == pytest.approx(apart, rel=1e-5)
     assert (gradient_together - gradient_apart).norm() < 1e-5 * gradient_apart.norm()
+
+
+def test_a_packed_mask_is_causal_in_a_row_and_closed_between_rows() -> None:
+    made = [Example(range(length), range(length), number) for number, length in enumerate([3, 2, 4])]
+    (batch,) = batches(made, 2, max_length=5, packing=True, shuffle=False).step(0, 0)
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
+    mask = batch.inputs["attention_mask"].squeeze(1).int().tolist()
+    alone = [0, 0, 0, 0, 1]
+    assert mask[0] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], alone]  # the last: padding
+    assert mask[1] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
 
 
 def test_same_gradient_for_1x8_and_8x1() -> None:
