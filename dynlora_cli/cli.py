@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dynlora_cli import __version__, cli_adapters, cli_eval
+from dynlora_cli import __version__, cli_adapters, cli_eval, cli_start
 from dynlora_cli.cli_support import console, is_main_process, reporting
 from dynlora_cli.errors import MachineError, UsageError
 
@@ -109,14 +109,7 @@ def train(
 
 cli_adapters.register(app)
 cli_eval.register(app)
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of a recipe, for editors and other tools."""
-    from dynlora_cli.recipe import json_schema
-
-    typer.echo(json.dumps(json_schema(), indent=2))
+cli_start.register(app)
 
 
 def _next_commands(summary: dict[str, Any]) -> list[str]:

@@ -155,10 +155,14 @@ class Console:
             parts.append(Text.assemble(("note: ", "accent"), printable(note)))
         self.show(Group(*parts))
         if summary.get("next"):
-            self.line()
-            self.line(Text("Next", style="head"))
-            for command in summary["next"]:
-                self.line(Text(f"  {printable(command)}", style="accent"))
+            self.show_next(summary["next"])
+
+    def show_next(self, commands: Iterable[str]) -> None:
+        """Commands that make sense now, to be copied."""
+        self.line()
+        self.line(Text("Next", style="head"))
+        for command in commands:
+            self.line(Text(f"  {printable(command)}", style="accent"))
 
 
 class TrainView:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -205,11 +205,9 @@ def _format(reader: _Reader, source: Source, table: Table, place: str, columns: 
             kind = "a text file" if table.whole_text else f"model.task {reader.task}"
             raise DataError(f"{table.name}: format {source.format!r} does not serve {kind}")
         return form
-    forms = [drawers.load("formats", name) for name in drawers.names("formats")]
-    served = sorted((form for form in forms if reader.task in form.TASKS), key=lambda form: form.PRECEDENCE)
-    fitting = [form for form in served if form.matches(columns)]
+    fitting = fitting_formats(reader.task, columns)
     if not fitting:
-        lines = "\n".join(f"  {_name(form)}: {form.COLUMNS}" for form in served)
+        lines = "\n".join(f"  {_name(form)}: {form.COLUMNS}" for form in _serving(reader.task))
         raise DataError(
             f"{place}: no format fits the columns {', '.join(sorted(columns))}; for {reader.task} there are\n{lines}",
             "rename them in the recipe, ours to theirs, such as `columns: {prompt: question, completion: answer}`",
@@ -221,6 +219,16 @@ def _format(reader: _Reader, source: Source, table: Table, place: str, columns: 
         note += f"; its labels are not used: model.task is {reader.task}"
     reader.notes.append(note)
     return fitting[0]
+
+
+def fitting_formats(task: str, columns: Set[str]) -> list[ModuleType]:
+    """The formats whose rows have these columns, for a task; the one to be chosen first."""
+    return [form for form in _serving(task) if form.matches(columns)]
+
+
+def _serving(task: str) -> list[ModuleType]:
+    forms = [drawers.load("formats", name) for name in drawers.names("formats")]
+    return sorted((form for form in forms if task in form.TASKS), key=lambda form: form.PRECEDENCE)
 
 
 def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:

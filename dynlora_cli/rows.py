@@ -66,16 +66,21 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
             raise UsageError(f"dataset: there is no {source.path!r}", f"the built-in data set is {BUILTIN}")
         held_out = held_out or source.split != "train"
         return [Table(BUILTIN, lambda: _numbered(BUILTIN, stdlib_docs.rows("val" if held_out else "train")))]
+    if not is_local(source.path):
+        return [_hub(source)]
     path = Path(source.path).expanduser()
     if path.is_dir():
         return [_table(file) for file in _files_of(path, source.split, notes)]
     if path.exists():
         return [_table(path)]
-    if path.suffix in _READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) or source.path.startswith("."):
-        raise UsageError(
-            f"dataset: no file or folder {source.path}{_nearest(path)}", "paths start at the current folder"
-        )
-    return [_hub(source)]
+    raise UsageError(f"dataset: no file or folder {source.path}{_nearest(path)}", "paths start at the current folder")
+
+
+def is_local(name: str) -> bool:
+    """Whether a source is built in, a file or a folder, be it a missing one; anything else is a name on the hub."""
+    path = Path(name).expanduser()
+    like_a_path = path.suffix in _READERS or name.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    return like_a_path or path.exists()
 
 
 def _nearest(path: Path) -> str:

@@ -31,14 +31,14 @@ PACKAGE = Path(dynlora_cli.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
-    8: "cli cli_adapters cli_eval cli_support __main__",
-    7: "evaluate export inspect_adapter merge prune train",
+    8: "cli cli_adapters cli_eval cli_start cli_support __main__",
+    7: "doctor evaluate export inspect_adapter merge prune starter train",
     6: "assemble combine compare eval_report fold generation harness heal held_out linear_loss loop loss memory meter optimizer_step outputs posthoc probe pruned_folder rate_search starts state survey",
     5: "adapter_base attach batches data model stream",
     3: "adapter adapter_reader allocation brake chat_mask checkpoint compile_blocks components covariances directions dora experts fused_linear gauge gradients hira optimizers peft_kinds pool rank relative rows schedule splits stdlib_docs targets tokens "
     "weights",
     2: "aliases budget console drawers interrupt launch model_folder progress recipe recipe_problems recipe_settings report report_card "
-    "report_html report_log report_svg run_folder options console_adapter console_eval console_plan gates scores strict_yaml units",
+    "report_html report_log report_svg run_folder options console_adapter console_eval console_plan console_start gates scores strict_yaml units",
     1: "__init__ errors",
 }
 LAYERS = {name: layer for layer, names in SPINE.items() for name in names.split()}
@@ -50,6 +50,7 @@ READS_ENVIRONMENT = {
     "cli": "RANK, which tells one process of several from the others",
     "cli_support": "RANK, likewise",
     "console": "TERM, which says what the terminal can do",
+    "doctor": "what decides how the libraries below us behave, to show it",
     "launch": "all of it, to hand it on",
     "rows": "HF_HUB_OFFLINE, to word an error",
     "stdlib_docs": "XDG_CACHE_HOME, where caches go",

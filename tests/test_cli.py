@@ -56,7 +56,9 @@ def as_one_line(text: str) -> str:
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "train", "schema", "prune", "merge", "export", "inspect", "eval"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "schema", "prune", "merge", "export", "inspect", "eval", "init", "doctor"]
+)
 def test_help_text(command: str, dynlora: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
     """Golden: after a wanted change write the new text with UPDATE_GOLDEN=1."""
     monkeypatch.setenv("COLUMNS", "120")

@@ -1,0 +1,206 @@
+"""`dynlora init` writes a recipe that fits the rows; `dynlora doctor` finds what is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import namedtuple
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import Dynlora
+
+from dynlora_cli.recipe import load_recipe
+
+ROWS = {
+    "completion": [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "2 + 2 =", "completion": " 4"}],
+    "chat": [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}],
+    "classification": [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}],
+    "text": [{"text": "once upon a time"}],
+    "alpaca": [{"instruction": "say", "input": "", "output": "no"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# -- init ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_arguments_it_is_a_recipe_that_trains(dynlora: Dynlora):
+    answer = dynlora("init")
+    assert answer.code == 0
+    assert "dynlora train recipe.yaml --dry-run" in answer.err
+    small = ("--set", "train.max_steps=2", "--set", "train.learning_rate=1e-3", "--set", "dataset.max_length=64")
+    assert dynlora("train", "recipe.yaml", *small).code == 0
+    assert Path("out/recipe/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_the_rows_decide(form: str, dynlora: Dynlora):
+    write_rows("rows.jsonl", ROWS[form])
+    answer = dynlora("init", "rows.jsonl", "--out", "mine/my.yaml", "--json")
+    assert answer.code == 0
+    assert (answer.json["format"], answer.json["rows"]) == (form, len(ROWS[form]))
+    recipe = load_recipe(Path("mine/my.yaml"))
+    assert recipe.model.task == ("sequence-classification" if form == "classification" else "causal-lm")
+    assert (recipe.dataset.train[0].path, recipe.output_dir) == ("rows.jsonl", "out/my")
+
+
+def test_columns_of_other_names(dynlora: Dynlora):
+    write_rows("rows.jsonl", [{"question: long": "1 + 1 =", "answer": "2"}] * 30)
+    refused = dynlora("init", "rows.jsonl")
+    assert (refused.code, list(Path().iterdir())) == (2, [Path("rows.jsonl")])
+    assert "rows.jsonl:1: the columns answer, question: long fit no format" in refused.err
+    assert "--columns prompt=question,completion=answer" in refused.err
+    assert dynlora("init", "rows.jsonl", "--columns", "prompt=question: long, completion=answer").code == 0
+    assert load_recipe(Path("recipe.yaml")).dataset.train[0].columns == {
+        "prompt": "question: long",
+        "completion": "answer",
+    }
+    assert "1 + 1 =" in dynlora("train", "recipe.yaml", "--dry-run").err
+
+
+@pytest.mark.parametrize("name", ["my rows.jsonl", "a#b: 'c'.jsonl", "007.jsonl", "größe \u2028.jsonl", "no.jsonl"])
+def test_any_name_of_a_file_is_written_so_that_it_is_read_back(name: str, dynlora: Dynlora):
+    write_rows(name, ROWS["completion"])
+    assert dynlora("init", name).code == 0
+    assert load_recipe(Path("recipe.yaml")).dataset.train[0].path == name
+
+
+def test_a_recipe_is_not_overwritten_unasked(dynlora: Dynlora):
+    Path("recipe.yaml").write_text("model: mine\n")
+    assert dynlora("init").code == 2
+    assert Path("recipe.yaml").read_text() == "model: mine\n"
+    assert dynlora("init", "--overwrite").code == 0
+    assert "builtin:tiny" in Path("recipe.yaml").read_text()
+
+
+def test_a_folder_whose_files_differ_is_not_guessed_at(dynlora: Dynlora):
+    write_rows("d/a.jsonl", ROWS["completion"])
+    assert dynlora("init", "d").code == 0
+    write_rows("d/b.jsonl", ROWS["chat"])
+    answer = dynlora("init", "d", "--overwrite")
+    assert answer.code == 2
+    assert "its files hold rows of different kinds" in answer.err
+
+
+def test_a_hub_data_set_is_named_without_a_look(dynlora: Dynlora):
+    answer = dynlora("init", "someone/something", "--model", "other/model", "--json")
+    assert (answer.code, answer.json["rows"]) == (0, None)
+    assert "not looked at" in answer.err
+    recipe = load_recipe(Path("recipe.yaml"))
+    assert (recipe.dataset.train[0].path, recipe.model.name_or_path) == ("someone/something", "other/model")
+
+
+WRONG = {
+    "no such file": (["rows.jsonl"], "no file or folder rows.jsonl"),
+    "no such model": (["--model", "builtin:huge"], "no built-in model 'builtin:huge'"),
+    "a folder without a model": (["--model", "."], "holds no config.json"),
+    "columns of no form": (["--columns", "prompt"], "'prompt' is not OURS=THEIRS"),
+    "another name": (["--out", "recipe.txt"], "a recipe's name ends in .yaml"),
+    "an unknown column": (["--columns", "prompt=question"], "has no 'question'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_named_and_nothing_is_left(case: str, dynlora: Dynlora):
+    arguments, message = WRONG[case]
+    answer = dynlora("init", *arguments)
+    assert (answer.code, list(Path().iterdir())) == (2, [])
+    assert message in answer.err
+
+
+# -- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def findings(answer: Any) -> dict[str, dict[str, Any]]:
+    return {finding["name"]: finding for finding in answer.json["findings"]}
+
+
+def test_a_sound_machine(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    answer = dynlora("doctor", "--json")
+    found = findings(answer)
+    assert (answer.code, answer.json["ok"]) == (0, True)
+    assert found["torch"]["found"] == metadata.version("torch")
+    assert (found["4 bits on cpu"]["found"], found["OMP_NUM_THREADS"]["found"]) == ("works", "2")
+    assert "no faults" in answer.err
+
+
+def with_version(monkeypatch: pytest.MonkeyPatch, package: str, version: str | None) -> None:
+    true = metadata.version
+
+    def of(name: str) -> str:
+        if name == package and version is None:
+            raise metadata.PackageNotFoundError(name)
+        return str(version) if name == package else true(name)
+
+    monkeypatch.setattr(metadata, "version", of)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "6.0", None])
+def test_a_version_that_does_not_fit(version: str | None, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    with_version(monkeypatch, "transformers", version)
+    answer = dynlora("doctor", "--json")
+    assert (answer.code, answer.json["ok"]) == (3, False)
+    assert findings(answer)["transformers"]["hint"] == 'pip install "transformers<6,>=5.0"'
+    assert "fault: transformers: transformers<6,>=5.0 is needed" in answer.err
+
+
+def test_something_optional_is_no_fault(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    with_version(monkeypatch, "gguf", None)
+    answer = dynlora("doctor", "--json")
+    assert answer.code == 0
+    assert findings(answer)["gguf"]["hint"] == 'pip install "dynlora[gguf]"'
+
+
+def test_a_torch_that_cannot_be_imported(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    answer = dynlora("doctor", "--json")
+    assert answer.code == 3
+    assert "force-reinstall torch" in findings(answer)["torch"]["hint"]
+
+
+def test_a_bitsandbytes_that_does_not_work(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    monkeypatch.setattr(functional, "quantize_4bit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    answer = dynlora("doctor", "--json")
+    assert (answer.code, findings(answer)["4 bits on cpu"]["fault"]) == (3, "no kernel")
+
+
+def test_a_gpu_that_torch_does_not_see(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: A Card (UUID: GPU-1)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    answer = dynlora("doctor", "--json")
+    assert answer.code == 3
+    assert "this build of torch cannot use it" in findings(answer)["gpu"]["fault"]
+
+
+def test_a_full_disk(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**6))
+    answer = dynlora("doctor", "--json")
+    assert (answer.code, findings(answer)["current folder"]["fault"]) == (3, "less than 2.1 GB free")
+
+
+def test_from_its_source_there_is_no_record_to_compare_with(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    def unknown(_: str) -> None:
+        raise metadata.PackageNotFoundError("dynlora")
+
+    monkeypatch.setattr(metadata, "requires", unknown)
+    assert dynlora("doctor").code == 0
