@@ -185,10 +185,11 @@ def total_steps(recipe: Recipe, batches: Batches) -> int:
 def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
     """The pruning events of the run."""
     plan = Schedule.descend if start.open else Schedule.plan
+    begin, end = recipe.pruning_window
     return plan(
         total_steps=steps,
-        start=recipe.pruning.start,
-        end=recipe.pruning.end,
+        start=begin,
+        end=end,
         events=recipe.pruning.events,
         parameters=start.parameters,
         budget=start.budget,

@@ -15,7 +15,7 @@ import numpy as np
 
 from dynlora_cli.scores import RowSums
 
-NEGLIGIBLE = 0.005  # of the loss: what the rest of the training makes good
+NEGLIGIBLE = 0.01  # of the loss
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Brake:
 
     Attributes:
         measure: the loss of every held-out row, of the model as it is.
-        tolerance: what all events together may add to the loss, in nats per target; None: half a percent of the loss,
-            or the standard error of the change at hand where that is more.
+        tolerance: what all events together may add to the loss, in nats per target; None: a percent of the loss, or
+            the standard error of the change at hand where that is more.
         added: what they have added; an event that lowered the loss pays for no other.
         refused: whether an event was refused.
         ended: no further event will be tried.

@@ -8,84 +8,26 @@ The sentence under a field is its description in `dynlora schema`. Reading a fil
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
-from dynlora_cli import aliases, drawers
+from dynlora_cli import drawers
 from dynlora_cli.budget import MAX_RANK, Budget, parse_budget
-from dynlora_cli.strict_yaml import show
-
-
-def _whole(value: object) -> object:
-    """1e3 and 8.0 are whole numbers too."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+from dynlora_cli.recipe_types import Count, Drawer, NotForeign, Positive, Section, Share, Text, whole
 
 
 def _budget(value: object) -> object:
     parse_budget(value)
-    return _whole(value)
-
-
-@dataclass(frozen=True)
-class _NotForeign:
-    """Refuses a free text that other tools use for something which has another name here."""
-
-    key: str
-
-    def __call__(self, value: Any) -> Any:
-        hint = aliases.value_hint(self.key, value)
-        if hint:
-            raise ValueError(f"got {show(value)}; {hint}")
-        return value
-
-
-@dataclass(frozen=True)
-class _Drawer:
-    """A text that must be a file name in a drawer, or one of `also`; `refuse` says why a file is no choice here."""
-
-    drawer: str
-    also: tuple[str, ...] = ()
-    refuse: Callable[[str], str | None] = lambda name: None  # noqa: ARG005
-
-    def choices(self) -> list[str]:
-        return [*self.also, *(name for name in drawers.names(self.drawer) if not self.refuse(name))]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_after_validator_function(self, handler(source))
-
-    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
-        return {**handler(core), "enum": self.choices()}
-
-    def __call__(self, value: str) -> str:
-        if value in drawers.names(self.drawer) and (reason := self.refuse(value)):
-            raise ValueError(f"got {value}, {reason}")
-        if value not in self.choices():
-            raise PydanticCustomError("choice", "not one of the choices")
-        return value
+    return whole(value)
 
 
 def _only_after_training(policy: str) -> str | None:
     if drawers.declared("policies", policy, "needs") == "covariances":
         return f"which works on a trained adapter: `dynlora prune --policy {policy}`"
     return None
-
-
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Frozen and strict: unknown keys, wrong types and NaN are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Model(Section):
@@ -97,7 +39,7 @@ class Model(Section):
     """Branch, tag or commit on the hub."""
     task: Literal["causal-lm", "seq2seq-lm", "sequence-classification"] = "causal-lm"
     """What the model is trained to do; seq2seq-lm: an encoder reads the prompt, a decoder writes the completion."""
-    num_labels: Annotated[int, Field(ge=2), BeforeValidator(_whole)] | None = None
+    num_labels: Annotated[int, Field(ge=2), BeforeValidator(whole)] | None = None
     """Number of classes, for sequence-classification; null counts them in the data."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights; auto: float32 on the CPU, bfloat16 on a GPU that has it; adapters are float32."""
@@ -109,7 +51,7 @@ class Model(Section):
     """Number format of a 4-bit base."""
     bnb_4bit_use_double_quant: bool = True
     """Also quantize the scales of a 4-bit base."""
-    attn_implementation: Annotated[Text, AfterValidator(_NotForeign("attn_implementation"))] | None = None
+    attn_implementation: Annotated[Text, AfterValidator(NotForeign("attn_implementation"))] | None = None
     """Attention kernel by its name in transformers, such as sdpa or flash_attention_2; null: transformers chooses."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
@@ -120,7 +62,7 @@ class Source(Section):
 
     path: Text
     """A file (JSONL, JSON, CSV, Parquet, text), a folder, a hub id, or `builtin:stdlib-docs`."""
-    format: Annotated[str, _Drawer("formats", also=("auto",))] = "auto"
+    format: Annotated[str, Drawer("formats", also=("auto",))] = "auto"
     """How a row becomes an example; auto decides by the columns and says what it chose."""
     split: Text = "train"
     """Split of a hub data set."""
@@ -139,7 +81,7 @@ class Dataset(Section):
     """Sources to measure on; where there are any, `val_size` is not used."""
     val_size: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the training rows held out to measure on; rows with the same prompt stay together."""
-    max_length: Annotated[int, Field(ge=8), BeforeValidator(_whole)] = 1024
+    max_length: Annotated[int, Field(ge=8), BeforeValidator(whole)] = 1024
     """Longest example, in tokens."""
     packing: bool = False
     """Put several examples in one row, none of which sees another."""
@@ -154,10 +96,10 @@ class Dataset(Section):
 class Adapter(Section):
     """Where the components sit and how they act."""
 
-    variant: Annotated[str, _Drawer("variants")] = "lora"
+    variant: Annotated[str, Drawer("variants")] = "lora"
     """How a layer uses its components: a file name in dynlora_cli/variants."""
     target_modules: (
-        Annotated[Text, AfterValidator(_NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
+        Annotated[Text, AfterValidator(NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
     ) = "all-linear"
     """all-linear (every linear layer but the output head), attention, qv, experts, or module names and globs."""
     scaling: Literal["lora", "rslora"] = "lora"
@@ -210,12 +152,12 @@ class Rank(Section):
 class Pruning(Section):
     """Which components go, and when; times are shares of all optimizer steps."""
 
-    policy: Annotated[str, _Drawer("policies", refuse=_only_after_training)] = "fisher"
+    policy: Annotated[str, Drawer("policies", refuse=_only_after_training)] = "fisher"
     """What scores the components: a file name in dynlora_cli/policies."""
-    start: Share = 0.25
-    """When pruning begins."""
-    end: Share = 0.5
-    """When the budget is met."""
+    start: Share | Literal["auto"] = "auto"
+    """When pruning begins; auto: after a quarter of the run, with budget auto after half of it."""
+    end: Share | Literal["auto"] = "auto"
+    """When the budget is met; auto: after half of the run, with budget auto after 0.95 of it."""
     lr_coupling: Share = 0.5
     """The learning rate is multiplied by (start parameters / alive parameters) to this power."""
     events: Literal["auto"] | Count = "auto"
@@ -223,7 +165,7 @@ class Pruning(Section):
     gauge: bool = True
     """Turn the factors of each layer into their SVD basis after each event."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
-    """With budget auto: nats that all events may add to the held-out loss; null: 0.5 %, or one standard error."""
+    """With budget auto: nats that all events may add to the held-out loss; null: 1 %, or one standard error."""
 
 
 class Train(Section):
@@ -298,6 +240,14 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random."""
 
+    @property
+    def pruning_window(self) -> tuple[float, float]:
+        """When pruning begins and ends, as shares of the run."""
+        # An open budget goes by what an event does to the loss, and only what was learned can be missed.
+        default = (0.5, 0.95) if self.rank.parsed_budget().kind == "auto" else (0.25, 0.5)
+        start, end = self.pruning.start, self.pruning.end
+        return default[0] if start == "auto" else start, default[1] if end == "auto" else end
+
     @model_validator(mode="after")
     def _no_conflicts(self) -> Recipe:
         found = list(conflicts(self))
@@ -347,10 +297,9 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         )
     if pruning.tolerance is not None and budget.kind != "auto":
         yield Conflict("pruning.tolerance", "rank.budget", "only `rank.budget: auto` measures what its events add")
-    if pruning.start >= pruning.end:
-        yield Conflict(
-            "pruning.end", "pruning.start", f"got {pruning.end}, must be above `pruning.start` ({pruning.start})"
-        )
+    start, end = recipe.pruning_window
+    if start >= end:
+        yield Conflict("pruning.end", "pruning.start", f"got {end}, must be above `pruning.start` ({start})")
 
 
 def _variant_conflicts(recipe: Recipe) -> Iterator[Conflict]:

@@ -37,7 +37,7 @@ SPINE = {
     5: "adapter_base attach batches data model stream",
     3: "adapter adapter_reader allocation brake chat_mask checkpoint compile_blocks components covariances directions dora experts fused_linear gauge gradients hira optimizers peft_kinds pool rank relative rows schedule splits stdlib_docs targets tokens "
     "weights",
-    2: "aliases budget console drawers interrupt launch model_folder progress recipe recipe_problems recipe_settings report report_card "
+    2: "aliases budget console drawers interrupt launch model_folder progress recipe recipe_problems recipe_settings recipe_types report report_card "
     "report_html report_log report_svg run_folder options console_adapter console_eval console_plan console_start gates scores strict_yaml units",
     1: "__init__ errors",
 }

@@ -80,7 +80,7 @@ def test_by_default_a_clear_rise_is_refused_and_noise_is_not():
     brake = Brake(lambda: rows([1.0]))
     before = rows(np.ones(50))
     assert not brake.allows(before, rows(np.full(50, 1.02)))[0]
-    assert brake.allows(before, rows(np.full(50, 1.004)))[0], "half a percent is nothing"
+    assert brake.allows(before, rows(np.full(50, 1.009)))[0], "less than a percent is nothing"
     noise = np.random.default_rng(1).normal(0, 0.5, 50)
     assert brake.allows(before, rows(1 + noise - noise.mean() + 0.02))[0]
 
@@ -96,6 +96,14 @@ def test_after_a_refusal_there_is_one_more_event(last: str):
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_an_open_budget_is_pruned_late(tmp_path: Path):
+    windows = {
+        settings: make_recipe(tmp_path, "pruning.start=auto", "pruning.end=auto", *settings).pruning_window
+        for settings in [(), ("rank.budget=auto",), ("rank.budget=auto", "pruning.start=0.2"), ("pruning.end=1.0",)]
+    }
+    assert list(windows.values()) == [(0.25, 0.5), (0.5, 0.95), (0.2, 0.95), (0.25, 1.0)]
 
 
 def test_an_open_budget_starts_high_and_has_a_floor():

@@ -49,8 +49,8 @@ rank:
   budget: 8
 pruning:
   policy: fisher
-  start: 0.25
-  end: 0.5
+  start: auto
+  end: auto
   lr_coupling: 0.5
   events: auto
   tolerance: null

@@ -1,0 +1,70 @@
+"""What a key of a recipe may hold: kinds of text and number, names of a drawer's files, and the strict section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError, core_schema
+
+from dynlora_cli import aliases, drawers
+from dynlora_cli.strict_yaml import show
+
+
+def whole(value: object) -> object:
+    """1e3 and 8.0 are whole numbers too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True)
+class NotForeign:
+    """Refuses a free text that other tools use for something which has another name here."""
+
+    key: str
+
+    def __call__(self, value: Any) -> Any:
+        hint = aliases.value_hint(self.key, value)
+        if hint:
+            raise ValueError(f"got {show(value)}; {hint}")
+        return value
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A text that must be a file name in a drawer, or one of `also`; `refuse` says why a file is no choice here."""
+
+    drawer: str
+    also: tuple[str, ...] = ()
+    refuse: Callable[[str], str | None] = lambda name: None  # noqa: ARG005
+
+    def choices(self) -> list[str]:
+        return [*self.also, *(name for name in drawers.names(self.drawer) if not self.refuse(name))]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(core), "enum": self.choices()}
+
+    def __call__(self, value: str) -> str:
+        if value in drawers.names(self.drawer) and (reason := self.refuse(value)):
+            raise ValueError(f"got {value}, {reason}")
+        if value not in self.choices():
+            raise PydanticCustomError("choice", "not one of the choices")
+        return value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Frozen and strict: unknown keys, wrong types and NaN are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
