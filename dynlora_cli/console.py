@@ -349,6 +349,10 @@ def _before_after(summary: dict[str, Any]) -> Table:
     first, last = summary.get("tokens_per_second_start"), summary.get("tokens_per_second_end")
     if first is not None and last is not None:
         table.add_row("tokens/s", count(first), count(last), change(first, last))
+    for key, label in (("trained_bytes", "adapter, gradient"), ("optimizer_bytes", "optimizer")):
+        if summary.get(key):
+            beside = f"beside {size(summary['base_bytes'])} of the base" if key == "trained_bytes" else ""
+            table.add_row(label, size(summary[f"{key}_start"]), size(summary[key]), beside)
     return table
 
 

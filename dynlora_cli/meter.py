@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from dynlora_cli.resident import resident_bytes
 from dynlora_cli.state import Run
 
 
@@ -51,6 +52,8 @@ def log_window(run: Run, window: Window) -> None:
     speed = statistics.median(tokens / seconds for tokens, seconds in zip(window.tokens, window.seconds, strict=True))
     progress.tokens_per_second_start = progress.tokens_per_second_start or speed
     progress.tokens_per_second_end = speed
+    held = resident_bytes(run)
+    progress.held_start, progress.held_end = progress.held_start or held, held
     metrics = {
         "loss": sum(window.losses) / len(window.losses),
         "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -60,6 +63,7 @@ def log_window(run: Run, window: Window) -> None:
         "step_seconds": statistics.median(window.seconds),
         "epoch": progress.step / run.batches.steps_per_epoch,
         "memory_bytes": memory_in_use(run.accelerator.device),
+        **held,
         "seconds": progress.seconds,
     }
     run.emit({"event": "train", **_alive(run), **metrics})

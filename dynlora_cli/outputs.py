@@ -258,6 +258,8 @@ def summarize(recipe: Recipe, training: Run, start: Start | None, folder: Path, 
         "tokens_per_second_start": progress.tokens_per_second_start,
         "tokens_per_second_end": progress.tokens_per_second_end,
         "peak_memory_bytes": _peak_memory(training.accelerator.device),
+        **(progress.held_end or {}),
+        **{f"{key}_start": value for key, value in (progress.held_start or {}).items() if key != "base_bytes"},
         "adapter": kind,
         "adapter_bytes": weights.stat().st_size if weights.is_file() else None,
     }

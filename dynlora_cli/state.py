@@ -29,6 +29,7 @@ class Progress:
         tokens: tokens seen, padding not counted.
         seconds: spent in steps, over all sessions of the run.
         tokens_per_second_start, tokens_per_second_end: median over the first and the newest line of metrics.
+        held_start, held_end: bytes of base, of what trains and of the optimizer, likewise.
         first: held-out result before training.
         last: newest held-out result.
         best: step and loss of the best evaluation after the budget was met.
@@ -42,6 +43,8 @@ class Progress:
     seconds: float = 0.0
     tokens_per_second_start: float | None = None
     tokens_per_second_end: float | None = None
+    held_start: dict[str, int] | None = None
+    held_end: dict[str, int] | None = None
     first: dict[str, float] | None = None
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None

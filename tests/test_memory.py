@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ import psutil
 import pytest
 import torch
 from pico import pico_model, rows
-from tiny_run import make_recipe
+from tiny_run import assembled, make_recipe
+from tiny_run import train as run_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli import train
@@ -21,6 +23,8 @@ from dynlora_cli.assemble import attach, keep_libraries_quiet, read_base, read_d
 from dynlora_cli.batches import Batch
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.memory import Need, _Peak, measure
+from dynlora_cli.optimizers import state_bytes
+from dynlora_cli.resident import resident_bytes
 from dynlora_cli.variants import full, lora
 
 
@@ -116,6 +120,41 @@ def test_four_bits_are_a_seventh_of_the_linear_weights(tmp_path):
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     )
     assert plain.base - small.base == pytest.approx(linear * (4 - 0.516), rel=0.01)
+
+
+# -- what a run holds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_what_trains_and_its_moments_shrink_with_the_components(optimizer, tmp_path):
+    summary, events = run_training(make_recipe(tmp_path, f"train.optimizer={optimizer}"))
+    lines = [event for event in events if event["event"] == "train"]
+    assert len({line["parameters"] for line in lines}) == 4, "before the three events, and after each"
+    for line in lines:
+        moments = state_bytes(optimizer, torch.empty(line["parameters"]))
+        assert line["trained_bytes"] == 2 * 4 * line["parameters"]
+        assert 0 <= line["optimizer_bytes"] - moments <= 2 * 4 * 256 + 4, "and the codes of both, or a counter of steps"
+        assert line["base_bytes"] == lines[0]["base_bytes"]
+    assert summary["trained_bytes_start"] == 8 * summary["parameters_start"]
+    assert summary["trained_bytes"] == 8 * summary["parameters"]
+    assert summary["optimizer_bytes"] < summary["optimizer_bytes_start"]
+
+
+STORED = {  # bytes of a layer with n weights and d outputs
+    "load_in_4bit": lambda n, d: n / 2 + n / 64 + 4 * (16 + 1 + 256 + math.ceil(n / 64 / 256)),  # codes, offset, scales
+    "load_in_8bit": lambda n, d: n + 4 * d,
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_a_quantized_base_is_counted_with_its_scales(stored, tmp_path):
+    plain, small = (assembled(make_recipe(tmp_path, f"model.{stored}={word}")) for word in ("false", "true"))
+    shapes = [module.base.weight.shape for module in plain.pool.layers.values()]
+    saved = sum(4 * d * n - STORED[stored](d * n, d) for d, n in shapes)
+    for _ in range(2):
+        assert resident_bytes(plain)["base_bytes"] - resident_bytes(small)["base_bytes"] == saved
+        for run in (plain, small):  # bitsandbytes moves scales about in the first pass
+            summed_loss(run.model, run.batches.step(0, 0)[0]).backward()
 
 
 def test_rows_that_fit():
