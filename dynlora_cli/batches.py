@@ -47,6 +47,7 @@ class Batch:
         rows: `Example.row` of each example in it.
         tokens: tokens that are not padding.
         supervised: targets.
+        places: of the targets in the flattened labels, [N]; known here, so that nobody waits for a GPU to count them.
     """
 
     inputs: dict[str, Tensor]
@@ -54,6 +55,11 @@ class Batch:
     rows: list[int]
     tokens: int
     supervised: int
+    places: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.places is None:
+            self.places = (self.labels.flatten() != IGNORED).nonzero()[:, 0]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
@@ -65,7 +71,8 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=change(self.labels))
+        assert self.places is not None
+        return replace(self, inputs=inputs, labels=change(self.labels), places=change(self.places))
 
 
 class Batches:

@@ -35,6 +35,15 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     return d_in, d_out
 
 
+def forget_input(y: Tensor) -> None:
+    """Let go of the input that bitsandbytes' 8-bit product keeps for a gradient of its weight, which nobody wants here.
+
+    It is no saved tensor of autograd's, so checkpointing would not drop it either.
+    """
+    if type(y.grad_fn).__name__ == "MatMul8bitLtBackward":
+        y.grad_fn.tensors = (None, None, None)  # type: ignore[union-attr]
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """A layer's weight as [O, I] in fp32, dequantized where it is stored in 4 or 8 bits."""
     weight: Any = module.weight
@@ -174,6 +183,7 @@ class ComponentLinear(nn.Module):
         if self._fusable(x):
             return self._watched(fused(x, self.base, a_CI, b_OC, self.scale, self.low))
         y = self.base(x)
+        forget_input(y)
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.a_CI.dtype)

@@ -20,7 +20,9 @@ def leading(matrix_MI: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     Exact where the matrix has hardly more rows or columns than that. Source: Halko et al. 2011 (arXiv 0909.4061).
     """
     wanted = min(count + OVERSAMPLED, *matrix_MI.shape)
-    with torch.random.fork_rng([matrix_MI.device] if matrix_MI.device.type == "cuda" else []):
+    device = matrix_MI.device
+    # Autocast would make its products bf16, which lose small directions, and of which CUDA has no QR.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.autocast(device.type, enabled=False):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(matrix_MI, q=wanted, niter=ITERATIONS)
     return u[:, :count], s[:count], v[:, :count]

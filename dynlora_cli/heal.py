@@ -53,6 +53,8 @@ def heal(
         num_labels=recipe.model.num_labels,
     )
     accelerator = make_accelerator(recipe, folder)
+    if recipe.train.gradient_checkpointing:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with attached(base.model, adapter) as pool, torch.enable_grad():
         if recipe.adapter.freeze_a:
             pool.freeze_a()

@@ -46,15 +46,16 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
         the model's head and hidden states [N, D] for it, or None and logits [N, V]; the targets [N]; and the line of
         the batch that each stands in [N].
     """
-    targets = batch.labels
+    targets, place_N = batch.labels, batch.places
     if targets.ndim == 1:
         return None, model(**batch.inputs).logits, targets, torch.arange(len(targets), device=targets.device)
     more = decoder_inputs(model, targets)
     if not steps_aside(model) and "logits_to_keep" in signature(model.forward).parameters:
         positions = (targets != IGNORE).any(0).nonzero()[:, 0]
         targets, more = targets[:, positions], {**more, "logits_to_keep": positions}
+        place_N = (targets.flatten() != IGNORE).nonzero()[:, 0]
     head, states = run_to_head(model, {**batch.inputs, **more})
-    place_N = (targets.flatten() != IGNORE).nonzero()[:, 0]
+    assert place_N is not None
     states_ND = states.flatten(0, 1).index_select(0, place_N)  # whose gradient is cheaper than that of a mask
     return head, states_ND, targets.flatten()[place_N], place_N // targets.shape[1]
 

@@ -154,7 +154,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         MachineError: the device cannot train in that type.
     """
     if name == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bf16 else torch.float32
     if name == "float16" and device.type == "cpu":
         raise MachineError("model.dtype: float16 does not train on a CPU", "use float32 or bfloat16")

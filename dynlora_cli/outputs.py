@@ -65,6 +65,7 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:
                 "progress": dataclasses.asdict(progress),
                 "counts": training.pool.counts if training.pool else {},
                 "parameters": training.pool.parameters if training.pool else 0,
+                "scaler": training.accelerator.scaler.state_dict() if training.accelerator.scaler else None,
             }
             averages = training.control.state_dict() if training.control else {}
             write_state(temporary, training.parameters, training.optimizer, averages, position)

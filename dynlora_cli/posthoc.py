@@ -194,13 +194,14 @@ def _observed(
     with attached(model, adapter) as pool:
         for batch in batches():
             with autocast():
-                loss = summed_loss(model, batch) / batch.supervised
-            loss.backward()
+                loss = summed_loss(model, batch)
+            loss.backward()  # of the sum: gradients of the mean would be too small for fp16
+            assert pool.values.grad is not None
+            pool.values.grad.div_(batch.supervised)
             if isinstance(averages, EntryAverages):
                 averages.observe(pool)
             else:
                 averages.observe(pool.gate_gradient_K().cpu(), batch.supervised)
-            assert pool.values.grad is not None
             pool.values.grad.zero_()
             del loss
     return averages

@@ -51,6 +51,8 @@ def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> tuple[d
         Interrupted: Ctrl-C; there is nothing to save yet.
     """
     start = [parameter.detach().clone() for parameter in run.parameters]
+    scaler = run.accelerator.scaler
+    scale = scaler.state_dict() if scaler is not None else {}
     devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
     losses: dict[float, float] = {}
     with torch.random.fork_rng(devices):  # for dropout
@@ -61,6 +63,8 @@ def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> tuple[d
             with torch.random.fork_rng(devices):
                 losses[rate] = _trial(run, rate, interrupted)
             _restore(run, start)
+            if scaler is not None:  # a trial that overflowed has lowered it
+                scaler.load_state_dict(scale)
         return losses[rate] if losses[rate] < untrained else math.inf
 
     best = FIRST

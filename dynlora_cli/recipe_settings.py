@@ -276,6 +276,9 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             if getattr(model, key):
                 text = "variant full trains the weights themselves, which a quantized base does not allow"
                 yield Conflict(f"model.{key}", "adapter.variant", text)
+        if model.dtype == "float16":
+            text = "variant full trains the weights themselves, and steps are too small for float16"
+            yield Conflict("model.dtype", "adapter.variant", text)
     yield from _variant_conflicts(recipe)
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")

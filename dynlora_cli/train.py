@@ -272,6 +272,8 @@ def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
     averages = restore(tensors, training.parameters, training.optimizer)
     if training.control:
         training.control.load_state_dict(averages)
+    if training.accelerator.scaler:
+        training.accelerator.scaler.load_state_dict(position["scaler"])
     training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))
     if training.pool:
         training.pool.stand_after(training.progress.step, training.total_steps)

@@ -99,6 +99,16 @@ def test_targets_are_aligned_with_logits_and_padding_is_masked_by_position() -> 
     assert (batch.rows, batch.tokens, batch.supervised) == ([3, 4], 6, 4)
 
 
+def test_a_batch_knows_the_places_of_its_targets() -> None:
+    made = [Example([5, 6, 7, 9], [-100, 6, -100, 9], 3), Example([8, 9], [-100, 9], 4)]
+    (batch,) = batches(made, shuffle=False).step(0, 0)
+    assert batch.places.tolist() == [0, 2, 4]
+    assert batch.labels.flatten()[batch.places].tolist() == [6, 9, 9]
+    assert batch.to(torch.device("meta")).places.device.type == "meta"
+    empty = batches(made[:1], shards=2, shard=1).step(0, 0)[0]
+    assert len(empty.places) == 0
+
+
 def test_in_order_is_for_evaluation() -> None:
     made = Batches.in_order(examples(10), micro_batch_size=4, max_length=40, pad_id=0)
     assert [rows_of(made.step(0, index)) for index in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynlora_cli import train
 from dynlora_cli.assemble import attach, keep_libraries_quiet, read_base, read_data
 from dynlora_cli.batches import Batch
+from dynlora_cli.components import forget_input
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.memory import Need, _Peak, measure
 from dynlora_cli.optimizers import state_bytes
@@ -155,6 +156,23 @@ def test_a_quantized_base_is_counted_with_its_scales(stored, tmp_path):
         assert resident_bytes(plain)["base_bytes"] - resident_bytes(small)["base_bytes"] == saved
         for run in (plain, small):  # bitsandbytes moves scales about in the first pass
             summed_loss(run.model, run.batches.step(0, 0)[0]).backward()
+
+
+def test_an_8_bit_product_keeps_no_input(tmp_path):
+    run = assembled(make_recipe(tmp_path, "model.load_in_8bit=true"))
+    base = next(iter(run.pool.layers.values())).base
+    gradients = []
+    for forget in (False, True):
+        x = torch.randn(2, 5, base.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = base(x)
+        assert y.grad_fn.tensors[2] is not None, "bitsandbytes keeps it no more: forget_input can go"
+        if forget:
+            forget_input(y)
+            assert y.grad_fn.tensors == (None, None, None)
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].norm() > 0
+    assert torch.equal(*gradients)
 
 
 def test_rows_that_fit():

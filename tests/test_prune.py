@@ -11,7 +11,7 @@ from peft_adapters import make
 from test_clients import by_peft
 from tiny_run import make_recipe, train, write_rows
 
-from dynlora_cli import drawers
+from dynlora_cli import drawers, heal
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.recipe import Recipe
 
@@ -91,6 +91,28 @@ def test_auto_is_within_the_tolerance(policy: str, trained, tmp_path: Path, dynl
     larger = [p["loss"] for p in summary["curve"] if p["parameters"] >= summary["parameters"]]
     assert max(larger) <= limit
     assert 2 <= len(summary["curve"]) <= 11, "few evaluations, each on record"
+
+
+def test_healing_saves_memory_as_the_run_did(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for setting in ("true", "false"):
+        recipe = make_recipe(tmp_path, f"train.gradient_checkpointing={setting}", out=setting)
+        train(recipe)
+        monkeypatch.setattr(heal, "fit", lambda run: found.append(run.model.is_gradient_checkpointing))
+        common = (
+            "prune",
+            "--adapter",
+            recipe.output_dir,
+            "--budget",
+            "0.5",
+            "--heal",
+            "2",
+            "--out",
+            tmp_path / f"h{setting}",
+        )
+        assert dynlora(*common).code == 0
+        monkeypatch.undo()
+    assert found == [True, False]
 
 
 def test_healing_trains_what_is_left(tmp_path: Path, dynlora: Dynlora):

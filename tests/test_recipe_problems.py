@@ -133,6 +133,7 @@ CONFLICTS = [
     (["model.load_in_4bit=true", "model.load_in_8bit=true"], "model.load_in_8bit", 1),
     (["adapter.variant=full", "model.load_in_4bit=true"], "model.load_in_4bit", 1),
     (["adapter.variant=full", "model.load_in_8bit=true"], "model.load_in_8bit", 1),
+    (["adapter.variant=full", "model.dtype=float16"], "model.dtype", 1),
     (["adapter.variant=full", "adapter.freeze_a=true"], "adapter.freeze_a", 1),
     (["adapter.variant=full", "train.lora_plus_ratio=16"], "train.lora_plus_ratio", 1),
     (["model.num_labels=2"], "model.num_labels", 0),

@@ -18,7 +18,7 @@ from dynlora_cli.allocation import in_proportion, share_out, with_counts
 from dynlora_cli.assemble import make_accelerator, read_base, read_data
 from dynlora_cli.budget import parse_budget
 from dynlora_cli.components import ComponentLinear, dense_weight
-from dynlora_cli.directions import orthonormal_rows
+from dynlora_cli.directions import leading, orthonormal_rows
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.rank import plan_start
 from dynlora_cli.starts import begin
@@ -132,6 +132,15 @@ def low_rank_inputs(model, name):
     directions = orthonormal_rows(torch.empty(0, 32), 2, seeded(4))
     model.get_submodule(name).register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ directions.T @ directions,))
     return directions
+
+
+def test_directions_are_exact_under_autocast():
+    """CUDA's autocast would hand a bf16 matrix to QR, which has none."""
+    matrix = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    plain = leading(matrix, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = leading(matrix, 3)
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
 
 
 def test_eva_spans_the_directions_of_the_inputs(folder):

@@ -46,6 +46,7 @@ class Layer(ComponentLinear):
         self.rank_factor = nn.Parameter(torch.ones((), device=base.weight.device))  # type: ignore[arg-type]
         self.before = torch.ones(())
         self.penalty_weight, self.first = weight, 0
+        self._of: Tensor | None = None
 
     def start(self, a_CI: Tensor, b_OC: Tensor, generator: torch.Generator) -> None:
         super().start(a_CI, b_OC, generator)
@@ -53,7 +54,9 @@ class Layer(ComponentLinear):
 
     def gates_C(self) -> Tensor:
         """g of the components that are left."""
-        return (self.first * self.rank_factor - self.survivors_C.to(self.rank_factor.device) - 0.5).sigmoid()
+        if self._of is not self.survivors_C:  # a copy to a GPU in every pass would wait for it
+            self._places_C, self._of = self.survivors_C.to(self.rank_factor.device), self.survivors_C
+        return (self.first * self.rank_factor - self._places_C - 0.5).sigmoid()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.a_CI, self.b_OC * self.gates_C()

@@ -42,7 +42,7 @@ class Layer(ComponentLinear):
 
     def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
         super().__init__(base, scale, dropout)
-        self.ramp = torch.zeros(())  # u
+        self.ramp = torch.zeros((), device=base.weight.device)  # type: ignore[arg-type]  # u
 
     @staticmethod
     def widths(d_in: int, d_out: int) -> tuple[int, int]:
@@ -54,7 +54,7 @@ class Layer(ComponentLinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = self.a_CI[:, : self.in_features], self.a_CI[:, : self.out_features]
-        return a, self.ramp.to(b.device) * b.T
+        return a, self.ramp * b.T
 
     def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
         return super().gate_gradient_C(a_CI, b_OC) / 2  # v stands on both sides
