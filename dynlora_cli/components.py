@@ -35,13 +35,18 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     return d_in, d_out
 
 
-def forget_input(y: Tensor) -> None:
+def forget_input(y: Tensor) -> Tensor:
     """Let go of the input that bitsandbytes' 8-bit product keeps for a gradient of its weight, which nobody wants here.
 
     It is no saved tensor of autograd's, so checkpointing would not drop it either.
     """
-    if type(y.grad_fn).__name__ == "MatMul8bitLtBackward":
-        y.grad_fn.tensors = (None, None, None)  # type: ignore[union-attr]
+    node: Any = y.grad_fn
+    name = type(node).__name__
+    if name == "MatMul8bitLtBackward":
+        node.tensors = (None, None, None)
+    elif name == "MatMul8bitFpBackward":  # on the CPU
+        node.A = None
+    return y
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -178,12 +183,11 @@ class ComponentLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         if self.count == 0:
-            return self.base(x)
+            return forget_input(self.base(x))
         a_CI, b_OC = self.factors()
         if self._fusable(x):
             return self._watched(fused(x, self.base, a_CI, b_OC, self.scale, self.low))
-        y = self.base(x)
-        forget_input(y)
+        y = forget_input(self.base(x))
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.a_CI.dtype)
