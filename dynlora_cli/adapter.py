@@ -25,6 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynlora_cli.errors import MeasureError
 from dynlora_cli.experts import ExpertSlice, fuse, parameter_of
 from dynlora_cli.pool import Pool
 from dynlora_cli.run_folder import write_json
@@ -303,8 +304,16 @@ def lora_config(
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write adapter_model.safetensors and adapter_config.json; the bytes depend on the arguments only."""
+    """Write adapter_model.safetensors and adapter_config.json; the bytes depend on the arguments only.
+
+    Raises:
+        MeasureError: a tensor is not finite.
+    """
     on_cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(tensors.items())}
+    for name, tensor in on_cpu.items():
+        if not tensor.isfinite().all():
+            hint = "lower the learning rate, or look at the adapters that went in"
+            raise MeasureError(f"{name} holds NaN or infinity; nothing was written", hint)
     # Not `save_file`, which makes files that only their owner can read.
     (folder / WEIGHTS).write_bytes(to_bytes(on_cpu, metadata={"format": "pt"}))
     write_json(folder / CONFIG, config)

@@ -66,7 +66,7 @@ def find_base(adapter: Adapter, base: str | None = None) -> Place:
         | {
             "name_or_path": base or name,
             "task": adapter.task,
-            "num_labels": len(labels) if labels else None,
+            "num_labels": None,  # `labels` tell, and a reward model of another tool has a single output
             "revision": None if base else adapter.config.get("revision"),
         }
     )

@@ -55,13 +55,18 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
         raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
     if found := _in_folder(path):
         return found
-    records = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if CHECKPOINTS not in file.parts]
+    records = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
     for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
         if found := _in_folder(file.parent):
             return found[0], f"adapter: {found[0]}, the newest below {path}"
     if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
         raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
     raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether this is a checkpoint of a run, which the run's folder speaks for."""
+    return folder.parent.name == CHECKPOINTS and folder.name.startswith("step-")
 
 
 def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
@@ -191,6 +196,10 @@ def _factors(module: str, parts: dict[str, Tensor], scales: _Scales) -> Factors:
     if a.shape[0] != b.shape[1]:
         raise UsageError(f"{scales.folder}: layer {module} has factors of rank {a.shape[0]} and {b.shape[1]}")
     magnitude = parts.get("lora_magnitude_vector")
+    if embedding and magnitude is not None:
+        raise UsageError(
+            f"{scales.folder}: {module} is a DoRA of an embedding, which is not supported", "merge it with PEFT"
+        )
     if scales.config.get("use_dora") and magnitude is None:
         raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
     return Factors(a, scale * b, scale, None if magnitude is None else magnitude.flatten(), embedding)

@@ -36,7 +36,8 @@ class AdaptedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [...] to vectors [..., I]."""
         y = self.base(ids)
-        return y + (F.embedding(ids, self.b_OC) @ self.a_CI).to(y.dtype)
+        scale = getattr(self.base, "embed_scale", 1.0)  # Gemma's tables and others multiply their rows
+        return y + (F.embedding(ids, self.b_OC) @ self.a_CI * scale).to(y.dtype)
 
 
 @contextmanager

@@ -196,6 +196,7 @@ def merge(
                 base_weights=base_weights,
                 dtype=dtype,
                 max_kl=max_kl,
+                inputs=[each.folder for each in adapters],
                 overwrite=overwrite,
                 emit=view,
             )

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,8 +92,7 @@ def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
         else:
             layers[name] = _side_by_side(parts)
             energy += layers[name].energy() ** 2
-    base = {key: value for key, value in adapters[0].record.items() if key == "base_model"}
-    together = replace(adapters[0], layers=layers, record=base, note=None)
+    together = replace(adapters[0], layers=layers, record=_record_of_base(adapters[0]), note=None)
     if (method != "exact" or way.budget) and together.parameters > wanted:
         order = Order.by_policy(together, drawers.load("policies", "magnitude"), None, None)
         if wanted < order.least:
@@ -101,6 +102,13 @@ def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
         together = order.cut(order.keep(wanted)[0])
     kept = sum(factors.energy() ** 2 for factors in together.layers.values())
     return Combined(together, min(1.0, kept / energy) if energy else 1.0)
+
+
+def _record_of_base(adapter: Adapter) -> dict[str, Any]:
+    """What is on record of the base, and of how training loaded it."""
+    kept = {key: adapter.record[key] for key in ("base_model",) if key in adapter.record}
+    options = (adapter.record.get("recipe") or {}).get("model")
+    return kept | ({"recipe": {"model": options}} if options else {})
 
 
 def check(adapters: Sequence[Adapter]) -> None:
@@ -123,7 +131,7 @@ def check(adapters: Sequence[Adapter]) -> None:
                 "merge it into its base instead: dynlora merge --adapter FOLDER --into base",
             )
     for other in adapters[1:]:
-        if _base(other) != _base(first) or other.task != first.task:
+        if not _same_base(first, other) or other.task != first.task:
             raise UsageError(
                 f"{first.folder} and {other.folder} are of different bases or tasks: "
                 f"{_base_name(first)} ({first.task}) and {_base_name(other)} ({other.task})"
@@ -142,14 +150,19 @@ def check(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _base(adapter: Adapter) -> str:
-    """What identifies the base: its fingerprint, or its name where there is none."""
-    fingerprint = (adapter.record.get("base_model") or {}).get("fingerprint") or {}
-    return fingerprint.get("sha256") or _base_name(adapter)
+def _same_base(first: Adapter, other: Adapter) -> bool:
+    """By the fingerprints of the weights, or by name where another tool's adapter has none."""
+    one, two = ((each.record.get("base_model") or {}).get("fingerprint") or {} for each in (first, other))
+    shared = [key for key in ("sha256", "sampled_sha256") if key in one and key in two]
+    if shared:
+        return all(one[key] == two[key] for key in shared)
+    return _base_name(first) == _base_name(other)
 
 
 def _base_name(adapter: Adapter) -> str:
-    return str(adapter.config.get("base_model_name_or_path"))
+    """The base's name on the hub, or its folder."""
+    name = str(adapter.config.get("base_model_name_or_path"))
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 
 def _side_by_side(parts: Sequence[tuple[float, Factors]]) -> Factors:
@@ -172,7 +185,7 @@ def _ties(parts: Sequence[tuple[float, Factors]], density: float) -> Tensor:
     sign = sum(weight * delta for weight, delta in trimmed).sign()  # type: ignore[union-attr]
     total, agreeing = torch.zeros_like(sign), torch.zeros_like(sign)
     for weight, delta in trimmed:
-        agrees = (delta.sign() == sign) & (delta != 0)
+        agrees = ((weight * delta).sign() == sign) & (delta != 0)
         total += torch.where(agrees, weight * delta, 0.0)
         agreeing += torch.where(agrees, abs(weight), 0.0)
     return total / agreeing.clamp_min(torch.finfo(total.dtype).tiny)

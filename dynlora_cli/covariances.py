@@ -106,7 +106,7 @@ def turn(a_CI: Tensor, b_OC: Tensor, inputs_CC: Tensor, outputs_CC: Tensor) -> t
     root_p, inverse_p = _roots(outputs_CC)
     u, s, vh = torch.linalg.svd(root_p @ root_g)
     rows, columns = vh @ inverse_g @ a, b @ inverse_p @ (u * s)
-    length = a.norm(dim=1).mean() / rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
+    length = (a.norm(dim=1).mean() or 1.0) / rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
     return (rows * length[:, None]).to(a_CI.dtype), (columns / length).to(b_OC.dtype), s.square()
 
 

@@ -67,6 +67,7 @@ def run(
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
     place = _base(adapter, base_name, exporter, emit)
+    run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
     job = _job(adapter, place, outtype)
     with run_folder.whole_folder(out) as folder:
         facts = exporter.write(job, folder)

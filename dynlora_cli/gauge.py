@@ -91,7 +91,7 @@ def svd_factors(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
     q_a, r_a = torch.linalg.qr(a.T)
     q_b, r_b = torch.linalg.qr(b)
     u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    c = a.norm(dim=1).mean()
+    c = a.norm(dim=1).mean() or 1.0  # of factors that are all zero any size will do
     return (c * vh @ q_a.T).to(a_CI.dtype), (q_b @ u * (sigma / c)).to(b_OC.dtype)
 
 

@@ -41,6 +41,7 @@ def into_base(
     base_weights: str = "original",
     dtype: str = "keep",
     max_kl: float = MAX_KL,
+    inputs: Sequence[Path] = (),
     overwrite: bool = False,
     emit: Emit = lambda event: None,  # noqa: ARG005
 ) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def into_base(
             as they were before, or as training saw them.
         dtype: keep | float32 | bfloat16 | float16, of the merged model.
         max_kl: nats per token; above it nothing is left.
+        inputs: folders of the adapters that it was combined from.
         overwrite: replace an earlier merge.
         emit: takes notes.
 
@@ -67,6 +69,7 @@ def into_base(
     out = out or adapter.folder / "merged"
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     place = find_base(adapter, base_name)
+    run_folder.refuse_inputs(out, [adapter.folder, *inputs, place.folder])
     number = DTYPES.get(dtype)
     quantized = _quantized_base(adapter, place, base_weights, emit)
     if base_weights == "dequantized":
@@ -192,6 +195,7 @@ def into_adapter(adapters: Sequence[Adapter], out: Path, way: Way, *, overwrite:
     """
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    run_folder.refuse_inputs(out, [adapter.folder for adapter in adapters])
     combined = combine(adapters, way)
     adapter = combined.adapter
     summary = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import platform
 import shutil
 import time
@@ -23,6 +24,8 @@ from dynlora_cli.report import write_card, write_report
 from dynlora_cli.state import Run
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from dynlora_cli.rank import Start
     from dynlora_cli.recipe import Recipe
 
@@ -169,7 +172,7 @@ def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: S
             "labels": data.labels,
             "sha256": data.sha256,
         },
-        "tokenizer_sha256": _sha256(base.tokenizer.backend_tokenizer.to_str()),
+        "tokenizer_sha256": _sha256(_tokenizer_text(base.tokenizer)),
         "chat_template_sha256": _sha256(str(template)) if template else None,
         "versions": {
             "python": platform.python_version(),
@@ -264,6 +267,12 @@ def summarize(recipe: Recipe, training: Run, start: Start | None, folder: Path, 
         "adapter": kind,
         "adapter_bytes": weights.stat().st_size if weights.is_file() else None,
     }
+
+
+def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer does, as text; of one in Python, such as ByT5's, the vocabulary alone."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
 def _sha256(text: str) -> str:

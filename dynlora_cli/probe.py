@@ -94,6 +94,8 @@ def agreement(reference: list[Tensor], found: list[Tensor], rows: list[Tensor]) 
     for before, after, row in zip(reference, found, rows, strict=True):
         width = min(before.shape[-1], after.shape[-1])  # an export may pad the vocabulary
         before, after = before[:, :width], after[:, :width]
+        if width == 1:  # a reward: the logit of one choice against another
+            before, after = (F.pad(logits, (0, 1)) for logits in (before, after))
         log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
         kl += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
         worst = max(worst, (before - after).abs().max().item())

@@ -70,8 +70,7 @@ def run(
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     scorer = drawers.load("policies", policy)
     adapter = read_adapter(path, base_name)
-    if out.resolve() == adapter.folder.resolve():
-        raise UsageError(f"--out {out} is the adapter itself, which is never changed", "choose another folder")
+    run_folder.refuse_inputs(out, [adapter.folder, *([data] if data else [])])
     if adapter.experts:
         raise UsageError(
             f"{adapter.folder} has components for each expert, which are pruned in training only",

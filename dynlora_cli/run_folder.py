@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,21 @@ def refuse_occupied(folder: Path, *, overwrite: bool, option: str = "--output-di
             )
 
 
+def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
+    """Check that nothing that is read lies in the folder that is to be replaced.
+
+    Raises:
+        UsageError: one of them is that folder, or below it.
+    """
+    target = out.resolve()
+    for source in inputs:
+        if target in (source.resolve(), *source.resolve().parents):
+            raise UsageError(
+                f"--out {out} would replace {source}, which is read and never changed",
+                "choose another folder with --out",
+            )
+
+
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer and its chat template, if `source` has one; whether it has."""
     if not (source / "tokenizer_config.json").is_file():
@@ -79,8 +94,8 @@ def claim(folder: Path, *, overwrite: bool) -> None:
         UsageError: something is there that may not be replaced.
     """
     refuse_occupied(folder, overwrite=overwrite)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # an old one stays: it may be a link, or a volume of a container
+    _empty(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,8 +112,14 @@ def write_json(path: Path, data: Any) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its place if the block succeeds, and vanishes if it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Yield an empty folder beside `path` that takes its place if the block succeeds, and vanishes if it does not.
+
+    Where that place cannot be taken (a volume of a container, the current folder, a parent that is another's), it lies
+    inside, and what it holds moves up.
+    """
+    path = path.resolve()
+    fixed = path.is_dir() and (path.is_mount() or path == Path.cwd() or not os.access(path.parent, os.W_OK))
+    temporary = (path if fixed else path.parent) / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -106,12 +127,28 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise UsageError(f"{path} cannot be made: {path.parent} takes no folders", "choose another place") from None
     try:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
+        if fixed:
+            _empty(path, but=temporary)
+            for made in temporary.iterdir():
+                made.rename(path / made.name)
+            temporary.rmdir()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _empty(folder: Path, but: Path | None = None) -> None:
+    """Remove what a folder holds."""
+    for entry in folder.iterdir():
+        if entry == but:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

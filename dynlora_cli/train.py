@@ -95,12 +95,12 @@ def run(
     training = make_run(recipe, accelerator, base, data, pool, start, save=save)
     # Dropout is the one thing that differs between processes.
     torch.manual_seed(recipe.seed + accelerator.process_index)
+    record = outputs.start_record(recipe, training, base, data, start)
     if begins and accelerator.is_main_process:
         run_folder.claim(folder, overwrite=overwrite)
     if checkpoint:
         _go_back_to(checkpoint, training, folder)
     with _log(training, folder, listener):
-        record = outputs.start_record(recipe, training, base, data, start)
         outputs.write_record(folder, record, training)
         training.emit(outputs.start_event(recipe, training, base, data, start))
         if checkpoint:
@@ -259,7 +259,8 @@ def _same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
     before, (model, _) = run_folder.read_record(folder), find_model(recipe.model)
     if before["data"]["sha256"] != data.sha256:
         raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
-    if before["base_model"]["fingerprint"]["sha256"] != fingerprint(model)["sha256"]:
+    recorded, now = before["base_model"]["fingerprint"], fingerprint(model)
+    if any(recorded.get(key) != now[key] for key in ("sha256", "sampled_sha256")):
         raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
 
 

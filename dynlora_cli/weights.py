@@ -201,7 +201,7 @@ def write_like(
                     _copy(source, target, item.size)
                 total += item.size
         placed |= dict.fromkeys(names.values(), file.name)
-    if len(files) > 1:
+    if [file.name for file in files] != [SINGLE]:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
     return total
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -26,6 +27,7 @@ BASES: dict[str, Any] = {
     "llama": LlamaConfig(**LLAMA),
     "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "gemma": Gemma3TextConfig(**LLAMA, head_dim=8, tie_word_embeddings=True, sliding_window=32),
     "mixtral": MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "bert": BertConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -53,6 +55,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("llama", {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"q_proj": 2}}),
     "tied": ("llama-tied", {"target_modules": ["q_proj", "lm_head"]}),
     "embedding": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "scaled-embedding": ("gemma", {"target_modules": ["q_proj", "embed_tokens"]}),
     "whole-head": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d-dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
