@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import Dynlora, contents
-from peft import AdaLoraConfig, get_peft_model
-from peft_adapters import base_model, load, make
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft_adapters import base_model, ids, load, make
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from dynlora_cli.adapter_reader import find_adapter, read_adapter
 from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.probe import agreement
 
 
 @pytest.fixture
@@ -152,6 +154,37 @@ def test_the_newest_run_below_a_folder_is_found_and_named(tmp_path: Path, adapte
     assert note is not None
     assert str(folder) in note
     assert str(folder) in dynlora("inspect", "--adapter", tmp_path / "out").err
+
+
+@pytest.mark.parametrize("below", ["checkpoints", "checkpoints/run", "a/checkpoints/checkpoint-500"])
+def test_any_folder_may_be_called_checkpoints(below: str, tmp_path: Path, adapter: Path):
+    shutil.copytree(adapter, tmp_path / "data" / below / "it")
+    for start in ("data", "data/" + below.split("/")[0]):
+        assert find_adapter(tmp_path / start)[0] == tmp_path / "data" / below / "it"
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_dora_of_an_embedding_is_named_and_refused(tmp_path: Path, dynlora: Dynlora):
+    config = LoraConfig(target_modules=["embed_tokens"], use_dora=True)
+    get_peft_model(load(base_model("llama", tmp_path)), config).save_pretrained(tmp_path / "dora")
+    answer = dynlora("merge", "--adapter", tmp_path / "dora")
+    assert answer.code == 2
+    assert "DoRA of an embedding" in answer.err
+
+
+def test_a_reward_model_has_one_output(tmp_path: Path, dynlora: Dynlora):
+    base = base_model("bert", tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "reward")
+    answer = dynlora("merge", "--adapter", tmp_path / "reward", "--json")
+    assert answer.code == 0, answer.err
+    assert 0 <= answer.json["check"]["kl"] < 1e-6
+    with torch.no_grad():
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward" / "merged")
+        torch.testing.assert_close(merged(ids()).logits, model.eval()(ids()).logits, atol=1e-4, rtol=1e-4)
+    one, other = ([torch.full((1, 1), value)] for value in (0.0, 5.0))
+    assert agreement(one, other, [ids()[:1, :3]]).kl > 1, "a single logit can differ"
 
 
 def test_an_unfinished_run_gives_its_best_and_then_its_last_checkpoint(tmp_path: Path, adapter: Path):

@@ -9,6 +9,7 @@ import peft_adapters
 import pytest
 import torch
 from peft_adapters import KINDS, ids, make, peft_logits
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
 from dynlora_cli.adapter import save
@@ -108,6 +109,18 @@ def test_shards_and_types_stay_as_they_were(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(ids()).logits, peft_logits(base, folder), atol=1e-4, rtol=1e-4)
+
+
+def test_one_shard_with_an_index(tmp_path, dynlora):
+    base, adapter = make("lora", tmp_path)
+    name = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(base / name), name)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    answer = dynlora("merge", "--adapter", adapter, "--out", tmp_path / "merged")
+    assert answer.code == 0, answer.err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids()).logits, peft_logits(base, adapter), atol=1e-4, rtol=1e-4)
 
 
 def test_experts_kept_together_in_memory_and_apart_on_disk(tmp_path):

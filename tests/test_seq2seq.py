@@ -11,7 +11,7 @@ import torch
 from data_helpers import CHATML, byte_tokenizer, dataset
 from tiny_architectures import write_model
 from tiny_run import make_recipe, train
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 from dynlora_cli import evaluate, prune
 from dynlora_cli import train as train_command
@@ -157,3 +157,15 @@ def test_the_plan_of_a_run(tmp_path: Path):
     plan = train_command.plan(make_recipe(tmp_path, f"model.task={TASK}", kind="t5"))
     assert len(plan["modules"]) == 32
     assert plan["memory"]["length"] > 0
+
+
+def test_a_tokenizer_written_in_python(tmp_path: Path):
+    """ByT5's has no backend whose text could be kept."""
+    sizes: dict[str, Any] = {"vocab_size": 384, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "byt5")
+    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
+    recipe = make_recipe(tmp_path, f"model.name_or_path={tmp_path / 'byt5'}", f"model.task={TASK}", "train.max_steps=3")
+    summary, _ = train(recipe)
+    assert summary["ok"]
+    record = json.loads((tmp_path / "out" / "dynlora.json").read_text())
+    assert len(record["tokenizer_sha256"]) == 64
