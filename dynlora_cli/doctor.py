@@ -122,7 +122,7 @@ def _devices(*, with_bitsandbytes: bool) -> Iterator[Finding]:
             "machine", "torch", "cannot be imported", _first_line(error), "pip install --force-reinstall torch"
         )
         return
-    yield Finding("machine", "cpu", f"{os.cpu_count()} cores, {_memory()}")
+    yield _cpu()
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))
@@ -141,16 +141,17 @@ def _devices(*, with_bitsandbytes: bool) -> Iterator[Finding]:
         yield from (_four_bits(device) for device in devices)
 
 
-def _memory() -> str:
-    """Free memory of the machine; the package that tells it may be what is broken."""
+def _cpu() -> Finding:
     from dynlora_cli.units import size
 
+    cores = f"{os.cpu_count()} cores"
     try:
         import psutil
-    except (ImportError, OSError):
-        return "memory unknown: psutil cannot be imported"
+    except (ImportError, OSError) as error:
+        hint = "pip install --force-reinstall psutil"
+        return Finding("machine", "cpu", f"{cores}, memory unknown", f"no psutil: {_first_line(error)}", hint)
     memory = psutil.virtual_memory()
-    return f"{size(memory.available)} of {size(memory.total)} free"
+    return Finding("machine", "cpu", f"{cores}, {size(memory.available)} of {size(memory.total)} free")
 
 
 def _gpu(index: int) -> Finding:
