@@ -52,7 +52,7 @@ class Options:
     Attributes:
         base: folder or hub id of the base model, in place of the one on record.
         with_base: measure the base model too.
-        max_samples: rows at most; None: as the recipe says.
+        max_samples: rows at most; None: as the recipe says of its own rows, and all of a file.
         generate: prompts to answer; 0: none; None: 32 where there are prompts and the packages for it.
         samples: generated answers to show.
         tasks: of lm-evaluation-harness: names, or paths of task files.
