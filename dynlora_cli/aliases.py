@@ -135,7 +135,7 @@ lora_modules_to_save              axolotl        -only a classifier head is trai
 lora_parameters.keys              mlx-lm         adapter.target_modules
 lora_parameters.rank              mlx-lm         rank.budget
 lora_parameters.alpha             mlx-lm         adapter.alpha
-lora_parameters.scale             mlx-lm         adapter.alpha; the scale is alpha / sqrt(r)
+lora_parameters.scale             mlx-lm         adapter.alpha; the scale is alpha / r
 lora_parameters.dropout           mlx-lm         adapter.dropout
 init_lora_weights                 PEFT           adapter.init_weights
 peft_init_lora_weights            axolotl        adapter.init_weights

@@ -91,11 +91,16 @@ def read_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
         seed=recipe.seed,
         max_length=context,
         num_labels=recipe.model.num_labels,
-        sizing=SIZING_ROWS if recipe.rank.parsed_budget().kind == "auto" else 0,
+        sizing=sizing_rows(recipe),
     )
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
     return tokenizer, data
+
+
+def sizing_rows(recipe: Recipe) -> int:
+    """How many training rows are held out to choose the rank by."""
+    return SIZING_ROWS if recipe.rank.parsed_budget().kind == "auto" else 0
 
 
 def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:

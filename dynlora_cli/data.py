@@ -12,14 +12,14 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import drawers
 from dynlora_cli.errors import DataError, UsageError
-from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns
+from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
 from dynlora_cli.splits import Kept, label_names, note_shared, number_labels, split
 from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located, decode
@@ -187,7 +187,9 @@ def _renamed(row: Row, columns: dict[str, str], place: str) -> Row:
 
 def _located(form: ModuleType, place: str, row: Row, has_template: bool) -> Located:
     try:
-        return Located(place, form.to_example(row, has_template=has_template))
+        example = form.to_example(row, has_template=has_template)
+        refuse_half_characters([getattr(example, field.name) for field in fields(example)])
+        return Located(place, example)
     except BadRowError as error:
         hint = f"columns found: {', '.join(map(str, row))}; a {_name(form)} row has {form.COLUMNS}"
         raise DataError(f"{place}: {error}", hint) from error
@@ -268,7 +270,7 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
         cut_answer = any(label != IGNORED for label in draft.labels[limit:])
     types = array("i", draft.types) if draft.types else None
     example = Example(array("i", draft.ids[:limit]), labels, number, types, reader.encoder.decoded)
-    if not example.supervised():
+    if not example.supervised() or not example.input_ids:  # no model reads an empty text
         return None
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
     return Kept(example, prompt, draft.label, truncated, cut_answer)
@@ -293,7 +295,8 @@ def _check_supervised(counts: dict[str, dict[str, int]], limit: int, notes: list
     train = counts["train"]
     if not train["supervised"]:
         raise DataError(
-            f"dataset.train: no token left to learn from ({train['dropped']} rows dropped: overlong, or no answer)",
+            f"dataset.train: no token left to learn from ({train['dropped']} rows dropped: "
+            "overlong, empty, or no answer)",
             f"raise dataset.max_length (now {limit}), or look at dataset.train_on and dataset.overlong",
         )
     if train["supervised"] < 0.01 * train["tokens"] and train["supervised"] != train["rows"]:
@@ -302,7 +305,8 @@ def _check_supervised(counts: dict[str, dict[str, int]], limit: int, notes: list
         if count["cut_answers"]:
             notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
         if count["dropped"]:
-            notes.append(f"{part}: {count['dropped']} rows dropped: overlong, or no token to learn from within {limit}")
+            lost = "overlong, empty, or no token to learn from"
+            notes.append(f"{part}: {count['dropped']} rows dropped: {lost} within {limit}")
 
 
 def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:

@@ -122,13 +122,7 @@ def _devices(*, with_bitsandbytes: bool) -> Iterator[Finding]:
             "machine", "torch", "cannot be imported", _first_line(error), "pip install --force-reinstall torch"
         )
         return
-    import psutil
-
-    from dynlora_cli.units import size
-
-    memory = psutil.virtual_memory()
-    found = f"{os.cpu_count()} cores, {size(memory.available)} of {size(memory.total)} free"
-    yield Finding("machine", "cpu", found)
+    yield _cpu()
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))
@@ -145,6 +139,19 @@ def _devices(*, with_bitsandbytes: bool) -> Iterator[Finding]:
         yield Finding("machine", "gpu", "none; runs go to the CPU")
     if with_bitsandbytes:
         yield from (_four_bits(device) for device in devices)
+
+
+def _cpu() -> Finding:
+    from dynlora_cli.units import size
+
+    cores = f"{os.cpu_count()} cores"
+    try:
+        import psutil
+    except (ImportError, OSError) as error:
+        hint = "pip install --force-reinstall psutil"
+        return Finding("machine", "cpu", f"{cores}, memory unknown", f"no psutil: {_first_line(error)}", hint)
+    memory = psutil.virtual_memory()
+    return Finding("machine", "cpu", f"{cores}, {size(memory.available)} of {size(memory.total)} free")
 
 
 def _gpu(index: int) -> Finding:
@@ -191,18 +198,27 @@ def _four_bits(device: torch.device) -> Finding:
 
 
 def _disks() -> Iterator[Finding]:
-    from huggingface_hub.constants import HF_HUB_CACHE
+    yield _disk("current folder", Path.cwd())
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except (ImportError, OSError) as error:
+        hint = "pip install --force-reinstall huggingface_hub"
+        yield Finding("machine", "models' cache", "huggingface_hub cannot be imported", _first_line(error), hint)
+    else:
+        yield _disk("models' cache", Path(HF_HUB_CACHE))
 
+
+def _disk(name: str, path: Path) -> Finding:
+    """A folder, or where it will be, and the space that it has."""
     from dynlora_cli.units import size
 
-    for name, path in (("current folder", Path.cwd()), ("models' cache", Path(HF_HUB_CACHE))):
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
-        fault = f"less than {size(LEAST_DISK)} free" if free < LEAST_DISK else None
-        if not os.access(there, os.W_OK):
-            fault = "cannot be written to"
-        hint = "free some space, or use another folder" if fault else None
-        yield Finding("machine", name, f"{path}, {size(free)} free", fault, hint)
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    fault = f"less than {size(LEAST_DISK)} free" if free < LEAST_DISK else None
+    if not os.access(there, os.W_OK):
+        fault = "cannot be written to"
+    hint = "free some space, or use another folder" if fault else None
+    return Finding("machine", name, f"{path}, {size(free)} free", fault, hint)
 
 
 def _settings() -> Iterator[Finding]:

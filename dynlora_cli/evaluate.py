@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from dynlora_cli import generation
 from dynlora_cli.adapter_base import Place, find_base
@@ -30,7 +31,7 @@ from dynlora_cli.held_out import (
     read_tokenizer,
 )
 from dynlora_cli.loss import row_sums
-from dynlora_cli.model import Base, context_length
+from dynlora_cli.model import Base, context_length, resolve_dtype
 from dynlora_cli.scores import RowSums, classification, confusion
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from dynlora_cli.adapter import Adapter
     from dynlora_cli.generation import Prompt
 
+ONE_BASE = "evaluate them one by one; only numbers on one base compare"
 PROMPTS = 32  # that answers are generated for, where nobody says how many
 Tell = Callable[[str], None]
 
@@ -50,7 +52,7 @@ class Options:
     Attributes:
         base: folder or hub id of the base model, in place of the one on record.
         with_base: measure the base model too.
-        max_samples: rows at most; None: as the recipe says.
+        max_samples: rows at most; None: as the recipe says of its own rows, and all of a file.
         generate: prompts to answer; 0: none; None: 32 where there are prompts and the packages for it.
         samples: generated answers to show.
         tasks: of lm-evaluation-harness: names, or paths of task files.
@@ -132,7 +134,7 @@ def _one_base(adapters: Sequence[Adapter], base: str | None) -> Place:
     """The base model that all adapters share.
 
     Raises:
-        UsageError: they do not, or they are for different tasks or classes.
+        UsageError: they do not, or its weights are stored otherwise, or they are for different tasks or classes.
     """
     places = [find_base(adapter, base) for adapter in adapters]
     first = places[0]
@@ -141,7 +143,12 @@ def _one_base(adapters: Sequence[Adapter], base: str | None) -> Place:
             raise UsageError(
                 f"the adapters belong to different base models: {adapters[0].folder} to {first.folder}, "
                 f"{adapter.folder} to {place.folder}",
-                "evaluate them one by one; only numbers on one base compare",
+                ONE_BASE,
+            )
+        if adapter.record and (differing := _stored_otherwise(first, place)):
+            raise UsageError(
+                f"{adapters[0].folder} and {adapter.folder} were not trained on the same base model: {differing}",
+                ONE_BASE,
             )
         if (adapter.task, place.labels) != (adapters[0].task, first.labels):
             raise UsageError(
@@ -150,6 +157,26 @@ def _one_base(adapters: Sequence[Adapter], base: str | None) -> Place:
                 "evaluate them one by one",
             )
     return first
+
+
+def _stored_otherwise(one: Place, other: Place) -> str:
+    """In what the weights of two bases differ in memory, as a sentence; empty: in nothing.
+
+    Another tool's adapter does not say how its base was stored, so it may be measured on any.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first, second = _stored(one, device), _stored(other, device)
+    keys = [key for key in first if second.get(key, first[key]) != first[key]]
+    return ", ".join(f"{key} is {first[key]} for the first and {second[key]} for the second" for key in keys)
+
+
+def _stored(place: Place, device: torch.device) -> dict[str, str]:
+    options = place.options
+    names = ["load_in_4bit", "load_in_8bit"]
+    if options.load_in_4bit:
+        names += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
+    dtype = str(resolve_dtype(options.dtype, device)).removeprefix("torch.")
+    return {"model.dtype": dtype} | {f"model.{name}": str(getattr(options, name)).lower() for name in names}
 
 
 def _question(adapter: Adapter, place: Place) -> str:

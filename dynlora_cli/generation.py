@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,7 @@ def generate(
     two = bool(model.config.is_encoder_decoder)
     if two and context is not None:
         longest, context = min(longest, context), None
+    start = _start(model)
     for room, numbers in _batches(prompts, longest, batch_size, context):
         width = max(len(prompts[number].ids) for number in numbers)
         ids = torch.full((len(numbers), width), int(tokenizer.pad_token_id))  # [B, T]
@@ -139,11 +141,12 @@ def generate(
             ids[line, place] = prompt
             mask[line, place] = 1
         write: Any = model.generate
-        written = write(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=_greedy(room, ends, int(tokenizer.pad_token_id), _start(model)),
-        )
+        with _without_own_wishes(model):
+            written = write(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=_greedy(room, ends, int(tokenizer.pad_token_id), start),
+            )
         for line, number in enumerate(numbers):
             answer = itertools.takewhile(lambda token: token not in ends, written[line, 1 if two else width :].tolist())
             answers[number] = _text(tokenizer, list(answer))
@@ -159,17 +162,28 @@ def _own_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set
 
 def _start(model: PreTrainedModel) -> int | None:
     """The token that a decoder begins with."""
-    return getattr(model.config, "decoder_start_token_id", None) if model.config.is_encoder_decoder else None
+    if not model.config.is_encoder_decoder:
+        return None
+    start = getattr(model.config, "decoder_start_token_id", None)
+    return getattr(model.generation_config, "decoder_start_token_id", None) if start is None else start
+
+
+@contextmanager
+def _without_own_wishes(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's generation config, from which `generate` takes all that ours leaves open, as forced tokens."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _greedy(room: int, ends: set[int], pad_id: int, start_id: int | None) -> GenerationConfig:
-    """Greedy, with a cache, and without anything that a model's own generation config may ask for."""
+    """Greedy, with a cache."""
     return GenerationConfig(
         max_new_tokens=room,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         use_cache=True,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad_id,

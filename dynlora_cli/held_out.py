@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynlora_cli import drawers
 from dynlora_cli.adapter_base import Place
-from dynlora_cli.assemble import keep_libraries_quiet
+from dynlora_cli.assemble import keep_libraries_quiet, sizing_rows
 from dynlora_cli.batches import Batch, Batches
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer
-from dynlora_cli.recipe import Dataset, Recipe, load_recipe
+from dynlora_cli.recipe import Dataset, Recipe, Source, load_recipe
+from dynlora_cli.rows import tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +96,7 @@ def held_out_rows(
         place: its base; no row may be longer than its context.
         tokenizer: makes the tokens; a recipe's `chat_template` is set on it.
         data: a recipe, whose held-out rows are taken, or a file, all of whose rows are; None: the run's own.
-        max_samples: at most so many; None: as the recipe says.
+        max_samples: at most so many; None: as the recipe says of its own rows, and all of a file.
 
     Raises:
         UsageError: no rows are known, none are held out, or they cannot be read.
@@ -107,19 +109,20 @@ def held_out_rows(
         )
     is_file = data is not None and data.suffix.lower() not in RECIPES
     recipe = load_recipe(data) if data is not None and not is_file else own
+    notes: list[str] = []
     settings: dict[str, Any] = {} if recipe is None else recipe.dataset.model_dump()
     if is_file:
-        assert data is not None
-        settings |= {"train": [{"path": str(data)}], "val": [], "val_size": 0.0, "packing": False}
-    limit = context_length(place.folder)
+        train = _as_trained(Source(path=str(data)), own, notes)
+        settings |= {"train": [train.model_dump()], "val": [], "val_size": 0.0, "packing": False}
     read = load_data(
         Dataset.model_validate(settings),
         tokenizer,
         task=adapter.task,
         seed=recipe.seed if recipe else 0,
-        max_length=limit,
+        max_length=context_length(place.folder),
         num_labels=len(place.labels) if place.labels else None,
         labels=place.labels,  # never found in these rows, whose order of classes may be another
+        sizing=sizing_rows(recipe) if recipe and not is_file else 0,  # as in training, or the hash would be another
     )
     examples = read.train if is_file else read.val
     if not examples:
@@ -128,10 +131,10 @@ def held_out_rows(
             "name rows with --data FILE, all of which are used",
         )
     recorded = adapter.record.get("data") or {}
-    notes = list(read.notes)
+    notes += read.notes
     if data is None and recorded.get("sha256") != read.sha256:
         notes.append("the rows, or how they are read, have changed since training: some may have been trained on")
-    most = max_samples or (recipe.eval.max_samples if recipe else None)
+    most = max_samples or (recipe.eval.max_samples if recipe and not is_file else None)
     return Rows(
         examples=examples[:most],
         source=str(data) if is_file else f"held-out rows of {data or adapter.name}",
@@ -143,6 +146,23 @@ def held_out_rows(
         forms=read.forms,
         is_file=is_file,
     )
+
+
+def _as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:
+    """A file to be read as the training rows were: their columns and format, where all have the same and these fit."""
+    ways = [] if own is None else [(source.columns, source.format) for source in own.dataset.train]
+    if not ways or any(way != ways[0] for way in ways) or ways[0] == (file.columns, file.format):
+        return file
+    columns, form = ways[0]
+    there = set.intersection(*(set(next(table.read())[1]) for table in tables(file, [], held_out=False)))
+    if columns and there.issuperset(columns.values()):
+        there |= set(columns)
+        named = ", ".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+        notes.append(f"{file.path}: columns as in training: {named}")
+    else:
+        columns = {}
+    fits = form != "auto" and drawers.load("formats", form).matches(there)
+    return file.model_copy(update={"columns": columns, "format": form if fits else "auto"})
 
 
 def precision_of(base: Base) -> Callable[[], AbstractContextManager[Any]]:

@@ -8,13 +8,14 @@ import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.model_folder import find_model
@@ -128,7 +129,28 @@ def load_structure(
 def context_length(folder: Path) -> int | None:
     """The longest input a model knows, in tokens; None where its config does not say."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    return positions - _kept_for_padding(folder, positions) if positions else None
+
+
+@lru_cache(maxsize=8)
+def _kept_for_padding(folder: Path, positions: int) -> int:
+    """Rows of a table of positions that no token of a text gets.
+
+    RoBERTa and its kin number positions from the row after that of padding on, and their config counts all rows. Such
+    a table has a row for padding; BERT's has none. Only masked language models are like that: no others are built.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+            return 0
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+    except Exception:  # whatever is wrong with the folder is told when the model is loaded
+        return 0
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = (table.padding_idx for table in tables if table.weight.shape[0] == positions)
+    return next((row + 1 for row in padding if row is not None), 0)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

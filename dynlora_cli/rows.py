@@ -228,9 +228,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", {name: _unfilled(value) for name, value in row.items()}
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not a valid Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _unfilled(value: Any) -> Any:
+    """A column's value without the nulls that Arrow puts in objects for the keys that only other rows have.
+
+    A chat template would write them out, such as arguments that a tool was never called with.
+    """
+    if isinstance(value, dict):
+        return {key: _unfilled(part) for key, part in value.items() if part is not None}
+    return [_unfilled(part) for part in value] if isinstance(value, list) else value
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, Row]]:
@@ -265,13 +275,25 @@ def _hub(source: Source) -> Table:
             f"nor reachable{offline}",
             f"check the name, or download it first: hf download --repo-type dataset {source.path}",
         ) from error
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise DataError(
+            f"dataset {called}: it is read by a Python script of its own, which `datasets` no longer runs",
+            "most have a copy in Parquet, to be named as a folder: hf download --repo-type dataset "
+            f"--revision refs/convert/parquet --local-dir FOLDER {source.path}",
+        ) from error
     except ValueError as error:  # unknown split or configuration: the library lists what there is
         raise DataError(f"dataset {called}, split {source.split!r}: {error}") from error
     if len(data) == 0:
         raise DataError(f"dataset {called}, split {source.split!r}: no rows")
     classes = {name: kind for name, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)}
+    # Objects that are stored as JSON have no keys but their own: a null there is meant.
+    filled = {name for name, kind in data.features.items() if "Json(" not in repr(kind)}
 
-    def named(row: Row) -> Row:
-        return row | {name: kind.int2str(row[name]) for name, kind in classes.items() if (row[name] or 0) >= 0}
+    def read(row: Row) -> Row:
+        given = {name: row[name] for name in classes if row[name] is not None and row[name] >= 0}
+        whole = {name: _unfilled(value) if name in filled else value for name, value in row.items()}
+        return whole | {name: classes[name].int2str(number) for name, number in given.items()}
 
-    return Table(called, lambda: _numbered(called, map(named, data)))
+    return Table(called, lambda: _numbered(called, map(read, data)))

@@ -67,6 +67,9 @@ def run(
         raise UsageError(f"{recipe} exists", "choose another name with --out, or add --overwrite")
     if recipe.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--out {recipe}: a recipe's name ends in .yaml", f"for example --out {recipe}.yaml")
+    for name, what, example in ((data, "DATA", "rows.jsonl"), (model, "--model", "builtin:tiny")):
+        if not name:
+            raise UsageError(f"{what} is empty", f"name it, such as {example}")
     if model.startswith(("builtin:", ".", "/", "~")) or Path(model).is_dir():
         find_model(Model(name_or_path=model))
     source = Source(path=data, columns=dict(columns or {}))
@@ -114,7 +117,7 @@ def _looked_at(source: Source, notes: list[str]) -> tuple[str, str, int]:
         if missing:
             raise UsageError(f"--columns: {place} has no {missing[0]!r}", f"columns there: {', '.join(first)}")
         found.setdefault(_fit(place, {*first, *source.columns}), table.name)
-        count += 1 + sum(1 for _ in itertools.islice(rows, COUNTED - count))
+        count += 1 + sum(1 for _ in itertools.islice(rows, max(0, COUNTED - count)))
     if len(found) > 1:
         kinds = "; ".join(f"{name}: {form}" for (_, form), name in found.items())
         raise DataError(f"{source.path}: its files hold rows of different kinds ({kinds})", "name one of the files")

@@ -45,11 +45,15 @@ def test_every_value_known_from_elsewhere_is_wrong_here_and_its_translation_righ
         ("rank_budget", "`rank_budget` is `rank.budget` here"),
         ("pruning_policy", "`pruning_policy` is `pruning.policy` here"),
         ("qlora", "`qlora` is `model.load_in_4bit: true` here (with `adapter.variant: lora`)"),
+        (
+            "lora_parameters.scale",
+            "`lora_parameters.scale` is mlx-lm's name; here it is `adapter.alpha` (the scale is alpha / r)",
+        ),
         ("data", "`data` is litgpt's name; here it is `dataset`"),
     ],
 )
 def test_alias_sentences(name: str, answer: str) -> None:
-    assert aliases.hint([name]) == answer
+    assert aliases.hint(name.split(".")) == answer
 
 
 def test_no_counterpart_says_why() -> None:

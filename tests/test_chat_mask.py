@@ -12,6 +12,8 @@ from data_helpers import space_tokenizer as make_space_tokenizer
 
 from dynlora_cli.data import load_data, show_example
 from dynlora_cli.errors import DataError
+from dynlora_cli.formats._forms import BadRowError
+from dynlora_cli.formats.chat import to_example
 
 THOUGHT = "<think>\nhmm\n</think>\n\n"
 TALK = [
@@ -83,6 +85,36 @@ def test_system_message_and_tool_calls(tmp_path: Path) -> None:
         {"role": "assistant", "content": "the dog"},
     ]
     assert trained(tmp_path, talk, template) == ["!jump<|im_end|>", "the dog<|im_end|>"]
+
+
+def test_sharegpt_rows_keep_their_system_and_train_on_calls(tmp_path: Path) -> None:
+    """As LLaMA-Factory writes them: `tools` is text, and a call is a turn of its own."""
+    template = CHATML.replace("{% for m", "{% for t in tools or [] %}#{{ t.name }} {% endfor %}{% for m", 1)
+    talk = [("human", "a fox"), ("function_call", "jump()"), ("observation", "over"), ("gpt", "the dog")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in talk], "system": "think"}
+    row["tools"] = json.dumps([{"name": "jump"}])
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    tokenizer = byte_tokenizer(template)
+    pieces = show_example(load_data(dataset(path), tokenizer, task="causal-lm", seed=0).train[0], tokenizer)
+    assert pieces[0][0].startswith("#jump <|im_start|>system\nthink<|im_end|>\n<|im_start|>user\na fox")
+    assert [text for text, flag in pieces if flag] == ["jump()<|im_end|>", "the dog<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("column", "turns", "expected"),
+    [("think", 0, ["think"]), ("", 0, []), (None, 0, []), ("think", 1, ["the cat"])],
+)
+def test_a_system_turn_is_put_first_where_there_is_none(column: str | None, turns: int, expected: list[str]) -> None:
+    talk = [{"role": "system", "content": "the cat"}] * turns + TALK
+    form = to_example({"messages": talk, "system": column}, has_template=True)
+    assert [message["content"] for message in form.messages if message["role"] == "system"] == expected
+    assert form.messages[len(expected) :] == TALK
+
+
+def test_tools_that_are_no_json() -> None:
+    with pytest.raises(BadRowError, match="'tools' is text and not valid JSON"):
+        to_example({"messages": TALK, "tools": "jump"}, has_template=True)
 
 
 def test_a_template_without_end_token_gets_end_of_text(tmp_path: Path) -> None:

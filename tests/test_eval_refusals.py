@@ -88,6 +88,46 @@ def test_a_mistake_gets_one_message(
     assert answer.err.count("error:") == 1
 
 
+def copied(run: Run, folder: Path, **model: Any) -> Path:
+    """A run as if it had been trained with other settings of its base."""
+    shutil.copytree(run.folder, folder)
+    record = json.loads((folder / "dynlora.json").read_text())
+    record["recipe"]["model"] |= model
+    (folder / "dynlora.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        ({}, {"load_in_4bit": True}, "model.load_in_4bit is false for the first and true for the second"),
+        ({"load_in_8bit": True}, {}, "model.load_in_8bit is true for the first and false for the second"),
+        ({}, {"dtype": "bfloat16"}, "model.dtype is float32 for the first and bfloat16 for the second"),
+        (
+            {"load_in_4bit": True},
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+            "model.bnb_4bit_quant_type is nf4 for the first and fp4 for the second",
+        ),
+    ],
+    ids=str,
+)
+def test_one_base_that_was_stored_in_two_ways(
+    one: dict[str, Any], other: dict[str, Any], message: str, llama: Run, dynlora_eval: Callable[..., Answer],
+    tmp_path: Path,
+):  # fmt: skip
+    first, second = copied(llama, tmp_path / "one", **one), copied(llama, tmp_path / "other", **other)
+    answer = dynlora_eval("--adapter", first, "--adapter", second, "--json")
+    assert (answer.code, answer.json["error"].endswith(f": {message}")) == (2, True), answer.err
+    assert "one by one" in answer.json["hint"]
+
+
+def test_what_is_stored_alike_on_this_machine_compares(llama: Run, dynlora_eval: Callable[..., Answer], tmp_path: Path):
+    """auto is float32 here, and what a 4-bit base would look like is of no account without one."""
+    other = copied(llama, tmp_path / "other", dtype="float32", bnb_4bit_quant_type="fp4")
+    answer = dynlora_eval("--adapter", llama.folder, "--adapter", other, "--generate", 0, "--json")
+    assert answer.code == 0, answer.err
+
+
 def test_rows_that_nobody_knows(dynlora_eval: Callable[..., Answer], tmp_path: Path):
     adapter = foreign(model_folder(tmp_path), tmp_path / "adapter", target_modules=["q_proj"])
     answer = dynlora_eval("--adapter", adapter)

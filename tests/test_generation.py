@@ -122,13 +122,29 @@ def test_an_answer_ends_at_the_token_that_ends_references(tiny: tuple[Any, Any])
     assert answer == tokenizer.decode([int(first)], skip_special_tokens=True).strip()
 
 
-def test_a_models_own_wishes_for_sampling_do_not_count(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
+SAMPLING = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 3.0, "num_beams": 2}
+TOKENS = {"min_new_tokens": 30, "forced_bos_token_id": 70, "bad_words_ids": [[80]], "forced_eos_token_id": 90}
+
+
+@pytest.mark.parametrize("wishes", [SAMPLING, TOKENS, "suppress"], ids=["sampling", "tokens", "suppressed"])
+def test_a_models_own_wishes_do_not_count(wishes: Any, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
     model, tokenizer = tiny
     prompts = prompts_of(tokenizer, ["sort the lines", "count"])
+    first = int(model(torch.tensor([prompts[0].ids])).logits[0, -1].argmax())
     plain = generate(model, tokenizer, prompts, batch_size=2, context=128)
-    for name, value in {"do_sample": True, "temperature": 9.0, "repetition_penalty": 3.0, "num_beams": 2}.items():
-        monkeypatch.setattr(model.generation_config, name, value)
+    own = model.generation_config
+    for name, value in ({"suppress_tokens": [first]} if wishes == "suppress" else wishes).items():
+        monkeypatch.setattr(own, name, value, raising=False)
     assert generate(model, tokenizer, prompts, batch_size=2, context=128) == plain
+    assert model.generation_config is own
+
+
+def test_where_a_model_stops_of_itself_counts(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = tiny
+    (prompt,) = prompts_of(tokenizer, ["sort the lines"])
+    first = int(model(torch.tensor([prompt.ids])).logits[0, -1].argmax())
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [first])
+    assert generate(model, tokenizer, [prompt], batch_size=1, context=128) == [""]
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

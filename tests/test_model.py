@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_adapter import build
+from transformers import AutoConfig, AutoModel
 
 from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.errors import MachineError, UsageError
@@ -179,6 +180,38 @@ class TestLoad:
         build("llama").save_pretrained(tmp_path / "llama")
         build("gpt2").save_pretrained(tmp_path / "gpt2")
         assert context_length(tmp_path / "llama") == context_length(tmp_path / "gpt2") == 64
+
+    @pytest.mark.parametrize(
+        ("kind", "more", "expected"),
+        [
+            ("bert", {}, 18),
+            ("distilbert", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}, 18),
+            ("roberta", {}, 16),
+            ("roberta", {"pad_token_id": 3}, 14),
+            ("xlm-roberta", {}, 16),
+            ("camembert", {}, 16),
+            ("mpnet", {}, 16),
+            ("ibert", {}, 16),
+            ("longformer", {"attention_window": 4}, 16),
+            ("luke", {"entity_vocab_size": 9, "entity_emb_size": 8}, 16),
+            ("esm", {"position_embedding_type": "absolute", "mask_token_id": 4}, 16),
+            ("esm", {"position_embedding_type": "rotary", "mask_token_id": 4}, 18),
+        ],
+        ids=str,
+    )
+    def test_context_of_encoders_that_number_positions_after_padding(self, kind, more, expected, tmp_path):
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        ids = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+        config = AutoConfig.for_model(kind, **{**size, **ids, "max_position_embeddings": 18, **more})
+        config.save_pretrained(tmp_path)
+        assert context_length(tmp_path) == expected
+        text = torch.full((1, expected), 7)
+        model = AutoModel.from_config(config).eval()
+        assert model(input_ids=text, attention_mask=torch.ones_like(text))[0].shape[1] >= expected
+
+    def test_context_of_a_config_that_nobody_knows(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "no-such-thing", "max_position_embeddings": 18}')
+        assert context_length(tmp_path) == 18
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from cli_helpers import Dynlora
 
+from dynlora_cli import starter
 from dynlora_cli.recipe import load_recipe
 
 ROWS = {
@@ -97,6 +98,14 @@ def test_a_folder_whose_files_differ_is_not_guessed_at(dynlora: Dynlora):
     assert "its files hold rows of different kinds" in answer.err
 
 
+def test_more_rows_than_are_counted_in_the_first_of_several_files(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(starter, "COUNTED", 3)
+    for name in ("a", "b", "c"):
+        write_rows(f"d/{name}.jsonl", ROWS["completion"] * 4)
+    answer = dynlora("init", "d", "--json")
+    assert (answer.code, answer.json["format"]) == (0, "completion"), answer.err
+
+
 def test_a_hub_data_set_is_named_without_a_look(dynlora: Dynlora):
     answer = dynlora("init", "someone/something", "--model", "other/model", "--json")
     assert (answer.code, answer.json["rows"]) == (0, None)
@@ -107,6 +116,8 @@ def test_a_hub_data_set_is_named_without_a_look(dynlora: Dynlora):
 
 WRONG = {
     "no such file": (["rows.jsonl"], "no file or folder rows.jsonl"),
+    "no data": ([""], "DATA is empty"),
+    "no model": (["--model", ""], "--model is empty"),
     "no such model": (["--model", "builtin:huge"], "no built-in model 'builtin:huge'"),
     "a folder without a model": (["--model", "."], "holds no config.json"),
     "columns of no form": (["--columns", "prompt"], "'prompt' is not OURS=THEIRS"),
@@ -172,6 +183,27 @@ def test_a_torch_that_cannot_be_imported(dynlora: Dynlora, monkeypatch: pytest.M
     answer = dynlora("doctor", "--json")
     assert answer.code == 3
     assert "force-reinstall torch" in findings(answer)["torch"]["hint"]
+
+
+def test_a_psutil_that_cannot_be_imported(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    answer = dynlora("doctor", "--json")
+    found = findings(answer)
+    assert answer.code == 3
+    assert found["cpu"]["found"].endswith(" cores, memory unknown")
+    assert found["cpu"]["hint"] == "pip install --force-reinstall psutil"
+    assert "current folder" in found, "the rest is looked at all the same"
+
+
+def test_a_huggingface_hub_that_is_missing(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    """It is nobody's requirement by name: transformers brings it."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.constants", None)
+    answer = dynlora("doctor", "--json")
+    found = findings(answer)
+    assert answer.code == 3
+    assert found["models' cache"]["hint"] == "pip install --force-reinstall huggingface_hub"
+    assert found["current folder"]["fault"] is None
 
 
 def test_a_bitsandbytes_that_does_not_work(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):

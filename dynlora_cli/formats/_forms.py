@@ -65,5 +65,26 @@ def optional_text(row: Mapping[str, Any], column: str) -> str:
     return "" if row.get(column) is None else text_of(row, column)
 
 
+def refuse_half_characters(value: object) -> None:
+    """Refuse text, in whatever lists and objects, that no tokenizer can read.
+
+    JSON writes a character outside the basic plane as two escapes; a text cut between them keeps half of it.
+
+    Raises:
+        BadRowError: half a character.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(value[error.start])
+            raise BadRowError(f"a text holds half a character, {half} without its other half") from None
+    elif isinstance(value, Mapping):
+        refuse_half_characters([*value, *value.values()])
+    elif isinstance(value, list):
+        for part in value:
+            refuse_half_characters(part)
+
+
 def _kind(value: object) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"

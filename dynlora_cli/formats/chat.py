@@ -8,7 +8,8 @@ When to use it
     For an instruction-tuned base, single-turn or multi-turn, with or without system messages and tool calls.
 
 Columns
-    `messages`: list of {role, content}; or `conversations`: list of {from, value} (ShareGPT). Optional `tools`.
+    `messages`: list of {role, content}; or `conversations`: list of {from, value} (ShareGPT). Optional `system`, for
+    conversations that do not begin with such a turn, and `tools`, a list or its JSON.
 
 Reference
     https://huggingface.co/docs/transformers/chat_templating
@@ -16,17 +17,18 @@ Reference
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Set
 from typing import Any
 
-from dynlora_cli.formats._forms import BadRowError, Turns
+from dynlora_cli.formats._forms import BadRowError, Turns, optional_text
 
-COLUMNS = "messages | conversations"
+COLUMNS = "messages | conversations [system, tools]"
 TASKS = ("causal-lm",)
 PRECEDENCE = 0
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
-_SHAREGPT_ROLES |= {"observation": "tool", "function_response": "tool"}
+_SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
 
 
 def matches(columns: Set[str]) -> bool:
@@ -49,7 +51,21 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns:
     turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRowError("'messages' (or 'conversations') is missing, null or empty, expected a list of messages")
-    return Turns([_message(number, turn) for number, turn in enumerate(turns, 1)], row.get("tools") or None)
+    messages = [_message(number, turn) for number, turn in enumerate(turns, 1)]
+    system = optional_text(row, "system")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return Turns(messages, _tools(row.get("tools")))
+
+
+def _tools(tools: Any) -> Any:
+    """The tools of a conversation; ShareGPT rows have them as the text of a JSON list."""
+    if not isinstance(tools, str):
+        return tools or None
+    try:
+        return json.loads(tools or "null") or None
+    except json.JSONDecodeError as error:
+        raise BadRowError(f"'tools' is text and not valid JSON ({error.msg}, column {error.colno})") from None
 
 
 def _message(number: int, turn: object) -> dict[str, Any]:
