@@ -15,7 +15,7 @@ import numpy as np
 
 from dynlora_cli.scores import RowSums
 
-NEGLIGIBLE = 0.01  # of the loss
+NEGLIGIBLE = 0.01  # of the loss: what all events together may cost
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dynlora_cli import __version__, cli_adapters, cli_eval, cli_start
-from dynlora_cli.cli_support import console, is_main_process, reporting
+from dynlora_cli.cli_support import AsJson, console, is_main_process, reporting
 from dynlora_cli.errors import MachineError, UsageError
 
 app = typer.Typer(
@@ -71,7 +71,7 @@ def train(
     devices: Annotated[
         str, typer.Option(metavar="N|all", help="Processes to train with, one per GPU.", show_default=False)
     ] = "1",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train an adapter from a recipe."""
     with reporting(as_json) as result:

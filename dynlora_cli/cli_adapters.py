@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli_support import console, reporting, return_memory_at_once
+from dynlora_cli.cli_support import AsJson, console, reporting, return_memory_at_once
 from dynlora_cli.errors import UsageError
 
 AdapterPath = Annotated[
@@ -34,7 +34,6 @@ Base = Annotated[
     typer.Option("--base", metavar="FOLDER", help="The base model, in place of the one on record.", show_default=False),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what dynlora made there before.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
 
 def prune(

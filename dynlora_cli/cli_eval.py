@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli_support import console, reporting
+from dynlora_cli.cli_support import AsJson, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
 
 RECIPES = (".yaml", ".yml")
@@ -89,7 +89,7 @@ def evaluate(
     allow_template_mismatch: Annotated[
         bool, typer.Option("--allow-template-mismatch", help="Measure with another chat template than in training.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""
     with reporting(as_json) as result:

@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli_support import console, reporting
+from dynlora_cli.cli_support import AsJson, console, reporting
 from dynlora_cli.errors import MachineError, UsageError
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
 
 def init(

@@ -164,10 +164,12 @@ def _gpu(index: int) -> Finding:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         torch.ones(64, 64, device=f"cuda:{index}").mm(torch.ones(64, 64, device=f"cuda:{index}")).sum().item()
+        with torch.cuda.device(index):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # as model.dtype auto asks
     except RuntimeError as error:
         hint = "the driver may be too old for this build of torch, or the GPU in a bad state: nvidia-smi tells"
         return Finding("machine", f"cuda:{index}", "does not compute", _first_line(error), hint)
-    bf16 = "bf16" if properties.major >= 8 else "no bf16: model.dtype auto is fp32 here"
+    bf16 = "bf16" if has_bf16 else "no bf16: model.dtype auto is fp32 here"
     found = f"{properties.name}, {size(free)} of {size(total)} free, {bf16}"
     return Finding("machine", f"cuda:{index}", found)
 

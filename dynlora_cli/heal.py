@@ -13,7 +13,7 @@ from dynlora_cli.attach import attached, detached
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.loop import fit
-from dynlora_cli.model import context_length
+from dynlora_cli.model import checkpoint_activations, context_length
 
 if TYPE_CHECKING:
     from dynlora_cli.adapter import Adapter
@@ -54,7 +54,7 @@ def heal(
     )
     accelerator = make_accelerator(recipe, folder)
     if recipe.train.gradient_checkpointing:
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(base.model)
     with attached(base.model, adapter) as pool, torch.enable_grad():
         if recipe.adapter.freeze_a:
             pool.freeze_a()

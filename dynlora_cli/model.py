@@ -93,7 +93,7 @@ def load_base(
         if trains:
             parameter.data = parameter.data.float()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if labels and getattr(model.config, "pad_token_id", None) is None:
@@ -116,6 +116,11 @@ def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tupl
         if not inside(name, found):
             found[name.rpartition(".")[0]] = None
     return head, head is not None and any(inside(name, [head]) for name in lacking), tuple(found)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep the inputs of blocks alone in the forward pass; the backward pass computes the rest again."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_structure(

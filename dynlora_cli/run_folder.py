@@ -133,7 +133,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 made.rename(path / made.name)
             temporary.rmdir()
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(path)
             os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,7 +6,6 @@ own reader before it is written.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import shlex
@@ -23,7 +22,6 @@ from dynlora_cli.recipe import Model, Source, load_recipe
 from dynlora_cli.rows import is_local, tables
 from dynlora_cli.run_folder import write_text
 
-COUNTED = 1_000_000  # rows; beyond it a number says nothing new and takes seconds
 TEMPLATE = """\
 # Purpose:  fine-tune {model} on {data} ({rows})
 # Command:  dynlora train {path}
@@ -117,7 +115,7 @@ def _looked_at(source: Source, notes: list[str]) -> tuple[str, str, int]:
         if missing:
             raise UsageError(f"--columns: {place} has no {missing[0]!r}", f"columns there: {', '.join(first)}")
         found.setdefault(_fit(place, {*first, *source.columns}), table.name)
-        count += 1 + sum(1 for _ in itertools.islice(rows, max(0, COUNTED - count)))
+        count += 1 + sum(1 for _ in rows)
     if len(found) > 1:
         kinds = "; ".join(f"{name}: {form}" for (_, form), name in found.items())
         raise DataError(f"{source.path}: its files hold rows of different kinds ({kinds})", "name one of the files")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from cli_helpers import Dynlora
 
-from dynlora_cli import starter
 from dynlora_cli.recipe import load_recipe
 
 ROWS = {
@@ -98,12 +97,11 @@ def test_a_folder_whose_files_differ_is_not_guessed_at(dynlora: Dynlora):
     assert "its files hold rows of different kinds" in answer.err
 
 
-def test_more_rows_than_are_counted_in_the_first_of_several_files(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(starter, "COUNTED", 3)
+def test_the_rows_of_all_files_are_counted(dynlora: Dynlora):
     for name in ("a", "b", "c"):
         write_rows(f"d/{name}.jsonl", ROWS["completion"] * 4)
     answer = dynlora("init", "d", "--json")
-    assert (answer.code, answer.json["format"]) == (0, "completion"), answer.err
+    assert (answer.code, answer.json["format"], answer.json["rows"]) == (0, "completion", 24), answer.err
 
 
 def test_a_hub_data_set_is_named_without_a_look(dynlora: Dynlora):
