@@ -201,6 +201,8 @@ gradient_clipping                 DeepSpeed      train.max_grad_norm
 use_gradient_checkpointing        Unsloth        train.gradient_checkpointing
 grad_checkpoint                   mlx-lm         train.gradient_checkpointing
 enable_activation_checkpointing   torchtune      train.gradient_checkpointing
+activation_offloading             TRL            train.gradient_checkpointing: offload
+enable_activation_offloading      torchtune      train.gradient_checkpointing: offload
 disable_gradient_checkpointing    LLaMA-Factory  train.gradient_checkpointing: false
 torch_compile                     transformers   train.compile
 logging_steps                     transformers   train.log_steps

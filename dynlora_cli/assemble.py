@@ -151,6 +151,7 @@ def attach(
 ) -> tuple[Pool | None, Start | None]:
     """Put components on the model, with the values of the default start, or make all of it train."""
     ComponentLinear.fuse = Heads.use = recipe.train.fused  # of the process: it trains one recipe at a time
+    Heads.compiled = None
     if not variant.has_components:
         base.model.requires_grad_(True)
         return None, None

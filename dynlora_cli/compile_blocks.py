@@ -1,4 +1,4 @@
-"""`train.compile`: the blocks of the model as compiled code, which stays valid while components go.
+"""`train.compile`: the blocks of the model and the loss as compiled code, which stays valid while components go.
 
 A block is compiled with the number of components of each layer unknown, so a pruning event needs no new code. Only 0
 and 1 are special to torch.compile; a block in which another layer comes down to that is compiled again.
@@ -17,6 +17,7 @@ from torch import nn
 
 from dynlora_cli.components import ComponentLinear
 from dynlora_cli.errors import MachineError
+from dynlora_cli.linear_loss import Heads, compiled_judge
 
 if TYPE_CHECKING:
     from dynlora_cli.pool import Pool
@@ -27,7 +28,7 @@ COMPILERS = ("g++", "clang++", "c++"), ("gcc", "clang", "cc")
 
 
 def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
-    """Compile every block at its first forward pass.
+    """Compile every block, and the loss, at the first forward pass.
 
     Args:
         model: with its components in place.
@@ -47,16 +48,21 @@ def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for block in blocks(model):
         block.compile()
+    if next(model.parameters()).device.type == "cuda":  # on a CPU it is slower, see scripts/bench/NOTES.md
+        Heads.compiled = compiled_judge()
     if pool is None:
         return
+    pool.joined = True
     marked: list[Any] = [None]
 
     def mark(*_: Any) -> None:
+        fresh = [layer.low for layer in pool.layers.values() if layer.low]
         if marked[0] is not pool.values:  # fresh leaves after every event
             marked[0] = pool.values
-            for layer in pool.layers.values():
-                torch._dynamo.maybe_mark_dynamic(layer.a_CI, 0)
-                torch._dynamo.maybe_mark_dynamic(layer.b_OC, 1)
+            fresh += [(layer.a_CI, layer.b_OC) for layer in pool.layers.values()]
+        for a_CI, b_OC in fresh:
+            torch._dynamo.maybe_mark_dynamic(a_CI, 0)
+            torch._dynamo.maybe_mark_dynamic(b_OC, 1)
 
     model.register_forward_pre_hook(mark)
 

@@ -96,7 +96,7 @@ class ComponentLinear(nn.Module):
         # One factor per component, [C] or broadcastable to [..., C], for a single request; None costs nothing.
         self.gate: Tensor | None = None
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-        self.low: tuple[Tensor, Tensor] | None = None  # a and b in autocast's type, during a forward pass of the model
+        self.low: tuple[Tensor, Tensor] | None = None  # a and b in autocast's type, see Pool.cast_with
         self.a_width, self.b_width = self.widths(self.in_features, self.out_features)
         self.a_CI = nn.Parameter(torch.empty(0, self.a_width))
         self.b_OC = nn.Parameter(torch.empty(self.b_width, 0))
@@ -186,7 +186,7 @@ class ComponentLinear(nn.Module):
         """Map [..., I] to [..., O]."""
         if self.count == 0:
             return forget_input(self.base(x))
-        a_CI, b_OC = self.factors()
+        a_CI, b_OC = self._joined() or self.factors()
         if self._fusable(x):
             return self._watched(fused(x, self.base, a_CI, b_OC, self.scale, self.low))
         y = forget_input(self.base(x))
@@ -196,6 +196,12 @@ class ComponentLinear(nn.Module):
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         return y + self._watched(self.update(x, a_CI, b_OC)).to(y.dtype)
+
+    def _joined(self) -> tuple[Tensor, Tensor] | None:
+        """The copies of a and b that hand gradients on to the pool; None where there are none, or they do not."""
+        if self.low is None or not torch.compiler.is_compiling():
+            return None
+        return self.low if self.low[1].requires_grad or not torch.is_grad_enabled() else None
 
     def _fusable(self, x: Tensor) -> bool:
         """Whether base and components can run as one function."""

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.assemble import make_accelerator, make_run
 from dynlora_cli.attach import attached, detached
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.loop import fit
-from dynlora_cli.model import checkpoint_activations, context_length
+from dynlora_cli.model import context_length
 
 if TYPE_CHECKING:
     from dynlora_cli.adapter import Adapter
@@ -54,7 +55,7 @@ def heal(
     )
     accelerator = make_accelerator(recipe, folder)
     if recipe.train.gradient_checkpointing:
-        checkpoint_activations(base.model)
+        checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
     with attached(base.model, adapter) as pool, torch.enable_grad():
         if recipe.adapter.freeze_a:
             pool.freeze_a()

@@ -10,7 +10,7 @@ Dimensions: N targets, D hidden, V vocabulary.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +22,14 @@ from transformers import PreTrainedModel
 CHUNK = 1 << 22  # logits at a time: 16 MiB in fp32, and as much for their gradient
 LEAST_ROWS = 256  # of a chunk: with fewer, reading the head's weight costs more than multiplying with it
 
+Judge = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
 
 class Heads:
     """Which models end with their head: told by each model's first forward pass."""
 
     use: ClassVar[bool] = True  # False: logits throughout, to compare with
+    compiled: ClassVar[Judge | None] = None  # instead of `loss_and_gradient`, see `compiled_judge`
     last: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -78,10 +81,39 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
 
 
 def chunks(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets [n] and fp32 logits [n, V], a few at a time."""
-    rows = max(LEAST_ROWS, CHUNK // head.out_features)
+    """Targets [n] and logits [n, V], a few at a time."""
+    least = LEAST_ROWS if Heads.compiled is None else 2 * LEAST_ROWS  # a row takes half the memory there
+    rows = max(least, CHUNK // head.out_features)
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-        yield targets, F.linear(hidden, head.weight, head.bias).float()
+        yield targets, F.linear(hidden, head.weight, head.bias)
+
+
+def loss_and_gradient(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The summed loss in fp32, and its gradient for the logits: softmax minus one at the target. [n, V] in `dtype`"""
+    place = targets_n[:, None]
+    grad_nV = logits_nV.float().log_softmax(-1)
+    loss = -grad_nV.gather(1, place).sum()
+    # From here on the memory of the logarithms holds the gradient.
+    grad_nV.exp_().scatter_add_(1, place, grad_nV.new_full(place.shape, -1.0))
+    return loss, grad_nV.to(dtype)
+
+
+def compiled_judge() -> Judge:
+    """`loss_and_gradient` as one piece of code, which reads the logits twice and writes nothing but the gradient."""
+
+    def pure(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        log_nV = logits_nV.float().log_softmax(-1)
+        at_target = torch.arange(logits_nV.shape[-1], device=logits_nV.device) == targets_n[:, None]
+        return -torch.where(at_target, log_nV, 0.0).sum(), (log_nV.exp() - at_target.float()).to(dtype)
+
+    compiled = torch.compile(pure)
+
+    def judge(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        torch._dynamo.maybe_mark_dynamic(logits_nV, 0)
+        torch._dynamo.maybe_mark_dynamic(targets_n, 0)
+        return compiled(logits_nV, targets_n, dtype)
+
+    return judge
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -90,14 +122,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
         total = torch.zeros((), device=hidden_ND.device)
+        judge, dtype = Heads.compiled or loss_and_gradient, _product_type(head.weight)
         grads = []
         for targets, logits in chunks(hidden_ND, targets_N, head):
-            place = targets[:, None]
-            grad_nV = logits.log_softmax(-1)
-            total -= grad_nV.gather(1, place).sum()
-            # From here on the memory holds the gradient of the logits: softmax minus one at the target.
-            grad_nV.exp_().scatter_add_(1, place, grad_nV.new_full(place.shape, -1.0))
-            grads.append(_times(grad_nV, head.weight))
+            loss, grad_nV = judge(logits, targets, dtype)
+            total += loss
+            with torch.autocast(grad_nV.device.type, enabled=False):
+                grads.append(grad_nV @ head.weight.to(dtype))
         ctx.save_for_backward(torch.cat(grads))
         ctx.dtype = hidden_ND.dtype
         return total
@@ -109,16 +140,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (grad_ND * grad.to(grad_ND.dtype)).to(ctx.dtype), None, None
 
 
-def _times(logits_nV: Tensor, weight_VD: Tensor) -> Tensor:
-    """Gradient of the logits to that of the hidden states.
+def _product_type(weight_VD: Tensor) -> torch.dtype:
+    """In which the gradient of the logits is multiplied with the head's weight.
 
     In fp16 small probabilities vanish before the backward pass multiplies with the loss scale, so there it is fp32.
     """
-    device = logits_nV.device.type
-    if torch.float16 in (weight_VD.dtype, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)):
-        with torch.autocast(device, enabled=False):
-            return logits_nV @ weight_VD.float()
-    return logits_nV.to(weight_VD.dtype) @ weight_VD
+    device = weight_VD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    return torch.float32 if torch.float16 in (dtype, weight_VD.dtype) else dtype
 
 
 def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:

@@ -63,8 +63,10 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
 def _judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of every target: its loss (nats, fp32), the model's choice, the target itself, and its line of the batch. [N]"""
     head, states, targets_N, line_N = _at_targets(model, batch)
-    parts = [(targets_N, states.float())] if head is None else chunks(states, targets_N, head)
-    judged = [(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)) for targets, logits in parts]
+    parts = [(targets_N, states)] if head is None else chunks(states, targets_N, head)
+    judged = [
+        (F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1)) for targets, logits in parts
+    ]
     loss_N, choice_N = (torch.cat(part) for part in zip(*judged, strict=True))
     return loss_N, choice_N, targets_N, line_N
 

@@ -78,17 +78,20 @@ class Need:
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, each storage once, but for those that are `known` from before."""
+    """Counts the bytes of all tensors alive on a device, each storage once, but not those `known` from before."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
         super().__init__()
+        self._device = device.type
         self.live = self.peak = 0
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+            if not isinstance(tensor, Tensor) or tensor.device.type != self._device:
+                continue
+            if (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
@@ -132,7 +135,7 @@ def measure(
         gradients = [p.grad for p in (*trained, *model.parameters()) if p.grad is not None]
         tokens = torch.zeros(ids, dtype=torch.long, device=device)
         _step(base, tokens)  # the first pass of a model makes all logits, see linear_loss.py
-        with _Peak([*model.parameters(), *model.buffers(), *trained, *gradients, tokens]) as peak:
+        with _Peak(device, [*model.parameters(), *model.buffers(), *trained, *gradients, tokens]) as peak:
             _step(base, tokens)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in leaves]
     weights = _bytes(frozen) - _bytes(quantized) + round(_per_weight(options) * sum(p.numel() for p in quantized))

@@ -10,13 +10,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.targets import inside
@@ -63,7 +64,7 @@ def load_base(
     device: torch.device,
     labels: list[str] | None,
     seed: int,
-    checkpointing: bool,
+    checkpointing: bool | Literal["offload"],
 ) -> Base:
     """Load the model and freeze its weights.
 
@@ -73,7 +74,7 @@ def load_base(
         device: where the weights go; "meta": structure only, no weights.
         labels: class names of a classification task.
         seed: of a new classifier head.
-        checkpointing: recompute activations in the backward pass.
+        checkpointing: recompute activations in the backward pass; see activations.py.
 
     Raises:
         UsageError, MachineError: the model cannot be loaded; the message says why.
@@ -93,7 +94,7 @@ def load_base(
         if trains:
             parameter.data = parameter.data.float()
     if checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, checkpointing)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if labels and getattr(model.config, "pad_token_id", None) is None:
@@ -116,11 +117,6 @@ def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tupl
         if not inside(name, found):
             found[name.rpartition(".")[0]] = None
     return head, head is not None and any(inside(name, [head]) for name in lacking), tuple(found)
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep the inputs of blocks alone in the forward pass; the backward pass computes the rest again."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_structure(

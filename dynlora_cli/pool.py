@@ -46,6 +46,7 @@ class Pool:
     ) -> None:
         self.layers = dict(layers)
         self.a_frozen = False
+        self.joined = False  # whether gradients reach the pool through the copies of `cast_with`; see there
         # Graphs through any of the layers that can still run backward; components cannot be removed meanwhile.
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         for layer in self.layers.values():
@@ -98,6 +99,7 @@ class Pool:
         self.values.grad = torch.zeros_like(values_P)
         views = zip(self.views(self.values.detach()), self.views(self.values.grad), strict=True)
         for layer, ((a, b), (a_grad, b_grad)) in zip(self.layers.values(), views, strict=True):
+            layer.low = None
             layer.a_CI, layer.b_OC = nn.Parameter(a, requires_grad=not self.a_frozen), nn.Parameter(b)
             layer.a_CI.grad, layer.b_OC.grad = a_grad, b_grad
 
@@ -123,21 +125,30 @@ class Pool:
         """From now on cast all components at once when a forward pass of this model begins, not layer by layer.
 
         Only where autocast is on. When the pass ends the copies are forgotten, so that none can be out of date.
+
+        Compiled blocks (`joined`) give their gradients to the copies, which hand them on to the pool in one piece
+        instead of one for each factor. Copies stay until the next pass there: checkpointing computes with them again.
         """
 
         def cast(*_: Any) -> None:
             kind = self.values.device.type
+            forget()
             if torch.is_autocast_enabled(kind):
-                low = self.views(self.values.detach().to(torch.get_autocast_dtype(kind)))
-                for layer, pair in zip(self.layers.values(), low, strict=True):
-                    layer.low = pair if layer.plain else None
+                values = self.values if self.joined else self.values.detach()
+                low = self.views(values.to(torch.get_autocast_dtype(kind)))
+                for layer, (a_CI, b_OC) in zip(self.layers.values(), low, strict=True):
+                    layer.low = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
 
-        def forget(*_: Any) -> None:
+        def forget() -> None:
             for layer in self.layers.values():
                 layer.low = None
 
+        def end(*_: Any) -> None:
+            if not self.joined:
+                forget()
+
         model.register_forward_pre_hook(cast)
-        model.register_forward_hook(forget, always_call=True)
+        model.register_forward_hook(end, always_call=True)
 
     def refuse_live_graphs(self) -> None:
         """Raise where a forward pass is still waiting for its backward (or its loss is still held)."""

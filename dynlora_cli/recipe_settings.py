@@ -191,8 +191,8 @@ class Train(Section):
     """Weight decay of AdamW."""
     max_grad_norm: Positive | None = 1.0
     """Norm to which the gradient is clipped; null: no clipping."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations in the backward pass: less memory, more time; offload: and keep the rest on the host."""
     fused: bool = True
     """Layers and loss as fused functions; false: as ordinary operations, equal up to rounding, to compare with."""
     compile: bool = False
@@ -280,6 +280,9 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             text = "variant full trains the weights themselves, and steps are too small for float16"
             yield Conflict("model.dtype", "adapter.variant", text)
     yield from _variant_conflicts(recipe)
+    if recipe.train.compile and recipe.train.gradient_checkpointing == "offload":
+        text = "compiled blocks keep their inputs themselves; leave one of the two out"
+        yield Conflict("train.compile", "train.gradient_checkpointing", text)
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
     if data.packing and model.task != "causal-lm":

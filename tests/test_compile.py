@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 import torch
-from tiny_run import lines, make_recipe, train
+from tiny_run import assembled, lines, make_recipe, train
 from torch import nn
 
 from dynlora_cli import compile_blocks as compiling
 from dynlora_cli.components import ComponentLinear
 from dynlora_cli.errors import MachineError
-from dynlora_cli.linear_loss import Heads
+from dynlora_cli.linear_loss import Heads, compiled_judge, loss_and_gradient
+from dynlora_cli.loss import summed_loss
+from dynlora_cli.rank import shrink
 
 
 def test_blocks_are_what_the_outermost_lists_hold():
@@ -48,3 +50,52 @@ def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(tmp_path,
     assert graphs[0] == 0
     assert 1 <= graphs[1] <= 8, "training and evaluation, fixed and unknown lengths of batches; not one for every event"
     assert any("torch.compile made" in event.get("text", "") for event in events)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, compiling.COMPILERS[0])), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    "setting", ["adapter.freeze_a=false", "train.gradient_checkpointing=true", "adapter.freeze_a=true"]
+)
+def test_in_bf16_gradients_reach_the_pool_through_its_copies(setting, tmp_path, monkeypatch):
+    """Two micro-batches, before and after a removal; in full precision the same gradient to what bf16 leaves of it."""
+    for owner, name in ((ComponentLinear, "fuse"), (Heads, "use")):
+        monkeypatch.setattr(owner, name, True)
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        run = assembled(make_recipe(tmp_path, "model.dtype=bfloat16", "adapter.alpha=1", setting))
+        with torch.no_grad():
+            run.pool.halves()[1].normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+        if compiled:
+            compiling.compile_blocks(run.model, run.pool)
+        for keep_every in (None, 2):
+            if keep_every:
+                shrink(run.pool, run.optimizer, torch.arange(run.pool.components) % keep_every == 0)
+            place = run.pool.values.grad.data_ptr()
+            for batch in run.batches.step(0, 0):
+                with run.accelerator.autocast():
+                    summed_loss(run.model, batch).backward()
+            assert run.pool.values.grad.data_ptr() == place, "added to what the layers' gradients are views of"
+            found.append(run.pool.values.grad.clone())
+            run.pool.values.grad.zero_()
+    (first, second), (other_first, other_second) = found[:2], found[2:]
+    for ours, plain in ((other_first, first), (other_second, second)):
+        assert (ours - plain).norm() < 0.02 * plain.norm()
+    size_a = run.pool.halves()[0].numel()
+    assert (second[:size_a] == 0).all() == (other_second[:size_a] == 0).all() == (setting == "adapter.freeze_a=true")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, compiling.COMPILERS[0])), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_loss_is_the_plain_one():
+    compiled = compiled_judge()
+    for rows in (7, 5, 1):
+        logits = torch.randn(rows, 33, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        targets = torch.arange(rows)
+        for dtype in (torch.float32, torch.bfloat16):
+            (loss, grad), (expected_loss, expected) = (
+                f(logits.clone(), targets, dtype) for f in (compiled, loss_and_gradient)
+            )
+            torch.testing.assert_close(loss, expected_loss)
+            torch.testing.assert_close(grad, expected)

@@ -23,6 +23,9 @@ STORED = {
     "4 bits": ("model.load_in_4bit=true",),
     "8 bits": ("model.load_in_8bit=true",),
     "checkpointing": ("train.gradient_checkpointing=true",),
+    "offloading": ("train.gradient_checkpointing=offload",),
+    "compiled": ("train.compile=true",),
+    "compiled, 4 bits": ("train.compile=true", "model.load_in_4bit=true"),
     "packed": ("dataset.packing=true",),
     "unfused": ("train.fused=false",),
     "8-bit moments": ("train.optimizer=adamw_8bit",),
@@ -99,6 +102,30 @@ def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
         del loss
     peak = torch.cuda.max_memory_allocated() - before
     assert need.total - CUDA_BYTES == pytest.approx(peak, rel=0.15)
+
+
+def test_inputs_of_blocks_wait_on_the_host():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dynlora_cli.activations import checkpoint_activations
+
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 8}
+    ids, held, gradients = torch.randint(0, 64, (8, 512), device="cuda"), {}, {}
+    for how in (True, "offload"):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).cuda().requires_grad_(False).train()
+        checkpoint_activations(model, how)
+        weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+        before = torch.cuda.memory_allocated()
+        loss = model(input_ids=ids, labels=ids).loss
+        torch.cuda.synchronize()
+        held[how] = torch.cuda.memory_allocated() - before
+        loss.backward()
+        gradients[how] = weight.grad
+        del model, loss, weight
+    inputs = 8 * ids.numel() * 256 * 4
+    assert 0.8 * inputs < held[True] - held["offload"] < 1.2 * inputs
+    assert torch.equal(gradients[True], gradients["offload"])
 
 
 def test_memory_falls_with_pruning():

@@ -11,6 +11,7 @@ import torch
 from tiny_run import assembled, lines, make_recipe, train
 
 from dynlora_cli import loop
+from dynlora_cli.activations import Host
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.loop import step
 from dynlora_cli.rate_search import rate_share
@@ -115,17 +116,29 @@ def test_what_stands_in_the_padding_changes_nothing(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_gradient_checkpointing_gives_the_same_gradient(tmp_path, kind):
     seen = []
-    for value in ("false", "true"):
+    for value in ("false", "true", "offload"):
         run = assembled(make_recipe(tmp_path, f"train.gradient_checkpointing={value}", kind=kind))
         blocks = run.model.model.layers if kind == "llama" else run.model.transformer.h
         forwards = []
         blocks[0].mlp.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))
         seen.append((*gradient(run), len(forwards)))
         run.pool.refuse_live_graphs()
-    (loss, found, once), (other_loss, other, twice) = seen
-    assert (once, twice) == (2, 4)  # two micro-batches; recomputed in the backward pass
-    assert other_loss == loss
-    assert relative(other, found) < 1e-6
+    (loss, found, once), *others = seen
+    assert once == 2  # micro-batches
+    for other_loss, other, twice in others:
+        assert twice == 4  # recomputed in the backward pass
+        assert other_loss == loss
+        assert relative(other, found) < 1e-6
+
+
+def test_offloading_takes_the_input_of_every_block_and_nothing_else(tmp_path, monkeypatch):
+    taken, back = [], []
+    monkeypatch.setattr(Host, "put", lambda self, tensor: taken.append(tensor.shape) or tensor)
+    monkeypatch.setattr(Host, "get", lambda self, kept: back.append(kept.shape) or kept)
+    run = assembled(make_recipe(tmp_path, "train.gradient_checkpointing=offload"))
+    gradient(run)
+    assert len(taken) == len(back) == 4  # two blocks, two micro-batches
+    assert all(len(shape) == 3 and shape[-1] == 32 for shape in taken)
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def batches_of(recipe, count=3):
     return [run.batches.step(0, index)[0] for index in range(count)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "offload"])
 def test_weights_of_layers_are_those_of_dense_gradients(folder, checkpointing):
     recipe = make_recipe(folder, f"train.gradient_checkpointing={str(checkpointing).lower()}")
     base, _, _ = base_of(recipe)

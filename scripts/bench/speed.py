@@ -3,6 +3,7 @@
     python scripts/bench/speed.py                          # all shapes that fit a CPU, appended to speed.jsonl, then speed.md
     python scripts/bench/speed.py --models 512x8 --ranks 16 --tokens 1024 --rounds 9
     python scripts/bench/speed.py --models llama-3.2-1b,llama-3.1-8b --base plain,nf4 --tokens 4096   # on a GPU
+    python scripts/bench/speed.py --models llama-3.2-1b --tokens 4096 --compile   # every method's blocks compiled
     python scripts/bench/speed.py --table                  # only write speed.md again
 
 The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings: what every
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli.batches import Batch
+from dynlora_cli.compile_blocks import blocks, compile_blocks
 from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.gradients import GateGradients
 from dynlora_cli.linear_loss import Heads
@@ -61,6 +63,7 @@ class Shape:
     rank: int
     tokens: int
     base: str  # plain or nf4
+    compiled: bool = False  # the blocks of every method, the floor's too
 
 
 def config(shape: Shape) -> LlamaConfig:
@@ -118,8 +121,15 @@ def batch_ids(shape: Shape) -> Tensor:
     return torch.randint(0, config(shape).vocab_size, (shape.tokens // length, length), device=DEVICE)
 
 
+def compiled(model: nn.Module, shape: Shape) -> nn.Module:
+    if shape.compiled:
+        for block in blocks(model):
+            block.compile()
+    return model
+
+
 def floor(shape: Shape) -> Step:
-    model, ids = llama(shape), batch_ids(shape)
+    model, ids = compiled(llama(shape), shape), batch_ids(shape)
 
     def step() -> None:
         embedded = model.get_input_embeddings()(ids).requires_grad_(True)
@@ -132,7 +142,7 @@ def floor(shape: Shape) -> Step:
 
 def full(shape: Shape) -> Step:
     model = llama(shape, alone=True)
-    return labelled(model, batch_ids(shape))
+    return labelled(compiled(model, shape), batch_ids(shape))
 
 
 def rival(shape: Shape, config: type[peft.PeftConfig], **options: Any) -> Step:
@@ -140,7 +150,7 @@ def rival(shape: Shape, config: type[peft.PeftConfig], **options: Any) -> Step:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(model, config(target_modules="all-linear", **options))
-    return labelled(wrapped, batch_ids(shape))
+    return labelled(compiled(wrapped, shape), batch_ids(shape))
 
 
 def mixed() -> torch.autocast:
@@ -178,6 +188,9 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
         setattr(model.get_submodule(parent), leaf, layers[name])
     pool = Pool(layers, dict.fromkeys(layers, shape.rank), device=DEVICE)
     pool.cast_with(model)
+    Heads.compiled = None
+    if shape.compiled:
+        compile_blocks(model, pool)
     optimizer = make_optimizer("adamw", [{"params": [pool.values], "lr": 1e-4}], 0.0)
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:]
@@ -220,10 +233,11 @@ def methods(shape: Shape) -> dict[str, Callable[[], Step]]:
     }
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+def measure(shape: Shape, rounds: int, chosen: list[str]) -> dict[str, Any]:
     """Seconds of a step of every method in every round, and bytes at the peak."""
-    memory = {name: peak(shape, name) for name in methods(shape)}
-    steps = {name: make() for name, make in methods(shape).items()}
+    makers = {name: make for name, make in methods(shape).items() if not chosen or name in chosen}
+    memory = {name: peak(shape, name) for name in makers}
+    steps = {name: make() for name, make in makers.items()}
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -283,8 +297,11 @@ def synchronise() -> None:
 
 def table(records: list[dict[str, Any]]) -> str:
     """speed.md: the newest run of each shape on each machine, in brief and in full."""
+    records = [{"compiled": False} | record for record in records]
     newest = {tuple(record[key] for key in ("device", "threads", *Shape.__annotations__)): record for record in records}
-    shown = sorted(newest.values(), key=lambda r: (r["device"], r["model"], r["base"], r["tokens"], r["rank"]))
+    shown = sorted(
+        newest.values(), key=lambda r: (r["device"], r["model"], r["base"], r["compiled"], r["tokens"], r["rank"])
+    )
     lines = ["# Speed: a step against the frozen model's own cost\n"]
     lines.append(
         "Made by `scripts/bench/speed.py` from speed.jsonl; how: its first lines. Median (min to max) over rounds.\n"
@@ -314,12 +331,12 @@ def brief(records: list[dict[str, Any]]) -> str:
     for record in records:
         seconds, peak = record["seconds"], record["peak_bytes"]
         cells = [
-            record["model"] + ("" if record["base"] == "plain" else f", {record['base']}"),
+            ", ".join([record["model"], *["nf4"] * (record["base"] == "nf4"), *["compiled"] * record["compiled"]]),
             f"{record['tokens']}",
             f"{record['rank']}",
         ]
-        cells += [ratio(seconds[name], seconds["floor"]) for name in ours]
-        cells += [ratio(seconds[name], seconds["dynlora"]) for name in rivals]
+        cells += [ratio(seconds[name], seconds["floor"]) if name in seconds else "" for name in ours]
+        cells += [ratio(seconds[name], seconds["dynlora"]) if name in seconds else "" for name in rivals]
         lines.append("| " + " | ".join([*cells, f"{peak['dynlora'] / peak['PEFT LoRA']:.2f}"]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -328,7 +345,8 @@ def details(record: dict[str, Any]) -> str:
     """All methods on one shape."""
     floors, plain = record["seconds"]["floor"], record["seconds"]["PEFT LoRA"]
     lines = [
-        f"{record['model']}, rank {record['rank']}, {record['tokens']} tokens; base {record['base']}, "
+        f"{record['model']}, rank {record['rank']}, {record['tokens']} tokens; base {record['base']}"
+        f"{', compiled' if record['compiled'] else ''}, "
         f"{record['type']}, {record['device']}, {record['threads']} threads, torch {record['torch']}, "
         f"peft {record['peft']}, {record['date']}\n"
     ]
@@ -354,13 +372,16 @@ def main() -> None:
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--tokens", default="512,4096")
     parser.add_argument("--base", default="plain", help="the frozen weights: plain, nf4")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of every method")
+    parser.add_argument("--method", action="append", default=[], help="one of those to measure, floor among them; all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write speed.md again")
     args = parser.parse_args()
     lists = (part.split(",") for part in (args.models, args.base, args.ranks, args.tokens))
     for model, base, rank, tokens in () if args.table else itertools.product(*lists):
-        record = measure(Shape(model, int(rank), int(tokens), base), args.rounds)
+        shape = Shape(model, int(rank), int(tokens), base, args.compile)
+        record = measure(shape, args.rounds, args.method)
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(details(record), flush=True)

@@ -1,0 +1,65 @@
+"""`train.gradient_checkpointing`: which activations the forward pass keeps for the backward pass, and where.
+
+true      the inputs of the blocks; the backward pass computes the rest again
+offload   likewise, and the inputs wait in the host's memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+
+def checkpoint_activations(model: PreTrainedModel, how: Literal[True, "offload"] = True) -> None:
+    """Keep the inputs of blocks alone in the forward pass; with "offload" outside the GPU's memory."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if how != "offload":
+        return
+    host = Host()
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = host.checkpoint  # type: ignore[assignment]
+
+
+class Host:
+    """The host's memory as the place of what a checkpointed block was given.
+
+    Copies to it run beside the computation, in a stream of their own. On a CPU the tensors stay where they are.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def checkpoint(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a block, keeping its inputs here; the backward pass runs it again."""
+        with saved_tensors_hooks(self.put, self.get):  # for the inputs alone: inside the block others take their place
+            return checkpoint(block, *inputs, use_reentrant=False)
+
+    def put(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
+        """The tensor's device, and its copy in pinned memory."""
+        device = tensor.device
+        if device.type == "cpu":
+            return device, tensor
+        if device.type != "cuda" or isinstance(tensor, FakeTensor):
+            return device, tensor.to("cpu")
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            copy.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)  # its memory is free when the copy is made
+        return device, copy
+
+    def get(self, kept: tuple[torch.device, Tensor]) -> Tensor:
+        """The tensor, on its device again."""
+        device, copy = kept
+        if device.type == "cuda" and device in self._streams:
+            torch.cuda.current_stream(device).wait_stream(self._streams[device])
+        return copy.to(device, non_blocking=True)
