@@ -263,7 +263,8 @@ def packed_mask_dtype(model: PreTrainedModel, max_length: int) -> torch.dtype:
     """The `mask_dtype` with which a model can train on packed rows.
 
     Some models and kernels ignore positions or masks and would mix the rows in silence, so two short rows go through
-    the model alone and packed, and their logits must agree.
+    the model alone and packed, and their logits must agree: within 5 % of the largest, or, where rounding makes more
+    of a difference than that (deep models in 4 bits), within 10 % of what mixing them changes.
 
     Args:
         model: a causal language model, on its device.
@@ -285,23 +286,27 @@ def packed_mask_dtype(model: PreTrainedModel, max_length: int) -> torch.dtype:
         )
     # Eager attention adds the mask to the scores: a boolean one would close nothing.
     mask_dtype = model.dtype if kernel == "eager" else torch.bool
-    if not _difference(model, mask_dtype) <= 0.05:
+    together, mixed = _differences(model, mask_dtype)
+    if not (together <= 0.05 or together <= 0.1 * mixed):
         raise UsageError(f"dataset.packing: {name} does not keep packed rows apart", hint)
     return mask_dtype
 
 
 @torch.no_grad()
-def _difference(model: PreTrainedModel, mask_dtype: torch.dtype) -> float:
-    """Largest difference between packed and separate logits, as a share of the largest logit."""
+def _differences(model: PreTrainedModel, mask_dtype: torch.dtype) -> tuple[float, float]:
+    """Largest difference from separate logits, as a share of the largest: of rows packed, and of rows read as one."""
     examples = [Example(ids, ids, number) for number, ids in enumerate([[7, 5, 3, 11, 2], [3, 2, 13]])]
     settings: dict[str, Any] = {"micro_batch_size": 1, "max_length": 8, "pad_id": 0, "shuffle": False}
     alone = Batches(examples, **settings)
     training = model.training
     model.eval()
-    together = _logits(model, Batches(examples, packing=True, mask_dtype=mask_dtype, **settings).step(0, 0)[0])
+    packed = Batches(examples, packing=True, mask_dtype=mask_dtype, **settings).step(0, 0)[0]
+    together = _logits(model, packed)
+    mixed = _logits(model, replace(packed, inputs={"input_ids": packed.inputs["input_ids"]}))
     apart = torch.cat([_logits(model, alone.step(0, index)[0]) for index in range(2)], 1)
     model.train(training)
-    return float((together - apart).abs().max() / apart.abs().max())
+    largest = apart.abs().max()
+    return float((together - apart).abs().max() / largest), float((mixed - apart).abs().max() / largest)
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:

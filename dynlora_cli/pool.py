@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -132,16 +133,18 @@ class Pool:
 
         def cast(*_: Any) -> None:
             kind = self.values.device.type
-            forget()
-            if torch.is_autocast_enabled(kind):
-                values = self.values if self.joined else self.values.detach()
-                low = self.views(values.to(torch.get_autocast_dtype(kind)))
-                for layer, (a_CI, b_OC) in zip(self.layers.values(), low, strict=True):
-                    layer.low = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
+            if not torch.is_autocast_enabled(kind):
+                forget()
+                return
+            values = self.values if self.joined else self.values.detach()
+            low = self.views(values.to(torch.get_autocast_dtype(kind)))
+            for layer, (a_CI, b_OC) in zip(self.layers.values(), low, strict=True):
+                pair = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
+                layer.__dict__["low"] = pair  # a module's own way to be given an attribute takes ten times as long
 
         def forget() -> None:
             for layer in self.layers.values():
-                layer.low = None
+                layer.__dict__["low"] = None
 
         def end(*_: Any) -> None:
             if not self.joined:
@@ -176,9 +179,18 @@ class Pool:
 
         With W' = W + s Σ g_i b_i a_iᵀ at g = 1, the gate's gradient equals <a_i, dL/da_i> = <b_i, dL/db_i>.
         """
-        return torch.cat(
-            [layer.gate_gradient_C(layer.a_CI.detach(), layer.b_OC.detach()) for layer in self.layers.values()]
-        )
+        layers = list(self.layers.values())
+        if self.a_frozen or any(type(layer).gate_gradient_C is not ComponentLinear.gate_gradient_C for layer in layers):
+            return torch.cat([layer.gate_gradient_C(layer.a_CI.detach(), layer.b_OC.detach()) for layer in layers])
+        # The same of the flat tensors, for all neighbours of one width at once: on a GPU calls are what costs.
+        runs = [
+            (width, sum(self.counts[name] for name, _ in run))
+            for width, run in groupby(self.layers.items(), lambda item: item[1].a_width)
+        ]
+        assert self.values.grad is not None
+        size_a = sum(width * count for width, count in runs)
+        products = (self.values.detach()[:size_a] * self.values.grad[:size_a]).split([w * count for w, count in runs])
+        return torch.cat([part.view(count, w).sum(1) for part, (w, count) in zip(products, runs, strict=True)])
 
     @torch.no_grad()
     def magnitudes_K(self) -> Tensor:

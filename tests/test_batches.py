@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from dynlora_cli import batches as batches_module
 from dynlora_cli.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.errors import UsageError
 from dynlora_cli.tokens import Example
@@ -234,6 +236,16 @@ def test_a_model_that_would_mix_packed_rows_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match="does not keep packed rows apart"):
         packed_mask_dtype(deaf, 40)
     assert deaf.training
+
+
+@pytest.mark.parametrize(("together", "mixed", "fine"), [(0.04, 0.0, True), (0.08, 1.1, True), (0.08, 0.4, False)])
+def test_rounding_of_a_deep_model_is_told_from_mixed_rows(
+    together: float, mixed: float, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An 8 B model in 4 bits with random weights was refused on a GPU: its rounding is more than 5 %."""
+    monkeypatch.setattr(batches_module, "_differences", lambda *_: (together, mixed))
+    with nullcontext() if fine else pytest.raises(UsageError, match="does not keep packed rows apart"):
+        assert packed_mask_dtype(llama("sdpa"), 40) == torch.bool
 
 
 def test_a_boolean_mask_would_not_close_anything_under_eager_attention() -> None:

@@ -125,7 +125,7 @@ def test_inputs_of_blocks_wait_on_the_host():
         del model, loss, weight
     inputs = 8 * ids.numel() * 256 * 4
     assert 0.8 * inputs < held[True] - held["offload"] < 1.2 * inputs
-    assert torch.equal(gradients[True], gradients["offload"])
+    torch.testing.assert_close(gradients[True], gradients["offload"], rtol=1e-3, atol=1e-5)
 
 
 def test_memory_falls_with_pruning():
