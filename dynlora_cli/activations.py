@@ -50,7 +50,9 @@ class Host:
         if device.type != "cuda" or isinstance(tensor, FakeTensor):
             return device, tensor.to("cpu")
         copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             copy.copy_(tensor, non_blocking=True)

@@ -137,8 +137,9 @@ def test_offloading_takes_the_input_of_every_block_and_nothing_else(tmp_path, mo
     monkeypatch.setattr(Host, "get", lambda self, kept: back.append(kept.shape) or kept)
     run = assembled(make_recipe(tmp_path, "train.gradient_checkpointing=offload"))
     gradient(run)
-    assert len(taken) == len(back) == 4  # two blocks, two micro-batches
-    assert all(len(shape) == 3 and shape[-1] == 32 for shape in taken)
+    inputs = [shape for shape in taken if shape.numel()]  # until torch 2.11 an empty tensor goes with each
+    assert len(inputs) == len([shape for shape in back if shape.numel()]) == 4  # two blocks, two micro-batches
+    assert all(len(shape) == 3 and shape[-1] == 32 for shape in inputs)
 
 
 @pytest.mark.slow
