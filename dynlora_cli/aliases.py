@@ -242,7 +242,7 @@ random_state                      Unsloth        seed
 random_seed                       own            seed
 data_seed                         transformers   seed
 deepspeed                         transformers   -not supported: only the adapters have gradients and optimizer state
-fsdp                              transformers   -give `--devices` on the command line
+fsdp                              transformers   train.shard_base: true; with `--devices N` on the command line
 do_train                          transformers   -`dynlora train` trains
 do_eval                           transformers   -evaluation is on where there are held-out rows
 stage                             LLaMA-Factory  -dynlora does supervised fine-tuning

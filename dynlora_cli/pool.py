@@ -104,6 +104,12 @@ class Pool:
             layer.a_CI, layer.b_OC = nn.Parameter(a, requires_grad=not self.a_frozen), nn.Parameter(b)
             layer.a_CI.grad, layer.b_OC.grad = a_grad, b_grad
 
+    def to(self, device: torch.device) -> Pool:
+        """Move the components to a device; a base that is to be sharded is elsewhere at first."""
+        if self.values.device.type != device.type:
+            self.adopt(self.values.detach().to(device), self.counts)
+        return self
+
     def freeze_a(self) -> None:
         """Train B alone from now on: no A gets a gradient, and no layer keeps its input for one.
 

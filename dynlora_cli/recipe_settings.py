@@ -197,6 +197,8 @@ class Train(Section):
     """Layers and loss as fused functions; false: as ordinary operations, equal up to rounding, to compare with."""
     compile: bool = False
     """Compile the model's blocks with torch.compile: the first steps take a minute, the others less time on a GPU."""
+    shard_base: bool = False
+    """With `--devices N`: each device holds an N-th of the frozen base (FSDP2); variant lora, base not quantized."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """8bit: moments in a quarter of the memory; paged: in memory that moves to the host where the GPU is full."""
     log_steps: Count = 10
@@ -280,6 +282,8 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             text = "variant full trains the weights themselves, and steps are too small for float16"
             yield Conflict("model.dtype", "adapter.variant", text)
     yield from _variant_conflicts(recipe)
+    if recipe.train.shard_base:
+        yield from _sharding_conflicts(recipe)
     if recipe.train.compile and recipe.train.gradient_checkpointing == "offload":
         text = "compiled blocks keep their inputs themselves; leave one of the two out"
         yield Conflict("train.compile", "train.gradient_checkpointing", text)
@@ -324,6 +328,21 @@ def _variant_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
     if adapter.scaling == "rslora" and adapter.alpha == "auto":
         yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
+
+
+def _sharding_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """What needs a weight of the base outside of its block's passes, or in another form than torch's own."""
+    key = "train.shard_base"
+    if recipe.adapter.variant != "lora":
+        yield Conflict("adapter.variant", key, "a sharded base goes with variant lora alone; set one of the two back")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(recipe.model, name):
+            yield Conflict(f"model.{name}", key, "a quantized base lies whole on every device; set one to false")
+    if recipe.train.compile:
+        yield Conflict("train.compile", key, "blocks in parts are not compiled; set one of the two to false")
+    if recipe.adapter.init_weights == "eva" or recipe.rank.allocation != "uniform":
+        where = "adapter.init_weights" if recipe.adapter.init_weights == "eva" else "rank.allocation"
+        yield Conflict(where, key, "it looks at the model before there are parts; leave one of the two out")
 
 
 def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:

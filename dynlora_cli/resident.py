@@ -46,6 +46,7 @@ def _with_scales(holder: Any) -> Iterator[Any]:
 def _count(values: Iterable[Any], seen: set[int]) -> int:
     total = 0
     for value in values:
+        value = value.to_local() if hasattr(value, "to_local") else value
         if isinstance(value, Tensor) and (storage := value.untyped_storage()).data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total += storage.nbytes()

@@ -64,7 +64,8 @@ def begin(
         UsageError: loftq does not find a layer in the model's files.
     """
     if counts is not None or not variant.has_components:
-        return attach(variant, base, recipe, counts)
+        pool, planned = attach(variant, base, recipe, counts)
+        return pool and pool.to(accelerator.device), planned
 
     def batches() -> Iterator[Batch]:
         rows = make_batches(recipe, data.train, base, shuffle=True)
@@ -83,6 +84,7 @@ def begin(
         inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
     pool, planned = attach(variant, base, recipe, counts)
     assert pool is not None
+    pool.to(accelerator.device)
     write_start(pool, recipe, base, inputs)
     _from_the_first(pool.values.detach(), accelerator)
     return pool, planned

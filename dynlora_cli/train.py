@@ -39,6 +39,7 @@ from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import RunLog
 from dynlora_cli.schedule import Schedule
+from dynlora_cli.sharding import refuse_sharding, shard_base
 from dynlora_cli.starts import begin
 from dynlora_cli.state import Progress, Run
 
@@ -83,12 +84,17 @@ def run(
     if begins:
         run_folder.refuse_occupied(folder, overwrite=overwrite)
     accelerator = make_accelerator(recipe, folder)
+    if recipe.train.shard_base:
+        refuse_sharding(accelerator.num_processes)
     tokenizer, data = read_data(recipe)
     if checkpoint:
         _same_inputs(run_folder.run_of(checkpoint), data, recipe)
-    base = read_base(recipe, tokenizer, data, accelerator.device)
+    place = torch.device("cpu") if recipe.train.shard_base else accelerator.device
+    base = read_base(recipe, tokenizer, data, place)
     variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
     pool, start = begin(recipe, variant, base, data, accelerator, _first_counts(checkpoint))
+    if recipe.train.shard_base and pool:
+        shard_base(base.model, pool, accelerator.device, accelerator.num_processes)
     if recipe.train.compile:
         compile_blocks(base.model, pool)
     save = partial(outputs.write_checkpoint, folder=folder, base=base)
@@ -188,6 +194,8 @@ def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data) -> dict[st
     except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
         return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
     found: dict[str, Any] = {"memory": need.as_dict()}
+    if recipe.train.shard_base:
+        data.notes.append("train.shard_base: the memory is that of a base which nobody shares; --devices N divide it")
     if need.rows > need.most_rows:
         advice = f"lower train.micro_batch_size to {need.most_rows}, " if need.most_rows else ""
         advice += "set train.gradient_checkpointing: true or model.load_in_4bit: true, or lower dataset.max_length"

@@ -94,6 +94,28 @@ def test_two_processes_train_as_one(tmp_path, more):
     assert [event["ranks"] for event in pruned] == [event["ranks"] for event in as_one]
 
 
+def test_two_processes_share_the_base_between_them(tmp_path):
+    settings = [*SETTINGS, "train.max_grad_norm=null"]
+    one, _ = train(make_recipe(tmp_path, *settings, out="one"))
+    folder = tmp_path / "two"
+    more = sets(*settings, "train.shard_base=true", "train.gradient_checkpointing=true")
+    with start(command(tmp_path, *more, "--output-dir", str(folder), "--json", devices=2)) as process:
+        out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    summary = json.loads(out)
+    assert summary["ranks"] == one["ranks"]
+    assert summary["loss_before"] == pytest.approx(one["loss_before"], rel=1e-6)
+    assert summary["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
+    adapters = [load_file(path / "adapter_model.safetensors") for path in (tmp_path / "one", folder)]
+    for name, tensor in adapters[0].items():
+        assert (adapters[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+    whole, part = (
+        next(line["base_bytes"] for line in lines(path / "metrics.jsonl") if "base_bytes" in line)
+        for path in (tmp_path / "one", folder)
+    )
+    assert part < 0.6 * whole
+
+
 def test_two_processes_with_rows_that_do_not_come_out_even(tmp_path):
     make_recipe(tmp_path)
     """Nine rows in three micro-batches, and an epoch whose last step has five: some process gets none."""
