@@ -16,16 +16,27 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from dynlora_cli.errors import UsageError
+
 
 def checkpoint_activations(model: PreTrainedModel, how: Literal[True, "offload"] = True) -> None:
-    """Keep the inputs of blocks alone in the forward pass; with "offload" outside the GPU's memory."""
+    """Keep the inputs of blocks alone in the forward pass; with "offload" outside the GPU's memory.
+
+    Raises:
+        UsageError: the model's own code has no place to say where.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if how != "offload":
         return
     host = Host()
-    for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = host.checkpoint  # type: ignore[assignment]
+    blocks = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
+    if not blocks:
+        raise UsageError(
+            f"train.gradient_checkpointing: {type(model).__name__} checkpoints in a way of its own and cannot offload",
+            "write true instead of offload",
+        )
+    for module in blocks:
+        module._gradient_checkpointing_func = host.checkpoint  # type: ignore[assignment]
 
 
 class Host:
@@ -37,10 +48,21 @@ class Host:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def checkpoint(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a block, keeping its inputs here; the backward pass runs it again."""
-        with saved_tensors_hooks(self.put, self.get):  # for the inputs alone: inside the block others take their place
-            return checkpoint(block, *inputs, use_reentrant=False)
+    def checkpoint(self, block: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """Run a block, keeping its first input here; the backward pass runs it again.
+
+        What else it is given (masks, positions, what an encoder said) all blocks share: it stays where it is.
+        """
+        own = next((tensor for tensor in inputs if isinstance(tensor, Tensor)), None)
+
+        def put(tensor: Tensor) -> Any:
+            return self.put(tensor) if own is not None and _same(tensor, own) else tensor
+
+        def get(kept: Any) -> Tensor:
+            return kept if isinstance(kept, Tensor) else self.get(kept)
+
+        with saved_tensors_hooks(put, get):  # for the inputs alone: inside the block others take their place
+            return checkpoint(block, *inputs, **{**options, "use_reentrant": False})
 
     def put(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
         """The tensor's device, and its copy in pinned memory."""
@@ -65,3 +87,8 @@ class Host:
         if device.type == "cuda" and device in self._streams:
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
         return copy.to(device, non_blocking=True)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two objects are one tensor: what hooks get may be an alias."""
+    return one.shape == other.shape and one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -104,14 +104,18 @@ def sizing_rows(recipe: Recipe) -> int:
 
 
 def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:
-    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes."""
+    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes.
+
+    A base to be sharded waits in the host's memory, since no device could hold it.
+    """
     base = load_base(
         recipe.model,
         tokenizer,
-        device=device,
+        device=torch.device("cpu") if recipe.train.shard_base and device.type != "meta" else device,
         labels=data.labels,
         seed=recipe.seed,
         checkpointing=recipe.train.gradient_checkpointing,
+        computes=device,
     )
     experts = fused_experts(base.model)
     adapted = recipe.adapter.names_experts or not drawers.load("variants", recipe.adapter.variant).has_components

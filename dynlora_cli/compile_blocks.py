@@ -68,12 +68,17 @@ def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a model: what its outermost lists of modules hold."""
+    """The repeated parts of a model: what its outermost lists of modules hold, and lists in them."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
-            yield from child
+            yield from _parts(child)
         elif not isinstance(child, ComponentLinear):
             yield from blocks(child)
+
+
+def _parts(container: nn.ModuleList) -> Iterator[nn.Module]:
+    for part in container:
+        yield from _parts(part) if isinstance(part, nn.ModuleList) else [part]
 
 
 def graphs_made() -> int:

@@ -186,9 +186,10 @@ class ComponentLinear(nn.Module):
         """Map [..., I] to [..., O]."""
         if self.count == 0:
             return forget_input(self.base(x))
-        a_CI, b_OC = self._joined() or self.factors()
+        low = self.low if torch.is_autocast_enabled(x.device.type) else None
+        a_CI, b_OC = self._joined(low) or self.factors()
         if self._fusable(x):
-            return self._watched(fused(x, self.base, a_CI, b_OC, self.scale, self.low))
+            return self._watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
         y = forget_input(self.base(x))
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -197,11 +198,12 @@ class ComponentLinear(nn.Module):
             x = F.dropout(x, self.dropout)
         return y + self._watched(self.update(x, a_CI, b_OC)).to(y.dtype)
 
-    def _joined(self) -> tuple[Tensor, Tensor] | None:
-        """The copies of a and b that hand gradients on to the pool; None where there are none, or they do not."""
-        if self.low is None or not torch.compiler.is_compiling():
+    @staticmethod
+    def _joined(low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """The copies of a and b if they hand gradients on to the pool, for compiled code."""
+        if low is None or not torch.compiler.is_compiling():
             return None
-        return self.low if self.low[1].requires_grad or not torch.is_grad_enabled() else None
+        return low if low[1].requires_grad or not torch.is_grad_enabled() else None
 
     def _fusable(self, x: Tensor) -> bool:
         """Whether base and components can run as one function."""

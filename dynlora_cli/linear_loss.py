@@ -80,9 +80,10 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
     return head if frozen else None
 
 
-def chunks(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(
+    hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear, least: int = LEAST_ROWS
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Targets [n] and logits [n, V], a few at a time."""
-    least = LEAST_ROWS if Heads.compiled is None else 2 * LEAST_ROWS  # a row takes half the memory there
     rows = max(least, CHUNK // head.out_features)
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
         yield targets, F.linear(hidden, head.weight, head.bias)
@@ -124,7 +125,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden_ND.device)
         judge, dtype = Heads.compiled or loss_and_gradient, _product_type(head.weight)
         grads = []
-        for targets, logits in chunks(hidden_ND, targets_N, head):
+        least = LEAST_ROWS if Heads.compiled is None else 2 * LEAST_ROWS  # a row takes half the memory there
+        for targets, logits in chunks(hidden_ND, targets_N, head, least):
             loss, grad_nV = judge(logits, targets, dtype)
             total += loss
             with torch.autocast(grad_nV.device.type, enabled=False):

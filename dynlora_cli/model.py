@@ -65,6 +65,7 @@ def load_base(
     labels: list[str] | None,
     seed: int,
     checkpointing: bool | Literal["offload"],
+    computes: torch.device | None = None,
 ) -> Base:
     """Load the model and freeze its weights.
 
@@ -75,12 +76,13 @@ def load_base(
         labels: class names of a classification task.
         seed: of a new classifier head.
         checkpointing: recompute activations in the backward pass; see activations.py.
+        computes: the device it will compute on, where that is another; decides what `dtype: auto` is.
 
     Raises:
         UsageError, MachineError: the model cannot be loaded; the message says why.
     """
     folder, reference = find_model(options)
-    dtype = resolve_dtype(options.dtype, device)
+    dtype = resolve_dtype(options.dtype, computes or device)
     structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
     head, new, whole = _whole(structure, folder) if structure is not None and labels else (None, False, ())
     torch.manual_seed(seed)

@@ -95,12 +95,12 @@ class Pool:
             DynloraError: an autograd graph through the old leaves is alive.
         """
         self.refuse_live_graphs()
+        self._forget_copies()
         self.counts = dict(counts)
         self.values = nn.Parameter(values_P)
         self.values.grad = torch.zeros_like(values_P)
         views = zip(self.views(self.values.detach()), self.views(self.values.grad), strict=True)
         for layer, ((a, b), (a_grad, b_grad)) in zip(self.layers.values(), views, strict=True):
-            layer.low = None
             layer.a_CI, layer.b_OC = nn.Parameter(a, requires_grad=not self.a_frozen), nn.Parameter(b)
             layer.a_CI.grad, layer.b_OC.grad = a_grad, b_grad
 
@@ -134,13 +134,13 @@ class Pool:
         Only where autocast is on. When the pass ends the copies are forgotten, so that none can be out of date.
 
         Compiled blocks (`joined`) give their gradients to the copies, which hand them on to the pool in one piece
-        instead of one for each factor. Copies stay until the next pass there: checkpointing computes with them again.
+        instead of one for each factor. They stay until the optimizer's step there: checkpointing needs them again.
         """
 
         def cast(*_: Any) -> None:
             kind = self.values.device.type
             if not torch.is_autocast_enabled(kind):
-                forget()
+                self._forget_copies()
                 return
             values = self.values if self.joined else self.values.detach()
             low = self.views(values.to(torch.get_autocast_dtype(kind)))
@@ -148,16 +148,16 @@ class Pool:
                 pair = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
                 layer.__dict__["low"] = pair  # a module's own way to be given an attribute takes ten times as long
 
-        def forget() -> None:
-            for layer in self.layers.values():
-                layer.__dict__["low"] = None
-
         def end(*_: Any) -> None:
             if not self.joined:
-                forget()
+                self._forget_copies()
 
         model.register_forward_pre_hook(cast)
         model.register_forward_hook(end, always_call=True)
+
+    def _forget_copies(self) -> None:
+        for layer in self.layers.values():
+            layer.__dict__["low"] = None
 
     def refuse_live_graphs(self) -> None:
         """Raise where a forward pass is still waiting for its backward (or its loss is still held)."""
@@ -225,6 +225,7 @@ class Pool:
 
     def after_update(self, rate: float) -> None:
         """Tell every layer that the optimizer has stepped at this learning rate."""
+        self._forget_copies()
         for layer in self.layers.values():
             layer.after_update(rate)
 

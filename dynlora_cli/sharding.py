@@ -9,6 +9,9 @@ Source: Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277).
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 from packaging.version import Version
 from torch import nn
@@ -43,14 +46,37 @@ def shard_base(model: PreTrainedModel, pool: Pool, device: torch.device, process
         pool: holds them, on the device already.
         device: of this process.
         processes: all of the run, each with the same model; more than one.
+
+    Raises:
+        UsageError: the model's blocks cannot be gathered one by one.
     """
     from torch.distributed.fsdp import fully_shard
 
+    parts = list(blocks(model))
+    _refuse_unsuitable(model, parts)
+    # The head steps aside by handing on what it was given (linear_loss.py), which nobody changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (processes,))
     leaves = {leaf for layer in pool.layers.values() for leaf in (layer.a_CI, layer.b_OC)}  # views of the pool
-    others = {parameter for parameter in model.parameters() if parameter.requires_grad} - leaves
-    for parameter in others:  # such as a new head
+    others = {parameter for parameter in model.parameters() if _stays_whole(parameter, model.dtype)} - leaves
+    for parameter in others:
         parameter.data = parameter.data.to(device)
-    parts: list[nn.Module] = [*blocks(model), model]
-    for part in parts:
+    for part in (*parts, model):
         fully_shard(part, mesh=mesh, ignored_params=leaves | others)
+
+
+def _stays_whole(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Trained as a whole, such as a new head; or what FSDP2 does not take (until torch 2.10, types that differ)."""
+    return parameter.requires_grad or parameter.ndim == 0 or parameter.dtype != dtype
+
+
+def _refuse_unsuitable(model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Processes must gather the same blocks in the same order, and each weight once."""
+    hint = "set train.shard_base: false"
+    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+        raise UsageError(
+            f"train.shard_base: {type(model).__name__} skips blocks at random (layerdrop), each process others", hint
+        )
+    weights = [id(parameter) for part in parts for parameter in part.parameters()]
+    if not parts or len(set(weights)) < len(weights):
+        raise UsageError(f"train.shard_base: {type(model).__name__} has no blocks with weights of their own", hint)

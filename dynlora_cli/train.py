@@ -89,8 +89,7 @@ def run(
     tokenizer, data = read_data(recipe)
     if checkpoint:
         _same_inputs(run_folder.run_of(checkpoint), data, recipe)
-    place = torch.device("cpu") if recipe.train.shard_base else accelerator.device
-    base = read_base(recipe, tokenizer, data, place)
+    base = read_base(recipe, tokenizer, data, accelerator.device)
     variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
     pool, start = begin(recipe, variant, base, data, accelerator, _first_counts(checkpoint))
     if recipe.train.shard_base and pool:

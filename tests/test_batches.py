@@ -238,12 +238,15 @@ def test_a_model_that_would_mix_packed_rows_is_refused(monkeypatch: pytest.Monke
     assert deaf.training
 
 
-@pytest.mark.parametrize(("together", "mixed", "fine"), [(0.04, 0.0, True), (0.08, 1.1, True), (0.08, 0.4, False)])
+@pytest.mark.parametrize(
+    ("together", "padded", "mixed", "fine"),
+    [(0.04, 0.0, 1.1, True), (0.08, 0.05, 1.1, True), (0.08, 0.01, 1.1, False), (0.04, 0.0, 0.04, False)],
+)
 def test_rounding_of_a_deep_model_is_told_from_mixed_rows(
-    together: float, mixed: float, fine: bool, monkeypatch: pytest.MonkeyPatch
+    together: float, padded: float, mixed: float, fine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An 8 B model in 4 bits with random weights was refused on a GPU: its rounding is more than 5 %."""
-    monkeypatch.setattr(batches_module, "_differences", lambda *_: (together, mixed))
+    monkeypatch.setattr(batches_module, "_differences", lambda *_: (together, padded, mixed))
     with nullcontext() if fine else pytest.raises(UsageError, match="does not keep packed rows apart"):
         assert packed_mask_dtype(llama("sdpa"), 40) == torch.bool
 
