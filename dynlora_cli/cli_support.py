@@ -90,7 +90,8 @@ def _as_ours(error: Exception) -> DynloraError | None:
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             "the GPU has not enough memory",
-            "in training: lower train.micro_batch_size, dataset.max_length, or set train.gradient_checkpointing: true",
+            "in training: lower train.micro_batch_size, dataset.max_length, or set train.gradient_checkpointing: true, "
+            "or offload",
         )
     return None
 
