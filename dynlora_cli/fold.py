@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dynlora_cli.adapter_base import Place, module_of, structure, tied
 from dynlora_cli.errors import DynloraError, MeasureError, UsageError
 from dynlora_cli.experts import parameter_of, parts_of, split
 from dynlora_cli.run_folder import copy_tokenizer, write_json
-from dynlora_cli.weights import New, Weights, write_like
+from dynlora_cli.weights import New, Space, Weights, write_like
 
 # What stands beside the weights and is of use to whoever runs the model.
 KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
@@ -93,7 +93,7 @@ def plan_merge(
             "name the model it was made from: --base FOLDER",
         )
     plan = Plan(weights, config)
-    folding = _Folding(adapter, model, plan, original or (lambda tensor, _: weights.read(tensor, torch.float32)))
+    folding = _Folding(adapter, model, plan, original)
     folding.layers()
     folding.experts()
     folding.replaced()
@@ -108,9 +108,10 @@ def plan_merge(
 class _Folding:
     """Fills a plan, layer by layer."""
 
-    def __init__(self, adapter: Adapter, model: PreTrainedModel, plan: Plan, original: Original) -> None:
+    def __init__(self, adapter: Adapter, model: PreTrainedModel, plan: Plan, original: Original | None) -> None:
         self.adapter, self.model, self.plan, self.original = adapter, model, plan, original
         self.tied = tied(model)
+        self.space = Space()
 
     def layers(self) -> None:
         for name, factors in self.adapter.layers.items():
@@ -125,10 +126,26 @@ class _Folding:
                     f"{entry.file}: {tensor} is {entry.dtype} {entry.shape}, the model has {expected}",
                     "name a base in fp32, bf16 or fp16 with --base FOLDER",
                 )
-            whole = self.adapter.whole.get(f"{name}.weight")
-            base = partial(_copy, whole) if whole is not None else partial(self.original, tensor, name)
-            self._put(name, New(entry.dtype, entry.shape, partial(folded, base, factors, isinstance(module, Conv1D))))
+            self._put(name, self._changed(name, tensor, factors, isinstance(module, Conv1D)))
             self.plan.modules.append(name)
+
+    def _changed(self, name: str, tensor: str, factors: Factors, transposed: bool) -> New:
+        """A layer's new weight; from the files as they are, rows can be made alone."""
+        weights, whole = self.plan.weights, self.adapter.whole.get(f"{name}.weight")
+        entry = weights.entries[tensor]
+        if whole is not None:
+            return New(entry.dtype, entry.shape, lambda: folded(_copy(whole), factors, transposed))
+        if self.original is not None:
+            base = partial(self.original, tensor, name)
+            return New(entry.dtype, entry.shape, lambda: folded(base(), factors, transposed))
+
+        def rows(first: int, last: int, space: Space | None = self.space) -> Tensor:
+            W = weights.read(tensor, torch.float32, (first, last), space)
+            return folded(W, rows_of(factors, transposed, first, last), transposed)
+
+        # DoRA's norms are over the rows of a transposed weight.
+        alone = not transposed or factors.magnitude_O is None
+        return New(entry.dtype, entry.shape, lambda: rows(0, entry.shape[0], None), rows if alone else None)
 
     def experts(self) -> None:
         """Slices of experts, which no quantization of ours touches, and which lie on disk in pieces of their own."""
@@ -193,9 +210,16 @@ class _Folding:
             self.plan.added[head] = New(entry.dtype, entry.shape, partial(self.plan.weights.read, table))
 
 
-def folded(base: Callable[[], Tensor], factors: Factors, transposed: bool) -> Tensor:
-    """W' in fp32, in the layout of the file: [O, I], or [I, O] for Conv1D."""
-    W = base()
+def rows_of(factors: Factors, transposed: bool, first: int, last: int) -> Factors:
+    """What changes these rows of a weight in the layout of the file."""
+    if transposed:
+        return replace(factors, a_CI=factors.a_CI[:, first:last])
+    magnitude_O = None if factors.magnitude_O is None else factors.magnitude_O[first:last]
+    return replace(factors, b_OC=factors.b_OC[first:last], magnitude_O=magnitude_O)
+
+
+def folded(W: Tensor, factors: Factors, transposed: bool) -> Tensor:
+    """W' in the place of W, fp32 and in the layout of the file: [O, I], or [I, O] for Conv1D."""
     view = W.T if transposed else W
     if factors.hadamard:
         view.addcmul_(view, factors.delta_OI())
@@ -254,10 +278,8 @@ def _convert(plan: Plan, dtype: torch.dtype) -> None:
     for name, entry in plan.weights.entries.items():
         if entry.dtype.is_floating_point:
             old = plan.changed.get(name)
-            plan.changed[name] = New(
-                dtype, old.shape if old else entry.shape, old.make if old else partial(plan.weights.read, name)
-            )
-    plan.added = {name: New(dtype, new.shape, new.make) for name, new in plan.added.items()}
+            plan.changed[name] = replace(old or New(dtype, entry.shape, partial(plan.weights.read, name)), dtype=dtype)
+    plan.added = {name: replace(new, dtype=dtype) for name, new in plan.added.items()}
     for key in {"dtype", "torch_dtype"} & plan.config.keys() or {"dtype"}:
         plan.config[key] = str(dtype).removeprefix("torch.")
 
@@ -306,7 +328,12 @@ def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path) -> in
             merged.add(name)
             return new.make()
 
-        return New(new.dtype, new.shape, make)
+        def rows(first: int, last: int) -> Tensor:
+            merged.add(name)
+            assert new.rows is not None
+            return new.rows(first, last)
+
+        return replace(new, make=make, rows=rows if new.rows else None)
 
     changed = {name: counted(name, new) for name, new in plan.changed.items()}
     added = {name: counted(name, new) for name, new in plan.added.items()}

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +46,20 @@ class Entry:
     size: int
 
 
+class Space:
+    """Memory that is used again and again: to get it from the system, cleared, takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in it; what was there before is gone."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(shape)
+
+
 class Weights:
     """The tensors of a model folder.
 
@@ -60,6 +75,7 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._piece = Space()
         self.entries: dict[str, Entry] = {}
         for file in self._files():
             self.entries |= _read_header(file)
@@ -83,14 +99,25 @@ class Weights:
         """The files, in order."""
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, in memory of its own and nothing beyond it, converted on the way where a type is given."""
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: tuple[int, int] | None = None,
+        space: Space | None = None,
+    ) -> Tensor:
+        """One tensor, or its rows from first to last, in memory of its own and nothing beyond it.
+
+        Converted on the way where a type is given. With `space` in that, until it is asked for memory again.
+        """
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=dtype or entry.dtype)
+        first, last = rows or (0, entry.shape[0] if entry.shape else 1)
+        shape = (last - first, *entry.shape[1:]) if entry.shape else ()
+        tensor = (space or torch.empty)(shape, dtype=dtype or entry.dtype)
         with entry.file.open("rb") as file:
-            file.seek(entry.start)
+            file.seek(entry.start + first * math.prod(entry.shape[1:]) * entry.dtype.itemsize)
             for part in _pieces(tensor):
-                read = part if part.dtype == entry.dtype else torch.empty(part.shape, dtype=entry.dtype)
+                read = part if part.dtype == entry.dtype else self._piece(part.shape, dtype=entry.dtype)
                 if file.readinto(_bytes(read)) != read.nbytes:
                     raise UsageError(f"{entry.file} ends inside {name}", "fetch the model again")
                 if read is not part:
@@ -148,12 +175,14 @@ def _bytes(tensor: Tensor) -> memoryview:
 class New:
     """A tensor that is made when its place in the file has come, so that only one is in memory at a time.
 
-    `make` may give another type, such as fp32; it is converted on the way to the file.
+    `make` may give another type, such as fp32; it is converted on the way to the file. `rows` makes the same from its
+    first row to its last, where rows can be made alone: then they are, as many as stay in the processor's cache.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    rows: Callable[[int, int], Tensor] | None = None
 
     @property
     def size(self) -> int:
@@ -194,12 +223,8 @@ def write_like(
         with (folder / file.name).open("wb") as target, file.open("rb") as source:
             target.write(_header({names[name]: item for name, item in inside.items()}))
             for item in inside.values():
-                if isinstance(item, New):
-                    _write(target, item)
-                else:
-                    source.seek(item.start)
-                    _copy(source, target, item.size)
-                total += item.size
+                _write_behind(target, _made(item) if isinstance(item, New) else _read(source, item))
+            total += sum(item.size for item in inside.values())
         placed |= dict.fromkeys(names.values(), file.name)
     if [file.name for file in files] != [SINGLE]:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
@@ -221,17 +246,37 @@ def _header(items: Mapping[str, Entry | New]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write(target: BinaryIO, item: New) -> None:
-    tensor = item.make()
-    assert tuple(tensor.shape) == item.shape, "the header has said another shape"
-    for part in _pieces(tensor.contiguous()):
-        target.write(_bytes(part.to(item.dtype)))
+def _made(item: New) -> Iterator[memoryview]:
+    """The bytes of a new tensor, piece by piece."""
+    if item.rows is None:
+        tensor = item.make()
+        assert tuple(tensor.shape) == item.shape, "the header has said another shape"
+        parts = _pieces(tensor.contiguous())
+    else:
+        count = max(1, _CHUNK // (4 * math.prod(item.shape[1:])))
+        parts = (item.rows(at, min(at + count, item.shape[0])) for at in range(0, item.shape[0], count))
+    return (_bytes(part.to(item.dtype, copy=True).contiguous().view(-1)) for part in parts)
 
 
-def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
-    while size > 0:
-        piece = source.read(min(size, _CHUNK))
+def _read(source: BinaryIO, entry: Entry) -> Iterator[bytes]:
+    """The bytes of an old tensor, piece by piece."""
+    source.seek(entry.start)
+    left = entry.size
+    while left > 0:
+        piece = source.read(min(left, _CHUNK))
         if not piece:
             raise UsageError(f"{source.name} ends too early", "fetch the model again")
-        target.write(piece)
-        size -= len(piece)
+        yield piece
+        left -= len(piece)
+
+
+def _write_behind(target: BinaryIO, pieces: Iterator[bytes] | Iterator[memoryview]) -> None:
+    """Write pieces one after the other, each while the next is made."""
+    with ThreadPoolExecutor(1) as pool:
+        writing: Future[int] | None = None
+        for piece in pieces:
+            if writing:
+                writing.result()
+            writing = pool.submit(target.write, piece)
+        if writing:
+            writing.result()

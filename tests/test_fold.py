@@ -12,6 +12,7 @@ from peft_adapters import KINDS, ids, make, peft_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
+from dynlora_cli import weights
 from dynlora_cli.adapter import save
 from dynlora_cli.adapter_base import find_base
 from dynlora_cli.adapter_reader import read_adapter
@@ -43,6 +44,30 @@ def test_merged_model_computes_what_peft_computes(kind, tmp_path):
         torch.testing.assert_close(model.eval()(ids()).logits, expected, atol=1e-4, rtol=1e-4)
     if kind not in ("tied", "embedding", "scaled-embedding"):  # PEFT's own merge loses one half of a tied pair
         torch.testing.assert_close(peft_logits(base, folder, merged=True), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_row_by_row_is_what_is_made_whole(kind, tmp_path, monkeypatch):
+    """Tensors here are smaller than what is made at once, so that is made smaller: two rows or so."""
+    _, folder = make(kind, tmp_path)
+    monkeypatch.setattr(weights, "_CHUNK", 300)
+    plan, _ = merge(read_adapter(folder), tmp_path / "merged")
+    written = Weights(tmp_path / "merged")
+    assert set(written.entries) == set(plan.tensor_names())
+    for name in plan.tensor_names():
+        whole = plan.read(name).to(written.entries[name].dtype)
+        torch.testing.assert_close(written.read(name), whole, atol=1e-6, rtol=1e-6)
+        if written.entries[name].shape[0] > 4:
+            torch.testing.assert_close(written.read(name, rows=(2, 4)), written.read(name)[2:4], atol=0, rtol=0)
+
+
+def test_a_piece_that_cannot_be_written_ends_the_writing(tmp_path):
+    class Full:
+        def write(self, piece):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        weights._write_behind(Full(), iter([b"one", b"two"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
