@@ -108,7 +108,7 @@ class Weights:
     ) -> Tensor:
         """One tensor, or its rows from first to last, in memory of its own and nothing beyond it.
 
-        Converted on the way where a type is given. With `space` in that, until it is asked for memory again.
+        Converted on the way where a type is given. With `space` it lies in that memory, until that is used again.
         """
         entry = self.entries[name]
         first, last = rows or (0, entry.shape[0] if entry.shape else 1)

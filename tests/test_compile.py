@@ -16,6 +16,10 @@ from dynlora_cli.linear_loss import Heads, compiled_judge, loss_and_gradient
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.rank import shrink
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, compiling.COMPILERS[0])), reason="torch.compile needs a C++ compiler"
+)
+
 
 def test_blocks_are_what_the_outermost_lists_hold():
     inner = nn.ModuleList([nn.Linear(2, 2)])
@@ -31,7 +35,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, compiling.COMPILERS[0])), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(ComponentLinear, "fuse", True)  # both are the process's: put back at the end
@@ -54,7 +58,7 @@ def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tm
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, compiling.COMPILERS[0])), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize(
     "setting", ["adapter.freeze_a=false", "train.gradient_checkpointing=true", "adapter.freeze_a=true"]
 )
@@ -88,7 +92,7 @@ def test_in_bf16_gradients_reach_the_pool_through_its_copies(setting, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, compiling.COMPILERS[0])), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_the_compiled_loss_is_the_plain_one():
     compiled = compiled_judge()
     for rows in (7, 5, 1):
