@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -19,13 +19,21 @@ from transformers import PreTrainedModel
 from dynlora_cli.errors import UsageError
 
 
-def checkpoint_activations(model: PreTrainedModel, how: Literal[True, "offload"] = True) -> None:
+def checkpoint_activations(
+    model: PreTrainedModel, how: Literal[True, "offload"] = True, *, preserve_rng_state: bool = True
+) -> None:
     """Keep the inputs of blocks alone in the forward pass; with "offload" outside the GPU's memory.
+
+    Args:
+        model: any.
+        how: see above.
+        preserve_rng_state: False where no block draws random numbers.
 
     Raises:
         UsageError: the model's own code has no place to say where.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if how != "offload":
         return
     host = Host()
@@ -87,6 +95,15 @@ class Host:
         if device.type == "cuda" and device in self._streams:
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
         return copy.to(device, non_blocking=True)
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether a training pass of this model may draw random numbers: some dropout in it is above zero."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+        for module in model.modules()
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

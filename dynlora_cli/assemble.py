@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
 
 from dynlora_cli import drawers
 from dynlora_cli.allocation import with_counts
@@ -68,6 +69,8 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
         log_with=list(recipe.train.report_to) or None,
         project_dir=folder,
+        # Nothing may be kept from one recording for another; compiled code is for one of both ways.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.train.cuda_graphs)],
     )
 
 
@@ -184,6 +187,7 @@ def make_batches(
         shard=accelerator.process_index if accelerator else 0,
         mask_dtype=packed_mask_dtype(base.model, capacity) if packing and kind != "meta" else torch.bool,
         pin=kind == "cuda",
+        even=recipe.train.cuda_graphs and shuffle,
     )
 
 

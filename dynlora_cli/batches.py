@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from dynlora_cli.errors import UsageError
@@ -92,6 +93,8 @@ class Batches:
         shard: this rank.
         mask_dtype: of the packed attention mask, as `packed_mask_dtype` gives it for a model.
         pin: the batches lie in pinned memory; for a GPU.
+        even: few widths, that they may come again: all of `max_length` when packed, else rounded up by an eighth at
+            most.
 
     Raises:
         ValueError: an example longer than `max_length`, no examples, or packing for another task than causal-lm.
@@ -112,10 +115,12 @@ class Batches:
         shard: int = 0,
         mask_dtype: torch.dtype = torch.bool,
         pin: bool = False,
+        even: bool = False,
     ) -> None:
         self.examples, self.pad_id, self.seed, self.packing, self.shuffle = examples, pad_id, seed, packing, shuffle
         self.micro_batch_size, self.step_size = micro_batch_size, micro_batch_size * accumulation
         self.shards, self.shard, self.mask_dtype, self.pin = shards, shard, mask_dtype, pin
+        self.max_length, self.even = max_length, even
         self._prepared: dict[tuple[int, int], list[Batch]] = {}
         self.lengths = [len(example.input_ids) for example in examples]
         if not examples or max(self.lengths) > max_length:
@@ -190,7 +195,7 @@ class Batches:
 
     def _batch(self, bins: list[Bin]) -> Batch:
         examples = [self.examples[index] for item in bins for index in item]
-        width = max(self._length(item) for item in bins)
+        width = self._width(max(self._length(item) for item in bins))
         ids = torch.full((len(bins), width), self.pad_id)
         for line, item in enumerate(bins):
             for start, example in self._placed(item):
@@ -200,6 +205,12 @@ class Batches:
         tokens = sum(example.tokens for example in examples)
         rows = [example.row for example in examples]
         return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()))
+
+    def _width(self, longest: int) -> int:
+        if not self.even:
+            return longest
+        step = max(8, 1 << max(0, longest.bit_length() - 4))  # an eighth of the power of two below
+        return self.max_length if self.packing else min(self.max_length, -(-longest // step) * step)
 
     def _placed(self, item: Bin) -> list[tuple[int, Example]]:
         """The examples of a bin with their first position in it."""
@@ -214,7 +225,8 @@ class Batches:
             return torch.tensor([self.examples[item[0]].labels for item in bins])
         if self.examples[0].decoded:
             texts: Any = [_tensor(self.examples[item[0]].labels) for item in bins]
-            return pad_sequence(texts, batch_first=True, padding_value=IGNORED).long()
+            padded = pad_sequence(texts, batch_first=True, padding_value=IGNORED).long()
+            return pad(padded, (0, self._width(padded.shape[1]) - padded.shape[1]), value=IGNORED)
         labels = torch.full((len(bins), width), IGNORED)
         for line, item in enumerate(bins):
             for start, example in self._placed(item):

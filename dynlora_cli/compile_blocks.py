@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynlora_cli.components import ComponentLinear
 from dynlora_cli.errors import MachineError
@@ -60,25 +60,38 @@ def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
         if marked[0] is not pool.values:  # fresh leaves after every event
             marked[0] = pool.values
             fresh += [(layer.a_CI, layer.b_OC) for layer in pool.layers.values()]
-        for a_CI, b_OC in fresh:
-            torch._dynamo.maybe_mark_dynamic(a_CI, 0)
-            torch._dynamo.maybe_mark_dynamic(b_OC, 1)
+        mark_dynamic(fresh)
 
     model.register_forward_pre_hook(mark)
 
 
+def mark_dynamic(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Compile for any number of components of these a_CI and b_OC."""
+    for a_CI, b_OC in pairs:
+        torch._dynamo.maybe_mark_dynamic(a_CI, 0)
+        torch._dynamo.maybe_mark_dynamic(b_OC, 1)
+
+
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The repeated parts of a model: what its outermost lists of modules hold, and lists in them."""
+    return (block for _, _, block in blocks_in_place(model))
+
+
+def blocks_in_place(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int, nn.Module]]:
+    """The blocks, each with the list that holds it and its index in there."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from _parts(child)
         elif not isinstance(child, ComponentLinear):
-            yield from blocks(child)
+            yield from blocks_in_place(child)
 
 
-def _parts(container: nn.ModuleList) -> Iterator[nn.Module]:
-    for part in container:
-        yield from _parts(part) if isinstance(part, nn.ModuleList) else [part]
+def _parts(container: nn.ModuleList) -> Iterator[tuple[nn.ModuleList, int, nn.Module]]:
+    for index, part in enumerate(container):
+        if isinstance(part, nn.ModuleList):
+            yield from _parts(part)
+        else:
+            yield container, index, part
 
 
 def graphs_made() -> int:

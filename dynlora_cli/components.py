@@ -189,14 +189,14 @@ class ComponentLinear(nn.Module):
         low = self.low if torch.is_autocast_enabled(x.device.type) else None
         a_CI, b_OC = self._joined(low) or self.factors()
         if self._fusable(x):
-            return self._watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
+            return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
         y = forget_input(self.base(x))
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.a_CI.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return y + self._watched(self.update(x, a_CI, b_OC)).to(y.dtype)
+        return y + self.watched(self.update(x, a_CI, b_OC)).to(y.dtype)
 
     @staticmethod
     def _joined(low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -213,7 +213,7 @@ class ComponentLinear(nn.Module):
             return False
         return torch.is_autocast_enabled(x.device.type) or x.dtype == weight_type(self.base) == self.a_CI.dtype
 
-    def _watched(self, result: Tensor) -> Tensor:
+    def watched(self, result: Tensor) -> Tensor:
         """Note the graph that ends here, so that components are not removed while it lives."""
         if not torch.compiler.is_compiling() and result.grad_fn is not None:
             graph = Graph()

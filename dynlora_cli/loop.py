@@ -95,6 +95,9 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
     if run.pool:
         run.pool.begin_step(number, run.total_steps)
+    if run.graphs:
+        last = min(run.total_steps, run.control.next_change(number) if run.control else math.inf)
+        run.graphs.passes_left = int(last - number + 1) * len(micro_batches)
     losses = [backward(run, batch, supervised) for batch in micro_batches]
     if number < run.total_steps:  # a GPU is still at work on the gradient
         run.batches.prepare(*divmod(number, run.batches.steps_per_epoch))

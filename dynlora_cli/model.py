@@ -97,8 +97,10 @@ def load_base(
             parameter.data = parameter.data.float()
     if checkpointing:
         checkpoint_activations(model, checkpointing)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
+    for part in model.modules():  # an encoder and a decoder may have copies of it
+        settings: Any = getattr(part, "config", None)
+        if hasattr(settings, "use_cache"):
+            settings.use_cache = False
     if labels and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Base(model, tokenizer, folder, reference, dtype, head, new, whole)

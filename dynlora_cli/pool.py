@@ -22,9 +22,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dynlora_cli.components import ComponentLinear, Graph
 from dynlora_cli.errors import DynloraError
+
+
+class CastInto(torch.autograd.Function):
+    """`values.to(dtype)` in memory that is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, values_P: Tensor, place: tuple[Tensor]) -> Tensor:
+        ctx.dtype = values_P.dtype
+        place[0].copy_(values_P)
+        return place[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None]:
+        return grad_P.to(ctx.dtype), None
 
 
 class Pool:
@@ -48,6 +64,8 @@ class Pool:
         self.layers = dict(layers)
         self.a_frozen = False
         self.joined = False  # whether gradients reach the pool through the copies of `cast_with`; see there
+        self.copies_stay = False  # whether those copies are in the same memory in every pass, as recordings need it
+        self._copy_P: Tensor | None = None
         # Graphs through any of the layers that can still run backward; components cannot be removed meanwhile.
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         for layer in self.layers.values():
@@ -96,6 +114,7 @@ class Pool:
         """
         self.refuse_live_graphs()
         self._forget_copies()
+        self._copy_P = None
         self.counts = dict(counts)
         self.values = nn.Parameter(values_P)
         self.values.grad = torch.zeros_like(values_P)
@@ -143,7 +162,7 @@ class Pool:
                 self._forget_copies()
                 return
             values = self.values if self.joined else self.values.detach()
-            low = self.views(values.to(torch.get_autocast_dtype(kind)))
+            low = self.views(self._cast(values, torch.get_autocast_dtype(kind)))
             for layer, (a_CI, b_OC) in zip(self.layers.values(), low, strict=True):
                 pair = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
                 layer.__dict__["low"] = pair  # a module's own way to be given an attribute takes ten times as long
@@ -154,6 +173,13 @@ class Pool:
 
         model.register_forward_pre_hook(cast)
         model.register_forward_hook(end, always_call=True)
+
+    def _cast(self, values_P: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self.copies_stay:
+            return values_P.to(dtype)
+        if self._copy_P is None or self._copy_P.dtype != dtype:
+            self._copy_P = torch.empty_like(values_P, dtype=dtype, requires_grad=False)
+        return CastInto.apply(values_P, (self._copy_P,))
 
     def _forget_copies(self) -> None:
         for layer in self.layers.values():

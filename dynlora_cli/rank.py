@@ -224,6 +224,12 @@ class RankControl:
             return True
         return not self.schedule.steps or self.pool.parameters <= self.schedule.targets[-1]
 
+    def next_change(self, step: int) -> float:
+        """The optimizer step, from `step` on, after which components may go; infinite where none will."""
+        if self.brake and self.brake.ended:
+            return math.inf
+        return min((at for at in self.schedule.steps if at >= step), default=math.inf)
+
     def observe(self, step: int, targets: float = 1.0) -> None:
         """Look at the gradient of optimizer step `step` (from 1): accumulated, normalised, reduced, not yet clipped.
 

@@ -197,6 +197,8 @@ class Train(Section):
     """Layers and loss as fused functions; false: as ordinary operations, equal up to rounding, to compare with."""
     compile: bool = False
     """Compile the model's blocks with torch.compile: the first steps take a minute, the others less time on a GPU."""
+    cuda_graphs: bool = False
+    """Record the passes through the model's blocks as CUDA graphs, for small models or batches; variant lora."""
     shard_base: bool = False
     """With `--devices N`: each device holds an N-th of the frozen base (FSDP2); variant lora, base not quantized."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
@@ -287,6 +289,8 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.train.compile and recipe.train.gradient_checkpointing == "offload":
         text = "compiled blocks keep their inputs themselves; leave one of the two out"
         yield Conflict("train.compile", "train.gradient_checkpointing", text)
+    if recipe.train.cuda_graphs:
+        yield from _recording_conflicts(recipe)
     if model.num_labels is not None and not classifier:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
     if data.packing and model.task != "causal-lm":
@@ -343,6 +347,20 @@ def _sharding_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.adapter.init_weights == "eva" or recipe.rank.allocation != "uniform":
         where = "adapter.init_weights" if recipe.adapter.init_weights == "eva" else "rank.allocation"
         yield Conflict(where, key, "it looks at the model before there are parts; leave one of the two out")
+
+
+def _recording_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """What is not the same kernels on the same memory in every pass."""
+    key = "train.cuda_graphs"
+    if recipe.adapter.variant != "lora":
+        yield Conflict("adapter.variant", key, "variant lora alone is recorded; set one of the two back")
+    if recipe.adapter.names_experts:
+        text = "which tokens an expert gets is another question in every pass; leave one of the two out"
+        yield Conflict("adapter.target_modules", key, text)
+    if recipe.train.gradient_checkpointing == "offload":
+        yield Conflict("train.gradient_checkpointing", key, "copies to the host are not recorded; write true instead")
+    if recipe.train.shard_base:
+        yield Conflict("train.shard_base", key, "blocks in parts are not recorded; set one of the two to false")
 
 
 def _start_conflicts(recipe: Recipe) -> Iterator[Conflict]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dynlora_cli.batches import Batches
+    from dynlora_cli.cuda_graphs import BlockGraphs
     from dynlora_cli.pool import Pool
     from dynlora_cli.rank import RankControl
     from dynlora_cli.recipe import Recipe
@@ -60,6 +61,7 @@ class Run:
         pool, control: None for full fine-tuning.
         emit: takes every event, see report.py.
         save: writes a checkpoint of the present state.
+        graphs: recordings of the blocks, where the recipe asks for them.
     """
 
     recipe: Recipe
@@ -74,6 +76,7 @@ class Run:
     save: Callable[[Run], None]
     emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
+    graphs: BlockGraphs | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:

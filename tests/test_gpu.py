@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import make_recipe, train
 
+from dynlora_cli import cuda_graphs
 from dynlora_cli.assemble import attach, read_base, read_data
 from dynlora_cli.memory import CUDA_BYTES, measure
 from dynlora_cli.variants import lora
@@ -24,9 +25,16 @@ STORED = {
     "8 bits": ("model.load_in_8bit=true",),
     "checkpointing": ("train.gradient_checkpointing=true",),
     "offloading": ("train.gradient_checkpointing=offload",),
-    "compiled": ("train.compile=true",),
-    "compiled, 4 bits": ("train.compile=true", "model.load_in_4bit=true"),
+    "compiled": ("train.compile=true", "pruning.events=1"),
+    "compiled, 4 bits": ("train.compile=true", "pruning.events=1", "model.load_in_4bit=true"),
     "packed": ("dataset.packing=true",),
+    "recorded": ("train.cuda_graphs=true",),
+    "recorded, packed": ("train.cuda_graphs=true", "dataset.packing=true"),
+    "recorded, checkpointing": ("train.cuda_graphs=true", "train.gradient_checkpointing=true"),
+    "recorded, 4 bits": ("train.cuda_graphs=true", "model.load_in_4bit=true"),
+    "recorded, fp16": ("train.cuda_graphs=true", "model.dtype=float16"),
+    "recorded, dropout": ("train.cuda_graphs=true", "adapter.dropout=0.1"),
+    "recorded, compiled": ("train.cuda_graphs=true", "train.compile=true", "pruning.events=1"),
     "unfused": ("train.fused=false",),
     "8-bit moments": ("train.optimizer=adamw_8bit",),
     "paged moments": ("train.optimizer=paged_adamw_8bit",),
@@ -39,11 +47,40 @@ def losses(events):
 
 
 @pytest.mark.parametrize("how", STORED)
-def test_it_learns_prunes_and_saves(how, tmp_path):
+def test_it_learns_prunes_and_saves(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "LEAST_PASSES", 8)
     summary, events = train(make_recipe(tmp_path, *STORED[how], "train.max_steps=40"))
     assert losses(events)[-1] < losses(events)[0] - 0.1
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert any("were recorded" in note for note in notes) == how.startswith("recorded"), notes
+    assert not any("recorded 0 times" in note for note in notes), notes
     assert summary["parameters"] <= summary["budget_parameters"] < summary["parameters_start"]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("settings", [(), ("dataset.packing=true",), ("train.gradient_checkpointing=true",)], ids=str)
+def test_recordings_change_no_loss(settings, tmp_path, monkeypatch):
+    """Played or not, every step takes the same mean over the same rows: bf16 alone makes a difference."""
+    monkeypatch.setattr(cuda_graphs, "LEAST_PASSES", 8)
+    found = {}
+    for switch in ("false", "true"):
+        recipe = make_recipe(tmp_path, f"train.cuda_graphs={switch}", *settings, "train.max_steps=40", out=switch)
+        found[switch] = losses(train(recipe)[1])
+    assert found["true"] == pytest.approx(found["false"], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "qwen3", "t5", "mixtral"])
+def test_other_architectures_are_recorded_or_say_why(kind, tmp_path, monkeypatch):
+    from tiny_architectures import CASES, write_model
+
+    monkeypatch.setattr(cuda_graphs, "LEAST_PASSES", 8)
+    write_model(tmp_path / kind, kind)
+    settings = [f"model.task={CASES[kind][2]}", "train.cuda_graphs=true", "train.max_steps=40"]
+    summary, events = train(make_recipe(tmp_path, *settings, kind=kind))
+    assert summary["loss_after"] < summary["loss_before"]
+    notes = [event["text"] for event in events if event["event"] == "note" and "recorded" in event["text"]]
+    print(kind, notes)
+    assert "recorded 0 times" not in notes[-1] or "cannot be recorded" in notes[0]
 
 
 def test_precisions_agree(tmp_path):

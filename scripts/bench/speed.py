@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynlora_cli.batches import Batch
 from dynlora_cli.compile_blocks import blocks, compile_blocks
 from dynlora_cli.components import ComponentLinear, linear_shape
+from dynlora_cli.cuda_graphs import LEAST_PASSES, SIGHTINGS, BlockGraphs
 from dynlora_cli.gradients import GateGradients
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import summed_loss
@@ -153,8 +154,8 @@ def rival(shape: Shape, config: type[peft.PeftConfig], **options: Any) -> Step:
     return labelled(compiled(wrapped, shape), batch_ids(shape))
 
 
-def mixed() -> torch.autocast:
-    return torch.autocast(DEVICE, TYPE, enabled=torch.float32 != TYPE)
+def mixed(**options: bool) -> torch.autocast:
+    return torch.autocast(DEVICE, TYPE, enabled=torch.float32 != TYPE, **options)
 
 
 def labelled(model: nn.Module, ids: Tensor) -> Step:
@@ -177,8 +178,8 @@ def labelled(model: nn.Module, ids: Tensor) -> Step:
     return step
 
 
-def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
-    """Ours, with the share `left` of its components, after a shrink as in training."""
+def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: bool = False) -> Step:
+    """Ours, with the share `left` of its components, after a shrink as in training; `recorded` as CUDA graphs."""
     model, ids = llama(shape), batch_ids(shape)
     layers: dict[str, ComponentLinear] = {}
     for name, module in find_targets(model, "all-linear").items():
@@ -199,7 +200,7 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
 
     def step() -> None:
         ComponentLinear.fuse = Heads.use = fuse
-        with mixed():
+        with mixed(cache_enabled=not recorded):
             loss = summed_loss(model, batch) / batch.supervised
         loss.backward()
         gradients.observe(pool.gate_gradient_K(), batch.supervised)
@@ -214,6 +215,12 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True) -> Step:
         keep = torch.rand(pool.components, generator=torch.Generator().manual_seed(0)) < left
         shrink(pool, optimizer, keep.to(DEVICE))
         gradients.restart()
+    if recorded:
+        graphs = BlockGraphs(model, pool, print)
+        graphs.passes_left = LEAST_PASSES
+        for _ in range(SIGHTINGS + 1):
+            step()
+        assert graphs.recorded
     return step
 
 
@@ -226,6 +233,7 @@ def methods(shape: Shape) -> dict[str, Callable[[], Step]]:
         "dynlora, half left": lambda: dynlora(shape, left=0.5),
         "dynlora, a quarter left": lambda: dynlora(shape, left=0.25),
         "dynlora, ordinary operations": lambda: dynlora(shape, fuse=False),
+        **({"dynlora, recorded": lambda: dynlora(shape, recorded=True)} if DEVICE == "cuda" else {}),
         "PEFT LoRA": lambda: rival(shape, peft.LoraConfig, **plain),
         "PEFT DoRA": lambda: rival(shape, peft.LoraConfig, use_dora=True, **plain),
         "PEFT AdaLoRA": lambda: rival(shape, peft.AdaLoraConfig, tinit=10_000, tfinal=10_000, deltaT=10, **ada),
@@ -316,17 +324,9 @@ def table(records: list[dict[str, Any]]) -> str:
 def brief(records: list[dict[str, Any]]) -> str:
     """One line for each shape, of one device."""
     rivals = ("PEFT LoRA", "PEFT AdaLoRA", "PEFT DoRA")
-    ours = ("dynlora", "dynlora, half left", "dynlora, a quarter left")
-    head = [
-        "shape",
-        "tokens",
-        "rank",
-        "ours / floor",
-        "half left",
-        "a quarter left",
-        *(f"{name} / ours" for name in rivals),
-        "peak, ours / PEFT",
-    ]
+    ours = ("dynlora", "dynlora, recorded", "dynlora, half left", "dynlora, a quarter left")
+    head = ["shape", "tokens", "rank", "ours / floor", "recorded", "half left", "a quarter left"]
+    head += [*(f"{name} / ours" for name in rivals), "peak, ours / PEFT"]
     lines = [f"{records[0]['device']}:\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for record in records:
         seconds, peak = record["seconds"], record["peak_bytes"]
