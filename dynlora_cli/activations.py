@@ -61,10 +61,11 @@ class Host:
 
         What else it is given (masks, positions, what an encoder said) all blocks share: it stays where it is.
         """
-        own = next((tensor for tensor in inputs if isinstance(tensor, Tensor)), None)
+        # Not the tensor: the functions live until the backward pass, and would keep it where it is.
+        own = next((_identity(tensor) for tensor in inputs if isinstance(tensor, Tensor)), None)
 
         def put(tensor: Tensor) -> Any:
-            return self.put(tensor) if own is not None and _same(tensor, own) else tensor
+            return self.put(tensor) if _identity(tensor) == own else tensor
 
         def get(kept: Any) -> Tensor:
             return kept if isinstance(kept, Tensor) else self.get(kept)
@@ -106,6 +107,6 @@ def draws(model: nn.Module) -> bool:
     )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two objects are one tensor: what hooks get may be an alias."""
-    return one.shape == other.shape and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+def _identity(tensor: Tensor) -> tuple[torch.Size, int]:
+    """Alike for two objects that are one tensor, as long as it lives: what hooks get may be an alias."""
+    return tensor.shape, tensor.untyped_storage()._cdata

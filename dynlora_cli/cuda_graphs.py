@@ -265,7 +265,7 @@ class BlockGraphs:
         self.model, self.pool, self.tell, self.make = model, pool, tell, make
         self.places = list(blocks_in_place(model))
         self.passes_left = self.recorded = 0
-        self.failed = False
+        self.given_up = False
         self._forget()
         pool.copies_stay = True
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -281,16 +281,16 @@ class BlockGraphs:
 
     def _begin(self, model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         """Before a pass of the model: put the stand-ins in place if it is to be played or listened to."""
-        if self.failed or not model.training or not torch.is_grad_enabled():
+        if self.given_up or not model.training or not torch.is_grad_enabled():
             return
         if self._values is not self.pool.values:  # components have gone, and the memory that was recorded with them
             self._forget()
         key = _key(kwargs)
-        if key in self._heard:
+        if key in self._heard and not self.pool.graphs:
             self._record(key)
         if key in self._recordings:
             self._pass = Playing(*self._recordings[key])
-        elif not self.failed and self.passes_left >= LEAST_PASSES and len(self._recordings) < MOST_SHAPES:
+        elif self.passes_left >= LEAST_PASSES and len(self._recordings) < MOST_SHAPES:
             self._seen[key] += 1
             if self._seen[key] >= SIGHTINGS:
                 self._pass = Listening(key)
@@ -312,47 +312,52 @@ class BlockGraphs:
                     "set train.cuda_graphs: false, and please report this",
                 )
         elif turn.strange or turn.blocks != [block for _, _, block in self.places]:
-            self._fail(turn.strange or "it does not run every block once, in their order")
+            self._give_up(turn.strange or "it does not run every block once, in their order")
         else:
             turn.let_go()
             self._heard[turn.key] = turn
 
-    def _fail(self, why: str) -> None:
+    def _give_up(self, why: str) -> None:
         self._forget()
-        self.failed = True
+        self.given_up = True
         self.tell(f"train.cuda_graphs: {type(self.model).__name__} cannot be recorded ({why}); it goes on as usual")
 
     def _record(self, key: Any) -> None:
-        """Make recordings of what was heard; the gradients, the copies and the random numbers are then as before."""
+        """Make recordings of what was heard; the gradients, the copies and the random numbers are then as before.
+
+        Raises:
+            MachineError: CUDA did not record it. The state of the GPU is not to be relied on then.
+        """
         heard, device = self._heard.pop(key), self._values.device
-        layers, alive = list(self.pool.layers.values()), set(self.pool.graphs)
+        layers = list(self.pool.layers.values())
         low = [layer.low for layer in layers]
         gradients = [(parameter, parameter.grad.clone()) for parameter in self._trained() if parameter.grad is not None]
         on, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         if self._memory is None and device.type == "cuda":
             self._memory = torch.cuda.graph_pool_handle()
+        samples = tuple(self._samples(stretch, heard.outside) for stretch in heard.stretches)
+        functions = tuple(stretch.run for stretch in heard.stretches)
         try:
-            samples = tuple(self._samples(stretch, heard.outside) for stretch in heard.stretches)
-            functions = tuple(stretch.run for stretch in heard.stretches)
             with (
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
                 torch.autocast(device.type, dtype, enabled=on, cache_enabled=False),
             ):
                 made = self.make(functions, samples, allow_unused_input=True, pool=self._memory)
-        except RuntimeError as error:  # torch's, of what cannot be recorded, or for want of memory
-            self._fail(str(error).strip().split("\n")[0])
-        else:
-            for stretch, play in zip(heard.stretches, made, strict=True):
-                stretch.play = play
-            self._recordings[key] = heard.stretches, [_kind(tensor) for tensor in heard.outside]
-            self.recorded += 1
-        finally:
-            for layer, pair in zip(layers, low, strict=True):
-                layer.__dict__["low"] = pair
-            for parameter, gradient in gradients:
-                parameter.grad.copy_(gradient)  # type: ignore[union-attr]
-            for graph in set(self.pool.graphs) - alive:  # kept with the recording; no backward will run through it
-                self.pool.graphs.discard(graph)
+        except RuntimeError as error:  # of torch
+            raise MachineError(
+                f"train.cuda_graphs: CUDA cannot record the blocks of {type(self.model).__name__}: "
+                + str(error).strip().split("\n")[0],
+                "set train.cuda_graphs: false; with --resume the run goes on at its last checkpoint",
+            ) from error
+        for stretch, play in zip(heard.stretches, made, strict=True):
+            stretch.play = play
+        self._recordings[key] = heard.stretches, [_kind(tensor) for tensor in heard.outside]
+        self.recorded += 1
+        for layer, pair in zip(layers, low, strict=True):
+            layer.__dict__["low"] = pair
+        for parameter, gradient in gradients:
+            parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+        self.pool.graphs.clear()  # those of the recording, through which no backward will run
 
     def _trained(self) -> Iterator[nn.Parameter]:
         leaves = {id(p) for layer in self.pool.layers.values() for p in (layer.a_CI, layer.b_OC)}
@@ -361,15 +366,21 @@ class BlockGraphs:
 
     def _samples(self, stretch: Stretch, outside: list[Tensor]) -> tuple[Tensor, ...]:
         """What a recording will read: memory of its own for what comes from outside, the place itself of the rest."""
-        own = [outside[number] for number in stretch.numbers]
-        own = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in own]
+        own = {number: outside[number].detach().clone() for number in stretch.numbers}
+        for number, tensor in own.items():
+            tensor.requires_grad_(outside[number].requires_grad)
+        if not any(tensor.requires_grad for tensor in own.values()):
+            # One has to get a gradient, or the engine waits for the stream of leaves that get none, which is not the
+            # recorded one: fused layers add to their leaves' gradients themselves.
+            given = (own[leaf.number] for leaf in stretch.calls[0].given if isinstance(leaf, Outside))
+            next(tensor for tensor in given if tensor.is_floating_point()).requires_grad_(True)
         trained = [tensor if tensor.is_leaf else tensor.detach().requires_grad_(True) for tensor in stretch.trained()]
         if trained and not isinstance(trained[0], nn.Parameter):  # the copies, for compiled code
             rest = iter(trained)
             for layer in stretch.layers:
                 a_CI, _ = layer.low  # type: ignore[misc]
                 mark_dynamic([(next(rest) if a_CI.requires_grad else a_CI, next(rest))])
-        return (*own, *trained)
+        return (*own.values(), *trained)
 
 
 def _key(inputs: dict[str, Any]) -> Any:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 RESTART = "bring it back as it was, or start a new run with another --output-dir"
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
-FREE_ON_RESUME = ("output_dir", "train.log_steps", "train.save_steps", "train.report_to")
+FREE_ON_RESUME = ("output_dir", "train.cuda_graphs", "train.log_steps", "train.save_steps", "train.report_to")
 
 
 def run(

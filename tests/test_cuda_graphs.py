@@ -22,9 +22,6 @@ from dynlora_cli.loop import step
 from dynlora_cli.pool import Pool
 from dynlora_cli.rank import shrink
 
-# Blocks that no recording of this kind can hold, and why the note says so.
-UNFIT = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}
-
 
 def static_replays(
     functions: tuple[Callable, ...], samples: tuple[tuple[Tensor, ...], ...], *, allow_unused_input: bool, pool: Any
@@ -99,8 +96,8 @@ def test_every_architecture_learns_the_same(kind, tmp_path):
     usual, _, _ = learn(recipe, recorded=False)
     played, run, notes = learn(recipe, recorded=True)
     assert played == pytest.approx(usual, rel=1e-4)
-    assert notes == [] or kind in UNFIT, notes
-    assert run.graphs.recorded > 0 or kind in UNFIT
+    assert notes == []
+    assert run.graphs.recorded > 0
 
 
 @pytest.mark.parametrize(
@@ -195,22 +192,28 @@ def test_evaluation_and_a_graph_that_is_alive_are_as_without(run):
     shrink(run.pool, run.optimizer, torch.arange(run.pool.components) > 0)
 
 
-def test_what_cannot_be_recorded_is_said_and_training_goes_on(tmp_path):
+def test_what_cuda_cannot_record_ends_the_run_with_a_way_on(run):
     def refuses(*_: Any, **__: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    recipe = make_recipe(tmp_path, "train.cuda_graphs=true", "dataset.max_length=64")
-    usual, _, _ = learn(recipe, recorded=False)
-    run, notes = assembled(recipe), []
-    run.graphs = BlockGraphs(run.model, run.pool, notes.append, refuses)
-    losses = []
-    for number in range(12):
-        losses.append(step(run, run.batches.step(*divmod(number, run.batches.steps_per_epoch)))["loss"])
-        run.progress.step += 1
-    assert losses == pytest.approx(usual, rel=1e-6)
-    assert notes == [
-        "train.cuda_graphs: LlamaForCausalLM cannot be recorded "
-        "(operation not permitted when stream is capturing); it goes on as usual"
+    run.graphs.make = refuses
+    with pytest.raises(
+        MachineError, match=r"record the blocks of LlamaForCausalLM: CUDA error: .* capturing$"
+    ) as error:
+        take(run, 4)
+    assert "--resume" in error.value.hint
+    assert all(type(block).__name__ != "StandIn" for block in compiling.blocks(run.model))
+
+
+def test_what_no_recording_can_hold_is_said_and_training_goes_on(run, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "CONSTANTS", (bool,))
+    usual = assembled(run.recipe)
+    take(usual, 4)
+    take(run, 4)
+    assert torch.equal(run.pool.values, usual.pool.values)
+    assert run.notes == [
+        "train.cuda_graphs: LlamaForCausalLM cannot be recorded (its blocks are given or return a NoneType); "
+        "it goes on as usual"
     ]
 
 
@@ -265,7 +268,7 @@ def test_recompiling_is_not_needed_for_a_recording(tmp_path):
     before = compiling.graphs_made()
     played, run, _ = learn(recipe, recorded=True, compiled=True, steps=6)
     assert run.graphs.recorded > 0
-    assert compiling.graphs_made() - before == alone
+    assert compiling.graphs_made() - before <= alone + 1, "of the first block, whose input then asks for a gradient"
     assert played == pytest.approx(usual, rel=1e-2)
 
 

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; where there is one: scripts/test gpu"),
 ]
 
+COMPILED = ("train.compile=true", "dataset.packing=true", "pruning.events=1", "eval.steps=40")  # few kinds of code
 STORED = {
     "bf16": (),
     "fp16": ("model.dtype=float16",),
@@ -25,8 +26,8 @@ STORED = {
     "8 bits": ("model.load_in_8bit=true",),
     "checkpointing": ("train.gradient_checkpointing=true",),
     "offloading": ("train.gradient_checkpointing=offload",),
-    "compiled": ("train.compile=true", "pruning.events=1"),
-    "compiled, 4 bits": ("train.compile=true", "pruning.events=1", "model.load_in_4bit=true"),
+    "compiled": COMPILED,
+    "compiled, 4 bits": (*COMPILED, "model.load_in_4bit=true"),
     "packed": ("dataset.packing=true",),
     "recorded": ("train.cuda_graphs=true",),
     "recorded, packed": ("train.cuda_graphs=true", "dataset.packing=true"),
@@ -34,7 +35,7 @@ STORED = {
     "recorded, 4 bits": ("train.cuda_graphs=true", "model.load_in_4bit=true"),
     "recorded, fp16": ("train.cuda_graphs=true", "model.dtype=float16"),
     "recorded, dropout": ("train.cuda_graphs=true", "adapter.dropout=0.1"),
-    "recorded, compiled": ("train.cuda_graphs=true", "train.compile=true", "pruning.events=1"),
+    "recorded, compiled": ("train.cuda_graphs=true", *COMPILED),
     "unfused": ("train.fused=false",),
     "8-bit moments": ("train.optimizer=adamw_8bit",),
     "paged moments": ("train.optimizer=paged_adamw_8bit",),

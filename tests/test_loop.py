@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from dynlora_cli import loop
 from dynlora_cli.activations import Host
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.loop import step
+from dynlora_cli.loss import summed_loss
 from dynlora_cli.rate_search import rate_share
 
 EIGHT_ROWS = ["dataset.val_size=0", "eval.steps=null"]
@@ -140,6 +142,18 @@ def test_offloading_takes_the_input_of_every_block_and_nothing_else(tmp_path, ki
     gradient(run)
     assert len(taken) == len(back) == 4  # two blocks, two micro-batches
     assert all(len(shape) == 3 and shape[-1] == 32 for shape in taken)
+
+
+def test_what_waits_on_the_host_is_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(Host, "put", lambda self, tensor: (tensor.device, tensor.clone()))
+    run = assembled(make_recipe(tmp_path, "train.gradient_checkpointing=offload"))
+    inputs = []
+    for block in run.model.model.layers:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    batch = run.batches.step(0, 0)[0]
+    loss = summed_loss(run.model, batch)
+    assert inputs[1]() is None
+    loss.backward()
 
 
 @pytest.mark.slow
