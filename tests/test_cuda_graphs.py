@@ -12,7 +12,7 @@ from tiny_run import assembled, make_recipe, train, write_rows
 from torch import Tensor
 
 from dynlora_cli import compile_blocks as compiling
-from dynlora_cli import cuda_graphs
+from dynlora_cli import cuda_graphs, stretches
 from dynlora_cli.activations import draws
 from dynlora_cli.components import ComponentLinear
 from dynlora_cli.cuda_graphs import BlockGraphs
@@ -134,9 +134,9 @@ def test_a_stretch_ends_where_a_block_is_given_more_than_the_one_before_returned
         **sizes, intermediate_size=48, num_hidden_layers=8, sliding_window=4, use_cache=False
     )
     model = transformers.Gemma3ForCausalLM(config).train()
-    listening = cuda_graphs.Listening("key")
+    listening = stretches.Listening("key")
     for container, index, block in list(compiling.blocks_in_place(model)):
-        container[index] = cuda_graphs.StandIn(block, listening)
+        container[index] = stretches.StandIn(block, listening)
     model(input_ids=torch.randint(0, 64, (2, 12)))
     assert listening.strange is None
     assert [len(stretch.calls) for stretch in listening.stretches] == [5, 3]
@@ -206,7 +206,7 @@ def test_what_cuda_cannot_record_ends_the_run_with_a_way_on(run):
 
 
 def test_what_no_recording_can_hold_is_said_and_training_goes_on(run, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "CONSTANTS", (bool,))
+    monkeypatch.setattr(stretches, "CONSTANTS", (bool,))
     usual = assembled(run.recipe)
     take(usual, 4)
     take(run, 4)

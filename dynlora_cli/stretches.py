@@ -1,0 +1,235 @@
+"""What a training pass through the blocks of a model consists of, as `cuda_graphs` needs it.
+
+Listening   a pass as usual, of which is noted what each block is given and what it returns
+Stretch     blocks of which each is given what the one before it returned: recorded as one function of tensors
+Playing     a pass in which the first block of a stretch plays the recording and the others hand on what they get
+StandIn     in the place of a block in both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.errors import DynloraError
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+Play = Callable[..., tuple[Tensor, ...]]
+
+
+class Handed:
+    """In the place of the tensor that one block returns and the next is given."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """In the place of a tensor that blocks are given from elsewhere: its number in the pass."""
+
+    number: int
+
+
+HANDED = Handed()
+
+
+@dataclass
+class Call:
+    """One block in one pass: the leaves of its arguments and of what it returned, each a constant where no tensor."""
+
+    block: nn.Module
+    given: list[Any]
+    given_spec: TreeSpec
+    returned: list[Any]
+    returned_spec: TreeSpec
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether it returned one tensor and no more."""
+        return sum(leaf is HANDED for leaf in self.returned) == 1
+
+    def result(self, tensors: Iterable[Tensor]) -> Any:
+        """What the block would return if these were the tensors in it."""
+        rest = iter(tensors)
+        leaves = [next(rest) if leaf is HANDED else leaf for leaf in self.returned]
+        return tree_unflatten(leaves, self.returned_spec)
+
+
+@dataclass
+class Stretch:
+    """Blocks that are recorded as one function of tensors: what comes from outside, and what trains."""
+
+    calls: list[Call] = field(default_factory=list)
+    layers: list[ComponentLinear] = field(default_factory=list)
+    leaves: list[nn.Parameter] = field(default_factory=list)
+    play: Play | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the tensors that come from outside."""
+        return sorted({leaf.number for call in self.calls for leaf in call.given if isinstance(leaf, Outside)})
+
+    def add(self, call: Call) -> None:
+        self.calls.append(call)
+        self.layers += [part for part in call.block.modules() if isinstance(part, ComponentLinear)]
+        self.leaves += [parameter for parameter in call.block.parameters() if parameter.requires_grad]
+
+    def trained(self) -> list[Tensor]:
+        """What trains in it: the copies that hand gradients on to the pool where there are such, or the leaves."""
+        return [half for layer in self.layers for half in layer.low or () if half.requires_grad] or list(self.leaves)
+
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the blocks; to be recorded."""
+        rest = iter(tensors)
+        outside = {number: next(rest) for number in self.numbers}
+        for layer in self.layers:
+            if layer.low and layer.low[1].requires_grad:
+                a_CI, b_OC = (next(rest) if half.requires_grad else half for half in layer.low)
+                layer.__dict__["low"] = a_CI, b_OC
+        results: list[Tensor] = []
+        for call in self.calls:
+            leaves = [outside[leaf.number] if isinstance(leaf, Outside) else leaf for leaf in call.given]
+            args, kwargs = tree_unflatten([results[0] if leaf is HANDED else leaf for leaf in leaves], call.given_spec)
+            results = [leaf for leaf in tree_leaves(call.block(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return tuple(results)
+
+
+class StandIn(nn.Module):
+    """In the place of a block for one pass; whatever else the model asks for, it is the block that answers."""
+
+    def __init__(self, block: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(block=block, call=call)  # set the usual way, the block would become a part of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.block, *args, **kwargs)
+
+
+class Listening:
+    """A pass as usual, of which is noted what the blocks are given and return."""
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+        self.stretches: list[Stretch] = []
+        self.outside: list[Tensor] = []
+        self.strange: str | None = None  # what no recording can hold
+        self._handed: Tensor | None = None
+
+    def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given, given_spec = tree_flatten((args, kwargs))
+        result = block(*args, **kwargs)
+        returned, returned_spec = tree_flatten(result)
+        tensors = [leaf for leaf in returned if isinstance(leaf, Tensor)]
+        for leaf in (*given, *returned):
+            if not isinstance(leaf, (Tensor, *CONSTANTS)):
+                self.strange = f"its blocks are given or return a {type(leaf).__name__}"
+        if not tensors:
+            self.strange = "its blocks return no tensor"
+        begins = not any(leaf is self._handed for leaf in given) or any(map(self._new, given))
+        if begins:
+            self.stretches.append(Stretch())
+        call = Call(
+            block,
+            [self._noted(leaf, begins=begins) for leaf in given],
+            given_spec,
+            [HANDED if isinstance(leaf, Tensor) else leaf for leaf in returned],
+            returned_spec,
+        )
+        self.stretches[-1].add(call)
+        self._handed = tensors[0] if call.hands_on else None
+        return result
+
+    def _new(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf is not self._handed and self._number(leaf) is None
+
+    def _number(self, leaf: Tensor) -> int | None:
+        return next((number for number, tensor in enumerate(self.outside) if tensor is leaf), None)
+
+    def _noted(self, leaf: Any, *, begins: bool) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf is self._handed and not begins:
+            return HANDED
+        number = self._number(leaf)
+        if number is None:
+            number = len(self.outside)
+            self.outside.append(leaf)
+        return Outside(number)
+
+    def let_go(self) -> None:
+        """Keep nothing of the pass's autograd graph."""
+        self._handed = None
+        self.outside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.outside]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [call.block for stretch in self.stretches for call in stretch.calls]
+
+
+class Playing:
+    """A pass whose stretches are played; as usual from a block on whose inputs are of another kind than recorded."""
+
+    def __init__(self, stretches: list[Stretch], kinds: list[Any]) -> None:
+        self.kinds = kinds
+        self.outside: list[Tensor] = []
+        self.usual = False
+        self._results: tuple[Tensor, ...] = ()
+        self._calls = [(stretch, place, call) for stretch in stretches for place, call in enumerate(stretch.calls)]
+        self._at = 0
+
+    def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.usual:
+            return block(*args, **kwargs)
+        stretch, place, call = self._calls[self._at] if self._at < len(self._calls) else (None, 0, None)
+        given, spec = tree_flatten((args, kwargs))
+        if stretch is None or call is None or call.block is not block or not self._as_recorded(given, spec, call):
+            if place or self._at == len(self._calls):
+                raise DynloraError(
+                    "train.cuda_graphs: the blocks were given other inputs than when they were recorded",
+                    "set train.cuda_graphs: false, and please report this",
+                )
+            self.usual = True
+            return block(*args, **kwargs)
+        if place == 0:
+            assert stretch.play is not None
+            self._results = stretch.play(*(self.outside[number] for number in stretch.numbers), *stretch.trained())
+            if stretch.layers:
+                stretch.layers[0].watched(self._results[0])
+        self._at += 1
+        return call.result(self._results if call is stretch.calls[-1] else self._results[:1])
+
+    def _as_recorded(self, given: list[Any], spec: TreeSpec, call: Call) -> bool:
+        """Whether a block may be played; tensors that are new in this pass are noted."""
+        if spec != call.given_spec:
+            return False
+        for leaf, known in zip(given, call.given, strict=True):
+            if known is HANDED:
+                same = leaf is self._results[0]
+            elif isinstance(known, Outside):
+                if known.number == len(self.outside) and isinstance(leaf, Tensor):
+                    self.outside.append(leaf)
+                    same = kind_of(leaf) == self.kinds[known.number]
+                else:
+                    same = known.number < len(self.outside) and leaf is self.outside[known.number]
+            else:
+                same = type(leaf) is type(known) and leaf == known
+            if not same:
+                return False
+        return True
+
+    @property
+    def complete(self) -> bool:
+        return self.usual or self._at == len(self._calls)
+
+
+def kind_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """What a recording asks of a tensor that it is given."""
+    return tensor.shape, tensor.dtype
