@@ -152,6 +152,25 @@ def test_bins_are_full_and_never_overfull() -> None:
     assert sum(batch.tokens for batch in bins) > 0.97 * 40 * (len(bins) - 1)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_even_widths_are_few_and_hold_the_same_rows(packing: bool) -> None:
+    made = examples(200, longest=250)
+    usual, even = (batches(made, 2, max_length=250, packing=packing, even=even) for even in (False, True))
+    pairs = [
+        (one, other)
+        for index in range(usual.steps_per_epoch)
+        for one, other in zip(usual.step(0, index), even.step(0, index), strict=True)
+    ]
+    widths = {other.labels.shape[1] for _, other in pairs}
+    assert len(widths) <= (1 if packing else 24) < len({one.labels.shape[1] for one, _ in pairs}) + packing
+    for one, other in pairs:
+        width = one.labels.shape[1]
+        assert width <= other.labels.shape[1] <= (250 if packing else min(250, max(width + 7, 1.125 * width)))
+        assert torch.equal(other.labels[:, :width], one.labels)
+        assert torch.equal(other.inputs["input_ids"][:, :width], one.inputs["input_ids"])
+        assert (other.labels[:, width:] == -100).all()
+
+
 def test_too_long_and_none_at_all() -> None:
     with pytest.raises(ValueError, match="longer than max_length 10"):
         batches(examples(5), max_length=10)
