@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dynlora_cli.activations import draws
 from dynlora_cli.compile_blocks import blocks_in_place, mark_dynamic
 from dynlora_cli.errors import DynloraError, MachineError
 from dynlora_cli.stretches import Listening, Outside, Playing, StandIn, Stretch, kind_of
@@ -65,18 +66,20 @@ class BlockGraphs:
         self._seen: Counter[Any] = Counter()
         self._heard: dict[Any, Listening] = {}
         self._recordings: dict[Any, tuple[list[Stretch], list[Any]]] = {}
+        self._expected: Tensor | None = None  # of the first pass with a new recording
         self._memory: Any = None
         self._pass: Listening | Playing | None = None
 
     def _begin(self, model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         """Before a pass of the model: put the stand-ins in place if it is to be played or listened to."""
-        if self.given_up or not model.training or not torch.is_grad_enabled():
+        if self.given_up or not model.training or not torch.is_grad_enabled():  # the latter also inside `_usual`
             return
         if self._values is not self.pool.values:  # components have gone, and the memory that was recorded with them
             self._forget()
         key = _key(kwargs)
         if key in self._heard and not self.pool.graphs:
             self._record(key)
+            self._expected = self._usual(kwargs)
         if key in self._recordings:
             self._pass = Playing(*self._recordings[key])
         elif self.passes_left >= LEAST_PASSES and len(self._recordings) < MOST_SHAPES:
@@ -87,17 +90,36 @@ class BlockGraphs:
             for container, index, block in self.places:
                 container[index] = StandIn(block, self._pass)
 
-    def _end(self, *_: Any) -> None:
+    @torch.no_grad()
+    def _usual(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the model says without a recording; None where chance has a part in it."""
+        if draws(self.model):
+            return None
+        low = [layer.low for layer in self.pool.layers.values()]
+        logits = self.model(**kwargs).logits
+        for layer, pair in zip(self.pool.layers.values(), low, strict=True):
+            layer.__dict__["low"] = pair
+        return logits
+
+    def _end(self, model: nn.Module, _: Any, output: Any) -> None:  # noqa: ARG002 - as hooks are called
         """After a pass, also one that failed: put the blocks back."""
         if self._pass is None:
             return
         turn, self._pass = self._pass, None
         for container, index, block in self.places:
             container[index] = block
+        expected, self._expected = self._expected, None
+        if output is None:
+            return
         if isinstance(turn, Playing):
             if not turn.complete:
                 raise DynloraError(
                     "train.cuda_graphs: the model left out blocks that it ran when they were recorded",
+                    "set train.cuda_graphs: false, and please report this",
+                )
+            if expected is not None and not _close(output.logits, expected):
+                raise DynloraError(
+                    "train.cuda_graphs: played, the model does not say what it says otherwise",
                     "set train.cuda_graphs: false, and please report this",
                 )
         elif turn.strange or turn.blocks != [block for _, _, block in self.places]:
@@ -170,6 +192,12 @@ class BlockGraphs:
                 a_CI, _ = layer.low  # type: ignore[misc]
                 mark_dynamic([(next(rest) if a_CI.requires_grad else a_CI, next(rest))])
         return (*own.values(), *trained)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding, which other kernels in bf16 or 4 bits do in another way."""
+    difference = (found.detach().float() - expected.float()).norm()
+    return not bool(difference > 0.02 * expected.float().norm())  # what is not finite is the loop's business
 
 
 def _key(inputs: dict[str, Any]) -> Any:

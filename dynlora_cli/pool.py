@@ -175,7 +175,7 @@ class Pool:
         model.register_forward_hook(end, always_call=True)
 
     def _cast(self, values_P: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.copies_stay:
+        if not self.copies_stay or not torch.is_grad_enabled():  # recordings are of training passes
             return values_P.to(dtype)
         if self._copy_P is None or self._copy_P.dtype != dtype:
             self._copy_P = torch.empty_like(values_P, dtype=dtype, requires_grad=False)

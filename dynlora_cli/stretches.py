@@ -133,7 +133,8 @@ class Listening:
                 self.strange = f"its blocks are given or return a {type(leaf).__name__}"
         if not tensors:
             self.strange = "its blocks return no tensor"
-        begins = not any(leaf is self._handed for leaf in given) or any(map(self._new, given))
+        follows = self._handed is not None and any(leaf is self._handed for leaf in given)
+        begins = not follows or any(map(self._new, given))
         if begins:
             self.stretches.append(Stretch())
         call = Call(
