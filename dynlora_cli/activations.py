@@ -99,11 +99,16 @@ class Host:
 
 
 def draws(model: nn.Module) -> bool:
-    """Whether a training pass of this model may draw random numbers: some dropout in it is above zero."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
-        for module in model.modules()
+    """Whether a training pass of this model may draw random numbers, by all that its parts and settings tell.
+
+    Dropout, jitter or noise above zero. Routers of experts may sample without a setting that says so.
+    """
+    parts = [vars(part) for module in model.modules() for part in (module, getattr(module, "config", None)) if part]
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        for part in parts
+        for name, value in part.items()
+        if any(word in name for word in ("drop", "jitter", "noise"))
     )
 
 

@@ -38,7 +38,8 @@ def heal(
     Raises:
         Interrupted: Ctrl-C; nothing is saved.
     """
-    train = recipe.train.model_copy(update={"max_steps": steps, "save_steps": None, "report_to": []})
+    usual: dict[str, Any] = {"save_steps": None, "report_to": [], "cuda_graphs": False}
+    train = recipe.train.model_copy(update={"max_steps": steps, **usual})
     evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
     variant, rate = recipe.adapter.variant, recipe.train.learning_rate

@@ -357,6 +357,15 @@ def _recording_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.adapter.names_experts:
         text = "which tokens an expert gets is another question in every pass; leave one of the two out"
         yield Conflict("adapter.target_modules", key, text)
+    if recipe.model.load_in_8bit:
+        yield Conflict(
+            "model.load_in_8bit", key, "8 bits look for outliers in every pass; load_in_4bit can be recorded"
+        )
+    if "flash" in (recipe.model.attn_implementation or ""):
+        yield Conflict("model.attn_implementation", key, "it looks for padding in every pass; sdpa can be recorded")
+    if recipe.train.gradient_checkpointing and recipe.adapter.dropout:
+        text = "checkpointing asks for the state of random numbers, which is not recorded; leave one of the three out"
+        yield Conflict("adapter.dropout", key, text)
     if recipe.train.gradient_checkpointing == "offload":
         yield Conflict("train.gradient_checkpointing", key, "copies to the host are not recorded; write true instead")
     if recipe.train.shard_base:

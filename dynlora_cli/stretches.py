@@ -40,7 +40,10 @@ HANDED = Handed()
 
 @dataclass
 class Call:
-    """One block in one pass: the leaves of its arguments and of what it returned, each a constant where no tensor."""
+    """One block in one pass: the leaves of its arguments and of what it returned, each a constant where no tensor.
+
+    Of what it returned, `HANDED` are the tensors it made; one that it had been given and gave back is what it was.
+    """
 
     block: nn.Module
     given: list[Any]
@@ -50,13 +53,17 @@ class Call:
 
     @property
     def hands_on(self) -> bool:
-        """Whether it returned one tensor and no more."""
+        """Whether it made one tensor and no more."""
         return sum(leaf is HANDED for leaf in self.returned) == 1
 
-    def result(self, tensors: Iterable[Tensor]) -> Any:
-        """What the block would return if these were the tensors in it."""
-        rest = iter(tensors)
-        leaves = [next(rest) if leaf is HANDED else leaf for leaf in self.returned]
+    def made(self, result: Any) -> list[Tensor]:
+        """The tensors that it made, out of what it returned."""
+        return [leaf for leaf, mark in zip(tree_leaves(result), self.returned, strict=True) if mark is HANDED]
+
+    def result(self, made: Iterable[Tensor], outside: list[Tensor]) -> Any:
+        """What the block would return if it had made these tensors."""
+        rest = iter(made)
+        leaves = [next(rest) if leaf is HANDED else _filled(leaf, outside) for leaf in self.returned]
         return tree_unflatten(leaves, self.returned_spec)
 
 
@@ -76,12 +83,18 @@ class Stretch:
 
     def add(self, call: Call) -> None:
         self.calls.append(call)
-        self.layers += [part for part in call.block.modules() if isinstance(part, ComponentLinear)]
-        self.leaves += [parameter for parameter in call.block.parameters() if parameter.requires_grad]
+        layers = {part: None for part in call.block.modules() if isinstance(part, ComponentLinear)}
+        self.layers += [layer for layer in layers if layer not in self.layers]
+        known = {id(leaf) for leaf in self.leaves}
+        self.leaves += [leaf for leaf in call.block.parameters() if leaf.requires_grad and id(leaf) not in known]
 
     def trained(self) -> list[Tensor]:
-        """What trains in it: the copies that hand gradients on to the pool where there are such, or the leaves."""
-        return [half for layer in self.layers for half in layer.low or () if half.requires_grad] or list(self.leaves)
+        """What trains in it: first the copies that hand gradients on to the pool, where there are such."""
+        copies = [half for layer in self.layers for half in layer.low or () if half.requires_grad]
+        if not copies:
+            return list(self.leaves)
+        replaced = {id(leaf) for layer in self.layers for leaf in (layer.a_CI, layer.b_OC)}
+        return [*copies, *(leaf for leaf in self.leaves if id(leaf) not in replaced)]
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the blocks; to be recorded."""
@@ -91,12 +104,16 @@ class Stretch:
             if layer.low and layer.low[1].requires_grad:
                 a_CI, b_OC = (next(rest) if half.requires_grad else half for half in layer.low)
                 layer.__dict__["low"] = a_CI, b_OC
-        results: list[Tensor] = []
+        made: list[Tensor] = []
         for call in self.calls:
-            leaves = [outside[leaf.number] if isinstance(leaf, Outside) else leaf for leaf in call.given]
-            args, kwargs = tree_unflatten([results[0] if leaf is HANDED else leaf for leaf in leaves], call.given_spec)
-            results = [leaf for leaf in tree_leaves(call.block(*args, **kwargs)) if isinstance(leaf, Tensor)]
-        return tuple(results)
+            leaves = [made[0] if leaf is HANDED else _filled(leaf, outside) for leaf in call.given]
+            args, kwargs = tree_unflatten(leaves, call.given_spec)
+            made = call.made(call.block(*args, **kwargs))
+        return tuple(made)
+
+
+def _filled(leaf: Any, outside: Any) -> Any:
+    return outside[leaf.number] if isinstance(leaf, Outside) else leaf
 
 
 class StandIn(nn.Module):
@@ -122,30 +139,31 @@ class Listening:
         self.outside: list[Tensor] = []
         self.strange: str | None = None  # what no recording can hold
         self._handed: Tensor | None = None
+        self._pattern: Any = None
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given, given_spec = tree_flatten((args, kwargs))
         result = block(*args, **kwargs)
         returned, returned_spec = tree_flatten(result)
-        tensors = [leaf for leaf in returned if isinstance(leaf, Tensor)]
         for leaf in (*given, *returned):
             if not isinstance(leaf, (Tensor, *CONSTANTS)):
                 self.strange = f"its blocks are given or return a {type(leaf).__name__}"
-        if not tensors:
-            self.strange = "its blocks return no tensor"
         follows = self._handed is not None and any(leaf is self._handed for leaf in given)
-        begins = not follows or any(map(self._new, given))
+        # What is a tensor in one pass may be None in another, a mask: that has to show before anything is played.
+        pattern = given_spec, [isinstance(leaf, Tensor) for leaf in given]
+        begins = not follows or pattern != self._pattern or any(map(self._new, given))
         if begins:
             self.stretches.append(Stretch())
-        call = Call(
-            block,
-            [self._noted(leaf, begins=begins) for leaf in given],
-            given_spec,
-            [HANDED if isinstance(leaf, Tensor) else leaf for leaf in returned],
-            returned_spec,
-        )
+        self._pattern = pattern
+        noted = [self._noted(leaf, begins=begins) for leaf in given]
+        known = {id(leaf): mark for leaf, mark in zip(given, noted, strict=True) if isinstance(mark, Outside)}
+        marks = [known.get(id(leaf), HANDED) if isinstance(leaf, Tensor) else leaf for leaf in returned]
+        call = Call(block, noted, given_spec, marks, returned_spec)
+        made = call.made(result)
+        if not made:
+            self.strange = "its blocks return no tensor of their own"
         self.stretches[-1].add(call)
-        self._handed = tensors[0] if call.hands_on else None
+        self._handed = made[0] if call.hands_on else None
         return result
 
     def _new(self, leaf: Any) -> bool:
@@ -171,15 +189,22 @@ class Listening:
         self.outside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.outside]
 
     @property
+    def kinds(self) -> list[Any]:
+        return [kind_of(tensor) for tensor in self.outside]
+
+    @property
     def blocks(self) -> list[nn.Module]:
         return [call.block for stretch in self.stretches for call in stretch.calls]
 
 
 class Playing:
-    """A pass whose stretches are played; as usual from a block on whose inputs are of another kind than recorded."""
+    """A pass whose stretches are played; as usual from a block on whose inputs are of another kind than recorded.
 
-    def __init__(self, stretches: list[Stretch], kinds: list[Any]) -> None:
-        self.kinds = kinds
+    Where nothing is `recorded` yet, the first block of a stretch runs all of it.
+    """
+
+    def __init__(self, stretches: list[Stretch], kinds: list[Any], *, recorded: bool = True) -> None:
+        self.kinds, self.recorded = kinds, recorded
         self.outside: list[Tensor] = []
         self.usual = False
         self._results: tuple[Tensor, ...] = ()
@@ -200,12 +225,13 @@ class Playing:
             self.usual = True
             return block(*args, **kwargs)
         if place == 0:
-            assert stretch.play is not None
-            self._results = stretch.play(*(self.outside[number] for number in stretch.numbers), *stretch.trained())
+            play = stretch.play if self.recorded else stretch.run
+            assert play is not None
+            self._results = play(*(self.outside[number] for number in stretch.numbers), *stretch.trained())
             if stretch.layers:
                 stretch.layers[0].watched(self._results[0])
         self._at += 1
-        return call.result(self._results if call is stretch.calls[-1] else self._results[:1])
+        return call.result(self._results if call is stretch.calls[-1] else self._results[:1], self.outside)
 
     def _as_recorded(self, given: list[Any], spec: TreeSpec, call: Call) -> bool:
         """Whether a block may be played; tensors that are new in this pass are noted."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from dynlora_cli import drawers, outputs, run_folder
-from dynlora_cli.activations import checkpoint_activations, draws
 from dynlora_cli.assemble import (
     Emit,
     attach,
@@ -29,7 +28,7 @@ from dynlora_cli.assemble import (
 from dynlora_cli.checkpoint import read_state, restore
 from dynlora_cli.compile_blocks import compile_blocks, graphs_made
 from dynlora_cli.components import linear_shape
-from dynlora_cli.cuda_graphs import BlockGraphs, refuse_without_gpu
+from dynlora_cli.cuda_graphs import BlockGraphs, prepare, refuse_without_gpu
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.errors import UsageError
 from dynlora_cli.loop import fit
@@ -46,9 +45,6 @@ from dynlora_cli.starts import begin
 from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from dynlora_cli.pool import Pool
     from dynlora_cli.recipe import Recipe
     from dynlora_cli.variants._variant import Variant
 
@@ -106,7 +102,8 @@ def run(
     save = partial(outputs.write_checkpoint, folder=folder, base=base)
     training = make_run(recipe, accelerator, base, data, pool, start, save=save)
     if recipe.train.cuda_graphs and pool:
-        training.graphs = _recordings(training, pool)
+        prepare(base.model, recipe.train.gradient_checkpointing is not False)
+        training.graphs = BlockGraphs(base.model, pool, lambda text: training.emit({"event": "note", "text": text}))
     # Dropout is the one thing that differs between processes.
     torch.manual_seed(recipe.seed + accelerator.process_index)
     record = outputs.start_record(recipe, training, base, data, start)
@@ -124,7 +121,8 @@ def run(
         if recipe.train.compile:
             training.emit({"event": "note", "text": f"torch.compile made {graphs_made()} graphs"})
         if training.graphs:
-            text = f"passes through the blocks were recorded {training.graphs.recorded} times"
+            recorded, played = training.graphs.recorded, training.graphs.played
+            text = f"passes through the blocks were recorded {recorded} times and played {played} times"
             training.emit({"event": "note", "text": text})
         kind = outputs.write_root(folder, training, base)
         summary = outputs.summarize(recipe, training, start, folder, kind)
@@ -132,13 +130,6 @@ def run(
         training.emit({"event": "end", "summary": summary})
     accelerator.end_training()
     return summary
-
-
-def _recordings(training: Run, pool: Pool) -> BlockGraphs:
-    model = cast("PreTrainedModel", training.model)
-    if training.recipe.train.gradient_checkpointing and not draws(model):  # the state of a GPU's generator is no kernel
-        checkpoint_activations(model, preserve_rng_state=False)
-    return BlockGraphs(model, pool, lambda text: training.emit({"event": "note", "text": text}))
 
 
 @contextmanager

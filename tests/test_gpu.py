@@ -54,7 +54,7 @@ def test_it_learns_prunes_and_saves(how, tmp_path, monkeypatch):
     assert losses(events)[-1] < losses(events)[0] - 0.1
     notes = [event["text"] for event in events if event["event"] == "note"]
     assert any("were recorded" in note for note in notes) == how.startswith("recorded"), notes
-    assert not any("recorded 0 times" in note for note in notes), notes
+    assert not any("recorded 0 times" in note or "played 0 times" in note for note in notes), notes
     assert summary["parameters"] <= summary["budget_parameters"] < summary["parameters_start"]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
@@ -66,12 +66,14 @@ def test_recordings_change_no_loss(settings, tmp_path, monkeypatch):
     found = {}
     for switch in ("false", "true"):
         recipe = make_recipe(tmp_path, f"train.cuda_graphs={switch}", *settings, "train.max_steps=40", out=switch)
-        found[switch] = losses(train(recipe)[1])
+        events = train(recipe)[1]
+        found[switch] = losses(events)
+    assert not any("recorded 0 times" in event.get("text", "") for event in events)
     assert found["true"] == pytest.approx(found["false"], rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "qwen3", "t5", "mixtral"])
-def test_other_architectures_are_recorded_or_say_why(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "qwen3", "t5"])
+def test_other_architectures_are_recorded(kind, tmp_path, monkeypatch):
     from tiny_architectures import CASES, write_model
 
     monkeypatch.setattr(cuda_graphs, "LEAST_PASSES", 8)
@@ -80,8 +82,7 @@ def test_other_architectures_are_recorded_or_say_why(kind, tmp_path, monkeypatch
     summary, events = train(make_recipe(tmp_path, *settings, kind=kind))
     assert summary["loss_after"] < summary["loss_before"]
     notes = [event["text"] for event in events if event["event"] == "note" and "recorded" in event["text"]]
-    print(kind, notes)
-    assert "recorded 0 times" not in notes[-1] or "cannot be recorded" in notes[0]
+    assert "recorded 0 times" not in notes[-1]
 
 
 def test_precisions_agree(tmp_path):
