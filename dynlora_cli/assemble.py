@@ -256,8 +256,7 @@ def make_run(
 
 def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Optimizer:
     """Steps the pool, whose rate is coupled to what is alive, and whatever else trains (a head, or all)."""
-    leaves = {id(p) for layer in pool.layers.values() for p in (layer.a_CI, layer.b_OC)} if pool else set()
-    rest = [p for p in base.model.parameters() if p.requires_grad and id(p) not in leaves]
+    rest = pool.others(base.model) if pool else [p for p in base.model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [pool.values], "coupled": True}] if pool else []
     if rest:
         groups.append({"params": rest, "coupled": False})

@@ -86,6 +86,11 @@ def blocks_in_place(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int, nn.M
             yield from blocks_in_place(child)
 
 
+def skips_blocks(model: nn.Module) -> bool:
+    """Whether a training pass may leave out blocks by chance."""
+    return any(getattr(module, "layerdrop", 0) for module in model.modules())
+
+
 def _parts(container: nn.ModuleList) -> Iterator[tuple[nn.ModuleList, int, nn.Module]]:
     for index, part in enumerate(container):
         if isinstance(part, nn.ModuleList):

@@ -14,14 +14,15 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dynlora_cli.activations import checkpoint_activations, draws
-from dynlora_cli.compile_blocks import blocks_in_place, mark_dynamic
-from dynlora_cli.errors import DynloraError, MachineError, UsageError
+from dynlora_cli.compile_blocks import blocks_in_place, mark_dynamic, skips_blocks
+from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import fused_experts
 from dynlora_cli.stretches import Listening, Outside, Playing, StandIn, Stretch, kind_of
 
@@ -78,7 +79,7 @@ class BlockGraphs:
         """Before a pass of the model: put the stand-ins in place if it is to be played or listened to."""
         if self.given_up or not model.training or not torch.is_grad_enabled():
             return
-        self.forget_gone()
+        self._forget_gone()
         key, worth = _key(kwargs), self.passes_left >= LEAST_PASSES
         if worth and key in self._heard and not self.pool.graphs:
             if self._sound(self._heard[key], kwargs):
@@ -94,8 +95,8 @@ class BlockGraphs:
         if self._pass:
             self._put_in_place(self._pass)
 
-    def forget_gone(self) -> None:
-        """Give back the memory of recordings of components that have gone; to be called after an event."""
+    def _forget_gone(self) -> None:
+        """After an event: give back the memory of recordings of components that have gone."""
         if self._values is self.pool.values:
             return
         some = bool(self._recordings)
@@ -113,17 +114,22 @@ class BlockGraphs:
         """
         if draws(self.model):
             return True
-        layers = list(self.pool.layers.values())
-        low = [layer.low for layer in layers]
-        usual = _rows(self.model(**kwargs).logits)  # nothing is played or heard without gradients
-        self._put_in_place(Playing(heard.stretches, heard.kinds, recorded=False))
-        try:
-            found = _rows(self.model(**kwargs).logits)
-        finally:
-            self._take_out()
-        for layer, pair in zip(layers, low, strict=True):
-            layer.__dict__["low"] = pair
+        with self._copies_kept():
+            usual = _rows(self.model(**kwargs).logits)  # nothing is played or heard without gradients
+            self._put_in_place(Playing(heard.stretches, heard.kinds))
+            try:
+                found = _rows(self.model(**kwargs).logits)
+            finally:
+                self._take_out()
         return not bool((found - usual).norm() > ROUNDING * usual.norm())
+
+    @contextmanager
+    def _copies_kept(self) -> Iterator[None]:
+        """Afterwards every layer has the copies that the pass which has begun was given."""
+        kept = [(layer, layer.low) for layer in self.pool.layers.values()]
+        yield
+        for layer, low in kept:
+            layer.__dict__["low"] = low
 
     def _put_in_place(self, turn: Listening | Playing) -> None:
         for container, index, block in self.places:
@@ -142,11 +148,7 @@ class BlockGraphs:
         if output is None:
             return
         if isinstance(turn, Playing):
-            if not turn.complete:
-                raise DynloraError(
-                    "train.cuda_graphs: the model left out blocks that it ran when they were recorded",
-                    "set train.cuda_graphs: false, and please report this",
-                )
+            turn.finish()
             self.played += not turn.usual
         elif turn.strange or turn.blocks != [block for _, _, block in self.places]:
             self._give_up(turn.strange or "it does not run every block once, in their order")
@@ -166,19 +168,14 @@ class BlockGraphs:
             MachineError: CUDA did not record it. The state of the GPU is not to be relied on then.
         """
         heard, device = self._heard.pop(key), self._values.device
-        layers = list(self.pool.layers.values())
-        low = [layer.low for layer in layers]
-        gradients = [(parameter, parameter.grad.clone()) for parameter in self._trained() if parameter.grad is not None]
-        on, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        trained = [self.pool.values, *self.pool.others(self.model)]
+        gradients = [(parameter, parameter.grad.clone()) for parameter in trained if parameter.grad is not None]
         if self._memory is None and device.type == "cuda":
             self._memory = torch.cuda.graph_pool_handle()
         samples = tuple(self._samples(stretch, heard.outside) for stretch in heard.stretches)
         functions = tuple(stretch.run for stretch in heard.stretches)
         try:
-            with (
-                torch.random.fork_rng([device] if device.type == "cuda" else []),
-                torch.autocast(device.type, dtype, enabled=on, cache_enabled=False),
-            ):
+            with self._copies_kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 made = self.make(functions, samples, allow_unused_input=True, pool=self._memory)
         except RuntimeError as error:  # of torch
             raise MachineError(
@@ -190,16 +187,9 @@ class BlockGraphs:
             stretch.play = play
         self._recordings[key] = heard.stretches, heard.kinds
         self.recorded += 1
-        for layer, pair in zip(layers, low, strict=True):
-            layer.__dict__["low"] = pair
         for parameter, gradient in gradients:
             parameter.grad.copy_(gradient)  # type: ignore[union-attr]
         self.pool.graphs.clear()  # those of the recording, through which no backward will run
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        leaves = {id(p) for layer in self.pool.layers.values() for p in (layer.a_CI, layer.b_OC)}
-        yield self.pool.values
-        yield from (p for p in self.model.parameters() if p.requires_grad and id(p) not in leaves)
 
     def _samples(self, stretch: Stretch, outside: list[Tensor]) -> tuple[Tensor, ...]:
         """What a recording will read: memory of its own for what comes from outside, the place itself of the rest."""
@@ -238,7 +228,7 @@ def prepare(model: PreTrainedModel, checkpointing: bool) -> None:
         UsageError: the model draws such numbers, or leaves out blocks by chance.
     """
     name, hint = type(model).__name__, "set train.cuda_graphs: false"
-    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+    if skips_blocks(model):
         raise UsageError(f"train.cuda_graphs: {name} skips blocks at random (layerdrop)", hint)
     if not checkpointing:
         return

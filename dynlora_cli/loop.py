@@ -120,8 +120,6 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     event = run.control.apply(number) if run.control else None
     if event:
         check_same_ranks(run, number)
-        if run.graphs:
-            run.graphs.forget_gone()
         run.emit(event)
     return {
         "loss": loss,

@@ -127,8 +127,7 @@ def measure(
         model.train()
         quantized = _quantized(base, options)
         pool = attach()
-        leaves = {id(p) for layer in pool.layers.values() for p in (layer.a_CI, layer.b_OC)} if pool else set()
-        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in leaves]
+        trained = pool.others(model) if pool else [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         trained += [pool.values] if pool else []
@@ -137,6 +136,7 @@ def measure(
         _step(base, tokens)  # the first pass of a model makes all logits, see linear_loss.py
         with _Peak(device, [*model.parameters(), *model.buffers(), *trained, *gradients, tokens]) as peak:
             _step(base, tokens)
+    leaves = set(map(id, pool.leaves)) if pool else set()
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in leaves]
     weights = _bytes(frozen) - _bytes(quantized) + round(_per_weight(options) * sum(p.numel() for p in quantized))
     largest = max((_bytes([p]) for p in quantized), default=0)  # one at a time is dequantized

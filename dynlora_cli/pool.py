@@ -123,6 +123,18 @@ class Pool:
             layer.a_CI, layer.b_OC = nn.Parameter(a, requires_grad=not self.a_frozen), nn.Parameter(b)
             layer.a_CI.grad, layer.b_OC.grad = a_grad, b_grad
 
+    @property
+    def leaves(self) -> list[nn.Parameter]:
+        """What the layers compute with, as views of the pool's values."""
+        return [leaf for layer in self.layers.values() for leaf in (layer.a_CI, layer.b_OC)]
+
+    def others(self, model: nn.Module) -> list[nn.Parameter]:
+        """What trains in a model besides its components."""
+        leaves = set(map(id, self.leaves))
+        return [
+            parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in leaves
+        ]
+
     def to(self, device: torch.device) -> Pool:
         """Move the components to a device; a base that is to be sharded is elsewhere at first."""
         if self.values.device.type != device.type:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from dynlora_cli.compile_blocks import blocks
+from dynlora_cli.compile_blocks import blocks, skips_blocks
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.pool import Pool
 
@@ -57,7 +57,7 @@ def shard_base(model: PreTrainedModel, pool: Pool, device: torch.device, process
     # The head steps aside by handing on what it was given (linear_loss.py), which nobody changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (processes,))
-    leaves = {leaf for layer in pool.layers.values() for leaf in (layer.a_CI, layer.b_OC)}  # views of the pool
+    leaves = set(pool.leaves)
     others = {parameter for parameter in model.parameters() if _stays_whole(parameter, model.dtype)} - leaves
     for parameter in others:
         parameter.data = parameter.data.to(device)
@@ -73,7 +73,7 @@ def _stays_whole(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
 def _refuse_unsuitable(model: nn.Module, parts: Sequence[nn.Module]) -> None:
     """Processes must gather the same blocks in the same order, and each weight once."""
     hint = "set train.shard_base: false"
-    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+    if skips_blocks(model):
         raise UsageError(
             f"train.shard_base: {type(model).__name__} skips blocks at random (layerdrop), each process others", hint
         )

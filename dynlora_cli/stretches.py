@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Stretch:
     leaves: list[nn.Parameter] = field(default_factory=list)
     play: Play | None = None
 
-    @property
+    @cached_property  # asked for in every pass, and not before all calls are there
     def numbers(self) -> list[int]:
         """Of the tensors that come from outside."""
         return sorted({leaf.number for call in self.calls for leaf in call.given if isinstance(leaf, Outside)})
@@ -200,11 +201,11 @@ class Listening:
 class Playing:
     """A pass whose stretches are played; as usual from a block on whose inputs are of another kind than recorded.
 
-    Where nothing is `recorded` yet, the first block of a stretch runs all of it.
+    Before there is a recording, the first block of a stretch runs all of it.
     """
 
-    def __init__(self, stretches: list[Stretch], kinds: list[Any], *, recorded: bool = True) -> None:
-        self.kinds, self.recorded = kinds, recorded
+    def __init__(self, stretches: list[Stretch], kinds: list[Any]) -> None:
+        self.kinds = kinds
         self.outside: list[Tensor] = []
         self.usual = False
         self._results: tuple[Tensor, ...] = ()
@@ -214,19 +215,17 @@ class Playing:
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.usual:
             return block(*args, **kwargs)
-        stretch, place, call = self._calls[self._at] if self._at < len(self._calls) else (None, 0, None)
+        if self._at == len(self._calls):
+            raise unlike("the model ran more blocks than when they were recorded")
+        stretch, place, call = self._calls[self._at]
         given, spec = tree_flatten((args, kwargs))
-        if stretch is None or call is None or call.block is not block or not self._as_recorded(given, spec, call):
-            if place or self._at == len(self._calls):
-                raise DynloraError(
-                    "train.cuda_graphs: the blocks were given other inputs than when they were recorded",
-                    "set train.cuda_graphs: false, and please report this",
-                )
+        if call.block is not block or not self._as_recorded(given, spec, call):
+            if place:
+                raise unlike("the blocks were given other inputs than when they were recorded")
             self.usual = True
             return block(*args, **kwargs)
         if place == 0:
-            play = stretch.play if self.recorded else stretch.run
-            assert play is not None
+            play = stretch.play or stretch.run
             self._results = play(*(self.outside[number] for number in stretch.numbers), *stretch.trained())
             if stretch.layers:
                 stretch.layers[0].watched(self._results[0])
@@ -252,9 +251,19 @@ class Playing:
                 return False
         return True
 
-    @property
-    def complete(self) -> bool:
-        return self.usual or self._at == len(self._calls)
+    def finish(self) -> None:
+        """The pass is over.
+
+        Raises:
+            DynloraError: not all blocks were run, so what the model said is not what it says.
+        """
+        if not self.usual and self._at < len(self._calls):
+            raise unlike("the model left out blocks that it ran when they were recorded")
+
+
+def unlike(what: str) -> DynloraError:
+    """The error of a pass that began like the recorded one and is another."""
+    return DynloraError(f"train.cuda_graphs: {what}", "set train.cuda_graphs: false, and please report this")
 
 
 def kind_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:

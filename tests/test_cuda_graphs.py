@@ -340,7 +340,7 @@ def test_recordings_of_what_has_gone_are_gone(run):
     stretch = weakref.ref(stretches_[0])
     del stretches_
     shrink(run.pool, run.optimizer, torch.arange(run.pool.components) % 2 == 0)
-    run.graphs.forget_gone()
+    run.graphs._forget_gone()
     assert stretch() is None
 
 
