@@ -24,7 +24,7 @@ from dynlora_cli.activations import checkpoint_activations, draws
 from dynlora_cli.compile_blocks import blocks_in_place, mark_dynamic, skips_blocks
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import fused_experts
-from dynlora_cli.stretches import Listening, Outside, Playing, StandIn, Stretch, kind_of
+from dynlora_cli.stretches import Listening, Playing, StandIn, Stretch, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,7 +173,7 @@ class BlockGraphs:
         if self._memory is None and device.type == "cuda":
             self._memory = torch.cuda.graph_pool_handle()
         samples = tuple(self._samples(stretch, heard.outside) for stretch in heard.stretches)
-        functions = tuple(stretch.run for stretch in heard.stretches)
+        functions = tuple(_OneStream(stretch.run, device) for stretch in heard.stretches)
         try:
             with self._copies_kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 made = self.make(functions, samples, allow_unused_input=True, pool=self._memory)
@@ -183,24 +183,19 @@ class BlockGraphs:
                 + str(error).strip().split("\n")[0],
                 "set train.cuda_graphs: false; add --resume, or --overwrite where there is no checkpoint yet",
             ) from error
-        for stretch, play in zip(heard.stretches, made, strict=True):
+        for stretch, function, play in zip(heard.stretches, functions, made, strict=True):
+            function.let_go()
             stretch.play = play
         self._recordings[key] = heard.stretches, heard.kinds
         self.recorded += 1
         for parameter, gradient in gradients:
             parameter.grad.copy_(gradient)  # type: ignore[union-attr]
-        self.pool.graphs.clear()  # those of the recording, through which no backward will run
 
     def _samples(self, stretch: Stretch, outside: list[Tensor]) -> tuple[Tensor, ...]:
         """What a recording will read: memory of its own for what comes from outside, the place itself of the rest."""
         own = {number: outside[number].detach().clone() for number in stretch.numbers}
         for number, tensor in own.items():
             tensor.requires_grad_(outside[number].requires_grad)
-        if not any(tensor.requires_grad for tensor in own.values()):
-            # One has to get a gradient, or the engine waits for the stream of leaves that get none, which is not the
-            # recorded one: fused layers add to their leaves' gradients themselves.
-            given = (own[leaf.number] for leaf in stretch.calls[0].given if isinstance(leaf, Outside))
-            next(tensor for tensor in given if tensor.is_floating_point()).requires_grad_(True)
         trained = [tensor if tensor.is_leaf else tensor.detach().requires_grad_(True) for tensor in stretch.trained()]
         if trained and not isinstance(trained[0], nn.Parameter):  # the copies, for compiled code
             rest = iter(trained)
@@ -208,6 +203,32 @@ class BlockGraphs:
                 a_CI, _ = layer.low  # type: ignore[misc]
                 mark_dynamic([(next(rest) if a_CI.requires_grad else a_CI, next(rest))])
         return (*own.values(), *trained)
+
+
+class _OneStream:
+    """Runs a stretch on the stream on which it is recorded, in the warm-up as well, and lets its graphs go.
+
+    For as long as a graph through a leaf lives, autograd knows the leaf by the stream on which that graph was made, and
+    waits for it: a recording cannot, for another than its own. `torch.cuda.make_graphed_callables` warms up on another,
+    and keeps the graphs of its last warm-up and of the recording for as long as what it makes.
+    """
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
+        self.run = run
+        self.stream = torch.cuda.graph(torch.cuda.CUDAGraph()).capture_stream if device.type == "cuda" else None
+        self.made: list[Tensor] = []
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        self.let_go()
+        with torch.cuda.stream(self.stream):  # of None: as it is
+            made = tuple(tensor.clone() if tensor._is_view() else tensor for tensor in self.run(*tensors))
+        self.made = [tensor for tensor in made if tensor.requires_grad]
+        return made
+
+    def let_go(self) -> None:
+        """Of the graph that made the last results, through which no backward pass will go any more."""
+        while self.made:
+            self.made.pop().detach_()
 
 
 def _rows(logits: Tensor) -> Tensor:

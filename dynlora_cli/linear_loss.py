@@ -92,10 +92,10 @@ def chunks(
 def loss_and_gradient(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The summed loss in fp32, and its gradient for the logits: softmax minus one at the target. [n, V] in `dtype`"""
     place = targets_n[:, None]
-    grad_nV = logits_nV.float().log_softmax(-1)
-    loss = -grad_nV.gather(1, place).sum()
-    # From here on the memory of the logarithms holds the gradient.
-    grad_nV.exp_().scatter_add_(1, place, grad_nV.new_full(place.shape, -1.0))
+    grad_nV = logits_nV.softmax(-1, dtype=torch.float32)
+    # One exponential for each logit. A target whose probability is no normal number in fp32 counts as 87 nats.
+    loss = -grad_nV.gather(1, place).clamp_min(torch.finfo(torch.float32).tiny).log().sum()
+    grad_nV.scatter_add_(1, place, grad_nV.new_full(place.shape, -1.0))
     return loss, grad_nV.to(dtype)
 
 

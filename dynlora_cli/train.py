@@ -97,10 +97,10 @@ def run(
     pool, start = begin(recipe, variant, base, data, accelerator, _first_counts(checkpoint))
     if recipe.train.shard_base and pool:
         shard_base(base.model, pool, accelerator.device, accelerator.num_processes)
-    if recipe.train.compile:
-        compile_blocks(base.model, pool)
     save = partial(outputs.write_checkpoint, folder=folder, base=base)
     training = make_run(recipe, accelerator, base, data, pool, start, save=save)
+    if recipe.train.compile:  # not before the model was asked about packed rows, in another precision
+        compile_blocks(base.model, pool)
     if recipe.train.cuda_graphs and pool:
         prepare(base.model, recipe.train.gradient_checkpointing is not False)
         training.graphs = BlockGraphs(base.model, pool, lambda text: training.emit({"event": "note", "text": text}))

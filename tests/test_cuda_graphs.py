@@ -32,15 +32,19 @@ def static_replays(
     What it makes runs forward when played, so in-place effects of the backward pass come as often as it is run.
     """
     assert allow_unused_input
+    kept = []
     for function, given in zip(functions, samples, strict=True):  # the warm-up, whose gradients are nobody's
         wanted = [tensor for tensor in given if tensor.requires_grad]
         outputs = [output for output in function(*given) if output.requires_grad]
         torch.autograd.grad(outputs, wanted, [torch.full_like(o, torch.nan) for o in outputs], allow_unused=True)
-    return tuple(static_replay(function, given) for function, given in zip(functions, samples, strict=True))
+        kept.append(outputs)
+    return tuple(map(static_replay, [function.run for function in functions], samples, kept))
 
 
-def static_replay(function: Callable, given: tuple[Tensor, ...]) -> Callable:
+def static_replay(function: Callable, given: tuple[Tensor, ...], kept: list[Tensor]) -> Callable:
     class Played(torch.autograd.Function):
+        keeps = kept  # as torch's does
+
         @staticmethod
         def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
             assert len(tensors) == len(given)
