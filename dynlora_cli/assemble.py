@@ -24,7 +24,7 @@ from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import fused_experts, split
 from dynlora_cli.linear_loss import Heads
-from dynlora_cli.loss import held_out, row_sums
+from dynlora_cli.loss import evaluating, held_out, row_sums, summed_loss
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.optimizers import check_optimizer, make_optimizer
@@ -32,6 +32,7 @@ from dynlora_cli.pool import Pool
 from dynlora_cli.rank import RankControl, Start, plan_start
 from dynlora_cli.relative import layer_kind
 from dynlora_cli.schedule import Schedule
+from dynlora_cli.shared_inputs import share_inputs
 from dynlora_cli.state import Progress, Run
 from dynlora_cli.targets import find_targets
 
@@ -237,6 +238,10 @@ def make_run(
             probe=None if start.open else _probe(recipe, accelerator, base, data),
             brake=_brake(recipe, accelerator, base, data) if start.open else None,
         )
+    if pool and recipe.train.fused and not recipe.train.compile:
+        batch = batches.step(0, 0)[0].to(accelerator.device)
+        with evaluating(base.model), accelerator.autocast():
+            share_inputs(base.model, pool.layers.values(), lambda: summed_loss(base.model, batch))
     val = data.val[: recipe.eval.max_samples]
     rate = recipe.train.learning_rate
     return Run(

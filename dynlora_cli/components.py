@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -97,6 +98,8 @@ class ComponentLinear(nn.Module):
         self.gate: Tensor | None = None
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.low: tuple[Tensor, Tensor] | None = None  # a and b in autocast's type, see Pool.cast_with
+        # Gives y where layers that read the same compute together, see shared_inputs.py.
+        self.shared: Callable[[ComponentLinear, Tensor], Tensor | None] | None = None
         self.a_width, self.b_width = self.widths(self.in_features, self.out_features)
         self.a_CI = nn.Parameter(torch.empty(0, self.a_width))
         self.b_OC = nn.Parameter(torch.empty(self.b_width, 0))
@@ -188,8 +191,9 @@ class ComponentLinear(nn.Module):
             return forget_input(self.base(x))
         low = self.low if torch.is_autocast_enabled(x.device.type) else None
         a_CI, b_OC = self._joined(low) or self.factors()
-        if self._fusable(x):
-            return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
+        if self.fusable(x):
+            y = self.shared(self, x) if self.shared and torch.is_grad_enabled() else None
+            return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low)) if y is None else y
         y = forget_input(self.base(x))
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -205,7 +209,7 @@ class ComponentLinear(nn.Module):
             return None
         return low if low[1].requires_grad or not torch.is_grad_enabled() else None
 
-    def _fusable(self, x: Tensor) -> bool:
+    def fusable(self, x: Tensor) -> bool:
         """Whether base and components can run as one function."""
         if torch.compiler.is_compiling():  # torch.compile fuses ordinary operations itself
             return False

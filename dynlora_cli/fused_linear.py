@@ -1,4 +1,4 @@
-"""A frozen linear layer and its components as one autograd function.
+"""A frozen linear layer and its components as one autograd function; or several layers that read the same input.
 
 The chain of ordinary operations builds the update as a tensor of its own, adds it to the base's output into a third
 one, and in the backward pass adds up two gradients of x. Here both are accumulated in place by the matrix product
@@ -6,12 +6,16 @@ itself, and what is kept for the backward pass is x, which the base's neighbours
 where A is frozen, the latter alone (LoRA-FA, arXiv 2308.03303). The gradients of the factors are added to what is in
 `.grad` right away; autograd would add them in an operation more.
 
-Dimensions: N tokens, I inputs, O outputs, C components.
+Layers that read the same input (q, k and v; gate and up) share the products that read it: with their a one above the
+other it takes one product forward and one backward, and what they send back is added up by products, too.
+
+Dimensions: N tokens, I inputs, O outputs of one layer, C components of all layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,47 +71,74 @@ def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
     return x_NI @ a_CI.T
 
 
+class Part(NamedTuple):
+    """One of the layers: what holds W and the bias, its a and b, and these in autocast's type where that is at hand."""
+
+    base: nn.Module
+    leaves: Factors
+    low: Factors | None = None
+
+
 class FusedLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s (x aᵀ) bᵀ, with gradients for x, a and b only.
+    """y = x Wᵀ + bias + s (x aᵀ) bᵀ of every part, with gradients for x, a and b only.
 
     Computes in the type that autocast gives the base's product; a and b may be of another. Source of the equations:
     LoRA, arXiv 2106.09685, equation 3.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, base: nn.Module, leaves: Factors, low: Factors | None, scale: float, *_: Tensor
-    ) -> Tensor:
-        weight, bias = weight_OI(base), base.bias
-        y = F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
-        dtype = y.dtype
-        a_CI, b_OC = low or (_in(leaf, dtype) for leaf in leaves)
+    def forward(ctx: Any, x: Tensor, parts: Sequence[Part], scale: float, *_: Tensor) -> tuple[Tensor, ...]:
+        ys = [_base_product(x, part.base) for part in parts]
+        dtype = ys[0].dtype
+        a, b = zip(*(part.low or tuple(_in(leaf, dtype) for leaf in part.leaves) for part in parts), strict=True)
+        a_CI = torch.cat(a) if len(a) > 1 else a[0]
         x_NI = _in(x.reshape(-1, x.shape[-1]), dtype)
         h_NC = thin_product(x_NI, a_CI)
-        y.view(-1, y.shape[-1]).addmm_(h_NC, b_OC.T, alpha=scale)
-        a_trains = ctx.needs_input_grad[5]
-        ctx.save_for_backward(x if a_trains else None, h_NC, a_CI, b_OC)
-        ctx.base, ctx.leaves, ctx.scale, ctx.dtype, ctx.x_dtype = base, leaves, scale, dtype, x.dtype
-        return y
+        for y, h, b_OC in zip(ys, _split(h_NC, b), b, strict=True):
+            y.view(-1, y.shape[-1]).addmm_(h, b_OC.T, alpha=scale)
+        a_trains = ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if a_trains else None, h_NC, a_CI, *b)
+        ctx.parts, ctx.scale, ctx.dtype, ctx.x_dtype = parts, scale, dtype, x.dtype
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h_NC, a_CI, b_OC = ctx.saved_tensors
-        scale, dtype = ctx.scale, ctx.dtype
-        grad_NO = _in(grad.reshape(-1, grad.shape[-1]), dtype)
-        grad_h_NC = thin_product(grad_NO, b_OC.T.contiguous() if grad.device.type == "cpu" else b_OC.T)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h_NC, a_CI, *b = ctx.saved_tensors
+        parts, scale, dtype = ctx.parts, ctx.scale, ctx.dtype
+        grads_NO = [_in(grad.reshape(-1, grad.shape[-1]), dtype) for grad in grads]
+        on_cpu = a_CI.device.type == "cpu"
+        thin = [
+            thin_product(grad_NO, b_OC.T.contiguous() if on_cpu else b_OC.T)
+            for grad_NO, b_OC in zip(grads_NO, b, strict=True)
+        ]
+        grad_h_NC = torch.cat(thin, 1) if len(thin) > 1 else thin[0]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x_NI = grad_NO @ _in(weight_OI(ctx.base), dtype)
+            grad_x_NI = grads_NO[0] @ _in(weight_OI(parts[0].base), dtype)
+            for grad_NO, part in zip(grads_NO[1:], parts[1:], strict=True):
+                grad_x_NI.addmm_(grad_NO, _in(weight_OI(part.base), dtype))
             grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale)
-            grad_x = _in(grad_x_NI.view(*grad.shape[:-1], a_CI.shape[1]), ctx.x_dtype)
-        grad_a_CI = None
+            grad_x = _in(grad_x_NI.view(*grads[0].shape[:-1], a_CI.shape[1]), ctx.x_dtype)
+        grads_a: Sequence[Tensor | None] = [None] * len(parts)
         if x is not None:
-            x_NI = _in(x.reshape(-1, x.shape[-1]), dtype)
-            grad_a_CI = add_to_gradient(ctx.leaves[0], grad_h_NC.T @ x_NI, scale)
-        grad_b_OC = add_to_gradient(ctx.leaves[1], (h_NC.T @ grad_NO).T, scale)  # on the CPU 2 to 5 times gradᵀ h
-        return grad_x, None, None, None, None, grad_a_CI, grad_b_OC
+            products = (grad_h_NC.T @ _in(x.reshape(-1, x.shape[-1]), dtype)).split([b_OC.shape[1] for b_OC in b])
+            grads_a = [add_to_gradient(part.leaves[0], p, scale) for part, p in zip(parts, products, strict=True)]
+        found: list[Tensor | None] = [grad_x, None, None]
+        for part, grad_a, h, grad_NO in zip(parts, grads_a, _split(h_NC, b), grads_NO, strict=True):
+            grad_b = add_to_gradient(part.leaves[1], (h.T @ grad_NO).T, scale)  # on the CPU 2 to 5 times gradᵀ h
+            found += [grad_a, grad_b]
+        return tuple(found)
+
+
+def _base_product(x: Tensor, base: nn.Module) -> Tensor:
+    weight, bias = weight_OI(base), base.bias
+    return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
+
+
+def _split(h_NC: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of each part."""
+    return h_NC.split([b_OC.shape[1] for b_OC in b], 1) if len(b) > 1 else (h_NC,)
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,4 +164,9 @@ def fused(x: Tensor, base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float, 
         scale: s.
         low: the two in the type that autocast computes in, where that is at hand.
     """
-    return FusedLinear.apply(x, base, (a_CI, b_OC), low, scale, a_CI, b_OC)
+    return fused_together(x, [Part(base, (a_CI, b_OC), low)], scale)[0]
+
+
+def fused_together(x: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, ...]:
+    """The same of several layers that read x: [..., O] of each."""
+    return FusedLinear.apply(x, parts, scale, *(leaf for part in parts for leaf in part.leaves))

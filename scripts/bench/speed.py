@@ -45,6 +45,7 @@ from dynlora_cli.loss import summed_loss
 from dynlora_cli.optimizers import make_optimizer
 from dynlora_cli.pool import Pool
 from dynlora_cli.rank import shrink
+from dynlora_cli.shared_inputs import share_inputs
 from dynlora_cli.targets import find_targets
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -197,6 +198,9 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: boo
     labels[:, :-1] = ids[:, 1:]
     batch = Batch({"input_ids": ids}, labels, [], ids.numel(), int((labels != -100).sum()))
     gradients = GateGradients()
+    if fuse and not shape.compiled:
+        with torch.no_grad():
+            share_inputs(model, layers.values(), lambda: summed_loss(model, batch))
 
     def step() -> None:
         ComponentLinear.fuse = Heads.use = fuse

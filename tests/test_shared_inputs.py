@@ -1,0 +1,202 @@
+"""Layers that read the same input: who finds whom, and the same numbers as when each computes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_architectures import CASES, CLASSES, write_model
+from tiny_run import assembled, make_recipe, write_rows
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli.components import ComponentLinear
+from dynlora_cli.fused_linear import Part, fused_together
+from dynlora_cli.linear_loss import Heads
+from dynlora_cli.loop import step
+from dynlora_cli.pool import Pool
+from dynlora_cli.rank import shrink
+from dynlora_cli.shared_inputs import share_inputs
+
+
+class Block(nn.Module):
+    """q, k and v of one input, and a layer after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, base in {"q": nn.Linear(12, 20), "k": Conv1D(8, 12), "v": nn.Linear(12, 8, bias=False)}.items():
+            setattr(self, name, ComponentLinear(base.requires_grad_(False), 1.7))
+        self.o = ComponentLinear(nn.Linear(20, 12).requires_grad_(False), 1.7)
+        self.called = ["q", "k", "v"]
+
+    def forward(self, x):
+        q, *others = (getattr(self, name)(x) for name in self.called)
+        return self.o(q + sum(other.sum(-1, keepdim=True) for other in others)) + x
+
+
+def block(*, shared: bool, counts=(4, 3, 5, 2), **changed) -> tuple[Block, Pool]:
+    model = Block().train()
+    model.__dict__.update(changed)
+    layers = {name: getattr(model, name) for name in ("q", "k", "v", "o")}
+    pool = Pool(layers, dict(zip(layers, counts, strict=True)))
+    values = torch.randn(pool.parameters, generator=torch.Generator().manual_seed(1))
+    pool.adopt(values, pool.counts)
+    pool.cast_with(model)
+    if shared:
+        listen(model, pool)
+    return model, pool
+
+
+def listen(model: Block, pool: Pool) -> None:
+    with torch.no_grad():
+        share_inputs(model, pool.layers.values(), lambda: model(torch.randn(3, 12)))
+
+
+def learn(model: nn.Module, pool: Pool, x: torch.Tensor, *, how=None) -> list[torch.Tensor]:
+    """Output, and the gradients of x and of the pool."""
+    pool.values.grad.zero_()
+    x = x.clone().requires_grad_(True)
+    y = model(x) if how is None else how(model, x)
+    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    return [y.detach(), x.grad, pool.values.grad.clone()]
+
+
+def together(layer: ComponentLinear) -> list[ComponentLinear] | None:
+    return layer.shared and layer.shared.layers
+
+
+def in_bf16(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+@pytest.mark.parametrize("counts", [(4, 3, 5, 2), (1, 1, 1, 1), (4, 0, 5, 2), (0, 0, 5, 2), (0, 3, 5, 0)])
+@pytest.mark.parametrize("how", [None, in_bf16, lambda *given: checkpoint(*given, use_reentrant=False)])
+def test_it_is_the_same_as_alone(how, counts):
+    (alone, pool_alone), (shared, pool) = block(shared=False, counts=counts), block(shared=True, counts=counts)
+    x = torch.randn(2, 7, 12)
+    tolerance = {"rtol": 0.03, "atol": 0.3} if how is in_bf16 else {"rtol": 1e-5, "atol": 1e-5}
+    for _ in range(3):
+        for ours, theirs in zip(learn(shared, pool, x, how=how), learn(alone, pool_alone, x, how=how), strict=True):
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, **tolerance)
+    assert together(shared.q) == [layer for layer in (shared.q, shared.k, shared.v) if layer.count] or 0 in counts
+
+
+def test_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    bases = [nn.Linear(5, outputs).double().requires_grad_(False) for outputs in (4, 3)]
+    leaves = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5), (4, 2), (3, 5), (3, 3))]
+    leaves = [leaf.requires_grad_(True) for leaf in leaves]
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def both(x, *leaves):
+        return fused_together(x, [Part(bases[0], leaves[:2]), Part(bases[1], leaves[2:])], 0.7)
+
+    assert torch.autograd.gradcheck(both, (x, *leaves))
+
+
+def test_one_function_runs_for_all():
+    model, pool = block(shared=True)
+    assert not model.q._forward_pre_hooks
+    assert together(model.q) == together(model.k) == together(model.v) == [model.q, model.k, model.v]
+    assert model.o.shared is None
+    nodes = set()
+    for layer in (model.q, model.k, model.v):
+        layer.register_forward_hook(lambda module, args, y: nodes.add(y.grad_fn))
+    learn(model, pool, torch.randn(3, 12))
+    assert len(nodes) == 1
+
+
+def test_components_of_all_can_go():
+    model, pool = block(shared=True)
+    x = torch.randn(3, 12)
+    learn(model, pool, x)
+    keep = torch.tensor([True, False, True, False] + [False] * 3 + [True] * 5 + [True, False])
+    shrink(pool, torch.optim.AdamW([pool.values]), keep)
+    alone, pool_alone = block(shared=False, counts=(2, 0, 5, 1))
+    pool_alone.adopt(pool.values.detach().clone(), pool.counts)
+    for ours, theirs in zip(learn(model, pool, x), learn(alone, pool_alone, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_another_input_is_another_input():
+    """What the model changes in place between two layers is not what the first of them read."""
+    model, _ = block(shared=True)
+    x = torch.randn(3, 12)
+
+    def forward(x):
+        q = model.q(x)
+        x += 1
+        return model.o(q + model.k(x).sum(-1, keepdim=True) + model.v(x).sum(-1, keepdim=True))
+
+    wanted = forward(x.clone())
+    for layer in (model.q, model.k, model.v):
+        layer.shared = None
+    torch.testing.assert_close(wanted, forward(x.clone()))
+
+
+def test_layers_that_stop_going_together_are_left_alone():
+    model, pool = block(shared=True)
+    alone, pool_alone = block(shared=False)
+    x = torch.randn(3, 12)
+    for calls in (["q", "k"], ["q", "k", "v"]):
+        model.called = alone.called = calls
+        for ours, theirs in zip(learn(model, pool, x), learn(alone, pool_alone, x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert model.q.shared is model.k.shared is model.v.shared is None
+    pool.refuse_live_graphs()
+
+
+def test_a_layer_that_is_called_twice_computes_alone():
+    model, _ = block(shared=True, called=["q", "k", "v", "v"])
+    assert model.q.shared is model.v.shared is None
+
+
+def test_other_scales_do_not_go_together():
+    model, pool = block(shared=False)
+    model.v.scale = 2.0
+    listen(model, pool)
+    assert model.q.shared is None
+
+
+FOUND = {  # how many layers compute together in the first block of each architecture
+    "llama": [3, 2], "mistral": [3, 2], "qwen2": [3, 2], "qwen3": [3, 2], "gemma2": [3, 2], "gemma3": [3, 2],
+    "phi": [3], "phi3": [], "gpt2": [], "gpt_neox": [], "opt": [3], "bert": [3], "roberta": [3], "deberta-v2": [3],
+    "mixtral": [3], "qwen2_moe": [3, 2], "qwen3_moe": [3], "olmoe": [3], "t5": [3], "bart": [3], "modernbert": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_every_architecture_learns_the_same(kind, tmp_path, monkeypatch):
+    """Through the loop, with its events."""
+    monkeypatch.setattr(ComponentLinear, "fuse", True)  # the process's: put back at the end
+    monkeypatch.setattr(Heads, "use", True)
+    task = CASES[kind][2]
+    write_model(tmp_path / kind, kind)
+    settings = [f"model.task={task}", "dataset.train_on=all" if task == "causal-lm" else ""]
+    if task == CLASSES:
+        settings.append(f"dataset.train=[{write_rows(tmp_path / f'{kind}-rows.jsonl', labelled=True)}]")
+    recipe = make_recipe(tmp_path, *filter(None, settings), "dataset.max_length=64", kind=kind)
+    losses: list[list[float]] = [[], []]
+    for found, shared in zip(losses, (False, True), strict=True):
+        run = assembled(recipe)
+        groups = dict.fromkeys(layer.shared for layer in run.pool.layers.values() if layer.shared)
+        for layer in run.pool.layers.values() if not shared else ():
+            layer.shared = None
+        for number in range(6):
+            found.append(step(run, run.batches.step(*divmod(number, run.batches.steps_per_epoch)))["loss"])
+            run.progress.step += 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    sizes = [len(group.layers) for group in groups]
+    assert sizes[: len(FOUND[kind])] == FOUND[kind]
+    assert bool(sizes) == bool(FOUND[kind])
+
+
+@pytest.mark.parametrize("settings", [("train.fused=false",), ("train.compile=true",)])
+def test_where_nothing_is_fused_nothing_is_shared(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(ComponentLinear, "fuse", True)
+    monkeypatch.setattr(Heads, "use", True)
+    run = assembled(make_recipe(tmp_path, *settings))
+    assert not any(layer.shared for layer in run.pool.layers.values())
