@@ -301,8 +301,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(tmp_path, 
     honest = loss.linear_cross_entropy
     calls = itertools.count(1)
 
-    def poisoned(*given):
-        return honest(*given) * (float("nan") if next(calls) == 2 * 9 + 1 else 1.0)  # first micro-batch of step 10
+    def poisoned(hidden, *given):
+        bad = hidden.requires_grad and next(calls) == 2 * 9 + 1  # first micro-batch of step 10
+        return honest(hidden, *given) * (float("nan") if bad else 1.0)
 
     monkeypatch.setattr(loss, "linear_cross_entropy", poisoned)
     with pytest.raises(MeasureError, match=r"the loss of step 10 is nan, on rows \[\d+, \d+\]") as stopped:
