@@ -241,7 +241,7 @@ def make_run(
     if pool and recipe.train.fused and not recipe.train.compile:
         batch = batches.step(0, 0)[0].to(accelerator.device)
         with evaluating(base.model), accelerator.autocast():
-            share_inputs(base.model, pool.layers.values(), lambda: summed_loss(base.model, batch))
+            pool.sharing = share_inputs(pool.layers, lambda: summed_loss(base.model, batch))
     val = data.val[: recipe.eval.max_samples]
     rate = recipe.train.learning_rate
     return Run(

@@ -189,11 +189,15 @@ class ComponentLinear(nn.Module):
         """Map [..., I] to [..., O]."""
         if self.count == 0:
             return forget_input(self.base(x))
+        fusable = self.fusable(x)
+        if fusable and self.shared and torch.is_grad_enabled():
+            y = self.shared(self, x)
+            if y is not None:
+                return y
         low = self.low if torch.is_autocast_enabled(x.device.type) else None
         a_CI, b_OC = self._joined(low) or self.factors()
-        if self.fusable(x):
-            y = self.shared(self, x) if self.shared and torch.is_grad_enabled() else None
-            return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low)) if y is None else y
+        if fusable:
+            return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
         y = forget_input(self.base(x))
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -210,7 +210,7 @@ class _OneStream:
 
     For as long as a graph through a leaf lives, autograd knows the leaf by the stream on which that graph was made, and
     waits for it: a recording cannot, for another than its own. `torch.cuda.make_graphed_callables` warms up on another,
-    and keeps the graphs of its last warm-up and of the recording for as long as what it makes.
+    has the graph of the last warm-up still when it records, and keeps that of the recording.
     """
 
     def __init__(self, run: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
@@ -221,6 +221,7 @@ class _OneStream:
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         self.let_go()
         with torch.cuda.stream(self.stream):  # of None: as it is
+            # What is a view cannot be cut off from its graph.
             made = tuple(tensor.clone() if tensor._is_view() else tensor for tensor in self.run(*tensors))
         self.made = [tensor for tensor in made if tensor.requires_grad]
         return made

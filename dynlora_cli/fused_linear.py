@@ -9,7 +9,7 @@ where A is frozen, the latter alone (LoRA-FA, arXiv 2308.03303). The gradients o
 Layers that read the same input (q, k and v; gate and up) share the products that read it: with their a one above the
 other it takes one product forward and one backward, and what they send back is added up by products, too.
 
-Dimensions: N tokens, I inputs, O outputs of one layer, C components of all layers.
+Dimensions: N tokens, I inputs, O outputs of one layer, C components: of one layer in b_OC, of all in the others.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from dynlora_cli.components import ComponentLinear, Graph
 from dynlora_cli.errors import DynloraError
+
+if TYPE_CHECKING:
+    from dynlora_cli.shared_inputs import SharedInput
 
 
 class CastInto(torch.autograd.Function):
@@ -68,6 +71,7 @@ class Pool:
         self._copy_P: Tensor | None = None
         # Graphs through any of the layers that can still run backward; components cannot be removed meanwhile.
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.sharing: list[SharedInput] = []  # layers that compute together
         for layer in self.layers.values():
             layer.graphs = self.graphs
         values = torch.zeros(sum(counts[name] * self.cost(name) for name in self.layers))
@@ -264,6 +268,8 @@ class Pool:
     def after_update(self, rate: float) -> None:
         """Tell every layer that the optimizer has stepped at this learning rate."""
         self._forget_copies()
+        for group in self.sharing:
+            group.finish()
         for layer in self.layers.values():
             layer.after_update(rate)
 

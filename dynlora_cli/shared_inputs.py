@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dynlora_cli.fused_linear import Part, fused_together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Mapping
 
     from dynlora_cli.components import ComponentLinear
 
@@ -53,44 +53,47 @@ class SharedInput:
         return layer.watched(y)
 
     def finish(self) -> None:
-        """After a pass: layers that were not all given the same are left alone from now on."""
+        """After the passes of a step: layers that were not all given the same compute alone from now on."""
         if self._waiting:
             self._x, self._waiting = None, {}
             for layer in self.layers:
                 layer.shared = None
 
 
-def share_inputs(model: nn.Module, layers: Iterable[ComponentLinear], run: Callable[[], object]) -> None:
-    """Let the layers of a model share what they read.
+def share_inputs(layers: Mapping[str, ComponentLinear], run: Callable[[], object]) -> list[SharedInput]:
+    """Let layers of one module share what they read.
+
+    Not beyond a module: what belongs to different blocks is not always there, and not computed again, together.
 
     Args:
-        model: is watched: if layers are no longer all given the same, they compute alone again.
-        layers: of which some may be given the same.
+        layers: by name.
         run: runs the model once, without gradients.
+
+    Returns:
+        Who found each other; to be told when a step is over.
     """
-    runs: list[tuple[Tensor, list[ComponentLinear]]] = []
+    parents = {layer: name.rpartition(".")[0] for name, layer in layers.items()}
+    calls: Counter[ComponentLinear] = Counter()
+    runs: list[list[ComponentLinear]] = []
+    last: Any = None  # the input of the last call, its version and the module
 
-    def hear(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        (x,) = args
-        if not (runs and runs[-1][0] is x):
-            runs.append((x, []))
-        runs[-1][1].append(cast("ComponentLinear", layer))
+    def hear(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal last
+        (x,), layer = args, cast("ComponentLinear", module)
+        if not (last and last[0] is x and last[1:] == (x._version, parents[layer])):
+            runs.append([])
+        last = x, x._version, parents[layer]
+        runs[-1].append(layer)
+        calls[layer] += 1
 
-    hooks = [layer.register_forward_pre_hook(hear) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(hear) for layer in parents]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    calls = Counter(layer for _, run in runs for layer in run)
-    groups = [
+    return [
         SharedInput(run)
-        for _, run in runs
+        for run in runs
         if len(run) > 1 and all(calls[layer] == 1 for layer in run) and len({layer.scale for layer in run}) == 1
     ]
-
-    def end(*_: Any) -> None:
-        for group in groups:
-            group.finish()
-
-    model.register_forward_hook(end, always_call=True)

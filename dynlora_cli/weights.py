@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +37,9 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CHUNK = 1 << 22  # bytes converted or copied at once
+_CHUNK = 1 << 23  # bytes converted or copied at once
+_WORKERS = 4  # at most; each has up to three pieces in memory
+_AHEAD = 64  # pieces that may wait to be made
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,9 @@ class Entry:
     size: int
 
 
-class Space:
-    """Memory that is used again and again: to get it from the system, cleared, takes longer than to fill it."""
+class Space(threading.local):
+    """Memory that is used again and again, by each thread its own: to get it from the system, cleared, takes longer
+    than to fill it."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -213,19 +221,20 @@ def write_like(
     placed: dict[str, str] = {}
     total = 0
     files = weights.files
-    for file in files:
-        inside: dict[str, Entry | New] = {
-            name: changed.get(name, entry) for name, entry in weights.entries.items() if entry.file == file
-        }
-        if file == files[-1]:
-            inside |= added
-        names = {name: name if name in added else renamed(name) for name in inside}
-        with (folder / file.name).open("wb") as target, file.open("rb") as source:
-            target.write(_header({names[name]: item for name, item in inside.items()}))
-            for item in inside.values():
-                _write_behind(target, _made(item) if isinstance(item, New) else _read(source, item))
+    with _workers() as pool:
+        for file in files:
+            inside: dict[str, Entry | New] = {
+                name: changed.get(name, entry) for name, entry in weights.entries.items() if entry.file == file
+            }
+            if file == files[-1]:
+                inside |= added
+            names = {name: name if name in added else renamed(name) for name in inside}
+            with (folder / file.name).open("wb") as target:
+                target.write(_header({names[name]: item for name, item in inside.items()}))
+                target.flush()
+                _write_all(pool, target, inside.values())
             total += sum(item.size for item in inside.values())
-        placed |= dict.fromkeys(names.values(), file.name)
+            placed |= dict.fromkeys(names.values(), file.name)
     if [file.name for file in files] != [SINGLE]:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
     return total
@@ -246,37 +255,87 @@ def _header(items: Mapping[str, Entry | New]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _made(item: New) -> Iterator[memoryview]:
-    """The bytes of a new tensor, piece by piece."""
-    if item.rows is None:
+Piece = Callable[[], memoryview]
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads each of which computes alone: so they need not wait for one another."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, _WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)  # of threads that begin later
+
+
+def _write_all(pool: ThreadPoolExecutor, target: BinaryIO, items: Iterable[Entry | New]) -> None:
+    """Write tensors one after the other to a file that holds its header; pieces are made and written side by side.
+
+    Raises:
+        OSError: there is no room.
+    """
+    at, waiting = target.tell(), deque[Future[None]]()
+    for item in items:
+        for size, piece in _pieces_of(item):
+            waiting.append(pool.submit(_write, target.fileno(), piece, at))
+            at += size
+        # A tensor that is made as a whole is gone before the next is made.
+        most = 0 if isinstance(item, New) and item.rows is None else _AHEAD
+        while len(waiting) > most:
+            waiting.popleft().result()
+    for future in waiting:
+        future.result()
+
+
+def _write(target: int, piece: Piece, at: int) -> None:
+    data = piece()
+    while data:
+        written = os.pwrite(target, data, at)
+        data, at = data[written:], at + written
+
+
+def _pieces_of(item: Entry | New) -> Iterator[tuple[int, Piece]]:
+    """A tensor's bytes in pieces, with the size of each."""
+    if isinstance(item, Entry):
+        for first in range(0, item.size, _CHUNK):
+            size = min(_CHUNK, item.size - first)
+            yield size, partial(_read, item, first, size)
+    elif item.rows is not None:
+        row = math.prod(item.shape[1:])
+        count = max(1, _CHUNK // (4 * row))
+        for first in range(0, item.shape[0], count):
+            last = min(first + count, item.shape[0])
+            yield (last - first) * row * item.dtype.itemsize, partial(_rows, item, first, last)
+    else:
         tensor = item.make()
         assert tuple(tensor.shape) == item.shape, "the header has said another shape"
-        parts = _pieces(tensor.contiguous())
-    else:
-        count = max(1, _CHUNK // (4 * math.prod(item.shape[1:])))
-        parts = (item.rows(at, min(at + count, item.shape[0])) for at in range(0, item.shape[0], count))
-    return (_bytes(part.to(item.dtype, copy=True).contiguous().view(-1)) for part in parts)
+        for part in _pieces(tensor.contiguous()):
+            yield part.numel() * item.dtype.itemsize, partial(_as, item.dtype, part)
 
 
-def _read(source: BinaryIO, entry: Entry) -> Iterator[bytes]:
-    """The bytes of an old tensor, piece by piece."""
-    source.seek(entry.start)
-    left = entry.size
-    while left > 0:
-        piece = source.read(min(left, _CHUNK))
-        if not piece:
-            raise UsageError(f"{source.name} ends too early", "fetch the model again")
-        yield piece
-        left -= len(piece)
+_written = Space()
 
 
-def _write_behind(target: BinaryIO, pieces: Iterator[bytes] | Iterator[memoryview]) -> None:
-    """Write pieces one after the other, each while the next is made."""
-    with ThreadPoolExecutor(1) as pool:
-        writing: Future[int] | None = None
-        for piece in pieces:
-            if writing:
-                writing.result()
-            writing = pool.submit(target.write, piece)
-        if writing:
-            writing.result()
+def _as(dtype: torch.dtype, part: Tensor) -> memoryview:
+    """The bytes of a tensor in another type."""
+    return _bytes(_written(part.shape, dtype).copy_(part).view(-1))
+
+
+def _rows(item: New, first: int, last: int) -> memoryview:
+    assert item.rows is not None
+    return _as(item.dtype, item.rows(first, last))
+
+
+def _read(entry: Entry, first: int, size: int) -> memoryview:
+    """Bytes of an old tensor."""
+    data = _bytes(_written((size,), torch.uint8))
+    with entry.file.open("rb", buffering=0) as source:
+        source.seek(entry.start + first)
+        if source.readinto(data) != size:
+            raise UsageError(f"{entry.file} ends too early", "fetch the model again")
+    return data

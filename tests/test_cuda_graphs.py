@@ -32,18 +32,16 @@ def static_replays(
     What it makes runs forward when played, so in-place effects of the backward pass come as often as it is run.
     """
     assert allow_unused_input
-    kept = []
     for function, given in zip(functions, samples, strict=True):  # the warm-up, whose gradients are nobody's
         wanted = [tensor for tensor in given if tensor.requires_grad]
         outputs = [output for output in function(*given) if output.requires_grad]
         torch.autograd.grad(outputs, wanted, [torch.full_like(o, torch.nan) for o in outputs], allow_unused=True)
-        kept.append(outputs)
-    return tuple(map(static_replay, [function.run for function in functions], samples, kept))
+    return tuple(map(static_replay, functions, samples))
 
 
-def static_replay(function: Callable, given: tuple[Tensor, ...], kept: list[Tensor]) -> Callable:
+def static_replay(function: Any, given: tuple[Tensor, ...]) -> Callable:
     class Played(torch.autograd.Function):
-        keeps = kept  # as torch's does
+        recording = function(*given)  # is kept, with its graph, as long as it can be played
 
         @staticmethod
         def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +51,7 @@ def static_replay(function: Callable, given: tuple[Tensor, ...], kept: list[Tens
                     assert not isinstance(place, torch.nn.Parameter), "the leaves are read where they are"
                     place.data.copy_(tensor)
             with torch.enable_grad():
-                ctx.outputs = function(*given)
+                ctx.outputs = function.run(*given)
             return tuple(output.detach().clone() for output in ctx.outputs)
 
         @staticmethod

@@ -61,13 +61,22 @@ def test_what_is_written_row_by_row_is_what_is_made_whole(kind, tmp_path, monkey
             torch.testing.assert_close(written.read(name, rows=(2, 4)), written.read(name)[2:4], atol=0, rtol=0)
 
 
-def test_a_piece_that_cannot_be_written_ends_the_writing(tmp_path):
-    class Full:
-        def write(self, piece):
-            raise OSError(28, "No space left on device")
+def test_a_piece_that_cannot_be_written_ends_the_writing(tmp_path, monkeypatch):
+    _, folder = make("lora", tmp_path)
+    monkeypatch.setattr(weights, "_CHUNK", 300)
+    threads, real, calls = torch.get_num_threads(), weights._write, []
 
+    def full(*given):
+        calls.append(given)
+        if len(calls) == 40:
+            raise OSError(28, "No space left on device")
+        real(*given)
+
+    monkeypatch.setattr(weights, "_write", full)
     with pytest.raises(OSError, match="No space left"):
-        weights._write_behind(Full(), iter([b"one", b"two"]))
+        merge(read_adapter(folder), tmp_path / "merged")
+    assert len(calls) < 40 + weights._AHEAD + 8, "no more is begun"
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Granite
 
 from dynlora_cli import linear_loss
 from dynlora_cli.batches import Batch
-from dynlora_cli.linear_loss import Heads, linear_cross_entropy, run_to_head
+from dynlora_cli.linear_loss import Heads, linear_cross_entropy, loss_and_gradient, run_to_head
 from dynlora_cli.loss import IGNORE, held_out, row_sums, summed_loss
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 67}
@@ -102,6 +102,23 @@ def test_chunks_add_up(monkeypatch):
     loss = linear_cross_entropy(hidden, targets, head)
     (loss * 0.5).backward()
     torch.testing.assert_close(hidden.grad, 0.5 * wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [True, False])
+def test_targets_that_are_all_but_impossible(dtype, asked, monkeypatch):
+    """Their probability is no number of fp32, their loss is; and one that is impossible has none."""
+    logits = torch.tensor([[0.0, 200.0, 7.0], [3.0, 1.0, 2.0], [0.0, 90.0, 90.0]], dtype=dtype)
+    targets = torch.tensor([0, 2, 0])
+    wanted = F.cross_entropy(logits.double(), targets, reduction="sum")
+    if not asked:  # as on a GPU
+        monkeypatch.setattr(torch.Tensor, "any", lambda tensor: torch.tensor(True))
+    loss, gradient = loss_and_gradient(logits, targets, torch.float32)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    exact = logits.double().softmax(-1) - F.one_hot(targets, 3)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-6, atol=1e-7)
+    logits[0, 0] = -torch.inf
+    assert loss_and_gradient(logits, targets, torch.float32)[0] == torch.inf
 
 
 def test_small_gradients_survive_in_fp16():

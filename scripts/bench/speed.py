@@ -200,7 +200,7 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: boo
     gradients = GateGradients()
     if fuse and not shape.compiled:
         with torch.no_grad():
-            share_inputs(model, layers.values(), lambda: summed_loss(model, batch))
+            share_inputs(layers, lambda: summed_loss(model, batch))
 
     def step() -> None:
         ComponentLinear.fuse = Heads.use = fuse
