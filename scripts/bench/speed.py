@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import peft
 import torch
+from speed_tables import details, table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -264,7 +264,32 @@ def measure(shape: Shape, rounds: int, chosen: list[str]) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
     facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "peft": peft.__version__, "device": device}
     facts["threads"], facts["type"] = torch.get_num_threads(), str(TYPE).removeprefix("torch.")
-    return {**asdict(shape), **facts, "seconds": seconds, "peak_bytes": memory}
+    peaks = {"flops": flops(shape), "product_flops_per_second": product_peak(), "peak_bytes": memory}
+    return {**asdict(shape), **facts, "seconds": seconds, **peaks}
+
+
+def flops(shape: Shape) -> int:
+    """Of the frozen model's step: forward and back to its inputs, causal attention included, softmax and the like not."""
+    c, rows, length = config(shape), *batch_ids(shape).shape
+    attention = c.hidden_size * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    numbers = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.hidden_size * c.vocab_size
+    # Scores and their sums are a product each forward, and two back.
+    scores = c.num_hidden_layers * rows * length * length * c.num_attention_heads * c.head_dim
+    return 4 * shape.tokens * numbers + 3 * 2 * scores
+
+
+def product_peak() -> float:
+    """FLOP/s of the best of products of large square matrices in the type that is trained in."""
+    size = 8192 if DEVICE == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=TYPE) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        synchronise()
+        started = time.perf_counter()
+        torch.mm(a, b)
+        synchronise()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def peak(shape: Shape, name: str) -> int:
@@ -305,69 +330,6 @@ def resident() -> dict[str, int]:
 def synchronise() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """speed.md: the newest run of each shape on each machine, in brief and in full."""
-    records = [{"compiled": False} | record for record in records]
-    newest = {tuple(record[key] for key in ("device", "threads", *Shape.__annotations__)): record for record in records}
-    shown = sorted(
-        newest.values(), key=lambda r: (r["device"], r["model"], r["base"], r["compiled"], r["tokens"], r["rank"])
-    )
-    lines = ["# Speed: a step against the frozen model's own cost\n"]
-    lines.append(
-        "Made by `scripts/bench/speed.py` from speed.jsonl; how: its first lines. Median (min to max) over rounds.\n"
-    )
-    lines += [
-        brief([record for record in shown if record["device"] == device])
-        for device in sorted({r["device"] for r in shown})
-    ]
-    return "\n".join(lines + [details(record) for record in shown])
-
-
-def brief(records: list[dict[str, Any]]) -> str:
-    """One line for each shape, of one device."""
-    rivals = ("PEFT LoRA", "PEFT AdaLoRA", "PEFT DoRA")
-    ours = ("dynlora", "dynlora, recorded", "dynlora, half left", "dynlora, a quarter left")
-    head = ["shape", "tokens", "rank", "ours / floor", "recorded", "half left", "a quarter left"]
-    head += [*(f"{name} / ours" for name in rivals), "peak, ours / PEFT"]
-    lines = [f"{records[0]['device']}:\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for record in records:
-        seconds, peak = record["seconds"], record["peak_bytes"]
-        cells = [
-            ", ".join([record["model"], *["nf4"] * (record["base"] == "nf4"), *["compiled"] * record["compiled"]]),
-            f"{record['tokens']}",
-            f"{record['rank']}",
-        ]
-        cells += [ratio(seconds[name], seconds["floor"]) if name in seconds else "" for name in ours]
-        cells += [ratio(seconds[name], seconds["dynlora"]) if name in seconds else "" for name in rivals]
-        lines.append("| " + " | ".join([*cells, f"{peak['dynlora'] / peak['PEFT LoRA']:.2f}"]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def details(record: dict[str, Any]) -> str:
-    """All methods on one shape."""
-    floors, plain = record["seconds"]["floor"], record["seconds"]["PEFT LoRA"]
-    lines = [
-        f"{record['model']}, rank {record['rank']}, {record['tokens']} tokens; base {record['base']}"
-        f"{', compiled' if record['compiled'] else ''}, "
-        f"{record['type']}, {record['device']}, {record['threads']} threads, torch {record['torch']}, "
-        f"peft {record['peft']}, {record['date']}\n"
-    ]
-    lines += ["| | step / floor | PEFT LoRA / step | peak, MiB |", "|---|---|---|---|"]
-    for name, times in record["seconds"].items():
-        peak = record["peak_bytes"][name] / 2**20
-        lines.append(f"| {name} | {ratio(times, floors)} | {ratio(plain, times)} | {peak:.0f} |")
-    return "\n".join(lines) + "\n"
-
-
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Of times of the same rounds."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
-
-
-def spread(ratios: list[float]) -> str:
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
