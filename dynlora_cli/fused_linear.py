@@ -62,11 +62,12 @@ def _quant_state(base: nn.Module) -> Any:
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
     """x aᵀ, [N, C].
 
-    On the CPU the kernel for 2 to 15 columns of output is slow (MKL: up to four times the time of the transposed
-    product, as long as that is small); scripts/bench/NOTES.md has the times.
+    On the CPU the fp32 kernel for 2 to 15 columns of output is slow (MKL: up to four times the time of the transposed
+    product, as long as what that reads over and over is small); scripts/bench/NOTES.md has the times.
     """
-    count, tokens = a_CI.shape[0], x_NI.shape[0]
-    if x_NI.device.type == "cpu" and 1 < count < 16 and count * tokens <= 1 << 13:
+    (count, inner), tokens = a_CI.shape, x_NI.shape[0]
+    slow = x_NI.device.type == "cpu" and x_NI.dtype == torch.float32 and 1 < count < 16
+    if slow and count * max(tokens, inner) <= 1 << 13:
         return (a_CI @ x_NI.T).T
     return x_NI @ a_CI.T
 

@@ -38,6 +38,9 @@ DTYPES = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHUNK = 1 << 23  # bytes converted or copied at once
+# Bytes written at once. With more, Linux looks for large pages, which a virtual machine may have to get from its host
+# first: seven times as slow there, and no faster elsewhere (scripts/bench/NOTES.md).
+_WRITE = 1 << 18
 _WORKERS = 4  # at most; each has up to three pieces in memory
 _AHEAD = 64  # pieces that may wait to be made
 
@@ -295,7 +298,7 @@ def _write_all(pool: ThreadPoolExecutor, target: BinaryIO, items: Iterable[Entry
 def _write(target: int, piece: Piece, at: int) -> None:
     data = piece()
     while data:
-        written = os.pwrite(target, data, at)
+        written = os.pwrite(target, data[:_WRITE], at)
         data, at = data[written:], at + written
 
 
