@@ -16,7 +16,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -265,13 +265,10 @@ Piece = Callable[[], memoryview]
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Threads each of which computes alone: so they need not wait for one another."""
     threads = torch.get_num_threads()
+    count = min(max(2, threads), _WORKERS)  # two at least, so that one computes while one writes
     try:
-        with ThreadPoolExecutor(min(threads, _WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                yield pool
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
     finally:
         torch.set_num_threads(threads)  # of threads that begin later
 
@@ -283,16 +280,21 @@ def _write_all(pool: ThreadPoolExecutor, target: BinaryIO, items: Iterable[Entry
         OSError: there is no room.
     """
     at, waiting = target.tell(), deque[Future[None]]()
-    for item in items:
-        for size, piece in _pieces_of(item):
-            waiting.append(pool.submit(_write, target.fileno(), piece, at))
-            at += size
-        # A tensor that is made as a whole is gone before the next is made.
-        most = 0 if isinstance(item, New) and item.rows is None else _AHEAD
-        while len(waiting) > most:
+    try:
+        for item in items:
+            for size, piece in _pieces_of(item):
+                waiting.append(pool.submit(_write, target.fileno(), piece, at))
+                at += size
+            # A tensor that is made as a whole is gone before the next is made.
+            most = 0 if isinstance(item, New) and item.rows is None else _AHEAD
+            while len(waiting) > most:
+                waiting.popleft().result()
+        while waiting:
             waiting.popleft().result()
-    for future in waiting:
-        future.result()
+    finally:  # of what failed: nobody writes to a file that is closed
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
 
 
 def _write(target: int, piece: Piece, at: int) -> None:
