@@ -286,15 +286,19 @@ def _write_all(pool: ThreadPoolExecutor, target: BinaryIO, items: Iterable[Entry
                 waiting.append(pool.submit(_write, target.fileno(), piece, at))
                 at += size
             # A tensor that is made as a whole is gone before the next is made.
-            most = 0 if isinstance(item, New) and item.rows is None else _AHEAD
-            while len(waiting) > most:
-                waiting.popleft().result()
-        while waiting:
-            waiting.popleft().result()
+            _await(waiting, 0 if isinstance(item, New) and item.rows is None else _AHEAD)
+        _await(waiting, 0)
     finally:  # of what failed: nobody writes to a file that is closed
         for future in waiting:
             future.cancel()
         wait(waiting)
+
+
+def _await(waiting: deque[Future[None]], most: int) -> None:
+    """Until no more than so many wait."""
+    while len(waiting) > most:
+        waiting[0].result()
+        waiting.popleft()
 
 
 def _write(target: int, piece: Piece, at: int) -> None:
@@ -320,7 +324,7 @@ def _pieces_of(item: Entry | New) -> Iterator[tuple[int, Piece]]:
         tensor = item.make()
         assert tuple(tensor.shape) == item.shape, "the header has said another shape"
         for part in _pieces(tensor.contiguous()):
-            yield part.numel() * item.dtype.itemsize, partial(_as, item.dtype, part)
+            yield part.numel() * item.dtype.itemsize, partial(_taken, item.dtype, [part])
 
 
 _written = Space()
@@ -331,6 +335,11 @@ def _as(dtype: torch.dtype, part: Tensor) -> memoryview:
     return _bytes(_written(part.shape, dtype).copy_(part).view(-1))
 
 
+def _taken(dtype: torch.dtype, box: list[Tensor]) -> memoryview:
+    """The same of a part of a whole tensor, which nobody holds any more afterwards."""
+    return _as(dtype, box.pop())
+
+
 def _rows(item: New, first: int, last: int) -> memoryview:
     assert item.rows is not None
     return _as(item.dtype, item.rows(first, last))
@@ -339,7 +348,7 @@ def _rows(item: New, first: int, last: int) -> memoryview:
 def _read(entry: Entry, first: int, size: int) -> memoryview:
     """Bytes of an old tensor."""
     data = _bytes(_written((size,), torch.uint8))
-    with entry.file.open("rb", buffering=0) as source:
+    with entry.file.open("rb") as source:
         source.seek(entry.start + first)
         if source.readinto(data) != size:
             raise UsageError(f"{entry.file} ends too early", "fetch the model again")

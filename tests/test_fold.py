@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
 import peft_adapters
 import pytest
 import torch
 from peft_adapters import KINDS, ids, make, peft_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
 from dynlora_cli import weights
@@ -77,6 +78,25 @@ def test_a_piece_that_cannot_be_written_ends_the_writing(tmp_path, monkeypatch):
         merge(read_adapter(folder), tmp_path / "merged")
     assert len(calls) < 40 + weights._AHEAD + 8, "no more is begun"
     assert torch.get_num_threads() == threads
+
+
+def test_tensors_made_whole_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_CHUNK", 300)
+    alive, most = [], [0]
+
+    def make():
+        made = torch.ones(50, 50)
+        alive.append(weakref.ref(made.untyped_storage()))
+        most[0] = max(most[0], sum(one() is not None for one in alive))
+        return made
+
+    save_file({f"{name}.weight": torch.zeros(50, 50) for name in "abcd"}, tmp_path / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    old = Weights(tmp_path)
+    changed = {name: weights.New(torch.float32, (50, 50), make) for name in old.entries}
+    weights.write_like(old, tmp_path / "out", changed, {})
+    assert most == [1]
+    assert all((tensor == 1).all() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

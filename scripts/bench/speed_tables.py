@@ -39,7 +39,7 @@ def brief(records: list[Record]) -> str:
     """One line for each shape, of one machine."""
     rivals = ("PEFT LoRA", "PEFT AdaLoRA", "PEFT DoRA")
     ours = ("dynlora", "dynlora, recorded", "dynlora, half left", "dynlora, a quarter left")
-    head = ["shape", "tokens", "rank", "ours / floor", "recorded", "half left", "a quarter left"]
+    head = ["shape", "tokens", "rank", "threads", "ours / floor", "recorded", "half left", "a quarter left"]
     head += [*(f"{name} / ours" for name in rivals), "peak, ours / PEFT"]
     lines = [f"{records[0]['device']}:\n", *heading(head)]
     for record in records:
@@ -48,6 +48,7 @@ def brief(records: list[Record]) -> str:
             ", ".join([record["model"], *["nf4"] * (record["base"] == "nf4"), *["compiled"] * record["compiled"]]),
             f"{record['tokens']}",
             f"{record['rank']}",
+            f"{record['threads']}",
         ]
         cells += [ratio(seconds[name], seconds["floor"]) if name in seconds else "" for name in ours]
         cells += [ratio(seconds[name], seconds["dynlora"]) if name in seconds else "" for name in rivals]
@@ -86,10 +87,13 @@ def details(record: Record) -> str:
         + (f"; products: {record['product_flops_per_second'] / 1e12:.3g} TFLOP/s at most" if "flops" in record else "")
         + "\n"
     ]
-    lines += heading(["", "step / floor", "PEFT LoRA / step", "tokens/s", "share of products' peak", "peak, MiB"])
+    lines += heading(
+        ["", "step / floor", "PEFT LoRA / step", "tokens/s", "frozen products, share of the peak", "peak, MiB"]
+    )
     for name, times in record["seconds"].items():
         seconds = median(times)
-        share = record["flops"] / seconds / record["product_flops_per_second"] if "flops" in record else None
+        known = "flops" in record and name != "full fine-tuning"  # which has more of them
+        share = record["flops"] / seconds / record["product_flops_per_second"] if known else None
         cells = [name, ratio(times, floors), ratio(plain, times) if plain else "", f"{record['tokens'] / seconds:,.0f}"]
         cells += [f"{share:.0%}" if share else "", f"{record['peak_bytes'][name] / 2**20:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
