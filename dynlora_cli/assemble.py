@@ -238,10 +238,11 @@ def make_run(
             probe=None if start.open else _probe(recipe, accelerator, base, data),
             brake=_brake(recipe, accelerator, base, data) if start.open else None,
         )
-    if pool and recipe.train.fused and not recipe.train.compile:
+    fused = {name: layer for name, layer in pool.layers.items() if layer.fuse and not layer.dropout} if pool else {}
+    if pool and fused and not recipe.train.compile:
         batch = batches.step(0, 0)[0].to(accelerator.device)
         with evaluating(base.model), accelerator.autocast():
-            pool.sharing = share_inputs(pool.layers, lambda: summed_loss(base.model, batch))
+            pool.sharing = share_inputs(fused, lambda: summed_loss(base.model, batch))
     val = data.val[: recipe.eval.max_samples]
     rate = recipe.train.learning_rate
     return Run(

@@ -189,14 +189,14 @@ class ComponentLinear(nn.Module):
         """Map [..., I] to [..., O]."""
         if self.count == 0:
             return forget_input(self.base(x))
-        fusable = self.fusable(x)
-        if fusable and self.shared and torch.is_grad_enabled():
+        as_one = self.fusable(x)
+        if as_one and self.shared and torch.is_grad_enabled():
             y = self.shared(self, x)
             if y is not None:
                 return y
         low = self.low if torch.is_autocast_enabled(x.device.type) else None
         a_CI, b_OC = self._joined(low) or self.factors()
-        if fusable:
+        if as_one:
             return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
         y = forget_input(self.base(x))
         # Autocast casts both operands itself; without it the update is computed in the components' precision.

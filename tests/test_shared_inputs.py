@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from dynlora_cli import assemble
 from dynlora_cli.components import ComponentLinear
 from dynlora_cli.fused_linear import Part, fused_together
 from dynlora_cli.linear_loss import Heads
@@ -233,9 +234,10 @@ def test_every_architecture_learns_the_same(kind, checkpointing, tmp_path, monke
     assert bool(sizes) == bool(FOUND[kind])
 
 
-@pytest.mark.parametrize("settings", [("train.fused=false",), ("train.compile=true",)])
-def test_where_nothing_is_fused_nothing_is_shared(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("setting", ["train.fused=false", "train.compile=true", "adapter.dropout=0.1"])
+def test_where_nothing_is_fused_nobody_listens(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(ComponentLinear, "fuse", True)
     monkeypatch.setattr(Heads, "use", True)
-    run = assembled(make_recipe(tmp_path, *settings))
+    monkeypatch.setattr(assemble, "share_inputs", None)
+    run = assembled(make_recipe(tmp_path, setting))
     assert run.pool.sharing == []
