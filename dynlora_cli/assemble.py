@@ -23,6 +23,7 @@ from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import fused_experts, split
+from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import evaluating, held_out, row_sums, summed_loss
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype
@@ -121,6 +122,8 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
         checkpointing=recipe.train.gradient_checkpointing,
         computes=device,
     )
+    if recipe.train.fused and not recipe.train.compile:  # which puts operations together itself
+        lean_blocks(base.model)
     experts = fused_experts(base.model)
     adapted = recipe.adapter.names_experts or not drawers.load("variants", recipe.adapter.variant).has_components
     if experts and not adapted:

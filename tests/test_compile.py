@@ -69,7 +69,8 @@ def test_in_bf16_gradients_reach_the_pool_through_its_copies(setting, tmp_path, 
     torch._dynamo.reset()
     found = []
     for compiled in (False, True):
-        run = assembled(make_recipe(tmp_path, "model.dtype=bfloat16", "adapter.alpha=1", setting))
+        how = f"train.compile={str(compiled).lower()}"
+        run = assembled(make_recipe(tmp_path, "model.dtype=bfloat16", "adapter.alpha=1", setting, how))
         with torch.no_grad():
             run.pool.halves()[1].normal_(std=0.02, generator=torch.Generator().manual_seed(1))
         if compiled:

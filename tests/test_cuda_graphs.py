@@ -73,11 +73,11 @@ def soon(monkeypatch):
     monkeypatch.setattr(Heads, "use", True)
 
 
-def learn(recipe, *, recorded: bool, steps: int = 12, autocast: bool = False, compiled: bool = False):
+def learn(recipe, *, recorded: bool, steps: int = 12, autocast: bool = False):
     """The losses of a run, and its recordings."""
     run = assembled(recipe)
     notes: list[str] = []
-    if compiled:
+    if recipe.train.compile:
         compiling.compile_blocks(run.model, run.pool)
     if recorded:
         run.graphs = BlockGraphs(run.model, run.pool, notes.append, static_replays)
@@ -286,15 +286,16 @@ def test_a_model_that_uses_more_than_the_last_output_of_its_blocks_is_found_out(
 
 def test_recompiling_is_not_needed_for_a_recording(tmp_path):
     pytest.importorskip("torch._inductor")
-    recipe = make_recipe(tmp_path, "train.cuda_graphs=true", "dataset.packing=true", "model.dtype=bfloat16")
-    usual, _, _ = learn(recipe, recorded=False, steps=6)
+    settings = ["train.cuda_graphs=true", "dataset.packing=true", "model.dtype=bfloat16"]
+    usual, _, _ = learn(make_recipe(tmp_path, *settings), recorded=False, steps=6)
+    recipe = make_recipe(tmp_path, *settings, "train.compile=true")
     torch._dynamo.reset()
     before = compiling.graphs_made()
-    learn(recipe, recorded=False, compiled=True, steps=6)
+    learn(recipe, recorded=False, steps=6)
     alone = compiling.graphs_made() - before
     torch._dynamo.reset()
     before = compiling.graphs_made()
-    played, run, _ = learn(recipe, recorded=True, compiled=True, steps=6)
+    played, run, _ = learn(recipe, recorded=True, steps=6)
     assert run.graphs.recorded > 0
     assert compiling.graphs_made() - before <= alone + 2, (
         "a first input that asks for a gradient, a pass to compare with"

@@ -40,6 +40,7 @@ from dynlora_cli.compile_blocks import blocks, compile_blocks
 from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.cuda_graphs import LEAST_PASSES, SIGHTINGS, BlockGraphs
 from dynlora_cli.gradients import GateGradients
+from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.optimizers import make_optimizer
@@ -182,6 +183,8 @@ def labelled(model: nn.Module, ids: Tensor) -> Step:
 def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: bool = False) -> Step:
     """Ours, with the share `left` of its components, after a shrink as in training; `recorded` as CUDA graphs."""
     model, ids = llama(shape), batch_ids(shape)
+    if fuse and not shape.compiled:
+        lean_blocks(model)
     layers: dict[str, ComponentLinear] = {}
     for name, module in find_targets(model, "all-linear").items():
         assert min(linear_shape(module)) >= 2 * shape.rank

@@ -1,0 +1,115 @@
+"""What stands between the linear layers of a block, as functions that do less and keep less for the backward pass.
+
+As a chain of operations an RMS norm keeps its input in fp32, and a gated feed-forward part its activated gate. Here
+both are made again from what is kept anyway. Turning queries and keys takes three passes over them instead of five.
+
+Dimensions: D features, B rows, H heads, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Factor = Callable[[Tensor], Tensor]
+# What a norm multiplies by, from its weight, and in which type: what it multiplies is rounded to that first.
+FACTORS: tuple[Factor, ...] = (
+    lambda weight_D: weight_D,  # Llama and most others
+    lambda weight_D: weight_D.float(),  # OLMo 2
+    lambda weight_D: 1.0 + weight_D.float(),  # Gemma
+)
+
+
+class Activation(NamedTuple):
+    """An activation, and from a gradient and the input the gradient of the input."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = (
+    Activation(F.silu, torch.ops.aten.silu_backward),
+    Activation(F.gelu, torch.ops.aten.gelu_backward),
+    Activation(partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+)
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = factor x / √(mean(x²) + ε), with a gradient for x only; computed in fp32.
+
+    Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization (arXiv 1910.07467), equation 4.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, factor: Factor, epsilon: float) -> Tensor:
+        factor_D = factor(weight_D)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        share = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight_D, share)
+        ctx.factor = factor
+        y = torch.mul(x, share, out=torch.empty_like(x, dtype=factor_D.dtype))
+        return y.mul_(factor_D).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, share = ctx.saved_tensors
+        factor_D = ctx.factor(weight_D)
+        scaled = (grad.to(factor_D.dtype) * factor_D).float()
+        along = (scaled * x).sum(-1, keepdim=True).mul_(share.pow(3).div_(x.shape[-1]))
+        return scaled.mul_(share).addcmul_(x, along, value=-1).to(x.dtype), None, None, None
+
+
+class Gated(torch.autograd.Function):
+    """activation(gate) up; the activated gate is made again for the backward pass.
+
+    Source: Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202), equation 5.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation.forward(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad_gate = ctx.activation.backward(grad * up, gate)
+        return grad_gate, ctx.activation.forward(gate).mul_(grad), None
+
+
+class Rotary(torch.autograd.Function):
+    """Queries [B, H, T, D] and keys, each pair of features i and i + D/2 turned by an angle: rotary positions.
+
+    Source: Su et al. 2021, RoFormer (arXiv 2104.09864), equation 34, with the halves of a head as pairs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos_BTD, sin_BTD)
+        cos, sin = cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1)
+        return _turned(queries, cos, sin), _turned(keys, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_queries: Tensor, grad_keys: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = (angle.unsqueeze(1) for angle in ctx.saved_tensors)
+        back = -sin.roll(sin.shape[-1] // 2, -1)
+        return _turned(grad_queries, cos, back), _turned(grad_keys, cos, back), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + (-second half, first half of x) sin."""
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
