@@ -11,17 +11,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from types import FunctionType, MethodType
-from typing import Any, TypeVar
+from functools import partial
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.lean_functions import ACTIVATIONS, FACTORS, Gated, RMSNorm, Rotary
+from dynlora_cli.lean_functions import ACTIVATIONS, FACTORS, Activation, Gated, RMSNorm, Rotary
 
 EPSILON = ("variance_epsilon", "eps", "epsilon")  # what models call it
-# Of a gated feed-forward part's layers, which have the same names in all models: inputs and outputs for a trial.
-SIZES = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
+# The layers of a gated feed-forward part, by the names that models share: inputs and outputs for a trial.
+APART = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
+JOINED = {"gate_up_proj": (8, 32), "down_proj": (16, 8)}  # Phi 3, GLM
+ACTIVATION_NAMES = ("act_fn", "activation_fn")
 TURN = "apply_rotary_pos_emb"  # by which models turn queries and keys
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)  # of a module that is tried and is another
 Forward = Callable[..., Any]
@@ -74,26 +77,30 @@ def _as_norm(module: nn.Module) -> Forward | None:
     return forward
 
 
-def _as_gated(module: Any) -> Forward | None:
+def _as_gated(module: nn.Module) -> Forward | None:
     """How a gated feed-forward part trains, if this is one."""
     children = dict(module.named_children())
-    if sorted(children) != sorted((*SIZES, "act_fn")) or any(children["act_fn"].parameters()):
+    name = next((name for name in ACTIVATION_NAMES if name in children), "")
+    sizes = APART if "gate_proj" in children else JOINED
+    if children.keys() != {*sizes, name} or any(children[name].parameters()):
         return None
     usual, random = type(module).forward, torch.Generator().manual_seed(0)
-    layers = {name: nn.utils.skip_init(nn.Linear, *size, bias=False) for name, size in SIZES.items()}
+    layers = {layer: nn.utils.skip_init(nn.Linear, *size, bias=False) for layer, size in sizes.items()}
     for layer in layers.values():
         layer.weight.detach().normal_(generator=random)
     x_ND = torch.randn(4, 8, generator=random)
-    made = _tried(module, {"_modules": {**layers, "act_fn": module.act_fn}}, x_ND)
-    gate, up = layers["gate_proj"](x_ND), layers["up_proj"](x_ND)
-    activation = _same(made, ACTIVATIONS, lambda activation: layers["down_proj"](Gated.apply(gate, up, activation)))
+    made = _tried(module, {"_modules": {**layers, name: children[name]}}, x_ND)
+
+    def gated(part: Any, x: Tensor, activation: Activation) -> Tensor:
+        gate, up = (part.gate_proj(x), part.up_proj(x)) if sizes is APART else part.gate_up_proj(x).chunk(2, -1)
+        return cast("Tensor", part.down_proj(Gated.apply(gate, up, activation)))
+
+    activation = _same(made, ACTIVATIONS, partial(gated, SimpleNamespace(**layers), x_ND))
     if activation is None:
         return None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _as_usual(x):
-            return usual(self, x)
-        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x), activation))
+        return usual(self, x) if _as_usual(x) else gated(self, x, activation)
 
     return forward
 

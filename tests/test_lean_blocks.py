@@ -31,7 +31,7 @@ RECOGNISED = {
     "gemma2": (9, 2, 2),
     "gemma3": (13, 2, 2),
     "phi": (0, 0, 2),
-    "phi3": (5, 0, 2),
+    "phi3": (5, 2, 2),
     "gpt_neox": (0, 0, 2),
     "mixtral": (5, 0, 2),
     "qwen2_moe": (5, 2, 2),
@@ -41,7 +41,7 @@ RECOGNISED = {
     "modernbert": (0, 0, 2),
     "olmo2": (9, 2, 2),
     "cohere": (0, 2, 0),
-    "glm": (5, 0, 0),
+    "glm": (5, 2, 0),
 }
 AUTO = {
     LANGUAGE: transformers.AutoModelForCausalLM,
