@@ -13,6 +13,7 @@ from dynlora_cli.assemble import make_accelerator, make_run
 from dynlora_cli.attach import attached, detached
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import Interrupted
+from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.loop import fit
 from dynlora_cli.model import context_length
 
@@ -57,6 +58,8 @@ def heal(
     accelerator = make_accelerator(recipe, folder)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
+    if recipe.train.fused:
+        lean_blocks(base.model)
     with attached(base.model, adapter) as pool, torch.enable_grad():
         if recipe.adapter.freeze_a:
             pool.freeze_a()

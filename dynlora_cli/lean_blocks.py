@@ -1,7 +1,7 @@
 """Lets the blocks of a model train with the functions of lean_functions.py.
 
 No model is known by name. A module is tried on a few numbers instead: what computes an RMS norm is one, whoever wrote
-it, and what is not recognised, or trains, stays as it is.
+it. What is not recognised stays as it is, and so does a norm that trains itself.
 
 Dimensions: D features, N rows of a trial.
 """
@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from inspect import signature
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -26,7 +27,8 @@ APART = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
 JOINED = {"gate_up_proj": (8, 32), "down_proj": (16, 8)}  # Phi 3, GLM
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
 TURN = "apply_rotary_pos_emb"  # by which models turn queries and keys
-REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)  # of a module that is tried and is another
+# Of the rows of a trial: for some ε matters, for some not, and no clamp goes unseen.
+SIZES_N1 = torch.tensor([[1e-3], [1.0], [30.0], [1000.0]])
 Forward = Callable[..., Any]
 Candidate = TypeVar("Candidate")
 
@@ -44,7 +46,8 @@ def lean_blocks(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if "forward" in vars(module):  # somebody else has been here
             continue
-        lean = _as_norm(module) or _as_gated(module) or _as_rotary(module)
+        of_one = len(signature(module.forward).parameters) == 1
+        lean = (_as_norm(module) or _as_gated(module)) if of_one else _as_rotary(module)
         if lean:
             module.forward = MethodType(lean, module)
             found.append(name)
@@ -55,24 +58,23 @@ def _as_norm(module: nn.Module) -> Forward | None:
     """How an RMS norm trains, if this is one."""
     parameters = dict(module.named_parameters())
     epsilon = next((value for name in EPSILON if isinstance(value := getattr(module, name, None), float)), None)
-    if list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or epsilon is None:
+    if list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or epsilon is None or any(module.children()):
         return None
     usual, like, random = type(module).forward, parameters["weight"], torch.Generator().manual_seed(0)
     weight_D = torch.rand(len(like), generator=random).to(like.dtype)
-    # Rows for which ε matters and for which it does not, and one with a mean, which a layer norm would take away.
-    x_ND = torch.randn(4, len(like), generator=random) * torch.tensor([[1e-3], [1.0], [30.0], [1.0]])
-    x_ND[3] += 2
+    x_ND = torch.randn(4, len(like), generator=random) * SIZES_N1
+    x_ND[1] += 2  # a mean, which a layer norm would take away
     x_ND = x_ND.to(like.dtype)
     made = _tried(module, {"_parameters": {"weight": nn.Parameter(weight_D, requires_grad=False)}}, x_ND)
     factor = _same(made, FACTORS, lambda factor: RMSNorm.apply(x_ND, weight_D, factor, epsilon))
     if factor is None:
         return None
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
+    def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,), weight = (*given, *named.values()), self.weight
         if _as_usual(x) or weight.requires_grad or x.dtype != weight.dtype:
             return usual(self, x)
-        return RMSNorm.apply(x, weight, factor, epsilon)
+        return cast("Tensor", RMSNorm.apply(x, weight, factor, epsilon))
 
     return forward
 
@@ -82,14 +84,14 @@ def _as_gated(module: nn.Module) -> Forward | None:
     children = dict(module.named_children())
     name = next((name for name in ACTIVATION_NAMES if name in children), "")
     sizes = APART if "gate_proj" in children else JOINED
-    if children.keys() != {*sizes, name} or any(children[name].parameters()):
+    if children.keys() != {*sizes, name} or next(children[name].parameters(), None) is not None:
         return None
     usual, random = type(module).forward, torch.Generator().manual_seed(0)
     layers = {layer: nn.utils.skip_init(nn.Linear, *size, bias=False) for layer, size in sizes.items()}
     for layer in layers.values():
         layer.weight.detach().normal_(generator=random)
-    x_ND = torch.randn(4, 8, generator=random)
-    made = _tried(module, {"_modules": {**layers, name: children[name]}}, x_ND)
+    x_ND = torch.randn(4, 8, generator=random) * SIZES_N1
+    made = _tried(module, {"_modules": {**layers, name: copy.deepcopy(children[name]).train()}}, x_ND)
 
     def gated(part: Any, x: Tensor, activation: Activation) -> Tensor:
         gate, up = (part.gate_proj(x), part.up_proj(x)) if sizes is APART else part.gate_up_proj(x).chunk(2, -1)
@@ -99,7 +101,8 @@ def _as_gated(module: nn.Module) -> Forward | None:
     if activation is None:
         return None
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*given, *named.values())
         return usual(self, x) if _as_usual(x) else gated(self, x, activation)
 
     return forward
@@ -108,51 +111,62 @@ def _as_gated(module: nn.Module) -> Forward | None:
 def _as_rotary(module: nn.Module) -> Forward | None:
     """How an attention with rotary positions trains, if this is one: its own code, with another function in it."""
     function = type(module).forward
-    code = getattr(function, "__code__", None)
-    if code is None or TURN not in code.co_names:
+    code: Any = getattr(function, "__code__", None)
+    usual: Any = getattr(function, "__globals__", {}).get(TURN)
+    if code is None or TURN not in code.co_names or not _turns(usual):
         return None
-    usual, random = function.__globals__[TURN], torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(2, heads, 5, 8, generator=random) for heads in (3, 1))
-    cos, sin = torch.randn(2, 1, 5, 8, generator=random)
 
     def turn(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        plain = cos.ndim == 3 and cos.shape[-1] == queries.shape[-1] and cos.dtype == queries.dtype == keys.dtype
-        if rest or more or not plain or _as_usual(queries):
-            return usual(queries, keys, cos, sin, *rest, **more)
+        like, trains = (queries.dtype, queries.shape[-1]), queries.requires_grad or keys.requires_grad
+        plain = cos.ndim == 3 and (cos.dtype, cos.shape[-1]) == like and keys.dtype == queries.dtype
+        if rest or more or not (plain and trains and torch.is_grad_enabled()) or cos.requires_grad:
+            return cast("tuple[Tensor, Tensor]", usual(queries, keys, cos, sin, *rest, **more))
         return Rotary.apply(queries, keys, cos, sin)
 
-    made = None
-    with suppress(*REFUSALS):
-        made = torch.cat(usual(queries, keys, cos, sin), 1)
-    if _same(made, (Rotary,), lambda _: torch.cat(Rotary.apply(queries, keys, cos, sin), 1)) is None:
-        return None
     names = {**function.__globals__, TURN: turn}
     own = FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own
 
 
+def _turns(usual: Any) -> bool:
+    """Whether this does to queries and keys what `Rotary` does."""
+    random = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(2, heads, 5, 8, generator=random).bfloat16() for heads in (3, 1))
+    cos, sin = torch.randn(2, 1, 5, 8, generator=random).bfloat16()
+    inputs = [tensor.float() for tensor in (queries, keys, cos, sin)]
+    with suppress(Exception):  # whatever it is, it takes something else
+        made, low = (torch.cat(usual(*tensors), 1) for tensors in (inputs, (queries, keys, cos, sin)))
+        # ModernBERT takes care to round but once.
+        careful = torch.equal(made.bfloat16(), low)
+        return not careful and _same(made, (Rotary,), lambda _: torch.cat(Rotary.apply(*inputs), 1)) is not None
+    return False
+
+
 def _tried(module: nn.Module, held: dict[str, Any], x_ND: Tensor) -> Tensor | None:
     """What a module makes of x if it holds something else, in training; None where it takes no such thing."""
-    trial = copy.copy(module)
-    vars(trial).update(held, training=True)
-    made = None
-    with suppress(*REFUSALS):
+    with suppress(Exception):  # a stranger's code, which is given what it may not be made for
+        trial = copy.copy(module)
+        vars(trial).update(held, training=True)
         made = trial.forward(x_ND)
-    return made if isinstance(made, Tensor) and made.shape == x_ND.shape else None
+        return made if isinstance(made, Tensor) and (made.shape, made.device) == (x_ND.shape, x_ND.device) else None
+    return None
 
 
 def _same(
     made: Tensor | None, candidates: tuple[Candidate, ...], make: Callable[[Candidate], Tensor]
 ) -> Candidate | None:
-    """The candidate that makes the same up to rounding, and of several the nearest."""
+    """The candidate that makes the same up to rounding, row by row, and of several the nearest."""
     if made is None:
         return None
-    error = {key: ((make(key) - made).abs().max() / made.abs().max()).item() for key in candidates}
+    error = {}
+    for key in candidates:
+        apart, size = (tensor.abs().flatten(1).amax(1) for tensor in (make(key) - made, made))
+        error[key] = (apart / size).max().item()
     best = min(candidates, key=error.__getitem__)
     return best if error[best] <= max(1e-5, 2 * torch.finfo(made.dtype).eps) else None
 
 
 def _as_usual(x: Tensor) -> bool:
-    """Whether nothing is to be gained, since there is no backward pass."""
+    """Whether nothing is kept for a backward pass here anyway."""
     return not (x.requires_grad and torch.is_grad_enabled())

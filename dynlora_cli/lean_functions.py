@@ -1,7 +1,7 @@
 """What stands between the linear layers of a block, as functions that do less and keep less for the backward pass.
 
-As a chain of operations an RMS norm keeps its input in fp32, and a gated feed-forward part its activated gate. Here
-both are made again from what is kept anyway. Turning queries and keys takes three passes over them instead of five.
+As a chain of operations an RMS norm in bf16 keeps its input in fp32, here as it came; and a gated feed-forward part
+keeps its activated gate, here made again from the gate. Turning queries and keys takes two passes over them, not five.
 
 Dimensions: D features, B rows, H heads, T tokens.
 """
@@ -93,17 +93,22 @@ class Rotary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_BTD, sin_BTD)
         cos, sin = cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1)
-        return _turned(queries, cos, sin), _turned(keys, cos, sin)
+        turned = [_turned(x, cos, sin) for x in (queries, keys)]
+        needed = ctx.needs_input_grad
+        ctx.mark_non_differentiable(*(y for y, need in zip(turned, needed, strict=False) if not need))
+        return tuple(turned)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_queries: Tensor, grad_keys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = (angle.unsqueeze(1) for angle in ctx.saved_tensors)
         back = -sin.roll(sin.shape[-1] // 2, -1)
-        return _turned(grad_queries, cos, back), _turned(grad_keys, cos, back), None, None
+        needed = ctx.needs_input_grad
+        found = [_turned(grad, cos, back) if need else None for grad, need in zip(grads, needed, strict=False)]
+        return (*found, None, None)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaMLP, LlamaRMSNorm
 
+from dynlora_cli import attach
 from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.lean_functions import ACTIVATIONS, FACTORS, Gated, RMSNorm, Rotary
 
@@ -32,13 +33,12 @@ RECOGNISED = {
     "gemma3": (13, 2, 2),
     "phi": (0, 0, 2),
     "phi3": (5, 2, 2),
-    "gpt_neox": (0, 0, 2),
+    "gpt_neox": (0, 0, 2),  # no pass: a quarter of each head is turned
     "mixtral": (5, 0, 2),
     "qwen2_moe": (5, 2, 2),
     "qwen3_moe": (9, 0, 2),
     "olmoe": (9, 0, 2),
     "t5": (12, 0, 0),
-    "modernbert": (0, 0, 2),
     "olmo2": (9, 2, 2),
     "cohere": (0, 2, 0),
     "glm": (5, 2, 0),
@@ -98,7 +98,7 @@ def test_every_architecture_learns_the_same(kind):
     assert torch.equal(told, again), "without gradients the model runs its own code"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "olmo2", "phi3", "phi"])
 def test_in_bf16_nothing_is_lost(kind):
     model = frozen_model(kind).to(torch.bfloat16)
     exact = learn(copy.deepcopy(model).float())
@@ -153,8 +153,19 @@ class Outside(LlamaRMSNorm):
 
 
 class WithAGate(LlamaRMSNorm):
-    def forward(self, hidden_states, gate):
-        return super().forward(hidden_states) * gate
+    """As in Mamba 2."""
+
+    def forward(self, hidden_states, gate=None):
+        return super().forward(hidden_states if gate is None else hidden_states * F.silu(gate))
+
+
+class WithAChild(LlamaRMSNorm):
+    def __init__(self, size):
+        super().__init__(size)
+        self.dropout = nn.Dropout(0.3).eval()
+
+    def forward(self, hidden_states):
+        return self.dropout(super().forward(hidden_states))
 
 
 class Doubled(LlamaMLP):
@@ -162,12 +173,43 @@ class Doubled(LlamaMLP):
         return 2 * super().forward(x)
 
 
+class Clamped(LlamaMLP):
+    limit = 10
+
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x)).clamp(max=self.limit)
+        return self.down_proj(gate * self.up_proj(x).clamp(-self.limit, self.limit))
+
+
+class ClampedFarOut(Clamped):
+    limit = 500
+
+
 class Dropped(LlamaMLP):
     def forward(self, x):
         return self.down_proj(F.dropout(self.act_fn(self.gate_proj(x)), 0.3, self.training) * self.up_proj(x))
 
 
+class Borrowed(LlamaMLP):
+    """One that takes no such numbers."""
+
+    def forward(self, x):
+        assert x.ndim == 3
+        return super().forward(x)
+
+
+class AttributeOfTheName(LlamaAttention):
+    def forward(self, x):
+        return self.apply_rotary_pos_emb(x)
+
+
 SMALL = LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2)
+
+
+def mlp(activation, kind=LlamaMLP) -> nn.Module:
+    module = kind(SMALL)
+    module.act_fn = activation
+    return module
 
 
 @pytest.mark.parametrize(
@@ -176,17 +218,20 @@ SMALL = LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2)
         Centred(8),
         Outside(8),
         WithAGate(8),
+        WithAChild(8),
         nn.LayerNorm(8, bias=False),
         nn.RMSNorm(8),  # whose epsilon is that of the type
         nn.PReLU(8),
-        Doubled(SMALL),
-        Dropped(SMALL),
-        LlamaMLP(LlamaConfig(**{**SMALL.to_dict(), "hidden_act": "relu"})),
+        *(kind(SMALL) for kind in (Doubled, Clamped, ClampedFarOut, Dropped, Borrowed)),
+        *(mlp(act) for act in (nn.ReLU(), nn.PReLU(), nn.PReLU(16), nn.Sequential(nn.SiLU(), nn.Dropout(0.3)).eval())),
+        AttributeOfTheName(SMALL, 0),
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_what_looks_alike_is_left_alone(module):
-    assert lean_blocks(module.requires_grad_(False)) == []
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_looks_alike_is_left_alone(module, device):
+    module = copy.deepcopy(module).to(device).requires_grad_(False)
+    assert [name for name in lean_blocks(module) if name == ""] == []
 
 
 def test_a_norm_of_torch_is_one_too():
@@ -207,6 +252,55 @@ def test_a_norm_that_trains_gets_its_gradient():
     assert norm.weight.grad is not None
 
 
+def test_a_norm_may_be_called_by_name():
+    norm = LlamaRMSNorm(8).requires_grad_(False)
+    x = torch.randn(2, 8, requires_grad=True)
+    usual = norm(x)
+    lean_blocks(norm)
+    torch.testing.assert_close(norm(hidden_states=x), usual)
+    torch.testing.assert_close(norm(hidden_states=x.detach()), usual)
+
+
+ATTENTION = LlamaAttention(SMALL, 0).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "lean"),
+    [
+        ({}, True),
+        ({"queries": torch.randn(1, 2, 3, 6)}, False),  # a part of the head, and in the trial's layout no other
+        ({"cos": torch.randn(1, 3, 4).double()}, False),
+        ({"cos": torch.randn(1, 3, 4, requires_grad=True)}, False),
+        ({"unsqueeze_dim": 1}, False),
+        ({"queries": torch.randn(1, 2, 3, 4)}, True),  # none that train; the keys do
+        ({"queries": torch.randn(1, 2, 3, 4), "keys": torch.randn(1, 1, 3, 4)}, False),
+    ],
+)
+def test_only_what_was_tried_is_turned_this_way(change, lean, monkeypatch):
+    attention, turned = copy.deepcopy(ATTENTION), []
+    lean_blocks(attention)
+    turn = attention.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    usual = LlamaAttention.forward.__globals__["apply_rotary_pos_emb"]
+    monkeypatch.setattr(Rotary, "apply", lambda *args, run=Rotary.apply: turned.append(1) or run(*args))
+    inputs = {
+        "queries": torch.randn(1, 2, 3, 4, requires_grad=True),
+        "keys": torch.randn(1, 1, 3, 4, requires_grad=True),
+        "cos": torch.randn(1, 3, 4),
+        "sin": torch.randn(1, 3, 4),
+    }
+    queries, keys, cos, sin, *_ = (inputs | change).values()
+    more = {key: value for key, value in change.items() if key not in inputs}
+    if cos.shape[-1] != queries.shape[-1]:
+        with pytest.raises(RuntimeError, match="size"):  # of the model's own function
+            turn(queries, keys, cos, sin, **more)
+    else:
+        ours, theirs = turn(queries, keys, cos, sin, **more), usual(queries, keys, cos, sin, **more)
+        for y, z, x in zip(ours, theirs, (queries, keys), strict=True):
+            torch.testing.assert_close(y, z)
+            assert y.requires_grad == (x.requires_grad or cos.requires_grad)
+    assert bool(turned) == lean
+
+
 def test_a_copy_computes_with_its_own_weights():
     first = LlamaRMSNorm(8).requires_grad_(False)
     lean_blocks(first)
@@ -216,7 +310,17 @@ def test_a_copy_computes_with_its_own_weights():
     torch.testing.assert_close(second(x), 3 * first(x))
 
 
-def test_nothing_of_the_library_is_changed(monkeypatch):
+def test_an_adapter_that_brings_a_norm_of_its_own_is_computed_with():
+    norm = LlamaRMSNorm(8).requires_grad_(False)
+    lean_blocks(norm)
+    other = attach._with_parameter(norm, "weight", torch.full((8,), 3.0))
+    x = torch.randn(2, 8, requires_grad=True)
+    torch.testing.assert_close(other(x), 3 * norm(x))
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), 3 * norm(x))
+
+
+def test_nothing_of_the_library_is_changed():
     model = frozen_model("llama")
     before = LlamaAttention.forward, LlamaAttention.forward.__globals__["apply_rotary_pos_emb"]
     lean_blocks(model)

@@ -6,8 +6,9 @@
     python scripts/bench/speed.py --models llama-3.2-1b --tokens 4096 --compile   # every method's blocks compiled
     python scripts/bench/speed.py --table                  # only write speed.md again
 
-The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings: what every
-adapter method has to do. A step is forward, loss over all tokens, backward, clipping and AdamW; ours also observes its
+The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings, as
+transformers runs them: what every adapter method has to do. Ours does some of it in fewer passes (lean_blocks.py); the
+lean floor is the frozen model with those, and what is above it is what components cost. A step is forward, loss over all tokens, backward, clipping and AdamW; ours also observes its
 components. Methods take turns within a round, and ratios are of times of the same round. Nothing else should run. On a
 GPU everything is in bf16 under autocast, as trainers run it, with adapters in fp32; all methods share one frozen base.
 """
@@ -131,8 +132,10 @@ def compiled(model: nn.Module, shape: Shape) -> nn.Module:
     return model
 
 
-def floor(shape: Shape) -> Step:
+def floor(shape: Shape, *, lean: bool = False) -> Step:
     model, ids = compiled(llama(shape), shape), batch_ids(shape)
+    if lean:
+        lean_blocks(model)
 
     def step() -> None:
         embedded = model.get_input_embeddings()(ids).requires_grad_(True)
@@ -236,6 +239,7 @@ def methods(shape: Shape) -> dict[str, Callable[[], Step]]:
     ada = {"init_r": shape.rank, "target_r": shape.rank, "lora_alpha": 2 * shape.rank, "total_step": 100_000}
     return {
         "floor": lambda: floor(shape),
+        **({} if shape.compiled else {"lean floor": lambda: floor(shape, lean=True)}),
         "dynlora": lambda: dynlora(shape),
         "dynlora, half left": lambda: dynlora(shape, left=0.5),
         "dynlora, a quarter left": lambda: dynlora(shape, left=0.25),

@@ -11,8 +11,8 @@ HEADER = """# Speed: a step against the frozen model's own cost
 
 Made by `scripts/bench/speed.py` from speed.jsonl; how: its first lines. Median (min to max) over rounds.
 """
-SCALING = """Time of a step against layers, tokens and rank (512 wide, the others fixed; ms, median): the frozen model alone, and what
-the components add, in all and for each of what is varied.
+SCALING = """Time of a step against layers, tokens and rank (512 wide, the others fixed; ms, median): the frozen model alone (its lean
+floor), and what the components add, in all and for each of what is varied.
 """
 Record = dict[str, Any]
 
@@ -62,14 +62,14 @@ def scaling(records: list[Record]) -> str:
     found = {}
     for record in records:
         hidden, _, layers = record["model"].partition("x")
-        if hidden == "512" and record["base"] == "plain" and not record["compiled"]:
+        if hidden == "512" and record["base"] == "plain" and "lean floor" in record["seconds"]:
             found[int(layers), record["tokens"], record["rank"]] = record["seconds"]
     lines = []
     for place, name in enumerate(("layers", "tokens", "rank") if found else ()):
         fixed = {key[:place] + key[place + 1 :] for key in found}
         line = max(([key for key in found if key[:place] + key[place + 1 :] == rest] for rest in fixed), key=len)
         for key in sorted(line) if len(line) > 2 else ():
-            floor, ours = (median(found[key][method]) * 1e3 for method in ("floor", "dynlora"))
+            floor, ours = (median(found[key][method]) * 1e3 for method in ("lean floor", "dynlora"))
             cells = [name, *map(str, key), f"{floor:.0f}", f"{ours - floor:.0f}", f"{(ours - floor) / key[place]:.3f}"]
             lines.append("| " + " | ".join(cells) + " |")
     head = ["varied", "layers", "tokens", "rank", "frozen", "components add", "for each"]
