@@ -119,7 +119,8 @@ def _read_dense(read: Callable[[str], Tensor], name: str, base: nn.Module) -> Te
 def _with_parameter(module: nn.Module, leaf: str, value: Tensor) -> nn.Module:
     """The module with another parameter; a weight that it shares with others stays theirs."""
     other = copy.copy(module)
-    if isinstance(own := vars(module).get("forward"), MethodType):  # of lean_blocks, bound to the module
+    own = vars(module).get("forward")
+    if isinstance(own, MethodType) and own.__self__ is module:  # of lean_blocks
         vars(other)["forward"] = MethodType(own.__func__, other)
     other._parameters = {**module._parameters, leaf: nn.Parameter(value.float(), requires_grad=False)}
     return other

@@ -11,9 +11,11 @@ import torch
 from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.assemble import make_accelerator, make_run
 from dynlora_cli.attach import attached, detached
+from dynlora_cli.components import ComponentLinear
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.lean_blocks import lean_blocks
+from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loop import fit
 from dynlora_cli.model import context_length
 
@@ -58,6 +60,7 @@ def heal(
     accelerator = make_accelerator(recipe, folder)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
+    ComponentLinear.fuse = Heads.use = recipe.train.fused  # of the process
     if recipe.train.fused:
         lean_blocks(base.model)
     with attached(base.model, adapter) as pool, torch.enable_grad():

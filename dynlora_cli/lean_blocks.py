@@ -27,7 +27,7 @@ APART = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
 JOINED = {"gate_up_proj": (8, 32), "down_proj": (16, 8)}  # Phi 3, GLM
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
 TURN = "apply_rotary_pos_emb"  # by which models turn queries and keys
-# Of the rows of a trial: for some ε matters, for some not, and no clamp goes unseen.
+# Of the rows of a trial: for some ε matters, for some not, and no clamp below some hundreds goes unseen.
 SIZES_N1 = torch.tensor([[1e-3], [1.0], [30.0], [1000.0]])
 Forward = Callable[..., Any]
 Candidate = TypeVar("Candidate")
@@ -46,21 +46,29 @@ def lean_blocks(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if "forward" in vars(module):  # somebody else has been here
             continue
-        of_one = len(signature(module.forward).parameters) == 1
-        lean = (_as_norm(module) or _as_gated(module)) if of_one else _as_rotary(module)
+        lean = (_as_norm(module) or _as_gated(module)) if _takes_one(module) else _as_rotary(module)
         if lean:
             module.forward = MethodType(lean, module)
             found.append(name)
     return found
 
 
+def _takes_one(module: nn.Module) -> bool:
+    try:
+        return len(signature(module.forward).parameters) == 1
+    except ValueError:  # a script of torch's has none
+        return False
+
+
 def _as_norm(module: nn.Module) -> Forward | None:
     """How an RMS norm trains, if this is one."""
     parameters = dict(module.named_parameters())
     epsilon = next((value for name in EPSILON if isinstance(value := getattr(module, name, None), float)), None)
-    if list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or epsilon is None or any(module.children()):
+    if list(parameters) != ["weight"] or epsilon is None or any(module.children()):
         return None
     usual, like, random = type(module).forward, parameters["weight"], torch.Generator().manual_seed(0)
+    if like.ndim != 1 or not len(like) or like.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
     weight_D = torch.rand(len(like), generator=random).to(like.dtype)
     x_ND = torch.randn(4, len(like), generator=random) * SIZES_N1
     x_ND[1] += 2  # a mean, which a layer norm would take away
@@ -83,7 +91,8 @@ def _as_gated(module: nn.Module) -> Forward | None:
     """How a gated feed-forward part trains, if this is one."""
     children = dict(module.named_children())
     name = next((name for name in ACTIVATION_NAMES if name in children), "")
-    sizes = APART if "gate_proj" in children else JOINED
+    joined = "gate_proj" not in children
+    sizes = JOINED if joined else APART
     if children.keys() != {*sizes, name} or next(children[name].parameters(), None) is not None:
         return None
     usual, random = type(module).forward, torch.Generator().manual_seed(0)
@@ -91,14 +100,20 @@ def _as_gated(module: nn.Module) -> Forward | None:
     for layer in layers.values():
         layer.weight.detach().normal_(generator=random)
     x_ND = torch.randn(4, 8, generator=random) * SIZES_N1
-    made = _tried(module, {"_modules": {**layers, name: copy.deepcopy(children[name]).train()}}, x_ND)
+    held = {**layers, name: copy.deepcopy(children[name]).train()}
 
     def gated(part: Any, x: Tensor, activation: Activation) -> Tensor:
-        gate, up = (part.gate_proj(x), part.up_proj(x)) if sizes is APART else part.gate_up_proj(x).chunk(2, -1)
+        gate, up = part.gate_up_proj(x).chunk(2, -1) if joined else (part.gate_proj(x), part.up_proj(x))
         return cast("Tensor", part.down_proj(Gated.apply(gate, up, activation)))
 
-    activation = _same(made, ACTIVATIONS, partial(gated, SimpleNamespace(**layers), x_ND))
+    own = partial(gated, SimpleNamespace(**layers))
+    activation = _same(_tried(module, {"_modules": held}, x_ND), ACTIVATIONS, partial(own, x_ND))
     if activation is None:
+        return None
+    for layer in layers.values():
+        layer.bfloat16()
+    made = _tried(module, {"_modules": held}, x_ND.bfloat16())
+    if made is None or not torch.equal(made, own(x_ND.bfloat16(), activation)):  # it takes care to round but once
         return None
 
     def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
@@ -148,7 +163,8 @@ def _tried(module: nn.Module, held: dict[str, Any], x_ND: Tensor) -> Tensor | No
     with suppress(Exception):  # a stranger's code, which is given what it may not be made for
         trial = copy.copy(module)
         vars(trial).update(held, training=True)
-        made = trial.forward(x_ND)
+        with torch.random.fork_rng([]):
+            made = trial.forward(x_ND)
         return made if isinstance(made, Tensor) and (made.shape, made.device) == (x_ND.shape, x_ND.device) else None
     return None
 
@@ -168,5 +184,5 @@ def _same(
 
 
 def _as_usual(x: Tensor) -> bool:
-    """Whether nothing is kept for a backward pass here anyway."""
+    """Whether x asks for no gradient."""
     return not (x.requires_grad and torch.is_grad_enabled())

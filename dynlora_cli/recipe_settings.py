@@ -194,8 +194,8 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["offload"] = False
     """Recompute activations in the backward pass: less memory, more time; offload: and keep the rest on the host."""
     fused: bool = True
-    """Layers, loss, norms, gates and rotary positions as fused functions; false: as ordinary operations, equal up to
-    rounding, to compare with."""
+    """Layers and loss, and without compile norms, gates and rotary positions, as fused functions; false: as ordinary
+    operations, equal up to rounding, to compare with."""
     compile: bool = False
     """Compile the model's blocks with torch.compile: the first steps take a minute, the others less time on a GPU."""
     cuda_graphs: bool = False

@@ -93,12 +93,18 @@ def test_auto_is_within_the_tolerance(policy: str, trained, tmp_path: Path, dynl
     assert 2 <= len(summary["curve"]) <= 11, "few evaluations, each on record"
 
 
+def lean(run) -> bool:
+    """Whether its blocks train with the functions of lean_functions.py."""
+    return any("forward" in vars(module) for module in run.model.model.layers.modules())
+
+
 def test_healing_saves_memory_as_the_run_did(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
     found = []
     for setting in ("true", "false"):
-        recipe = make_recipe(tmp_path, f"train.gradient_checkpointing={setting}", out=setting)
+        settings = f"train.gradient_checkpointing={setting}", f"train.fused={setting}"
+        recipe = make_recipe(tmp_path, *settings, out=setting)
         train(recipe)
-        monkeypatch.setattr(heal, "fit", lambda run: found.append(run.model.is_gradient_checkpointing))
+        monkeypatch.setattr(heal, "fit", lambda run: found.append((run.model.is_gradient_checkpointing, lean(run))))
         common = (
             "prune",
             "--adapter",
@@ -112,7 +118,7 @@ def test_healing_saves_memory_as_the_run_did(tmp_path: Path, dynlora: Dynlora, m
         )
         assert dynlora(*common).code == 0
         monkeypatch.undo()
-    assert found == [True, False]
+    assert found == [(True, True), (False, False)]
 
 
 def test_healing_trains_what_is_left(tmp_path: Path, dynlora: Dynlora):

@@ -8,9 +8,10 @@
 
 The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings, as
 transformers runs them: what every adapter method has to do. Ours does some of it in fewer passes (lean_blocks.py); the
-lean floor is the frozen model with those, and what is above it is what components cost. A step is forward, loss over all tokens, backward, clipping and AdamW; ours also observes its
-components. Methods take turns within a round, and ratios are of times of the same round. Nothing else should run. On a
-GPU everything is in bf16 under autocast, as trainers run it, with adapters in fp32; all methods share one frozen base.
+lean floor is the frozen model with those, and what is above it is what components cost. A step is forward, loss over
+all tokens, backward, clipping and AdamW; ours also observes its components. Methods take turns within a round, and
+ratios are of times of the same round. Nothing else should run. On a GPU everything is in bf16 under autocast, as
+trainers run it, with adapters in fp32; all methods share one frozen base.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def scaling(records: list[Record]) -> str:
     found = {}
     for record in records:
         hidden, _, layers = record["model"].partition("x")
-        if hidden == "512" and record["base"] == "plain" and "lean floor" in record["seconds"]:
+        if hidden == "512" and record["base"] == "plain" and {"lean floor", "dynlora"} <= record["seconds"].keys():
             found[int(layers), record["tokens"], record["rank"]] = record["seconds"]
     lines = []
     for place, name in enumerate(("layers", "tokens", "rank") if found else ()):
