@@ -65,14 +65,14 @@ def frozen_model(kind: str) -> nn.Module:
 def learn(model: nn.Module) -> list[torch.Tensor]:
     """Logits, and the gradient of the embeddings."""
     torch.manual_seed(0)  # of dropout
-    ids = torch.arange(18).view(2, 9) % 7 + 2
+    ids = torch.arange(18, device=model.device).view(2, 9) % 7 + 2
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     logits = model(inputs_embeds=embedded, **more).logits
     if not torch.is_grad_enabled():
         return [logits]
     weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).sin().view(logits.shape)
-    (logits.float() * weights.float()).sum().backward()
+    (logits.float() * weights.float().to(logits.device)).sum().backward()
     return [logits.detach().float(), embedded.grad.float()]
 
 
@@ -98,13 +98,22 @@ def test_every_architecture_learns_the_same(kind):
     assert torch.equal(told, again), "without gradients the model runs its own code"
 
 
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; where there is one: scripts/test gpu"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "olmo2", "phi3", "phi"])
-def test_in_bf16_nothing_is_lost(kind):
-    model = frozen_model(kind).to(torch.bfloat16)
+def test_in_bf16_nothing_is_lost(kind, device):
+    model = frozen_model(kind).to(device, torch.bfloat16)
     exact = learn(copy.deepcopy(model).float())
-    usual = learn(model)
-    assert lean_blocks(model) == lean_blocks(frozen_model(kind))
-    for ours, theirs, truth in zip(learn(model), usual, exact, strict=True):
+    with torch.autocast(device, torch.bfloat16):
+        usual = learn(model)
+        assert lean_blocks(model) == lean_blocks(frozen_model(kind))
+        lean = learn(model)
+    for ours, theirs, truth in zip(lean, usual, exact, strict=True):
         assert 0 < distance(ours, truth) < 1.2 * distance(theirs, truth)
 
 
