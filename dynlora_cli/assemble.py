@@ -122,8 +122,7 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
         checkpointing=recipe.train.gradient_checkpointing,
         computes=device,
     )
-    if recipe.train.fused and not recipe.train.compile:  # which puts operations together itself
-        lean_blocks(base.model)
+    set_fused(base.model, recipe)
     experts = fused_experts(base.model)
     adapted = recipe.adapter.names_experts or not drawers.load("variants", recipe.adapter.variant).has_components
     if experts and not adapted:
@@ -133,6 +132,14 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
             "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
         )
     return base
+
+
+def set_fused(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Compute as `train.fused` says: the blocks, and this process's layers and loss; it trains one recipe at a time."""
+    ComponentLinear.fuse = Heads.use = recipe.train.fused
+    Heads.compiled = None
+    if recipe.train.fused and not recipe.train.compile:  # which puts operations together itself
+        lean_blocks(model)
 
 
 def plan_ranks(
@@ -161,8 +168,6 @@ def attach(
     variant: Variant, base: Base, recipe: Recipe, counts: Mapping[str, int] | None = None
 ) -> tuple[Pool | None, Start | None]:
     """Put components on the model, with the values of the default start, or make all of it train."""
-    ComponentLinear.fuse = Heads.use = recipe.train.fused  # of the process: it trains one recipe at a time
-    Heads.compiled = None
     if not variant.has_components:
         base.model.requires_grad_(True)
         return None, None

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli.activations import checkpoint_activations
-from dynlora_cli.assemble import make_accelerator, make_run
+from dynlora_cli.assemble import make_accelerator, make_run, set_fused
 from dynlora_cli.attach import attached, detached
-from dynlora_cli.components import ComponentLinear
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import Interrupted
-from dynlora_cli.lean_blocks import lean_blocks
-from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loop import fit
 from dynlora_cli.model import context_length
 
@@ -41,7 +38,7 @@ def heal(
     Raises:
         Interrupted: Ctrl-C; nothing is saved.
     """
-    usual: dict[str, Any] = {"save_steps": None, "report_to": [], "cuda_graphs": False}
+    usual: dict[str, Any] = {"save_steps": None, "report_to": [], "compile": False, "cuda_graphs": False}
     train = recipe.train.model_copy(update={"max_steps": steps, **usual})
     evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
@@ -60,9 +57,7 @@ def heal(
     accelerator = make_accelerator(recipe, folder)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
-    ComponentLinear.fuse = Heads.use = recipe.train.fused  # of the process
-    if recipe.train.fused:
-        lean_blocks(base.model)
+    set_fused(base.model, recipe)
     with attached(base.model, adapter) as pool, torch.enable_grad():
         if recipe.adapter.freeze_a:
             pool.freeze_a()
