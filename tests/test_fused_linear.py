@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numeric import assert_close_to_truth
 from tiny_run import lines, make_recipe, train
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.components import ComponentLinear
-from dynlora_cli.fused_linear import FusedLinear, fused
+from dynlora_cli.fused_linear import FusedLinear, fused, weight_OI
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.pool import Pool
 
@@ -42,14 +44,26 @@ def run(made, x, fuse, monkeypatch, context=None):
     return y.detach(), x.grad, made.a_CI.grad, made.b_OC.grad
 
 
+def truth(made, x):
+    """The same by the formula, in fp64."""
+    x, a, b = (leaf.detach().double().requires_grad_(True) for leaf in (x, made.a_CI, made.b_OC))
+    bias = made.base.bias if made.base.bias is None else made.base.bias.double()
+    y = F.linear(x, weight_OI(made.base).double() + made.scale * b @ a, bias)
+    (y * torch.linspace(-1, 1, y.numel()).double().view(y.shape)).sum().backward()
+    return y.detach(), x.grad, a.grad, b.grad
+
+
 @pytest.mark.parametrize("count", [1, 4, 10])
 @pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (12,), (40, 12), (2, 300, 12)])
 @pytest.mark.parametrize("kind", ["bias", "no bias", "Conv1D"])
 def test_fused_equals_ordinary_operations(kind, shape, count, monkeypatch):
     made, x = layer(bases()[kind], count=count), torch.randn(shape)
-    for ours, plain in zip(run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), strict=True):
-        assert ours.dtype == plain.dtype
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    tokens = x.numel() // 12
+    results = run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), truth(made, x)
+    for ours, plain, exact in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype == torch.float32
+        for found in (ours, plain):
+            assert_close_to_truth(found, exact, terms=tokens + 12 + 20 + count)
 
 
 @pytest.mark.parametrize("tokens", [3, 6])
@@ -67,33 +81,36 @@ def test_under_autocast_it_computes_in_autocasts_type(x_type, monkeypatch):
             return made(x)
 
     made, x = layer(bases()["bias"]), torch.randn(3, 12).to(x_type)
-    for ours, plain in zip(run(made, x, True, monkeypatch, bf16), run(made, x, False, monkeypatch, bf16), strict=True):
+    results = run(made, x, True, monkeypatch, bf16), run(made, x, False, monkeypatch, bf16), truth(made, x)
+    for ours, plain, exact in zip(*results, strict=True):
         assert ours.dtype == plain.dtype
-        torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.1)
+        for found in (ours, plain):  # rounded are x, W, a, b, the product with a, the update, and the sum
+            assert_close_to_truth(found, exact, terms=7, dtype=torch.bfloat16)
 
 
 def test_under_gradient_checkpointing(monkeypatch):
     monkeypatch.setattr(ComponentLinear, "fuse", True)
     made, x = layer(bases()["bias"]), torch.randn(3, 12)
-    wanted = run(made, x, True, monkeypatch)[2:]
+    wanted = truth(made, x)[2:]
     made.a_CI.grad = made.b_OC.grad = None
     y = checkpoint(made, x.requires_grad_(True), use_reentrant=False)
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
-    for ours, plain in zip((made.a_CI.grad, made.b_OC.grad), wanted, strict=True):
-        torch.testing.assert_close(ours, plain)
+    for ours, exact in zip((made.a_CI.grad, made.b_OC.grad), wanted, strict=True):
+        assert_close_to_truth(ours, exact, terms=3 + 12 + 20)
 
 
 def test_gradients_of_several_backward_passes_add_up(monkeypatch):
     made, x = layer(bases()["bias"]), torch.randn(3, 12)
-    *_, a_once, b_once = run(made, x, True, monkeypatch)
+    monkeypatch.setattr(ComponentLinear, "fuse", True)
+    *_, a_once, b_once = truth(made, x)
     made.a_CI.grad, made.b_OC.grad = torch.zeros_like(made.a_CI), torch.zeros_like(made.b_OC)
     places = made.a_CI.grad.data_ptr(), made.b_OC.grad.data_ptr()
     for _ in range(3):
         y = made(x)
         (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
         del y
-    torch.testing.assert_close(made.a_CI.grad, 3 * a_once)
-    torch.testing.assert_close(made.b_OC.grad, 3 * b_once)
+    assert_close_to_truth(made.a_CI.grad, 3 * a_once, terms=3 + 12 + 20)
+    assert_close_to_truth(made.b_OC.grad, 3 * b_once, terms=3 + 12 + 20)
     assert places == (made.a_CI.grad.data_ptr(), made.b_OC.grad.data_ptr()), "in the memory that was there"
 
 
@@ -113,8 +130,10 @@ def test_the_pool_is_cast_once_and_never_out_of_date(monkeypatch):
         second = model(x)
     assert [low[0].dtype for low in seen] == [torch.bfloat16] * 2
     assert made.low is None
-    base = made.base(x)
-    torch.testing.assert_close((second - base) * 4, (first - base).float(), rtol=0.1, atol=0.3)
+    for value, y in ((0.5, first), (0.25, second)):
+        factors = torch.full((20, 4), value).double() @ torch.full((4, 12), value).double()
+        exact = x.double() @ (made.base.weight.double() + 1.7 * factors).T + made.base.bias.double()
+        assert_close_to_truth(y, exact, terms=7, dtype=torch.bfloat16)
     model(x)
     assert seen[-1] is None, "without autocast there is nothing to cast"
 
@@ -134,8 +153,10 @@ def test_four_bits_equal_ordinary_operations(bias, tokens, monkeypatch):
     values = torch.randn(4 * (64 + 128), generator=torch.Generator().manual_seed(1))
     Pool({"layer": made}, {"layer": 4}).adopt(values, {"layer": 4})
     x = torch.randn(tokens, 64)
-    for ours, ordinary in zip(run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), strict=True):
-        torch.testing.assert_close(ours, ordinary, rtol=1e-4, atol=1e-4)
+    results = run(made, x, True, monkeypatch), run(made, x, False, monkeypatch), truth(made, x)
+    for ours, ordinary, exact in zip(*results, strict=True):
+        for found in (ours, ordinary):
+            assert_close_to_truth(found, exact, terms=tokens + 64 + 128 + 4)
 
 
 def test_an_input_that_needs_no_gradient_gets_none():

@@ -29,9 +29,12 @@ class Net(nn.Module):
         return {name: self.get_submodule(name) for name in SHAPES}
 
 
-def make(counts=(4, 3, 2), **kwargs):
+def make(counts=(4, 3, 2), *, dtype=torch.float32, **kwargs):
+    """Where a test is about an equation and not about rounding, its type is float64."""
     net = Net(**kwargs)
     pool = Pool(net.layers(), dict(zip(SHAPES, counts, strict=True)), seed=1)
+    net.to(dtype)
+    pool.adopt(pool.values.detach().to(dtype), pool.counts)
     return net, pool
 
 
@@ -43,7 +46,7 @@ def fill(pool, seed=5):
 
 def train(net, pool, optimizer, steps=3, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(16, 12, generator=generator), torch.randn(16, 8, generator=generator)
+    x, y = (torch.randn(16, width, generator=generator).to(pool.values.dtype) for width in (12, 8))
     losses = []
     for _ in range(steps):
         loss = F.mse_loss(net(x), y)
