@@ -1,0 +1,140 @@
+"""Tiny random models of any type that transformers knows: its own default config, shrunk field by field.
+
+shrunk        the config of a type, small enough that a model of it is made and trained in seconds
+write_tiny    the model with a tokenizer on disk
+
+`CARE` holds what the general rules get wrong, per type; a dotted key is a field of a nested config.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from data_helpers import byte_tokenizer
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+LANGUAGE, SEQ2SEQ, CLASSES = "causal-lm", "seq2seq-lm", "sequence-classification"
+AUTO = {
+    LANGUAGE: transformers.AutoModelForCausalLM,
+    SEQ2SEQ: transformers.AutoModelForSeq2SeqLM,
+    CLASSES: transformers.AutoModelForSequenceClassification,
+}
+POSITIONS = 160
+# The first pattern that matches the whole name of an integer field gives its value.
+RULES: list[tuple[re.Pattern[str], int]] = [
+    (re.compile(pattern), value)
+    for pattern, value in (
+        (r"(.*_)?vocab_size(_.*)?|n_words|type_vocab_size_of_text", 0),  # the tokenizer's
+        (r"bos_token_id|decoder_start_token_id|cls_token_id", 0),
+        (r"(eos|pad|sep|forced_eos|forced_bos)_token_id|pad_index|eos_index", 1),
+        (r"(num|n)_(hidden_)?layers?(_.*)?|n_layers?|num_(encoder|decoder)_layers|(encoder|decoder)_layers", -1),
+        (r".*(num|n)_(key_value|kv)_heads?|.*kv_heads|num_query_groups|multi_query_group_num|num_kv_head", 2),
+        (r"(mamba|ssm|gated_delta).*(n|num)_heads|mamba_num_heads|n_mamba_heads", 8),
+        (r".*(num|n)_(attention_)?heads?|(encoder|decoder)_attention_heads|n_head|.*_heads|num_attention_head", 4),
+        (r"linear_num_value_heads", 4),
+        (r"linear_num_key_heads", 2),
+        (r".*head_dim|d_kv|.*d_head|head_size|kv_channels|attention_head_size|.*_head_size", 8),
+        (r"(q|kv|o|v)_lora_rank|.*lora_rank", 16),
+        (r"(num_expert_groups?|n_groups?|topk_groups?|mamba_n_groups|.*num_groups)", 1),
+        (r".*(experts_per_tok|top_?k|top_k_experts|moe_k)(_.*)?", 2),
+        (r".*shared_experts?", 1),
+        (r".*(num|n)_.*experts|.*num_experts|.*_experts", 4),
+        (r".*(state_size|d_state|ssm_state.*)", 8),
+        (r".*(conv_kernel|d_conv|conv1d_width|conv_size)", 4),
+        (r".*(chunk_size|block_size)", 16),
+        (r".*time_step_rank|.*dt_rank", 4),
+        (r".*(intermediate|ffn|ffw|mlp|feed_forward|inner|d_ff).*", 64),
+        (r"(.*_)?(hidden_size.*|d_model|n_embd|dim|embed_dim|hidden_dim|.*embedding_size|emb_dim|lru_width)", 32),
+        (r"max_(target_)?position(s|_embeddings)|n_positions|n_ctx|max_sequence_length|max_seq(_len|uence_length)", POSITIONS),
+        (r"max_source_positions|seq_length|max_seq_len", POSITIONS),
+        (r"(.*_)?image_size", 32),
+        (r"(.*_)?patch_size", 16),
+    )
+]
+CARE: dict[str, dict[str, Any]] = {}
+
+
+def shrunk(kind: str, vocabulary: int) -> PreTrainedConfig:
+    """The config of a type of model, small.
+
+    Args:
+        kind: model_type.
+        vocabulary: tokens of the tokenizer.
+
+    Raises:
+        Exception: whatever the config class says where the rules do not fit it.
+    """
+    made = CONFIG_MAPPING[kind]
+    values = _shrink(made().to_dict(), vocabulary)
+    for key, value in CARE.get(kind, {}).items():
+        *path, leaf = key.split(".")
+        inside = values
+        for part in path:
+            inside = inside[part]
+        inside[leaf] = value(inside) if callable(value) else value
+    return made.from_dict(values)
+
+
+def _shrink(values: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    layers_before = next((values[key] for key in values if key in ("num_hidden_layers", "n_layer", "num_layers")), None)
+    picked = _picked_layers(values, layers_before)
+    small: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            small[name] = _shrink(value, vocabulary) if "model_type" in value else value
+        elif isinstance(value, (list, tuple)) and layers_before and len(value) == layers_before > 2:
+            small[name] = [value[index] for index in picked]
+        elif isinstance(value, bool) or not isinstance(value, int):
+            small[name] = value
+        else:
+            small[name] = _small(name, value, vocabulary, len(picked))
+    heads = values.get("num_attention_heads")
+    for name in ("num_key_value_heads",):
+        if heads and values.get(name) == heads:
+            small[name] = small["num_attention_heads"]
+    return small
+
+
+def _small(name: str, value: int, vocabulary: int, layers: int) -> int:
+    for pattern, limit in RULES:
+        if pattern.fullmatch(name):
+            wanted = {0: vocabulary, -1: layers}.get(limit, limit) if "token" not in name else limit
+            return wanted if wanted > value or value > wanted else value
+    if name.endswith(("_token_id", "_token_index", "_token")) and value >= vocabulary:
+        return vocabulary - 1
+    return value
+
+
+def _picked_layers(values: dict[str, Any], count: int | None) -> list[int]:
+    """Two layers at least, and one of every kind that the config lists."""
+    kinds = values.get("layer_types") or values.get("layers_block_type")
+    if not kinds or len(kinds) != count:
+        return [0, 1]
+    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    return sorted(first) if len(first) > 1 else [0, 1]
+
+
+def write_tiny(path: Path, kind: str, task: str) -> None:
+    """A model of this type for this task with its tokenizer, the same at every call."""
+    tokenizer = byte_tokenizer(cls_token="<s>", sep_token="</s>")
+    config = shrunk(kind, len(tokenizer))
+    for part in (config, config.get_text_config()):
+        part.pad_token_id, part.bos_token_id, part.eos_token_id = 1, 0, 1
+        if task == LANGUAGE and hasattr(part, "is_decoder"):
+            part.is_decoder = True
+        if part.is_encoder_decoder:
+            part.decoder_start_token_id = 0
+    if task == CLASSES:
+        config.id2label, config.label2id = {0: "few", 1: "many"}, {"few": 0, "many": 1}
+    torch.manual_seed(0)
+    model = AUTO[task].from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # so that no layer's share in the logits is lost in rounding
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
