@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.experts import ExpertSlice, fuse, parameter_of
+from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.pool import Pool
 from dynlora_cli.run_folder import write_json
 
@@ -105,6 +106,7 @@ class Adapter:
         record: dynlora.json, or {} where another tool made it.
         whole: tensors that replace the base model's own, by their name there: a classifier head, new embeddings.
         note: how the folder was found, for the person; None where they named it themselves.
+        model_type: of the base's config; empty where nobody says.
     """
 
     folder: Path
@@ -113,6 +115,7 @@ class Adapter:
     record: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     note: str | None = None
+    model_type: str = ""
 
     @property
     def name(self) -> str:
@@ -167,6 +170,13 @@ class Adapter:
         return {name: factors.experts for name, factors in self.layers.items() if factors.experts}
 
     @property
+    def as_parameters(self) -> set[str]:
+        """Layers whose weight is a target, in place of the module, since PEFT would take the module for experts."""
+        weights = {name.removesuffix(".weight") for name in self.config.get("target_parameters") or ()}
+        ends = taken_for_experts(self.model_type) or {name.rpartition(".")[2] for name in weights}
+        return ends_in([name for name, factors in self.layers.items() if not factors.experts], ends)
+
+    @property
     def kind(self) -> str:
         """LoRA, DoRA or HiRA: what its factors do to a weight."""
         return "DoRA" if self.dora else "HiRA" if self.hira else "LoRA"
@@ -176,8 +186,14 @@ class Adapter:
         return replace(self, layers={name: f for name, f in layers.items() if f.rank})
 
 
-def save(adapter: Adapter, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; the bytes depend on the adapter only."""
+def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; the bytes depend on the adapter only.
+
+    Args:
+        adapter: to be written.
+        folder: exists.
+        for_peft: False: every layer is named in `target_modules`, also where PEFT would not find it there.
+    """
     config = adapter.config
     written = lora_config(
         adapter.ranks,
@@ -187,6 +203,7 @@ def save(adapter: Adapter, folder: Path) -> None:
         fan_in_fan_out=adapter.fan_in_fan_out,
         modules_to_save=config.get("modules_to_save"),
         experts=adapter.experts,
+        as_parameters=adapter.as_parameters if for_peft else (),
     )
     written["task_type"] = config.get("task_type")
     written["use_dora"] = adapter.dora
@@ -256,6 +273,7 @@ def lora_config(
     fan_in_fan_out: bool = False,
     modules_to_save: list[str] | None = None,
     experts: Collection[str] = (),
+    as_parameters: Collection[str] = (),
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
@@ -267,16 +285,18 @@ def lora_config(
         fan_in_fan_out: the targets are GPT-2's transposed Conv1D.
         modules_to_save: modules stored whole, such as a classifier head.
         experts: layers that are the slice of one expert; their parameter is listed, with the largest rank of a slice.
+        as_parameters: layers that are listed by their weight; see peft_types.py.
     """
-    alive = {name: rank for name, rank in ranks.items() if rank and name not in experts}
-    fused: dict[str, int] = {}
+    apart = {*experts, *as_parameters}
+    alive = {name: rank for name, rank in ranks.items() if rank and name not in apart}
+    parameters = {f"{name}.weight": ranks[name] for name in as_parameters if ranks[name]}
     for name in experts:
         if ranks[name]:
-            fused[parameter_of(name)] = max(ranks[name], fused.get(parameter_of(name), 0))
-    modules, alive = sorted(alive), alive | fused
+            parameters[parameter_of(name)] = max(ranks[name], parameters.get(parameter_of(name), 0))
+    modules, alive = sorted(alive), alive | parameters
     largest = max(alive.values())
     # PEFT tries every key for every module: one key for all modules of a rank, each a full, escaped name. Where a key
-    # names parameters of experts alone, PEFT 0.21 warns that it "was ignored", and honours it all the same.
+    # names parameters alone, PEFT 0.21 warns that it "was ignored", and honours it all the same.
     pattern = {
         "|".join(re.escape(name) for name, r in alive.items() if r == rank): rank
         for rank in sorted(set(alive.values()) - {largest})
@@ -296,7 +316,7 @@ def lora_config(
         "rank_pattern": pattern,
         "revision": revision,
         "target_modules": modules,
-        **({"target_parameters": sorted(fused)} if fused else {}),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "task_type": TASK_TYPES[task],
         "use_dora": False,
         "use_rslora": False,

@@ -97,6 +97,7 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     run = folder if (folder / RECORD).is_file() else folder.parent.parent
     record = read_record(run) if (run / RECORD).is_file() else {}
     adapter = Adapter(folder, {}, config, record, whole, note)
+    adapter = replace(adapter, model_type=_model_type(adapter, base))
     if config["peft_type"] == "VERA":
         return adapter.with_layers(vera_layers(adapter, parts, base))
     if config["peft_type"] == "HIRA":
@@ -110,6 +111,18 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
         else:
             layers |= _slices(parameter, tensors, scales)
     return replace(adapter, layers={name: layers[name] for name in sorted(layers, key=natural_order)})
+
+
+def _model_type(adapter: Adapter, base: str | None) -> str:
+    """Of the base: from the run's record, else from a folder that is named; empty where nobody says."""
+    recorded = (adapter.record.get("base_model") or {}).get("model_type")
+    config = Path(base or adapter.base_name) / "config.json"
+    if not recorded and config.is_file():
+        try:
+            recorded = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError):  # whoever needs the model says what is wrong with it
+            return ""
+    return str(recorded or "")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -211,11 +224,11 @@ def _parameter(module: str, config: dict[str, Any], folder: Path) -> str | None:
     PEFT names the module alone. It wraps it once for each targeted parameter, the first innermost.
     """
     wanted = config.get("target_parameters") or []
-    strange = [name for name in wanted if name.split(".")[-1] not in PARAMETERS]
+    strange = [name for name in wanted if name.split(".")[-1] not in (*PARAMETERS, "weight")]
     if strange:
         raise UsageError(
-            f"{folder / CONFIG}: target_parameters: {strange[0]}: only {' and '.join(PARAMETERS)} of experts are "
-            "understood",
+            f"{folder / CONFIG}: target_parameters: {strange[0]}: only {' and '.join(PARAMETERS)} of experts and "
+            "the weights of linear layers are understood",
             "merge it with the tool that made it",
         )
     inner = module.endswith(".base_layer")
@@ -266,7 +279,7 @@ class _Scales:
             UsageError: the config announces another rank.
         """
         announced = self.rank_of(module)
-        alpha = self._first(self.alphas, module, self.config.get("lora_alpha"))
+        alpha = self._first(self.alphas, self._named(module), self.config.get("lora_alpha"))
         if announced != rank:
             raise UsageError(
                 f"{self.folder}: layer {module} has rank {rank} in {WEIGHTS} and {announced} in {CONFIG}",
@@ -276,9 +289,15 @@ class _Scales:
             raise UsageError(f"{self.folder / CONFIG}: layer {module} has rank {rank} and lora_alpha {alpha!r}")
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
+    def _named(self, module: str) -> str:
+        """What patterns are matched with: the name of the weight, where that is the target and not the module."""
+        weight = f"{module}.weight"
+        wanted = self.config.get("target_parameters") or ()
+        return weight if any(weight == end or weight.endswith(f".{end}") for end in wanted) else module
+
     def rank_of(self, module: str) -> Any:
         """The rank that the config announces."""
-        return self._first(self.ranks, module, self.config.get("r"))
+        return self._first(self.ranks, self._named(module), self.config.get("r"))
 
     @staticmethod
     def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:

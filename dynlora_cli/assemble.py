@@ -29,6 +29,7 @@ from dynlora_cli.loss import evaluating, held_out, row_sums, summed_loss
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.optimizers import check_optimizer, make_optimizer
+from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.pool import Pool
 from dynlora_cli.rank import RankControl, Start, plan_start
 from dynlora_cli.relative import layer_kind
@@ -156,6 +157,13 @@ def plan_ranks(
             )
         split(base.model)
     targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
+    taken = ends_in(targets, taken_for_experts(base.model.config.model_type))
+    if taken and getattr(variant, "in_modules_only", False):
+        raise UsageError(
+            f"adapter.variant: PEFT has no {recipe.adapter.variant} for {min(taken)}, which it takes for one of the "
+            f"experts in a model of type {base.model.config.model_type}",
+            "write `adapter.target_modules: attention`, or `variant: lora`",
+        )
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     kind = layer_kind(recipe, variant.Layer)
     start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)

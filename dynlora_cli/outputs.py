@@ -19,6 +19,7 @@ from dynlora_cli.adapter import PREFIX, experts_of, lora_config, lora_tensors, w
 from dynlora_cli.checkpoint import read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.model import Base, fingerprint
+from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import write_card, write_report
 from dynlora_cli.state import Run
@@ -36,6 +37,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "
 def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
     """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
     assert training.pool is not None
+    experts = experts_of(training.pool)
     config = lora_config(
         {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
         base_model=base.reference,
@@ -43,7 +45,8 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
         task=training.recipe.model.task,
         fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in training.pool.layers.values()),
         modules_to_save=list(base.whole) or None,
-        experts=experts_of(training.pool),
+        experts=experts,
+        as_parameters=ends_in(training.pool.layers.keys() - experts, taken_for_experts(base.model.config.model_type)),
     )
     variant = drawers.load("variants", training.recipe.adapter.variant)
     form = getattr(variant, "saved", None)
@@ -159,6 +162,7 @@ def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: S
             "name_or_path": recipe.model.name_or_path,
             "reference": base.reference,
             "revision": recipe.model.revision,
+            "model_type": base.model.config.model_type,
             "fingerprint": fingerprint(base.folder),
         },
         "budget": budget if start else None,

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -59,6 +60,12 @@ def logits(model: Any) -> torch.Tensor:
 
 def try_type(folder: Path, kind: str, task: str) -> dict[str, Any]:
     """One type from its config to the comparison; what failed is told by the step that did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other libraries, on what is no concern of ours
+        return _try_type(folder, kind, task)
+
+
+def _try_type(folder: Path, kind: str, task: str) -> dict[str, Any]:
     found: dict[str, Any] = {"type": kind, "task": task}
     step, began = "build", time.monotonic()
     try:
@@ -107,8 +114,8 @@ def _train(folder: Path, kind: str, task: str, found: dict[str, Any]) -> torch.T
         kept.append(logits(training.model))
         return kind_of
 
-    outputs.write_root = keeping
-    summary, events = train(recipe)
+    with mock.patch.object(outputs, "write_root", keeping):
+        summary, events = train(recipe)
     found["layers"] = len(summary["ranks"])
     found["emptied"] = sum(rank == 0 for rank in summary["ranks"].values())
     found["notes"] = [note for note in events[0]["notes"] if "max_length" not in note]
@@ -128,8 +135,8 @@ def _merged(folder: Path, kind: str, task: str) -> torch.Tensor:
 def _said(error: Exception) -> str:
     """One line, with the place of a fault that is no message of ours."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)][-1:]
-    return text + "".join(f" [{Path(frame.filename).name}:{frame.lineno}]" for frame in frames)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{text} [{Path(place.filename).name}:{place.lineno}]"
 
 
 def in_own_process(kind: str, task: str) -> dict[str, Any]:
@@ -168,7 +175,6 @@ def main() -> int:
     parser.add_argument("--task", choices=list(TYPES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     only = options.only.split(",") if options.only else None
     done = {(line["type"], line["task"]) for line in read_results(options.results)} if not only else set()

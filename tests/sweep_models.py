@@ -49,7 +49,10 @@ RULES: list[tuple[re.Pattern[str], int]] = [
         (r".*time_step_rank|.*dt_rank", 4),
         (r".*(intermediate|ffn|ffw|mlp|feed_forward|inner|d_ff).*", 64),
         (r"(.*_)?(hidden_size.*|d_model|n_embd|dim|embed_dim|hidden_dim|.*embedding_size|emb_dim|lru_width)", 32),
-        (r"max_(target_)?position(s|_embeddings)|n_positions|n_ctx|max_sequence_length|max_seq(_len|uence_length)", POSITIONS),
+        (
+            r"max_(target_)?position(s|_embeddings)|n_positions|n_ctx|max_sequence_length|max_seq(_len|uence_length)",
+            POSITIONS,
+        ),
         (r"max_source_positions|seq_length|max_seq_len", POSITIONS),
         (r"(.*_)?image_size", 32),
         (r"(.*_)?patch_size", 16),

@@ -35,7 +35,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
         name: shape for name, shape in job.linear_layers.items() if _type(name) in used and name not in adapter.layers
     }
     wide = padded(adapter, missing)
-    save(wide, folder)
+    save(wide, folder, for_peft=False)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
     return {"rank": max(wide.ranks.values()), "filled_layers": len(missing)}

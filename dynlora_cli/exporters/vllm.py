@@ -36,7 +36,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"a layer has rank {largest}, and vLLM goes to {MAX_LORA_RANKS[-1]}", "prune it first, or use --to merged"
         )
-    save(adapter, folder)
+    save(adapter, folder, for_peft=False)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
     job.notes.append(f"serve with: vllm serve BASE --enable-lora --max-lora-rank {allowed}")

@@ -22,6 +22,9 @@ starts = ("orthogonal", ...)
     Optional: the values of `adapter.init_weights` that it takes besides `default`, all of which write whole factors
     into the leaves.
 
+in_modules_only = True
+    Optional: PEFT reads what `saved` gives as a target module only, and not as a target parameter (peft_types.py).
+
 attach(model, targets, start, recipe) -> Pool
     Puts layers on a frozen model; the model's output stays the same, or the file says that it does not. `put` does
     the work.

@@ -35,6 +35,7 @@ has_components = True
 takes = ("alpha", "dropout", "freeze_a", "lora_plus_ratio")
 starts = ("orthogonal", "eva")
 Layer = DoraLinear
+in_modules_only = True
 
 
 def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
