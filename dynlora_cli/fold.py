@@ -250,13 +250,13 @@ def stored_rows(model: PreTrainedModel, parameter: str, weights: Weights) -> dic
     the row of its slice that it begins with.
 
     A file holds the parameter as it is, or each expert apart, with gate and up apart as well. transformers knows how,
-    and saves any tensor of this name so; here one that numbers all rows.
+    and saves any tensor of this name so; here one that numbers all rows, in two columns, since 5.20 drops a lone one.
 
     Raises:
         UsageError: the files hold it in no such form.
     """
     experts, rows, inputs = model.get_parameter(parameter).shape
-    numbers = torch.arange(experts * rows).view(experts, rows, 1)
+    numbers = torch.arange(experts * rows).view(experts, rows, 1).repeat(1, 1, 2)
     as_it_is = weights.locate(*parameter.rpartition(".")[::2]) is not None
     pieces = {parameter: numbers} if as_it_is else revert_weight_conversion(model, {parameter: numbers})
     found = {}
@@ -269,7 +269,7 @@ def stored_rows(model: PreTrainedModel, parameter: str, weights: Weights) -> dic
                 f"{weights.folder} holds {parameter} in a form that cannot be added to: {name}",
                 "use the adapter beside the base, without merging it",
             )
-        found[tensor] = [divmod(int(matrix[0]), rows) for matrix in piece.reshape(-1, piece.shape[-2])]
+        found[tensor] = [divmod(int(matrix[0]), rows) for matrix in piece[..., 0].reshape(-1, piece.shape[-2])]
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numeric import in_double
 from peft import HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +19,8 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
 )
+
+from dynlora_cli.adapter import Factors
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -117,17 +120,27 @@ def make(kind: str, folder: Path, **saving: Any) -> tuple[Path, Path]:
     return path, folder / "adapter"
 
 
+# Roundings on the way to a logit of these bases: in each of three blocks, sums over up to 32 and 48 numbers.
+TERMS = 3 * (32 + 48)
+
+
 def ids() -> torch.Tensor:
     return torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(3))
 
 
+def exact_delta(factors: Factors) -> torch.Tensor:
+    """The update of the fp32 factors, multiplied in fp64."""
+    return factors.b_OC.double() @ factors.a_CI.double()
+
+
 @torch.no_grad()
 def peft_logits(base: Path, adapter: Path, *, merged: bool = False) -> torch.Tensor:
-    """What stock PEFT computes."""
+    """What stock PEFT computes, in fp64: the truth for others, and independent of the processor."""
     classify = BASES["bert"].model_type in str(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = PeftModel.from_pretrained(load(base, classify), adapter).eval()
+        model = in_double(model)
         if merged:
             model = model.merge_and_unload()
     return model(ids()).logits

@@ -91,6 +91,8 @@ def learn(recipe, *, recorded: bool, steps: int = 12, autocast: bool = False):
 @pytest.mark.parametrize("kind", CASES)
 def test_every_architecture_learns_the_same(kind, tmp_path, monkeypatch):
     name, special, task, layers = CASES[kind]
+    if kind in ("opt", "bart"):  # in transformers 5.20 they draw whether to leave out a block, once for each pass
+        monkeypatch.setitem(CASES, kind, (name, {**special, "dropout": 0.0}, task, layers))
     if kind == "t5":  # from the second block on they are given a bias that they give back
         monkeypatch.setitem(CASES, kind, (name, {**special, "num_layers": 4}, task, layers))
     write_model(tmp_path / kind, kind)
@@ -284,6 +286,7 @@ def test_a_model_that_uses_more_than_the_last_output_of_its_blocks_is_found_out(
     assert run.graphs.recorded == 0
 
 
+@pytest.mark.slow  # a minute where nothing is compiled yet
 def test_recompiling_is_not_needed_for_a_recording(tmp_path):
     pytest.importorskip("torch._inductor")
     settings = ["train.cuda_graphs=true", "dataset.packing=true", "model.dtype=bfloat16"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from test_architectures import logits
+from numeric import assert_close_to_truth, in_double
+from test_architectures import TERMS, logits
 from tiny_architectures import write_model
 from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM, GptOssConfig
@@ -56,15 +57,15 @@ def trained(request, tmp_path_factory):
 def test_split_experts_compute_what_fused_ones_do(tmp_path, kind):
     write_model(tmp_path / kind, kind)
     model = base(tmp_path, kind)
-    before, names = logits(model), [name for name, _ in model.named_modules()]
+    exact, names = logits(in_double(model)), [name for name, _ in model.named_modules()]
     split(model)
     split(model)  # once more changes nothing
     down = model.get_submodule("model.layers.1.mlp.experts.2.down_proj")
-    torch.testing.assert_close(down.weight, model.model.layers[1].mlp.experts.down_proj[2])
-    torch.testing.assert_close(logits(model), before)
+    assert torch.equal(down.weight, model.model.layers[1].mlp.experts.down_proj[2])
+    assert_close_to_truth(logits(model), exact, terms=TERMS)
     with torch.no_grad():
         down.weight.zero_()
-    assert (logits(model) - before).abs().max() > 1e-4, "the slices do not take part"
+    assert (logits(model) - exact).abs().max() > 1e-4, "the slices do not take part"
     join(model)
     assert [name for name, _ in model.named_modules()] == names
     assert set(fused_experts(model).values()) == {4}
@@ -92,7 +93,7 @@ def test_factors_fused_and_unfused_again():
     back |= unfuse("m.experts.gate_up_proj", *inner, 3)
     assert back.keys() == factors.keys()
     for name, pair in factors.items():
-        torch.testing.assert_close(back[name], pair)
+        assert all(torch.equal(found, given) for found, given in zip(back[name], pair, strict=True))
 
 
 def test_trained_and_pruned_with_a_rank_for_each_expert(trained):
@@ -118,9 +119,9 @@ def test_peft_reads_it_and_so_do_we(trained):
     with attached(model, adapter):
         ours = logits(model)
     torch.testing.assert_close(logits(model), untouched, rtol=0, atol=0)
-    theirs = logits(peft.PeftModel.from_pretrained(model, folder / "out"))
+    theirs = logits(in_double(peft.PeftModel.from_pretrained(model, folder / "out")))
     assert (theirs - untouched).abs().max() > 1e-3
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_close_to_truth(ours, theirs, terms=TERMS)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +146,11 @@ def test_merged_into_the_files_of_the_base(trained, tmp_path, whole):
         assert "model.layers.0.mlp.experts.down_proj" in Weights(tmp_path / kind).entries
     adapter = read_adapter(folder / "out")
     with attached(model := base(folder, kind), adapter):
-        expected = logits(model)
+        expected = logits(in_double(model))
     place = Place(Model(name_or_path=str(folder / kind)), (tmp_path if whole else folder) / kind, None, True)
     (tmp_path / "merged").mkdir()
     write_merged(plan_merge(adapter, place), adapter, place, tmp_path / "merged")
-    torch.testing.assert_close(logits(base(tmp_path, "merged")), expected, rtol=1e-4, atol=1e-5)
+    assert_close_to_truth(logits(base(tmp_path, "merged")), expected, terms=TERMS)
     assert Weights(tmp_path / "merged").entries.keys() == Weights(place.folder).entries.keys()
 
 
@@ -207,12 +208,12 @@ def test_an_adapter_of_another_tool(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # see lora_config
         model = peft.get_peft_model(base(tmp_path, "mixtral"), config)
-    expected = logits(model)
+    expected = logits(in_double(model))
     model.save_pretrained(tmp_path / "adapter")
     adapter = read_adapter(tmp_path / "adapter")
     assert len(adapter.layers) == 2 * (1 + 8)
     with attached(ours := base(tmp_path, "mixtral"), adapter):
-        torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)
+        assert_close_to_truth(logits(ours), expected, terms=TERMS)
 
 
 @one_kind

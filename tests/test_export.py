@@ -14,7 +14,8 @@ import pytest
 import torch
 from cli_helpers import Dynlora, contents
 from gguf import GGUFReader
-from peft_adapters import ids, make, peft_logits
+from numeric import assert_close_to_truth
+from peft_adapters import TERMS, ids, make, peft_logits
 from safetensors.torch import load_file
 from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM
@@ -65,7 +66,7 @@ def test_stock_peft_computes_the_same_with_every_adapter_form(kind: str, form: s
     answer = dynlora("export", "--adapter", adapter, "--to", form, "--out", tmp_path / "out", "--json")
     assert answer.code == 0, answer.err
     expected = peft_logits(base, adapter)
-    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
+    assert_close_to_truth(peft_logits(base, tmp_path / "out"), expected, terms=TERMS, dtype=torch.float32)
 
 
 def test_lorax_gets_one_rank_and_no_holes(mixed: Path, tmp_path: Path, dynlora: Dynlora):
@@ -117,7 +118,7 @@ def test_merged_takes_every_kind(kind: str, tmp_path: Path, dynlora: Dynlora):
     if kind == "tied":
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         with torch.no_grad():
-            torch.testing.assert_close(model(ids()).logits, peft_logits(base, adapter), atol=1e-4, rtol=1e-4)
+            assert_close_to_truth(model(ids()).logits, peft_logits(base, adapter), terms=TERMS)
 
 
 REFUSED = [
@@ -148,7 +149,8 @@ def test_what_a_consumer_cannot_read_is_refused_with_advice(kind, form, message,
 def test_for_peft_it_stays_what_it_is_or_becomes_the_same_lora(kind: str, tmp_path: Path, dynlora: Dynlora):
     base, adapter = make(kind, tmp_path)
     assert dynlora("export", "--adapter", adapter, "--to", "peft", "--out", tmp_path / "out").code == 0
-    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), peft_logits(base, adapter), atol=1e-4, rtol=1e-4)
+    expected = peft_logits(base, adapter)
+    assert_close_to_truth(peft_logits(base, tmp_path / "out"), expected, terms=TERMS, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("form", FORMS)

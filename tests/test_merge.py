@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import Dynlora, contents
-from peft_adapters import make
+from numeric import assert_close_to_truth
+from peft_adapters import exact_delta, make
 from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM
 
@@ -133,8 +134,8 @@ def test_qlora_into_the_weights_as_they_were(quantized_run: Path, tmp_path: Path
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert merged.dtype == model.dtype
     for name, factors in plain.layers.items():
-        expected = model.get_submodule(name).weight + factors.delta_OI()
-        torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=1e-5, rtol=1e-5)
+        expected = model.get_submodule(name).weight.double() + exact_delta(factors)
+        assert_close_to_truth(merged.get_submodule(name).weight, expected, terms=factors.rank + 1)
 
 
 def test_qlora_into_the_weights_as_training_saw_them(quantized_run: Path, tmp_path: Path, dynlora: Dynlora):
