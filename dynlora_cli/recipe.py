@@ -26,11 +26,11 @@ from dynlora_cli.recipe_settings import (
     Model,
     Pruning,
     Rank,
-    Recipe,
     Source,
     Train,
     parse_budget,
 )
+from dynlora_cli.recipe_whole import Recipe
 from dynlora_cli.strict_yaml import Node, Place, Problem, show
 
 __all__ = [
