@@ -1,36 +1,45 @@
-"""Sources of a recipe to rows: local files and folders, hub data sets, the built-in set.
+"""Sources of a recipe to tables: local files (read by row_files.py) and folders, hub data sets, the built-in set.
 
-Local files are read with the standard library and pyarrow, not with `datasets`: that names the line of a fault, writes
-no second copy into a cache, and starts two seconds sooner. Hub names go through `datasets.load_dataset`.
+Hub names go through `datasets.load_dataset`.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynlora_cli import stdlib_docs
 from dynlora_cli.errors import DataError, MachineError, UsageError
+from dynlora_cli.row_files import (
+    READERS,
+    TEXT_SUFFIXES,
+    Row,
+    holds_rows,
+    kind_of,
+    numbered,
+    read_rows,
+    refuse_unknown_kind,
+    unfilled,
+)
+from dynlora_cli.strict_json import loads
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Source
 
 BUILTIN = "builtin:stdlib-docs"
-TEXT_SUFFIXES = {".txt", ".md"}
 _SPLIT_NAMES = {
     "train": {"train", "training"},
-    "val": {"val", "valid", "validation", "dev"},
+    "val": {"val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"},
     "test": {"test", "testing"},
 }
-
-Row = dict[str, Any]
+# Files about rows: LLaMA-Factory's list of sets, what `datasets` saves beside a set, and what a person should read.
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
+_ABOUT |= {f"{name}{ending}" for name in ("readme", "license", "changelog") for ending in (".md", ".txt")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +74,21 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
         if source.path != BUILTIN:
             raise UsageError(f"dataset: there is no {source.path!r}", f"the built-in data set is {BUILTIN}")
         held_out = held_out or source.split != "train"
-        return [Table(BUILTIN, lambda: _numbered(BUILTIN, stdlib_docs.rows("val" if held_out else "train")))]
+        return [Table(BUILTIN, lambda: numbered(BUILTIN, stdlib_docs.rows("val" if held_out else "train")))]
     if not is_local(source.path):
         return [_hub(source)]
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return [_table(file) for file in _files_of(path, source.split, notes)]
+        return [_table(file, notes) for file in _files_of(path, source.split, notes)]
     if path.exists():
-        return [_table(path)]
+        return [_table(path, notes)]
     raise UsageError(f"dataset: no file or folder {source.path}{_nearest(path)}", "paths start at the current folder")
 
 
 def is_local(name: str) -> bool:
     """Whether a source is built in, a file or a folder, be it a missing one; anything else is a name on the hub."""
     path = Path(name).expanduser()
-    like_a_path = path.suffix in _READERS or name.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    like_a_path = kind_of(path) in READERS or name.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     return like_a_path or path.exists()
 
 
@@ -89,7 +98,7 @@ def _nearest(path: Path) -> str:
     if not folder.is_dir():
         return f" (the folder {folder} does not exist)"
     shown = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    there = sorted(entry.name for entry in shown if entry.is_dir() or entry.suffix in _READERS)
+    there = sorted(entry.name for entry in shown if entry.is_dir() or kind_of(entry) in READERS)
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
     if near:
         return f"; did you mean {' or '.join(repr(str(folder / name)) for name in near)}?"
@@ -98,12 +107,14 @@ def _nearest(path: Path) -> str:
 
 def _files_of(folder: Path, split: str, notes: list[str]) -> list[Path]:
     """Data files of a folder: those of the split where file names tell splits, tables before texts."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _READERS and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
     shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    if not shown:
-        raise DataError(f"dataset: no data files in the folder {folder}", f"expected: {', '.join(sorted(_READERS))}")
-    tabular = [file for file in shown if file.suffix not in TEXT_SUFFIXES]
-    chosen = tabular or shown
+    chosen = _tables_of(shown) or [file for file in shown if _is_text(file)]
+    if not chosen:
+        there = f"it holds: {_listed(folder, shown)}; " if shown else "it is empty; "
+        raise DataError(
+            f"dataset: no data files in the folder {folder}", f"{there}expected: {', '.join(sorted(READERS))}"
+        )
     splits = {file: _split_of(file.relative_to(folder)) for file in chosen}
     if any(splits.values()):
         wanted = _split_of(Path(split)) or split
@@ -117,6 +128,42 @@ def _files_of(folder: Path, split: str, notes: list[str]) -> list[Path]:
     return chosen
 
 
+def _tables_of(files: list[Path]) -> list[Path]:
+    """Those that hold rows: no settings of other programs, nor what such a program has saved beside its rows."""
+    found = [file for file in files if kind_of(file) in READERS and kind_of(file) not in TEXT_SUFFIXES]
+    found = [file for file in found if file.name.lower() not in _ABOUT]
+    for state in (file for file in files if file.name == "state.json"):
+        kept = _saved(state)
+        found = [
+            file for file in found if file.parent != state.parent or kind_of(file) != ".arrow" or file.name in kept
+        ]
+    # A folder of single objects is no folder of settings: its reader says what is wrong with them.
+    return [file for file in found if kind_of(file) != ".json" or holds_rows(file)] or found
+
+
+def _saved(state: Path) -> set[str]:
+    """Names of the files that `datasets` lists as a saved set's; others beside them are left from work on it.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    try:
+        listed = loads(state.read_text(encoding="utf-8"))["_data_files"]
+        names = {str(file["filename"]) for file in listed}
+    except (OSError, ValueError, TypeError, LookupError):  # somebody else's state.json
+        return {file.name for file in state.parent.iterdir()}
+    missing = sorted(name for name in names if not (state.parent / Path(name).name).is_file())
+    if missing:
+        raise DataError(
+            f"{state}: names {missing[0]!r}, which is not beside it", "save the data set again, or copy all of it"
+        )
+    return names
+
+
+def _is_text(file: Path) -> bool:
+    return kind_of(file) in TEXT_SUFFIXES and file.name.lower() not in _ABOUT
+
+
 def _listed(folder: Path, files: list[Path]) -> str:
     names = [str(file.relative_to(folder)) for file in files]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -127,138 +174,9 @@ def _split_of(path: Path) -> str | None:
     return next((split for split, names in _SPLIT_NAMES.items() if names & set(words)), None)
 
 
-def _table(path: Path) -> Table:
-    if path.suffix not in _READERS:
-        known = ", ".join(sorted(_READERS))
-        raise DataError(f"dataset: {path} has an unknown kind {path.suffix!r}", f"expected one of: {known}")
-    return Table(str(path), lambda: _guarded(path), whole_text=path.suffix in TEXT_SUFFIXES)
-
-
-def _guarded(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a file, with the faults every kind of file can have told in one way."""
-    empty = True
-    try:
-        for place, row in _READERS[path.suffix](path):
-            empty = False
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: expected an object with columns, found {type(row).__name__}")
-            yield place, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if empty:
-        raise DataError(f"{path}: no rows", "the file is empty")
-
-
-def _numbered(name: str, rows: Any) -> Iterator[tuple[str, Row]]:
-    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(line.rstrip(), path, number)
-
-
-def _parse(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno})") from None
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
-    """A list of rows, an object with one list of rows in it, or JSON lines under a `.json` name."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return iter(())
-    if text.lstrip()[0] == "{" and _is_json(text.lstrip().splitlines()[0]) and not _is_json(text):
-        return _read_jsonl(path)
-    content = _parse(text, path, 1)
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        if len(lists) != 1:
-            keys = ", ".join(map(str, content))
-            raise DataError(
-                f"{path}: expected a list of rows, found one object (keys: {keys})",
-                "or use JSON lines: one row per line",
-            )
-        content = lists[0]
-    if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of rows, found {type(content).__name__}")
-    return _numbered(str(path), content)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(2**31 - 1)  # whole documents in a field are normal here
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
-                    expected = len(reader.fieldnames or ())
-                    raise DataError(
-                        f"{path}:{reader.line_num}: {found} fields, the header has {expected}",
-                        "quote fields that hold a separator",
-                    )
-                yield f"{path}:{reader.line_num}", row
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", {name: _unfilled(value) for name, value in row.items()}
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a valid Parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _unfilled(value: Any) -> Any:
-    """A column's value without the nulls that Arrow puts in objects for the keys that only other rows have.
-
-    A chat template would write them out, such as arguments that a tool was never called with.
-    """
-    if isinstance(value, dict):
-        return {key: _unfilled(part) for key, part in value.items() if part is not None}
-    return [_unfilled(part) for part in value] if isinstance(value, list) else value
-
-
-def _read_text(path: Path) -> Iterator[tuple[str, Row]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if text.strip():
-        yield str(path), {"text": text}
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-    ".md": _read_text,
-}
+def _table(path: Path, notes: list[str]) -> Table:
+    refuse_unknown_kind(path)
+    return Table(str(path), lambda: read_rows(path, notes), whole_text=kind_of(path) in TEXT_SUFFIXES)
 
 
 def _hub(source: Source) -> Table:
@@ -293,7 +211,7 @@ def _hub(source: Source) -> Table:
 
     def read(row: Row) -> Row:
         given = {name: row[name] for name in classes if row[name] is not None and row[name] >= 0}
-        whole = {name: _unfilled(value) if name in filled else value for name, value in row.items()}
+        whole = {name: unfilled(value) if name in filled else value for name, value in row.items()}
         return whole | {name: classes[name].int2str(number) for name, number in given.items()}
 
-    return Table(called, lambda: _numbered(called, map(read, data)))
+    return Table(called, lambda: numbered(called, map(read, data)))
