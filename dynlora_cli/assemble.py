@@ -36,7 +36,7 @@ from dynlora_cli.relative import layer_kind
 from dynlora_cli.schedule import Schedule
 from dynlora_cli.shared_inputs import share_inputs
 from dynlora_cli.state import Progress, Run
-from dynlora_cli.targets import find_targets
+from dynlora_cli.targets import find_targets, layers_refused, why_refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,13 +125,16 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
     )
     set_fused(base.model, recipe)
     experts = fused_experts(base.model)
-    adapted = recipe.adapter.names_experts or not drawers.load("variants", recipe.adapter.variant).has_components
-    if experts and not adapted:
+    adapts = drawers.load("variants", recipe.adapter.variant).has_components
+    if experts and adapts and not recipe.adapter.names_experts:
         data.notes.append(
             f"the weights of the experts ({max(experts.values())} in each of {len(experts)} blocks) are not adapted, "
             "nor are the routers: components are in the other linear layers only; "
             "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
         )
+    refused = layers_refused(base.model)
+    if refused and adapts:
+        data.notes.append(f"{len(refused)} layers are not adapted: {why_refused(base.model)}")
     return base
 
 

@@ -89,18 +89,19 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Sequence[Part], scale: float, *_: Tensor) -> tuple[Tensor, ...]:
-        ys = [_base_product(x, part.base) for part in parts]
+        x_NI = x.reshape(-1, x.shape[-1])
+        ys = [_base_product(x_NI, part.base) for part in parts]
         dtype = ys[0].dtype
         a, b = zip(*(part.low or tuple(_in(leaf, dtype) for leaf in part.leaves) for part in parts), strict=True)
         a_CI = torch.cat(a) if len(a) > 1 else a[0]
-        x_NI = _in(x.reshape(-1, x.shape[-1]), dtype)
-        h_NC = thin_product(x_NI, a_CI)
-        for y, h, b_OC in zip(ys, _split(h_NC, b), b, strict=True):
-            y.view(-1, y.shape[-1]).addmm_(h, b_OC.T, alpha=scale)
+        h_NC = thin_product(_in(x_NI, dtype), a_CI)
+        for y_NO, h, b_OC in zip(ys, _split(h_NC, b), b, strict=True):
+            y_NO.addmm_(h, b_OC.T, alpha=scale)
         a_trains = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if a_trains else None, h_NC, a_CI, *b)
         ctx.parts, ctx.scale, ctx.dtype, ctx.x_dtype = parts, scale, dtype, x.dtype
-        return tuple(ys)
+        # Autograd forbids a model to change what a function returns in place where that is a view, and these are none.
+        return tuple(torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[1])) for y_NO in ys)
 
     @staticmethod
     @once_differentiable
@@ -132,9 +133,9 @@ class FusedLinear(torch.autograd.Function):
         return tuple(found)
 
 
-def _base_product(x: Tensor, base: nn.Module) -> Tensor:
+def _base_product(x_NI: Tensor, base: nn.Module) -> Tensor:
     weight, bias = weight_OI(base), base.bias
-    return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
+    return F.linear(x_NI, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
 
 
 def _split(h_NC: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -104,7 +104,7 @@ def _shrink(values: dict[str, Any], vocabulary: int) -> dict[str, Any]:
 
 def _small(name: str, value: int, vocabulary: int, layers: int) -> int:
     for pattern, limit in RULES:
-        if pattern.fullmatch(name):
+        if pattern.fullmatch(name) and name != "chunk_size_feed_forward":
             wanted = {0: vocabulary, -1: layers}.get(limit, limit) if "token" not in name else limit
             return wanted if wanted > value or value > wanted else value
     if name.endswith(("_token_id", "_token_index", "_token")) and value >= vocabulary:

@@ -11,11 +11,13 @@ import torch
 import transformers
 from numeric import assert_close_to_truth, in_double
 from sweep_architectures import STEPS, try_type
+from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, write_model
 from tiny_run import make_recipe, train, write_rows
 
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
+from dynlora_cli.errors import UsageError
 from dynlora_cli.merge import into_base
 from dynlora_cli.report_card import AUTO_CLASS
 
@@ -72,3 +74,22 @@ def test_stock_peft_reads_what_was_trained(kind, tmp_path):
     result = try_type(tmp_path, kind, LANGUAGE)
     assert {step: result.get(step) for step in STEPS} == dict.fromkeys(STEPS, "ok"), result
     assert result["moved"] > 0.01
+
+
+def test_what_peft_does_not_adapt_in_a_mamba_is_left_out_and_said(tmp_path):
+    write_tiny(tmp_path / "mamba", "mamba", LANGUAGE)
+    recipe = make_recipe(tmp_path, "train.max_steps=2", kind="mamba")
+    summary, events = train(recipe)
+    assert summary["ranks"]
+    assert not [name for name in summary["ranks"] if name.endswith("out_proj")]
+    assert [note for note in events[0]["notes"] if note.startswith("2 layers are not adapted: PEFT adapts no out_proj")]
+    with pytest.raises(UsageError, match="'out_proj': PEFT adapts no out_proj in a model of type mamba"):
+        train(make_recipe(tmp_path, "adapter.target_modules=[out_proj]", kind="mamba", out="other"))
+
+
+def test_dora_of_what_peft_takes_for_experts_is_refused(tmp_path):
+    write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
+    with pytest.raises(UsageError, match="PEFT has no dora for model.layers.0.mlp.down_proj"):
+        train(make_recipe(tmp_path, "adapter.variant=dora", kind="glm4_moe"))
+    recipe = make_recipe(tmp_path, "adapter.variant=dora", "adapter.target_modules=attention", kind="glm4_moe")
+    assert train(recipe)[0]["ok"]

@@ -66,6 +66,29 @@ def test_fused_equals_ordinary_operations(kind, shape, count, monkeypatch):
             assert_close_to_truth(found, exact, terms=tokens + 12 + 20 + count)
 
 
+@pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (12,)])
+@pytest.mark.parametrize("kind", ["bias", "no bias", "Conv1D"])
+def test_a_model_may_add_to_the_output_in_place(kind, shape, monkeypatch):
+    def and_one(made, x):
+        y = made(x)
+        fused_by = type(y.grad_fn).__name__
+        y += 1
+        y.mul_(2)
+        assert fused_by == "FusedLinearBackward"
+        return y
+
+    monkeypatch.setattr(ComponentLinear, "fuse", True)
+    made, x = layer(bases()[kind]), torch.randn(shape)
+    wanted, *gradients = truth(made, x)
+    x = x.requires_grad_(True)
+    made.a_CI.grad = made.b_OC.grad = None
+    y = and_one(made, x)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    found = y.detach(), x.grad, made.a_CI.grad, made.b_OC.grad
+    for ours, exact in zip(found, (2 * wanted + 2, *(2 * gradient for gradient in gradients)), strict=True):
+        assert_close_to_truth(ours, exact, terms=2 * (x.numel() + 12 + 20 + 4))
+
+
 @pytest.mark.parametrize("tokens", [3, 6])
 def test_gradients_against_finite_differences(tokens):
     made = layer(nn.Linear(5, 4), count=2, dtype=torch.float64)
