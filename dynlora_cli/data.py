@@ -120,6 +120,7 @@ def load_data(
         number_labels(train + val + sizing_rows, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, limit, reader.notes)
+    reader.notes += encoder.notes(_template_name(dataset.chat_template))
     training, measured, sized = ([kept.example for kept in part] for part in (train, val, sizing_rows))
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms)
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
@@ -135,6 +136,13 @@ def _template(setting: str) -> str:
         return Path(setting).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"dataset.chat_template: cannot read {setting} ({error})") from error
+
+
+def _template_name(setting: str | None) -> str:
+    """The chat template in words."""
+    if setting is None:
+        return "the tokenizer's chat template"
+    return "dataset.chat_template" + ("" if "{%" in setting or "{{" in setting else f" ({setting})")
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.chat_mask import assistant_spans, closing_of, text_of
+from dynlora_cli.chat_mask import Mask, closing_of
+from dynlora_cli.chat_template import Unwritten, draws_at_random, write
 from dynlora_cli.errors import DataError
 from dynlora_cli.formats._forms import BadRowError, Form, Labelled, Pair, Plain, Turns
 
@@ -118,6 +119,7 @@ class Encoder:
         self.decoded = decoded
         self.opening = self._opening()
         self.glue = self._glue()
+        self.unwritten = Unwritten(tokenizer)
 
     def encode(self, rows: list[Located]) -> list[Draft]:
         """Drafts of rows that all have the same form, in order."""
@@ -128,6 +130,20 @@ class Encoder:
             Labelled: self._labelled,
         }
         return by_form[type(rows[0].form)](rows) if rows else []
+
+    def notes(self, template: str) -> list[str]:
+        """What a person should know about the conversations that were read; `template` is their template in words."""
+        notes = []
+        if lost := self.unwritten.fields():
+            notes.append(f"{template} leaves out {', '.join(lost)}: nothing is learned from that")
+        if "mask" in self.__dict__ and self.mask.marks_itself:
+            notes.append(f"{template} says itself what the assistant writes ({{% generation %}}): the loss is on that")
+        if "mask" in self.__dict__ and self.mask.unlike_serving:
+            notes.append(
+                f"{template} asks for an answer with {self.mask.unlike_serving!r}, and writes answers without: "
+                "the model is asked in another form than it learns from"
+            )
+        return notes
 
     def pieces(self, place: str, text: str) -> list[Draft]:
         """A text file as consecutive pieces of `max_length` tokens, the end-of-text token after the last.
@@ -231,7 +247,8 @@ class Encoder:
         for row in rows:
             assert isinstance(row.form, Turns)
             try:
-                text = text_of(self.tokenizer, row.form)
+                text = write(self.tokenizer, row.form.messages, row.form.tools)
+                self.unwritten.look(row.form, text)
                 turns = self._spans(row.form, text)
             except BadRowError as error:
                 raise DataError(f"{row.place}: {error}") from error
@@ -250,23 +267,31 @@ class Encoder:
         """Character spans to train on."""
         if self.train_on == "all":
             return [(0, len(text))]
-        only_last = self.train_on == "completion"
-        return assistant_spans(self.tokenizer, turns, text, self.closing, only_last=only_last)
+        return self.mask.spans(turns, text, only_last=self.train_on == "completion")
 
     @cached_property
-    def closing(self) -> str:
-        """What the chat template writes after an assistant turn."""
+    def mask(self) -> Mask:
+        """Finds the assistant's turns."""
+        if draws_at_random(self.tokenizer.chat_template):
+            raise DataError(
+                "the chat template draws at random, so no row could be written twice alike",
+                "use another dataset.chat_template",
+            )
         try:
-            return closing_of(self.tokenizer)
+            closing = closing_of(self.tokenizer)
         except BadRowError as error:
             raise DataError(str(error)) from error
+        return Mask(self.tokenizer, closing, [decode(self.tokenizer, [index]) for index in sorted(self._special_ids)])
+
+    @property
+    def _special_ids(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return {*self.tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
 
     @cached_property
     def closes_turns(self) -> bool:
         """Whether the chat template ends an assistant turn with a special token, at which generation can stop."""
-        special = set(self.tokenizer.all_special_ids)
-        special |= {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return bool(special & set(self._ids([self.closing])[0]))
+        return bool(self._special_ids & set(self._ids([self.mask.closing])[0]))
 
     def _close(self, form: Form, draft: Draft) -> None:
         """End a conversation with the end-of-text token where its template has no token of its own for that."""

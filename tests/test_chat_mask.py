@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chat_templates as templates
 import pytest
 from data_helpers import BARE, CHATML, FIXTURES, LLAMA3, MISTRAL, ROLE_TOKENS, THINKING, byte_tokenizer, dataset, source
 from data_helpers import space_tokenizer as make_space_tokenizer
@@ -127,9 +128,11 @@ def test_a_template_without_end_token_gets_end_of_text(tmp_path: Path) -> None:
     assert any("without a special token" in note for note in data.notes)
 
 
-def test_a_template_that_hides_the_answer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="leaves out what the assistant says"):
-        trained(tmp_path, TALK, "{% for m in messages %}{{ m.role }}{% endfor %}")
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_hides_question_or_answer_is_refused(tmp_path: Path, role: str) -> None:
+    template = "{% for m in messages %}{{ m.role }}{% if m.role != 'ROLE' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match=f"leaves out what the {role} says"):
+        trained(tmp_path, TALK, template.replace("ROLE", role))
 
 
 def test_a_template_that_changes_the_answer_is_refused(tmp_path: Path) -> None:
@@ -197,4 +200,104 @@ def test_builtin_tokenizer() -> None:
     assert show_example(data.train[0], tokenizer) == [
         ("<s><|user|>hello</s><|assistant|>", False),
         ("the cat sat</s>", True),
+    ]
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "c12345678", "function": function}],
+    }
+
+
+# Two equal questions and answers around a call, and thinking that some templates take out of earlier turns.
+LONG = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"},
+    {"role": "user", "content": "a"},
+    call("a", city="a"),
+    {"role": "tool", "content": "7", "tool_call_id": "c12345678"},
+    {"role": "assistant", "content": "a"},
+]
+TOOLS = [{"type": "function", "function": {"name": "a", "parameters": {"type": "object"}}}]
+TAGGED = '<tool_call>\n{"name": "a", "arguments": {"city": "a"}}\n</tool_call><|im_end|>'
+THOUGHT_A = "<think>\nhm\n</think>\n\na"
+
+
+def marked_tokenizer(template: str) -> Any:
+    tokenizer = byte_tokenizer(template)
+    tokenizer.add_tokens(templates.MARKS, special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("QWEN25", [THOUGHT_A + "<|im_end|>", TAGGED, "a<|im_end|>"]),
+        ("QWEN3", ["a<|im_end|>", TAGGED, "<think>\n\n</think>\n\na<|im_end|>"]),
+        ("LLAMA31", [THOUGHT_A + "<|eot|>", '{"name": "a", "parameters": {"city": "a"}}<|eot|>', "a<|eot|>"]),
+        (
+            "MISTRAL3",
+            [
+                f" {THOUGHT_A}</s>",
+                '[TOOL_CALLS] [{"name": "a", "arguments": {"city": "a"}, "id": "c12345678"}]</s>',
+                " a</s>",
+            ],
+        ),
+        (
+            "GPT_OSS",
+            [
+                f"<|channel|>final<|message|>{THOUGHT_A}<|end|>",
+                ' to=functions.a<|channel|>commentary json<|message|>{"city": "a"}<|call|>',
+                "<|channel|>final<|message|>a<|return|>",
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("ending", [6, 4, 2], ids=["answer", "call", "question"])
+def test_calls_and_turns_that_the_template_rewrites_are_found(
+    tmp_path: Path, template: str, expected: list[str], ending: int
+) -> None:
+    tokenizer = marked_tokenizer(getattr(templates, template))
+    rows = [{"messages": LONG[:ending], "tools": TOOLS}]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = load_data(dataset(path, max_length=1024), tokenizer, task="causal-lm", seed=0)
+    pieces = show_example(data.train[0], tokenizer)
+    turns = {6: 3, 4: 2, 2: 1}[ending]
+    found = [text for text, in_loss in pieces if in_loss]
+    if ending == 6:
+        assert found == expected
+    assert len(found) == turns
+    # What is trained last is what a server asks for.
+    asked = tokenizer.apply_chat_template(LONG[: ending - 1], tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    written = tokenizer.apply_chat_template(LONG[:ending], tools=TOOLS, tokenize=False)
+    assert asked + found[-1] == written.rstrip("\n")
+
+
+def test_a_prompt_that_no_row_shows_is_said(tmp_path: Path) -> None:
+    tokenizer = marked_tokenizer(templates.DEEPSEEK_R1)
+    assert trained(tmp_path, TALK, None, tokenizer=tokenizer) == ["a quick brown fox</s>", "the lazy dog 🐕</s>"]
+    data = load_data(dataset(tmp_path / "talk.jsonl"), tokenizer, task="causal-lm", seed=0)
+    assert [note for note in data.notes if "asks for an answer with '<|Assistant|><think>\\n'" in note]
+
+
+def test_system_words_in_the_first_question(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "think"}, *TALK]
+    found = trained(tmp_path, talk, None, tokenizer=marked_tokenizer(templates.GEMMA3))
+    assert found == [THOUGHT + "a quick brown fox<end_of_turn>", "the lazy dog 🐕<end_of_turn>"]
+
+
+def test_a_mark_behind_the_conversation(tmp_path: Path) -> None:
+    found = trained(tmp_path, TALK, None, tokenizer=marked_tokenizer(templates.PHI))
+    assert found == [THOUGHT + "a quick brown fox<|end|>", "the lazy dog 🐕<|end|><|endoftext|>"]
+
+
+def test_the_template_s_own_blocks(tmp_path: Path) -> None:
+    """They hold the turn's opening here, which a server writes, and not its end, which the model must."""
+    assert trained(tmp_path, TALK, templates.GENERATION) == [
+        THOUGHT + "a quick brown fox<|im_end|>",
+        "the lazy dog 🐕<|im_end|>",
     ]
