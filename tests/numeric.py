@@ -52,3 +52,12 @@ def in_double(model: nn.Module) -> Any:
 def same_loss(expected: Any) -> Any:
     """A mean loss, or several, computed a second time by other sums: the tokens' roundings average out."""
     return pytest.approx(expected, rel=rounding(torch.float32, 64))
+
+
+def same_curve(expected: Any) -> Any:
+    """The losses of a training run that is done a second time by other sums.
+
+    A step of Adam goes as far for a gradient that is nothing but rounding as for any other, so weights drift apart. On
+    the tiny models the losses of 20 steps then differ by up to 1e-6; all weights off by 1e-5 at the start give as much.
+    """
+    return pytest.approx(expected, rel=1e-4)

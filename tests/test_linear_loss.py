@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numeric import assert_close_to_truth, in_double, same_loss
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig
@@ -24,6 +25,9 @@ CONFIGS = {
     "gemma2": Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=16),
     "granite": GraniteConfig(**SMALL, logits_scaling=3.0),
 }
+# Roundings on the way to a logit and back: sums over up to 32 and 48 numbers in each of two blocks, then 67 logits and
+# 27 tokens.
+TERMS = 2 * 2 * (32 + 48) + 67 + 27
 LAST = ("llama", "llama, tied", "gpt2", "opt")
 
 
@@ -69,15 +73,19 @@ def test_the_first_pass_and_later_ones_give_the_same_bytes():
 def test_loss_and_gradient_are_those_of_the_logits(kind, targets, monkeypatch):
     model, rows = build(kind), batch(targets)
     weight = next(p for name, p in model.named_parameters() if ".0." in name and p.ndim == 2).requires_grad_(True)
-    found = {}
+    exact = in_double(model)
+    logits = exact(**rows.inputs).logits.flatten(0, 1)
+    true_loss = F.cross_entropy(logits, rows.labels.flatten(), reduction="sum", ignore_index=IGNORE)
+    true_loss.backward()
+    true_gradient = next(p.grad for p in exact.parameters() if p.requires_grad)
     for use in (True, True, False):
         monkeypatch.setattr(Heads, "use", use)
         weight.grad = None
         loss = summed_loss(model, rows)
         loss.backward()
-        found[use] = loss.detach(), weight.grad
-    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
-    assert found[True][0].dtype == torch.float32
+        assert loss.dtype == torch.float32
+        assert_close_to_truth(loss, true_loss, terms=TERMS)
+        assert_close_to_truth(weight.grad, true_gradient, terms=TERMS)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -86,8 +94,8 @@ def test_evaluation_is_the_same_with_and_without_logits(kind, monkeypatch):
     with_head = held_out(model, [rows]), row_sums(model, [rows])
     monkeypatch.setattr(Heads, "use", False)
     logits = held_out(model, [rows]), row_sums(model, [rows])
-    assert with_head[0] == pytest.approx(logits[0], rel=1e-6)
-    assert with_head[1].loss_R == pytest.approx(logits[1].loss_R, rel=1e-5, abs=1e-6)
+    assert with_head[0] == same_loss(logits[0])
+    assert with_head[1].loss_R == same_loss(logits[1].loss_R)
     assert (with_head[1].correct_R == logits[1].correct_R).all()
     assert with_head[1].targets_R.tolist() == logits[1].targets_R.tolist() == [3, 0, 8]
 
@@ -96,12 +104,13 @@ def test_chunks_add_up(monkeypatch):
     head, hidden = nn.Linear(8, 40), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 40, (30,))
     head.requires_grad_(False)
-    (wanted,) = torch.autograd.grad(F.cross_entropy(head(hidden), targets, reduction="sum"), hidden)
+    logits = F.linear(hidden.double(), head.weight.double(), head.bias.double())
+    (wanted,) = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), hidden)
     monkeypatch.setattr(linear_loss, "CHUNK", 1)
     monkeypatch.setattr(linear_loss, "LEAST_ROWS", 7)
     loss = linear_cross_entropy(hidden, targets, head)
     (loss * 0.5).backward()
-    torch.testing.assert_close(hidden.grad, 0.5 * wanted)
+    assert_close_to_truth(hidden.grad, 0.5 * wanted.double(), terms=8 + 40 + 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

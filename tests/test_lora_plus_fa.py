@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import Dynlora
+from numeric import assert_close_to_truth
 from safetensors.torch import load_file
 from tiny_run import assembled, make_recipe, train
 from torch import nn
@@ -37,7 +38,8 @@ def test_b_goes_ratio_times_as_far_and_a_as_far_as_before(overrides, tmp_path):
     a_plus, b_plus, _ = one_step(tmp_path, *overrides, "train.lora_plus_ratio=16")
     assert torch.equal(a_plus, a)
     assert b.abs().max() > 1e-3
-    torch.testing.assert_close(b_plus, 16 * b, rtol=1e-4, atol=1e-6)
+    # Changes of weights up to 0.2 are known to these weights' last bits, 40 times those of changes up to 0.005.
+    assert_close_to_truth(b_plus, 16 * b.double(), terms=64)
 
 
 def test_the_ratio_is_that_of_two_parameter_groups(tmp_path):
@@ -61,7 +63,7 @@ def test_the_ratio_is_that_of_two_parameter_groups(tmp_path):
         step(run, run.batches.step(0, index))
         run.progress.step += 1
     for half, expected in zip(run.pool.halves(), (a, b), strict=True):
-        torch.testing.assert_close(half, expected.detach(), rtol=1e-4, atol=1e-6)
+        assert_close_to_truth(half, expected.detach().double(), terms=4 * 8)  # four steps of the same arithmetic
 
 
 def test_a_run_with_the_ratio_resumes_and_learns_more_in_few_steps(tmp_path):
@@ -89,10 +91,11 @@ def assert_resumes(recipe):
 # -- LoRA-FA ---------------------------------------------------------------------------------------------------------
 
 
-def layer_and_pool(d_in=64, d_out=96, count=4):
+def layer_and_pool(d_in=64, d_out=96, count=4, dtype=torch.float32):
     torch.manual_seed(0)
-    layer = ComponentLinear(nn.Linear(d_in, d_out).requires_grad_(False), 1.7)
+    layer = ComponentLinear(nn.Linear(d_in, d_out, dtype=dtype).requires_grad_(False), 1.7)
     pool = Pool({"layer": layer}, {"layer": count}, seed=3)
+    pool.adopt(pool.values.detach().to(dtype), pool.counts)
     with torch.no_grad():
         pool.values.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(1))
     return layer, pool
@@ -108,8 +111,8 @@ def gradients(layer, pool, x):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_frozen_a_has_no_gradient_and_the_others_are_as_before(fuse, monkeypatch):
     monkeypatch.setattr(ComponentLinear, "fuse", fuse)
-    layer, pool = layer_and_pool()
-    x = torch.randn(5, 3, 64)
+    layer, pool = layer_and_pool(dtype=torch.float64)
+    x = torch.randn(5, 3, 64, dtype=torch.float64)
     expected_x, a, expected_b = gradients(layer, pool, x)
     scores_K = pool.gate_gradient_K()
     pool.freeze_a()
@@ -118,7 +121,7 @@ def test_a_frozen_a_has_no_gradient_and_the_others_are_as_before(fuse, monkeypat
     assert not a_frozen.any()
     assert torch.equal(found_x, expected_x)
     assert torch.equal(found_b, expected_b)
-    torch.testing.assert_close(pool.gate_gradient_K(), scores_K, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pool.gate_gradient_K(), scores_K)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -141,16 +144,16 @@ def test_the_layers_input_is_not_kept(fuse, autocast, monkeypatch):
 
 
 def test_pruning_and_the_gauge_leave_a_frozen():
-    net, pool = make()
+    net, pool = make(dtype=torch.float64)
     fill(pool)
     pool.freeze_a()
     optimizer = torch.optim.AdamW([pool.values], lr=1e-2)
-    x = torch.randn(6, 12)
+    x = torch.randn(6, 12, dtype=torch.float64)
     net(x).square().mean().backward()
     optimizer.step()
     before = net(x).detach()
     to_svd_basis(pool, optimizer)
-    torch.testing.assert_close(net(x).detach(), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net(x).detach(), before)
     shrink(pool, optimizer, torch.tensor([True, False, True] * 3))
     assert not any(layer.a_CI.requires_grad for layer in pool.layers.values())
     pool.values.grad.zero_()

@@ -238,10 +238,10 @@ class TestControl:
         assert controlled(lr_coupling=0.0).control.rate_factor == 1.0
 
     def test_events_carry_predicted_and_measured_change(self):
-        net, pool = make()
+        net, pool = make(dtype=torch.float64)
         fill(pool)
         optimizer = torch.optim.SGD([pool.values], lr=0.0)
-        x, y = torch.randn(64, 12), torch.randn(64, 8)
+        x, y = torch.randn(64, 12, dtype=torch.float64), torch.randn(64, 8, dtype=torch.float64)
 
         def probe():
             with torch.no_grad():

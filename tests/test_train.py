@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from numeric import same_curve, same_loss
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_run import assembled, lines, make_recipe, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dynlora_cli import loop, run_folder
+from dynlora_cli import loop, rank, run_folder
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.loop import step
 from dynlora_cli.rate_search import rate_share
@@ -167,7 +168,7 @@ def test_the_saved_adapter_has_the_held_out_loss_that_is_reported(tmp_path):
                 logits = model(**batch.inputs).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
             total, targets = total + loss.item(), targets + batch.supervised
-    assert total / targets == pytest.approx(summary["loss_after"], rel=1e-5)
+    assert total / targets == same_loss(summary["loss_after"])
 
 
 # -- plain LoRA ------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_without_pruning_it_trains_as_peft_does(tmp_path, scaling, kind):
         optimizer.step()
         optimizer.zero_grad()
         theirs.append(sum(losses))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours == same_curve(theirs)
     assert ours[-1] < ours[0] - 0.2
 
 
@@ -306,8 +307,21 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp
 # -- golden ----------------------------------------------------------------------------------------------------------
 
 
-def test_golden_run(tmp_path):
-    """20 steps on a fixed model and fixed rows: the losses of every step, and exactly the ranks of every event."""
+def test_golden_run(tmp_path, monkeypatch):
+    """20 steps on a fixed model and fixed rows: the losses of every step, and exactly the ranks of every event.
+
+    They hold on any processor: rounding moves the losses by 1e-7 (AVX-512, AVX2, none of them; Intel and AMD), and no
+    score is so near to the threshold that a thousandth more or less would change what goes.
+    """
+    decided, clear = rank.select_K, []
+
+    def listening(scores_K, *args, **kwargs):
+        keep_K, threshold = decided(scores_K, *args, **kwargs)
+        noise = torch.rand(20, len(scores_K), generator=torch.Generator().manual_seed(0)) * 2e-3 - 1e-3
+        clear.extend(torch.equal(decided(scores_K * (1 + part), *args, **kwargs)[0], keep_K) for part in noise)
+        return keep_K, threshold
+
+    monkeypatch.setattr(rank, "select_K", listening)
     train(make_recipe(tmp_path, "train.max_steps=20"))
     metrics = lines(tmp_path / "out" / "metrics.jsonl")
     events = lines(tmp_path / "out" / "rank_events.jsonl")
@@ -326,6 +340,6 @@ def test_golden_run(tmp_path):
     assert [(row["event"], row["step"]) for row in found["losses.jsonl"]] == [
         (row["event"], row["step"]) for row in golden["losses.jsonl"]
     ]
-    assert [row["loss"] for row in found["losses.jsonl"]] == pytest.approx(
-        [row["loss"] for row in golden["losses.jsonl"]], rel=1e-4
-    )
+    assert [row["loss"] for row in found["losses.jsonl"]] == same_curve([row["loss"] for row in golden["losses.jsonl"]])
+    assert len(clear) == 3 * 20
+    assert all(clear), "the golden run must not hang on rounding; choose other rows"

@@ -20,25 +20,25 @@ def test_soras_threshold_draws_gates_to_zero_and_no_further(tmp_path):
 
 
 def test_adaloras_penalty_is_the_distance_from_orthonormal(tmp_path):
-    _, pool = one_layer(tmp_path, "adalora", dtype=torch.float32)
+    _, pool = one_layer(tmp_path, "adalora")
     layer = pool.layers["layer"]
-    q = torch.linalg.qr(torch.randn(12, 4)).Q
+    q = torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64)).Q
     with torch.no_grad():
-        layer.a_CI[:, :-1] = torch.linalg.qr(torch.randn(10, 4)).Q.T
+        layer.a_CI[:, :-1] = torch.linalg.qr(torch.randn(10, 4, dtype=torch.float64)).Q.T
         layer.b_OC.copy_(q)
     layer.penalty_weight = 2.0
-    assert layer.penalty().item() == pytest.approx(0.0, abs=1e-5)
+    assert layer.penalty().item() == pytest.approx(0.0, abs=1e-9)
     with torch.no_grad():
         layer.b_OC.mul_(2)  # PᵀP = 4, whose distance from 1 is 3 √4
-    assert layer.penalty().item() == pytest.approx(2.0 * 3 * 2, rel=1e-4)
+    assert layer.penalty().item() == pytest.approx(2.0 * 3 * 2)
     layer.penalty_weight = 0.0
     assert layer.penalty() is None
 
 
 def test_adaloras_gate_gradient_is_without_the_penalty(tmp_path):
-    _, pool = one_layer(tmp_path, "adalora", dtype=torch.float32)
+    _, pool = one_layer(tmp_path, "adalora")
     fill(pool)
-    layer, x = pool.layers["layer"], torch.randn(3, 10)
+    layer, x = pool.layers["layer"], torch.randn(3, 10, dtype=torch.float64)
     layer(x).square().sum().backward()
     alone = pool.gate_gradient_K()
     layer.penalty_weight = 1.0
