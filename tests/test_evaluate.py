@@ -15,6 +15,7 @@ import pytest
 import torch
 from cli_helpers import Answer
 from eval_helpers import Run, by_peft, foreign
+from numeric import same_loss
 from peft import PeftModel
 from tiny_run import make_recipe, model_folder, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -62,7 +63,7 @@ def test_the_losses_that_training_told(kind: str, runs: Callable[[str], Run], dy
     assert answer.code == 0, answer.err
     report = answer.json
     (adapter,) = report["adapters"]
-    assert adapter["loss"] == pytest.approx(summary["loss_after"], abs=1e-5)
+    assert adapter["loss"] == same_loss(summary["loss_after"])
     assert report["rows"] == 8
     if kind == "bert":
         assert report["base"] is None
@@ -72,7 +73,7 @@ def test_the_losses_that_training_told(kind: str, runs: Callable[[str], Run], dy
         assert {"f1", "matthews"} <= set(adapter)
         assert adapter["difference"] is None
     else:
-        assert report["base"]["loss"] == pytest.approx(summary["loss_before"], abs=1e-5)
+        assert report["base"]["loss"] == same_loss(summary["loss_before"])
         assert adapter["perplexity"] == pytest.approx(math.exp(adapter["loss"]))
         difference = adapter["difference"]
         assert difference["to"] == "base"
@@ -88,7 +89,7 @@ def test_the_loss_of_a_run_in_another_form(setting: str, dynlora_eval: Callable[
     assert answer.code == 0, answer.err
     rounding = 1e-3 if "bfloat16" in setting else 1e-5  # s is folded into B now, and bf16 has eight bits
     assert answer.json["adapters"][0]["loss"] == pytest.approx(summary["loss_after"], abs=rounding)
-    assert answer.json["base"]["loss"] == pytest.approx(summary["loss_before"], abs=1e-5)
+    assert answer.json["base"]["loss"] == same_loss(summary["loss_before"])
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -102,9 +103,9 @@ def test_an_adapter_of_another_tool_has_the_loss_and_the_answers_that_peft_finds
     assert answer.code == 0, answer.err
     model, tokenizer = by_peft(base, adapter), AutoTokenizer.from_pretrained(base)
     report = answer.json
-    assert report["adapters"][0]["loss"] == pytest.approx(mean_loss(model, tokenizer, rows), abs=1e-5)
+    assert report["adapters"][0]["loss"] == same_loss(mean_loss(model, tokenizer, rows))
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
-    assert report["base"]["loss"] == pytest.approx(mean_loss(plain, tokenizer, rows), abs=1e-5)
+    assert report["base"]["loss"] == same_loss(mean_loss(plain, tokenizer, rows))
     assert report["generated"] == {"prompts": 3, "references": 4}
     assert report["samples"][0]["references"] == ["a b", "first a then b"]
     prompt = tokenizer(rows[0]["prompt"], return_tensors="pt")
@@ -133,7 +134,7 @@ def test_a_classifier_of_another_tool(dynlora_eval: Callable[..., Answer], tmp_p
         logits = torch.cat([model(input_ids=ids).logits for ids in texts])
     labels = torch.arange(9) % 3
     (found,) = answer.json["adapters"]
-    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert found["loss"] == same_loss(torch.nn.functional.cross_entropy(logits, labels).item())
     assert found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
 
 
@@ -162,12 +163,12 @@ def test_sums_of_rows_are_those_of_the_whole_from_fewer_logits_where_the_head_mu
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, given, made_BTV: made.append(made_BTV.shape[1]))
     sums = row_sums(model, batches)
-    assert sums.loss == pytest.approx(whole["loss"], abs=1e-6)
+    assert sums.loss == same_loss(whole["loss"])
     assert sums.targets == whole["tokens"]
     assert sums.targets_R.tolist() == [example.supervised() for example in examples]
     assert made == [12, 10, 8], "positions with a target in some row of the batch, of 21"
     one = row_sums(model, [Batches.in_order(examples[3:4], micro_batch_size=1, max_length=32, pad_id=1).step(0, 0)[0]])
-    assert one.loss_R[0] == pytest.approx(sums.loss_R[3], abs=1e-4)
+    assert one.loss_R[0] == same_loss(sums.loss_R[3])
 
 
 # -- what is evaluated -----------------------------------------------------------------------------------------------
@@ -210,9 +211,9 @@ def test_several_adapters_on_one_base(
     assert (first["name"], second["name"]) == ("out", "other")
     assert report["best"]["name"] == "out"
     assert report["best"]["difference"]["high"] < 0
-    assert first["loss"] == pytest.approx(llama.summary["loss_after"], abs=1e-5)
+    assert first["loss"] == same_loss(llama.summary["loss_after"])
     alone = dynlora_eval("--adapter", other, "--data", llama.recipe, "--generate", 0, "--json").json
-    assert alone["adapters"][0]["loss"] == pytest.approx(second["loss"], abs=1e-6), "the first one was taken off again"
+    assert alone["adapters"][0]["loss"] == same_loss(second["loss"]), "the first one was taken off again"
     assert "other was trained on other rows" in "".join(report["notes"])
 
 
@@ -306,7 +307,7 @@ def test_facts_to_sentences(shared: Path, tmp_path: Path):
     assert answer.returncode == 0, answer.stderr
     report = json.loads(answer.stdout)
     (adapter,) = report["adapters"]
-    assert adapter["loss"] == pytest.approx(json.loads(trained.stdout)["loss_after"], abs=1e-5)
+    assert adapter["loss"] == same_loss(json.loads(trained.stdout)["loss_after"])
     assert report["generated"]["references"] > report["generated"]["prompts"] == 8
     assert adapter["difference"]["high"] < -1
     assert adapter["bleu"] > report["base"]["bleu"] + 5

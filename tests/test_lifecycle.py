@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from numeric import same_loss
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -27,5 +28,5 @@ def test_train_prune_merge_eval_export_in_one_script(tmp_path: Path):
     assert told["prune"]["parameters"] <= 0.6 * told["train"]["parameters"]
     assert told["auto"]["loss_after"] <= 1.01 * told["auto"]["loss_before"]
     assert told["merge"]["check"]["kl"] < 1e-3
-    assert told["eval"]["adapters"][0]["loss"] == pytest.approx(told["train"]["loss_after"], abs=1e-4)
+    assert told["eval"]["adapters"][0]["loss"] == same_loss(told["train"]["loss_after"])
     assert len([name for name in told if name.startswith("export-")]) == 8

@@ -4,6 +4,7 @@ model_folder    a Llama, GPT-2 or Bert of 2 layers, 32 wide, on disk; the same w
 make_recipe     a checked recipe on such a model and tests/fixtures rows made here, 12 steps
 train           `train.run`, with the events it told
 assembled       the parts of a run, for tests of single steps
+in_double       the same in fp64
 """
 
 from __future__ import annotations
@@ -158,6 +159,17 @@ def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
     run = make_run(recipe, accelerator, base, data, pool, start, save=lambda run: None)
     run.emit = events.append
     run.model.train()
+    return run
+
+
+def in_double(recipe: Recipe) -> Run:
+    """The same in fp64, and by ordinary operations: the truth for losses and gradients."""
+    run = assembled(recipe.model_copy(update={"train": recipe.train.model_copy(update={"fused": False})}))
+    run.model.eval().double()
+    old = run.pool.values
+    run.pool.adopt(old.detach().double(), run.pool.counts)
+    for group in run.optimizer.param_groups:
+        group["params"] = [run.pool.values if parameter is old else parameter for parameter in group["params"]]
     return run
 
 
