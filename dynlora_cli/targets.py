@@ -32,8 +32,8 @@ def find_targets(
     Args:
         model: the base.
         wanted: "all-linear" (all but the output layer, routers, slices of experts and what PEFT refuses), "attention",
-            "qv", "experts" (all linear layers in modules of this name), one name or glob, or a list of them. A name matches a whole
-            module name or its end after a dot, as in PEFT; a glob matches the whole name.
+            "qv", "experts" (all linear layers in modules of this name), one name or glob, or a list of them. A name
+            matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
         whole: modules that train whole, never targets: a classifier's head.
 
     Raises:

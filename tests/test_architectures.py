@@ -89,7 +89,7 @@ def test_what_peft_does_not_adapt_in_a_mamba_is_left_out_and_said(tmp_path):
 
 def test_dora_of_what_peft_takes_for_experts_is_refused(tmp_path):
     write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
-    with pytest.raises(UsageError, match="PEFT has no dora for model.layers.0.mlp.down_proj"):
+    with pytest.raises(UsageError, match="PEFT has no dora for model"):
         train(make_recipe(tmp_path, "adapter.variant=dora", kind="glm4_moe"))
     recipe = make_recipe(tmp_path, "adapter.variant=dora", "adapter.target_modules=attention", kind="glm4_moe")
     assert train(recipe)[0]["ok"]
