@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from dynlora_cli import drawers, outputs, run_folder
+from dynlora_cli.adapter_base import Place
 from dynlora_cli.assemble import (
     Emit,
     attach,
@@ -30,11 +31,12 @@ from dynlora_cli.compile_blocks import compile_blocks, graphs_made
 from dynlora_cli.components import linear_shape
 from dynlora_cli.cuda_graphs import BlockGraphs, prepare, refuse_without_gpu
 from dynlora_cli.data import Data, show_example
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.loop import fit
 from dynlora_cli.memory import measure
 from dynlora_cli.model import Base, fingerprint, resolve_dtype
 from dynlora_cli.model_folder import find_model
+from dynlora_cli.peft_check import read_back
 from dynlora_cli.rank import Start, swap
 from dynlora_cli.rate_search import rate_share
 from dynlora_cli.recipe import to_yaml
@@ -126,10 +128,31 @@ def run(
             training.emit({"event": "note", "text": text})
         kind = outputs.write_root(folder, training, base)
         summary = outputs.summarize(recipe, training, start, folder, kind)
+        if pool and accelerator.is_main_process:
+            summary["peft_check"] = _read_back(recipe, training, base, data, folder)
         outputs.finish(folder, record, training, summary)
         training.emit({"event": "end", "summary": summary})
     accelerator.end_training()
+    if problem := (summary.get("peft_check") or {}).get("problem"):
+        raise MeasureError(
+            f"stock PEFT does not compute what was trained: {problem}",
+            f"the adapter is kept in {folder}, and `dynlora merge` makes a plain model of it; please report this",
+        )
     return summary
+
+
+def _read_back(recipe: Recipe, training: Run, base: Base, data: Data, folder: Path) -> dict[str, Any]:
+    """What PEFT makes of the adapter in the run's root; a note where nobody knows."""
+    assert training.pool is not None
+    if recipe.train.shard_base:
+        found: dict[str, Any] = {"checked": False, "reason": "a sharded base is not read back through PEFT"}
+    else:
+        place = Place(recipe.model, base.folder, data.labels, chosen=False)
+        layers = [name for name, layer in training.pool.layers.items() if layer.count]
+        found = read_back(place, base.model, base.tokenizer, folder, layers, training.accelerator.autocast)
+    if not found["checked"]:
+        training.emit({"event": "note", "text": found["reason"]})
+    return found
 
 
 @contextmanager

@@ -118,6 +118,7 @@ def _train(folder: Path, kind: str, task: str, found: dict[str, Any]) -> torch.T
         summary, events = train(recipe)
     found["layers"] = len(summary["ranks"])
     found["emptied"] = sum(rank == 0 for rank in summary["ranks"].values())
+    found["checked"] = summary["peft_check"]
     found["notes"] = [note for note in events[0]["notes"] if "max_length" not in note]
     return kept[0]
 

@@ -15,11 +15,13 @@ from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, write_model
 from tiny_run import make_recipe, train, write_rows
 
+from dynlora_cli import outputs, peft_check
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.merge import into_base
 from dynlora_cli.report_card import AUTO_CLASS
+from dynlora_cli.run_folder import read_record
 
 # Roundings on the way to a logit: in each of two blocks (or four, of two stacks), sums over up to 32 and 64 numbers.
 TERMS = 4 * (32 + 64)
@@ -50,6 +52,8 @@ def test_trained_pruned_saved_loaded_and_merged(folder, kind):
     assert summary["parameters"] <= summary["budget_parameters"] < summary["parameters_start"]
     assert len(summary["ranks"]) == layers
     assert summary["loss_after"] != summary["loss_before"]
+    assert summary["peft_check"]["problem"] is None
+    assert summary["peft_check"]["difference"] < 1e-5
 
     notes = events[0]["notes"]
     of_experts = [note for note in notes if "experts (4 in each of 2 blocks) are not adapted" in note]
@@ -93,3 +97,21 @@ def test_dora_of_what_peft_takes_for_experts_is_refused(tmp_path):
         train(make_recipe(tmp_path, "adapter.variant=dora", kind="glm4_moe"))
     recipe = make_recipe(tmp_path, "adapter.variant=dora", "adapter.target_modules=attention", kind="glm4_moe")
     assert train(recipe)[0]["ok"]
+
+
+def test_a_run_whose_adapter_peft_reads_otherwise_ends_with_4_and_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "taken_for_experts", lambda model_type: frozenset())  # as before version 0.2
+    write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
+    with pytest.raises(MeasureError, match="PEFT puts nothing into ") as caught:
+        train(make_recipe(tmp_path, kind="glm4_moe"))
+    assert caught.value.exit_code == 4
+    assert "the adapter is kept" in caught.value.hint
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+    assert "PEFT puts nothing" in read_record(tmp_path / "out")["summary"]["peft_check"]["problem"]
+
+
+def test_without_peft_a_run_says_that_nobody_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_check.importlib.util, "find_spec", lambda name: None)
+    summary, events = train(make_recipe(tmp_path, "train.max_steps=2"))
+    assert summary["peft_check"] == {"checked": False, "reason": peft_check.ABSENT}
+    assert {"event": "note", "text": peft_check.ABSENT} in events
