@@ -19,6 +19,7 @@ from dynlora_cli import drawers
 from dynlora_cli.allocation import with_counts
 from dynlora_cli.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.brake import Brake
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.data import Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
@@ -85,8 +86,8 @@ def keep_libraries_quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def read_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
-    """The model's tokenizer and the rows, no longer than the model's context."""
+def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTrainedTokenizerBase, Data]:
+    """The model's tokenizer and the rows, no longer than the model's context, written as the run began to."""
     folder, _ = find_model(recipe.model)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     context = context_length(folder)
@@ -98,6 +99,7 @@ def read_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
         max_length=context,
         num_labels=recipe.model.num_labels,
         sizing=sizing_rows(recipe),
+        writing=writing,
     )
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")

@@ -43,13 +43,13 @@ class Writing:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Writing:
         """As the run with this dynlora.json did it; as anybody would today where there is none."""
-        if not record:
-            return cls()
         data = record.get("data") or {}
         if "date" in data:
             return cls(str(data["date"]), data.get("turned") or {})
-        # Version 0.1 wrote no date down but that of its start, kept pairs as text, and made turns of instructions.
-        return cls(str(record.get("started", "")), {"completion": False, "alpaca": True})
+        if (record.get("recipe") or {}).get("dataset"):
+            # Version 0.1 wrote no date but that of its start, kept pairs as text, and made turns of instructions.
+            return cls(str(record.get("started", "")), {"completion": False, "alpaca": True})
+        return cls()
 
     @property
     def moment(self) -> datetime:

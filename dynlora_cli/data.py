@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import drawers
+from dynlora_cli.chat_template import Writing, date_note, on_date
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
@@ -46,6 +47,7 @@ class Data:
         sha256: over the options and all examples in order.
         sizing: examples held out from the training rows to choose the rank by; only where that is asked for.
         forms: the neutral forms that rows came in, by name: Turns, Pair, Plain, Labelled.
+        writing: how the rows were written; the record of a run keeps it.
     """
 
     train: list[Example]
@@ -56,6 +58,7 @@ class Data:
     sha256: str
     sizing: list[Example] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
+    writing: Writing = field(default_factory=Writing)
 
 
 @dataclass(slots=True)
@@ -67,6 +70,7 @@ class _Reader:
     task: str
     max_length: int
     encoder: Encoder
+    writing: Writing
     notes: list[str] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
 
@@ -81,6 +85,7 @@ def load_data(
     num_labels: int | None = None,
     labels: list[str] | None = None,
     sizing: int = 0,
+    writing: Writing | None = None,
 ) -> Data:
     """Read, tokenise, split and count the rows of a recipe.
 
@@ -95,6 +100,7 @@ def load_data(
         num_labels: classes that the recipe announces, if it does.
         labels: names of the classes in their order, where they are known; by default they are found in the rows.
         sizing: rows to hold out from the training rows as well, at most a tenth of them.
+        writing: how the run that they belong to writes its rows; None: a run that begins now.
 
     Raises:
         DataError: rows that cannot be trained on; names the place and what to change.
@@ -104,7 +110,7 @@ def load_data(
         tokenizer.chat_template = _template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
     encoder = Encoder(tokenizer, dataset.train_on, limit, decoded=task == SEQ2SEQ)
-    reader = _Reader(dataset, tokenizer, task, limit, encoder)
+    reader = _Reader(dataset, tokenizer, task, limit, encoder, writing or Writing())
     train, dropped = _read(reader, dataset.train, held_out=False)
     if task == CLASSIFICATION:
         labels = labels or label_names(train, num_labels)
@@ -121,8 +127,10 @@ def load_data(
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, limit, reader.notes)
     reader.notes += encoder.notes(_template_name(dataset.chat_template))
+    if Turns.__name__ in reader.forms and (note := date_note(tokenizer.chat_template, reader.writing.moment)):
+        reader.notes.append(note)
     training, measured, sized = ([kept.example for kept in part] for part in (train, val, sizing_rows))
-    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms)
+    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, reader.writing)
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
     data.notes = list(dict.fromkeys(reader.notes))
     return data
@@ -153,14 +161,15 @@ def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool) -> tupl
     kept: list[Kept] = []
     numbers = itertools.count()
     dropped = 0
-    for source in sources:
-        for table in tables(source, reader.notes, held_out=held_out):
-            for place, draft in _drafts(reader, source, table):
-                row = _fit(reader, place, draft, next(numbers))
-                if row is None:
-                    dropped += 1
-                else:
-                    kept.append(row)
+    with on_date(reader.writing.moment):
+        for source in sources:
+            for table in tables(source, reader.notes, held_out=held_out):
+                for place, draft in _drafts(reader, source, table):
+                    row = _fit(reader, place, draft, next(numbers))
+                    if row is None:
+                        dropped += 1
+                    else:
+                        kept.append(row)
     return kept, dropped
 
 

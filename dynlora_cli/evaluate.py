@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dynlora_cli import generation
 from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.eval_report import BASE, Found, make_report, side_by_side
 from dynlora_cli.gates import Gates
@@ -94,7 +96,8 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     rows = _rows(adapters[0], place, tokenizer, data, options)
     names = _names(adapters)
     notes = [adapter.note for adapter in adapters if adapter.note] + rows.notes
-    notes += _strangers(adapters, names, rows, own=data is None)
+    read_as = partial(_rows, adapters[0], place, tokenizer, data, options)
+    notes += _strangers(adapters, names, rows, read_as, own=data is None)
     notes += _compare_templates(adapters, names, tokenizer, rows, options.allow_template_mismatch)
     prompts, scored = _prompts(rows, tokenizer, options, notes)
     options.gates.refuse_unmeasured(*_measured(rows, scored))
@@ -184,13 +187,18 @@ def _question(adapter: Adapter, place: Place) -> str:
 
 
 def _rows(
-    adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase, data: Path | None, options: Options
+    adapter: Adapter,
+    place: Place,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path | None,
+    options: Options,
+    writing: Writing | None = None,
 ) -> Rows:
     """The rows to measure on: none where tasks are all that is asked for."""
     if options.tasks and data is None and own_recipe(adapter) is None:
         note = f"{adapter.folder} does not say what it was trained on, so only tasks are run; for a loss: --data FILE"
         return Rows([], "no rows", "", 0, MICRO_BATCH, [note])
-    return held_out_rows(adapter, place, tokenizer, data, max_samples=options.max_samples)
+    return held_out_rows(adapter, place, tokenizer, data, max_samples=options.max_samples, writing=writing)
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:
@@ -205,19 +213,23 @@ def _names(adapters: Sequence[Adapter]) -> list[str]:
     ]
 
 
-def _strangers(adapters: Sequence[Adapter], names: Sequence[str], rows: Rows, *, own: bool) -> list[str]:
+def _strangers(
+    adapters: Sequence[Adapter], names: Sequence[str], rows: Rows, read_as: Callable[[Writing], Rows], *, own: bool
+) -> list[str]:
     """A note for each adapter that was trained on other rows than the run whose held-out rows these are.
 
     Args:
+        read_as: reads these rows as another run would: on another day, pairs as turns.
         own: they are the first adapter's own, of which `held_out_rows` has said what there is to say.
     """
     if rows.is_file or not rows.examples:
         return []
-    return [
-        f"{name} was trained on other rows, or rows read otherwise: some of these may have been among them"
-        for name, adapter in list(zip(names, adapters, strict=True))[int(own) :]
-        if (adapter.record.get("data") or {}).get("sha256") != rows.sha256
-    ]
+    mine, notes = Writing.of(adapters[0].record), []
+    for name, adapter in list(zip(names, adapters, strict=True))[int(own) :]:
+        then, writing = (adapter.record.get("data") or {}).get("sha256"), Writing.of(adapter.record)
+        if then != rows.sha256 and not (then and writing != mine and then == read_as(writing).sha256):
+            notes.append(f"{name} was trained on other rows, or rows read otherwise: some may have been among them")
+    return notes
 
 
 def _compare_templates(

@@ -11,6 +11,7 @@ import torch
 from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.assemble import make_accelerator, make_run, set_fused
 from dynlora_cli.attach import attached, detached
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.loop import fit
@@ -53,6 +54,7 @@ def heal(
         seed=recipe.seed,
         max_length=context_length(base.folder),
         num_labels=recipe.model.num_labels,
+        writing=Writing.of(adapter.record),
     )
     accelerator = make_accelerator(recipe, folder)
     if recipe.train.gradient_checkpointing:

@@ -18,6 +18,7 @@ from dynlora_cli import drawers
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.assemble import keep_libraries_quiet, sizing_rows
 from dynlora_cli.batches import Batch, Batches
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer
@@ -88,6 +89,7 @@ def held_out_rows(
     data: Path | None = None,
     *,
     max_samples: int | None = None,
+    writing: Writing | None = None,
 ) -> Rows:
     """The rows to measure on.
 
@@ -97,6 +99,7 @@ def held_out_rows(
         tokenizer: makes the tokens; a recipe's `chat_template` is set on it.
         data: a recipe, whose held-out rows are taken, or a file, all of whose rows are; None: the run's own.
         max_samples: at most so many; None: as the recipe says of its own rows, and all of a file.
+        writing: how rows are written; None: as the adapter's own run did.
 
     Raises:
         UsageError: no rows are known, none are held out, or they cannot be read.
@@ -123,6 +126,7 @@ def held_out_rows(
         num_labels=len(place.labels) if place.labels else None,
         labels=place.labels,  # never found in these rows, whose order of classes may be another
         sizing=sizing_rows(recipe) if recipe and not is_file else 0,  # as in training, or the hash would be another
+        writing=writing or Writing.of(adapter.record),
     )
     examples = read.train if is_file else read.val
     if not examples:

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dynlora_cli.adapter import Adapter, save
 from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.combine import Way, combine
 from dynlora_cli.compare import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.components import dense_weight
@@ -233,6 +234,7 @@ def _record(
         "variant": "lora",
         "base_model": first.get("base_model") or {"name_or_path": merged.config.get("base_model_name_or_path")},
         "chat_template_sha256": first.get("chat_template_sha256"),
+        "data": asdict(Writing.of(first)),
         "layers": {
             name: {
                 "rank": factors.rank,

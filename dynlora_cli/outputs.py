@@ -175,6 +175,7 @@ def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: S
             "val_rows": len(data.val),
             "labels": data.labels,
             "sha256": data.sha256,
+            **dataclasses.asdict(data.writing),
         },
         "tokenizer_sha256": _sha256(_tokenizer_text(base.tokenizer)),
         "chat_template_sha256": _sha256(str(template)) if template else None,

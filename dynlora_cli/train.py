@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from dynlora_cli import drawers, outputs, run_folder
 from dynlora_cli.adapter_base import Place
@@ -26,6 +27,7 @@ from dynlora_cli.assemble import (
     read_data,
     total_steps,
 )
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.checkpoint import read_state, restore
 from dynlora_cli.compile_blocks import compile_blocks, graphs_made
 from dynlora_cli.components import linear_shape
@@ -47,6 +49,8 @@ from dynlora_cli.starts import begin
 from dynlora_cli.state import Progress, Run
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from dynlora_cli.recipe import Recipe
     from dynlora_cli.variants._variant import Variant
 
@@ -91,7 +95,7 @@ def run(
         refuse_sharding(accelerator.num_processes)
     if recipe.train.cuda_graphs:
         refuse_without_gpu(accelerator.device)
-    tokenizer, data = read_data(recipe)
+    tokenizer, data = read_data(recipe, _writing(checkpoint, accelerator))
     if checkpoint:
         _same_inputs(run_folder.run_of(checkpoint), data, recipe)
     base = read_base(recipe, tokenizer, data, accelerator.device)
@@ -292,6 +296,14 @@ def _same_recipe(folder: Path, recipe: Recipe) -> None:
             f"the run in {folder} was made by another recipe:\n{lines}",
             "resume with the recipe it was made by, or start a new run with another --output-dir",
         )
+
+
+def _writing(checkpoint: Path | None, accelerator: Accelerator) -> Writing:
+    """How the run began to write its rows, in all processes alike."""
+    first = [Writing.of(run_folder.read_record(run_folder.run_of(checkpoint))) if checkpoint else Writing()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(first)
+    return first[0]
 
 
 def _same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from data_helpers import BARE, CHATML, LLAMA3, MISTRAL, ROLE_TOKENS, byte_tokeni
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.exporters._gguf_vocab import load_tokenizer
 from dynlora_cli.exporters._ollama import FAMILIES, match_template, modelfile
 
@@ -161,3 +162,11 @@ def test_go_itself_renders_as_every_family(tmp_path):
     for family, prompt in zip(FAMILIES, done.stdout.split("\0"), strict=False):
         known = [message for message in CONVERSATION if message["role"] in family.around]
         assert prompt == "<s>" + family.render(known, "</s>")
+
+
+def test_a_date_in_the_template_is_that_of_training():
+    dated = "{% if messages[0].role != 'system' %}<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n{% endif %}"
+    tokenizer = tokenizer_with(dated + CHATML, adds_bos=False)
+    text, notes = modelfile("m.gguf", tokenizer, {}, Writing("2026-01-02T03:04:05+0000"))
+    assert parsed(text)["SYSTEM"] == "Today: 02 Jan 2026"
+    assert any("SYSTEM says 2026-01-02" in note for note in notes)

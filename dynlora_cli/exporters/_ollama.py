@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from dynlora_cli.chat_template import Writing, on_date
 from dynlora_cli.exporters._gguf_vocab import added_ids
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ class Match:
 
 
 def modelfile(
-    gguf_name: str, tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any]
+    gguf_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: Mapping[str, Any],
+    writing: Writing | None = None,
 ) -> tuple[str, list[str]]:
     """The text of a Modelfile, and lines for people about what it does not say.
 
@@ -114,13 +118,17 @@ def modelfile(
         gguf_name: of the model's file, in the Modelfile's folder.
         tokenizer: of the model, with or without a chat template.
         generation_config: content of generation_config.json; its `eos_token_id` tells where an answer ends.
+        writing: how the rows of training were written, where that is known.
 
     Raises:
         UsageError: the tokenizer adds tokens to a text that are neither bos nor eos.
     """
+    writing = writing or Writing()
+    moment = writing.moment
     lines, notes = [f"FROM ./{gguf_name}"], []
     stops = _ends(tokenizer, generation_config)
-    match = match_template(tokenizer)
+    with on_date(moment):
+        match = match_template(tokenizer)
     if not tokenizer.chat_template:
         lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
     elif match is None:
@@ -129,6 +137,8 @@ def modelfile(
         eos = tokenizer.eos_token or ""
         lines.append(f"TEMPLATE {_quoted(match.family.go(eos, match.bos))}")
         lines += [] if match.system is None else [f"SYSTEM {_quoted(match.system)}"]
+        if match.system is not None and "strftime_now" in str(tokenizer.chat_template):
+            notes.append(f"the tokenizer's template writes the date; SYSTEM says {moment:%Y-%m-%d}, as in training")
         end = match.family.around["assistant"][1].replace("{eos}", eos).strip()
         stops += [end] if end not in stops and end in tokenizer.get_vocab() else []
         notes += match.notes

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.adapter import Adapter
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.exporters._exporter import Job, Read
 from dynlora_cli.exporters._gguf import read_model
 from dynlora_cli.exporters._gguf_vocab import load_tokenizer
@@ -31,7 +32,8 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     """Write model.gguf and Modelfile."""
     facts = write_merged_gguf(job, folder)
     assert job.tokenizer_folder is not None
-    text, notes = modelfile(FILE, load_tokenizer(job.tokenizer_folder), _generation_config(job))
+    tokenizer, writing = load_tokenizer(job.tokenizer_folder), Writing.of(job.adapter.record)
+    text, notes = modelfile(FILE, tokenizer, _generation_config(job), writing)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     job.notes.extend(notes)
     return facts | {"template": "TEMPLATE" in text}
