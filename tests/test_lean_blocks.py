@@ -26,24 +26,11 @@ MORE = {  # a norm in fp32 throughout; positions by neighbouring pairs, and laye
 }
 # Of two blocks: norms, gated feed-forward parts, attentions. What is not here has none that is recognised.
 RECOGNISED = {
-    "llama": (5, 2, 2),
-    "mistral": (5, 2, 2),
-    "qwen2": (5, 2, 2),
-    "qwen3": (9, 2, 2),
-    "gemma2": (9, 2, 2),
-    "gemma3": (13, 2, 2),
-    "phi": (0, 0, 2),
-    "phi3": (5, 2, 2),
+    "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "gemma2": (9, 2, 2),
+    "gemma3": (13, 2, 2), "phi": (0, 0, 2), "phi3": (5, 2, 2), "mixtral": (5, 0, 2), "qwen2_moe": (5, 2, 2),
     "gpt_neox": (0, 0, 2),  # no pass: a quarter of each head is turned
-    "mixtral": (5, 0, 2),
-    "qwen2_moe": (5, 2, 2),
-    "qwen3_moe": (9, 0, 2),
-    "olmoe": (9, 0, 2),
-    "t5": (12, 0, 0),
-    "olmo2": (9, 2, 2),
-    "cohere": (0, 2, 0),
-    "glm": (5, 2, 0),
-}
+    "qwen3_moe": (9, 0, 2), "olmoe": (9, 0, 2), "t5": (12, 0, 0), "olmo2": (9, 2, 2), "cohere": (0, 2, 0), "glm": (5, 2, 0),
+}  # fmt: skip
 AUTO = {
     LANGUAGE: transformers.AutoModelForCausalLM,
     CLASSES: transformers.AutoModelForSequenceClassification,
