@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,9 +16,11 @@ from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import ExpertSlice
-from dynlora_cli.model import HEAD_NAMES, fingerprint, load_structure
+from dynlora_cli.foreign import COPY_AGAIN, first_fault
+from dynlora_cli.model import HEAD_NAMES, fingerprint, load_structure, refuse_code
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.recipe_settings import Model
+from dynlora_cli.run_folder import RECORD
 
 COMMIT = re.compile("[0-9a-f]{40}")
 SUPPORTED = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # PEFT's names
@@ -40,12 +43,14 @@ class Place:
     chosen: bool
 
 
-def find_base(adapter: Adapter, base: str | None = None) -> Place:
+def find_base(adapter: Adapter, base: str | None = None, trust: bool | Model = False) -> Place:
     """The base of an adapter.
 
     Args:
         adapter: knows its base by name.
         base: a folder or hub id to take instead, such as one that was moved.
+        trust: code that comes with the base may run, because the person said so on the command line; or the model of
+            their own recipe, for that base alone. What the adapter's folder says of it is never followed.
 
     Raises:
         MachineError: it is not on this machine.
@@ -56,18 +61,18 @@ def find_base(adapter: Adapter, base: str | None = None) -> Place:
         raise UsageError(
             f"{adapter.folder}: models of task_type {kind} are not supported yet", f"there are: {', '.join(SUPPORTED)}"
         )
-    recorded = (adapter.record.get("recipe") or {}).get("model") or {}
     name = adapter.base_name
     if not (base or name):
         raise UsageError(f"{adapter.folder} does not say what its base model is", "name it with --base FOLDER")
     labels = label_names(adapter)
-    options = Model.model_validate(
-        recorded
-        | {
+    recorded = recorded_model(adapter)
+    options = recorded.model_copy(
+        update={
             "name_or_path": base or name,
             "task": adapter.task,
             "num_labels": None,  # `labels` tell, and a reward model of another tool has a single output
             "revision": None if base else adapter.config.get("revision"),
+            "trust_remote_code": False,
         }
     )
     if not base and name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
@@ -75,9 +80,28 @@ def find_base(adapter: Adapter, base: str | None = None) -> Place:
             f"the base model of {adapter.folder} was at {name}, and is not there", "say where it is with --base FOLDER"
         )
     folder, _ = find_model(options)
+    if trust is True or (isinstance(trust, Model) and trust.trust_remote_code and find_model(trust)[0] == folder):
+        options = options.model_copy(update={"trust_remote_code": True})
+    refuse_code(folder, options, trained_with_it=recorded.trust_remote_code)
     place = Place(options, folder, labels, base is not None)
     _refuse_another(adapter, place)
     return place
+
+
+def recorded_model(adapter: Adapter) -> Model:
+    """The `model` section that the adapter was trained by, without what only the person may switch on.
+
+    Raises:
+        UsageError: the record is damaged.
+    """
+    recorded = (adapter.record.get("recipe") or {}).get("model") or {"name_or_path": adapter.base_name or "?"}
+    try:
+        model = Model.model_validate(recorded)
+    except ValidationError as error:
+        raise UsageError(f"{adapter.folder}: {RECORD} is damaged: model.{first_fault(error)}", COPY_AGAIN) from None
+    if "/" in (model.attn_implementation or ""):  # a kernel of the hub, which is code
+        model = model.model_copy(update={"attn_implementation": None})
+    return model
 
 
 def label_names(adapter: Adapter) -> list[str] | None:

@@ -9,10 +9,8 @@ Whatever would change the result without being understood is refused; nothing is
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor
 from dynlora_cli.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Factors
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.experts import PARAMETERS, unfuse
+from dynlora_cli.foreign import PatternMap, PeftForm, fits, read_object, refuse_links
 from dynlora_cli.peft_kinds import hira_layers, vera_layers
 from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed, read_record
 
@@ -92,6 +91,7 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
         MeasureError: its weights are not finite.
     """
     folder, note = find_adapter(path)
+    refuse_links(folder)
     config = _read_config(folder / CONFIG)
     parts, whole = _sort(_read_tensors(folder), folder)
     run = folder if (folder / RECORD).is_file() else folder.parent.parent
@@ -118,18 +118,13 @@ def _model_type(adapter: Adapter, base: str | None) -> str:
     recorded = (adapter.record.get("base_model") or {}).get("model_type")
     config = Path(base or adapter.base_name) / "config.json"
     if not recorded and config.is_file():
-        try:
-            recorded = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError):  # whoever needs the model says what is wrong with it
-            return ""
+        recorded = read_object(config).get("model_type")
     return str(recorded or "")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
+    config = read_object(path)
+    fits(PeftForm, config, path)
     kind = config.get("peft_type")
     if kind not in ("LORA", "VERA", "HIRA"):
         raise UsageError(
@@ -262,15 +257,8 @@ class _Scales:
 
     def __init__(self, config: dict[str, Any], folder: Path) -> None:
         self.config, self.folder = config, folder
-        try:
-            self.ranks = self._compiled(config.get("rank_pattern") or {})
-            self.alphas = self._compiled(config.get("alpha_pattern") or {})
-        except re.error as error:
-            raise UsageError(f"{folder / CONFIG}: a pattern is no regular expression: {error}") from None
-
-    @staticmethod
-    def _compiled(pattern: dict[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
-        return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+        self.ranks = PatternMap(config.get("rank_pattern") or {}, f"{folder / CONFIG}: rank_pattern")
+        self.alphas = PatternMap(config.get("alpha_pattern") or {}, f"{folder / CONFIG}: alpha_pattern")
 
     def of(self, module: str, rank: int) -> float:
         """The scale of a module whose factors have this rank.
@@ -279,7 +267,7 @@ class _Scales:
             UsageError: the config announces another rank.
         """
         announced = self.rank_of(module)
-        alpha = self._first(self.alphas, self._named(module), self.config.get("lora_alpha"))
+        alpha = self.alphas.first(self._named(module), self.config.get("lora_alpha"))
         if announced != rank:
             raise UsageError(
                 f"{self.folder}: layer {module} has rank {rank} in {WEIGHTS} and {announced} in {CONFIG}",
@@ -297,8 +285,4 @@ class _Scales:
 
     def rank_of(self, module: str) -> Any:
         """The rank that the config announces."""
-        return self._first(self.ranks, self._named(module), self.config.get("r"))
-
-    @staticmethod
-    def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
-        return next((value for pattern, value in patterns if pattern.match(module)), default)
+        return self.ranks.first(self._named(module), self.config.get("r"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli_support import AsJson, console, reporting, return_memory_at_once
+from dynlora_cli.cli_support import AsJson, Trust, console, reporting, return_memory_at_once
 from dynlora_cli.errors import UsageError
 
 AdapterPath = Annotated[
@@ -64,6 +64,7 @@ def prune(
     ] = "0.5%",
     heal: Annotated[int, typer.Option(metavar="STEPS", min=0, help="Training steps after the cut.")] = 0,
     base: Base = None,
+    trust_remote_code: Trust = False,
     max_samples: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Held-out rows at most.", show_default=False)
     ] = None,
@@ -94,6 +95,7 @@ def prune(
             tolerance=rise,
             heal_steps=heal,
             base_name=base,
+            trust_remote_code=trust_remote_code,
             max_samples=max_samples,
             measure=measure,
             overwrite=overwrite,
@@ -140,6 +142,7 @@ def merge(
     density: Annotated[float, typer.Option(help="Share of the entries that ties and dare keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
     base: Base = None,
+    trust_remote_code: Trust = False,
     base_weights: Annotated[
         str,
         typer.Option(
@@ -192,6 +195,7 @@ def merge(
                 one,
                 out,
                 base_name=base,
+                trust_remote_code=trust_remote_code,
                 base_weights=base_weights,
                 dtype=dtype,
                 max_kl=max_kl,
@@ -215,6 +219,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.", show_default=False)],
     base: Base = None,
+    trust_remote_code: Trust = False,
     outtype: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Number format of a GGUF model.")] = "f16",
     max_kl: Annotated[
         float | None,
@@ -239,7 +244,15 @@ def export(
 
         view = AdapterView(console())
         summary = command.run(
-            adapter, to, out, base_name=base, outtype=outtype, max_kl=max_kl, overwrite=overwrite, emit=view
+            adapter,
+            to,
+            out,
+            base_name=base,
+            trust_remote_code=trust_remote_code,
+            outtype=outtype,
+            max_kl=max_kl,
+            overwrite=overwrite,
+            emit=view,
         )
         result.update(summary)
         view.show_exported(summary)

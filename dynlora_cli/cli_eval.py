@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli_support import AsJson, console, reporting
+from dynlora_cli.cli_support import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
 
 RECIPES = (".yaml", ".yml")
@@ -48,6 +48,7 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="The base model, where it was moved.", show_default=False)
     ] = None,
+    trust_remote_code: Trust = False,
     no_base: Annotated[bool, typer.Option("--no-base", help="Do not measure the base model.")] = False,
     max_samples: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Rows at most.", show_default=False)
@@ -102,9 +103,11 @@ def evaluate(
         folders, rows = _what_is_meant(recipe, adapter or [], data)
         from dynlora_cli import evaluate as command
         from dynlora_cli.console_eval import show_evaluation
+        from dynlora_cli.recipe import load_recipe
 
         options = command.Options(
             base=base,
+            trust_remote_code=trust_remote_code or (load_recipe(recipe).model if recipe else False),
             with_base=not no_base,
             max_samples=max_samples,
             generate=generate,

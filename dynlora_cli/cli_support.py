@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dynlora_cli.console import Console
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")]
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapter import Adapter
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.attach import attached
+from dynlora_cli.foreign import read_object
 from dynlora_cli.held_out import read_tokenizer
 from dynlora_cli.model import load_base, load_tokenizer
 from dynlora_cli.probe import predictions, probe_rows, random_rows
@@ -27,7 +27,7 @@ def rows_to_compare(adapter: Adapter, place: Place) -> list[Tensor]:
     """The probe text as the adapter's tokenizer reads it; random tokens where there is no tokenizer."""
     if any((folder / name).is_file() for folder in (adapter.folder, place.folder) for name in TOKENIZER_MARKS):
         return probe_rows(read_tokenizer(adapter, place))
-    return random_rows(json.loads((place.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    return random_rows(read_object(place.folder / "config.json")["vocab_size"])
 
 
 def predictions_of(
@@ -64,6 +64,7 @@ def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, R
         return model, read
     plain = {"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False, "name_or_path": str(place.folder)}
     options = place.options.model_copy(update=plain)
-    tokenizer: Any = load_tokenizer(place.folder) if place.labels else None
+    trust = place.options.trust_remote_code
+    tokenizer: Any = load_tokenizer(place.folder, trust_remote_code=trust) if place.labels else None
     base = load_base(options, tokenizer, device=CPU, labels=place.labels, seed=0, checkpointing=False)
     return base.model.eval(), None

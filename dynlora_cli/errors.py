@@ -13,7 +13,25 @@ A message says what is wrong and where; `hint` says what to do next.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_SECRETS = (
+    (re.compile(r"(\b[\w+.-]+://)[^\s/@'\"]+@"), r"\1***@"),
+    (
+        re.compile(r"([?&#][\w.-]*(?:token|key|secret|passw|sig|auth|credential)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE),
+        r"\1***",
+    ),
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # which a terminal would obey
+
+
+def without_secrets(text: str) -> str:
+    """A text that may be shown: names and tokens in addresses are left out, control characters written out."""
+    for secret, stand_in in _SECRETS:
+        text = secret.sub(stand_in, text)
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 class DynloraError(Exception):
@@ -27,9 +45,10 @@ class DynloraError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        message = without_secrets(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = None if hint is None else without_secrets(hint)
 
 
 class UsageError(DynloraError):
@@ -47,7 +66,7 @@ class RecipeError(UsageError):
     """
 
     def __init__(self, problems: Sequence[str], hint: str | None = None) -> None:
-        self.problems = list(problems)
+        self.problems = [without_secrets(problem) for problem in problems]
         super().__init__("\n".join(self.problems), hint)
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.adapter import Adapter
     from dynlora_cli.generation import Prompt
+    from dynlora_cli.recipe_settings import Model
 
 ONE_BASE = "evaluate them one by one; only numbers on one base compare"
 PROMPTS = 32  # that answers are generated for, where nobody says how many
@@ -53,6 +54,7 @@ class Options:
 
     Attributes:
         base: folder or hub id of the base model, in place of the one on record.
+        trust_remote_code: code that comes with the base may run; or the model of the person's recipe, see find_base.
         with_base: measure the base model too.
         max_samples: rows at most; None: as the recipe says of its own rows, and all of a file.
         generate: prompts to answer; 0: none; None: 32 where there are prompts and the packages for it.
@@ -64,6 +66,7 @@ class Options:
     """
 
     base: str | None = None
+    trust_remote_code: bool | Model = False
     with_base: bool = True
     max_samples: int | None = None
     generate: int | None = None
@@ -91,7 +94,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
         DynloraError: with the exit code that fits; a failed gate is no error.
     """
     adapters = [read_adapter(folder, options.base) for folder in folders]
-    place = _one_base(adapters, options.base)
+    place = _one_base(adapters, options)
     tokenizer = read_tokenizer(adapters[0], place)
     rows = _rows(adapters[0], place, tokenizer, data, options)
     names = _names(adapters)
@@ -133,13 +136,13 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
 # -- before anything is loaded ---------------------------------------------------------------------------------------
 
 
-def _one_base(adapters: Sequence[Adapter], base: str | None) -> Place:
+def _one_base(adapters: Sequence[Adapter], options: Options) -> Place:
     """The base model that all adapters share.
 
     Raises:
         UsageError: they do not, or its weights are stored otherwise, or they are for different tasks or classes.
     """
-    places = [find_base(adapter, base) for adapter in adapters]
+    places = [find_base(adapter, options.base, options.trust_remote_code) for adapter in adapters]
     first = places[0]
     for adapter, place in zip(adapters, places, strict=True):
         if place.folder != first.folder:

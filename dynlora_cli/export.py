@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +24,7 @@ from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, MeasureError
 from dynlora_cli.exporters._exporter import Job, Merged
 from dynlora_cli.fold import plan_merge, write_merged
+from dynlora_cli.foreign import read_object
 from dynlora_cli.probe import agreement
 
 Emit = Callable[[dict[str, Any]], None]
@@ -37,6 +37,7 @@ def run(
     out: Path,
     *,
     base_name: str | None = None,
+    trust_remote_code: bool = False,
     outtype: str = "f16",
     max_kl: float | None = None,
     overwrite: bool = False,
@@ -49,6 +50,7 @@ def run(
         to: a file of the drawer exporters/.
         out: a new folder.
         base_name: folder or hub id of the base model, in place of the one on record.
+        trust_remote_code: Python code that comes with the base may run.
         outtype: f32 | f16 | q8_0, of a GGUF model.
         max_kl: nats per token by which the export may differ; None: by its number format.
         overwrite: replace an earlier export.
@@ -66,7 +68,7 @@ def run(
     adapter = read_adapter(path, base_name)
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
-    place = _base(adapter, base_name, exporter, emit)
+    place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
     run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
     job = _job(adapter, place, outtype)
     with run_folder.whole_folder(out) as folder:
@@ -96,12 +98,12 @@ def run(
     return summary
 
 
-def _base(adapter: Adapter, base_name: str | None, exporter: ModuleType, emit: Emit) -> Place | None:
+def _base(adapter: Adapter, base: tuple[str | None, bool], exporter: ModuleType, emit: Emit) -> Place | None:
     """The base; None where it is not on this machine and the exporter can do without, which a note says."""
     try:
-        return find_base(adapter, base_name)
+        return find_base(adapter, *base)
     except MachineError as error:
-        if exporter.needs_base or base_name:
+        if exporter.needs_base or base[0]:
             raise
         emit({"event": "note", "text": f"weights are compared and logits are not: {error.message}"})
         return None
@@ -124,7 +126,7 @@ def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
         adapter=adapter,
         tokenizer_folder=adapter.folder if own else place.folder if place else None,
         base_folder=place.folder if place else None,
-        base_config=json.loads((place.folder / "config.json").read_text(encoding="utf-8")) if place else None,
+        base_config=read_object(place.folder / "config.json") if place else None,
         linear_layers=_linear_layers(place) if place else None,
         merged=merged,
         outtype=outtype,

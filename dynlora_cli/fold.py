@@ -9,7 +9,6 @@ Shards, types and everything beside the weights stay as they are in the base's f
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import Place, module_of, structure, tied
 from dynlora_cli.errors import DynloraError, MeasureError, UsageError
 from dynlora_cli.experts import parameter_of, parts_of, split
+from dynlora_cli.foreign import read_object
 from dynlora_cli.run_folder import copy_tokenizer, write_json
 from dynlora_cli.weights import New, Space, Weights, write_like
 
@@ -86,7 +86,7 @@ def plan_merge(
     model = structure(place)
     if adapter.experts:
         split(model)
-    config = json.loads((place.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(place.folder / "config.json")
     if config.get("quantization_config"):
         raise UsageError(
             f"{place.folder} is stored quantized, and adding to it would quantize it once more",

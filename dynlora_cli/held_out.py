@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from dynlora_cli import drawers
-from dynlora_cli.adapter_base import Place
+from dynlora_cli.adapter_base import Place, recorded_model
 from dynlora_cli.assemble import keep_libraries_quiet, sizing_rows
 from dynlora_cli.batches import Batch, Batches
 from dynlora_cli.chat_template import Writing
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import UsageError
+from dynlora_cli.foreign import COPY_AGAIN, first_fault, read_object
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer
 from dynlora_cli.recipe import Dataset, Recipe, Source, load_recipe
 from dynlora_cli.rows import tables
+from dynlora_cli.run_folder import RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,13 +76,28 @@ class Rows:
 def own_recipe(adapter: Adapter) -> Recipe | None:
     """The recipe that the adapter was trained by; None where another tool made it."""
     recorded = adapter.record.get("recipe")
-    return Recipe.model_validate(recorded) if recorded else None
+    if not recorded:
+        return None
+    model = recorded_model(adapter).model_copy(update={"trust_remote_code": False})
+    try:
+        return Recipe.model_validate(recorded | {"model": model.model_dump()})
+    except ValidationError as error:
+        fault = first_fault(error)
+        raise UsageError(f"{adapter.folder}: the recipe in {RECORD} is damaged: {fault}", COPY_AGAIN) from None
 
 
 def read_tokenizer(adapter: Adapter, place: Place) -> PreTrainedTokenizerBase:
     """The tokenizer that was saved with the adapter, its chat template included, or the base's."""
     own = (adapter.folder / "tokenizer_config.json").is_file()
-    return load_tokenizer(adapter.folder if own else place.folder, trust_remote_code=place.options.trust_remote_code)
+    if own and not (
+        place.options.trust_remote_code and read_object(adapter.folder / "tokenizer_config.json").get("auto_map")
+    ):
+        return load_tokenizer(adapter.folder)
+    tokenizer = load_tokenizer(place.folder, trust_remote_code=place.options.trust_remote_code)
+    template = adapter.folder / "chat_template.jinja"
+    if own and template.is_file():  # a tokenizer made of code: the base's is trusted, one beside an adapter never is
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def held_out_rows(

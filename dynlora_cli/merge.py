@@ -39,6 +39,7 @@ def into_base(
     out: Path | None,
     *,
     base_name: str | None = None,
+    trust_remote_code: bool = False,
     base_weights: str = "original",
     dtype: str = "keep",
     max_kl: float = MAX_KL,
@@ -52,6 +53,7 @@ def into_base(
         adapter: to be merged.
         out: a new folder; None: `merged` inside the adapter's.
         base_name: folder or hub id of the base model, in place of the one on record.
+        trust_remote_code: Python code that comes with the base may run.
         base_weights: original | dequantized; of an adapter that was trained on a quantized base: add to the weights
             as they were before, or as training saw them.
         dtype: keep | float32 | bfloat16 | float16, of the merged model.
@@ -69,7 +71,7 @@ def into_base(
     started = time.monotonic()
     out = out or adapter.folder / "merged"
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
-    place = find_base(adapter, base_name)
+    place = find_base(adapter, base_name, trust_remote_code)
     run_folder.refuse_inputs(out, [adapter.folder, *inputs, place.folder])
     number = DTYPES.get(dtype)
     quantized = _quantized_base(adapter, place, base_weights, emit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,18 +14,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.foreign import WEIGHT_FILES, read_object, refuse_links
 from dynlora_cli.model_folder import find_model
+from dynlora_cli.strict_yaml import show
 from dynlora_cli.targets import inside
-from dynlora_cli.weights import Weights
+from dynlora_cli.weights import Weights, read_header
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe import Model
 
 # What transformers calls the output layer of a classifier, and PEFT with it.
+ASKS_FOR_TRUST = "trust_remote_code=True"  # in transformers' errors
 HEAD_NAMES = ("classifier", "score")
 SAMPLED_BYTES = 64  # from the middle of every tensor, for the fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,8 +135,10 @@ def load_structure(
 
 def context_length(folder: Path) -> int | None:
     """The longest input a model knows, in tokens; None where its config does not say."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise UsageError(f"{folder / 'config.json'} is damaged: its number of positions is {show(positions)}")
     return positions - _kept_for_padding(folder, positions) if positions else None
 
 
@@ -164,14 +168,44 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     Raises:
         UsageError: the folder has no tokenizer that loads.
     """
+    refuse_links(folder, besides=WEIGHT_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the library makes of somebody else's files
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
         raise UsageError(f"no tokenizer loads from {folder}: {error}", "put tokenizer.json beside the model") from None
     if tokenizer.pad_token_id is None:
         # Padding is masked by position, never by id, so sharing the end-of-text token does no harm.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def refuse_code(folder: Path, options: Model, *, trained_with_it: bool = False) -> None:
+    """Refuse a model that is made of Python code of its own, unless the person trusts it.
+
+    Args:
+        folder: of the model.
+        options: say whether it is trusted.
+        trained_with_it: the record of a run says that it was trusted in training.
+
+    Raises:
+        UsageError: it has such code, it cannot do without, and nobody trusts it.
+    """
+    config = read_object(folder / "config.json")
+    if options.trust_remote_code or not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
+        return
+    raise needs_trust(folder, trained_with_it=trained_with_it)
+
+
+def needs_trust(folder: Path, *, trained_with_it: bool = False) -> UsageError:
+    """The error of a model whose code nobody trusts."""
+    again = "; the run was trained with it, which its folder cannot decide again" if trained_with_it else ""
+    return UsageError(
+        f"the model in {folder} is made of Python code of its own, which was not run{again}",
+        "if you trust whoever made it: model.trust_remote_code: true in the recipe of `dynlora train`, "
+        "and --trust-remote-code for merge, eval, export and prune",
+    )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -198,7 +232,9 @@ def _config(options: Model, folder: Path, labels: list[str] | None) -> transform
         }
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code, **more)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the library makes of somebody else's file
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
         raise UsageError(f"{folder / 'config.json'} cannot be read: {error}") from None
 
 
@@ -268,15 +304,12 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     `transformers_version` and the like are left out of the config, since they do not change the model. Two fine-tunes
     of one model agree in all that, so `sampled_sha256` is over a few numbers of every tensor.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
         config.pop(volatile, None)
     shards, sampled = {}, hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            header = _sample(path, sampled)
-        except (struct.error, ValueError) as error:
-            raise UsageError(f"{path} is no safetensors file, or cut off: {error}", "fetch the model again") from None
+        header = _sample(path, sampled)
         shards[path.name] = {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": path.stat().st_size}
     text = json.dumps([config, shards], sort_keys=True)
     return {
@@ -288,13 +321,11 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 
 def _sample(path: Path, sampled: Any) -> bytes:
     """The header of a safetensors file; `sampled` is updated with a few numbers of each of its tensors."""
+    header, tensors = read_header(path)
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = file.read(length)
-        for name, info in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                first, last = info["data_offsets"]
-                middle = (first + last) // 2
-                file.seek(8 + length + middle)
-                sampled.update(file.read(min(SAMPLED_BYTES, last - middle)))
+        for _, info in sorted(tensors.items()):
+            first, last = info["data_offsets"]
+            middle = (first + last) // 2
+            file.seek(8 + len(header) + middle)
+            sampled.update(file.read(min(SAMPLED_BYTES, last - middle)))
     return header

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.foreign import WEIGHT_FILES, IndexForm, fits, inside, read_object, refuse_links
 
 if TYPE_CHECKING:
     from dynlora_cli.recipe_settings import Model
@@ -37,10 +38,29 @@ def find_model(options: Model) -> tuple[Path, str]:
             raise UsageError(
                 f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout"
             )
+        _refuse_unsafe(folder)
         return folder.resolve(), str(folder.resolve())
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
     return _from_hub(name, options.revision), name
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    """Check that a model folder names nothing outside itself.
+
+    Raises:
+        UsageError: a link or an index that leaves it, or an adapter, in whose place the library would load another
+            model, from wherever that adapter says.
+    """
+    refuse_links(folder, besides=WEIGHT_FILES)
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{folder} holds an adapter_config.json beside its config.json: another model would be loaded in its place",
+            "name a folder that holds a model alone",
+        )
+    for index in folder.glob("*.index.json"):
+        for name in fits(IndexForm, read_object(index), index).files:
+            inside(folder, name, index)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

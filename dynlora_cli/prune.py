@@ -40,6 +40,7 @@ def run(
     tolerance: float = 0.005,
     heal_steps: int = 0,
     base_name: str | None = None,
+    trust_remote_code: bool = False,
     max_samples: int | None = None,
     measure: bool = True,
     overwrite: bool = False,
@@ -57,6 +58,7 @@ def run(
         tolerance: with budget auto, the share by which the held-out loss may rise.
         heal_steps: training steps after the cut.
         base_name: folder or hub id of the base model, in place of the one on record.
+        trust_remote_code: Python code that comes with the base may run.
         max_samples: rows at most.
         measure: measure the loss where rows are known; False: only where it is needed.
         overwrite: `out` may hold an earlier run.
@@ -79,7 +81,7 @@ def run(
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
     needs_rows = scorer.needs != "values" or budget.kind == "auto" or heal_steps or data is not None
-    bench = _bench(adapter, data, base_name, max_samples, bool(needs_rows), measure, emit)
+    bench = _bench(adapter, data, (base_name, trust_remote_code), max_samples, bool(needs_rows), measure, emit)
     recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
     if heal_steps and recipe is None:
         raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
@@ -134,7 +136,7 @@ class Bench:
 def _bench(
     adapter: Adapter,
     data: Path | None,
-    base_name: str | None,
+    base: tuple[str | None, bool],
     max_samples: int | None,
     needed: bool,
     wanted: bool,
@@ -144,11 +146,11 @@ def _bench(
     if not (needed or wanted):
         return None
     try:
-        place = find_base(adapter, base_name)
+        place = find_base(adapter, *base)
         tokenizer = read_tokenizer(adapter, place)
         rows = held_out_rows(adapter, place, tokenizer, data, max_samples=max_samples)
     except (MachineError, UsageError) as error:
-        if needed or base_name:
+        if needed or base[0]:
             raise
         emit({"event": "note", "text": f"the loss is not measured: {error.message}"})
         return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.foreign import RecordForm, fits, read_object
 from dynlora_cli.report_log import METRICS, RANK_EVENTS
 
 RECORD = "dynlora.json"
@@ -159,12 +161,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         UsageError: there is none, or it cannot be read.
     """
     path = folder / RECORD
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no run ({RECORD} is missing)") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
+    if not path.exists():
+        raise UsageError(f"{folder} holds no run ({RECORD} is missing)")
+    record = read_object(path)
+    fits(RecordForm, record, path)
+    return record
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -229,4 +230,7 @@ def rewind(folder: Path, checkpoint: Path, best: Path | None) -> None:
 def pointed(folder: Path, name: str) -> Path | None:
     """The step folder that `checkpoints/<name>` names, or None."""
     pointer = folder / CHECKPOINTS / name
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    named = pointer.read_bytes()[:80].decode(errors="replace").strip()
+    return pointer.parent / named if re.fullmatch(r"step-\d+", named) else None

@@ -20,6 +20,7 @@ import yaml
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import RecipeError, UsageError
 
+LARGEST_NUMBER = 1024  # bits; a float has no more
 MAX_VALUES = 10_000  # anchors that repeat anchors can blow a short file up to any size
 
 
@@ -106,6 +107,8 @@ def show(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict | list):
         return "a section" if isinstance(value, dict) else f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, int) and value.bit_length() > 200:  # Python writes out no more than some thousand digits
+        return f"a whole number of some {round(value.bit_length() * 0.30103)} digits"
     text = repr(value)
     return text if len(text) <= 60 else text[:56] + "...'"
 
@@ -254,7 +257,10 @@ class _Builder:
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
             if kind == "int":
-                return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+                number = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+                if number.bit_length() > LARGEST_NUMBER:
+                    raise ValueError
+                return number
             if kind == "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
         except (ValueError, KeyError):

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.foreign import IndexForm, fits, inside, read_object
 from dynlora_cli.run_folder import write_json
 
 INDEX = "model.safetensors.index.json"
@@ -89,16 +91,15 @@ class Weights:
         self._piece = Space()
         self.entries: dict[str, Entry] = {}
         for file in self._files():
-            self.entries |= _read_header(file)
+            self.entries |= _entries(file)
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [name for name in names if not (self.folder / name).is_file()]
-            if missing:
+            files = [inside(self.folder, name, index) for name in fits(IndexForm, read_object(index), index).files]
+            if missing := [file.name for file in files if not file.is_file()]:
                 raise MachineError(f"{self.folder} lacks {missing[0]}, which its index names", "fetch the model again")
-            return [self.folder / name for name in names]
+            return files
         if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
         pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt"))
@@ -151,22 +152,33 @@ class Weights:
         return longer[0] if len(longer) == 1 else None
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """The header of a safetensors file: its bytes, and for each tensor dtype, shape and data_offsets.
+
+    Raises:
+        UsageError: it is none, or one that is cut off or damaged.
+    """
     try:
+        with safe_open(file, "pt"):  # looks at every type, shape and offset
+            pass
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
-    except (struct.error, ValueError, MemoryError, OverflowError) as error:
+            text = handle.read(length)
+        header = json.loads(text)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} is no safetensors file, or cut off: {error}", "fetch the model again") from None
     header.pop("__metadata__", None)
-    size, entries = file.stat().st_size, {}
+    return text, header
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    text, header = read_header(file)
+    entries = {}
     for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         first, last = info["data_offsets"]
         if info["dtype"] not in DTYPES:
             raise UsageError(f"{file}: the tensor {name} has the type {info['dtype']}, which is not understood")
-        entries[name] = Entry(file, DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + first, last - first)
-        if 8 + length + last > size:
-            raise UsageError(f"{file} is cut off: {name} ends after the file does", "fetch the model again")
+        entries[name] = Entry(file, DTYPES[info["dtype"]], tuple(info["shape"]), 8 + len(text) + first, last - first)
     return entries
 
 

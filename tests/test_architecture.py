@@ -37,7 +37,7 @@ SPINE = {
     5: "adapter_base attach batches data model stream",
     3: "activations adapter adapter_reader allocation brake chat_mask chat_template checkpoint components covariances directions dora experts fused_linear gauge gradients hira lean_blocks lean_functions optimizers peft_kinds peft_types pool rank relative row_files rows schedule shared_inputs splits stdlib_docs stretches targets tokens "
     "weights",
-    2: "aliases budget console drawers interrupt launch model_folder progress recipe recipe_problems recipe_settings recipe_types recipe_whole report report_card "
+    2: "aliases budget console drawers foreign interrupt launch model_folder progress recipe recipe_problems recipe_settings recipe_types recipe_whole report report_card "
     "report_html report_log report_svg run_folder options console_adapter console_eval console_plan console_start gates scores strict_json strict_yaml units",
     1: "__init__ errors",
 }

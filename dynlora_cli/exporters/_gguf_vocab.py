@@ -74,7 +74,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UsageError(f"{folder} has no tokenizer.json", "save it there with the tokenizer's save_pretrained")
     if not (folder / "tokenizer_config.json").is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the library makes of somebody else's files
+        raise UsageError(f"no tokenizer loads from {folder}: {error}", INSTEAD) from None
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, config: Mapping[str, Any]) -> Vocabulary:
