@@ -29,7 +29,7 @@ from dynlora_cli.errors import MeasureError
 from dynlora_cli.experts import ExpertSlice, fuse, parameter_of
 from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.pool import Pool
-from dynlora_cli.run_folder import write_json
+from dynlora_cli.whole_files import write_json
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"

@@ -3,7 +3,8 @@
     step-N/
       adapter_config.json  adapter_model.safetensors     a plain adapter of that step, loadable by itself
       state.safetensors                                  parameters, optimizer moments, averages, random generators
-      state.json                                         counts, position, sizes of the files above; written last
+      state.json                                         counts, position, the run's identity, and sizes and hashes of
+                                                         the files above; written last
 
 No pickle anywhere, so a checkpoint from elsewhere can be opened safely.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.optimizers import restore_state
-from dynlora_cli.run_folder import is_whole, write_json
+from dynlora_cli.run_folder import STATE, fault_of, seal
 
 
 def write_state(
@@ -51,23 +52,35 @@ def write_state(
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     on_cpu = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     (folder / "state.safetensors").write_bytes(save(on_cpu, metadata={"format": "pt"}))
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    write_json(folder / "state.json", {**position, "sizes": sizes})
+    seal(folder, position)
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The position and the tensors of a checkpoint.
+    """The position and the tensors of a checkpoint in which `fault_of` finds no fault.
 
     Raises:
-        UsageError: the folder is no whole checkpoint.
+        UsageError: the tensors cannot be read.
     """
-    if not is_whole(folder):
-        raise UsageError(f"{folder} is no complete checkpoint", "name a folder such as out/name/checkpoints/step-100")
     try:
         tensors = load_file(folder / "state.safetensors")
     except SafetensorError as error:
         raise UsageError(f"{folder / 'state.safetensors'} is damaged: {error}") from None
-    return json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors
+    return json.loads((folder / STATE).read_text(encoding="utf-8")), tensors
+
+
+def fault_in(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Why nothing can go on with a checkpoint, as `fault_of`; one of version 0.1, without hashes, is opened for it."""
+    if fault := fault_of(folder, record):
+        return fault
+    try:
+        position, tensors = read_state(folder)
+        if "sha256" not in position:
+            torch.Generator().set_state(tensors["random.cpu"])
+            if not all(isinstance(count, int) for count in (position["parameters"], *position["counts"].values())):
+                return f"is damaged: {STATE} is not as it was written"
+    except (UsageError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return f"is damaged: {error}"
+    return None
 
 
 def restore(

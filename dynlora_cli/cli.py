@@ -16,8 +16,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dynlora_cli import __version__, cli_adapters, cli_eval, cli_start
-from dynlora_cli.cli_support import AsJson, console, is_main_process, reporting
+from dynlora_cli.cli_support import AsJson, console, reporting
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.launch import is_main_process, launch
+from dynlora_cli.run_folder import place_of
 
 app = typer.Typer(
     name="dynlora",
@@ -82,17 +84,22 @@ def train(
         checked = load_recipe(recipe, overrides or (), output_dir)
         view = console()
         if devices != "1" and "RANK" not in os.environ:
+            if not dry_run:
+                with place_of(Path(checked.output_dir)):  # put in order before several processes look at it
+                    pass
             _launch(devices, context.obj)
-        from dynlora_cli import train as command
-
         if dry_run:
-            plan = command.plan(checked)
+            from dynlora_cli.dry_run import plan as plan_run
+
+            plan = plan_run(checked)
             result.update({"ok": True, "plan": plan})
             if not as_json:
                 from dynlora_cli.console_plan import show_plan
 
                 show_plan(view, plan)
             return
+        from dynlora_cli import train as command
+
         with view.train_view() as listener:
             summary = command.run(
                 checked,
@@ -128,8 +135,6 @@ def _next_commands(summary: dict[str, Any]) -> list[str]:
 
 def _launch(devices: str, arguments: Sequence[str]) -> None:
     """Run this very command in several processes, one per device, and end with their exit code."""
-    from dynlora_cli.launch import launch
-
     count = _device_count(devices)
     if count > 1:
         raise typer.Exit(launch(arguments, count))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
+from dynlora_cli.launch import is_main_process
 
 if TYPE_CHECKING:
     from dynlora_cli.console import Console
@@ -102,8 +102,3 @@ def console() -> Console:
     from dynlora_cli.console import Console
 
     return Console()
-
-
-def is_main_process() -> bool:
-    """Whether this is the one process, or the first of several."""
-    return os.environ.get("RANK", "0") == "0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from dynlora_cli.exporters._exporter import Job, Merged
 from dynlora_cli.fold import plan_merge, write_merged
 from dynlora_cli.foreign import read_object
 from dynlora_cli.probe import agreement
+from dynlora_cli.whole_files import sha256_of
 
 Emit = Callable[[dict[str, Any]], None]
 MAX_KL = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1}  # nats per token
@@ -71,7 +71,7 @@ def run(
     place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
     run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
     job = _job(adapter, place, outtype)
-    with run_folder.whole_folder(out) as folder:
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
         facts = exporter.write(job, folder)
         checks = _check(job, exporter, place, folder, max_kl or MAX_KL[outtype])
         summary = {
@@ -87,7 +87,7 @@ def run(
             **checks,
             "notes": job.notes,
             "files": {
-                str(file.relative_to(folder)): {"sha256": _sha256(file), "bytes": file.stat().st_size}
+                str(file.relative_to(folder)): {"sha256": sha256_of(file), "bytes": file.stat().st_size}
                 for file in sorted(folder.rglob("*"))
                 if file.is_file()
             },
@@ -181,11 +181,3 @@ def _weight_difference(adapter: Adapter, found: Adapter) -> float:
 def _delta(adapter: Adapter, name: str) -> Tensor:
     """ΔW of a layer; 0 where the adapter does not have it."""
     return adapter.layers[name].delta_OI() if name in adapter.layers else torch.zeros(1)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -27,8 +27,9 @@ from dynlora_cli.adapter_base import Place, module_of, structure, tied
 from dynlora_cli.errors import DynloraError, MeasureError, UsageError
 from dynlora_cli.experts import parameter_of, parts_of, split
 from dynlora_cli.foreign import read_object
-from dynlora_cli.run_folder import copy_tokenizer, write_json
+from dynlora_cli.run_folder import copy_tokenizer
 from dynlora_cli.weights import New, Space, Weights, write_like
+from dynlora_cli.whole_files import write_json
 
 # What stands beside the weights and is of use to whoever runs the model.
 KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")

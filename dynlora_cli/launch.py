@@ -56,6 +56,11 @@ def launch(arguments: Sequence[str], count: int) -> int:
         return code if code > 0 else 128 - code
 
 
+def is_main_process() -> bool:
+    """Whether this is the one process, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _start(
     arguments: Sequence[str], count: int, outputs: Sequence[Sequence[IO[bytes] | None]]
 ) -> list[subprocess.Popen[bytes]]:

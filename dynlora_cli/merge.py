@@ -82,7 +82,7 @@ def into_base(
     else:
         plan = plan_merge(adapter, place, dtype=number)
     _refuse_full_disk(plan, out)
-    with run_folder.whole_folder(out) as folder:
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
         writing = time.monotonic()
         size = write_merged(plan, adapter, place, folder)
         writing = time.monotonic() - writing
@@ -216,7 +216,7 @@ def into_adapter(adapters: Sequence[Adapter], out: Path, way: Way, *, overwrite:
         "ranks": adapter.ranks,
         "seconds": time.monotonic() - started,
     }
-    with run_folder.whole_folder(out) as folder:
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
         save(adapter, folder)
         run_folder.copy_tokenizer(adapters[0].folder, folder)
         run_folder.write_json(folder / run_folder.RECORD, _record(adapters, adapter, out, summary, folder))

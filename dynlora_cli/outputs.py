@@ -7,22 +7,24 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import time
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dynlora_cli import __version__, drawers, run_folder
-from dynlora_cli.adapter import PREFIX, experts_of, lora_config, lora_tensors, write_adapter
-from dynlora_cli.checkpoint import read_state, restore, write_state
+from dynlora_cli.adapter import CONFIG, PREFIX, experts_of, lora_config, lora_tensors, write_adapter
+from dynlora_cli.checkpoint import fault_in, read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.model import Base, fingerprint
 from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import write_card, write_report
 from dynlora_cli.state import Run
+from dynlora_cli.whole_files import remove, sync, whole_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from dynlora_cli.recipe import Recipe
 
 SCHEMA_VERSION = 1
+FOR_PEOPLE = ("report.html", "README.md")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
 
 
@@ -56,18 +59,29 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
     write_adapter(folder, config, tensors)
 
 
-def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:
+def write_checkpoint(training: Run, *, folder: Path, base: Base, run: str | None) -> None:
     """Write checkpoints/step-N and let `last`, and `best` where it is, name it.
 
     Without `train.save_steps` only those two are kept, and the one before the last, should that be damaged.
+
+    Args:
+        training: the run.
+        folder: of it.
+        base: its model.
+        run: its identity.
+
+    Raises:
+        DynloraError: the folder has gone.
     """
     progress = training.progress
     if training.accelerator.is_main_process:
+        run_folder.refuse_gone(folder)
         path = folder / run_folder.CHECKPOINTS / f"step-{progress.step}"
-        with run_folder.whole_folder(path) as temporary:
+        with whole_folder(path) as temporary:
             if training.pool:
                 write_adapter_of(training, base, temporary)
             position = {
+                "run": run,
                 "progress": dataclasses.asdict(progress),
                 "counts": training.pool.counts if training.pool else {},
                 "parameters": training.pool.parameters if training.pool else 0,
@@ -81,7 +95,7 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base) -> None:
         if not training.recipe.train.save_steps:
             for old in run_folder.step_folders(folder)[:-2]:
                 if old != run_folder.pointed(folder, "best"):
-                    shutil.rmtree(old)
+                    remove(old)
         training.emit({"event": "checkpoint", "step": progress.step, "path": str(path)})
 
 
@@ -92,6 +106,9 @@ def write_root(folder: Path, training: Run, base: Base) -> str:
         "best" where early stopping is on and has chosen one, else "last".
     """
     best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
+    if best is not None and (fault := fault_in(best, run_folder.read_record(folder))):
+        training.emit({"event": "note", "text": f"{best} {fault}; the adapter is that of the last step instead"})
+        best = None
     if best is not None:
         position, tensors = read_state(best)
         restore(tensors, training.parameters, training.optimizer)
@@ -102,11 +119,16 @@ def write_root(folder: Path, training: Run, base: Base) -> str:
         if training.pool is None:
             base.model.save_pretrained(folder)
         else:
-            with run_folder.whole_folder(folder / "adapter") as temporary:
+            with whole_folder(folder / "adapter") as temporary:
                 write_adapter_of(training, base, temporary)
-            for path in (folder / "adapter").iterdir():
+            (folder / CONFIG).unlink(missing_ok=True)  # so that no old one stands beside new weights
+            for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
                 path.replace(folder / path.name)
             (folder / "adapter").rmdir()
+        for path in folder.iterdir():
+            if path.is_file():
+                sync(path)
+        sync(folder)
     return "last" if best is None else "best"
 
 
@@ -130,19 +152,37 @@ def finish(folder: Path, record: dict[str, Any], training: Run, summary: dict[st
         "finished": _now(),
         "summary": summary,
     }
-    write_record(folder, record, training)
     if training.accelerator.is_main_process:
+        run_folder.refuse_gone(folder)
+        for name in FOR_PEOPLE:
+            (folder / name).unlink(missing_ok=True)  # of an earlier end of this run: what is there is of this one
+        write_record(folder, record, training)
+        write_pages(folder)
+
+
+def write_pages(folder: Path) -> bool:
+    """Make the report and the model card of a finished run from its record, where one is missing; whether one was."""
+    missing = not all((folder / name).is_file() for name in FOR_PEOPLE)
+    if missing:
         write_report(folder)
         write_card(folder)
+    return missing
 
 
 def write_record(folder: Path, record: dict[str, Any], training: Run) -> None:
     """Write dynlora.json, from one process."""
     if training.accelerator.is_main_process:
-        run_folder.write_json(folder / run_folder.RECORD, record)
+        write_json(folder / run_folder.RECORD, record)
 
 
-def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None) -> dict[str, Any]:
+def identity(before: Mapping[str, Any] | None) -> str | None:
+    """What names a run and its checkpoints: a new one, or that of the run that goes on; 0.1 gave its runs none."""
+    return uuid.uuid4().hex if before is None else before.get("run_id")
+
+
+def start_record(
+    recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None, run: str | None
+) -> dict[str, Any]:
     """dynlora.json as far as it is known before training."""
     template = base.tokenizer.chat_template
     schedule = training.control.schedule if training.control else None
@@ -155,6 +195,7 @@ def start_record(recipe: Recipe, training: Run, base: Base, data: Data, start: S
     return {
         "schema_version": SCHEMA_VERSION,
         "dynlora_version": __version__,
+        "run_id": run,
         "name": Path(recipe.output_dir).name,
         "task": recipe.model.task,
         "variant": recipe.adapter.variant,

@@ -101,7 +101,7 @@ def run(
     if bench and heal_steps:
         summary |= {"heal_steps": heal_steps, "loss_after": bench.loss(smaller)}
     summary["seconds"] = time.monotonic() - started
-    with run_folder.whole_folder(out) as folder:
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
         save(smaller, folder)
         run_folder.copy_tokenizer(adapter.folder, folder)
         write_record(folder, adapter, smaller, summary, curve.points, threshold, events)

@@ -9,7 +9,8 @@ from typing import Any
 from dynlora_cli import __version__
 from dynlora_cli.adapter import Adapter
 from dynlora_cli.report import RunLog, write_card, write_report
-from dynlora_cli.run_folder import RECORD, write_json
+from dynlora_cli.run_folder import RECORD
+from dynlora_cli.whole_files import write_json
 
 SCHEMA_VERSION = 1
 

@@ -20,7 +20,7 @@ from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.recipe import Model, Source, load_recipe
 from dynlora_cli.rows import is_local, tables
-from dynlora_cli.run_folder import write_text
+from dynlora_cli.whole_files import write_text
 
 TEMPLATE = """\
 # Purpose:  fine-tune {model} on {data} ({rows})

@@ -1,10 +1,9 @@
-"""`dynlora train`: from a recipe to an adapter. `run` is the table of contents, `plan` the same without training."""
+"""`dynlora train`: from a recipe to an adapter. `run` is the table of contents; dry_run.py shows what it would do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,34 +15,25 @@ from dynlora_cli import drawers, outputs, run_folder
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.assemble import (
     Emit,
-    attach,
-    keep_libraries_quiet,
     make_accelerator,
-    make_batches,
     make_run,
-    make_schedule,
-    plan_ranks,
     read_base,
     read_data,
-    total_steps,
 )
 from dynlora_cli.chat_template import Writing
-from dynlora_cli.checkpoint import read_state, restore
+from dynlora_cli.checkpoint import fault_in, read_state, restore
 from dynlora_cli.compile_blocks import compile_blocks, graphs_made
-from dynlora_cli.components import linear_shape
 from dynlora_cli.cuda_graphs import BlockGraphs, prepare, refuse_without_gpu
-from dynlora_cli.data import Data, show_example
+from dynlora_cli.data import Data
 from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.launch import is_main_process
 from dynlora_cli.loop import fit
-from dynlora_cli.memory import measure
-from dynlora_cli.model import Base, fingerprint, resolve_dtype
+from dynlora_cli.model import Base, fingerprint
 from dynlora_cli.model_folder import find_model
+from dynlora_cli.output_place import OutputPlace
 from dynlora_cli.peft_check import read_back
-from dynlora_cli.rank import Start, swap
-from dynlora_cli.rate_search import rate_share
-from dynlora_cli.recipe import to_yaml
+from dynlora_cli.rank import swap
 from dynlora_cli.report import RunLog
-from dynlora_cli.schedule import Schedule
 from dynlora_cli.sharding import refuse_sharding, shard_base
 from dynlora_cli.starts import begin
 from dynlora_cli.state import Progress, Run
@@ -83,12 +73,44 @@ def run(
         DynloraError: with the exit code that fits.
     """
     folder = Path(recipe.output_dir)
-    checkpoint = find_checkpoint(folder, recipe, resume, resume_from)
+    place = None
+    try:
+        # Of several processes the first one writes.
+        with run_folder.place_of(folder) if is_main_process() else nullcontext() as place:
+            _tell_of_the_old(place, folder, listener)
+            return _run(recipe, folder, place, listener, overwrite, resume, resume_from)
+    except BaseException:
+        _tell_of_the_old(place, folder, listener)
+        raise
+
+
+def _tell_of_the_old(place: OutputPlace | None, folder: Path, listener: Emit | None) -> None:
+    """Say that an earlier run has come back, where the one that was to replace it ended too early."""
+    if place and place.brought_back:
+        place.brought_back = False
+        text = f"{folder} is the earlier run again: the one that was to replace it ended before it had saved anything"
+        _tell(listener, {"event": "note", "text": text})
+
+
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    place: OutputPlace | None,
+    listener: Emit | None,
+    overwrite: bool,
+    resume: bool,
+    resume_from: Path | None,
+) -> dict[str, Any]:
+    """`run`, with the output folder as its own; None where another process has it."""
+    checkpoint = find_checkpoint(folder, recipe, resume, resume_from, listener)
     if checkpoint is None and resume:
-        _tell(listener, {"event": "note", "text": f"{folder} is finished already; nothing to do"})
+        made = place and outputs.write_pages(folder)
+        text = "what was missing of its report is made" if made else "nothing to do"
+        _tell(listener, {"event": "note", "text": f"{folder} is finished already; {text}"})
         return run_folder.read_record(folder)["summary"]
+    before = run_folder.read_record(run_folder.run_of(checkpoint)) if checkpoint else None
     begins = checkpoint is None or run_folder.run_of(checkpoint) != folder.resolve()
-    if begins:
+    if begins and place:
         run_folder.refuse_occupied(folder, overwrite=overwrite)
     accelerator = make_accelerator(recipe, folder)
     if recipe.train.shard_base:
@@ -103,7 +125,8 @@ def run(
     pool, start = begin(recipe, variant, base, data, accelerator, _first_counts(checkpoint))
     if recipe.train.shard_base and pool:
         shard_base(base.model, pool, accelerator.device, accelerator.num_processes)
-    save = partial(outputs.write_checkpoint, folder=folder, base=base)
+    name = outputs.identity(before)
+    save = partial(_save, folder=folder, base=base, run=name, place=place)
     training = make_run(recipe, accelerator, base, data, pool, start, save=save)
     if recipe.train.compile:  # not before the model was asked about packed rows, in another precision
         compile_blocks(base.model, pool)
@@ -112,11 +135,13 @@ def run(
         training.graphs = BlockGraphs(base.model, pool, lambda text: training.emit({"event": "note", "text": text}))
     # Dropout is the one thing that differs between processes.
     torch.manual_seed(recipe.seed + accelerator.process_index)
-    record = outputs.start_record(recipe, training, base, data, start)
-    if begins and accelerator.is_main_process:
-        run_folder.claim(folder, overwrite=overwrite)
+    record = outputs.start_record(recipe, training, base, data, start, name)
+    if begins and place:
+        place.keep_old()
+        place.path.mkdir(exist_ok=True)  # an old one stays where it is a volume of a container
+        outputs.write_record(folder, record, training)
     if checkpoint:
-        _go_back_to(checkpoint, training, folder)
+        _go_back_to(checkpoint, training, folder, record)
     with _log(training, folder, listener):
         outputs.write_record(folder, record, training)
         training.emit(outputs.start_event(recipe, training, base, data, start))
@@ -159,6 +184,13 @@ def _read_back(recipe: Recipe, training: Run, base: Base, data: Data, folder: Pa
     return found
 
 
+def _save(training: Run, *, folder: Path, base: Base, run: str | None, place: OutputPlace | None) -> None:
+    """Write a checkpoint; with the first one of a run, the run that it replaces is given up."""
+    outputs.write_checkpoint(training, folder=folder, base=base, run=run)
+    if place:
+        place.give_up_old()
+
+
 @contextmanager
 def _log(training: Run, folder: Path, listener: Emit | None) -> Iterator[None]:
     """Events go to the run's files and to the listener; other processes than the main one are silent."""
@@ -180,109 +212,43 @@ def _tell(listener: Emit | None, event: dict[str, Any]) -> None:
         listener(event)
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `run` would do, found without loading weights and without writing anything.
-
-    Returns:
-        recipe_yaml, example, modules, parameters, schedule, steps, data, memory and notes; see console_plan.py.
-    """
-    keep_libraries_quiet()
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, torch.device("meta"))
-    steps = total_steps(recipe, make_batches(recipe, data.train, base, shuffle=True))
-    found: dict[str, Any] = {
-        "recipe_yaml": to_yaml(recipe),
-        "example": show_example(data.train[0], tokenizer),
-        "parameters": {"base": base.model.num_parameters()},
-        "modules": [],
-        "schedule": [],
-        "steps": steps,
-        "data": {"counts": data.counts, "sha256": data.sha256},
-        "notes": data.notes,
-    }
-    variant = cast("Variant", drawers.load("variants", recipe.adapter.variant))
-    if not variant.has_components:
-        return found | _memory(recipe, variant, base, data)
-    targets, start = plan_ranks(recipe, base)
-    if recipe.rank.allocation != "uniform":
-        data.notes.append(f"rank.allocation: {recipe.rank.allocation} needs the model's data; shown is uniform")
-    found["modules"] = [
-        dict(
-            zip(("name", "d_in", "d_out", "components"), (name, *linear_shape(module), start.counts[name]), strict=True)
-        )
-        for name, module in targets.items()
-    ]
-    found["parameters"].update(start=start.parameters, budget=start.limit)
-    found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
-    return found | _memory(recipe, variant, base, data)
-
-
-def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data) -> dict[str, Any]:
-    """The memory that the run will need, or a note why nobody knows; `base` is used up."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
-    length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train)
-    ids = (recipe.train.micro_batch_size, length)
-    try:
-        need = measure(
-            base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, recipe.train.optimizer
-        )
-    except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
-        return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
-    found: dict[str, Any] = {"memory": need.as_dict()}
-    if recipe.train.shard_base:
-        data.notes.append("train.shard_base: the memory is that of a base which nobody shares; --devices N divide it")
-    if need.rows > need.most_rows:
-        advice = f"lower train.micro_batch_size to {need.most_rows}, " if need.most_rows else ""
-        advice += "set train.gradient_checkpointing: true or model.load_in_4bit: true, or lower dataset.max_length"
-        found["notes"] = [*data.notes, f"this may not fit into memory: {advice}"]
-    return found
-
-
-def _planned_events(recipe: Recipe, steps: int, start: Start, schedule: Schedule) -> list[dict[str, Any]]:
-    """The parameters and the average rank alive after each event, and the learning rate that follows them."""
-    highest = None if recipe.train.learning_rate == "auto" else recipe.train.learning_rate
-    alive = [(0, start.parameters), *zip(schedule.steps, schedule.targets, strict=True)]
-    return [
-        {
-            "step": step,
-            "parameters": parameters,
-            "rank": start.rank_of(parameters),
-            "learning_rate": highest
-            and highest
-            * rate_share(step + 1, steps, recipe.train)
-            * (start.parameters / parameters) ** recipe.pruning.lr_coupling,
-        }
-        for step, parameters in alive
-    ]
-
-
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(folder: Path, recipe: Recipe, resume: bool, resume_from: Path | None) -> Path | None:
+def find_checkpoint(
+    folder: Path, recipe: Recipe, resume: bool, resume_from: Path | None, listener: Emit | None = None
+) -> Path | None:
     """The checkpoint to go on with; None for a new run, and with `resume` for one that is finished.
 
     Raises:
         UsageError: nothing to resume, or the recipe is another one.
     """
     if resume_from is not None:
-        if not run_folder.is_whole(resume_from):
-            raise UsageError(
-                f"--resume-from {resume_from} is no complete checkpoint",
-                "name a folder such as out/name/checkpoints/step-100",
-            )
-        _same_recipe(run_folder.run_of(resume_from), recipe)
+        run = run_folder.run_of(resume_from)
+        fault = run_folder.fault_of(resume_from) or fault_in(resume_from, run_folder.read_record(run))
+        if fault:
+            others = [path for path in run_folder.step_folders(run) if not run_folder.fault_of(path)]
+            example = f"take {others[-1]}" if others else "name a folder such as out/name/checkpoints/step-100"
+            raise UsageError(f"--resume-from: no complete checkpoint: {resume_from} {fault}", example)
+        _same_recipe(run, recipe)
         return resume_from
     if not resume:
         return None
     _same_recipe(folder, recipe)
-    if "summary" in run_folder.read_record(folder):
+    record = run_folder.read_record(folder)
+    faults: list[str] = []
+    if "summary" in record:
         return None
-    checkpoint = run_folder.newest_checkpoint(folder)
-    if checkpoint is None:
-        raise UsageError(f"{folder} holds no complete checkpoint to resume from", "start anew with --overwrite")
-    return checkpoint
+    for checkpoint in reversed(run_folder.step_folders(folder)):
+        fault = fault_in(checkpoint, record)
+        if fault is None:
+            if faults:
+                text = f"{'; '.join(faults)}; {checkpoint.name} is the newest that can be gone on with"
+                _tell(listener, {"event": "note", "text": text})
+            return checkpoint
+        faults.append(f"{checkpoint} {fault}")
+    lines = "".join(f"\n  {fault}" for fault in faults)
+    raise UsageError(f"{folder} holds no complete checkpoint to resume from{lines}", "start anew with --overwrite")
 
 
 def _same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -316,7 +282,7 @@ def _same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
         raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
 
 
-def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
+def _go_back_to(checkpoint: Path, training: Run, folder: Path, record: dict[str, Any]) -> None:
     """Put the run, and the files in its folder, where they were at a checkpoint."""
     position, tensors = read_state(checkpoint)
     if training.pool:
@@ -332,9 +298,9 @@ def _go_back_to(checkpoint: Path, training: Run, folder: Path) -> None:
         training.pool.stand_after(training.progress.step, training.total_steps)
     if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
         torch.manual_seed(training.recipe.seed + rank + 1_000_003 * training.progress.step)
-    best = _best_so_far(checkpoint, training.progress)
+    best = _best_so_far(checkpoint, training.progress, record)
     if training.accelerator.is_main_process:
-        run_folder.rewind(folder, checkpoint, best)
+        run_folder.rewind(folder, checkpoint, best, record)
 
 
 def _first_counts(checkpoint: Path | None) -> dict[str, int] | None:
@@ -345,12 +311,12 @@ def _first_counts(checkpoint: Path | None) -> dict[str, int] | None:
     return budget and budget["start_components"]
 
 
-def _best_so_far(checkpoint: Path, progress: Progress) -> Path | None:
+def _best_so_far(checkpoint: Path, progress: Progress, record: dict[str, Any]) -> Path | None:
     """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
     if not progress.best:
         return None
     best = checkpoint.parent / f"step-{progress.best['step']}"
-    if run_folder.is_whole(best):
+    if fault_in(best, record) is None:
         return best
     progress.best, progress.evaluations_since_best = None, 0
     return None

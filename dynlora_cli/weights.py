@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.foreign import IndexForm, fits, inside, read_object
-from dynlora_cli.run_folder import write_json
+from dynlora_cli.whole_files import write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

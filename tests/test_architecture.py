@@ -32,13 +32,13 @@ REPOSITORY = Path(__file__).parent.parent
 DRAWERS = ("variants", "policies", "formats", "exporters")
 SPINE = {
     8: "cli cli_adapters cli_eval cli_start cli_support __main__",
-    7: "doctor evaluate export inspect_adapter merge prune starter train",
+    7: "doctor dry_run evaluate export inspect_adapter merge prune starter train",
     6: "assemble combine compare compile_blocks cuda_graphs eval_report fold generation harness heal held_out linear_loss loop loss memory meter optimizer_step outputs peft_check posthoc probe pruned_folder rate_search resident sharding starts state survey",
     5: "adapter_base attach batches data model stream",
     3: "activations adapter adapter_reader allocation brake chat_mask chat_template checkpoint components covariances directions dora experts fused_linear gauge gradients hira lean_blocks lean_functions optimizers peft_kinds peft_types pool rank relative row_files rows schedule shared_inputs splits stdlib_docs stretches targets tokens "
     "weights",
     2: "aliases budget console drawers foreign interrupt launch model_folder progress recipe recipe_problems recipe_settings recipe_types recipe_whole report report_card "
-    "report_html report_log report_svg run_folder options console_adapter console_eval console_plan console_start gates scores strict_json strict_yaml units",
+    "report_html report_log report_svg run_folder output_place whole_files options console_adapter console_eval console_plan console_start gates scores strict_json strict_yaml units",
     1: "__init__ errors",
 }
 LAYERS = {name: layer for layer, names in SPINE.items() for name in names.split()}
@@ -48,10 +48,9 @@ LONGEST_FILE = 400
 # Files that look at the environment, and for what. Anything else a person may want to set is a key or an option.
 READS_ENVIRONMENT = {
     "cli": "RANK, which tells one process of several from the others",
-    "cli_support": "RANK, likewise",
     "console": "TERM, which says what the terminal can do",
     "doctor": "what decides how the libraries below us behave, to show it",
-    "launch": "all of it, to hand it on",
+    "launch": "all of it, to hand it on; RANK, which tells one process of several from the others",
     "rows": "HF_HUB_OFFLINE, to word an error",
     "stdlib_docs": "XDG_CACHE_HOME, where caches go",
 }

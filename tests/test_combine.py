@@ -159,7 +159,7 @@ def test_nothing_that_is_not_a_number_is_written(pair, tmp_path: Path):
 def test_what_is_read_is_never_replaced(command_line: str, pair, tmp_path: Path, dynlora: Dynlora):
     base, first, second = pair
     for folder in (base, first):
-        (folder / "dynlora.json").write_text("{}")
+        (folder / "dynlora.json").write_text(json.dumps({"schema_version": 1, "dynlora_version": "0.1"}))
     options = {
         "merge": ("merge", "--adapter", first, "--out", first),
         "export": ("export", "--adapter", first, "--to", "peft", "--out", first),

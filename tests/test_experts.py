@@ -22,12 +22,12 @@ from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.budget import Budget
 from dynlora_cli.combine import Way, combine
+from dynlora_cli.dry_run import plan
 from dynlora_cli.errors import UsageError
 from dynlora_cli.experts import fuse, fused_experts, join, split, unfuse
 from dynlora_cli.fold import plan_merge, write_merged
 from dynlora_cli.merge import into_base
 from dynlora_cli.recipe_settings import Model
-from dynlora_cli.train import plan
 from dynlora_cli.weights import Weights
 
 SHORT = ("train.max_steps=3", "pruning.start=0.3", "pruning.end=0.7", "pruning.events=1", "eval.steps=3")

@@ -19,10 +19,10 @@ from tiny_run import assembled, make_recipe
 from tiny_run import train as run_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynlora_cli import train
 from dynlora_cli.assemble import attach, keep_libraries_quiet, read_base, read_data
 from dynlora_cli.batches import Batch
 from dynlora_cli.components import forget_input
+from dynlora_cli.dry_run import plan as plan_run
 from dynlora_cli.loss import summed_loss
 from dynlora_cli.memory import Need, _Peak, measure
 from dynlora_cli.optimizers import state_bytes
@@ -198,11 +198,11 @@ def test_rows_that_fit():
 
 
 def test_dry_run_tells_and_warns(tmp_path, monkeypatch):
-    plan = train.plan(make_recipe(tmp_path))
+    plan = plan_run(make_recipe(tmp_path))
     assert plan["memory"]["total"] > plan["memory"]["activations"] > 0
     assert not any("memory" in note for note in plan["notes"])
     monkeypatch.setattr("dynlora_cli.memory._around", lambda device: (1000, 10_000))
-    plan = train.plan(make_recipe(tmp_path))
+    plan = plan_run(make_recipe(tmp_path))
     assert "this may not fit into memory: set train.gradient_checkpointing: true" in plan["notes"][-1]
 
 
@@ -211,7 +211,7 @@ def test_a_model_that_needs_numbers_is_not_estimated(tmp_path, monkeypatch):
         raise RuntimeError("needs numbers\nand more")
 
     monkeypatch.setattr("dynlora_cli.memory._step", refuse)
-    plan = train.plan(make_recipe(tmp_path))
+    plan = plan_run(make_recipe(tmp_path))
     assert plan["notes"][-1] == "memory was not estimated: needs numbers"
     assert "memory" not in plan
 

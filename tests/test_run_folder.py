@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
-from cli_helpers import Dynlora
+from cli_helpers import Dynlora, contents
 from tiny_run import make_recipe, train
 
 from dynlora_cli import run_folder
+
+
+def a_run(folder: Path, steps: int = 3) -> None:
+    """What proves that dynlora made a folder."""
+    folder.mkdir(exist_ok=True)
+    record = {"schema_version": 1, "dynlora_version": "0.1", "summary": {"steps": steps}}
+    (folder / "dynlora.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").touch()
 
 
 @pytest.fixture
@@ -36,12 +45,12 @@ KINDS = ["link", "current", "volume", "parent of another"]
 
 @pytest.mark.parametrize("place", KINDS, indirect=True)
 def test_a_whole_folder_takes_the_place_of_what_was_there(place: Path, tmp_path: Path):
+    a_run(tmp_path / "real")
     (tmp_path / "real" / "old" / "deep").mkdir(parents=True)
-    (tmp_path / "real" / "old.txt").touch()
-    with run_folder.whole_folder(place) as folder:
+    with run_folder.replaced(place, overwrite=True) as folder:
         (folder / "new").mkdir()
         (folder / "new" / "file.txt").write_text("it")
-        assert (tmp_path / "real" / "old.txt").exists(), "until the new one is whole"
+        assert (tmp_path / "real" / "dynlora.json").exists(), "until the new one is whole"
     assert [str(path.relative_to(tmp_path / "real")) for path in sorted((tmp_path / "real").rglob("*"))] == [
         "new",
         "new/file.txt",
@@ -52,16 +61,18 @@ def test_a_whole_folder_takes_the_place_of_what_was_there(place: Path, tmp_path:
 
 @pytest.mark.parametrize("place", KINDS, indirect=True)
 def test_what_fails_leaves_what_was_there(place: Path, tmp_path: Path):
-    (tmp_path / "real" / "old.txt").touch()
+    a_run(tmp_path / "real")
+    before = contents(tmp_path / "real")
 
     def fail() -> None:
-        with run_folder.whole_folder(place) as folder:
+        with run_folder.replaced(place, overwrite=True) as folder:
             (folder / "new.txt").touch()
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert list((tmp_path / "real").iterdir()) == [tmp_path / "real" / "old.txt"]
+    assert contents(tmp_path / "real") == before
+    assert not list(tmp_path.rglob("*.dynlora"))
 
 
 @pytest.mark.parametrize("place", KINDS, indirect=True)

@@ -15,9 +15,9 @@ from tiny_run import make_recipe, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 from dynlora_cli import evaluate, prune
-from dynlora_cli import train as train_command
 from dynlora_cli.batches import Batches
 from dynlora_cli.data import Data, load_data, show_example
+from dynlora_cli.dry_run import plan as plan_run
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.generation import find_prompts, generate
 from dynlora_cli.loss import held_out, row_sums, summed_loss
@@ -155,7 +155,7 @@ def test_an_encoder_decoder_as_causal_lm_is_answered_with_the_right_task(tmp_pat
 
 def test_the_plan_of_a_run(tmp_path: Path):
     write_model(tmp_path / "t5", "t5")
-    plan = train_command.plan(make_recipe(tmp_path, f"model.task={TASK}", kind="t5"))
+    plan = plan_run(make_recipe(tmp_path, f"model.task={TASK}", kind="t5"))
     assert len(plan["modules"]) == 32
     assert plan["memory"]["length"] > 0
 

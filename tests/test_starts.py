@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from dynlora_cli import drawers
-from dynlora_cli import train as train_command
 from dynlora_cli.allocation import in_proportion, share_out, with_counts
 from dynlora_cli.assemble import make_accelerator, read_base, read_data
 from dynlora_cli.budget import parse_budget
 from dynlora_cli.components import ComponentLinear, dense_weight
 from dynlora_cli.directions import leading, orthonormal_rows
+from dynlora_cli.dry_run import plan as plan_run
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.rank import plan_start
 from dynlora_cli.starts import begin
@@ -285,7 +285,7 @@ def test_a_start_that_a_variant_does_not_take_is_refused(folder, variant, start)
 
 
 def test_a_dry_run_shows_uniform_and_says_so(folder):
-    found = train_command.plan(make_recipe(folder, "rank.allocation=gora", "adapter.init_weights=pissa"))
+    found = plan_run(make_recipe(folder, "rank.allocation=gora", "adapter.init_weights=pissa"))
     assert {module["components"] for module in found["modules"]} == {8}
     assert "rank.allocation: gora" in " ".join(found["notes"])
     assert found["parameters"]["start"] == 4 * found["parameters"]["budget"] * 2, "8 components of 2 each, for 2"
