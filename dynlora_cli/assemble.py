@@ -37,7 +37,7 @@ from dynlora_cli.relative import layer_kind
 from dynlora_cli.schedule import Schedule
 from dynlora_cli.shared_inputs import share_inputs
 from dynlora_cli.state import Progress, Run
-from dynlora_cli.targets import find_targets, layers_refused, why_refused
+from dynlora_cli.targets import find_targets, group_names, layers_left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,9 +134,11 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
             "nor are the routers: components are in the other linear layers only; "
             "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
         )
-    refused = layers_refused(base.model)
-    if refused and adapts:
-        data.notes.append(f"{len(refused)} layers are not adapted: {why_refused(base.model)}")
+    if adapts:
+        left_out = layers_left_out(base.model)
+        for why in dict.fromkeys(left_out.values()):
+            names = ", ".join(group_names(name for name, reason in left_out.items() if reason == why))
+            data.notes.append(f"{names}: not adapted: {why}")
     return base
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import UsageError
 from dynlora_cli.experts import WORD, ExpertSlice, fused_experts
-from dynlora_cli.peft_types import ends_in, refused_by_peft
+from dynlora_cli.peft_types import not_adapted
 
 # Leaf names of query and value projections, fused ones included.
 QUERY_VALUE = {
@@ -31,7 +31,7 @@ def find_targets(
 
     Args:
         model: the base.
-        wanted: "all-linear" (all but the output layer, routers, slices of experts and what PEFT refuses), "attention",
+        wanted: "all-linear" (all but the output layer, routers, slices of experts and `layers_left_out`), "attention",
             "qv", "experts" (all linear layers in modules of this name), one name or glob, or a list of them. A name
             matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
         whole: modules that train whole, never targets: a classifier's head.
@@ -40,22 +40,23 @@ def find_targets(
         UsageError: a pattern matches nothing; the message lists what there is.
     """
     output, routers = model.get_output_embeddings(), _routers(model)
-    refused = layers_refused(model)
+    left_out = layers_left_out(model)
     linear = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, ExpertSlice))
         and module is not output
         and not inside(name, (*whole, *routers))
-        and name not in refused
+        and name not in left_out
     }
     patterns = [wanted] if isinstance(wanted, str) else wanted
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name, module in linear.items() if _matches(name, pattern, isinstance(module, ExpertSlice))}
-        if not found and any(_matches(name, pattern, False) for name in refused):
+        reasons = [why for name, why in left_out.items() if _matches(name, pattern, False)]
+        if reasons and not found:
             raise UsageError(
-                f"adapter.target_modules: {pattern!r}: {why_refused(model)}", "write all-linear, which leaves it out"
+                f"adapter.target_modules: {pattern!r}: {reasons[0]}", "write all-linear, which leaves it out"
             )
         if not found:
             listed = "\n".join(f"  {group}" for group in group_names(linear))
@@ -70,19 +71,10 @@ def find_targets(
     return {name: module for name, module in linear.items() if name in chosen}
 
 
-def layers_refused(model: PreTrainedModel) -> set[str]:
-    """The linear layers that PEFT does not adapt in a model of this type."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return ends_in(linear, refused_by_peft(model.config.model_type))
-
-
-def why_refused(model: PreTrainedModel) -> str:
-    """A sentence on the layers of `layers_refused`."""
-    names = " and ".join(sorted(refused_by_peft(model.config.model_type)))
-    return (
-        f"PEFT adapts no {names} in a model of type {model.config.model_type}, since the fused kernels of such models "
-        "read its weight past any adapter"
-    )
+def layers_left_out(model: PreTrainedModel) -> dict[str, str]:
+    """Why some linear layers get no components whatever a recipe says, by name."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return not_adapted(model, linear)
 
 
 def _routers(model: nn.Module) -> list[str]:

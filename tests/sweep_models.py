@@ -36,6 +36,7 @@ RULES: list[tuple[re.Pattern[str], int]] = [
         (r"(mamba|ssm|gated_delta).*(n|num)_heads|mamba_num_heads|n_mamba_heads", 8),
         (r".*(num|n)_(attention_)?heads?|(encoder|decoder)_attention_heads|n_head|.*_heads|num_attention_head", 4),
         (r"linear_num_value_heads", 4),
+        (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
         (r"linear_num_key_heads", 2),
         (r".*head_dim|d_kv|.*d_head|head_size|kv_channels|attention_head_size|.*_head_size", 8),
         (r"(q|kv|o|v)_lora_rank|.*lora_rank", 16),
@@ -58,7 +59,82 @@ RULES: list[tuple[re.Pattern[str], int]] = [
         (r"(.*_)?patch_size", 16),
     )
 ]
-CARE: dict[str, dict[str, Any]] = {}
+GEMMA4: dict[str, Any] = {"per_layer_config": {"1": {"head_dim": 16}}, "hidden_size_per_layer_input": 8}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+GROUPED = {"num_experts_per_token": 2, "num_expert_group": 1, "topk_group": 1}
+MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+GEMMA3N: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "intermediate_size": [64] * 4,
+    "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 8,
+}
+CARE: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": GROUPED | {"qk_head_dim": 16},
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": MOE | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "qk_head_dim": 16},
+    "dots1": MOE,
+    "dots3_note": {"per_layer_config": {}},
+    "dots3_note_text": {"per_layer_config": {}},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8},
+    "gemma3n": {f"text_config.{key}": value for key, value in GEMMA3N.items()},
+    "gemma3n_text": GEMMA3N,
+    "gemma4": {f"text_config.{key}": value for key, value in GEMMA4.items()},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified": {f"text_config.{key}": value for key, value in GEMMA4.items()},
+    "gemma4_unified_text": GEMMA4,
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": HYBRID,
+    "hrm_text": {"num_layers_per_stack": 1},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "kimi_linear": GROUPED | {"qk_head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"qk_head_dim": 16, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "axial_pos_shape": [8, 20],
+        "axial_pos_embds_dim": [16, 16],
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_buckets": 2,
+        "hash_seed": 0,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 2,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "mamba_headdim": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_query_groups": 4,
+        "adapter_rank": 8,
+        "hybrid_layer_ids": [1, 3],
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def shrunk(kind: str, vocabulary: int) -> PreTrainedConfig:
@@ -78,7 +154,7 @@ def shrunk(kind: str, vocabulary: int) -> PreTrainedConfig:
         inside = values
         for part in path:
             inside = inside[part]
-        inside[leaf] = value(inside) if callable(value) else value
+        inside[leaf] = value
     return made.from_dict(values)
 
 
@@ -125,7 +201,7 @@ def write_tiny(path: Path, kind: str, task: str) -> None:
     """A model of this type for this task with its tokenizer, the same at every call."""
     tokenizer = byte_tokenizer(cls_token="<s>", sep_token="</s>")
     config = shrunk(kind, len(tokenizer))
-    for part in (config, config.get_text_config()):
+    for part in (config, config.get_text_config(decoder=task != CLASSES)):
         part.pad_token_id, part.bos_token_id, part.eos_token_id = 1, 0, 1
         if task == LANGUAGE and hasattr(part, "is_decoder"):
             part.is_decoder = True
