@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dynlora_cli import __version__, cli_adapters, cli_eval, cli_start
-from dynlora_cli.cli_support import AsJson, console, reporting
+from dynlora_cli.cli_support import AsJson, console, reporting, typed
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.launch import is_main_process, launch
 from dynlora_cli.run_folder import place_of
@@ -124,12 +125,13 @@ def _next_commands(summary: dict[str, Any]) -> list[str]:
     if "ranks" not in summary:
         return []
     folder = summary["output_dir"]
+    python = "python" if shutil.which("python") else "python3"
     small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
     return [
-        shlex.join(["dynlora", "eval", "--adapter", folder]),
-        shlex.join(["dynlora", "prune", "--adapter", folder, *small]),
-        shlex.join(["dynlora", "merge", "--adapter", folder]),
-        f"python -m webbrowser {shlex.quote(str((Path(folder) / 'report.html').resolve()))}",
+        typed("eval", "--adapter", folder),
+        typed("prune", "--adapter", folder, *small),
+        typed("merge", "--adapter", folder),
+        shlex.join([python, "-m", "webbrowser", str((Path(folder) / "report.html").resolve())]),
     ]
 
 
@@ -157,6 +159,9 @@ def _device_count(devices: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The `dynlora` command: does what `arguments` say (by default the process's own) and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Before torch reads it: its threads sleep while they wait. Else they spin, and where others use the cores as well a
+    # step may take ten times as long (scripts/bench/NOTES.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(arguments, prog_name="dynlora", obj=arguments, standalone_mode=False)
     except typer.TyperException as error:  # an unknown command or option: typer words it, for people

@@ -10,9 +10,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -102,3 +106,19 @@ def console() -> Console:
     from dynlora_cli.console import Console
 
     return Console()
+
+
+def typed(*words: str) -> str:
+    """A command of this program as it can be typed here: with its path where the shell would not find it by name."""
+    called = sys.argv[0]
+    found = shutil.which("dynlora")
+    here = Path(called).name == "dynlora" and os.path.exists(called)
+    if here and (found is None or not os.path.samefile(found, called)):
+        return shlex.join([_below_here(called), *words])
+    return shlex.join(["dynlora", *words])
+
+
+def _below_here(path: str) -> str:
+    """Relative to the present folder, where that is shorter than the whole path."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else os.path.join(os.path.dirname(relative) or ".", Path(path).name)

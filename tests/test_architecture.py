@@ -47,7 +47,7 @@ LONGEST_FILE = 400
 
 # Files that look at the environment, and for what. Anything else a person may want to set is a key or an option.
 READS_ENVIRONMENT = {
-    "cli": "RANK, which tells one process of several from the others",
+    "cli": "RANK, which tells one process of several from the others; it sets OMP_WAIT_POLICY, where nobody has",
     "console": "TERM, which says what the terminal can do",
     "doctor": "what decides how the libraries below us behave, to show it",
     "launch": "all of it, to hand it on; RANK, which tells one process of several from the others",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from cli_helpers import Answer, contents
 from pico import pico_recipe
 
 from dynlora_cli import __version__, assemble, run_folder
+from dynlora_cli.cli_support import typed
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -78,6 +80,40 @@ def test_no_command_shows_the_help(dynlora: Callable[..., Answer]):
 
 def test_version(dynlora: Callable[..., Answer]):
     assert dynlora("--version") == (0, f"dynlora {__version__}\n", "")
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_that_wait_do_not_spin(given, dynlora: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if not given:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    dynlora("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+
+
+@pytest.mark.slow
+def test_torch_reads_that_threads_shall_not_spin(tmp_path: Path):
+    """libgomp, or whichever torch was built with, tells its settings when it is loaded."""
+    code = "import contextlib; from dynlora_cli.cli import main\nwith contextlib.suppress(SystemExit): main(['--version'])\nimport torch"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "TRUE"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert re.search(r"OMP_WAIT_POLICY *= *'?PASSIVE", done.stderr)
+
+
+def test_a_command_is_shown_as_it_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "bin" / "dynlora"
+    program.parent.mkdir()
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/dynlora", "train"])
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert typed("eval", "--adapter", "a b") == "bin/dynlora eval --adapter 'a b'"
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin")
+    assert typed("eval") == "dynlora eval"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/dynlora_cli/__main__.py"])
+    assert typed("eval") == "dynlora eval"
 
 
 def test_schema(dynlora: Callable[..., Answer]):
