@@ -51,7 +51,7 @@ class Mask:
         return bool(_GENERATION.search(str(self.tokenizer.chat_template)))
 
     def spans(self, turns: Turns, full: str, *, only_last: bool) -> list[Span]:
-        """Start and end, in characters, of the assistant turns in a conversation, with their end-of-turn marks.
+        """Start and end, in characters, of the assistant turns that train, with their end-of-turn marks.
 
         Args:
             turns: the conversation.
@@ -64,7 +64,8 @@ class Mask:
         wanted = [number for number, message in enumerate(turns.messages) if message["role"] == "assistant"]
         spans: list[Span] = []
         for number in wanted[-1:] if only_last else wanted:
-            spans.append(self._span(turns, number, full, spans[-1][1] if spans else 0))
+            if number not in turns.untrained:
+                spans.append(self._span(turns, number, full, spans[-1][1] if spans else 0))
         return self._within_blocks(spans, _blocks(self.tokenizer, turns), full) if self.marks_itself else spans
 
     def _span(self, turns: Turns, number: int, full: str, low: int) -> Span:

@@ -6,11 +6,12 @@ rows it began with, so a run writes all of them on the day it began, which its r
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,56 @@ def marked(value: Any, marker: str = MARKER) -> Any:
     if isinstance(value, list) and value:
         return [marked(part, marker) for part in value]
     return marker
+
+
+class Arguments:
+    """The arguments of calls as one chat template wants them: as objects, or as their JSON.
+
+    Most write them by `tojson`, which would escape a text once more, or go through them key by key. Some print them, or
+    join them to other text; those need JSON.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._prints: dict[bool, bool] = {}  # by whether calls are {name, arguments}, not {function: {name, arguments}}
+
+    def wanted(self, turns: Turns) -> Turns:
+        """The same conversation, its calls as the template wants them."""
+        calls = [call for message in turns.messages for call in message.get("tool_calls") or ()]
+        if not calls:
+            return turns
+        bare = "function" not in calls[0]
+        if bare not in self._prints:
+            self._prints[bare] = self._look(bare)
+        if not self._prints[bare]:
+            return turns
+        changed = [
+            message | {"tool_calls": [_as_text(call) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in turns.messages
+        ]
+        return replace(turns, messages=changed)
+
+    def _look(self, bare: bool) -> bool:
+        for arguments, means_text in (({MARKER: MARKER}, False), (json.dumps({MARKER: MARKER}), True)):
+            function = {"name": "f", "arguments": arguments}
+            call = function if bare else {"id": "123456789", "type": "function", "function": function}
+            answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+            try:
+                text = write(self._tokenizer, [{"role": "user", "content": "a"}, answer], None)
+            except BadRowError:  # such as a template that joins the arguments to other text
+                continue
+            return means_text or repr(arguments) in text
+        return False
+
+
+def _as_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as JSON."""
+    if "function" in call:
+        return call | {"function": _as_text(call["function"])}
+    arguments = call.get("arguments")
+    return call | {"arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}
 
 
 class Unwritten:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import drawers
 from dynlora_cli.chat_template import Writing, date_note, on_date
+from dynlora_cli.columns import Account
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 CLASSIFICATION, SEQ2SEQ = "sequence-classification", "seq2seq-lm"
 _CHUNK = 1024  # rows tokenised in one call
+# Why rows are dropped; `_advice` knows them again.
+_LONGER, _BEGINS, _EMPTY = "longer than max_length", "begins after max_length", "have an empty text or answer"
 
 
 @dataclass(slots=True)
@@ -73,6 +77,7 @@ class _Reader:
     writing: Writing
     notes: list[str] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
+    lost: dict[bool, Counter[str]] = field(default_factory=lambda: {False: Counter(), True: Counter()})  # held out
 
 
 def load_data(
@@ -125,7 +130,7 @@ def load_data(
     if labels is not None:
         number_labels(train + val + sizing_rows, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
-    _check_supervised(counts, limit, reader.notes)
+    _check_supervised(counts, reader)
     reader.notes += encoder.notes(_template_name(dataset.chat_template))
     if Turns.__name__ in reader.forms and (note := date_note(tokenizer.chat_template, reader.writing.moment)):
         reader.notes.append(note)
@@ -160,31 +165,37 @@ def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool) -> tupl
     """Kept rows of some sources in order, and how many were dropped."""
     kept: list[Kept] = []
     numbers = itertools.count()
-    dropped = 0
+    lost: Counter[str] = Counter()
     with on_date(reader.writing.moment):
         for source in sources:
+            account = Account(source)
             for table in tables(source, reader.notes, held_out=held_out):
-                for place, draft in _drafts(reader, source, table):
+                for place, draft in _drafts(reader, source, table, account):
                     row = _fit(reader, place, draft, next(numbers))
-                    if row is None:
-                        dropped += 1
-                    else:
+                    if isinstance(row, Kept):
                         kept.append(row)
-    return kept, dropped
+                    else:
+                        lost[row] += 1
+            account.settle(reader.notes)
+    reader.lost[held_out] += lost
+    return kept, lost.total()
 
 
-def _drafts(reader: _Reader, source: Source, table: Table) -> Iterator[tuple[str, Draft]]:
+def _drafts(reader: _Reader, source: Source, table: Table, account: Account) -> Iterator[tuple[str, Draft]]:
     """Tokens of a table's rows, tokenised a thousand at a time."""
     rows = ((place, _renamed(row, source.columns, place)) for place, row in table.read())
     place, first = next(rows)  # a table without rows has raised
-    form = _format(reader, source, table, place, set(first))
+    form = _format(reader, source, table, place, first, account)
     if table.whole_text:
+        account.enter(place, first, form)
         reader.forms.add(Plain.__name__)
         for number, draft in enumerate(reader.encoder.pieces(place, str(first["text"])), 1):
             yield f"{place}, piece {number}", draft
         return
     has_template = bool(reader.tokenizer.chat_template) and reader.task != SEQ2SEQ
-    located = (_located(form, place, row, has_template) for place, row in itertools.chain([(place, first)], rows))
+    located = (
+        _located(form, place, row, has_template, account) for place, row in itertools.chain([(place, first)], rows)
+    )
     while batch := list(itertools.islice(located, _CHUNK)):
         drafts = reader.encoder.encode(batch)
         yield from zip((row.place for row in batch), drafts, strict=True)
@@ -202,7 +213,8 @@ def _renamed(row: Row, columns: dict[str, str], place: str) -> Row:
     return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _located(form: ModuleType, place: str, row: Row, has_template: bool) -> Located:
+def _located(form: ModuleType, place: str, row: Row, has_template: bool, account: Account) -> Located:
+    account.enter(place, row, form)
     try:
         example = form.to_example(row, has_template=has_template)
         refuse_half_characters([getattr(example, field.name) for field in fields(example)])
@@ -216,7 +228,7 @@ def _name(form: ModuleType) -> str:
     return form.__name__.rpartition(".")[2]
 
 
-def _format(reader: _Reader, source: Source, table: Table, place: str, columns: set[str]) -> ModuleType:
+def _format(reader: _Reader, source: Source, table: Table, place: str, row: Row, account: Account) -> ModuleType:
     """The format named in the recipe, or the first that fits the columns and the task."""
     if source.format != "auto":
         form = drawers.load("formats", source.format)
@@ -224,8 +236,10 @@ def _format(reader: _Reader, source: Source, table: Table, place: str, columns: 
             kind = "a text file" if table.whole_text else f"model.task {reader.task}"
             raise DataError(f"{table.name}: format {source.format!r} does not serve {kind}")
         return form
+    columns = set(row)
     fitting = fitting_formats(reader.task, columns)
     if not fitting:
+        account.enter(place, row, None)
         lines = "\n".join(f"  {_name(form)}: {form.COLUMNS}" for form in _serving(reader.task))
         raise DataError(
             f"{place}: no format fits the columns {', '.join(sorted(columns))}; for {reader.task} there are\n{lines}",
@@ -234,8 +248,6 @@ def _format(reader: _Reader, source: Source, table: Table, place: str, columns: 
     others = [_name(form) for form in fitting[1:]]
     note = f"{table.name}: format {_name(fitting[0])}, chosen by its columns"
     note += f" ({', '.join(others)} would fit too)" if others else ""
-    if _name(fitting[0]) == "text" and "label" in columns:
-        note += f"; its labels are not used: model.task is {reader.task}"
     reader.notes.append(note)
     return fitting[0]
 
@@ -256,6 +268,12 @@ def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
         reader.notes.append(
             "the chat template ends assistant turns without a special token; the end-of-text token was added"
         )
+    others = any(isinstance(row.form, Turns) and row.form.marks_others for row in batch)
+    if others and reader.dataset.train_on != "all":
+        reader.notes.append(
+            f"{table.name}: turns of others than the assistant are marked to train and do not: "
+            "dataset.train_on: all trains every turn that is not marked otherwise"
+        )
     pairs = [row.form for row in batch if isinstance(row.form, Pair)]
     if not reader.encoder.decoded and any(_runs_on(pair) for pair in pairs):
         reader.notes.append(
@@ -270,8 +288,8 @@ def _runs_on(pair: Pair) -> bool:
     return bool(pair.prompt) and not pair.prompt[-1].isspace() and start.isascii() and start.isalnum()
 
 
-def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
-    """A draft within the length limit, or None for a row to be dropped."""
+def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:
+    """A draft within the length limit, or why its row is dropped, to follow after `3 rows`."""
     limit, cut_answer = reader.max_length, False
     truncated = draft.cut or max(len(draft.ids), len(draft.labels)) > limit
     if truncated and reader.dataset.overlong == "error":
@@ -280,15 +298,17 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | None:
             "raise dataset.max_length, or set dataset.overlong: truncate or drop",
         )
     if truncated and reader.dataset.overlong == "drop":
-        return None
+        return f"are {_LONGER} {limit}"
     labels: Sequence[int] | int = 0
     if draft.label is None:
         labels = array("i", draft.labels[:limit])
         cut_answer = any(label != IGNORED for label in draft.labels[limit:])
     types = array("i", draft.types) if draft.types else None
     example = Example(array("i", draft.ids[:limit]), labels, number, types, reader.encoder.decoded)
-    if not example.supervised() or not example.input_ids:  # no model reads an empty text
-        return None
+    if not example.input_ids:  # which no model reads
+        return _EMPTY
+    if not example.supervised():
+        return draft.untaught or (f"have an answer that {_BEGINS} {limit}" if truncated else _EMPTY)
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
     return Kept(example, prompt, draft.label, truncated, cut_answer)
 
@@ -307,23 +327,33 @@ def _counts(rows: list[Kept], dropped: int) -> dict[str, int]:
     }
 
 
-def _check_supervised(counts: dict[str, dict[str, int]], limit: int, notes: list[str]) -> None:
+def _check_supervised(counts: dict[str, dict[str, int]], reader: _Reader) -> None:
     """Refuse a run that could learn nothing; tell what was lost."""
-    train = counts["train"]
+    train, notes, limit = counts["train"], reader.notes, reader.max_length
     if not train["supervised"]:
-        raise DataError(
-            f"dataset.train: no token left to learn from ({train['dropped']} rows dropped: "
-            "overlong, empty, or no answer)",
-            f"raise dataset.max_length (now {limit}), or look at dataset.train_on and dataset.overlong",
-        )
+        reasons = "; ".join(_lost(reader.lost[False]))
+        raise DataError(f"dataset.train: no token left to learn from: {reasons}", _advice(reasons, limit))
     if train["supervised"] < 0.01 * train["tokens"] and train["supervised"] != train["rows"]:
         notes.append(f"only {train['supervised'] / train['tokens']:.2%} of the training tokens carry a loss")
     for part, count in counts.items():
         if count["cut_answers"]:
             notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
         if count["dropped"]:
-            lost = "overlong, empty, or no token to learn from"
-            notes.append(f"{part}: {count['dropped']} rows dropped: {lost} within {limit}")
+            notes.append(f"{part}: {count['dropped']} rows dropped: {'; '.join(_lost(reader.lost[part == 'val']))}")
+
+
+def _lost(lost: Counter[str]) -> list[str]:
+    """How many rows were dropped for each reason, the most frequent first."""
+    return [f"{count} rows {reason}" for reason, count in lost.most_common()] or ["all rows are held out"]
+
+
+def _advice(reasons: str, limit: int) -> str:
+    """What to do where nothing is left to learn from, by the reasons for it."""
+    if _LONGER in reasons or _BEGINS in reasons:
+        return f"raise dataset.max_length (now {limit})"
+    if "marked" in reasons:
+        return "take the marks off, or set dataset.train_on: all"
+    return "name the role assistant, or set dataset.train_on: all" if "role" in reasons else "look at the rows"
 
 
 def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:

@@ -172,10 +172,10 @@ def held_out_rows(
 
 def _as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:
     """A file to be read as the training rows were: their columns and format, where all have the same and these fit."""
-    ways = [] if own is None else [(source.columns, source.format) for source in own.dataset.train]
-    if not ways or any(way != ways[0] for way in ways) or ways[0] == (file.columns, file.format):
+    ways = [] if own is None else [(s.columns, s.format, s.ignore) for s in own.dataset.train]
+    if not ways or any(way != ways[0] for way in ways) or ways[0] == (file.columns, file.format, file.ignore):
         return file
-    columns, form = ways[0]
+    columns, form, ignore = ways[0]
     there = set.intersection(*(set(next(table.read())[1]) for table in tables(file, [], held_out=False)))
     if columns and there.issuperset(columns.values()):
         there |= set(columns)
@@ -184,7 +184,8 @@ def _as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:
     else:
         columns = {}
     fits = form != "auto" and drawers.load("formats", form).matches(there)
-    return file.model_copy(update={"columns": columns, "format": form if fits else "auto"})
+    aside = [name for name in ignore if name in there]
+    return file.model_copy(update={"columns": columns, "format": form if fits else "auto", "ignore": aside})
 
 
 def precision_of(base: Base) -> Callable[[], AbstractContextManager[Any]]:

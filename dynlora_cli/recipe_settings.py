@@ -68,6 +68,8 @@ class Source(Section):
     """Configuration of a hub data set."""
     columns: dict[str, Text] = {}
     """Our field name to the data's column, such as `{prompt: question}`."""
+    ignore: list[Text] = []
+    """Columns to leave aside though they say how rows are to be learned, such as `[score]`."""
 
 
 class Dataset(Section):

@@ -12,12 +12,12 @@ import json
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.chat_mask import Mask, closing_of
-from dynlora_cli.chat_template import Unwritten, draws_at_random, write
+from dynlora_cli.chat_template import Arguments, Unwritten, draws_at_random, write
 from dynlora_cli.errors import DataError
 from dynlora_cli.formats._forms import BadRowError, Form, Labelled, Pair, Plain, Turns
 
@@ -78,6 +78,7 @@ class Draft:
         prompt: rows with the same prompt belong on the same side of a split.
         label: the class, for a classifier.
         types: token type ids, for a classifier of text pairs.
+        untaught: why nothing in it is trained, where that is known before it is cut.
         cut: the row was too long and has lost its end.
     """
 
@@ -87,6 +88,7 @@ class Draft:
     label: str | int | None = None
     types: list[int] | None = None
     cut: bool = False
+    untaught: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Encoder:
         self.opening = self._opening()
         self.glue = self._glue()
         self.unwritten = Unwritten(tokenizer)
+        self.arguments = Arguments(tokenizer)
 
     def encode(self, rows: list[Located]) -> list[Draft]:
         """Drafts of rows that all have the same form, in order."""
@@ -246,16 +249,19 @@ class Encoder:
         texts, spans, prompts = [], [], []
         for row in rows:
             assert isinstance(row.form, Turns)
+            form = self.arguments.wanted(row.form)
             try:
-                text = write(self.tokenizer, row.form.messages, row.form.tools)
-                self.unwritten.look(row.form, text)
-                turns = self._spans(row.form, text)
+                text = write(self.tokenizer, form.messages, form.tools)
+                self.unwritten.look(form, text)
+                turns = self._spans(form, text)
             except BadRowError as error:
                 raise DataError(f"{row.place}: {error}") from error
             texts.append(text)
             spans.append(turns)
             prompts.append(_opening_messages(row.form.messages))
         drafts = self._masked(texts, spans, prompts)
+        for row, draft, turns in zip(rows, drafts, spans, strict=True):
+            draft.untaught = "" if turns or not isinstance(row.form, Turns) else _untaught(row.form)
         if spans[0] and self.train_on != "all":
             self._check_mask(rows[0].place, texts[0], spans[0], drafts[0])
         if not self.closes_turns:
@@ -265,9 +271,14 @@ class Encoder:
 
     def _spans(self, turns: Turns, text: str) -> list[tuple[int, int]]:
         """Character spans to train on."""
-        if self.train_on == "all":
+        if self.train_on != "all":
+            return self.mask.spans(turns, text, only_last=self.train_on == "completion")
+        if not turns.untrained:
             return [(0, len(text))]
-        return self.mask.spans(turns, text, only_last=self.train_on == "completion")
+        speaks = {number for number, message in enumerate(turns.messages) if message["role"] == "assistant"}
+        others = replace(turns, untrained=frozenset(speaks - turns.untrained))
+        edges = [0, *itertools.chain.from_iterable(self.mask.spans(others, text, only_last=False)), len(text)]
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
     @cached_property
     def mask(self) -> Mask:
@@ -295,7 +306,9 @@ class Encoder:
 
     def _close(self, form: Form, draft: Draft) -> None:
         """End a conversation with the end-of-text token where its template has no token of its own for that."""
-        if isinstance(form, Turns) and form.messages[-1]["role"] == "assistant":
+        if not isinstance(form, Turns) or len(form.messages) - 1 in form.untrained:
+            return
+        if form.messages[-1]["role"] == "assistant":
             while draft.labels and draft.labels[-1] == IGNORED:  # white space after the turn
                 draft.ids.pop()
                 draft.labels.pop()
@@ -351,6 +364,14 @@ class Encoder:
         for number, draft in enumerate(drafts):
             draft.ids, draft.cut = coded["input_ids"][number], len(whole[number]) > self.max_length
             draft.types = types[number] if types else None
+
+
+def _untaught(turns: Turns) -> str:
+    """Why nothing of a conversation trains."""
+    roles = sorted({message["role"] for message in turns.messages})
+    if "assistant" in roles:
+        return "have turns of the assistant only that are marked not to train"
+    return f"have no turn of the role assistant (roles there: {', '.join(roles)})"
 
 
 def _opening_messages(messages: list[dict[str, Any]]) -> str:

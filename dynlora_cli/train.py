@@ -33,6 +33,7 @@ from dynlora_cli.model_folder import find_model
 from dynlora_cli.output_place import OutputPlace
 from dynlora_cli.peft_check import read_back
 from dynlora_cli.rank import swap
+from dynlora_cli.recipe import Recipe
 from dynlora_cli.report import RunLog
 from dynlora_cli.sharding import refuse_sharding, shard_base
 from dynlora_cli.starts import begin
@@ -41,7 +42,6 @@ from dynlora_cli.state import Progress, Run
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dynlora_cli.recipe import Recipe
     from dynlora_cli.variants._variant import Variant
 
 RESTART = "bring it back as it was, or start a new run with another --output-dir"
@@ -253,7 +253,9 @@ def find_checkpoint(
 
 def _same_recipe(folder: Path, recipe: Recipe) -> None:
     """Refuse to resume with a recipe that would train something else."""
-    before = _flat(run_folder.read_record(folder).get("recipe") or {})
+    recorded = run_folder.read_record(folder).get("recipe")
+    # Read by today's rules: keys that are younger than the run have the values that they had in its time.
+    before = _flat(Recipe.model_validate(recorded).model_dump(mode="json") if recorded else {})
     now = _flat(recipe.model_dump(mode="json"))
     differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
     if differing:

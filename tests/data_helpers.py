@@ -83,7 +83,7 @@ def space_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def source(path: Path | str, **settings: Any) -> SimpleNamespace:
-    defaults: dict[str, Any] = {"format": "auto", "split": "train", "name": None, "columns": {}}
+    defaults: dict[str, Any] = {"format": "auto", "split": "train", "name": None, "columns": {}, "ignore": []}
     return SimpleNamespace(**(defaults | settings), path=str(path))
 
 

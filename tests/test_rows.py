@@ -17,7 +17,8 @@ from dynlora_cli.errors import DataError
 from dynlora_cli.rows import tables
 
 CALLS = CHATML.replace(
-    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}!{{ c.arguments | tojson }}{% endfor %}"
+    "{{ m.content }}",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.name }}!{{ c.arguments | tojson }}{% endfor %}",
 )
 
 
@@ -60,7 +61,7 @@ def test_parquet_invents_no_arguments_and_no_parameters_of_tools(tmp_path: Path)
     assert rows_of(source(path)) == ROWS
     tokenizer = byte_tokenizer(CALLS)
     text = tokenizer.decode(load(source(path), tokenizer=tokenizer).train[0].input_ids)
-    assert '!{"place": "mat"}<' in text
+    assert 'do!{"place": "mat"}<' in text
 
 
 def test_a_hub_set_neither(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,4 +127,4 @@ def test_empty_texts_of_a_classifier_are_dropped_where_its_tokenizer_adds_nothin
     data = load(path, task="sequence-classification", tokenizer=tokenizer)
     assert [example.row for example in data.train] == [0, 2]
     assert data.counts["train"]["dropped"] == 1
-    assert any("1 rows dropped: overlong, empty" in note for note in data.notes)
+    assert any("1 rows dropped: 1 rows have an empty text or answer" in note for note in data.notes)

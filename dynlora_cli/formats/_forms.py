@@ -9,10 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """A conversation, rendered by the tokenizer's chat template; `tools` go to the template as they are."""
+    """A conversation, rendered by the tokenizer's chat template; `tools` go to the template as they are.
+
+    Args:
+        messages: each with role and content, both text.
+        tools: as the template takes them.
+        untrained: numbers of assistant messages, from 0, that are marked not to train.
+        marks_others: a message of another role is marked to train.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+    untrained: frozenset[int] = frozenset()
+    marks_others: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,17 @@
 
 What it does
     Takes a list of messages and renders it with the tokenizer's own chat template. The loss is on every assistant turn,
-    its end-of-turn token included.
+    its end-of-turn token included, but not on turns that are marked so: `weight: 0` (OpenAI), `train: false`,
+    `loss: false` or `masked: true`.
 
 When to use it
     For an instruction-tuned base, single-turn or multi-turn, with or without system messages and tool calls.
 
 Columns
-    `messages`: list of {role, content}; or `conversations`: list of {from, value} (ShareGPT). Optional `system`, for
-    conversations that do not begin with such a turn, and `tools`, a list or its JSON.
+    `messages`: list of {role, content}; or `conversations`: list of {from, value} (ShareGPT); or the JSON of such a
+    list. Roles may have ShareGPT's names (human, gpt, function_call, observation) under either key. Optional `system`,
+    for conversations that do not begin with such a turn, and `tools`, a list or its JSON (`functions` in OpenAI's older
+    form). Arguments of calls may be objects or their JSON.
 
 Reference
     https://huggingface.co/docs/transformers/chat_templating
@@ -17,18 +20,23 @@ Reference
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Set
 from typing import Any
 
+from dynlora_cli.columns import mark_of
 from dynlora_cli.formats._forms import BadRowError, Turns, optional_text
+from dynlora_cli.strict_json import BadJsonError, loads
 
-COLUMNS = "messages | conversations [system, tools]"
+COLUMNS = "messages | conversations [system, tools, functions]"
 TASKS = ("causal-lm",)
 PRECEDENCE = 0
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
-_SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
+_ROLES = dict.fromkeys(("human", "prompter"), "user")
+_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "ai", "bot", "model", "function_call"), "assistant")
+_ROLES |= dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool")
+_ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "developer")}
+_TRAINS, _DOES_NOT = ("weight", "train", "training", "trainable", "loss", "loss_scale"), ("masked", "mask")
+_IN_PARTS = ("train_detail", "training_detail")
 
 
 def matches(columns: Set[str]) -> bool:
@@ -48,49 +56,107 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns:
     """
     if not has_template:
         raise BadRowError("conversations need a chat template and the tokenizer has none; set dataset.chat_template")
-    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    name = "messages" if row.get("messages") is not None else "conversations"
+    turns = _json(repr(name), row.get(name))
     if not isinstance(turns, list) or not turns:
-        raise BadRowError("'messages' (or 'conversations') is missing, null or empty, expected a list of messages")
-    messages = [_message(number, turn) for number, turn in enumerate(turns, 1)]
+        kind = "missing, null or empty" if turns in (None, [], "") else f"of type {type(turns).__name__}"
+        raise BadRowError(f"{name!r} is {kind}, expected a list of messages")
+    read = [_message(number, turn) for number, turn in enumerate(turns, 1)]
     system = optional_text(row, "system")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return Turns(messages, _tools(row.get("tools")))
+    if system and read[0][0]["role"] != "system":
+        read.insert(0, ({"role": "system", "content": system}, None))
+    marks = {number: mark for number, (message, mark) in enumerate(read) if message["role"] == "assistant"}
+    return Turns(
+        [message for message, _ in read],
+        _tools(row),
+        untrained=frozenset(number for number, mark in marks.items() if mark is False),
+        marks_others=any(mark for number, (_, mark) in enumerate(read) if number not in marks),
+    )
 
 
-def _tools(tools: Any) -> Any:
-    """The tools of a conversation; ShareGPT rows have them as the text of a JSON list."""
-    if not isinstance(tools, str):
-        return tools or None
+def _json(what: str, value: Any) -> Any:
+    """A value, or the JSON of it, as CSV and some Parquet files have it.
+
+    Raises:
+        BadRowError: text that is none.
+    """
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(tools or "null") or None
-    except json.JSONDecodeError as error:
-        raise BadRowError(f"'tools' is text and not valid JSON ({error.msg}, column {error.colno})") from None
+        return loads(value or "null")
+    except BadJsonError as error:
+        raise BadRowError(f"{what} is text and {error.reason}") from None
 
 
-def _message(number: int, turn: object) -> dict[str, Any]:
+def _tools(row: Mapping[str, Any]) -> Any:
+    """The tools of a conversation, or the functions of an older one."""
+    tools, functions = _json("'tools'", row.get("tools")), _json("'functions'", row.get("functions"))
+    if tools or not functions:
+        return tools or None
+    if not isinstance(functions, list):
+        raise BadRowError(f"'functions' is of type {type(functions).__name__}, expected a list")
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _message(number: int, turn: object) -> tuple[dict[str, Any], bool | None]:
+    """A message as templates take it, and whether it is marked to train; None where it has no mark."""
     if not isinstance(turn, Mapping):
         raise BadRowError(f"message {number} is of type {type(turn).__name__}, expected {{role, content}}")
     # Parquet fills keys that other messages have with null; templates test for presence.
     message = {key: value for key, value in turn.items() if value is not None}
-    if "from" in message and "role" not in message:
-        message["role"] = _SHAREGPT_ROLES.get(message["from"], message.pop("from"))
-        message.pop("from", None)
-    if "value" in message and "content" not in message:
-        message["content"] = message.pop("value")
-    if not isinstance(message.get("role"), str):
+    for ours, theirs in (("role", "from"), ("content", "value")):
+        if theirs in message and ours not in message:
+            message[ours] = message.pop(theirs)
+    role = message.get("role")
+    if not isinstance(role, str):
         raise BadRowError(f"message {number} has no role (keys: {', '.join(map(str, turn))})")
-    if "content" not in message and "tool_calls" in message:
-        message["content"] = ""
-    message["content"] = _content(number, message.get("content"))
-    return message
+    message["role"] = _ROLES.get(role.strip().lower(), role)
+    if "function_call" in message and "tool_calls" not in message:
+        message["tool_calls"] = message.pop("function_call")
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(number, message["tool_calls"])
+        message.setdefault("content", "")
+    message["content"] = _content(number, message)
+    return message, _mark(number, message)
 
 
-def _content(number: int, content: object) -> str:
+def _mark(number: int, message: dict[str, Any]) -> bool | None:
+    """Whether a message says that it is trained; the marks are taken from it, since no template should see them."""
+    marks = []
+    for key in [key for key in message if key in (*_TRAINS, *_DOES_NOT, *_IN_PARTS)]:
+        value = message.pop(key)
+        mark = mark_of(value)
+        if mark not in (0, 1) or key in _IN_PARTS:
+            raise BadRowError(f"message {number}: {key} is {value!r}, and a turn trains (1) or does not (0)")
+        marks.append(bool(mark) == (key in _TRAINS))
+    return all(marks) if marks else None
+
+
+def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
+    """The calls of a message, each {type, function: {name, arguments}} or {name, arguments}; arguments are objects."""
+    calls = _json(f"message {number}: its tool_calls", calls)
+    if isinstance(calls, Mapping):  # one call, as function_call is
+        calls = [{"type": "function", "function": calls}]
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRowError(f"message {number}: its calls are {calls!r:.60}, expected a list of objects")
+    read = []
+    for call in calls:
+        function = call["function"] if isinstance(call.get("function"), Mapping) else call
+        if not isinstance(function.get("name"), str):
+            raise BadRowError(f"message {number}: a call has no name (keys: {', '.join(map(str, function))})")
+        arguments = _json(f"message {number}: the arguments of {function['name']}", function.get("arguments"))
+        function = {**function, "arguments": {} if arguments is None else arguments}
+        read.append({**call, "function": function} if "function" in call else function)
+    return read
+
+
+def _content(number: int, message: Mapping[str, Any]) -> str:
     """The text of a message; a list of parts (the multimodal form) is joined if all parts are text."""
+    content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         kind = "missing or null" if content is None else f"of type {type(content).__name__}"
-        raise BadRowError(f"message {number}: content is {kind}, expected text")
+        keys = f" (keys: {', '.join(map(str, message))})" if content is None else ""
+        raise BadRowError(f"message {number}: content is {kind}, expected text{keys}")
     return content

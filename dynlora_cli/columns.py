@@ -1,0 +1,164 @@
+"""What becomes of the columns of rows: each is read by the format, or named in a note, or refused.
+
+A format declares what it reads (`COLUMNS`), a recipe what is to be read under another name (`columns`) and what is left
+aside on purpose (`ignore`). Of all others a note says that they are not read, unless they say how rows are to be
+learned: a run that leaves such a column aside in silence learns something else than its rows ask for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from dynlora_cli.recipe import Source
+
+_SHOWN = 8  # names in a note
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What a column of some names says, and when leaving it aside matters.
+
+    Args:
+        says: goes on after `column 'x' is 0.5 here, which`.
+        advice: what to do instead of leaving it aside.
+        matters: of the first value that was seen in the column, and the present one.
+    """
+
+    says: str
+    advice: str
+    matters: Callable[[Any, Any], bool]
+
+
+def mark_of(value: object) -> float | None:
+    """1.0 for true, 0.0 for false, a number as it is, also where a CSV has made it text; None for anything else."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    try:
+        return float(value) if isinstance(value, (bool, int, float, str)) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _truth(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
+def _always(first: Any, value: Any) -> bool:  # noqa: ARG001 - one signature for all
+    return True
+
+
+_ALIKE = "and every row counts alike here"
+_WEIGHS = _Meaning(f"weighs rows, {_ALIKE}", "leave rows out, or repeat them", lambda _, value: mark_of(value) != 1)
+_MARKS = _Meaning("says which rows train", "leave those out that do not", lambda _, value: mark_of(value) != 1)
+_MASKS = _Meaning("says which rows do not train", "leave those out", lambda _, value: mark_of(value) != 0)
+_RATES = _Meaning(f"rates rows, {_ALIKE}", "keep the rows that are good enough", lambda first, value: value != first)
+_SPLITS = _Meaning(
+    "says which split a row is of, and all would train",
+    "write a file for each split, under dataset.train and dataset.val",
+    lambda first, value: value != first,
+)
+_JUDGES = _Meaning(
+    "tells good answers from bad ones, and all would be learned",
+    "keep the rows with good answers, or set model.task: sequence-classification to learn the label",
+    lambda first, value: value != first and _truth(value) and _truth(first),
+)
+_PREFERS = _Meaning(
+    "is one of a preference pair, and nothing here learns from pairs",
+    "to learn the better answers, name their column, such as `columns: {completion: chosen}`",
+    _always,
+)
+_PRECEDES = _Meaning("holds earlier turns of the conversation", "write rows as `messages`, turn by turn", _always)
+_OFFERS = _Meaning("offers tools to the model", "write rows as `messages` with `tools`", _always)
+_SHOWS = _Meaning("holds what a model of text does not see", "use rows of text alone", _always)
+_COVERS = _Meaning("says which tokens train", "mark turns of `messages` with `train: false` instead", _always)
+
+_MEANINGS = {
+    name: meaning
+    for names, meaning in (
+        ("weight weights sample_weight example_weight loss_weight row_weight", _WEIGHS),
+        ("train training trainable loss", _MARKS),
+        ("masked", _MASKS),
+        ("score scores reward rewards rating ratings", _RATES),
+        ("split", _SPLITS),
+        ("label kto_tag", _JUDGES),
+        ("chosen rejected chosen_response rejected_response chosen_messages rejected_messages", _PREFERS),
+        ("history", _PRECEDES),
+        ("tools functions", _OFFERS),
+        ("image images video videos audio audios", _SHOWS),
+        ("loss_mask completion_mask assistant_mask assistant_masks", _COVERS),
+    )
+    for name in names.split()
+}
+
+
+@dataclass
+class Account:
+    """The columns of one source's rows.
+
+    Args:
+        source: says what is renamed, and what is ignored.
+    """
+
+    source: Source
+    _unread: dict[str, Any] = field(default_factory=dict)  # the first value of each
+    _seen: set[str] = field(default_factory=set)
+
+    def enter(self, place: str, row: Mapping[str, Any], form: ModuleType | None) -> None:
+        """Look at a row.
+
+        Args:
+            place: of the row.
+            row: its columns, renamed ones under both names.
+            form: the format that reads it; None: none does.
+
+        Raises:
+            DataError: a column that nothing reads says how the row is to be learned.
+        """
+        self._seen.update(row)
+        aside = {*self.source.columns.values(), *self.source.ignore}
+        for name in row.keys() - aside - (columns_of(form) if form else set()):
+            value = row[name]
+            if value is None or value in ("", [], {}):
+                continue
+            first = self._unread.setdefault(name, value)
+            meaning = _MEANINGS.get(name.lower())
+            if meaning and meaning.matters(first, value):
+                raise DataError(
+                    f"{place}: column {name!r} ({_short(repr(value))} here) {meaning.says}",
+                    f"{meaning.advice}; or write `ignore: [{name}]` beside the path in the recipe to leave it aside",
+                )
+
+    def settle(self, notes: list[str]) -> None:
+        """Name what was not read, when all rows were looked at.
+
+        Raises:
+            DataError: the recipe ignores a column that no row has.
+        """
+        for name in self.source.ignore:
+            if name not in self._seen:
+                there = ", ".join(map(_short, sorted(self._seen)))
+                raise DataError(
+                    f"{self.source.path}: no column {name!r}, which `ignore` names", f"columns there: {there}"
+                )
+        names = [_short(name) or "one without a name" for name in self._unread]
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            notes.append(f"{self.source.path}: columns that are not read: {', '.join(sorted(names)[:_SHOWN])}{more}")
+
+
+def columns_of(form: ModuleType) -> set[str]:
+    """The names of the columns that a format reads."""
+    return set(re.findall(r"\w+", form.COLUMNS))
+
+
+def _short(text: str) -> str:
+    """Other people's text for a line of ours: printable, and not long."""
+    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
