@@ -188,7 +188,15 @@ def merge(
         way = command.Way(method, given, limit, density, seed)
         if wanted == "adapter":
             assert out is not None
-            summary = command.into_adapter(adapters, out, way, overwrite=overwrite)
+            summary = command.into_adapter(
+                adapters,
+                out,
+                way,
+                base_name=base,
+                trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
+                emit=view,
+            )
         else:
             one = adapters[0] if len(adapters) == 1 else command.combine(adapters, way).adapter
             summary = command.into_base(

@@ -24,6 +24,7 @@ from dynlora_cli.errors import MachineError, MeasureError
 from dynlora_cli.exporters._exporter import Job, Merged
 from dynlora_cli.fold import plan_merge, write_merged
 from dynlora_cli.foreign import read_object
+from dynlora_cli.peft_check import check_files, tell
 from dynlora_cli.probe import agreement
 from dynlora_cli.whole_files import sha256_of
 
@@ -74,6 +75,8 @@ def run(
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         facts = exporter.write(job, folder)
         checks = _check(job, exporter, place, folder, max_kl or MAX_KL[outtype])
+        if getattr(exporter, "for_peft", False):
+            checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         summary = {
             "ok": True,
             "command": "export",
@@ -95,6 +98,8 @@ def run(
             "seconds": time.monotonic() - started,
         }
         run_folder.write_json(folder / run_folder.EXPORT_RECORD, summary)
+    if "peft_check" in checks:
+        tell(checks["peft_check"], out, emit)
     return summary
 
 

@@ -27,6 +27,7 @@ from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.fold import Plan, plan_merge, write_merged
 from dynlora_cli.held_out import base_in_memory, precision_of, read_tokenizer
 from dynlora_cli.model import DTYPES, Base
+from dynlora_cli.peft_check import check_files, tell
 from dynlora_cli.probe import Agreement, agreement, predictions
 from dynlora_cli.weights import New
 
@@ -184,24 +185,39 @@ def _compare(
     return agreement(adapted_predictions(adapter, place, rows), found, rows), as_trained
 
 
-def into_adapter(adapters: Sequence[Adapter], out: Path, way: Way, *, overwrite: bool = False) -> dict[str, Any]:
+def into_adapter(
+    adapters: Sequence[Adapter],
+    out: Path,
+    way: Way,
+    *,
+    base_name: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
     """Write one adapter that does what several do together.
 
     Args:
         adapters: two or more, of one base.
         out: a new folder.
         way: how they are combined.
+        base_name: folder or hub id of the base model, in place of the one on record; PEFT is asked on its structure.
+        trust_remote_code: Python code that comes with the base may run.
         overwrite: replace what dynlora wrote there.
+        emit: takes notes.
 
     Returns:
         The summary, as data.
+
+    Raises:
+        MeasureError: PEFT reads the adapter otherwise; it is kept.
     """
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     run_folder.refuse_inputs(out, [adapter.folder for adapter in adapters])
     combined = combine(adapters, way)
     adapter = combined.adapter
-    summary = {
+    summary: dict[str, Any] = {
         "ok": True,
         "command": "merge",
         "into": "adapter",
@@ -218,8 +234,10 @@ def into_adapter(adapters: Sequence[Adapter], out: Path, way: Way, *, overwrite:
     }
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         save(adapter, folder)
+        summary["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         run_folder.copy_tokenizer(adapters[0].folder, folder)
         run_folder.write_json(folder / run_folder.RECORD, _record(adapters, adapter, out, summary, folder))
+    tell(summary["peft_check"], out, emit)
     return summary
 
 

@@ -1,7 +1,7 @@
 """What stock PEFT makes of an adapter that was just written, against what was trained: asked of PEFT, where installed.
 
     read_back    logits of base + adapter as PEFT loads it, against those of the model as training left it
-    lost_layers  the layers in which PEFT puts nothing, found on the model's structure alone
+    check_files  whether PEFT puts something into every layer, found on the model's structure alone
 
 The base is in memory once: PEFT gets the model's modules anew, plain, with the same weights in them.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynlora_cli.adapter_base import Place
+from dynlora_cli.adapter import Adapter
+from dynlora_cli.adapter_base import Place, find_base
 from dynlora_cli.components import ComponentLinear
+from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.experts import parts_of
 from dynlora_cli.model import context_length
 from dynlora_cli.probe import predictions, probe_rows
+from dynlora_cli.recipe_settings import Model
 from dynlora_cli.stream import streamed
 
-ABSENT = "PEFT is not installed, so what it makes of the adapter was not checked"
+NOT_CHECKED = "what PEFT makes of the adapter was not checked"
+ABSENT = f"{NOT_CHECKED}: PEFT is not installed"
 # Of the logits' spread. In 16 or fewer bits, layers in another order of operations are a few hundredths apart.
 TOLERANCE = {torch.float32: 1e-3}
 ROUGH = 0.05
@@ -61,7 +65,7 @@ def read_back(
         plain = streamed(place)
         _share(plain, trained)
     except Exception as error:  # a model that needs other inputs, or whose structure is not made without its weights
-        return {"checked": False, "reason": f"what PEFT makes of the adapter was not checked: {_first_line(error)}"}
+        return {"checked": False, "reason": f"{NOT_CHECKED}: {_first_line(error)}"}
     finally:
         trained.train(was)
     try:
@@ -71,25 +75,66 @@ def read_back(
             lost = _without_adapter(loaded, layers)
             logits = _logits(loaded, rows, numbers())
     except torch.OutOfMemoryError:
-        return {"checked": False, "reason": "what PEFT makes of the adapter was not checked: too little memory"}
+        return {"checked": False, "reason": f"{NOT_CHECKED}: too little memory"}
     except Exception as error:
         return found | {"problem": f"PEFT refuses it: {_first_line(error)}"}
     precise = not place.options.load_in_4bit and not place.options.load_in_8bit
     allowed = TOLERANCE.get(trained.dtype, ROUGH) if precise else ROUGH
     found["difference"] = _apart(wanted, logits)
     if lost:
-        found["problem"] = f"PEFT puts nothing into {len(lost)} of its layers, such as {lost[0]}"
+        found["problem"] = _sentence(lost)
     elif not found["difference"] <= allowed:
         found["problem"] = f"its logits are {found['difference']:.2g} of their spread apart, more than {allowed:g}"
     return found
 
 
-def lost_layers(place: Place, folder: Path, layers: Iterable[str]) -> list[str]:
-    """The layers of an adapter in which PEFT puts nothing, or PEFT's own words where it refuses the folder."""
-    plain = streamed(place)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _without_adapter(_loaded(plain, folder), layers)
+def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: bool | Model = False) -> dict[str, Any]:
+    """Whether PEFT finds every layer of an adapter that was written to a folder; no weights of the base are read.
+
+    Args:
+        adapter: as it was written.
+        folder: with adapter_config.json.
+        base, trust: of `find_base`; nothing is fetched.
+
+    Returns:
+        checked, reason, peft and problem, as of `read_back`.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return {"checked": False, "reason": ABSENT}
+    name = base or adapter.base_name
+    if not (name.startswith("builtin:") or Path(name).expanduser().is_dir()):
+        return {"checked": False, "reason": f"{NOT_CHECKED}: its base, {name or 'unnamed'}, is no folder here"}
+    try:
+        plain = streamed(find_base(adapter, base, trust))
+    except DynloraError as error:
+        return {"checked": False, "reason": f"{NOT_CHECKED}: {error.message}"}
+    found = {"checked": True, "peft": importlib.metadata.version("peft"), "problem": None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lost = _without_adapter(_loaded(plain, folder), adapter.layers)
+    except Exception as error:
+        return found | {"problem": f"PEFT refuses it: {_first_line(error)}"}
+    return found | {"problem": _sentence(lost)}
+
+
+def tell(found: dict[str, Any], folder: Path, emit: Callable[[dict[str, Any]], None]) -> None:
+    """Tell that nothing was checked; end a command whose adapter PEFT reads otherwise, with the files in place.
+
+    Raises:
+        MeasureError: there is a problem.
+    """
+    if not found["checked"]:
+        emit({"event": "note", "text": found["reason"]})
+    if problem := found.get("problem"):
+        raise MeasureError(
+            f"stock PEFT does not compute what was written: {problem}",
+            f"the adapter is kept in {folder}, and `dynlora merge` makes a plain model of it; please report this",
+        )
+
+
+def _sentence(lost: list[str]) -> str | None:
+    return f"PEFT puts nothing into {len(lost)} of its layers, such as {lost[0]}" if lost else None
 
 
 def _loaded(plain: PreTrainedModel, folder: Path) -> PreTrainedModel:

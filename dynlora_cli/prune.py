@@ -23,6 +23,7 @@ from dynlora_cli.heal import heal
 from dynlora_cli.held_out import Rows, base_in_memory, held_out_rows, own_recipe, precision_of, read_tokenizer
 from dynlora_cli.loss import held_out
 from dynlora_cli.model import Base
+from dynlora_cli.peft_check import check_files, tell
 from dynlora_cli.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruned_folder import write_record
 
@@ -104,7 +105,9 @@ def run(
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         save(smaller, folder)
         run_folder.copy_tokenizer(adapter.folder, folder)
+        summary["peft_check"] = check_files(smaller, folder, base_name, trust_remote_code)
         write_record(folder, adapter, smaller, summary, curve.points, threshold, events)
+    tell(summary["peft_check"], out, emit)
     return summary
 
 

@@ -47,7 +47,7 @@ SECONDS, BYTES = 180, 8 << 30
 TOLERANCE = 2e-4  # of the largest logit; two orders of summation in fp32 stay far below, fresh values far above
 STEPS = ("build", "train", "peft", "merge")
 WITH_EXPERTS = ("experts", "experts_peft", "experts_merge")
-VERSIONS = {"transformers": transformers.__version__, "peft": peft.__version__}
+VERSIONS = {"transformers_version": transformers.__version__, "peft_version": peft.__version__}
 
 
 @torch.no_grad()
@@ -220,9 +220,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 HEAD = """# Which types of model work
 
-Made by `scripts/sweep` and `scripts/sweep --table`; do not edit. Every type of model that transformers {transformers}
+Made by `scripts/sweep` and `scripts/sweep --table`; do not edit. Every type of model that transformers {transformers_version}
 knows for a task is built from its own config, tiny and random, trained for six steps with two prunings, read by stock
-PEFT {peft}, merged, and each time its logits are compared with those of the model as training left it. A random model
+PEFT {peft_version}, merged, and each time its logits are compared with those of the model as training left it. A random model
 shows that names, shapes and arithmetic are right, not that anything was learned.
 """
 WORDS = {

@@ -15,9 +15,11 @@ from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, write_model
 from tiny_run import make_recipe, train, write_rows
 
-from dynlora_cli import outputs, peft_check
+from dynlora_cli import export, outputs, peft_check, prune
+from dynlora_cli.adapter import save
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
+from dynlora_cli.budget import parse_budget
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.merge import into_base
 from dynlora_cli.report_card import AUTO_CLASS
@@ -115,3 +117,17 @@ def test_without_peft_a_run_says_that_nobody_checked(tmp_path, monkeypatch):
     summary, events = train(make_recipe(tmp_path, "train.max_steps=2"))
     assert summary["peft_check"] == {"checked": False, "reason": peft_check.ABSENT}
     assert {"event": "note", "text": peft_check.ABSENT} in events
+
+
+def test_other_commands_ask_peft_too(tmp_path):
+    write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
+    train(make_recipe(tmp_path, kind="glm4_moe"))
+    adapter = read_adapter(tmp_path / "out")
+    assert peft_check.check_files(adapter, tmp_path / "out")["problem"] is None
+    smaller = prune.run(tmp_path / "out", parse_budget(1), tmp_path / "small", policy="magnitude")
+    assert smaller["peft_check"]["problem"] is None
+    exported = export.run(tmp_path / "out", "uniform", tmp_path / "uniform")
+    assert exported["peft_check"]["problem"] is None
+
+    save(adapter, tmp_path / "uniform", for_peft=False)  # as for readers who do not look for experts
+    assert "PEFT puts nothing into" in peft_check.check_files(adapter, tmp_path / "uniform")["problem"]

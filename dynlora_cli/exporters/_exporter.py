@@ -3,6 +3,9 @@
     needs_base: bool
         Whether it writes or reads anything of the base model; the others work where the base is not at hand.
 
+    for_peft = True
+        Optional: PEFT reads it, and is asked whether it finds every layer, where it is installed.
+
     write(job, folder) -> dict
         Put the files into an empty folder. What it returns goes into export.json.
 

@@ -25,6 +25,7 @@ from dynlora_cli.exporters._peft_rules import scales_of
 from dynlora_cli.run_folder import copy_tokenizer
 
 needs_base = False
+for_peft = True
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:

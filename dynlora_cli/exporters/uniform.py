@@ -23,6 +23,7 @@ from dynlora_cli.exporters._exporter import Job, Read, padded, plain_lora
 from dynlora_cli.run_folder import copy_tokenizer
 
 needs_base = False
+for_peft = True
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:
