@@ -17,7 +17,7 @@ from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import ExpertSlice
 from dynlora_cli.foreign import COPY_AGAIN, first_fault
-from dynlora_cli.model import HEAD_NAMES, fingerprint, load_structure, refuse_code
+from dynlora_cli.model import HEAD_NAMES, changed_since, load_structure, refuse_code
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.recipe_settings import Model
 from dynlora_cli.run_folder import RECORD
@@ -129,13 +129,11 @@ def _refuse_another(adapter: Adapter, place: Place) -> None:
     before = recorded.get("fingerprint") or {}
     if not before:
         return
-    now = fingerprint(place.folder)
-    for key, what in (("sha256", "its config, tensors or sizes differ"), ("sampled_sha256", "its numbers differ")):
-        if before.get(key) and now.get(key) != before[key]:
-            raise UsageError(
-                f"{place.folder} is not the model that {adapter.folder} was trained on: {what}",
-                "name the right one with --base FOLDER" if place.chosen else "bring back the model as it was",
-            )
+    if what := changed_since(before, place.folder):
+        raise UsageError(
+            f"{place.folder} is not the model that {adapter.folder} was trained on: {what}",
+            "name the right one with --base FOLDER" if place.chosen else "bring back the model as it was",
+        )
 
 
 def structure(place: Place) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from dynlora_cli.data import Data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.launch import is_main_process
 from dynlora_cli.loop import fit
-from dynlora_cli.model import Base, fingerprint
+from dynlora_cli.model import Base, changed_since
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.output_place import OutputPlace
 from dynlora_cli.peft_check import NOT_CHECKED, read_back, tell
@@ -276,8 +276,7 @@ def _same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
     before, (model, _) = run_folder.read_record(folder), find_model(recipe.model)
     if before["data"]["sha256"] != data.sha256:
         raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
-    recorded, now = before["base_model"]["fingerprint"], fingerprint(model)
-    if any(recorded.get(key) != now[key] for key in ("sha256", "sampled_sha256")):
+    if changed_since(before["base_model"]["fingerprint"], model):
         raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
 
 

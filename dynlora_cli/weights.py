@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dynlora_cli import pickles
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.foreign import IndexForm, fits, inside, read_object
 from dynlora_cli.whole_files import write_json
@@ -91,20 +92,22 @@ class Weights:
         self._piece = Space()
         self.entries: dict[str, Entry] = {}
         for file in self._files():
-            self.entries |= _entries(file)
+            self.entries |= entries_of(file)
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
-            files = [inside(self.folder, name, index) for name in fits(IndexForm, read_object(index), index).files]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise MachineError(f"{self.folder} lacks {missing[0]}, which its index names", "fetch the model again")
-            return files
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
-        pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt"))
-        what = "holds its weights as a pickle, which is never opened" if pickled else f"holds no {SINGLE}"
-        raise UsageError(f"{self.folder} {what}", "name a folder with safetensors files")
+        """As transformers looks for them: safetensors before pickles, one file before shards."""
+        for single, shards in ((SINGLE, INDEX), (pickles.SINGLE, pickles.INDEX)):
+            if (self.folder / single).is_file():
+                return [self.folder / single]
+            index = self.folder / shards
+            if index.is_file():
+                files = [inside(self.folder, name, index) for name in fits(IndexForm, read_object(index), index).files]
+                if missing := [file.name for file in files if not file.is_file()]:
+                    raise MachineError(
+                        f"{self.folder} lacks {missing[0]}, which its index names", "fetch the model again"
+                    )
+                return files
+        raise UsageError(f"{self.folder} holds no {SINGLE}", "name a folder with safetensors files")
 
     @property
     def files(self) -> list[Path]:
@@ -171,7 +174,19 @@ def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
     return text, header
 
 
-def _entries(file: Path) -> dict[str, Entry]:
+def entries_of(file: Path) -> dict[str, Entry]:
+    """The tensors of a file, in the order of their bytes."""
+    if file.suffix != ".safetensors":
+        stored = pickles.stored_tensors(file)
+        strange = next((name for name, tensor in stored.items() if tensor.dtype not in _CODES), None)
+        if strange is not None:
+            raise UsageError(
+                f"{file}: the tensor {strange} has the type {stored[strange].dtype}, which is not understood"
+            )
+        return {
+            name: Entry(file, tensor.dtype, tensor.shape, tensor.start, math.prod(tensor.shape) * tensor.dtype.itemsize)
+            for name, tensor in stored.items()
+        }
     text, header = read_header(file)
     entries = {}
     for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
@@ -244,15 +259,21 @@ def write_like(
             if file == files[-1]:
                 inside |= added
             names = {name: name if name in added else renamed(name) for name in inside}
-            with (folder / file.name).open("wb") as target:
+            made = _safetensors_name(file)
+            with (folder / made).open("wb") as target:
                 target.write(_header({names[name]: item for name, item in inside.items()}))
                 target.flush()
                 _write_all(pool, target, inside.values())
             total += sum(item.size for item in inside.values())
-            placed |= dict.fromkeys(names.values(), file.name)
-    if [file.name for file in files] != [SINGLE]:
+            placed |= dict.fromkeys(names.values(), made)
+    if [_safetensors_name(file) for file in files] != [SINGLE]:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
     return total
+
+
+def _safetensors_name(file: Path) -> str:
+    """What a file of the model is called when it is written again: pytorch_model-1-of-2.bin becomes safetensors."""
+    return f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
 
 
 def _header(items: Mapping[str, Entry | New]) -> bytes:

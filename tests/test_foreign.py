@@ -153,6 +153,7 @@ def test_an_index_names_no_file_outside(name: str, place: Path):
     (place / "llama/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UsageError, match="outside its folder"):
         find_model(Model(name_or_path=str(place / "llama")))
+    (place / "llama/model.safetensors").unlink()
     with pytest.raises(UsageError, match="outside its folder"):
         Weights(place / "llama")
 
