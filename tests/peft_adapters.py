@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numeric import in_double
+from numeric import in_double, rounding
 from peft import HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -122,6 +122,8 @@ def make(kind: str, folder: Path, **saving: Any) -> tuple[Path, Path]:
 
 # Roundings on the way to a logit of these bases: in each of three blocks, sums over up to 32 and 48 numbers.
 TERMS = 3 * (32 + 48)
+# Two models in fp32, each off by its own roundings; the logits of these bases and of tiny_run's are below 8.
+SAME_LOGITS = 2 * 8 * rounding(torch.float32, TERMS)
 
 
 def ids() -> torch.Tensor:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from numeric import assert_close_to_truth, in_double
+from numeric import assert_close_to_truth, in_double, rounding
 from sweep_architectures import STEPS, try_type
 from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, write_model
@@ -70,7 +70,7 @@ def test_trained_pruned_saved_loaded_and_merged(folder, kind):
     with attached(ours := auto.from_pretrained(folder / kind, **more), adapter):
         assert_close_to_truth(logits(ours), expected, terms=TERMS)
     merged = into_base(adapter, folder / f"merged-{kind}")
-    assert merged["check"]["kl"] < 1e-6
+    assert merged["check"]["kl"] < rounding(torch.float32, 64)
     assert_close_to_truth(logits(auto.from_pretrained(folder / f"merged-{kind}")), expected, terms=TERMS)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from numeric import assert_close_to_truth, in_double, same_loss
+from numeric import assert_close_to_truth, in_double, rounding, same_loss
 from test_architectures import TERMS, logits
 from tiny_architectures import write_model
 from tiny_run import make_recipe, train
@@ -161,7 +161,7 @@ one_kind = pytest.mark.parametrize("trained", ["mixtral"], indirect=True)
 def test_commands_that_carry_it_out(trained, tmp_path):
     folder, _, summary = trained
     merged = into_base(read_adapter(folder / "out"), tmp_path / "merged")
-    assert merged["check"]["kl"] < 1e-6
+    assert merged["check"]["kl"] < rounding(torch.float32, 64)
     assert merged["modules"] == sum(rank > 0 for rank in summary["ranks"].values())
     report = evaluate.run([folder / "out"], None, evaluate.Options(generate=0), print)
     assert report["adapters"][0]["loss"] == same_loss(summary["loss_after"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import Dynlora, contents
-from peft_adapters import KINDS, make
+from peft_adapters import KINDS, exact_delta, make
 from tiny_run import make_recipe, train
 
 from dynlora_cli.adapter_reader import read_adapter
@@ -26,9 +26,9 @@ def test_any_adapter(kind: str, tmp_path: Path, dynlora: Dynlora):
     names = {"dora": "DoRA", "hira": "HiRA", "vera": "VeRA, as the LoRA that it equals"}
     assert told["kind"] == next((name for word, name in names.items() if word in kind), "LoRA")
     for name, factors in adapter.layers.items():
-        values = torch.linalg.svdvals(factors.delta_OI().double())[: factors.rank]
-        assert told["layers"][name]["spectrum"] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-6)
-        assert told["layers"][name]["energy"] == pytest.approx(factors.delta_OI().norm().item(), rel=1e-4)
+        values = torch.linalg.svdvals(exact_delta(factors))[: factors.rank]
+        assert told["layers"][name]["spectrum"] == pytest.approx(values.tolist(), rel=1e-5, abs=1e-9)
+        assert told["layers"][name]["energy"] == pytest.approx(exact_delta(factors).norm().item())
     assert set(told["whole_tensors"]) == set(adapter.whole)
     plain = dynlora("inspect", "--adapter", folder)
     assert (plain.code, plain.out) == (0, "")
@@ -62,8 +62,8 @@ def test_two_side_by_side(tmp_path: Path, dynlora: Dynlora):
     for name, told in compared.items():
         assert told["ranks"] == [adapter.ranks.get(name, 0) for adapter in (one, two)]
         if name in two.layers:
-            a, b = one.layers[name].delta_OI().flatten(), two.layers[name].delta_OI().flatten()
-            assert told["cosine"] == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-4)
+            a, b = exact_delta(one.layers[name]).flatten(), exact_delta(two.layers[name]).flatten()
+            assert told["cosine"] == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-6)
     same = dynlora("inspect", "--adapter", first, "--adapter", first, "--json").json["comparison"]
     assert same["cosine"] == pytest.approx(1.0)
     assert dynlora("inspect", "--adapter", first, "--adapter", first, "--adapter", first).code == 2
