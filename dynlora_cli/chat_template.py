@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.errors import UsageError
 from dynlora_cli.formats._forms import BadRowError, Turns
 
 if TYPE_CHECKING:
@@ -73,6 +75,23 @@ def on_date(moment: datetime) -> Iterator[None]:
         yield
     finally:
         library.datetime = clock  # type: ignore[misc]
+
+
+def read_template(setting: str) -> str:
+    """A chat template given as text or as the path of a .jinja file."""
+    if "{%" in setting or "{{" in setting:
+        return setting
+    try:
+        return Path(setting).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"dataset.chat_template: cannot read {setting} ({error})") from error
+
+
+def template_name(setting: str | None) -> str:
+    """The chat template in words."""
+    if setting is None:
+        return "the tokenizer's chat template"
+    return "dataset.chat_template" + ("" if "{%" in setting or "{{" in setting else f" ({setting})")
 
 
 def date_note(template: object, moment: datetime) -> str | None:

@@ -13,15 +13,15 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import drawers
-from dynlora_cli.chat_template import Writing, date_note, on_date
+from dynlora_cli.chat_template import Writing, date_note, on_date, read_template, template_name
+from dynlora_cli.chat_turns import as_turns
 from dynlora_cli.columns import Account
-from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.errors import DataError
 from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
 from dynlora_cli.splits import Kept, label_names, note_shared, number_labels, split
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.recipe import Dataset, Source
 
-CLASSIFICATION, SEQ2SEQ = "sequence-classification", "seq2seq-lm"
+CAUSAL, CLASSIFICATION, SEQ2SEQ = "causal-lm", "sequence-classification", "seq2seq-lm"
 _CHUNK = 1024  # rows tokenised in one call
 # Why rows are dropped; `_advice` knows them again.
 _LONGER, _BEGINS, _EMPTY = "longer than max_length", "begins after max_length", "have an empty text or answer"
@@ -78,6 +78,7 @@ class _Reader:
     notes: list[str] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
     lost: dict[bool, Counter[str]] = field(default_factory=lambda: {False: Counter(), True: Counter()})  # held out
+    turned: dict[str, set[bool]] = field(default_factory=dict)
 
 
 def load_data(
@@ -112,7 +113,7 @@ def load_data(
         UsageError: a missing file. MachineError: a hub data set that cannot be reached.
     """
     if dataset.chat_template:
-        tokenizer.chat_template = _template(dataset.chat_template)
+        tokenizer.chat_template = read_template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
     encoder = Encoder(tokenizer, dataset.train_on, limit, decoded=task == SEQ2SEQ)
     reader = _Reader(dataset, tokenizer, task, limit, encoder, writing or Writing())
@@ -131,31 +132,20 @@ def load_data(
         number_labels(train + val + sizing_rows, labels)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, reader)
-    reader.notes += encoder.notes(_template_name(dataset.chat_template))
+    reader.notes += encoder.notes(template_name(dataset.chat_template))
     if Turns.__name__ in reader.forms and (note := date_note(tokenizer.chat_template, reader.writing.moment)):
         reader.notes.append(note)
     training, measured, sized = ([kept.example for kept in part] for part in (train, val, sizing_rows))
-    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, reader.writing)
+    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
     data.notes = list(dict.fromkeys(reader.notes))
     return data
 
 
-def _template(setting: str) -> str:
-    """A chat template given as text or as the path of a .jinja file."""
-    if "{%" in setting or "{{" in setting:
-        return setting
-    try:
-        return Path(setting).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"dataset.chat_template: cannot read {setting} ({error})") from error
-
-
-def _template_name(setting: str | None) -> str:
-    """The chat template in words."""
-    if setting is None:
-        return "the tokenizer's chat template"
-    return "dataset.chat_template" + ("" if "{%" in setting or "{{" in setting else f" ({setting})")
+def _written(reader: _Reader) -> Writing:
+    """How the rows were written: of each format that could be turns whether it was, where that is one answer."""
+    found = {name: turns == {True} for name, turns in reader.turned.items() if len(turns) == 1}
+    return replace(reader.writing, turned=found)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -192,15 +182,27 @@ def _drafts(reader: _Reader, source: Source, table: Table, account: Account) -> 
         for number, draft in enumerate(reader.encoder.pieces(place, str(first["text"])), 1):
             yield f"{place}, piece {number}", draft
         return
-    has_template = bool(reader.tokenizer.chat_template) and reader.task != SEQ2SEQ
-    located = (
-        _located(form, place, row, has_template, account) for place, row in itertools.chain([(place, first)], rows)
-    )
+    opening = [(place, first), *itertools.islice(rows, _CHUNK - 1)]
+    has_template = _as_turns(reader, table, form, [row for _, row in opening])
+    located = (_located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
     while batch := list(itertools.islice(located, _CHUNK)):
         drafts = reader.encoder.encode(batch)
         yield from zip((row.place for row in batch), drafts, strict=True)
         reader.forms.add(type(batch[0].form).__name__)
         _note_form(reader, table, batch)
+
+
+def _as_turns(reader: _Reader, table: Table, form: ModuleType, opening: list[Row]) -> bool:
+    """Whether the rows of a table become turns; kept for the record."""
+    if reader.task != CAUSAL:
+        return False
+    chat, recorded, name = reader.dataset.chat, reader.writing.turned, _name(form)
+    turns, note = as_turns(reader.tokenizer, chat, name, opening, recorded)
+    if note:
+        reader.notes.append(f"{table.name}: {note}")
+    if reader.tokenizer.chat_template and name != "text":
+        reader.turned.setdefault(name, set()).add(turns)
+    return turns
 
 
 def _renamed(row: Row, columns: dict[str, str], place: str) -> Row:

@@ -89,6 +89,8 @@ class Dataset(Section):
     """Tokens that carry loss; auto chooses by format."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to an example longer than `max_length`."""
+    chat: bool | Literal["auto"] = "auto"
+    """Completion and alpaca rows as turns of user and assistant; auto: where the model has a chat template."""
     chat_template: Text | None = None
     """A Jinja template or its file; null: the tokenizer's own."""
 

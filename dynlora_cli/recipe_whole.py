@@ -86,6 +86,8 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
     if data.packing and model.task != "causal-lm":
         yield Conflict("dataset.packing", "model.task", f"packing does not go with {model.task}")
+    if data.chat is True and model.task != "causal-lm":
+        yield Conflict("dataset.chat", "model.task", f"{model.task} knows no turns; leave it at auto")
     if data.train_on in ("assistant", "all") and model.task == "seq2seq-lm":
         text = f"got {data.train_on}; a decoder writes the completion and nothing else, so leave it at auto"
         yield Conflict("dataset.train_on", "model.task", text)

@@ -111,9 +111,13 @@ def test_a_template_that_draws_at_random_is_refused(tmp_path: Path, draw: str) -
 @pytest.mark.parametrize("field", ["tool_calls", "function_call"])
 @pytest.mark.parametrize("said", ["", "let me see"])
 def test_a_template_that_leaves_out_calls_is_refused(tmp_path: Path, field: str, said: str) -> None:
-    call = {"role": "assistant", "content": said, field: CALL["tool_calls"]}
+    call = {
+        "role": "assistant",
+        "content": said,
+        field: CALL["tool_calls"][0]["function"] if field == "function_call" else CALL["tool_calls"],
+    }
     with pytest.raises(
-        DataError, match=rf"rows\.jsonl:2: the chat template leaves out '{field}'.*set dataset\.chat_template"
+        DataError, match=r"rows\.jsonl:2: the chat template leaves out 'tool_calls'.*set dataset\.chat_template"
     ):
         read(tmp_path, [talk(ANSWER), talk(call, ANSWER)], CHATML)
 

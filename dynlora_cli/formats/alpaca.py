@@ -1,9 +1,9 @@
 """Instruction, input and output.
 
 What it does
-    Becomes a conversation (user: instruction and input, assistant: output) where the tokenizer has a chat template,
-    so that training and serving use the same text; otherwise the classic Alpaca prompt. The loss is on the output, and
-    on the answers in `history`, which come before the question.
+    Becomes a conversation (user: instruction and input, assistant: output) where the model has a chat template
+    (`dataset.chat`), so that training and serving use the same text; otherwise the classic Alpaca prompt. The loss is
+    on the output, and on the answers in `history`, which come before the question.
 
 When to use it
     For Alpaca, Dolly and the many data sets made in their form.
@@ -43,7 +43,7 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns | Pair:
 
     Args:
         row: the row, columns already renamed.
-        has_template: whether the tokenizer has a chat template.
+        has_template: whether the row becomes a conversation.
 
     Raises:
         BadRowError: instruction or output is missing or no text, or there is a history and no template.

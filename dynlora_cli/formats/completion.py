@@ -1,11 +1,12 @@
 """A prompt and its completion.
 
 What it does
-    Joins the two texts as they are, adds the end-of-text token, and puts the loss on the completion and that token.
-    The prompt is tokenised alone, just as it will be when the model is served.
+    Becomes a conversation of two turns where the model has a chat template (`dataset.chat`), so that training and
+    serving use the same text. Otherwise the two texts are joined as they are, the end-of-text token is added, and the
+    loss is on the completion and that token; the prompt is tokenised alone, as it will be when the model is served.
 
 When to use it
-    For a base model without a chat template, and wherever you want full control of the text.
+    For questions and answers; with `dataset.chat: false` wherever you want full control of the text.
 
 Columns
     `prompt`, `completion`.
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
-from dynlora_cli.formats._forms import Pair, text_of
+from dynlora_cli.formats._forms import Pair, Turns, text_of
 
 COLUMNS = "prompt, completion"
 TASKS = ("causal-lm", "seq2seq-lm")
@@ -31,14 +32,17 @@ def matches(columns: Set[str]) -> bool:
     return {"prompt", "completion"} <= columns
 
 
-def to_example(row: Mapping[str, Any], *, has_template: bool) -> Pair:  # noqa: ARG001 - one signature for all formats
+def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns | Pair:
     """The prompt and the completion of a row.
 
     Args:
         row: the row, columns already renamed.
-        has_template: not used; the text is taken as it is.
+        has_template: whether the row becomes a conversation.
 
     Raises:
         BadRowError: a column is missing or no text.
     """
-    return Pair(text_of(row, "prompt"), text_of(row, "completion"))
+    prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+    if has_template:
+        return Turns([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+    return Pair(prompt, completion)
