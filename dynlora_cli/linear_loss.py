@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from dynlora_cli.errors import UsageError
+
 CHUNK = 1 << 22  # logits at a time: 16 MiB in fp32, and as much for their gradient
 LEAST_ROWS = 256  # of a chunk: with fewer, reading the head's weight costs more than multiplying with it
 
@@ -67,9 +69,25 @@ def steps_aside(model: nn.Module) -> bool:
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
-    """What the decoder of an encoder-decoder reads while it writes `labels` [B, T]: the model shifts them itself."""
+    """What the decoder of an encoder-decoder reads while it writes `labels` [B, T]: the same, one later.
+
+    Raises:
+        UsageError: nobody says what it reads first.
+    """
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    return {} if shift is None else {"decoder_input_ids": shift(labels)}
+    if shift is not None:
+        return {"decoder_input_ids": shift(labels)}
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return {}
+    first = getattr(config, "decoder_start_token_id", None)  # M2M100, Blenderbot: they shift where they compute a loss
+    if first is None:
+        raise UsageError(
+            "the model's config names no decoder_start_token_id, which its decoder reads first",
+            "write it into the model's config.json",
+        )
+    ids = torch.cat([torch.full_like(labels[:, :1], first), labels[:, :-1]], 1)
+    return {"decoder_input_ids": ids.masked_fill(ids < 0, config.pad_token_id)}
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:

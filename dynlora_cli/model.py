@@ -105,8 +105,9 @@ def load_base(
         settings: Any = getattr(part, "config", None)
         if hasattr(settings, "use_cache"):
             settings.use_cache = False
-    if labels and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    for settings in (model.config, model.config.get_text_config()) if labels else ():
+        if getattr(settings, "pad_token_id", None) is None:
+            settings.pad_token_id = tokenizer.pad_token_id
     return Base(model, tokenizer, folder, reference, dtype, head, new, whole)
 
 
@@ -114,11 +115,13 @@ def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tupl
     """Of a classifier: its head, whether its checkpoint lacks that, and all modules that train whole.
 
     Beside the head, those are the modules on top of the encoder that the checkpoint lacks: they are as random as a new
-    head, and nobody who loads the adapter would get the same numbers again.
+    head, and nobody who loads the adapter would get the same numbers again. And whatever has a name that ends like a
+    head's (DistilBERT's pre_classifier): PEFT takes all of them out of the file.
     """
     weights = Weights(folder)
     head = next((name for name in HEAD_NAMES if hasattr(model, name)), None)
     found = {} if head is None else {head: None}
+    found |= {name: None for name, _ in model.named_modules() if name.endswith(HEAD_NAMES) and not inside(name, found)}
     lacking = [name for name, _ in model.named_parameters() if weights.locate(*name.rpartition(".")[::2]) is None]
     on_top = [name for name in lacking if "pooler" in name or not inside(name, [model.base_model_prefix])]
     for name in on_top:
@@ -139,6 +142,8 @@ def context_length(folder: Path) -> int | None:
     """The longest input a model knows, in tokens; None where its config does not say."""
     config = read_object(folder / "config.json")
     positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(positions, float) and positions.is_integer():
+        positions = int(positions)  # as some configs of audio models write it
     if positions is not None and (type(positions) is not int or positions < 1):
         raise UsageError(f"{folder / 'config.json'} is damaged: its number of positions is {show(positions)}")
     return positions - _kept_for_padding(folder, positions) if positions else None

@@ -60,9 +60,8 @@ def find_targets(
             )
         if not found:
             listed = "\n".join(f"  {group}" for group in group_names(linear))
-            near = did_you_mean(
-                pattern, {name.split(".")[-1] for name in linear} | {"all-linear", "attention", "qv", WORD}
-            )
+            words = {"all-linear", "attention", "qv", WORD}
+            near = "" if pattern in words else did_you_mean(pattern, {n.split(".")[-1] for n in linear} | words)
             raise UsageError(
                 f"adapter.target_modules: {pattern!r} matches no linear layer of this model{near}",
                 f"there are:\n{listed}",

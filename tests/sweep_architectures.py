@@ -54,6 +54,7 @@ VERSIONS = {"transformers_version": transformers.__version__, "peft_version": pe
 def logits(model: Any) -> torch.Tensor:
     """Of two lines of tokens, [2, T, V] or [2, classes]."""
     ids = torch.tensor([[0, 45, 60, 33, 71, 80, 12, 31], [0, 90, 22, 53, 64, 101, 7, 99]]).repeat(1, 4)
+    ids[:, -1] = 1  # the end of a text
     for part in model.modules():  # not every type of cache knows every mixture of layers
         if hasattr(getattr(part, "config", None), "use_cache"):
             part.config.use_cache = False

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from data_helpers import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 LANGUAGE, SEQ2SEQ, CLASSES = "causal-lm", "seq2seq-lm", "sequence-classification"
@@ -102,8 +103,11 @@ CARE: dict[str, dict[str, Any]] = {
     "kimi_linear": GROUPED | {"qk_head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"qk_head_dim": 16, "zero_expert_num": 2},
+    "lilt": {"hidden_size": 48},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
+    "mistral4": {"qk_head_dim": 16, "head_dim": 16},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32},
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
@@ -115,6 +119,7 @@ CARE: dict[str, dict[str, Any]] = {
         "num_buckets": 2,
         "hash_seed": 0,
     },
+    "squeezebert": {f"{name}_groups": 1 for name in ("q", "k", "v", "post_attention", "intermediate", "output")},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attention_hidden_size": 64,
@@ -200,14 +205,17 @@ def _picked_layers(values: dict[str, Any], count: int | None) -> list[int]:
 def write_tiny(path: Path, kind: str, task: str) -> None:
     """A model of this type for this task with its tokenizer, the same at every call."""
     tokenizer = byte_tokenizer(cls_token="<s>", sep_token="</s>")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(2)  # not the end of a text, which BART counts
     config = shrunk(kind, len(tokenizer))
-    for part in (config, config.get_text_config(decoder=task != CLASSES)):
-        part.pad_token_id, part.bos_token_id, part.eos_token_id = 1, 0, 1
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        part.pad_token_id, part.bos_token_id, part.eos_token_id = tokenizer.pad_token_id, 0, 1
         if task == LANGUAGE and hasattr(part, "is_decoder"):
             part.is_decoder = True
         if part.is_encoder_decoder:
             part.decoder_start_token_id = 0
     if task == CLASSES:
+        backend = tokenizer.backend_tokenizer  # BART and its kin read the class at the end of the text
+        backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
         config.id2label, config.label2id = {0: "few", 1: "many"}, {"few": 0, "many": 1}
     torch.manual_seed(0)
     model = AUTO[task].from_config(config, dtype=torch.float32)
