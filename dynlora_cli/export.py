@@ -125,7 +125,7 @@ def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
         def write(folder: Path) -> None:
             write_merged(plan, adapter, place, folder)
 
-        return Merged(plan.config, plan.tensor_names(), plan.read, write, plan.untied)
+        return Merged(plan.config, plan.parameters(), plan.parameter, write, plan.untied)
 
     return Job(
         adapter=adapter,

@@ -1,39 +1,36 @@
 """Folds an adapter into its base: first a plan, which finds every fault, then files, one tensor at a time.
 
-    W' = W + ΔW                                   LoRA; Conv1D and embedding tables in their own layout
-    W' = m · (W + ΔW) / ‖W + ΔW‖                  DoRA
-    W' = W ∘ (1 + ΔW)                             HiRA
-
-Shards, types and everything beside the weights stay as they are in the base's folder.
+Shards, names, types and everything beside the weights stay as they are in the base's folder.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.adapter_base import Place, module_of, structure, tied
-from dynlora_cli.errors import DynloraError, MeasureError, UsageError
+from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.experts import parameter_of, parts_of, split
 from dynlora_cli.foreign import read_object
+from dynlora_cli.layout import Layout
+from dynlora_cli.patches import Patch, folded, patched
 from dynlora_cli.run_folder import copy_tokenizer
 from dynlora_cli.weights import New, Space, Weights, write_like
 from dynlora_cli.whole_files import write_json
 
 # What stands beside the weights and is of use to whoever runs the model.
 KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
-Original = Callable[[str, str], Tensor]
+Original = Callable[[str], Tensor]
 
 
 @dataclass
@@ -41,49 +38,66 @@ class Plan:
     """What a merge will write; made by `plan_merge`.
 
     Attributes:
+        layout: where the base's parameters lie in its files.
+        config: of the merged model.
         changed: tensors of the base that become other ones.
         added: tensors that the base does not have.
-        names: new names of the base's tensors.
-        config: of the merged model.
+        new: names of `added` by their parameters'.
         modules: adapted layers; each is in `changed` or `added`.
         untied: input table and output head shared a weight, and no longer do.
     """
 
-    weights: Weights
+    layout: Layout
     config: dict[str, Any]
     changed: dict[str, New] = field(default_factory=dict)
     added: dict[str, New] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
+    new: dict[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     untied: bool = False
 
+    @property
+    def weights(self) -> Weights:
+        """The base's files."""
+        return self.layout.weights
+
     def tensor_names(self) -> list[str]:
-        """Names of the merged model's tensors."""
-        return [*(self.names.get(name, name) for name in self.weights.entries), *self.added]
+        """Names of the merged model's tensors in its files."""
+        return [*self.weights.entries, *self.added]
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the merged model, in fp32 where it was changed."""
-        old = next((old for old, new in self.names.items() if new == name), name)
-        made = self.added.get(name) or self.changed.get(old)
-        return made.make() if made else self.weights.read(old)
+        """One tensor of the merged model's files, in fp32 where it was changed."""
+        made = self.added.get(name) or self.changed.get(name)
+        return made.make() if made else self.weights.read(name)
+
+    def parameters(self) -> list[str]:
+        """Names of the merged model's parameters in memory; of some that share a tensor, one."""
+        return [name for name in self.layout.shapes if name in self.new or self.layout.holds(name)]
+
+    def parameter(self, name: str) -> Tensor:
+        """One of them, as `read` gives tensors."""
+        return self.read(self.new[name]) if name in self.new else self.layout.read(name, self.read)
 
 
 def plan_merge(
-    adapter: Adapter, place: Place, original: Original | None = None, dtype: torch.dtype | None = None
+    adapter: Adapter,
+    place: Place,
+    original: Original | None = None,
+    dtype: torch.dtype | None = None,
+    others: Collection[str] = (),
 ) -> Plan:
     """Find for every part of the adapter what it changes in the base's files.
 
     Args:
         adapter: to be merged.
         place: its base.
-        original: gives a tensor of the base by (tensor name, module name) in fp32 and in the file's layout, where it is
-            not what the files hold; by default it is.
+        original: gives a layer's weight by the layer's name, in fp32 and in its own layout, where it is not what the
+            files hold; by default it is.
         dtype: of the merged model; None: that of the base, tensor by tensor.
+        others: layers beside the adapted ones whose weight becomes the original.
 
     Raises:
         UsageError: the base is another one, or stored in a form that cannot be added to.
     """
-    weights = Weights(place.folder)
     model = structure(place)
     if adapter.experts:
         split(model)
@@ -93,16 +107,17 @@ def plan_merge(
             f"{place.folder} is stored quantized, and adding to it would quantize it once more",
             "name the model it was made from: --base FOLDER",
         )
-    plan = Plan(weights, config)
+    plan = Plan(Layout(Weights(place.folder), model), config)
     folding = _Folding(adapter, model, plan, original)
     folding.layers()
     folding.experts()
     folding.replaced()
+    folding.others(others)
+    folding.finish()
     if dtype is not None:
         _convert(plan, dtype)
     if place.labels:
         _as_classifier(plan, model, place.labels)
-    plan.names = _full_names(weights, model) if plan.added else {}
     return plan
 
 
@@ -111,57 +126,82 @@ class _Folding:
 
     def __init__(self, adapter: Adapter, model: PreTrainedModel, plan: Plan, original: Original | None) -> None:
         self.adapter, self.model, self.plan, self.original = adapter, model, plan, original
+        self.layout = plan.layout
         self.tied = tied(model)
-        self.space = Space()
+        self.patches: dict[str, list[Patch]] = {}
 
     def layers(self) -> None:
         for name, factors in self.adapter.layers.items():
             module = module_of(self.model, name, factors, self.adapter)
-            if factors.experts:
-                continue
-            tensor = self._tensor(name)
-            entry = self.plan.weights.entries[tensor]
-            expected = tuple(module.get_parameter("weight").shape)
-            if entry.shape != expected or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+            if not factors.experts:
+                self._layer(name, factors, module)
+                self.plan.modules.append(name)
+
+    def _layer(self, name: str, factors: Factors, module: nn.Module) -> None:
+        parameter, conv1d = f"{name}.weight", isinstance(module, Conv1D)
+        found, whole = self._found(parameter), self.adapter.whole.get(parameter)
+        base = self._original(name) if whole is None else partial(_copy, whole)
+        self._untie_from(name)
+        if self.layout.holds(parameter):
+            self._patch(parameter, base, {0: factors}, conv1d)
+            return
+        read = base or partial(self.layout.read, found, partial(self.plan.weights.read, dtype=torch.float32))
+        new = New(self._dtype(found), self.layout.shapes[parameter], lambda: folded(read(), factors, conv1d))
+        self._add(parameter, new)
+
+    def _original(self, layer: str) -> Callable[[], Tensor] | None:
+        return None if self.original is None else partial(self.original, layer)
+
+    def _patch(
+        self,
+        parameter: str,
+        base: Callable[[], Tensor] | None,
+        factors: Mapping[int, Factors | None],
+        conv1d: bool = False,
+    ) -> None:
+        """Change matrices of a parameter that is in the files, wherever they lie in them."""
+        self._refuse_other_numbers(parameter)
+        for part in self.layout.pieces(parameter):
+            if part.own_matrix in factors:
+                patch = Patch(part, factors[part.own_matrix], conv1d, base)
+                self.patches.setdefault(part.tensor, []).append(patch)
+
+    def _found(self, parameter: str) -> str:
+        """The name under which the files have a parameter, see `Layout.find`."""
+        found = self.layout.find(parameter)
+        if found is not None:
+            return found
+        folder = self.plan.weights.folder
+        if parameter in self.layout.unknown:
+            raise UsageError(
+                f"{folder} holds {parameter} in a form that cannot be added to: {self.layout.unknown[parameter]}",
+                "merge it in memory, with PEFT's merge_and_unload(), or use the adapter beside the base",
+            )
+        raise UsageError(f"{folder} has no tensor for the layer {parameter}", "is it another model?")
+
+    def _refuse_other_numbers(self, parameter: str) -> None:
+        for tensor in {part.tensor for part in self.layout.pieces(parameter)}:
+            entry, expected = self.plan.weights.entries[tensor], self.layout.shapes[parameter]
+            another = parameter in self.layout.whole and entry.shape != expected
+            if another or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
                 raise UsageError(
                     f"{entry.file}: {tensor} is {entry.dtype} {entry.shape}, the model has {expected}",
                     "name a base in fp32, bf16 or fp16 with --base FOLDER",
                 )
-            self._put(name, self._changed(name, tensor, factors, isinstance(module, Conv1D)))
-            self.plan.modules.append(name)
 
-    def _changed(self, name: str, tensor: str, factors: Factors, transposed: bool) -> New:
-        """A layer's new weight; from the files as they are, rows can be made alone."""
-        weights, whole = self.plan.weights, self.adapter.whole.get(f"{name}.weight")
-        entry = weights.entries[tensor]
-        if whole is not None:
-            return New(entry.dtype, entry.shape, lambda: folded(_copy(whole), factors, transposed))
-        if self.original is not None:
-            base = partial(self.original, tensor, name)
-            return New(entry.dtype, entry.shape, lambda: folded(base(), factors, transposed))
-
-        def rows(first: int, last: int, space: Space | None = self.space) -> Tensor:
-            W = weights.read(tensor, torch.float32, (first, last), space)
-            return folded(W, rows_of(factors, transposed, first, last), transposed)
-
-        # DoRA's norms are over the rows of a transposed weight.
-        alone = not transposed or factors.magnitude_O is None
-        return New(entry.dtype, entry.shape, lambda: rows(0, entry.shape[0], None), rows if alone else None)
+    def _dtype(self, parameter: str) -> torch.dtype:
+        """Of a parameter that is in the files."""
+        return self.plan.weights.entries[self.layout.pieces(parameter)[0].tensor].dtype
 
     def experts(self) -> None:
-        """Slices of experts, which no quantization of ours touches, and which lie on disk in pieces of their own."""
-        groups: dict[str, dict[int, Factors]] = {}
+        """Slices of experts, which no quantization of ours touches, and which may lie on disk each apart."""
+        groups: dict[str, dict[int, Factors | None]] = {}
         for name, factors in self.adapter.layers.items():
             if factors.experts:
                 groups.setdefault(parameter_of(name), {})[parts_of(name)[1]] = factors
                 self.plan.modules.append(name)
-        weights = self.plan.weights
         for parameter, slices in groups.items():
-            for tensor, starts in stored_rows(self.model, parameter, weights).items():
-                if any(expert in slices for expert, _ in starts):
-                    entry, base = weights.entries[tensor], partial(weights.read, tensor, torch.float32)
-                    make = partial(folded_experts, base, slices, starts)
-                    self.plan.changed[tensor] = New(entry.dtype, entry.shape, make)
+            self._patch(self._found(parameter), None, slices)
 
     def replaced(self) -> None:
         """Tensors that were trained whole: a head, embeddings with more tokens."""
@@ -169,109 +209,51 @@ class _Folding:
             module, _, leaf = name.rpartition(".")
             if module in self.adapter.layers:
                 continue  # what the factors are added to
+            found = self.layout.find(name)
+            if name in self.layout.parts:
+                self._patch(name, partial(_copy, tensor), dict.fromkeys(range(len(tensor))))
+                continue
             new = New(tensor.dtype, tuple(tensor.shape), partial(_given, tensor))
-            found = self.plan.weights.locate(module, leaf)
-            if found is not None or self._is_tied_head(module):
-                old = self.plan.weights.entries[found or self._tensor(module)]
+            if found is not None:
+                old = self.plan.weights.entries[self.layout.pieces(found)[0].tensor]
                 new = New(old.dtype, new.shape, new.make)
-                if new.shape != old.shape:
-                    _grow(self.plan.config, old.shape, new.shape, name)
-            self._put(module, new, leaf)
+                if new.shape != old.shape and name in self.layout.shapes:
+                    _grow(self.plan.config, self.layout.shapes[name], new.shape, name)
+            if leaf == "weight":
+                self._untie_from(module)
+            if self.layout.holds(name):
+                self.plan.changed[self.layout.whole[name]] = new
+            else:
+                self._add(name, new)
 
-    def _is_tied_head(self, module: str) -> bool:
-        return self.tied is not None and module == self.tied[1]
+    def others(self, layers: Collection[str]) -> None:
+        """Layers without components whose weight is the original's, too."""
+        for name in layers:
+            if name not in self.adapter.layers and self.layout.holds(f"{name}.weight"):
+                self._patch(f"{name}.weight", self._original(name), {0: None})
 
-    def _tensor(self, module: str) -> str:
-        """The tensor in which a module's weight lies."""
-        source = self.tied[0] if self.tied and self._is_tied_head(module) else module
-        found = self.plan.weights.locate(source)
-        if found is None:
-            raise UsageError(f"{self.plan.weights.folder} has no tensor for the layer {module}", "is it another model?")
-        return found
+    def finish(self) -> None:
+        space = Space()
+        for tensor, patches in self.patches.items():
+            self.plan.changed[tensor] = patched(self.plan.weights, tensor, patches, space)
 
-    def _put(self, module: str, new: New, leaf: str = "weight") -> None:
-        """Where the model shares one weight between table and head, the two part here."""
-        if self.tied and module in self.tied and leaf == "weight":
-            self._untie()
-        found = self.plan.weights.locate(module, leaf)
-        if found is not None:
-            self.plan.changed[found] = new
-        else:
-            self.plan.added[f"{module}.{leaf}"] = new
+    def _add(self, parameter: str, new: New) -> None:
+        name = self.layout.name_of_new(parameter) if parameter in self.layout.shapes else parameter
+        self.plan.added[name], self.plan.new[parameter] = new, name
 
-    def _untie(self) -> None:
-        assert self.tied is not None
+    def _untie_from(self, module: str) -> None:
+        """Where the model shares one weight between table and head, the two part here: both are written from now on."""
+        if not self.tied or module not in self.tied:
+            return
         self.plan.untied = True
         for config in (self.plan.config, self.plan.config.get("text_config") or {}):
             if config.get("tie_word_embeddings", True):
                 config["tie_word_embeddings"] = False
-        head, table = f"{self.tied[1]}.weight", self._tensor(self.tied[0])
-        if self.plan.weights.locate(self.tied[1]) is None and head not in self.plan.added:
-            entry = self.plan.weights.entries[table]
-            self.plan.added[head] = New(entry.dtype, entry.shape, partial(self.plan.weights.read, table))
-
-
-def rows_of(factors: Factors, transposed: bool, first: int, last: int) -> Factors:
-    """What changes these rows of a weight in the layout of the file."""
-    if transposed:
-        return replace(factors, a_CI=factors.a_CI[:, first:last])
-    magnitude_O = None if factors.magnitude_O is None else factors.magnitude_O[first:last]
-    return replace(factors, b_OC=factors.b_OC[first:last], magnitude_O=magnitude_O)
-
-
-def folded(W: Tensor, factors: Factors, transposed: bool) -> Tensor:
-    """W' in the place of W, fp32 and in the layout of the file: [O, I], or [I, O] for Conv1D."""
-    view = W.T if transposed else W
-    if factors.hadamard:
-        view.addcmul_(view, factors.delta_OI())
-    else:
-        view.addmm_(factors.b_OC, factors.a_CI)
-    if factors.magnitude_O is not None:
-        view.mul_((factors.magnitude_O / view.norm(dim=1)).unsqueeze(1))
-    return _finite(W)
-
-
-def folded_experts(base: Callable[[], Tensor], slices: Mapping[int, Factors], starts: list[tuple[int, int]]) -> Tensor:
-    """W' in fp32 of a tensor with rows of experts, see `stored_rows`."""
-    W = base()
-    for matrix, (expert, row) in zip(W.view(-1, *W.shape[-2:]), starts, strict=True):
-        if expert in slices:
-            matrix.addmm_(slices[expert].b_OC[row : row + len(matrix)], slices[expert].a_CI)
-    return _finite(W)
-
-
-def _finite(W: Tensor) -> Tensor:
-    if not all(extreme.isfinite() for extreme in W.aminmax()):
-        raise MeasureError("a merged weight is not finite", "look at the base's and the adapter's numbers")
-    return W
-
-
-def stored_rows(model: PreTrainedModel, parameter: str, weights: Weights) -> dict[str, list[tuple[int, int]]]:
-    """The tensors of the files that hold a parameter of experts [E, O, I], and for each matrix in them the expert and
-    the row of its slice that it begins with.
-
-    A file holds the parameter as it is, or each expert apart, with gate and up apart as well. transformers knows how,
-    and saves any tensor of this name so; here one that numbers all rows, in two columns, since 5.20 drops a lone one.
-
-    Raises:
-        UsageError: the files hold it in no such form.
-    """
-    experts, rows, inputs = model.get_parameter(parameter).shape
-    numbers = torch.arange(experts * rows).view(experts, rows, 1).repeat(1, 1, 2)
-    as_it_is = weights.locate(*parameter.rpartition(".")[::2]) is not None
-    pieces = {parameter: numbers} if as_it_is else revert_weight_conversion(model, {parameter: numbers})
-    found = {}
-    for name, piece in pieces.items():
-        tensor = weights.locate(*name.rpartition(".")[::2])
-        entry = weights.entries[tensor] if tensor else None
-        consecutive = bool((piece.diff(dim=-2) == 1).all())
-        if tensor is None or entry is None or entry.shape != (*piece.shape[:-1], inputs) or not consecutive:
-            raise UsageError(
-                f"{weights.folder} holds {parameter} in a form that cannot be added to: {name}",
-                "use the adapter beside the base, without merging it",
-            )
-        found[tensor] = [divmod(int(matrix[0]), rows) for matrix in piece[..., 0].reshape(-1, piece.shape[-2])]
-    return found
+        for parameter in (f"{name}.weight" for name in self.tied):
+            if not self.layout.holds(parameter) and parameter not in self.plan.new:
+                found = self._found(parameter)
+                read = partial(self.layout.read, found, self.plan.weights.read)
+                self._add(parameter, New(self._dtype(found), self.layout.shapes[parameter], read))
 
 
 def _convert(plan: Plan, dtype: torch.dtype) -> None:
@@ -296,9 +278,10 @@ def _given(tensor: Tensor) -> Tensor:
 
 def _grow(config: dict[str, Any], old: tuple[int, ...], new: tuple[int, ...], name: str) -> None:
     """Take over a vocabulary that was enlarged in training."""
-    if old[1:] != new[1:] or config.get("vocab_size") not in (old[0], new[0]):
+    owner = config if "vocab_size" in config else config.get("text_config") or {}
+    if old[1:] != new[1:] or owner.get("vocab_size") not in (old[0], new[0]):
         raise UsageError(f"{name} is {new} in the adapter and {old} in the base", "is it another model?")
-    config["vocab_size"] = new[0]
+    owner["vocab_size"] = new[0]
 
 
 def _as_classifier(plan: Plan, model: PreTrainedModel, labels: list[str]) -> None:
@@ -308,12 +291,6 @@ def _as_classifier(plan: Plan, model: PreTrainedModel, labels: list[str]) -> Non
     plan.config.pop("num_labels", None)
     if model.config.pad_token_id is not None:
         plan.config["pad_token_id"] = model.config.pad_token_id
-
-
-def _full_names(weights: Weights, model: PreTrainedModel) -> dict[str, str]:
-    """For a model that was saved without its prefix and now has a head beside it: its names with the prefix."""
-    prefix, known = model.base_model_prefix, set(model.state_dict())
-    return {name: f"{prefix}.{name}" for name in weights.entries if name not in known and f"{prefix}.{name}" in known}
 
 
 def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path) -> int:
@@ -344,7 +321,7 @@ def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path) -> in
                 shutil.copyfile(path, folder / path.name)
     copy_tokenizer(adapter.folder, folder)  # as it was when the adapter was trained, template included
     write_json(folder / "config.json", plan.config)
-    total = write_like(plan.weights, folder, changed, added, renamed=lambda name: plan.names.get(name, name))
+    total = write_like(plan.weights, folder, changed, added)
     if len(merged) != len(changed) + len(added) or len(plan.modules) != len(adapter.layers):
         raise DynloraError(f"merged {len(merged)} of {len(changed) + len(added)} tensors", "please report this")
     return total

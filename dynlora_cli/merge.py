@@ -29,7 +29,6 @@ from dynlora_cli.held_out import base_in_memory, precision_of, read_tokenizer
 from dynlora_cli.model import DTYPES, Base
 from dynlora_cli.peft_check import check_files, tell
 from dynlora_cli.probe import Agreement, agreement, predictions
-from dynlora_cli.weights import New
 
 Emit = Callable[[dict[str, Any]], None]
 MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does
@@ -78,8 +77,7 @@ def into_base(
     quantized = _quantized_base(adapter, place, base_weights, emit)
     if base_weights == "dequantized":
         assert quantized is not None
-        plan = plan_merge(adapter, place, partial(_dequantized, quantized), number)
-        _round_the_others(plan, quantized)
+        plan = plan_merge(adapter, place, partial(_dequantized, quantized), number, _quantized_layers(quantized))
     else:
         plan = plan_merge(adapter, place, dtype=number)
     _refuse_full_disk(plan, out)
@@ -135,22 +133,17 @@ def _quantized_base(adapter: Adapter, place: Place, base_weights: str, emit: Emi
     return base_in_memory(adapter, replace(place, options=options), read_tokenizer(adapter, place))
 
 
-def _dequantized(base: Base, _tensor: str, module: str) -> Tensor:
-    """A layer's weight as training saw it, in the layout of the file."""
+def _dequantized(base: Base, module: str) -> Tensor:
+    """A layer's weight as training saw it, in its own layout."""
     layer = base.model.get_submodule(module)
     weight = dense_weight(layer).cpu()
     return weight.T.contiguous() if isinstance(layer, Conv1D) else weight.contiguous()
 
 
-def _round_the_others(plan: Plan, base: Base) -> None:
-    """Layers that were quantized and have no components are written as training saw them too."""
-    for name, module in base.model.named_modules():
-        quantized = isinstance(module, nn.Linear) and type(module) is not nn.Linear
-        tensor = plan.weights.locate(name) if quantized and name not in plan.modules else None
-        if tensor is not None:
-            entry = plan.weights.entries[tensor]
-            kind = plan.changed[tensor].dtype if tensor in plan.changed else entry.dtype
-            plan.changed[tensor] = New(kind, entry.shape, partial(_dequantized, base, tensor, name))
+def _quantized_layers(base: Base) -> list[str]:
+    """All layers that were quantized: those without components are written as training saw them, too."""
+    modules = base.model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and type(module) is not nn.Linear]
 
 
 def _refuse_full_disk(plan: Plan, out: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, P
 from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.foreign import WEIGHT_FILES, read_object, refuse_links
+from dynlora_cli.layout import Layout
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.strict_yaml import show
 from dynlora_cli.targets import inside
@@ -118,11 +119,11 @@ def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tupl
     head, and nobody who loads the adapter would get the same numbers again. And whatever has a name that ends like a
     head's (DistilBERT's pre_classifier): PEFT takes all of them out of the file.
     """
-    weights = Weights(folder)
+    layout = Layout(Weights(folder), model)
     head = next((name for name in HEAD_NAMES if hasattr(model, name)), None)
     found = {} if head is None else {head: None}
     found |= {name: None for name, _ in model.named_modules() if name.endswith(HEAD_NAMES) and not inside(name, found)}
-    lacking = [name for name, _ in model.named_parameters() if weights.locate(*name.rpartition(".")[::2]) is None]
+    lacking = [name for name, _ in model.named_parameters() if layout.find(name) is None]
     on_top = [name for name in lacking if "pooler" in name or not inside(name, [model.base_model_prefix])]
     for name in on_top:
         if not inside(name, found):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,8 @@ from dynlora_cli.components import dense_weight, linear_shape
 from dynlora_cli.data import Data
 from dynlora_cli.directions import Directions, orthogonal_start, orthonormal_rows, principal_factors
 from dynlora_cli.errors import UsageError
-from dynlora_cli.model import Base
+from dynlora_cli.layout import Layout
+from dynlora_cli.model import Base, load_structure
 from dynlora_cli.pool import Pool
 from dynlora_cli.rank import Start
 from dynlora_cli.relative import RelativeLinear, layer_kind
@@ -135,7 +137,7 @@ def write_start(pool: Pool, recipe: Recipe, base: Base, inputs: Mapping[str, Dir
         inputs: of each layer, for eva.
     """
     kind, generator = recipe.adapter.init_weights, torch.Generator().manual_seed(recipe.seed)
-    files = Weights(base.folder) if kind == "loftq" else None
+    files = _files(recipe, base) if kind == "loftq" else None
     for name, layer in pool.layers.items():
         if kind == "orthogonal":
             layer.a_CI.copy_(orthogonal_start(layer.count, layer.in_features, generator))
@@ -150,16 +152,21 @@ def write_start(pool: Pool, recipe: Recipe, base: Base, inputs: Mapping[str, Dir
             layer.b_OC.copy_(b_OC)
 
 
-def _stored(files: Weights, name: str, layer: nn.Module) -> Tensor:
+def _files(recipe: Recipe, base: Base) -> Layout:
+    """Where the base's weights lie, unquantized."""
+    return Layout(Weights(base.folder), load_structure(recipe.model, base.folder, None))
+
+
+def _stored(files: Layout, name: str, layer: nn.Module) -> Tensor:
     """A layer's weight as it is in the model's files. [O, I], fp32
 
     Raises:
         UsageError: they hold no such weight, or one of another form.
     """
-    found = files.locate(name)
+    found = files.find(f"{name}.weight")
     if found is None:
         raise UsageError(
-            f"adapter.init_weights: loftq finds no weight of {name} in {files.folder}", "choose another start"
+            f"adapter.init_weights: loftq finds no weight of {name} in {files.weights.folder}", "choose another start"
         )
-    weight = files.read(found, torch.float32)
+    weight = files.read(found, partial(files.weights.read, dtype=torch.float32))
     return weight.T if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D) else weight

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.errors import UsageError
+from dynlora_cli.layout import Layout
 from dynlora_cli.model import load_structure
 from dynlora_cli.weights import Weights
 
@@ -35,11 +36,16 @@ def reader(weights: Weights, model: PreTrainedModel, whole: Mapping[str, Tensor]
         whole: tensors that stand in the place of the files'.
     """
 
+    layout = Layout(weights, model)
+
+    def tensor(name: str) -> Tensor:
+        return weights.read(name, torch.float32 if weights.entries[name].dtype.is_floating_point else None)
+
     def read(name: str) -> Tensor:
-        found = _located(weights, model, name)
+        found = layout.find(name)
         if found is None:
             raise UsageError(f"{weights.folder} has no tensor for {name}", "the model's files and its config disagree")
-        return weights.read(found, torch.float32 if weights.entries[found].dtype.is_floating_point else None)
+        return layout.read(found, tensor)
 
     return lambda name: whole[name].float() if whole and name in whole else read(name)
 
@@ -50,21 +56,11 @@ def through_ties(read: Read, model: PreTrainedModel) -> Read:
     return lambda name: read(shared.get(name, name))
 
 
-def _located(weights: Weights, model: PreTrainedModel, name: str) -> str | None:
-    """The tensor of a parameter: its own, or that of the one it is tied to."""
-    shared = model.all_tied_weights_keys.get(name)
-    return weights.locate(*_parts(name)) or (weights.locate(*_parts(shared)) if shared else None)
-
-
 def unreadable(model: PreTrainedModel, weights: Weights, whole: Mapping[str, Tensor]) -> list[str]:
-    """Parameters that no one tensor of the files is: of experts, which lie apart on disk and together in memory."""
+    """Parameters that the files lack, or hold in a form that is not understood."""
+    layout = Layout(weights, model)
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    return [name for name in names if name not in whole and _located(weights, model, name) is None]
-
-
-def _parts(name: str) -> tuple[str, str]:
-    module, _, leaf = name.rpartition(".")
-    return module, leaf
+    return [name for name in names if name not in whole and layout.find(name) is None]
 
 
 def streamed(place: Place) -> PreTrainedModel:

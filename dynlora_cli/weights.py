@@ -233,8 +233,6 @@ def write_like(
     folder: Path,
     changed: Mapping[str, New],
     added: Mapping[str, New],
-    *,
-    renamed: Callable[[str], str] = lambda name: name,
 ) -> int:
     """Write the model again, shard by shard, with some tensors changed.
 
@@ -243,7 +241,6 @@ def write_like(
         folder: an existing one.
         changed: what stands in the place of an old tensor.
         added: what goes into the last shard besides.
-        renamed: the new name of an old tensor.
 
     Returns:
         Bytes of tensors written.
@@ -258,14 +255,13 @@ def write_like(
             }
             if file == files[-1]:
                 inside |= added
-            names = {name: name if name in added else renamed(name) for name in inside}
             made = _safetensors_name(file)
             with (folder / made).open("wb") as target:
-                target.write(_header({names[name]: item for name, item in inside.items()}))
+                target.write(_header(inside))
                 target.flush()
                 _write_all(pool, target, inside.values())
             total += sum(item.size for item in inside.values())
-            placed |= dict.fromkeys(names.values(), made)
+            placed |= dict.fromkeys(inside, made)
     if [_safetensors_name(file) for file in files] != [SINGLE]:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
     return total

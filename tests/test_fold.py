@@ -180,11 +180,11 @@ def test_one_shard_with_an_index(tmp_path, dynlora):
 
 
 def test_experts_kept_together_in_memory_and_apart_on_disk(tmp_path):
-    """Mixtral: its attention is merged; the check sees that the experts' files cannot be read one by one."""
+    """Mixtral: its attention is merged; the check reads the experts of one block at a time."""
     base, folder = make("experts", tmp_path)
     adapter = read_adapter(folder)
     place = find_base(adapter)
-    assert unreadable(streamed(place), Weights(place.folder), {})
+    assert not unreadable(streamed(place), Weights(place.folder), {})
     summary = into_base(adapter, tmp_path / "merged")
     assert summary["check"]["max_logit_difference"] < SAME_LOGITS
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -39,8 +39,8 @@ class Merged:
 
     Attributes:
         config: config.json of it.
-        names: of its tensors.
-        read: one tensor by its name.
+        names: of its parameters in memory.
+        read: one of them by its name.
         write: all of it, as a folder.
         untied: the base's input table and output head share a weight, and here they do not.
     """
