@@ -10,7 +10,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,8 +20,8 @@ import typer
 from dynlora_cli import __version__, cli_adapters, cli_eval, cli_start
 from dynlora_cli.cli_support import AsJson, console, reporting, typed
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.launch import is_main_process, launch
-from dynlora_cli.run_folder import place_of
+from dynlora_cli.launch import end_with_launcher, is_main_process, launch
+from dynlora_cli.run_folder import place_of, read_record, refuse_occupied
 
 app = typer.Typer(
     name="dynlora",
@@ -77,18 +78,19 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter from a recipe."""
-    with reporting(as_json) as result:
+    with reporting(as_json) as result, ExitStack() as held:
         if overwrite and (resume or resume_from):
             raise UsageError("--overwrite and --resume exclude each other", "choose one of them")
         from dynlora_cli.recipe import load_recipe
 
         checked = load_recipe(recipe, overrides or (), output_dir)
         view = console()
+        if not dry_run and is_main_process():
+            held.enter_context(_output_place(Path(checked.output_dir), overwrite, resume, resume_from))
         if devices != "1" and "RANK" not in os.environ:
-            if not dry_run:
-                with place_of(Path(checked.output_dir)):  # put in order before several processes look at it
-                    pass
+            held.close()  # the first of the processes takes it
             _launch(devices, context.obj)
+        end_with_launcher()
         if dry_run:
             from dynlora_cli.dry_run import plan as plan_run
 
@@ -113,6 +115,17 @@ def train(
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
+
+
+@contextmanager
+def _output_place(folder: Path, overwrite: bool, resume: bool, resume_from: Path | None) -> Iterator[None]:
+    """Hold the output folder as its only writer; refuse, before anything heavy loads, what is no place for this run."""
+    with place_of(folder):
+        if resume:
+            read_record(folder)
+        elif resume_from is None:
+            refuse_occupied(folder, overwrite=overwrite)
+        yield
 
 
 cli_adapters.register(app)

@@ -1,24 +1,35 @@
-"""Ctrl-C and SIGTERM as a request that is honoured at the next good moment."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that is honoured at the next good moment."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def heeded() -> list[int]:
+    """The signals that ask for a stop; one that is ignored, as SIGHUP under nohup, stays so."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM ask for a stop; a second one stops at once."""
+    """Let Ctrl-C, SIGTERM and a closed terminal ask for a stop; a second time stops at once."""
     asked: list[int] = []
 
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
     def ask(number: int, _frame: object) -> None:
+        _leave(terminals)
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
 
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, ask) for number in heeded()}
     except ValueError:  # not the main thread: whoever runs us there handles signals
         before = {}
     try:
@@ -26,3 +37,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave(terminals: list[int]) -> None:
+    """Let what is written to a terminal that was closed go nowhere: each write would fail, and the save with it."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+    terminals[:] = [descriptor for descriptor in terminals if os.isatty(descriptor)]

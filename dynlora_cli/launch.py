@@ -13,14 +13,21 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO
 
-# After one process has failed, the others have this long to end by themselves.
-GRACE_SECONDS = 15.0
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from dynlora_cli.errors import DynloraError
+from dynlora_cli.interrupt import heeded
+
+# After one process has failed, the others have this long to end by themselves; and this long where nothing of theirs
+# is waited for: they cannot go on, or the first one, which speaks for all and saves for all, has spoken.
+GRACE_SECONDS, SHORT_GRACE_SECONDS = 15.0, 3.0
+LAUNCHER = "DYNLORA_LAUNCHER"  # number of the launching process, for those that it has launched
+LOST_OTHERS = 75  # exit code between the two: another process has ended, and the launcher will say which
+PATIENCE_SECONDS = 60.0  # of a process whose launcher has gone, for its own clean end
 
 
 def launch(arguments: Sequence[str], count: int) -> int:
@@ -34,13 +41,17 @@ def launch(arguments: Sequence[str], count: int) -> int:
 
     Returns:
         The exit code of the one that failed first; 0 if none did.
+
+    Raises:
+        DynloraError: one was killed.
     """
     with ExitStack() as stack:
         files = [[stack.enter_context(tempfile.TemporaryFile()) for _ in range(2)] for _ in range(count - 1)]
         processes = _start(arguments, count, [[None, None], *files])
-        before = {number: signal.signal(number, lambda n, _: _send(processes, n)) for number in SIGNALS}
+        before = {number: signal.signal(number, lambda n, _: _send(processes, n)) for number in heeded()}
         try:
             failed, silent = _wait(processes)
+            code = 0 if failed is None else processes[failed].returncode
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -52,8 +63,15 @@ def launch(arguments: Sequence[str], count: int) -> int:
                 file.seek(0)
                 shutil.copyfileobj(file, stream.buffer)
                 stream.flush()
-        code = processes[failed].returncode
-        return code if code > 0 else 128 - code
+        if code < 0:
+            raise _killed(failed, -code)
+        return code
+
+
+def _killed(rank: int, number: int) -> DynloraError:
+    guess = " (out of memory?)" if number == getattr(signal, "SIGKILL", None) else ""
+    less = "; where memory was short, lower train.micro_batch_size or dataset.max_length first" if guess else ""
+    return DynloraError(f"process {rank} was killed by signal {number}{guess}", f"go on with --resume{less}")
 
 
 def is_main_process() -> bool:
@@ -68,6 +86,7 @@ def _start(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
+        LAUNCHER: str(os.getpid()),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count),
@@ -93,13 +112,55 @@ def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int | None, bool]:
-    """The process that failed first (None: all are done), and whether the first process was killed in its silence."""
-    failed, until = None, float("inf")
+    """The process that is to blame (None: all are done), and whether the first process has said nothing."""
+    failed: list[int] = []  # in the order in which they ended
+    until = float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < until:
         time.sleep(0.05)
-        if failed is None:
-            failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
-            until = float("inf") if failed is None else time.monotonic() + GRACE_SECONDS
-    if failed is None:
-        failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
-    return failed, processes[0].poll() is None
+        until = min(until, time.monotonic() + _note_failures(processes, failed))
+    _note_failures(processes, failed)
+    codes = [process.returncode for process in processes]
+    # One that was killed has no exit code of its own; others have only lost one.
+    blamed = sorted(failed, key=lambda rank: (codes[rank] > 0, codes[rank] == LOST_OTHERS))
+    return (blamed[0] if blamed else None), codes[0] in (None, LOST_OTHERS)
+
+
+def _note_failures(processes: Sequence[subprocess.Popen[bytes]], failed: list[int]) -> float:
+    """Add those that have failed meanwhile; how many seconds the rest has for its own end."""
+    failed += [rank for rank, process in enumerate(processes) if process.poll() and rank not in failed]
+    if not failed:
+        return float("inf")
+    short = any(rank == 0 or processes[rank].returncode < 0 for rank in failed)
+    return SHORT_GRACE_SECONDS if short else GRACE_SECONDS
+
+
+# -- in the launched processes ---------------------------------------------------------------------------------------
+
+
+def end_with_launcher() -> None:
+    """Watch the launcher: when it is gone, this process saves and ends as after SIGTERM. No matter without one."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher and hasattr(os, "getppid"):
+        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE_SECONDS)
+    os._exit(1)  # it waits for others, which do not answer
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether this is what torch.distributed says when another process of the run has ended."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection closed by peer" in str(error))
+
+
+def is_launched() -> bool:
+    """Whether a launcher waits for this process, and speaks for it."""
+    return LAUNCHER in os.environ

@@ -51,11 +51,29 @@ class RunLog:
             file.close()
 
     def __call__(self, event: Event) -> None:
-        """Writes one line, flushed, if the event is one of the state of record; NaN and infinity become null."""
+        """Writes one line, flushed, if the event is one of the state of record; NaN and infinity become null.
+
+        With a checkpoint the lines before it are on the disk.
+
+        Raises:
+            DynloraError: the files have gone.
+        """
         name = FILE_OF_EVENT.get(event["event"])
+        if event["event"] == "checkpoint":
+            for file in self._files.values():
+                os.fsync(file.fileno())
         if name:
+            self._refuse_gone(name)
             self._files[name].write(json.dumps(_strict(event), ensure_ascii=False, allow_nan=False) + "\n")
             self._files[name].flush()
+
+    def _refuse_gone(self, name: str) -> None:
+        """Lines that nobody will find must not be written: the file, or its folder, was removed or moved."""
+        path = self.folder / name
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._files[name].fileno())):
+            raise DynloraError(
+                f"{path} was removed or moved while the run went on", "bring it back and go on with --resume"
+            )
 
 
 @dataclass

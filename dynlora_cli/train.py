@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -206,7 +207,11 @@ def _log(training: Run, folder: Path, listener: Emit | None) -> Iterator[None]:
 
 def _tell(listener: Emit | None, event: dict[str, Any]) -> None:
     if listener:
-        listener(event)
+        try:
+            listener(event)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):  # nobody looks any more: the run goes on all the same
+                raise
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------
