@@ -157,7 +157,7 @@ def _launch(devices: str, arguments: Sequence[str]) -> None:
 
 def _device_count(devices: str) -> int:
     """How many processes to train with."""
-    if devices != "all" and not (devices.isdigit() and int(devices) > 0):
+    if devices != "all" and not (devices.isdecimal() and int(devices) > 0):
         raise UsageError(f"--devices {devices} is neither a number nor 'all'", "for example --devices 2")
     import torch
 
@@ -169,6 +169,21 @@ def _device_count(devices: str) -> int:
     return int(devices)
 
 
+def _at_home(argument: str) -> str:
+    """An argument in which ~ stands for the home folder, also after `--option=`, where shells leave it as it is.
+
+    Raises:
+        BadParameter: of a user whom this machine does not know.
+    """
+    option, equals, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    if not value.startswith("~") or Path(value).exists():
+        return argument
+    try:
+        return f"{option}{equals}{Path(value).expanduser()}"
+    except RuntimeError:
+        raise typer.BadParameter(f"{value}: this machine has no such user; write the path out") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The `dynlora` command: does what `arguments` say (by default the process's own) and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -176,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # step may take ten times as long (scripts/bench/NOTES.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        arguments = [_at_home(argument) for argument in arguments]
         code = app(arguments, prog_name="dynlora", obj=arguments, standalone_mode=False)
     except typer.TyperException as error:  # an unknown command or option: typer words it, for people
         error.show()  # type: ignore[attr-defined]

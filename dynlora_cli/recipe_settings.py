@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from dynlora_cli import drawers
 from dynlora_cli.budget import MAX_RANK, Budget, parse_budget
-from dynlora_cli.recipe_types import Count, Drawer, NotForeign, Positive, Section, Share, Text, whole
+from dynlora_cli.recipe_types import Count, Drawer, NotForeign, PathText, Positive, Section, Share, Text, whole
 
 
 def _budget(value: object) -> object:
@@ -31,7 +31,7 @@ def _only_after_training(policy: str) -> str | None:
 class Model(Section):
     """The base model, which stays frozen."""
 
-    name_or_path: Text
+    name_or_path: PathText
     """A hub id, a folder, or `builtin:tiny`."""
     revision: Text | None = None
     """Branch, tag or commit on the hub."""
@@ -58,7 +58,7 @@ class Model(Section):
 class Source(Section):
     """A file, folder or hub data set."""
 
-    path: Text
+    path: PathText
     """A file (JSONL, JSON, CSV, Parquet, text), a folder, a hub id, or `builtin:stdlib-docs`."""
     format: Annotated[str, Drawer("formats", also=("auto",))] = "auto"
     """How a row becomes an example; auto decides by the columns and says what it chose."""

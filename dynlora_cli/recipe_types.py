@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, core_schema
 
 from dynlora_cli import aliases, drawers
@@ -29,6 +30,23 @@ class NotForeign:
         if hint:
             raise ValueError(f"got {show(value)}; {hint}")
         return value
+
+
+def path_text(value: str) -> str:
+    """Refuses what no path can be: another character than a file system takes, or the home of a user unknown here."""
+    if "\0" in value:
+        raise ValueError(f"got {show(value)}, which no path can be: it holds a character of number 0")
+    if value.startswith("~") and not Path(value).exists():
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"got {show(value)}, but this machine has no such user; write the path out") from None
+    return value
+
+
+def at_home(value: str) -> str:
+    """~ is the home folder, and ~name that of another user."""
+    return str(Path(path_text(value)).expanduser()) if value.startswith("~") else path_text(value)
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,8 @@ class Drawer:
 
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(path_text)]  # where it is used, ~ is the home folder
+HomePath = Annotated[Text, AfterValidator(at_home)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

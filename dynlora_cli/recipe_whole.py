@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from dynlora_cli import drawers
 from dynlora_cli.recipe_settings import Adapter, Dataset, Eval, Model, Pruning, Rank, Train
-from dynlora_cli.recipe_types import Section, Text
+from dynlora_cli.recipe_types import HomePath, Section
 
 
 class Recipe(Section):
@@ -30,7 +30,7 @@ class Recipe(Section):
     """Length, batches, learning rate, checkpoints and logs."""
     eval: Eval = Eval()
     """Measuring and early stopping."""
-    output_dir: Text = "out/run"
+    output_dir: HomePath = "out/run"
     """The run folder; a recipe file that names none gets out/<its own name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random."""

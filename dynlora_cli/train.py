@@ -74,15 +74,16 @@ def run(
         DynloraError: with the exit code that fits.
     """
     folder = Path(recipe.output_dir)
-    place = None
-    try:
-        # Of several processes the first one writes.
-        with run_folder.place_of(folder) if is_main_process() else nullcontext() as place:
-            _tell_of_the_old(place, folder, listener)
-            return _run(recipe, folder, place, listener, overwrite, resume, resume_from)
-    except BaseException:
+    # Of several processes the first one writes.
+    with run_folder.place_of(folder) if is_main_process() else nullcontext() as place:
         _tell_of_the_old(place, folder, listener)
-        raise
+        try:
+            return _run(recipe, folder, place, listener, overwrite, resume, resume_from)
+        except BaseException:
+            if place:
+                place.settle()
+            _tell_of_the_old(place, folder, listener)
+            raise
 
 
 def _tell_of_the_old(place: OutputPlace | None, folder: Path, listener: Emit | None) -> None:
