@@ -27,7 +27,7 @@ from dynlora_cli.experts import fused_experts, split
 from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import evaluating, held_out, row_sums, summed_loss
-from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype
+from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype, table_rows
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.peft_types import ends_in, taken_for_experts
@@ -100,6 +100,7 @@ def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTraine
         num_labels=recipe.model.num_labels,
         sizing=sizing_rows(recipe),
         writing=writing,
+        table=table_rows(folder),
     )
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")

@@ -26,6 +26,7 @@ from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_h
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
 from dynlora_cli.splits import Kept, label_names, note_shared, number_labels, split
 from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located, decode
+from dynlora_cli.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,7 @@ class _Reader:
     max_length: int
     encoder: Encoder
     writing: Writing
+    vocabulary: Vocabulary
     notes: list[str] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
     lost: dict[bool, Counter[str]] = field(default_factory=lambda: {False: Counter(), True: Counter()})  # held out
@@ -92,6 +94,7 @@ def load_data(
     labels: list[str] | None = None,
     sizing: int = 0,
     writing: Writing | None = None,
+    table: int | None = None,
 ) -> Data:
     """Read, tokenise, split and count the rows of a recipe.
 
@@ -107,6 +110,7 @@ def load_data(
         labels: names of the classes in their order, where they are known; by default they are found in the rows.
         sizing: rows to hold out from the training rows as well, at most a tenth of them.
         writing: how the run that they belong to writes its rows; None: a run that begins now.
+        table: tokens that the model has rows for; None: nobody knows.
 
     Raises:
         DataError: rows that cannot be trained on; names the place and what to change.
@@ -116,7 +120,8 @@ def load_data(
         tokenizer.chat_template = read_template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
     encoder = Encoder(tokenizer, dataset.train_on, limit, decoded=task == SEQ2SEQ)
-    reader = _Reader(dataset, tokenizer, task, limit, encoder, writing or Writing())
+    vocabulary = Vocabulary(tokenizer, table)
+    reader = _Reader(dataset, tokenizer, task, limit, encoder, writing or Writing(), vocabulary)
     train, dropped = _read(reader, dataset.train, held_out=False)
     if task == CLASSIFICATION:
         labels = labels or label_names(train, num_labels)
@@ -293,6 +298,7 @@ def _runs_on(pair: Pair) -> bool:
 def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:
     """A draft within the length limit, or why its row is dropped, to follow after `3 rows`."""
     limit, cut_answer = reader.max_length, False
+    reader.vocabulary.check(place, draft.ids, draft.labels)
     truncated = draft.cut or max(len(draft.ids), len(draft.labels)) > limit
     if truncated and reader.dataset.overlong == "error":
         raise DataError(

@@ -29,11 +29,12 @@ from dynlora_cli.held_out import (
     base_in_memory,
     held_out_rows,
     own_recipe,
+    own_table,
     precision_of,
     read_tokenizer,
 )
 from dynlora_cli.loss import row_sums
-from dynlora_cli.model import Base, context_length, resolve_dtype
+from dynlora_cli.model import Base, context_length, resolve_dtype, table_rows
 from dynlora_cli.scores import RowSums, classification, confusion
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     read_as = partial(_rows, adapters[0], place, tokenizer, data, options)
     notes += _strangers(adapters, names, rows, read_as, own=data is None)
     notes += _compare_templates(adapters, names, tokenizer, rows, options.allow_template_mismatch)
+    with_base = _base_has_rows(adapters, names, place, rows, int(tokenizer.pad_token_id), notes) and options.with_base
     prompts, scored = _prompts(rows, tokenizer, options, notes)
     options.gates.refuse_unmeasured(*_measured(rows, scored))
     targets = sum(example.supervised() for example in rows.examples)
@@ -118,7 +120,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     base = base_in_memory(adapters[0], place, tokenizer)
     measure = _Measure(base, rows, prompts, scored, harness)
     found: dict[str, Found] = {}
-    if options.with_base and _has_answer(base, notes):
+    if with_base and _has_answer(base, notes):
         tell("measuring the base model")
         found[BASE] = measure(BASE)
     for name, adapter in zip(names, adapters, strict=True):
@@ -233,6 +235,30 @@ def _strangers(
         if then != rows.sha256 and not (then and writing != mine and then == read_as(writing).sha256):
             notes.append(f"{name} was trained on other rows, or rows read otherwise: some may have been among them")
     return notes
+
+
+def _base_has_rows(
+    adapters: Sequence[Adapter], names: Sequence[str], place: Place, rows: Rows, pad: int, notes: list[str]
+) -> bool:
+    """Whether the base's table has a row for every token of these rows; a note where only the adapters' own have.
+
+    Raises:
+        UsageError: the table of an adapter, its own or the base's, has not.
+    """
+    table = table_rows(place.folder)
+    texts = [ids for row in rows.examples for ids in (row.input_ids, row.labels) if not isinstance(ids, int)]
+    needed = 1 + max((max(ids, default=0) for ids in texts), default=0)
+    needed = max(needed, pad + 1) if rows.examples else 0
+    if table is None or needed <= table:
+        return True
+    hold = f"these texts hold tokens up to number {needed - 1}"
+    for name, adapter in zip(names, adapters, strict=True):
+        if (rows_there := own_table(adapter, place) or table) < needed:
+            raise UsageError(f"{name}: its table of tokens has {rows_there} rows, and {hold}", ONE_BASE)
+    notes.append(
+        f"the base model is left out: its table has {table} rows, and {hold}; the adapter brings a larger table"
+    )
+    return False
 
 
 def _compare_templates(

@@ -16,14 +16,14 @@ import torch
 from pydantic import ValidationError
 
 from dynlora_cli import drawers
-from dynlora_cli.adapter_base import Place, recorded_model
+from dynlora_cli.adapter_base import Place, recorded_model, structure
 from dynlora_cli.assemble import keep_libraries_quiet, sizing_rows
 from dynlora_cli.batches import Batch, Batches
 from dynlora_cli.chat_template import Writing
 from dynlora_cli.data import load_data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.foreign import COPY_AGAIN, first_fault, read_object
-from dynlora_cli.model import Base, context_length, load_base, load_tokenizer
+from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, table_rows
 from dynlora_cli.recipe import Dataset, Recipe, Source, load_recipe
 from dynlora_cli.rows import tables
 from dynlora_cli.run_folder import RECORD
@@ -145,6 +145,7 @@ def held_out_rows(
         labels=place.labels,  # never found in these rows, whose order of classes may be another
         sizing=sizing_rows(recipe) if recipe and not is_file else 0,  # as in training, or the hash would be another
         writing=writing or Writing.of(adapter.record),
+        table=own_table(adapter, place) or table_rows(place.folder),
     )
     examples = read.train if is_file else read.val
     if not examples:
@@ -168,6 +169,17 @@ def held_out_rows(
         forms=read.forms,
         is_file=is_file,
     )
+
+
+def own_table(adapter: Adapter, place: Place) -> int | None:
+    """Rows of the table of tokens that an adapter brings with it; None where it brings none."""
+    if not any(tensor.ndim == 2 and tensor.shape[0] != table_rows(place.folder) for tensor in adapter.whole.values()):
+        return None
+    model = structure(place)
+    table = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is table), None)
+    own = adapter.whole.get(f"{name}.weight")
+    return None if own is None else own.shape[0]
 
 
 def _as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:

@@ -151,6 +151,17 @@ def context_length(folder: Path) -> int | None:
 
 
 @lru_cache(maxsize=8)
+def table_rows(folder: Path) -> int | None:
+    """Tokens that a model has rows for, by its config; None where that does not say."""
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    except Exception:  # whatever is wrong with the folder is told when the model is loaded
+        return None
+    return size if type(size) is int and size > 0 else None
+
+
+@lru_cache(maxsize=8)
 def _kept_for_padding(folder: Path, positions: int) -> int:
     """Rows of a table of positions that no token of a text gets.
 
