@@ -17,8 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.foreign import limited
 from dynlora_cli.formats._forms import BadRowError, Turns
+from dynlora_cli.template_limits import SECONDS, limit_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,12 +119,18 @@ def write(
     Raises:
         BadRowError: the template refuses the conversation.
     """
-    from jinja2 import TemplateError
-
+    limit_templates()
+    refusal = UsageError(f"the chat template takes more than {SECONDS:g} s for a conversation; {ADVICE}")
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=answer))
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRowError(f"the chat template refuses this conversation ({error})") from error
+        with limited(SECONDS, refusal):
+            return str(
+                tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=answer)
+            )
+    except DynloraError:
+        raise
+    except Exception as error:  # whatever the program of whoever made the tokenizer raises
+        said = str(error) or type(error).__name__
+        raise BadRowError(f"the chat template refuses this conversation ({said})") from error
 
 
 def marked(value: Any, marker: str = MARKER) -> Any:

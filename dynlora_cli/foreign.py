@@ -3,7 +3,9 @@
 read_object    a JSON file that holds an object, of bounded size and depth
 fits           that object, with every key that is used of the right type
 inside         the path of a file that an index names, which may not leave the folder
-PatternMap     values by regular expressions, as PEFT's `rank_pattern`, in bounded time
+refuse_links   nothing in a folder leads out of it
+limited        anything that runs, in bounded time
+PatternMap     values by regular expressions, as of `rank_pattern` in PEFT, in bounded time
 """
 
 from __future__ import annotations

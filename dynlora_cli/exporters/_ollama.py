@@ -14,9 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from dynlora_cli.chat_template import Writing, on_date
+from dynlora_cli.chat_template import Writing, on_date, write
 from dynlora_cli.exporters._gguf_vocab import added_ids
 
 if TYPE_CHECKING:
@@ -211,8 +209,8 @@ def _default_system(tokenizer: PreTrainedTokenizerBase, family: Family, bos: str
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
     """The prompt of the tokenizer's own template; None where it refuses the conversation."""
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError):
+        return write(tokenizer, list(messages), None, answer=True)
+    except ValueError:
         return None  # as Mistral's does for a system message, and several templates without a default for everything
 
 
