@@ -96,6 +96,8 @@ mask_history                      LLaMA-Factory  -every answer of the assistant 
 excess_length_strategy            axolotl        dataset.overlong
 truncation_mode                   TRL            dataset.overlong
 truncation_strategy               ms-swift       dataset.overlong
+use_chat_template                 ms-swift       dataset.chat
+apply_chat_template               lm-eval        dataset.chat
 template                          LLaMA-Factory  dataset.chat_template
 chat_template_jinja               axolotl        dataset.chat_template
 chat_template_path                TRL            dataset.chat_template

@@ -50,11 +50,17 @@ class Writing:
         """As the run with this dynlora.json did it; as anybody would today where there is none."""
         data = record.get("data") or {}
         if "date" in data:
-            return cls(str(data["date"]), data.get("turned") or {})
+            turned = data.get("turned")
+            return cls(str(data["date"]), dict(turned) if isinstance(turned, Mapping) else {})
         if (record.get("recipe") or {}).get("dataset"):
             # Version 0.1 wrote no date but that of its start, kept pairs as text, and made turns of instructions.
             return cls(str(record.get("started", "")), {"completion": False, "alpaca": True})
         return cls()
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether all rows were bare text though the model has a chat template, as far as the record says."""
+        return bool(self.turned) and not any(self.turned.values())
 
     @property
     def moment(self) -> datetime:

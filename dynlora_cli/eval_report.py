@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.chat_template import Writing
 from dynlora_cli.scores import RowSums, paired_difference, perplexity
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ def make_report(
         "tasks": {task: {name: each.tasks[task] for name, each in found.items()} for task in tasks},
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def other_forms(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
+    """A note for each adapter that learned pairs as text where the first one learned them as turns, or reversed."""
+    notes, mine = [], Writing.of(adapters[0].record).turned
+    for name, adapter in list(zip(names, adapters, strict=True))[1:]:
+        for form, turns in Writing.of(adapter.record).turned.items():
+            if mine.get(form, turns) != turns:
+                learned, asked = ("turns", "text") if turns else ("text", "turns")
+                notes.append(
+                    f"{name} learned {form} rows as {learned}, and is asked with {asked}, as {names[0]} learned"
+                )
+    return notes
 
 
 def side_by_side(prompts: Sequence[Prompt], found: dict[str, Found]) -> list[dict[str, Any]]:

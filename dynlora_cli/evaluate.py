@@ -20,7 +20,7 @@ from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.chat_template import Writing
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
-from dynlora_cli.eval_report import BASE, Found, make_report, side_by_side
+from dynlora_cli.eval_report import BASE, Found, make_report, other_forms, side_by_side
 from dynlora_cli.gates import Gates
 from dynlora_cli.harness import Harness
 from dynlora_cli.held_out import (
@@ -102,6 +102,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     notes = [adapter.note for adapter in adapters if adapter.note] + rows.notes
     read_as = partial(_rows, adapters[0], place, tokenizer, data, options)
     notes += _strangers(adapters, names, rows, read_as, own=data is None)
+    notes += other_forms(adapters, names)
     notes += _compare_templates(adapters, names, tokenizer, rows, options.allow_template_mismatch)
     with_base = _base_has_rows(adapters, names, place, rows, int(tokenizer.pad_token_id), notes) and options.with_base
     prompts, scored = _prompts(rows, tokenizer, options, notes)

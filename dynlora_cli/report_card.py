@@ -133,7 +133,17 @@ from transformers import {auto_class}, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
 base = {auto_class}.from_pretrained({place}{options})
 model = PeftModel.from_pretrained(base, ".")"""
-    return f"## Load it\n\n{_fenced(code, 'python')}"
+    return f"## Load it\n\n{_fenced(code, 'python')}" + _asking(info)
+
+
+def _asking(info: dict[str, Any]) -> str:
+    """In which form the model learned to be asked, where it knows two."""
+    turned = (info.get("data") or {}).get("turned")
+    if not isinstance(turned, dict) or not turned:
+        return ""
+    if any(turned.values()):
+        return "\n\nAsk it by turns, through the chat template of this folder's tokenizer: so it was trained."
+    return "\n\nAsk it with bare text, without the tokenizer's chat template: so it was trained."
 
 
 def _training(record: RunRecord) -> str:

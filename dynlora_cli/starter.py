@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dynlora_cli.chat_turns import PAIRS
 from dynlora_cli.data import CLASSIFICATION, fitting_formats
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.model_folder import find_model
@@ -35,7 +36,7 @@ dataset:
   train: [{source}]
   val_size: 0.05                  # held out to measure on; rows with the same prompt stay together
   max_length: 1024                # tokens; what is longer is cut, and counted
-rank:
+{chat}rank:
   budget: 8                       # average rank when training is done | 0.5 of the start | 2M parameters | auto
 train:
   epochs: 1
@@ -44,6 +45,7 @@ train:
   learning_rate: auto             # tries a few on the first batches; a number does without
 output_dir: {output}
 """
+CHAT = "  chat: auto                      # turns where the model has a chat template | true | false: bare text\n"
 
 
 def run(
@@ -82,6 +84,7 @@ def run(
         path=_comment(shlex.quote(str(recipe))),
         task="" if task == "causal-lm" else f"  task: {task}\n",
         source=_source(source),
+        chat=CHAT if task == "causal-lm" and form in PAIRS else "",
         output=_scalar(f"out/{recipe.stem}"),
     )
     recipe.parent.mkdir(parents=True, exist_ok=True)

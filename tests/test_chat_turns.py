@@ -160,3 +160,21 @@ def test_a_run_of_version_0_1_goes_on_with_bare_text(tmp_path: Path) -> None:
     after = json.loads((run.folder / "dynlora.json").read_text())
     assert after["data"]["sha256"] == record["data"]["sha256"]
     assert measured(run)["samples"][0]["prompt"].startswith("sort ")
+
+
+def test_the_form_is_said_where_it_matters(tmp_path: Path) -> None:
+    """On the card, and where an adapter is asked in a form that it did not learn."""
+    folders = []
+    for name, chat in (("one", "auto"), ("two", False)):
+        (tmp_path / name).mkdir()
+        run = chat_pairs(tmp_path / name, chat=chat)
+        train(load_recipe(run.recipe))
+        folders.append(run.folder)
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    assert "Ask it by turns" in cards[0]
+    assert "Ask it with bare text" in cards[1]
+    rows = tmp_path / "one" / "pairs.jsonl"
+    report = evaluate.run(
+        folders, rows, evaluate.Options(base=str(tmp_path / "one" / "pico"), generate=0), lambda line: None
+    )
+    assert any("learned completion rows as text, and is asked with turns" in note for note in report["notes"])

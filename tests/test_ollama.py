@@ -164,6 +164,14 @@ def test_go_itself_renders_as_every_family(tmp_path):
         assert prompt == "<s>" + family.render(known, "</s>")
 
 
+def test_what_learned_bare_text_is_asked_with_bare_text():
+    text, notes = modelfile("m.gguf", tokenizer_with(CHATML, adds_bos=False), {}, Writing(turned={"completion": False}))
+    assert parsed(text)["TEMPLATE"] == "{{ .Prompt }}"
+    assert any("bare prompt" in note for note in notes)
+    text, _ = modelfile("m.gguf", tokenizer_with(CHATML, adds_bos=False), {}, Writing(turned={"completion": True}))
+    assert "<|im_start|>" in parsed(text)["TEMPLATE"]
+
+
 def test_a_date_in_the_template_is_that_of_training():
     dated = "{% if messages[0].role != 'system' %}<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n{% endif %}"
     tokenizer = tokenizer_with(dated + CHATML, adds_bos=False)

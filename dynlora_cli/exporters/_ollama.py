@@ -127,8 +127,10 @@ def modelfile(
     stops = _ends(tokenizer, generation_config)
     with on_date(moment):
         match = match_template(tokenizer)
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template or writing.is_bare:
         lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
+        if writing.is_bare:
+            notes.append("the TEMPLATE is the bare prompt, as the rows of training were, not the model's chat template")
     elif match is None:
         notes.append(f"no TEMPLATE: {_why_not(tokenizer)}; Ollama may guess one, so write your own and compare")
     else:
