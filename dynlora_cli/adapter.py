@@ -172,7 +172,8 @@ class Adapter:
     @property
     def as_parameters(self) -> set[str]:
         """Layers whose weight is a target, in place of the module, since PEFT would take the module for experts."""
-        weights = {name.removesuffix(".weight") for name in self.config.get("target_parameters") or ()}
+        targets = self.config.get("target_parameters") or ()
+        weights = {name.removesuffix(".weight") for name in targets if name.endswith(".weight")}
         ends = taken_for_experts(self.model_type) or {name.rpartition(".")[2] for name in weights}
         return ends_in([name for name, factors in self.layers.items() if not factors.experts], ends)
 

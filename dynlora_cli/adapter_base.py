@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.experts import ExpertSlice
+from dynlora_cli.experts import ExpertSlice, parameter_of, parts_of
 from dynlora_cli.foreign import COPY_AGAIN, first_fault
 from dynlora_cli.model import HEAD_NAMES, changed_since, load_structure, refuse_code
 from dynlora_cli.model_folder import find_model
@@ -23,6 +23,7 @@ from dynlora_cli.recipe_settings import Model
 from dynlora_cli.run_folder import RECORD
 
 COMMIT = re.compile("[0-9a-f]{40}")
+ANOTHER = "this is another base model; name the right one with --base FOLDER"
 SUPPORTED = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # PEFT's names
 
 
@@ -147,19 +148,61 @@ def module_of(model: PreTrainedModel, name: str, factors: Factors, adapter: Adap
     Raises:
         UsageError: the model has none of that name, of that shape or of a kind that takes components.
     """
-    hint = "this is another base model; name the right one with --base FOLDER"
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise UsageError(f"{adapter.folder}: the base model has no layer {name}", hint) from None
+        raise UsageError(f"{adapter.folder}: the base model has no layer {name}", ANOTHER) from None
     kinds = (nn.Embedding,) if factors.embedding else (ExpertSlice,) if factors.experts else (nn.Linear, Conv1D)
-    if not isinstance(module, kinds):
-        raise UsageError(f"{adapter.folder}: {name} is a {type(module).__name__}, which takes no LoRA here")
+    alone = kinds[0] is nn.Linear and factors.magnitude_O is None and not factors.hadamard and holds_weight(module)
+    if not alone and not isinstance(module, kinds):
+        raise UsageError(
+            f"{adapter.folder}: {name} is a {type(module).__name__}, which takes no {adapter.kind} here",
+            "merge it with the tool that made it",
+        )
     d_in, d_out = (module.embedding_dim, module.num_embeddings) if factors.embedding else linear_shape(module)
     if (d_in, d_out) != (factors.a_CI.shape[1], factors.b_OC.shape[0]):
         found = f"{factors.b_OC.shape[0]} x {factors.a_CI.shape[1]}"
-        raise UsageError(f"{adapter.folder}: {name} is {d_out} x {d_in} in the base and {found} in the adapter", hint)
+        raise UsageError(
+            f"{adapter.folder}: {name} is {d_out} x {d_in} in the base and {found} in the adapter", ANOTHER
+        )
     return module
+
+
+def expert_slices(model: PreTrainedModel, adapter: Adapter) -> dict[str, dict[int, Factors]]:
+    """The factors of all slices of parameters of many experts, by parameter and expert.
+
+    They are in the parameter's own layout: a_CI is of its columns, b_OC of its rows. PEFT takes those of a module that
+    says `is_transposed` for outputs and inputs, and those of every other one for inputs and outputs.
+
+    Raises:
+        UsageError: the model has no such parameter, or one of another shape.
+    """
+    found: dict[str, dict[int, Factors]] = {}
+    for name, factors in adapter.layers.items():
+        if not factors.experts:
+            continue
+        (owner, expert, _), parameter = parts_of(name), parameter_of(name)
+        try:
+            module, shape = model.get_submodule(owner), tuple(model.get_parameter(parameter).shape)
+        except AttributeError:
+            raise UsageError(f"{adapter.folder}: the base model has no parameter {parameter}", ANOTHER) from None
+        if len(shape) == 3 and getattr(module, "is_transposed", False):
+            factors = replace(factors, a_CI=factors.b_OC.T, b_OC=factors.a_CI.T)
+        lead = (factors.experts,) if factors.experts > 1 or len(shape) == 3 else ()
+        own = (*lead, factors.b_OC.shape[0], factors.a_CI.shape[1])
+        if own != shape:
+            raise UsageError(f"{adapter.folder}: {parameter} is {shape} in the base and {own} in the adapter", ANOTHER)
+        found.setdefault(parameter, {})[expert] = factors
+    return found
+
+
+def holds_weight(module: nn.Module) -> bool:
+    """Whether a module that is no layer of a known kind has a weight [O, I], such as a router of experts."""
+    weight, kind = module._parameters.get("weight"), type(module)
+    plain = isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    # Some routers are linear layers by name alone, and return more than one tensor.
+    own = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers") and "forward" in vars(kind)
+    return weight is not None and weight.ndim == 2 and (own or not plain)
 
 
 def tied(model: PreTrainedModel) -> tuple[str, str] | None:

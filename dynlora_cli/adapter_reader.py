@@ -1,5 +1,5 @@
 """Reads any LoRA folder in PEFT's layout, dynlora's own or another tool's: plain LoRA, rsLoRA, DoRA, with patterns.
-Of PEFT's other kinds HiRA, and VeRA as the LoRA that it equals (peft_kinds.py).
+Of PEFT's other kinds HiRA, and VeRA as the LoRA that it equals (peft_kinds.py); mlx-lm's adapters (mlx_adapter.py).
 
     find_adapter    the folder that a person means by `--adapter D`
     read_adapter    that folder as an `Adapter`, with the scale folded into B
@@ -10,7 +10,6 @@ Whatever would change the result without being understood is refused; nothing is
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dynlora_cli.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Factors
+from dynlora_cli import mlx_adapter
+from dynlora_cli.adapter import CONFIG, WEIGHTS, Adapter, Factors
+from dynlora_cli.adapter_keys import natural_order, sorted_tensors, without_wrappers
 from dynlora_cli.errors import MeasureError, UsageError
-from dynlora_cli.experts import PARAMETERS, unfuse
+from dynlora_cli.experts import unfuse
 from dynlora_cli.foreign import PatternMap, PeftForm, fits, read_object, refuse_links
 from dynlora_cli.peft_kinds import hira_layers, vera_layers
+from dynlora_cli.peft_parameters import WEIGHT, adapted_parameters
 from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed, read_record
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
@@ -33,11 +35,6 @@ NOT_UNDERSTOOD = (
 )  # fmt: skip
 # Starts that also changed the base model's weights, so that the saved factors belong to another base.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-_PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    r"|hira_A|hira_B|vera_A|vera_B|vera_lambda_b|vera_lambda_d)"
-    r"(\.default)?(\.weight)?"
-)
 
 
 def find_adapter(path: Path) -> tuple[Path, str | None]:
@@ -92,24 +89,31 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     """
     folder, note = find_adapter(path)
     refuse_links(folder)
-    config = _read_config(folder / CONFIG)
-    parts, whole = _sort(_read_tensors(folder), folder)
+    config, mlx = _read_config(folder / CONFIG)
+    file = folder / (mlx_adapter.FILE if mlx else WEIGHTS)
+    tensors = _read_tensors(file)
+    found = sorted_tensors(mlx_adapter.peft_tensors(tensors, file) if mlx else tensors, file)
+    if mlx:
+        found.notes.append("an adapter of mlx-lm's")
+    parts = found.parts
     run = folder if (folder / RECORD).is_file() else folder.parent.parent
     record = read_record(run) if (run / RECORD).is_file() else {}
-    adapter = Adapter(folder, {}, config, record, whole, note)
+    notes = "; ".join(filter(None, [note, *found.notes])) or None
+    adapter = Adapter(folder, {}, config, record, found.whole, notes)
     adapter = replace(adapter, model_type=_model_type(adapter, base))
     if config["peft_type"] == "VERA":
         return adapter.with_layers(vera_layers(adapter, parts, base))
     if config["peft_type"] == "HIRA":
         return adapter.with_layers(hira_layers(adapter, parts))
     scales = _Scales(config, folder)
+    parameters = adapted_parameters(parts, config, folder / CONFIG)
     layers: dict[str, Factors] = {}
-    for module, tensors in parts.items():
-        parameter = _parameter(module, config, folder)
-        if parameter is None:
-            layers[module] = _factors(module, tensors, scales)
+    for module, factors in parts.items():
+        owner, _, leaf = parameters.get(module, "").rpartition(".")
+        if owner and (leaf != WEIGHT or len(factors.get("lora_A", ())) != scales.rank_of(owner)):
+            layers |= _slices(parameters[module], factors, scales)
         else:
-            layers |= _slices(parameter, tensors, scales)
+            layers[owner or module] = _factors(owner or module, factors, scales)
     return replace(adapter, layers={name: layers[name] for name in sorted(layers, key=natural_order)})
 
 
@@ -122,8 +126,12 @@ def _model_type(adapter: Adapter, base: str | None) -> str:
     return str(recorded or "")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
+    """adapter_config.json as PEFT writes it, and whether it was mlx-lm's."""
     config = read_object(path)
+    mlx = mlx_adapter.is_of_mlx(config)
+    if mlx:
+        config = mlx_adapter.peft_config(config, path)
     fits(PeftForm, config, path)
     kind = config.get("peft_type")
     if kind not in ("LORA", "VERA", "HIRA"):
@@ -142,19 +150,25 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights {start!r} changed the base model's weights too",
             "save it with PEFT's `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it",
         )
-    return config
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = {without_wrappers(name): value for name, value in (config.get(key) or {}).items()}
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = [without_wrappers(name) for name in config[key]]
+    return config, mlx
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        pickles = [file for ending in ("*.bin", "*.pt") for file in sorted(path.parent.glob(ending))]
         if pickles:
             raise UsageError(
                 f"{pickles[0]} is a pickle, which can run any code when it is opened; it was not",
                 "if you trust its source, load it with PEFT and save it again: safetensors is PEFT's default",
             )
-        raise UsageError(f"{folder} holds {CONFIG} but no {WEIGHTS}", "the files are incomplete; copy them again")
+        raise UsageError(
+            f"{path.parent} holds {CONFIG} but no {path.name}", "the files are incomplete; copy them again"
+        )
     try:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
@@ -163,30 +177,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise MeasureError(f"{path}: {name} holds NaN or infinity", "train again with a lower learning rate")
     return tensors
-
-
-def _sort(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of every layer, in the model's order, and those that replace a tensor of the base."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if match := _PART.fullmatch(name):
-            parts.setdefault(match["module"], {})[match["part"]] = tensor.float()
-        elif any(part in name for part in ("lora_", "hira_", "vera_", "token_adapter")):
-            raise UsageError(f"{folder / WEIGHTS}: the tensor {key} is not understood", "is it a newer kind of LoRA?")
-        else:
-            for infix in (".base_layer", ".modules_to_save.default", ".modules_to_save"):
-                name = name.replace(infix, "")
-            whole[name] = tensor
-    if not parts:
-        raise UsageError(f"{folder / WEIGHTS} holds no LoRA factors", "the files are incomplete or of another kind")
-    return {module: parts[module] for module in sorted(parts, key=natural_order)}, whole
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key by which layer 2 comes before layer 10."""
-    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
 
 
 def _factors(module: str, parts: dict[str, Tensor], scales: _Scales) -> Factors:
@@ -210,28 +200,12 @@ def _factors(module: str, parts: dict[str, Tensor], scales: _Scales) -> Factors:
         )
     if scales.config.get("use_dora") and magnitude is None:
         raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
-    return Factors(a, scale * b, scale, None if magnitude is None else magnitude.flatten(), embedding)
+    return Factors(a, *_scaled(b, scale), None if magnitude is None else magnitude.flatten(), embedding)
 
 
-def _parameter(module: str, config: dict[str, Any], folder: Path) -> str | None:
-    """The parameter of many experts that the tensors of a module belong to; None: the module is a layer.
-
-    PEFT names the module alone. It wraps it once for each targeted parameter, the first innermost.
-    """
-    wanted = config.get("target_parameters") or []
-    strange = [name for name in wanted if name.split(".")[-1] not in (*PARAMETERS, "weight")]
-    if strange:
-        raise UsageError(
-            f"{folder / CONFIG}: target_parameters: {strange[0]}: only {' and '.join(PARAMETERS)} of experts and "
-            "the weights of linear layers are understood",
-            "merge it with the tool that made it",
-        )
-    inner = module.endswith(".base_layer")
-    names = [f"{module.removesuffix('.base_layer')}.{leaf}" for leaf in PARAMETERS]
-    adapted = [name for name in names if any(name == end or name.endswith(f".{end}") for end in wanted)]
-    if not adapted:
-        return None
-    return adapted[0] if inner else adapted[-1]
+def _scaled(b_OC: Tensor, scale: float) -> tuple[Tensor, float]:
+    """B with the scale in it, and the scale; 1 for a layer that an alpha of 0 switches off, whose B is 0 then."""
+    return (scale * b_OC, scale) if scale else (b_OC.new_zeros(b_OC.shape), 1.0)
 
 
 def _slices(parameter: str, parts: dict[str, Tensor], scales: _Scales) -> dict[str, Factors]:
@@ -247,7 +221,7 @@ def _slices(parameter: str, parts: dict[str, Tensor], scales: _Scales) -> dict[s
         )
     scale = scales.of(parameter, rank)
     return {
-        name: Factors(a_CI, scale * b_OC, scale, experts=a.shape[0] // rank)
+        name: Factors(a_CI, *_scaled(b_OC, scale), experts=a.shape[0] // rank)
         for name, (a_CI, b_OC) in unfuse(parameter, a, b, rank).items()
     }
 
@@ -274,7 +248,10 @@ class _Scales:
                 "one of the two files is of another adapter; copy both again",
             )
         if rank == 0 or not isinstance(alpha, (int, float)):
-            raise UsageError(f"{self.folder / CONFIG}: layer {module} has rank {rank} and lora_alpha {alpha!r}")
+            raise UsageError(
+                f"{self.folder / CONFIG}: layer {module} has rank {rank} and lora_alpha {alpha!r}",
+                "a layer has a rank of at least 1, and an alpha; leave one without components out of the files",
+            )
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def _named(self, module: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace as changed
 from functools import partial
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapter import Adapter, Factors
-from dynlora_cli.adapter_base import module_of
+from dynlora_cli.adapter_base import expert_slices, holds_weight, module_of
 from dynlora_cli.components import ComponentLinear, dense_weight
 from dynlora_cli.dora import DoraLinear
-from dynlora_cli.experts import join, split
+from dynlora_cli.experts import join, parts_of, split
 from dynlora_cli.hira import HiraLinear
 from dynlora_cli.pool import Pool
 
@@ -64,6 +65,7 @@ def attached(
     """
     device = device or model.device
     before: list[tuple[nn.Module, str, nn.Module]] = []
+    added: list[RemovableHandle] = []
 
     def replace(name: str, by: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
@@ -72,15 +74,25 @@ def attached(
         setattr(holder, leaf, by)
 
     if adapter.experts:
-        split(model)
+        split(model, others=True)
     try:
+        layers: dict[str, ComponentLinear] = {}
+        for parameter, slices in expert_slices(model, adapter).items():
+            owner, _, leaf = parameter.rpartition(".")
+            module = model.get_submodule(owner)
+            if "0" not in module._modules:  # experts of a form that is not split
+                added += _add(module, leaf, _stacked(slices).to(device))
         if whole:
             for name, tensor in adapter.whole.items():
                 owner, _, leaf = name.rpartition(".")
                 replace(owner, _with_parameter(model.get_submodule(owner), leaf, tensor.to(device)))
-        layers: dict[str, ComponentLinear] = {}
         for name, factors in adapter.layers.items():
+            if factors.experts and "0" not in model.get_submodule(parts_of(name)[0])._modules:
+                continue
             module = module_of(model, name, factors, adapter)
+            if holds_weight(module):
+                added += _add(module, "weight", factors.delta_OI().to(device))
+                continue
             if factors.embedding:
                 replace(name, AdaptedEmbedding(module, factors, device))
                 continue
@@ -93,10 +105,43 @@ def attached(
                 b.copy_(adapter.layers[name].b_OC / adapter.layers[name].scale)
         yield pool
     finally:
+        for hook in added:
+            hook.remove()
         for holder, leaf, original in reversed(before):
             setattr(holder, leaf, original)
         if adapter.experts:
             join(model)
+
+
+def _add(module: nn.Module, leaf: str, delta: Tensor) -> list[RemovableHandle]:
+    """Let a module that is no linear layer, such as a router of experts, compute with W + ΔW; frozen.
+
+    Returns:
+        what takes it off again.
+    """
+    plain = []
+
+    def add(module: nn.Module, _inputs: Any) -> None:
+        weight: Any = module._parameters[leaf]
+        plain.append(weight)
+        changed = (weight.detach().float() + delta.view(weight.shape)).to(weight.dtype)
+        module._parameters[leaf] = nn.Parameter(changed, requires_grad=False)
+
+    def take_off(module: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        module._parameters[leaf] = plain.pop()
+
+    # A streamed module has read its weight before, and forgets it after this; see stream.py.
+    after = module.register_forward_hook(take_off, prepend=True, always_call=True)
+    return [module.register_forward_pre_hook(add), after]
+
+
+def _stacked(slices: Mapping[int, Factors]) -> Tensor:
+    """ΔW of all experts of a parameter, [E, rows, columns]; 0 of those without components."""
+    some = next(iter(slices.values()))
+    delta = torch.zeros(some.experts, some.b_OC.shape[0], some.a_CI.shape[1])
+    for expert, factors in slices.items():
+        delta[expert] = factors.delta_OI()
+    return delta
 
 
 def _layer(
@@ -128,7 +173,7 @@ def _with_parameter(module: nn.Module, leaf: str, value: Tensor) -> nn.Module:
 
 def detached(adapter: Adapter, pool: Pool) -> Adapter:
     """The adapter with the factors that the pool holds now, each with its scale folded into B."""
-    layers = {name: factors for name, factors in adapter.layers.items() if factors.embedding}
+    layers = {name: factors for name, factors in adapter.layers.items() if name not in pool.layers}
     for name, layer in pool.layers.items():
         old = adapter.layers[name]
         magnitude = layer.magnitude_O.detach().cpu() if isinstance(layer, DoraLinear) else None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dynlora_cli import drawers
 from dynlora_cli.adapter import Adapter, Factors
-from dynlora_cli.adapter_reader import natural_order
+from dynlora_cli.adapter_keys import natural_order
 from dynlora_cli.budget import Budget
 from dynlora_cli.errors import UsageError
 from dynlora_cli.gauge import svd_factors

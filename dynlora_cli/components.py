@@ -29,11 +29,12 @@ class Graph:
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer: `nn.Linear` and its quantized kin, or GPT-2's Conv1D, whose weight is [I, O]."""
+    """(d_in, d_out) of a linear layer: `nn.Linear` and its quantized kin, GPT-2's Conv1D, whose weight is [I, O], or
+    another module that has a weight [O, I]."""
     if hasattr(base, "in_features"):
         return base.in_features, base.out_features  # type: ignore[return-value]
-    d_in, d_out = base.weight.shape  # type: ignore[misc]
-    return d_in, d_out
+    first, second = base.weight.shape  # type: ignore[misc]
+    return (first, second) if type(base).__name__ == "Conv1D" else (second, first)
 
 
 def forget_input(y: Tensor) -> Tensor:

@@ -57,8 +57,12 @@ def fused_experts(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def split(model: nn.Module) -> None:
+def split(model: nn.Module, *, others: bool = False) -> None:
     """Let all fused experts compute through `ExpertSlice`s, in place; the model's output stays the same.
+
+    Args:
+        model: changed.
+        others: leave experts of another form as they are.
 
     Raises:
         UsageError: experts of another form.
@@ -66,6 +70,8 @@ def split(model: nn.Module) -> None:
     for name, count in fused_experts(model).items():
         module: Any = model.get_submodule(name)
         if not _understood(module) or name.split(".")[-1] != WORD:
+            if others:
+                continue
             raise UsageError(
                 f"the experts in {name} are not stored as gate_up_proj and down_proj, [experts, outputs, inputs] each",
                 "leave experts out of adapter.target_modules",
@@ -82,9 +88,9 @@ def join(model: nn.Module) -> None:
     """Undo `split`."""
     for name, count in fused_experts(model).items():
         module: Any = model.get_submodule(name)
-        for expert in range(count):
+        for expert in range(count if "0" in module._modules else 0):
             del module._modules[str(expert)]
-        del module.forward
+        vars(module).pop("forward", None)
 
 
 def _understood(module: Any) -> bool:

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapter import Adapter, Factors
-from dynlora_cli.adapter_base import Place, module_of, structure, tied
+from dynlora_cli.adapter_base import Place, expert_slices, module_of, structure, tied
 from dynlora_cli.errors import DynloraError, UsageError
-from dynlora_cli.experts import parameter_of, parts_of, split
 from dynlora_cli.foreign import read_object
 from dynlora_cli.layout import Layout
 from dynlora_cli.patches import Patch, folded, patched
@@ -99,8 +98,6 @@ def plan_merge(
         UsageError: the base is another one, or stored in a form that cannot be added to.
     """
     model = structure(place)
-    if adapter.experts:
-        split(model)
     config = read_object(place.folder / "config.json")
     if config.get("quantization_config"):
         raise UsageError(
@@ -132,9 +129,8 @@ class _Folding:
 
     def layers(self) -> None:
         for name, factors in self.adapter.layers.items():
-            module = module_of(self.model, name, factors, self.adapter)
             if not factors.experts:
-                self._layer(name, factors, module)
+                self._layer(name, factors, module_of(self.model, name, factors, self.adapter))
                 self.plan.modules.append(name)
 
     def _layer(self, name: str, factors: Factors, module: nn.Module) -> None:
@@ -195,13 +191,9 @@ class _Folding:
 
     def experts(self) -> None:
         """Slices of experts, which no quantization of ours touches, and which may lie on disk each apart."""
-        groups: dict[str, dict[int, Factors | None]] = {}
-        for name, factors in self.adapter.layers.items():
-            if factors.experts:
-                groups.setdefault(parameter_of(name), {})[parts_of(name)[1]] = factors
-                self.plan.modules.append(name)
-        for parameter, slices in groups.items():
+        for parameter, slices in expert_slices(self.model, self.adapter).items():
             self._patch(self._found(parameter), None, slices)
+        self.plan.modules += self.adapter.experts
 
     def replaced(self) -> None:
         """Tensors that were trained whole: a head, embeddings with more tokens."""

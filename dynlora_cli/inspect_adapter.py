@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_cli.adapter import WEIGHTS, Adapter, Factors
-from dynlora_cli.adapter_reader import natural_order, read_adapter
+from dynlora_cli.adapter import Adapter, Factors
+from dynlora_cli.adapter_keys import natural_order
+from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.errors import UsageError
 
 SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # shares of ‖ΔW‖² for which the number of directions is told
@@ -58,7 +59,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "parameters": adapter.parameters,
         "components": adapter.components,
         "average_rank": _average_rank(adapter, recorded),
-        "bytes": (adapter.folder / WEIGHTS).stat().st_size,
+        "bytes": sum(file.stat().st_size for file in adapter.folder.glob("adapter*.safetensors")),
         "whole_tensors": {name: list(tensor.shape) for name, tensor in adapter.whole.items()},
         "directions": _directions(list(values.values())),
         "layers": dict(sorted((layers | gone).items(), key=lambda item: natural_order(item[0]))),

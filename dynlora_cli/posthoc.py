@@ -85,9 +85,6 @@ class Order:
             return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
         if model is None or batches is None:
             raise UsageError("this policy looks at data, and there is none", "name rows with --data, or use magnitude")
-        tables = [name for name, factors in adapter.layers.items() if factors.embedding]
-        if tables:
-            raise UsageError(f"{tables[0]} is an embedding, which only --policy magnitude can judge")
         if policy.needs == "covariances":
             if adapter.hira:
                 raise UsageError(
@@ -183,6 +180,13 @@ def _scores(policy: ModuleType, pool: Pool, observed: Observed, seed: int, adapt
     return scores
 
 
+def _refuse_others(adapter: Adapter, pool: Pool) -> None:
+    """Embeddings and routers have components, but none that a backward pass could say something of."""
+    others = [name for name in adapter.layers if name not in pool.layers]
+    if others:
+        raise UsageError(f"{others[0]} is no linear layer, which only --policy magnitude can judge", "use that")
+
+
 def _observed(
     averages: GateGradients | EntryAverages,
     adapter: Adapter,
@@ -192,6 +196,7 @@ def _observed(
 ) -> GateGradients | EntryAverages:
     """The averages of what the backward passes over the rows say."""
     with attached(model, adapter) as pool:
+        _refuse_others(adapter, pool)
         for batch in batches():
             with autocast():
                 loss = summed_loss(model, batch)
@@ -212,6 +217,7 @@ def _fit_to_flow(
 ) -> tuple[Adapter, Tensor]:
     """The components in the basis of what flows through the layers, and their energies. [K]"""
     with attached(model, adapter) as pool:
+        _refuse_others(adapter, pool)
         covariances = Covariances(pool)
         with covariances.watching():
             for batch in batches():

@@ -74,11 +74,6 @@ def run(
     scorer = drawers.load("policies", policy)
     adapter = read_adapter(path, base_name)
     run_folder.refuse_inputs(out, [adapter.folder, *([data] if data else [])])
-    if adapter.experts:
-        raise UsageError(
-            f"{adapter.folder} has components for each expert, which are pruned in training only",
-            "train with a smaller rank.budget, or use it as it is: dynlora merge --adapter FOLDER",
-        )
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
     needs_rows = scorer.needs != "values" or budget.kind == "auto" or heal_steps or data is not None

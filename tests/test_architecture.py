@@ -36,7 +36,7 @@ SPINE = {
     6: "assemble combine compare compile_blocks cuda_graphs eval_report fold generation harness heal held_out linear_loss loop loss memory meter optimizer_step outputs peft_check posthoc probe pruned_folder rate_search resident sharding starts state survey",
     5: "adapter_base attach batches data layout model patches stream",
     3: "activations adapter adapter_reader allocation brake chat_mask chat_template chat_turns checkpoint columns components covariances directions dora experts fused_linear gauge gradients hira lean_blocks lean_functions optimizers peft_kinds peft_types pickles pool rank relative row_files rows schedule shared_inputs splits stdlib_docs stretches targets template_limits tokens vocabulary "
-    "weights",
+    "adapter_keys mlx_adapter peft_parameters weights",
     2: "aliases budget console drawers foreign interrupt launch model_folder progress recipe recipe_problems recipe_settings recipe_types recipe_whole report report_card "
     "report_html report_log report_svg run_folder output_place whole_files options console_adapter console_eval console_plan console_start gates scores strict_json strict_yaml units",
     1: "__init__ errors",

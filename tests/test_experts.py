@@ -16,11 +16,10 @@ from tiny_architectures import write_model
 from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from dynlora_cli import evaluate, export, prune
+from dynlora_cli import evaluate, export
 from dynlora_cli.adapter_base import Place
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
-from dynlora_cli.budget import Budget
 from dynlora_cli.combine import Way, combine
 from dynlora_cli.dry_run import plan
 from dynlora_cli.errors import UsageError
@@ -183,13 +182,9 @@ def test_commands_that_cannot_say_what_can(trained, tmp_path):
     with pytest.raises(UsageError, match="model_type 'mixtral' has no GGUF form here") as refused:
         export.run(folder, "ollama", tmp_path / "ollama")
     assert "--to merged" in (refused.value.hint or "")
-    for command in (
-        lambda: prune.run(folder, Budget("rank", 1), tmp_path / "pruned"),
-        lambda: combine([adapter, adapter], Way()),
-    ):
-        with pytest.raises(UsageError, match="has components for each expert") as refused:
-            command()
-        assert "dynlora merge --adapter" in (refused.value.hint or "")
+    with pytest.raises(UsageError, match="has components for each expert") as refused:
+        combine([adapter, adapter], Way())
+    assert "dynlora merge --adapter" in (refused.value.hint or "")
 
 
 def test_an_adapter_of_another_tool(tmp_path):
