@@ -204,7 +204,7 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
         fan_in_fan_out=adapter.fan_in_fan_out,
         modules_to_save=config.get("modules_to_save"),
         experts=adapter.experts,
-        as_parameters=adapter.as_parameters if for_peft else (),
+        as_parameters=adapter.as_parameters if for_peft and adapter.kind == "LoRA" else (),
     )
     written["task_type"] = config.get("task_type")
     written["use_dora"] = adapter.dora

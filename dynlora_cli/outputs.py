@@ -41,6 +41,8 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
     """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
     assert training.pool is not None
     experts = experts_of(training.pool)
+    form = getattr(drawers.load("variants", training.recipe.adapter.variant), "saved", None)
+    taken = frozenset() if form else taken_for_experts(base.model.config.model_type)  # PEFT changes LoRAs alone
     config = lora_config(
         {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
         base_model=base.reference,
@@ -49,10 +51,8 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
         fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in training.pool.layers.values()),
         modules_to_save=list(base.whole) or None,
         experts=experts,
-        as_parameters=ends_in(training.pool.layers.keys() - experts, taken_for_experts(base.model.config.model_type)),
+        as_parameters=ends_in(training.pool.layers.keys() - experts, taken),
     )
-    variant = drawers.load("variants", training.recipe.adapter.variant)
-    form = getattr(variant, "saved", None)
     config, tensors = form(training.pool, config) if form else (config, lora_tensors(training.pool))
     for module in base.whole:
         tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")

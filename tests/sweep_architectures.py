@@ -37,7 +37,7 @@ from dynlora_cli.experts import _understood, fused_experts
 from dynlora_cli.merge import into_base
 
 ROOT = Path(__file__).parents[1]
-RESULTS, TABLE = ROOT / "docs" / "architectures.jsonl", ROOT / "docs" / "architectures.md"
+RESULTS, TABLE = ROOT / "scripts" / "bench" / "architectures.jsonl", ROOT / "docs" / "architectures.md"
 TYPES = {
     LANGUAGE: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     SEQ2SEQ: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -239,7 +239,7 @@ WORDS = {
 
 def table(results: list[dict[str, Any]]) -> str:
     """docs/architectures.md: for each task the types that work, and for the others the first thing that does not."""
-    parts = [HEAD.format(**VERSIONS)]
+    parts = []
     for task, types in TYPES.items():
         of_task = {line["type"]: line for line in results if line["task"] == task and line["type"] in types}
         failed = {kind: [step for step in WORDS if line.get(step, "ok") != "ok"] for kind, line in of_task.items()}
@@ -255,7 +255,8 @@ def table(results: list[dict[str, Any]]) -> str:
             if steps
         ]
         parts.append("\n".join(["| type | what does not work | first message |", "| --- | --- | --- |", *rows]) + "\n")
-    return "\n".join(parts)
+    versions = {key: ", ".join(sorted({line[key] for line in results})) for key in VERSIONS}
+    return "\n".join([HEAD.format(**versions), *parts])
 
 
 def _cell(text: str) -> str:

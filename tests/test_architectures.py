@@ -12,7 +12,7 @@ import transformers
 from numeric import assert_close_to_truth, in_double, rounding
 from sweep_architectures import STEPS, try_type
 from sweep_models import write_tiny
-from tiny_architectures import CASES, CLASSES, LANGUAGE, write_model
+from tiny_architectures import CASES, CLASSES, LANGUAGE, SEQ2SEQ, write_model
 from tiny_run import make_recipe, train, write_rows
 
 from dynlora_cli import export, outputs, peft_check, prune
@@ -74,12 +74,35 @@ def test_trained_pruned_saved_loaded_and_merged(folder, kind):
     assert_close_to_truth(logits(auto.from_pretrained(folder / f"merged-{kind}")), expected, terms=TERMS)
 
 
-# Types that transformers 5 loads under other names than their files have; the long suite has the others.
-@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe", "qwen3_next", "beam"])
-def test_stock_peft_reads_what_was_trained(kind, tmp_path):
-    result = try_type(tmp_path, kind, LANGUAGE)
+# A dozen that stand for others; `scripts/sweep` and the long suite have all. The other tests of this file have more.
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("deepseek_v3", LANGUAGE),
+        ("glm4_moe", LANGUAGE),
+        ("qwen3_next", LANGUAGE),
+        ("beam", LANGUAGE),
+        ("gpt_oss", LANGUAGE),
+        ("granitemoehybrid", LANGUAGE),
+        ("gemma4_text", LANGUAGE),
+        ("hunyuan_v1_moe", LANGUAGE),
+        ("laguna", LANGUAGE),
+        ("roc_bert", LANGUAGE),
+        ("m2m_100", SEQ2SEQ),
+        ("distilbert", CLASSES),
+    ],
+)
+def test_stock_peft_reads_what_was_trained(kind, task, tmp_path):
+    result = try_type(tmp_path, kind, task)
     assert {step: result.get(step) for step in STEPS} == dict.fromkeys(STEPS, "ok"), result
     assert result["moved"] > 0.01
+
+
+@pytest.mark.parametrize("variant", ["hira", "vera"])
+def test_kinds_that_peft_does_not_change_name_every_module(variant, tmp_path):
+    write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
+    summary, _ = train(make_recipe(tmp_path, f"adapter.variant={variant}", kind="glm4_moe"))
+    assert summary["peft_check"]["problem"] is None
 
 
 def test_what_peft_does_not_adapt_in_a_mamba_is_left_out_and_said(tmp_path):
