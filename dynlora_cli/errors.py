@@ -19,7 +19,7 @@ from collections.abc import Sequence
 _SECRETS = (
     (re.compile(r"(\b[\w+.-]+://)[^\s/@'\"]+@"), r"\1***@"),
     (
-        re.compile(r"([?&#][\w.-]*(?:token|key|secret|passw|sig|auth|credential)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE),
+        re.compile(r"([?&#][\w.-]*(?:token|key|secret|passw|sig|auth|credential)[\w.-]*=)[^&\s'\"),<]+", re.IGNORECASE),
         r"\1***",
     ),
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dynlora_cli.errors import without_secrets
 from dynlora_cli.report_log import RunRecord, layer_grid
 from dynlora_cli.units import count, duration, number, percent, size
 
@@ -23,8 +24,9 @@ def model_card(record: RunRecord) -> str:
     """The card of one run as Markdown; what the record lacks is left out."""
     name = record.info.get("name") or record.folder.resolve().name
     parts = (_what_it_is(record), _numbers(record), _rank_table(record), _loading(record), _training(record))
-    body = "\n\n".join(part for part in (f"# {name}", *parts) if part)
-    return f"{_front_matter(record)}\n{body}\n"
+    body = "\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part)
+    # The card goes where others see it: tokens in addresses do not, and one name is no more than one name.
+    return without_secrets(f"{_front_matter(record)}\n{body}\n")
 
 
 def _base(record: RunRecord) -> str:
@@ -53,9 +55,10 @@ def _front_matter(record: RunRecord) -> str:
 def _what_it_is(record: RunRecord) -> str:
     summary, task = record.summary, record.info.get("task") or "causal-lm"
     if _is_full(record):
-        return f"`{_base(record)}` ({task}) with all weights fine-tuned by dynlora: the baseline for its adapters."
+        how = "with all weights fine-tuned by dynlora: the baseline for its adapters."
+        return f"{_code(_base(record))} ({_plain(task)}) {how}"
     made = "pruned" if record.info.get("prune") and not record.info.get("recipe") else "fine-tuned"
-    text = f"A LoRA adapter for `{_base(record)}` ({task}), {made} with dynlora: "
+    text = f"A LoRA adapter for {_code(_base(record))} ({_plain(task)}), {made} with dynlora: "
     text += "the update is a sum of rank-1 components in one pool"
     first, last = summary.get("components_start"), summary.get("components")
     if first is not None and last is not None and last < first:
@@ -151,9 +154,23 @@ def _training(record: RunRecord) -> str:
     if not recipe and record.info.get("recipe"):
         recipe = yaml.safe_dump(record.info["recipe"], sort_keys=False, allow_unicode=True)
     versions = record.info.get("versions") or {}
-    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
+    made_with = ", ".join(_plain(f"{name} {version}") for name, version in versions.items())
     parts = [_fenced(recipe.rstrip(), "yaml") if recipe else "", f"Made with {made_with}." if made_with else ""]
     return "\n\n".join(["## How it was trained", *filter(None, parts)]) if any(parts) else ""
+
+
+def _plain(text: object) -> str:
+    """A text on one line in which nothing is markup."""
+    return re.sub(r"([\\`*_\[\]<>|#&~!])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    """A text on one line as code, between more backticks than it holds in a row."""
+    text = " ".join(text.split())
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if longest else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _fenced(text: str, language: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, Literal
 
+from dynlora_cli.errors import without_secrets
 from dynlora_cli.report_log import layer_grid, shade
 from dynlora_cli.units import short
 
@@ -37,8 +38,8 @@ class Series:
 
 
 def text(value: Any) -> str:
-    """Any value as HTML text, escaped."""
-    return escape(str(value), quote=True)
+    """Any value as HTML text, escaped, and without tokens in addresses."""
+    return escape(without_secrets(str(value)), quote=True)
 
 
 def nice_ticks(low: float, high: float, at_most: int = 5) -> list[float]:

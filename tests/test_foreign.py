@@ -21,6 +21,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.foreign import PatternMap, read_object
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.recipe_settings import Model
+from dynlora_cli.report import write_card, write_report
 from dynlora_cli.weights import Weights
 
 
@@ -338,3 +339,35 @@ def test_a_huge_number_is_told_with_its_line(number: str, key: str, tmp_path: Pa
     answer = dynlora("train", recipe, "--dry-run", "--set", f"{key}={number}")
     assert answer.code == 2
     assert key in answer.err
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+MARKUP = "<script>alert(1)</script>\"'`x` | [a](javascript:b) \n# H ``` https://u:TOPSECRET@h/?token=TOPSECRET"
+
+
+def test_report_and_card_show_texts_of_others_as_texts(place: Path):
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: poisoned(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [poisoned(part) for part in value]
+        return value + MARKUP if isinstance(value, str) else value
+
+    run = place / "out"
+    record = poisoned(json.loads((run / "dynlora.json").read_text()))
+    record["layers"] = {name + MARKUP: layer for name, layer in record["layers"].items()}
+    (run / "dynlora.json").write_text(json.dumps(record))
+    for name in ("metrics.jsonl", "rank_events.jsonl"):
+        lines = [json.dumps(poisoned(json.loads(line))) for line in (run / name).read_text().splitlines()]
+        (run / name).write_text("".join(f"{line}\n" for line in lines))
+    page = write_report(run).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert" in page
+    card = write_card(run).read_text()
+    assert "TOPSECRET" not in page + card
+    heading = next(line for line in card.splitlines() if line.startswith("# "))
+    assert "\\<script\\>" in heading
+    # Outside of blocks of code no text of others begins a line or a tag.
+    blocks = card.split("\n---\n", 1)[1].split("````")
+    assert not [line for block in blocks[::2] for line in block.splitlines() if line.startswith("# H")]
