@@ -128,7 +128,7 @@ def test_every_way_to_run_it_learns_the_same(settings, tmp_path):
     recipe = make_recipe(tmp_path, "train.cuda_graphs=true", "dataset.max_length=64", *settings)
     usual, before, _ = learn(recipe, recorded=False)
     played, run, notes = learn(recipe, recorded=True)
-    assert played == pytest.approx(usual, rel=1e-5 if "bfloat16" not in str(settings) else 1e-3)
+    assert played == (pytest.approx(usual, rel=1e-3) if "bfloat16" in str(settings) else same_curve(usual))
     torch.testing.assert_close(run.pool.values, before.pool.values, rtol=1e-2, atol=2e-3)
     assert run.graphs.recorded > 0
     assert not notes

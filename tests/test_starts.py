@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from numeric import same_loss
+from numeric import assert_close_to_truth, same_loss
 from peft import PeftModel
 from tiny_run import assembled, lines, make_recipe, train
 from torch.nn import functional as F
@@ -151,8 +151,10 @@ def test_eva_spans_the_directions_of_the_inputs(folder):
     directions = low_rank_inputs(base.model, name)
     pool, start = begin(recipe, drawers.load("variants", "lora"), base, data, accelerator)
     layer = pool.layers[name]
-    torch.testing.assert_close((layer.a_CI[:2] @ directions.T).norm(), torch.tensor(2.0).sqrt(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(layer.a_CI @ layer.a_CI.T, torch.eye(8), atol=1e-5, rtol=1e-5)
+    a_CI = layer.a_CI.double()
+    spanned = (a_CI[:2] @ directions.T.double()).norm()
+    assert_close_to_truth(spanned, torch.tensor(2.0).double().sqrt(), terms=8 * 32, dtype=torch.float32)
+    assert_close_to_truth(a_CI @ a_CI.T, torch.eye(8).double(), terms=2 * 32, dtype=torch.float32)
     assert not layer.b_OC.any()
     assert start.counts == dict.fromkeys(pool.layers, 8)
 
@@ -163,7 +165,8 @@ def test_orthogonal_rows_have_the_defaults_size(folder):
     pool, _ = begin(recipe, drawers.load("variants", "lora"), base, data, accelerator)
     default = assembled(make_recipe(folder), fill=False).pool
     for name, layer in pool.layers.items():
-        torch.testing.assert_close(layer.a_CI @ layer.a_CI.T, torch.eye(8) / 3, atol=1e-5, rtol=1e-5)
+        a_CI = layer.a_CI.double()
+        assert_close_to_truth(a_CI @ a_CI.T, torch.eye(8).double() / 3, terms=2 * 32, dtype=torch.float32)
         assert layer.a_CI.norm().item() == pytest.approx(default.layers[name].a_CI.norm().item(), rel=0.1)
         assert not layer.b_OC.any()
 
