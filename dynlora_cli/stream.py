@@ -91,7 +91,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 class _Table(dict[str, Any]):
-    """The parameters of an embedding, read wherever they are looked at: some tables are used without being called."""
+    """A module's parameters, read wherever they are looked at: some are used without a call of their module."""
 
     def __init__(self, parameters: Mapping[str, Any], read: Read) -> None:
         super().__init__(parameters)
@@ -116,7 +116,6 @@ def _stream(module: nn.Module, name: str, read: Read) -> None:
     def forget(module: nn.Module, _inputs: Any, _outputs: Any) -> None:
         module._parameters.update(empty)
 
-    if isinstance(module, nn.Embedding):
-        module._parameters = _Table(empty, own)
+    module._parameters = _Table(empty, own)
     module.register_forward_pre_hook(fetch)
     module.register_forward_hook(forget, always_call=True)
