@@ -37,7 +37,7 @@ from dynlora_cli.relative import layer_kind
 from dynlora_cli.schedule import Schedule
 from dynlora_cli.shared_inputs import share_inputs
 from dynlora_cli.state import Progress, Run
-from dynlora_cli.targets import find_targets, group_names, layers_left_out
+from dynlora_cli.targets import find_targets, group_names, layers_left_out, text_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,6 +136,10 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
             "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
         )
     if adapts:
+        if text := text_part(base.model):
+            data.notes.append(
+                f"the language model in {text} is adapted, on text; what sees or hears beside it stays as it is"
+            )
         left_out = layers_left_out(base.model)
         for why in dict.fromkeys(left_out.values()):
             names = ", ".join(group_names(name for name, reason in left_out.items() if reason == why))

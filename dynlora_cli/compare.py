@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynlora_cli.adapter import Adapter
-from dynlora_cli.adapter_base import Place
+from dynlora_cli.adapter_base import Place, structure
 from dynlora_cli.attach import attached
-from dynlora_cli.foreign import read_object
 from dynlora_cli.held_out import read_tokenizer
 from dynlora_cli.model import load_base, load_tokenizer
 from dynlora_cli.probe import predictions, probe_rows, random_rows
@@ -27,7 +26,8 @@ def rows_to_compare(adapter: Adapter, place: Place) -> list[Tensor]:
     """The probe text as the adapter's tokenizer reads it; random tokens where there is no tokenizer."""
     if any((folder / name).is_file() for folder in (adapter.folder, place.folder) for name in TOKENIZER_MARKS):
         return probe_rows(read_tokenizer(adapter, place))
-    return random_rows(read_object(place.folder / "config.json")["vocab_size"])
+    table: Any = structure(place).get_input_embeddings()
+    return random_rows(len(table.weight))
 
 
 def predictions_of(

@@ -135,13 +135,16 @@ def load_structure(
     options: Model, folder: Path, labels: list[str] | None, device: str | None = "meta"
 ) -> PreTrainedModel:
     """The model's modules without reading its weights: names and shapes. `device` None: wherever the caller says."""
+    config = _config(options, folder, labels)
     with torch.device(device) if device else nullcontext():
-        return _auto(options).from_config(_config(options, folder, labels), trust_remote_code=options.trust_remote_code)
+        return _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)
 
 
 def context_length(folder: Path) -> int | None:
     """The longest input a model knows, in tokens; None where its config does not say."""
     config = read_object(folder / "config.json")
+    if isinstance(config.get("text_config"), dict):  # of a model of images and text
+        config = {**config, **config["text_config"]}
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(positions, float) and positions.is_integer():
         positions = int(positions)  # as some configs of audio models write it
@@ -257,12 +260,20 @@ def _config(options: Model, folder: Path, labels: list[str] | None) -> transform
         raise UsageError(f"{folder / 'config.json'} cannot be read: {error}") from None
 
 
-def _auto(options: Model) -> Any:
+def _auto(options: Model, config: transformers.PretrainedConfig) -> Any:
+    """The class that makes the model; a vision-language model is a causal language model with more around it."""
     return {
-        "causal-lm": transformers.AutoModelForCausalLM,
+        "causal-lm": transformers.AutoModelForImageTextToText if sees(config) else transformers.AutoModelForCausalLM,
         "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
         "sequence-classification": transformers.AutoModelForSequenceClassification,
     }[options.task]
+
+
+def sees(config: transformers.PretrainedConfig) -> bool:
+    """Whether transformers knows a model as one of images and text, and not as a causal language model."""
+    known_as_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return images and not known_as_text and not config.is_encoder_decoder
 
 
 def _from_pretrained(
@@ -274,7 +285,7 @@ def _from_pretrained(
     whole: Sequence[str],
 ) -> PreTrainedModel:
     """The model with its weights; only modules that train whole may be new, and they are never quantized."""
-    auto = _auto(options)
+    auto = _auto(options, config)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
     if options.attn_implementation:
         arguments["attn_implementation"] = options.attn_implementation

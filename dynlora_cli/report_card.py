@@ -119,7 +119,8 @@ def _rank_table(record: RunRecord) -> str:
 
 def _loading(record: RunRecord) -> str:
     info, base = record.info, _base(record)
-    auto_class = AUTO_CLASS.get(info.get("task") or "causal-lm", "AutoModel")
+    own_class = (info.get("base_model") or {}).get("auto_class")
+    auto_class = own_class or AUTO_CLASS.get(info.get("task") or "causal-lm", "AutoModel")
     if _is_full(record):
         code = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained(".")  # this folder'
         return f"## Load it\n\n{_fenced(code, 'python')}"

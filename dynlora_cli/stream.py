@@ -69,7 +69,16 @@ def streamed(place: Place) -> PreTrainedModel:
         model = load_structure(place.options, place.folder, place.labels, device=None)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__class__ = _on_the_cpu(type(part))
     return model.eval()
+
+
+def _on_the_cpu(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The same class, whose `device` is where it computes: some models move their inputs there."""
+    device = property(lambda _self: torch.device("cpu"))
+    return type(kind.__name__, (kind,), {"device": device, "__module__": kind.__module__})
 
 
 def read_by(model: PreTrainedModel, read: Read) -> None:

@@ -21,6 +21,7 @@ QUERY_VALUE = {
     "q", "v",
     "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj",
 }  # fmt: skip
+PRESETS = {"all-linear", "attention", "qv", WORD}
 ATTENTION = re.compile(r"(^|[._])(self_?|encdec)?(attn|attention)([._]|$)", re.IGNORECASE)
 
 
@@ -33,13 +34,14 @@ def find_targets(
         model: the base.
         wanted: "all-linear" (all but the output layer, routers, slices of experts and `layers_left_out`), "attention",
             "qv", "experts" (all linear layers in modules of this name), one name or glob, or a list of them. A name
-            matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name.
+            matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name. The first
+            four stay within the language model of a model that also sees or hears.
         whole: modules that train whole, never targets: a classifier's head.
 
     Raises:
         UsageError: a pattern matches nothing; the message lists what there is.
     """
-    output, routers = model.get_output_embeddings(), _routers(model)
+    output, routers, text = model.get_output_embeddings(), _routers(model), text_part(model)
     left_out = layers_left_out(model)
     linear = {
         name: module
@@ -53,6 +55,8 @@ def find_targets(
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name, module in linear.items() if _matches(name, pattern, isinstance(module, ExpertSlice))}
+        if pattern in PRESETS and text:
+            found = {name for name in found if inside(name, [text])}
         reasons = [why for name, why in left_out.items() if _matches(name, pattern, False)]
         if reasons and not found:
             raise UsageError(
@@ -60,14 +64,22 @@ def find_targets(
             )
         if not found:
             listed = "\n".join(f"  {group}" for group in group_names(linear))
-            words = {"all-linear", "attention", "qv", WORD}
-            near = "" if pattern in words else did_you_mean(pattern, {n.split(".")[-1] for n in linear} | words)
+            near = "" if pattern in PRESETS else did_you_mean(pattern, {n.split(".")[-1] for n in linear} | PRESETS)
             raise UsageError(
                 f"adapter.target_modules: {pattern!r} matches no linear layer of this model{near}",
                 f"there are:\n{listed}",
             )
         chosen |= found
     return {name: module for name, module in linear.items() if name in chosen}
+
+
+def text_part(model: PreTrainedModel) -> str:
+    """The name of the module that is the language model of a model of images, sounds and text; "" for other models."""
+    config = model.config.get_text_config()
+    if config is model.config or model.config.is_encoder_decoder:
+        return ""
+    parts = (name for name, part in model.named_modules() if name and getattr(part, "config", None) is config)
+    return next(parts, "")
 
 
 def layers_left_out(model: PreTrainedModel) -> dict[str, str]:
