@@ -25,6 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynlora_cli.adapter_folder import CONFIG, WEIGHTS
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.experts import ExpertSlice, fuse, parameter_of
 from dynlora_cli.peft_types import ends_in, taken_for_experts
@@ -32,8 +33,6 @@ from dynlora_cli.pool import Pool
 from dynlora_cli.whole_files import write_json
 
 PREFIX = "base_model.model."
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 # Keys of `lora_config` that PEFT's other configurations do not have.
 ONLY_LORA = (
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "rank_pattern", "use_dora",

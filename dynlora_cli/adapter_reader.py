@@ -1,9 +1,6 @@
 """Reads any LoRA folder in PEFT's layout, dynlora's own or another tool's: plain LoRA, rsLoRA, DoRA, with patterns.
 Of PEFT's other kinds HiRA, and VeRA as the LoRA that it equals (peft_kinds.py); mlx-lm's adapters (mlx_adapter.py).
 
-    find_adapter    the folder that a person means by `--adapter D`
-    read_adapter    that folder as an `Adapter`, with the scale folded into B
-
 Whatever would change the result without being understood is refused; nothing is skipped, and no pickle is opened.
 """
 
@@ -19,14 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynlora_cli import mlx_adapter
-from dynlora_cli.adapter import CONFIG, WEIGHTS, Adapter, Factors
+from dynlora_cli.adapter import Adapter, Factors
+from dynlora_cli.adapter_folder import CONFIG, WEIGHTS, find_adapter
 from dynlora_cli.adapter_keys import natural_order, sorted_tensors, without_wrappers
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.experts import unfuse
 from dynlora_cli.foreign import PatternMap, PeftForm, fits, read_object, refuse_links
 from dynlora_cli.peft_kinds import hira_layers, vera_layers
 from dynlora_cli.peft_parameters import WEIGHT, adapted_parameters
-from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed, read_record
+from dynlora_cli.run_folder import RECORD, read_record
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
 NOT_UNDERSTOOD = (
@@ -35,44 +33,6 @@ NOT_UNDERSTOOD = (
 )  # fmt: skip
 # Starts that also changed the base model's weights, so that the saved factors belong to another base.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-
-
-def find_adapter(path: Path) -> tuple[Path, str | None]:
-    """The adapter folder that `path` names, and a sentence about it where it was looked for.
-
-    A run's own adapter comes first, then its best and its last checkpoint; a folder that holds no run means the newest
-    one below it.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
-        raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
-    if found := _in_folder(path):
-        return found
-    records = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
-    for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
-        if found := _in_folder(file.parent):
-            return found[0], f"adapter: {found[0]}, the newest below {path}"
-    if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
-        raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
-    raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether this is a checkpoint of a run, which the run's folder speaks for."""
-    return folder.parent.name == CHECKPOINTS and folder.name.startswith("step-")
-
-
-def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
-    if (folder / CONFIG).is_file():
-        return folder, None
-    for name in ("best", "last"):
-        checkpoint = pointed(folder, name)
-        if checkpoint is not None and (checkpoint / CONFIG).is_file():
-            return checkpoint, f"adapter: {checkpoint}, the {name} checkpoint; the run in {folder} is not finished"
-    return None
 
 
 def read_adapter(path: Path, base: str | None = None) -> Adapter:

@@ -10,8 +10,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +21,7 @@ from dynlora_cli import __version__, cli_adapters, cli_eval, cli_start
 from dynlora_cli.cli_support import AsJson, console, reporting, typed
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.launch import end_with_launcher, is_main_process, launch
-from dynlora_cli.run_folder import place_of, read_record, refuse_occupied
+from dynlora_cli.run_folder import place_of
 
 app = typer.Typer(
     name="dynlora",
@@ -85,8 +85,13 @@ def train(
 
         checked = load_recipe(recipe, overrides or (), output_dir)
         view = console()
-        if not dry_run and is_main_process():
-            held.enter_context(_output_place(Path(checked.output_dir), overwrite, resume, resume_from))
+        from dynlora_cli import preflight
+
+        if dry_run:
+            preflight.training(checked, writes=False)
+        elif is_main_process():  # as the only writer of the output folder, until the command ends
+            held.enter_context(place_of(Path(checked.output_dir)))
+            preflight.training(checked, writes=True, overwrite=overwrite, resume=resume, resume_from=resume_from)
         if devices != "1" and "RANK" not in os.environ:
             held.close()  # the first of the processes takes it
             _launch(devices, context.obj)
@@ -115,17 +120,6 @@ def train(
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
-
-
-@contextmanager
-def _output_place(folder: Path, overwrite: bool, resume: bool, resume_from: Path | None) -> Iterator[None]:
-    """Hold the output folder as its only writer; refuse, before anything heavy loads, what is no place for this run."""
-    with place_of(folder):
-        if resume:
-            read_record(folder)
-        elif resume_from is None:
-            refuse_occupied(folder, overwrite=overwrite)
-        yield
 
 
 cli_adapters.register(app)

@@ -77,11 +77,14 @@ def prune(
 ) -> None:
     """Make a trained adapter smaller."""
     with reporting(as_json) as result:
-        from dynlora_cli import drawers
+        from dynlora_cli import drawers, preflight
         from dynlora_cli.options import choice, share, size
+        from dynlora_cli.run_folder import refuse_occupied
 
         wanted, rise = size(budget, "--budget"), share(tolerance, "--tolerance")
         choice(policy, drawers.names("policies"), "--policy")
+        preflight.adapters([adapter], base, data)
+        refuse_occupied(out, overwrite=overwrite, option="--out")
         from dynlora_cli import prune as command
         from dynlora_cli.console_adapter import AdapterView
 
@@ -164,7 +167,9 @@ def merge(
 ) -> None:
     """Fold an adapter into its base, or several adapters into one."""
     with reporting(as_json) as result:
+        from dynlora_cli import preflight
         from dynlora_cli.options import choice, numbers, size
+        from dynlora_cli.run_folder import refuse_occupied
 
         wanted = into or ("base" if len(adapter) == 1 else "adapter")
         choice(wanted, ("base", "adapter"), "--into")
@@ -179,6 +184,9 @@ def merge(
             raise UsageError("--into adapter combines several adapters", "add --adapter, or use `dynlora prune`")
         if len(adapter) > 1 and out is None:
             raise UsageError("several adapters have no folder of their own for the result", "name one with --out")
+        found = preflight.adapters(adapter, base)
+        place = out or found[0] / "merged"
+        refuse_occupied(place, overwrite=overwrite, option="--out")
         return_memory_at_once()
         from dynlora_cli import merge as command
         from dynlora_cli.console_adapter import AdapterView
@@ -241,11 +249,14 @@ def export(
 ) -> None:
     """Write an adapter in the form that another tool reads, and check it there."""
     with reporting(as_json) as result:
-        from dynlora_cli import drawers
+        from dynlora_cli import drawers, preflight
         from dynlora_cli.options import choice
+        from dynlora_cli.run_folder import refuse_occupied
 
         choice(to, drawers.names("exporters"), "--to")
         choice(outtype, ("f32", "f16", "q8_0"), "--outtype")
+        preflight.adapters([adapter], base)
+        refuse_occupied(out, overwrite=overwrite, option="--out")
         return_memory_at_once()
         from dynlora_cli import export as command
         from dynlora_cli.console_adapter import AdapterView
@@ -271,6 +282,9 @@ def inspect(adapter: Adapters, as_json: AsJson = False) -> None:
     with reporting(as_json) as result:
         if len(adapter) > 2:
             raise UsageError("--adapter: one or two can be looked at together", "leave some out")
+        from dynlora_cli import preflight
+
+        preflight.adapters(adapter)
         from dynlora_cli import inspect_adapter as command
         from dynlora_cli.console_adapter import AdapterView
 

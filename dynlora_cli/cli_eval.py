@@ -10,7 +10,6 @@ import typer
 from dynlora_cli.cli_support import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
 
-RECIPES = (".yaml", ".yml")
 NEWEST_BELOW = Path("out")
 
 Adapters = Annotated[
@@ -94,6 +93,7 @@ def evaluate(
 ) -> None:
     """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""
     with reporting(as_json) as result:
+        from dynlora_cli import preflight
         from dynlora_cli.gates import read_gates
 
         gates = read_gates(
@@ -101,6 +101,7 @@ def evaluate(
         )
         names = _task_names(tasks, limit)
         folders, rows = _what_is_meant(recipe, adapter or [], data)
+        preflight.adapters(folders, base, rows)
         from dynlora_cli import evaluate as command
         from dynlora_cli.console_eval import show_evaluation
         from dynlora_cli.recipe import load_recipe
@@ -132,6 +133,7 @@ def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None)
     Raises:
         UsageError: the arguments contradict each other, or what they name is not there.
     """
+    from dynlora_cli.preflight import RECIPES
     from dynlora_cli.recipe import load_recipe
 
     if recipe is None:

@@ -24,6 +24,7 @@ from dynlora_cli.data import load_data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.foreign import COPY_AGAIN, first_fault, read_object
 from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, table_rows
+from dynlora_cli.preflight import RECIPES
 from dynlora_cli.recipe import Dataset, Recipe, Source, load_recipe
 from dynlora_cli.rows import tables
 from dynlora_cli.run_folder import RECORD
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from dynlora_cli.adapter import Adapter
     from dynlora_cli.tokens import Example
 
-RECIPES = (".yaml", ".yml")
 MICRO_BATCH = 8
 
 

@@ -40,9 +40,15 @@ def find_model(options: Model) -> tuple[Path, str]:
             )
         _refuse_unsafe(folder)
         return folder.resolve(), str(folder.resolve())
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if folder.exists() or not is_hub_name(name):
         raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
     return _from_hub(name, options.revision), name
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is one on the hub: neither built in nor a folder, be it a missing one."""
+    like_a_path = name.startswith(("builtin:", ".", "/", "~")) or name.count("/") > 1
+    return not like_a_path and not Path(name).exists()
 
 
 def _refuse_unsafe(folder: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 from dynlora_cli.chat_turns import PAIRS
 from dynlora_cli.data import CLASSIFICATION, fitting_formats
 from dynlora_cli.errors import DataError, UsageError
-from dynlora_cli.model_folder import find_model
+from dynlora_cli.model_folder import find_model, is_hub_name
 from dynlora_cli.recipe import Model, Source, load_recipe
 from dynlora_cli.rows import is_local, tables
 from dynlora_cli.whole_files import write_text
@@ -70,7 +70,7 @@ def run(
     for name, what, example in ((data, "DATA", "rows.jsonl"), (model, "--model", "builtin:tiny")):
         if not name:
             raise UsageError(f"{what} is empty", f"name it, such as {example}")
-    if model.startswith(("builtin:", ".", "/", "~")) or Path(model).is_dir():
+    if not is_hub_name(model):
         find_model(Model(name_or_path=model))
     source = Source(path=data, columns=dict(columns or {}))
     notes: list[str] = []

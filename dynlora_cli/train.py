@@ -33,6 +33,7 @@ from dynlora_cli.model import Base, changed_since
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.output_place import OutputPlace
 from dynlora_cli.peft_check import NOT_CHECKED, read_back, tell
+from dynlora_cli.preflight import flat, same_recipe
 from dynlora_cli.rank import swap
 from dynlora_cli.recipe import Recipe
 from dynlora_cli.report import RunLog
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from dynlora_cli.variants._variant import Variant
 
 RESTART = "bring it back as it was, or start a new run with another --output-dir"
-# What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
-FREE_ON_RESUME = ("output_dir", "train.cuda_graphs", "train.log_steps", "train.save_steps", "train.report_to")
 
 
 def run(
@@ -233,11 +232,11 @@ def find_checkpoint(
             others = [path for path in run_folder.step_folders(run) if not run_folder.fault_of(path)]
             example = f"take {others[-1]}" if others else "name a folder such as out/name/checkpoints/step-100"
             raise UsageError(f"--resume-from: no complete checkpoint: {resume_from} {fault}", example)
-        _same_recipe(run, recipe)
+        same_recipe(run, recipe)
         return resume_from
     if not resume:
         return None
-    _same_recipe(folder, recipe)
+    same_recipe(folder, recipe)
     record = run_folder.read_record(folder)
     faults: list[str] = []
     if "summary" in record:
@@ -252,21 +251,6 @@ def find_checkpoint(
         faults.append(f"{checkpoint} {fault}")
     lines = "".join(f"\n  {fault}" for fault in faults)
     raise UsageError(f"{folder} holds no complete checkpoint to resume from{lines}", "start anew with --overwrite")
-
-
-def _same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Refuse to resume with a recipe that would train something else."""
-    recorded = run_folder.read_record(folder).get("recipe")
-    # Read by today's rules: keys that are younger than the run have the values that they had in its time.
-    before = _flat(Recipe.model_validate(recorded).model_dump(mode="json") if recorded else {})
-    now = _flat(recipe.model_dump(mode="json"))
-    differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
-    if differing:
-        lines = "\n".join(f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted(differing))
-        raise UsageError(
-            f"the run in {folder} was made by another recipe:\n{lines}",
-            "resume with the recipe it was made by, or start a new run with another --output-dir",
-        )
 
 
 def _writing(checkpoint: Path | None, accelerator: Accelerator) -> Writing:
@@ -328,12 +312,5 @@ def _best_so_far(checkpoint: Path, progress: Progress, record: dict[str, Any]) -
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as trackers take it: dotted keys, plain values."""
-    flat = _flat(recipe.model_dump(mode="json"))
-    return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat.items()}
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones; lists are leaves."""
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    return {k: v for name, child in tree.items() for k, v in _flat(child, f"{path}.{name}".strip(".")).items()}
+    values = flat(recipe.model_dump(mode="json"))
+    return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()}

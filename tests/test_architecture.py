@@ -30,16 +30,84 @@ import dynlora_cli
 PACKAGE = Path(dynlora_cli.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 DRAWERS = ("variants", "policies", "formats", "exporters")
+# A line for each first letter: two people who add a file each do not meet.
 SPINE = {
-    8: "cli cli_adapters cli_eval cli_start cli_support __main__",
-    7: "doctor dry_run evaluate export inspect_adapter merge prune starter train",
-    6: "assemble combine compare compile_blocks cuda_graphs eval_report fold generation harness heal held_out linear_loss loop loss memory meter optimizer_step outputs peft_check posthoc probe pruned_folder rate_search resident sharding starts state survey",
-    5: "adapter_base attach batches data layout model patches stream",
-    3: "activations adapter adapter_reader allocation brake chat_mask chat_template chat_turns checkpoint columns components covariances directions dora experts fused_linear gauge gradients hira lean_blocks lean_functions optimizers peft_kinds peft_types pickles pool rank relative row_files rows schedule shared_inputs splits stdlib_docs stretches targets template_limits tokens vocabulary "
-    "adapter_keys mlx_adapter peft_parameters weights",
-    2: "aliases budget console drawers foreign interrupt launch model_folder progress recipe recipe_problems recipe_settings recipe_types recipe_whole report report_card "
-    "report_html report_log report_svg run_folder output_place whole_files options console_adapter console_eval console_plan console_start gates scores strict_json strict_yaml units",
-    1: "__init__ errors",
+    8: """
+        __main__
+        cli cli_adapters cli_eval cli_start cli_support
+    """,
+    7: """
+        doctor dry_run
+        evaluate export
+        inspect_adapter
+        merge
+        prune
+        starter
+        train
+    """,
+    6: """
+        assemble
+        combine compare compile_blocks cuda_graphs
+        eval_report
+        fold
+        generation
+        harness heal held_out
+        linear_loss loop loss
+        memory meter
+        optimizer_step outputs
+        peft_check posthoc probe pruned_folder
+        rate_search resident
+        sharding starts state survey
+    """,
+    5: """
+        adapter_base attach
+        batches
+        data
+        layout
+        model
+        patches
+        stream
+    """,
+    3: """
+        activations adapter adapter_keys adapter_reader allocation
+        brake
+        chat_mask chat_template chat_turns checkpoint columns components covariances
+        directions dora
+        experts
+        fused_linear
+        gauge gradients
+        hira
+        lean_blocks lean_functions
+        mlx_adapter
+        optimizers
+        peft_kinds peft_parameters peft_types pickles pool preflight
+        rank relative row_files rows
+        schedule shared_inputs splits stdlib_docs stretches
+        targets template_limits tokens
+        vocabulary
+        weights
+    """,
+    2: """
+        adapter_folder aliases
+        budget
+        console console_adapter console_eval console_plan console_start
+        drawers
+        foreign
+        gates
+        interrupt
+        launch
+        model_folder
+        options output_place
+        progress
+        recipe recipe_problems recipe_settings recipe_types recipe_whole report report_card report_html report_log report_svg run_folder
+        scores strict_json strict_yaml
+        units
+        whole_files
+    """,
+    1: """
+        __init__
+        errors
+    """,
 }
 LAYERS = {name: layer for layer, names in SPINE.items() for name in names.split()}
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "bitsandbytes"}

@@ -1,0 +1,49 @@
+"""Which folder a person means by `--adapter D`; found without torch, so that a wrong path is answered at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def find_adapter(path: Path) -> tuple[Path, str | None]:
+    """The adapter folder that `path` names, and a sentence about it where it was looked for.
+
+    A run's own adapter comes first, then its best and its last checkpoint; a folder that holds no run means the newest
+    one below it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
+    if found := _in_folder(path):
+        return found
+    records = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
+    for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
+        if found := _in_folder(file.parent):
+            return found[0], f"adapter: {found[0]}, the newest below {path}"
+    if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
+        raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
+    raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether this is a checkpoint of a run, which the run's folder speaks for."""
+    return folder.parent.name == CHECKPOINTS and folder.name.startswith("step-")
+
+
+def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
+    if (folder / CONFIG).is_file():
+        return folder, None
+    for name in ("best", "last"):
+        checkpoint = pointed(folder, name)
+        if checkpoint is not None and (checkpoint / CONFIG).is_file():
+            return checkpoint, f"adapter: {checkpoint}, the {name} checkpoint; the run in {folder} is not finished"
+    return None
