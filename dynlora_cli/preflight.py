@@ -36,6 +36,9 @@ def training(
         UsageError, MachineError, DataError: as the run itself would.
     """
     folder = Path(recipe.output_dir)
+    if resume_from and not resume_from.is_dir():
+        example = "name a folder such as out/name/checkpoints/step-100"
+        raise UsageError(f"--resume-from: no complete checkpoint: there is no folder {resume_from}", example)
     if resume or resume_from:
         same_recipe(run_folder.run_of(resume_from) if resume_from else folder, recipe)
     elif writes:

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train full.yaml", "full is not empty"),
         ("train full.yaml --overwrite", "--overwrite replaces only what dynlora made"),
         ("train good.yaml --resume", "new holds no run"),
-        ("train good.yaml --resume-from new/checkpoints/step-5", "holds no run"),
+        ("train good.yaml --resume-from new/checkpoints/step-5", "there is no folder new/checkpoints/step-5"),
         ("merge --adapter nothing", "--adapter nothing does not exist"),
         ("merge --adapter full", "full holds no adapter"),
         ("merge --adapter adapter --out full", "--out full is not empty"),
