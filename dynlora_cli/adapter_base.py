@@ -16,14 +16,19 @@ from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import ExpertSlice, parameter_of, parts_of
-from dynlora_cli.foreign import COPY_AGAIN, first_fault
+from dynlora_cli.foreign import COPY_AGAIN, first_fault, read_object
 from dynlora_cli.model import HEAD_NAMES, changed_since, load_structure, refuse_code
-from dynlora_cli.model_folder import find_model
+from dynlora_cli.model_folder import find_model, quantization_of
 from dynlora_cli.recipe_settings import Model
 from dynlora_cli.run_folder import RECORD
 
 COMMIT = re.compile("[0-9a-f]{40}")
 ANOTHER = "this is another base model; name the right one with --base FOLDER"
+# Of a config: what a quantized model and the one that it was made from have in common.
+SIZES = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
 SUPPORTED = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # PEFT's names
 
 
@@ -130,11 +135,50 @@ def _refuse_another(adapter: Adapter, place: Place) -> None:
     before = recorded.get("fingerprint") or {}
     if not before:
         return
+    if place.chosen and _made_from(adapter, place):
+        return
     if what := changed_since(before, place.folder):
         raise UsageError(
             f"{place.folder} is not the model that {adapter.folder} was trained on: {what}",
             "name the right one with --base FOLDER" if place.chosen else "bring back the model as it was",
         )
+
+
+def stored_quantized(adapter: Adapter) -> Place | None:
+    """The base that the adapter was trained on, where that is a folder here whose weights are stored quantized."""
+    folder = Path(adapter.base_name or "?").expanduser()
+    if not folder.is_dir() or not quantization_of(folder):
+        return None
+    before = (adapter.record.get("base_model") or {}).get("fingerprint")
+    if before and changed_since(before, folder.resolve()):
+        return None
+    update = {"name_or_path": str(folder), "task": adapter.task, "num_labels": None, "trust_remote_code": False}
+    options = recorded_model(adapter).model_copy(update=update)
+    return Place(options, find_model(options)[0], label_names(adapter), False)
+
+
+def _made_from(adapter: Adapter, place: Place) -> bool:
+    """Whether the base in training was stored quantized, so that the full model that a person names is another one.
+
+    Its files cannot tell: names, shapes and types differ. Sizes are compared here, and predictions when it is merged.
+
+    Raises:
+        UsageError: it has other sizes.
+    """
+    recorded = (adapter.record.get("base_model") or {}).get("quantization")
+    stored = stored_quantized(adapter)
+    if not (recorded or stored) or quantization_of(place.folder):
+        return False
+    now = read_object(place.folder / "config.json")
+    before = read_object(stored.folder / "config.json") if stored else {}
+    for key in SIZES:
+        if before.get(key) is not None and now.get(key) is not None and before[key] != now[key]:
+            raise UsageError(
+                f"{place.folder} is not the model that the quantized base of {adapter.folder} was made from: its "
+                f"{key} is {now[key]}, and {before[key]} there",
+                "name the right one with --base FOLDER",
+            )
+    return True
 
 
 def structure(place: Place) -> PreTrainedModel:

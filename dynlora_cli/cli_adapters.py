@@ -229,7 +229,7 @@ def export(
         str,
         typer.Option(
             metavar="FORM",
-            help="peft, uniform, vllm, lorax, gguf, ollama, merged or merged-gguf.",
+            help="peft, uniform, vllm, sglang, tgi, lorax, gguf, ollama, merged or merged-gguf.",
             show_default=False,
         ),
     ],

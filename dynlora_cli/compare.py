@@ -14,6 +14,7 @@ from dynlora_cli.adapter_base import Place, structure
 from dynlora_cli.attach import attached
 from dynlora_cli.held_out import read_tokenizer
 from dynlora_cli.model import load_base, load_tokenizer
+from dynlora_cli.model_folder import quantization_of
 from dynlora_cli.probe import predictions, probe_rows, random_rows
 from dynlora_cli.stream import Read, read_by, reader, streamed, through_ties, unreadable
 from dynlora_cli.weights import Weights
@@ -58,7 +59,7 @@ def adapted_predictions(adapter: Adapter, place: Place, rows: list[Tensor]) -> l
 def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, Read | None]:
     """The model of a folder, streamed, and what reads it; all of it in memory, and None, where that cannot be."""
     model, weights = streamed(place), Weights(place.folder)
-    if not unreadable(model, weights, whole):
+    if not quantization_of(place.folder) and not unreadable(model, weights, whole):
         read = reader(weights, model, whole)
         read_by(model, read)
         return model, read

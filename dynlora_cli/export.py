@@ -74,7 +74,7 @@ def run(
     job = _job(adapter, place, outtype)
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         facts = exporter.write(job, folder)
-        checks = _check(job, exporter, place, folder, max_kl or MAX_KL[outtype])
+        checks = _check(job, exporter, place, folder, MAX_KL[outtype] if max_kl is None else max_kl)
         if getattr(exporter, "for_peft", False):
             checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         summary = {

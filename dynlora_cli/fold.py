@@ -102,7 +102,7 @@ def plan_merge(
     if config.get("quantization_config"):
         raise UsageError(
             f"{place.folder} is stored quantized, and adding to it would quantize it once more",
-            "name the model it was made from: --base FOLDER",
+            "name the model it was made from, --base FOLDER, or use `dynlora merge --base-weights dequantized`",
         )
     plan = Plan(Layout(Weights(place.folder), model), config)
     folding = _Folding(adapter, model, plan, original)

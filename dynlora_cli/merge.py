@@ -9,28 +9,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli import __version__, run_folder
 from dynlora_cli.adapter import Adapter, save
-from dynlora_cli.adapter_base import Place, find_base
+from dynlora_cli.adapter_base import Place, find_base, stored_quantized
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.chat_template import Writing
 from dynlora_cli.combine import Way, combine
 from dynlora_cli.compare import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.components import dense_weight
+from dynlora_cli.dequantize import quantized_layers, write_dequantized
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.fold import Plan, plan_merge, write_merged
 from dynlora_cli.held_out import base_in_memory, precision_of, read_tokenizer
 from dynlora_cli.model import DTYPES, Base
+from dynlora_cli.model_folder import quantization_of
 from dynlora_cli.peft_check import check_files, tell
 from dynlora_cli.probe import Agreement, agreement, predictions
 
 Emit = Callable[[dict[str, Any]], None]
+# Nats per token. NF4 changes predictions by tenths, of tiny models by half a nat; another model is further away.
+OF_ANOTHER_MODEL = 2.0
 MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does
 
 
@@ -75,13 +80,17 @@ def into_base(
     run_folder.refuse_inputs(out, [adapter.folder, *inputs, place.folder])
     number = DTYPES.get(dtype)
     quantized = _quantized_base(adapter, place, base_weights, emit)
-    if base_weights == "dequantized":
-        assert quantized is not None
-        plan = plan_merge(adapter, place, partial(_dequantized, quantized), number, _quantized_layers(quantized))
-    else:
-        plan = plan_merge(adapter, place, dtype=number)
-    _refuse_full_disk(plan, out)
-    with run_folder.replaced(out, overwrite=overwrite) as folder:
+    with TemporaryDirectory() as full, run_folder.replaced(out, overwrite=overwrite) as folder:
+        if base_weights == "dequantized" and quantization_of(place.folder):
+            assert quantized is not None
+            place = write_dequantized(quantized, place, Path(full), number)
+            plan = plan_merge(adapter, place, dtype=number)
+        elif base_weights == "dequantized":
+            assert quantized is not None
+            plan = plan_merge(adapter, place, partial(_dequantized, quantized), number, quantized_layers(quantized))
+        else:
+            plan = plan_merge(adapter, place, dtype=number)
+        _refuse_full_disk(plan, out)
         writing = time.monotonic()
         size = write_merged(plan, adapter, place, folder)
         writing = time.monotonic() - writing
@@ -92,6 +101,12 @@ def into_base(
                 f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
                 "nothing was kept",
                 "raise --max-kl if that is meant, or report this",
+            )
+        if to_trained_base and to_trained_base.kl > OF_ANOTHER_MODEL:
+            raise MeasureError(
+                f"the merged model is {to_trained_base.kl:.3g} nats per token away from what training saw, far more "
+                "than quantizing explains; nothing was kept",
+                "name the model that the quantized base was made from with --base FOLDER",
             )
         summary = {
             **_facts(adapter, place, plan, out),
@@ -122,6 +137,16 @@ def _facts(adapter: Adapter, place: Place, plan: Plan, out: Path) -> dict[str, A
 
 def _quantized_base(adapter: Adapter, place: Place, base_weights: str, emit: Emit) -> Base | None:
     """The base as QLoRA training saw it, where the adapter was trained so; or where the person asks for it."""
+    if base_weights == "original" and quantization_of(place.folder):
+        return None  # which is refused
+    if stored := stored_quantized(adapter):
+        return base_in_memory(adapter, stored, read_tokenizer(adapter, stored))
+    if (adapter.record.get("base_model") or {}).get("quantization"):
+        problem = f"the quantized base that {adapter.folder} was trained on, {adapter.base_name}, is not there"
+        if base_weights == "dequantized":
+            raise MachineError(problem, "bring it back, or leave --base-weights out")
+        emit({"event": "note", "text": f"{problem}: the result was not compared with it"})
+        return None
     options = place.options
     if not (options.load_in_4bit or options.load_in_8bit):
         if base_weights == "original":
@@ -138,12 +163,6 @@ def _dequantized(base: Base, module: str) -> Tensor:
     layer = base.model.get_submodule(module)
     weight = dense_weight(layer).cpu()
     return weight.T.contiguous() if isinstance(layer, Conv1D) else weight.contiguous()
-
-
-def _quantized_layers(base: Base) -> list[str]:
-    """All layers that were quantized: those without components are written as training saw them, too."""
-    modules = base.model.named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Linear) and type(module) is not nn.Linear]
 
 
 def _refuse_full_disk(plan: Plan, out: Path) -> None:

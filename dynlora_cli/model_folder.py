@@ -51,6 +51,13 @@ def is_hub_name(name: str) -> bool:
     return not like_a_path and not Path(name).exists()
 
 
+def quantization_of(folder: Path) -> str | None:
+    """The method by which a model folder's weights are stored quantized, such as "bitsandbytes"; None: they are not."""
+    config = folder / "config.json"
+    stored = read_object(config).get("quantization_config") if config.is_file() else None
+    return str(stored.get("quant_method") or "unknown") if isinstance(stored, dict) else None
+
+
 def _refuse_unsafe(folder: Path) -> None:
     """Check that a model folder names nothing outside itself.
 

@@ -20,6 +20,7 @@ from dynlora_cli.adapter import CONFIG, PREFIX, experts_of, lora_config, lora_te
 from dynlora_cli.checkpoint import fault_in, read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
 from dynlora_cli.model import Base, fingerprint, sees
+from dynlora_cli.model_folder import quantization_of
 from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import write_card, write_report
@@ -206,6 +207,7 @@ def start_record(
             "model_type": base.model.config.model_type,
             "auto_class": "AutoModelForImageTextToText" if sees(base.model.config) else None,
             "fingerprint": fingerprint(base.folder),
+            "quantization": quantization_of(base.folder),
         },
         "budget": budget if start else None,
         "history": list(zip(schedule.steps, schedule.targets, strict=True)) if schedule else [],

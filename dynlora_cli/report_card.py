@@ -137,7 +137,20 @@ from transformers import {auto_class}, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
 base = {auto_class}.from_pretrained({place}{options})
 model = PeftModel.from_pretrained(base, ".")"""
-    return f"## Load it\n\n{_fenced(code, 'python')}" + _asking(info)
+    return f"## Load it\n\n{_fenced(code, 'python')}" + _asking(info) + _elsewhere(record)
+
+
+def _elsewhere(record: RunRecord) -> str:
+    """What programs that know one rank make of layers with several, and what to do."""
+    history = record.rank_history()
+    if not history or len({rank for rank in history[-1][1].values() if rank}) < 2:
+        return ""
+    return (
+        "\n\nThe layers' ranks differ. llama.cpp's `convert_lora_to_gguf.py` writes one alpha for all of them, and "
+        "llama.cpp then scales each layer wrongly: convert what `dynlora export --to uniform` writes, or use "
+        "`--to gguf`. SGLang, TGI and LoRAX stack layers: `--to sglang`, `--to tgi`, `--to lorax`. "
+        "vLLM reads this folder as it is."
+    )
 
 
 def _asking(info: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ SPINE = {
     6: """
         assemble
         combine compare compile_blocks cuda_graphs
+        dequantize
         eval_report
         fold
         generation

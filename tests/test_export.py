@@ -21,6 +21,7 @@ from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM
 
 from dynlora_cli import drawers, export
+from dynlora_cli.adapter import save
 from dynlora_cli.adapter_reader import read_adapter
 
 FORMS = drawers.names("exporters")
@@ -38,7 +39,18 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_forms_of_the_design_are_there():
-    assert set(FORMS) == {"peft", "uniform", "vllm", "lorax", "gguf", "ollama", "merged", "merged-gguf"}
+    assert set(FORMS) == {
+        "peft",
+        "uniform",
+        "vllm",
+        "sglang",
+        "tgi",
+        "lorax",
+        "gguf",
+        "ollama",
+        "merged",
+        "merged-gguf",
+    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -59,7 +71,7 @@ def test_a_mixed_rank_run_in_every_form(form: str, mixed: Path, tmp_path: Path, 
     }
 
 
-@pytest.mark.parametrize("form", ["peft", "uniform", "vllm", "lorax"])
+@pytest.mark.parametrize("form", ["peft", "uniform", "vllm", "sglang", "tgi", "lorax"])
 @pytest.mark.parametrize("kind", ["lora", "rslora", "patterns"])
 def test_stock_peft_computes_the_same_with_every_adapter_form(kind: str, form: str, tmp_path: Path, dynlora: Dynlora):
     base, adapter = make(kind, tmp_path)
@@ -226,3 +238,24 @@ def test_gguf_is_an_extra(mixed: Path, tmp_path: Path, dynlora: Dynlora, monkeyp
     answer = dynlora("export", "--adapter", mixed, "--to", "gguf", "--out", tmp_path / "out")
     assert (answer.code, 'pip install "dynlora[gguf]"' in answer.err) == (3, True), answer.err
     assert not (tmp_path / "out").exists()
+
+
+def test_sglang_finds_what_it_joins(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    """q, k and v together and of one rank, gate and up likewise, also where pruning left one of a kind in no block."""
+    whole = read_adapter(mixed)
+    some = {name: factors for name, factors in whole.layers.items() if not name.endswith(("v_proj", "up_proj"))}
+    save(whole.with_layers(some), tmp_path)
+    answer = dynlora("export", "--adapter", tmp_path, "--to", "sglang", "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    ranks = read_adapter(tmp_path / "out").ranks
+    assert len(set(ranks.values())) == 1
+    for name in ranks:
+        parent, _, leaf = name.rpartition(".")
+        for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            assert leaf not in group or all(f"{parent}.{other}" in ranks for other in group)
+    assert f"--max-lora-rank {max(ranks.values())}" in answer.err
+
+
+def test_max_kl_of_0_is_0(mixed: Path, tmp_path: Path, dynlora: Dynlora):
+    answer = dynlora("export", "--adapter", mixed, "--to", "merged-gguf", "--max-kl", "0", "--out", tmp_path / "out")
+    assert (answer.code, "more than 0" in " ".join(answer.err.split())) == (4, True), answer.err
