@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dynlora_cli.errors import UsageError
-from dynlora_cli.run_folder import CHECKPOINTS, RECORD, pointed
+from dynlora_cli.run_folder import CHECKPOINTS, RECORD, STATE, fault_of, is_workplace, pointed, step_folders
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,7 +25,8 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
         raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
     if found := _in_folder(path):
         return found
-    records = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
+    files = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
+    records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
     for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
         if found := _in_folder(file.parent):
             return found[0], f"adapter: {found[0]}, the newest below {path}"
@@ -39,11 +40,17 @@ def _is_checkpoint(folder: Path) -> bool:
     return folder.parent.name == CHECKPOINTS and folder.name.startswith("step-")
 
 
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint of a run; None also of one that was kept as an adapter, without its state."""
+    return fault_of(folder) if _is_checkpoint(folder) and (folder / STATE).is_file() else None
+
+
 def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
     if (folder / CONFIG).is_file():
         return folder, None
-    for name in ("best", "last"):
-        checkpoint = pointed(folder, name)
-        if checkpoint is not None and (checkpoint / CONFIG).is_file():
+    named = [(name, pointed(folder, name)) for name in ("best", "last")]
+    named += [("newest whole", checkpoint) for checkpoint in reversed(step_folders(folder))]
+    for name, checkpoint in named:
+        if checkpoint is not None and (checkpoint / CONFIG).is_file() and not damage(checkpoint):
             return checkpoint, f"adapter: {checkpoint}, the {name} checkpoint; the run in {folder} is not finished"
     return None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynlora_cli import mlx_adapter
 from dynlora_cli.adapter import Adapter, Factors
-from dynlora_cli.adapter_folder import CONFIG, WEIGHTS, find_adapter
+from dynlora_cli.adapter_folder import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapter_keys import natural_order, sorted_tensors, without_wrappers
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.experts import unfuse
@@ -49,6 +49,8 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     """
     folder, note = find_adapter(path)
     refuse_links(folder)
+    if fault := damage(folder):
+        raise UsageError(f"{folder} {fault}", "name another checkpoint")
     config, mlx = _read_config(folder / CONFIG)
     file = folder / (mlx_adapter.FILE if mlx else WEIGHTS)
     tensors = _read_tensors(file)
