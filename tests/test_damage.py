@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_run import make_recipe, train
 
 from dynlora_cli import interrupt, loop, outputs, run_folder
-from dynlora_cli.adapter_reader import find_adapter, read_adapter
+from dynlora_cli.adapter_folder import find_adapter
+from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.checkpoint import fault_in
 from dynlora_cli.cli_support import reporting
 from dynlora_cli.errors import DynloraError, Interrupted, UsageError
