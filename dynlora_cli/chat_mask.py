@@ -199,8 +199,11 @@ def _whole(text: str, length: int) -> int:
 
 def _common(one: str, other: str) -> int:
     """Length of the common beginning of two texts."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # halves, which are compared whole: texts are long, and Python is slow by the character
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _check(message: Mapping[str, Any], shown: str) -> None:

@@ -136,7 +136,20 @@ def write(
         raise
     except Exception as error:  # whatever the program of whoever made the tokenizer raises
         said = str(error) or type(error).__name__
-        raise BadRowError(f"the chat template refuses this conversation ({said})") from error
+        way = _without_system(tokenizer, messages, tools)
+        raise BadRowError(f"the chat template refuses this conversation ({said}){way}") from error
+
+
+def _without_system(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+    """What to do about a conversation that was refused for its system message, as Gemma 2's template does."""
+    others = [message for message in messages if message.get("role") != "system"]
+    if not others or len(others) == len(messages):
+        return ""
+    try:
+        write(tokenizer, others, tools)
+    except BadRowError:
+        return ""
+    return "; it takes no system message: put those words into the first question"
 
 
 def marked(value: Any, marker: str = MARKER) -> Any:

@@ -145,6 +145,12 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> No
         trained(tmp_path, TALK[1:], MISTRAL)
 
 
+def test_a_system_message_that_the_template_refuses(tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    with pytest.raises(DataError, match=r"no system\); it takes no system message: put those words into"):
+        trained(tmp_path, [{"role": "system", "content": "think"}, *TALK], refusing)
+
+
 def test_no_template_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"set dataset\.chat_template"):
         trained(tmp_path, TALK, None)
