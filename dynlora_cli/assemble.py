@@ -21,13 +21,13 @@ from dynlora_cli.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.brake import Brake
 from dynlora_cli.chat_template import Writing
 from dynlora_cli.components import ComponentLinear, linear_shape
-from dynlora_cli.data import Data, Example, load_data
+from dynlora_cli.data import CLASSIFICATION, Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import fused_experts, split
 from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import evaluating, held_out, row_sums, summed_loss
-from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, resolve_dtype, table_rows
+from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, own_classes, resolve_dtype, table_rows
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.peft_types import ends_in, taken_for_experts
@@ -101,6 +101,7 @@ def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTraine
         sizing=sizing_rows(recipe),
         writing=writing,
         table=table_rows(folder),
+        own_classes=own_classes(recipe.model, folder) if recipe.model.task == CLASSIFICATION else None,
     )
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")

@@ -40,21 +40,24 @@ class Writing:
     Args:
         date: what the chat template takes for now, such as 2026-11-20T12:00:00+0000.
         turned: by format of pairs, whether its rows become turns; what is not there is decided by `dataset.chat`.
+        labels: names of a classifier's classes in their order; none where the rows are to tell.
     """
 
     date: str = field(default_factory=lambda: time.strftime(_DATE))
     turned: Mapping[str, bool] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Writing:
         """As the run with this dynlora.json did it; as anybody would today where there is none."""
         data = record.get("data") or {}
+        labels = tuple(map(str, data.get("labels") or ()))
         if "date" in data:
             turned = data.get("turned")
-            return cls(str(data["date"]), dict(turned) if isinstance(turned, Mapping) else {})
+            return cls(str(data["date"]), dict(turned) if isinstance(turned, Mapping) else {}, labels)
         if (record.get("recipe") or {}).get("dataset"):
             # Version 0.1 wrote no date but that of its start, kept pairs as text, and made turns of instructions.
-            return cls(str(record.get("started", "")), {"completion": False, "alpaca": True})
+            return cls(str(record.get("started", "")), {"completion": False, "alpaca": True}, labels)
         return cls()
 
     @property

@@ -24,7 +24,18 @@ from dynlora_cli.columns import Account
 from dynlora_cli.errors import DataError
 from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
-from dynlora_cli.splits import Kept, label_names, note_shared, number_labels, split
+from dynlora_cli.splits import (
+    BEGINS,
+    EMPTY,
+    LONGER,
+    Kept,
+    advice_for,
+    class_names,
+    note_shared,
+    number_labels,
+    reasons_of,
+    split,
+)
 from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located, decode
 from dynlora_cli.vocabulary import Vocabulary
 
@@ -35,8 +46,6 @@ if TYPE_CHECKING:
 
 CAUSAL, CLASSIFICATION, SEQ2SEQ = "causal-lm", "sequence-classification", "seq2seq-lm"
 _CHUNK = 1024  # rows tokenised in one call
-# Why rows are dropped; `_advice` knows them again.
-_LONGER, _BEGINS, _EMPTY = "longer than max_length", "begins after max_length", "have an empty text or answer"
 
 
 @dataclass(slots=True)
@@ -95,6 +104,7 @@ def load_data(
     sizing: int = 0,
     writing: Writing | None = None,
     table: int | None = None,
+    own_classes: list[str] | None = None,
 ) -> Data:
     """Read, tokenise, split and count the rows of a recipe.
 
@@ -111,6 +121,7 @@ def load_data(
         sizing: rows to hold out from the training rows as well, at most a tenth of them.
         writing: how the run that they belong to writes its rows; None: a run that begins now.
         table: tokens that the model has rows for; None: nobody knows.
+        own_classes: those that the model has a head for, in its order, if it has one.
 
     Raises:
         DataError: rows that cannot be trained on; names the place and what to change.
@@ -124,7 +135,8 @@ def load_data(
     reader = _Reader(dataset, tokenizer, task, limit, encoder, writing or Writing(), vocabulary)
     train, dropped = _read(reader, dataset.train, held_out=False)
     if task == CLASSIFICATION:
-        labels = labels or label_names(train, num_labels)
+        known = labels or list(reader.writing.labels)
+        labels = known or class_names(train, num_labels, own_classes, reader.notes)
     val, val_dropped = _read(reader, dataset.val, held_out=True)
     if dataset.val:
         note_shared(reader.notes, train, val)
@@ -134,7 +146,7 @@ def load_data(
         train, val = split(train, dataset.val_size, seed, reader.notes)
     train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
     if labels is not None:
-        number_labels(train + val + sizing_rows, labels)
+        number_labels(train + val + sizing_rows, labels, reader.notes)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, reader)
     reader.notes += encoder.notes(template_name(dataset.chat_template))
@@ -306,7 +318,7 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:
             "raise dataset.max_length, or set dataset.overlong: truncate or drop",
         )
     if truncated and reader.dataset.overlong == "drop":
-        return f"are {_LONGER} {limit}"
+        return f"are {LONGER} {limit}"
     labels: Sequence[int] | int = 0
     if draft.label is None:
         labels = array("i", draft.labels[:limit])
@@ -314,9 +326,9 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:
     types = array("i", draft.types) if draft.types else None
     example = Example(array("i", draft.ids[:limit]), labels, number, types, reader.encoder.decoded)
     if not example.input_ids:  # which no model reads
-        return _EMPTY
+        return EMPTY
     if not example.supervised():
-        return draft.untaught or (f"have an answer that {_BEGINS} {limit}" if truncated else _EMPTY)
+        return draft.untaught or (f"have an answer that {BEGINS} {limit}" if truncated else EMPTY)
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
     return Kept(example, prompt, draft.label, truncated, cut_answer)
 
@@ -339,29 +351,17 @@ def _check_supervised(counts: dict[str, dict[str, int]], reader: _Reader) -> Non
     """Refuse a run that could learn nothing; tell what was lost."""
     train, notes, limit = counts["train"], reader.notes, reader.max_length
     if not train["supervised"]:
-        reasons = "; ".join(_lost(reader.lost[False]))
-        raise DataError(f"dataset.train: no token left to learn from: {reasons}", _advice(reasons, limit))
+        reasons = "; ".join(reasons_of(reader.lost[False]))
+        raise DataError(f"dataset.train: no token left to learn from: {reasons}", advice_for(reasons, limit))
     if train["supervised"] < 0.01 * train["tokens"] and train["supervised"] != train["rows"]:
         notes.append(f"only {train['supervised'] / train['tokens']:.2%} of the training tokens carry a loss")
     for part, count in counts.items():
         if count["cut_answers"]:
             notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
         if count["dropped"]:
-            notes.append(f"{part}: {count['dropped']} rows dropped: {'; '.join(_lost(reader.lost[part == 'val']))}")
-
-
-def _lost(lost: Counter[str]) -> list[str]:
-    """How many rows were dropped for each reason, the most frequent first."""
-    return [f"{count} rows {reason}" for reason, count in lost.most_common()] or ["all rows are held out"]
-
-
-def _advice(reasons: str, limit: int) -> str:
-    """What to do where nothing is left to learn from, by the reasons for it."""
-    if _LONGER in reasons or _BEGINS in reasons:
-        return f"raise dataset.max_length (now {limit})"
-    if "marked" in reasons:
-        return "take the marks off, or set dataset.train_on: all"
-    return "name the role assistant, or set dataset.train_on: all" if "role" in reasons else "look at the rows"
+            notes.append(
+                f"{part}: {count['dropped']} rows dropped: {'; '.join(reasons_of(reader.lost[part == 'val']))}"
+            )
 
 
 def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:

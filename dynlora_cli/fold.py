@@ -209,7 +209,8 @@ class _Folding:
             if found is not None:
                 old = self.plan.weights.entries[self.layout.pieces(found)[0].tensor]
                 new = New(old.dtype, new.shape, new.make)
-                if new.shape != old.shape and name in self.layout.shapes:
+                # A head for other classes than the base's own is as large as the model with these classes has it.
+                if new.shape not in (old.shape, self.layout.shapes.get(name, new.shape)):
                     _grow(self.plan.config, self.layout.shapes[name], new.shape, name)
             if leaf == "weight":
                 self._untie_from(module)

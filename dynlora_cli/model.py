@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, P
 from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.foreign import WEIGHT_FILES, read_object, refuse_links
+from dynlora_cli.heads import class_names, renew, same_classes
 from dynlora_cli.layout import Layout
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.strict_yaml import show
@@ -90,11 +91,14 @@ def load_base(
     dtype = resolve_dtype(options.dtype, computes or device)
     structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
     head, new, whole = _whole(structure, folder) if structure is not None and labels else (None, False, ())
+    others = labels and head and not new and not same_classes(labels, class_names(_config(options, folder, None)))
     torch.manual_seed(seed)
     if structure is not None and device.type == "meta":
         model = structure
     else:
         model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
+        if head and others:  # its outputs answer with other classes, or with these in another order
+            renew(model, head)
     for name, parameter in model.named_parameters():
         trains = inside(name, whole)
         parameter.requires_grad_(trains)
@@ -109,7 +113,14 @@ def load_base(
     for settings in (model.config, model.config.get_text_config()) if labels else ():
         if getattr(settings, "pad_token_id", None) is None:
             settings.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, folder, reference, dtype, head, new, whole)
+    return Base(model, tokenizer, folder, reference, dtype, head, new or bool(others), whole)
+
+
+def own_classes(options: Model, folder: Path) -> list[str] | None:
+    """The classes that a checkpoint has a head for, in its order; None where it has no head."""
+    structure = load_structure(options, folder, None)
+    head, new, _ = _whole(structure, folder)
+    return None if head is None or new else class_names(structure.config)
 
 
 def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tuple[str, ...]]:
@@ -287,6 +298,7 @@ def _from_pretrained(
     """The model with its weights; only modules that train whole may be new, and they are never quantized."""
     auto = _auto(options, config)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    arguments["ignore_mismatched_sizes"] = bool(whole)  # a head for another number of classes; looked at below
     if options.attn_implementation:
         arguments["attn_implementation"] = options.attn_implementation
     if options.load_in_4bit or options.load_in_8bit:
@@ -301,7 +313,8 @@ def _from_pretrained(
             f"the model in {folder} does not load as {options.task}: {reason}",
             "it is an encoder with a decoder: set model.task: seq2seq-lm" if two else None,
         ) from None
-    missing = sorted(name for name in info["missing_keys"] if not inside(name, whole))
+    mismatched = [key[0] for key in info["mismatched_keys"]]
+    missing = sorted(name for name in {*info["missing_keys"], *mismatched} if not inside(name, whole))
     if missing:
         raise UsageError(
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",

@@ -76,7 +76,7 @@ SPINE = {
         directions dora
         experts
         fused_linear
-        gauge gradients
+        gauge gradients heads
         hira
         lean_blocks lean_functions
         mlx_adapter

@@ -16,6 +16,7 @@ Reference
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -24,6 +25,8 @@ from dynlora_cli.formats._forms import BadRowError, Labelled, text_of
 COLUMNS = "text, label [text_pair]"
 TASKS = ("sequence-classification",)
 PRECEDENCE = 0
+
+_DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def matches(columns: Set[str]) -> bool:
@@ -42,6 +45,12 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Labelled:  # no
         BadRowError: a column is missing, the text is no text, or the class is neither text nor a whole number.
     """
     label = row.get("label")
+    if isinstance(label, float) or (isinstance(label, str) and _DECIMAL.fullmatch(label)):
+        if not float(label).is_integer():  # the same in every kind of file: a CSV has text only
+            raise BadRowError(
+                f"column 'label' is {label}, a number on a scale and no class; name ranges, such as 'high'"
+            )
+        label = int(float(label))
     if not isinstance(label, str | int) or label == "":
         shown = "missing, null or empty" if label in (None, "") else f"of type {type(label).__name__}"
         raise BadRowError(f"column 'label' is {shown}, expected a name or a whole number")
