@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from numeric import assert_close_to_truth, in_double, rounding
+from packaging.version import Version
 from sweep_architectures import STEPS, try_type
 from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, SEQ2SEQ, write_model
@@ -93,6 +94,8 @@ def test_trained_pruned_saved_loaded_and_merged(folder, kind):
     ],
 )
 def test_stock_peft_reads_what_was_trained(kind, task, tmp_path):
+    if kind in ("qwen3_next", "granitemoehybrid") and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("with transformers 5.20 the check of a merge computes something else, and refuses it")
     result = try_type(tmp_path, kind, task)
     assert {step: result.get(step) for step in STEPS} == dict.fromkeys(STEPS, "ok"), result
     assert result["moved"] > 0.01
