@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from dynlora_cli.drawers import did_you_mean
 from dynlora_cli.errors import UsageError
+from dynlora_cli.foreign import read_object
 from dynlora_cli.options import share
 from dynlora_cli.units import number, percent
 
@@ -188,13 +188,13 @@ def _regression(text: str) -> float:
 def _read_baseline(path: Path) -> Baseline:
     made = "make one with `dynlora eval --json > REPORT.json`"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"--baseline {path} cannot be read: {error}", made) from None
+        report = read_object(path)
+    except UsageError as error:
+        raise UsageError(f"--baseline {error.message}", made) from None
     try:
         losses = {str(adapter["name"]): float(adapter["loss"]) for adapter in report["adapters"]}
         baseline = Baseline(path, losses, report["rows"], report["tokens"], report["data"]["sha256"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UsageError(f"--baseline {path} is no report of dynlora eval", made) from None
     if not losses or not all(loss > 0 for loss in losses.values()):
         raise UsageError(f"--baseline {path} holds no adapter's loss", made)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynlora_cli.activations import checkpoint_activations
@@ -147,8 +146,16 @@ def load_structure(
 ) -> PreTrainedModel:
     """The model's modules without reading its weights: names and shapes. `device` None: wherever the caller says."""
     config = _config(options, folder, labels)
-    with torch.device(device) if device else nullcontext():
-        return _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)
+    try:
+        with torch.device(device) if device else nullcontext():
+            return _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the library makes of somebody else's numbers
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
+        reason = str(error).partition("\nModel type should be")[0]  # without the names of all other models
+        raise UsageError(f"{folder / 'config.json'} makes no model for {options.task}: {reason}") from None
 
 
 def context_length(folder: Path) -> int | None:
@@ -306,7 +313,11 @@ def _from_pretrained(
         arguments["device_map"] = {"": device}
     try:
         model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the library makes of somebody else's files
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
         reason = str(error).partition("\nModel type should be")[0]  # without the names of all other models
         two = options.task == "causal-lm" and config.is_encoder_decoder
         raise UsageError(

@@ -13,7 +13,6 @@ Reference
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dynlora_cli.exporters._gguf import read_model
 from dynlora_cli.exporters._gguf_vocab import load_tokenizer
 from dynlora_cli.exporters._merged_gguf import FILE, write_merged_gguf
 from dynlora_cli.exporters._ollama import modelfile
+from dynlora_cli.foreign import read_object
 
 needs_base = True
 
@@ -42,7 +42,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
 def _generation_config(job: Job) -> dict[str, Any]:
     assert job.base_folder is not None
     path = job.base_folder / "generation_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def read_back(job: Job, folder: Path) -> Adapter | Read | Path:
