@@ -16,8 +16,9 @@ from dynlora_cli.adapter import Adapter, Factors
 from dynlora_cli.components import linear_shape
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import ExpertSlice, parameter_of, parts_of
+from dynlora_cli.fingerprint import changed_since
 from dynlora_cli.foreign import COPY_AGAIN, first_fault, read_object
-from dynlora_cli.model import HEAD_NAMES, changed_since, load_structure, refuse_code
+from dynlora_cli.model import HEAD_NAMES, load_structure, refuse_code
 from dynlora_cli.model_folder import find_model, quantization_of
 from dynlora_cli.recipe_settings import Model
 from dynlora_cli.run_folder import RECORD

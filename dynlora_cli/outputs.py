@@ -19,7 +19,8 @@ from dynlora_cli import __version__, drawers, run_folder
 from dynlora_cli.adapter import CONFIG, PREFIX, experts_of, lora_config, lora_tensors, write_adapter
 from dynlora_cli.checkpoint import fault_in, read_state, restore, write_state
 from dynlora_cli.data import Data, show_example
-from dynlora_cli.model import Base, fingerprint, sees
+from dynlora_cli.fingerprint import fingerprint
+from dynlora_cli.model import Base, sees
 from dynlora_cli.model_folder import quantization_of
 from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.recipe import to_yaml

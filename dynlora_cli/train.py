@@ -27,9 +27,10 @@ from dynlora_cli.compile_blocks import compile_blocks, graphs_made
 from dynlora_cli.cuda_graphs import BlockGraphs, prepare, refuse_without_gpu
 from dynlora_cli.data import Data
 from dynlora_cli.errors import UsageError
+from dynlora_cli.fingerprint import changed_since
 from dynlora_cli.launch import is_main_process
 from dynlora_cli.loop import fit
-from dynlora_cli.model import Base, changed_since
+from dynlora_cli.model import Base
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.output_place import OutputPlace
 from dynlora_cli.peft_check import NOT_CHECKED, read_back, tell

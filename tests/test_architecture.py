@@ -75,7 +75,7 @@ SPINE = {
         chat_mask chat_template chat_turns checkpoint columns components covariances
         directions dora
         experts
-        fused_linear
+        fingerprint fused_linear
         gauge gradients heads
         hira
         lean_blocks lean_functions

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel
 
 from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.model import context_length, fingerprint, load_base, resolve_dtype
+from dynlora_cli.fingerprint import fingerprint
+from dynlora_cli.model import context_length, load_base, resolve_dtype
 from dynlora_cli.model_folder import BUILTIN, find_model
 from dynlora_cli.pool import Pool
 from dynlora_cli.targets import find_targets, group_names

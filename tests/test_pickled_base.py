@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import make_recipe, train
 
 from dynlora_cli.errors import UsageError
-from dynlora_cli.model import changed_since, fingerprint
+from dynlora_cli.fingerprint import changed_since, fingerprint
 from dynlora_cli.weights import Weights
 
 
