@@ -177,8 +177,8 @@ def test_ctrl_c_saves_exits_130_and_can_be_resumed(tmp_path, devices, whom):
     failure = json.loads(out)
     assert failure["ok"] is False
     assert "interrupted after step" in failure["error"]
-    checkpoint = run_folder.newest_checkpoint(folder)
-    assert checkpoint is not None
+    checkpoint = run_folder.step_folders(folder)[-1]
+    assert run_folder.fault_of(checkpoint) is None
     step = int(checkpoint.name.removeprefix("step-"))
     assert step >= 3
 
@@ -201,3 +201,40 @@ def test_exit_codes_are_those_of_the_failure(tmp_path, devices):
         out, err = process.communicate(timeout=180)
     assert process.returncode == 2, err
     assert "not empty" in json.loads(out)["error"]
+
+
+def children(process):
+    """The two processes that a launcher has started, the first one first."""
+    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
+    return sorted(map(int, found.split()))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named_in_one_message(tmp_path, rank):
+    make_recipe(tmp_path)
+    settings = sets("train.max_steps=4000", "eval.steps=null")
+    with start(command(tmp_path, *settings, "--json", devices=2)) as process:
+        wait_for_step(tmp_path / "out", 3, process)
+        os.kill(children(process)[rank], signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert f"process {rank} was killed by signal 9 (out of memory?)" in json.loads(out)["error"]
+    assert "--resume" in json.loads(out)["hint"]
+    assert "Traceback" not in err
+
+
+def test_processes_whose_launcher_was_killed_save_and_end(tmp_path):
+    make_recipe(tmp_path)
+    folder = tmp_path / "out"
+    with start(command(tmp_path, *sets("train.max_steps=4000", "eval.steps=null"), devices=2)) as process:
+        wait_for_step(folder, 3, process)
+        left = children(process)
+        process.kill()
+        process.wait(timeout=60)
+        until = time.monotonic() + 60
+        while any(os.path.exists(f"/proc/{number}") for number in left) and time.monotonic() < until:
+            time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{number}") for number in left)
+    assert run_folder.step_folders(folder), "what was trained is saved"
+    with run_folder.place_of(folder):
+        pass  # and the folder is free
