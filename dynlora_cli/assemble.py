@@ -24,6 +24,7 @@ from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.data import CLASSIFICATION, Data, Example, load_data
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.experts import fused_experts, split
+from dynlora_cli.foreign import read_object
 from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import evaluating, held_out, row_sums, summed_loss
@@ -140,6 +141,10 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
         if text := text_part(base.model):
             data.notes.append(
                 f"the language model in {text} is adapted, on text; what sees or hears beside it stays as it is"
+            )
+        elif "text_config" in read_object(base.folder / "config.json") and not base.model.config.is_encoder_decoder:
+            data.notes.append(
+                f"of the checkpoint, the language model alone is loaded and adapted, as {type(base.model).__name__}"
             )
         left_out = layers_left_out(base.model)
         for why in dict.fromkeys(left_out.values()):

@@ -13,6 +13,7 @@ from dynlora_cli.adapter import Adapter
 from dynlora_cli.adapter_base import Place, structure
 from dynlora_cli.attach import attached
 from dynlora_cli.held_out import read_tokenizer
+from dynlora_cli.layout import Layout
 from dynlora_cli.model import load_base, load_tokenizer
 from dynlora_cli.model_folder import quantization_of
 from dynlora_cli.probe import predictions, probe_rows, random_rows
@@ -58,9 +59,10 @@ def adapted_predictions(adapter: Adapter, place: Place, rows: list[Tensor]) -> l
 
 def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, Read | None]:
     """The model of a folder, streamed, and what reads it; all of it in memory, and None, where that cannot be."""
-    model, weights = streamed(place), Weights(place.folder)
-    if not quantization_of(place.folder) and not unreadable(model, weights, whole):
-        read = reader(weights, model, whole)
+    model = streamed(place)
+    layout = Layout(Weights(place.folder), model)
+    if not quantization_of(place.folder) and not unreadable(layout, whole):
+        read = reader(layout, whole)
         read_by(model, read)
         return model, read
     plain = {"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False, "name_or_path": str(place.folder)}

@@ -1,7 +1,7 @@
 """A model that holds no weights: each module reads its own when it runs, and forgets them.
 
     model = streamed(place)
-    read_by(model, reader(Weights(place.folder), model))
+    read_by(model, reader(Layout(Weights(place.folder), model)))
 
 So a check of a merged or exported model needs no more memory than its largest tensor, as the merge itself.
 """
@@ -22,21 +22,19 @@ from dynlora_cli.adapter_base import Place
 from dynlora_cli.errors import UsageError
 from dynlora_cli.layout import Layout
 from dynlora_cli.model import load_structure
-from dynlora_cli.weights import Weights
 
 Read = Callable[[str], Tensor]
 
 
-def reader(weights: Weights, model: PreTrainedModel, whole: Mapping[str, Tensor] | None = None) -> Read:
+def reader(layout: Layout, whole: Mapping[str, Tensor] | None = None) -> Read:
     """Reads the model's parameters, by their names in it, from files: fp32, one at a time.
 
     Args:
-        weights: the files.
-        model: knows which names share one tensor.
+        layout: where the parameters lie in the files.
         whole: tensors that stand in the place of the files'.
     """
 
-    layout = Layout(weights, model)
+    weights = layout.weights
 
     def tensor(name: str) -> Tensor:
         return weights.read(name, torch.float32 if weights.entries[name].dtype.is_floating_point else None)
@@ -56,10 +54,9 @@ def through_ties(read: Read, model: PreTrainedModel) -> Read:
     return lambda name: read(shared.get(name, name))
 
 
-def unreadable(model: PreTrainedModel, weights: Weights, whole: Mapping[str, Tensor]) -> list[str]:
+def unreadable(layout: Layout, whole: Mapping[str, Tensor]) -> list[str]:
     """Parameters that the files lack, or hold in a form that is not understood."""
-    layout = Layout(weights, model)
-    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    names = (name for name, _ in layout.model.named_parameters(remove_duplicate=False))
     return [name for name in names if name not in whole and layout.find(name) is None]
 
 
@@ -69,9 +66,6 @@ def streamed(place: Place) -> PreTrainedModel:
         model = load_structure(place.options, place.folder, place.labels, device=None)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            part.__class__ = _on_the_cpu(type(part))
     return model.eval()
 
 
@@ -86,6 +80,9 @@ def read_by(model: PreTrainedModel, read: Read) -> None:
     for name, module in model.named_modules(remove_duplicate=False):
         if module._parameters:
             _stream(module, name, read)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__class__ = _on_the_cpu(type(part))
 
 
 class _NoDraws(TorchFunctionMode):

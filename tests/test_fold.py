@@ -21,6 +21,7 @@ from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached, detached
 from dynlora_cli.errors import UsageError
 from dynlora_cli.fold import plan_merge, write_merged
+from dynlora_cli.layout import Layout
 from dynlora_cli.merge import into_base
 from dynlora_cli.stream import read_by, reader, streamed, unreadable
 from dynlora_cli.weights import Weights
@@ -127,8 +128,9 @@ def test_streamed_models_compute_the_same_without_holding_weights(kind, tmp_path
     expected = peft_logits(base, folder)
     model = streamed(place)
     assert not any(p.device.type != "meta" for p in model.parameters())
-    assert not unreadable(model, weights, adapter.whole)
-    read = reader(weights, model, adapter.whole)
+    layout = Layout(weights, model)
+    assert not unreadable(layout, adapter.whole)
+    read = reader(layout, adapter.whole)
     read_by(model, read)
     with torch.no_grad(), attached(model, adapter, device=torch.device("cpu"), read=read, whole=False):
         assert_close_to_truth(model(ids()).logits, expected, terms=TERMS)
@@ -184,7 +186,7 @@ def test_experts_kept_together_in_memory_and_apart_on_disk(tmp_path):
     base, folder = make("experts", tmp_path)
     adapter = read_adapter(folder)
     place = find_base(adapter)
-    assert not unreadable(streamed(place), Weights(place.folder), {})
+    assert not unreadable(Layout(Weights(place.folder), streamed(place)), {})
     summary = into_base(adapter, tmp_path / "merged")
     assert summary["check"]["max_logit_difference"] < SAME_LOGITS
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
