@@ -58,7 +58,10 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns | Pair:
         texts = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
         return Turns([*opening, *({"role": role, "content": text} for role, text in texts)])
     if history:
-        raise BadRowError("column 'history' holds earlier turns, which need a chat template; set dataset.chat_template")
+        raise BadRowError(
+            "column 'history' holds earlier turns, which need a chat template; "
+            "set dataset.chat_template, and no dataset.chat: false"
+        )
     preamble = system or (_TASK + _CONTEXT + _REQUEST if context else _TASK + _REQUEST)
     given = f"### Input:\n{context}\n\n" if context else ""
     return Pair(f"{preamble}\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n", output)

@@ -1,8 +1,8 @@
 """A text and its class.
 
 What it does
-    Gives the text, or a pair of texts, to a classifier. Classes may be names or whole numbers; their sorted list is
-    saved with the adapter.
+    Gives the text, or a pair of texts, to a classifier. Classes may be names or whole numbers. A model that was trained
+    on the same classes keeps its order of them; otherwise they are sorted. The list is saved with the adapter.
 
 When to use it
     With `model.task: sequence-classification`.
