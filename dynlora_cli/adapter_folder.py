@@ -18,13 +18,20 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     one below it.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or several side by side of which none is newer in any sense.
     """
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
     if found := _in_folder(path):
+        others = _side_by_side(path)
+        if found[1] is None and others and not (path / RECORD).is_file():
+            return path, f"adapter: {path} itself; below it there are others: {_names(others)}"
         return found
+    if len(others := _side_by_side(path)) > 1 and not any(path.rglob(RECORD)):
+        raise UsageError(
+            f"{path} holds several adapters side by side: {_names(others)}", f"name one: --adapter {others[0]}"
+        )
     files = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
     records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
     for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
@@ -33,6 +40,21 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
         raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
     raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def _side_by_side(path: Path) -> list[Path]:
+    """Adapters right below a folder that other tools put there: PEFT saves those of one model so, by their names.
+
+    Not the checkpoints of a trainer, nor runs of our own: of these the newest is meant.
+    """
+    folders = (file.parent for file in sorted(path.glob(f"*/{CONFIG}")))
+    left_out = ("checkpoint", ".")  # a trainer's, and what is being written
+    return [each for each in folders if not each.name.startswith(left_out) and not (each / RECORD).is_file()]
+
+
+def _names(folders: list[Path]) -> str:
+    more = f" and {len(folders) - 4} more" if len(folders) > 4 else ""
+    return ", ".join(folder.name for folder in folders[:4]) + more
 
 
 def _is_checkpoint(folder: Path) -> bool:

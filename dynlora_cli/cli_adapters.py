@@ -162,16 +162,23 @@ def merge(
     max_kl: Annotated[
         float, typer.Option(help="Nats per token by which the merged model may differ from base + adapter.")
     ] = 0.01,
+    max_changed: Annotated[
+        str,
+        typer.Option(
+            metavar="1%", help="Share of choices that may change, beyond what rounding to the stored type explains."
+        ),
+    ] = "1%",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base, or several adapters into one."""
     with reporting(as_json) as result:
         from dynlora_cli import preflight
-        from dynlora_cli.options import choice, numbers, size
+        from dynlora_cli.options import choice, numbers, share, size
         from dynlora_cli.run_folder import refuse_occupied
 
         wanted = into or ("base" if len(adapter) == 1 else "adapter")
+        changed = share(max_changed, "--max-changed")
         choice(wanted, ("base", "adapter"), "--into")
         choice(base_weights, ("original", "dequantized"), "--base-weights")
         choice(dtype, ("keep", "float32", "bfloat16", "float16"), "--dtype")
@@ -215,6 +222,7 @@ def merge(
                 base_weights=base_weights,
                 dtype=dtype,
                 max_kl=max_kl,
+                max_changed=changed,
                 inputs=[each.folder for each in adapters],
                 overwrite=overwrite,
                 emit=view,

@@ -118,6 +118,7 @@ def _agreement(check: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("largest |Δlogit|", f"{check['max_logit_difference']:.1e}, of logits up to {check['max_logit']:.1f}"),
         ("KL", f"{check['kl']:.1e} nats per position, over {count(check['positions'])}"),
+        ("other choices", f"at {1 - check['same_choice']:.1%}, at {check['changed']:.1%} more than rounding explains"),
     ]
     if check["loss"] is not None:
         rows.append(("loss on the probe", f"{number(check['loss_reference'])} before, {number(check['loss'])} now"))

@@ -29,6 +29,8 @@ from dynlora_cli.probe import agreement
 from dynlora_cli.whole_files import sha256_of
 
 Emit = Callable[[dict[str, Any]], None]
+# By what share a number may be off in files of this type.
+ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "q8_0": 2.0**-6}
 MAX_KL = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1}  # nats per token
 
 
@@ -155,7 +157,8 @@ def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, ma
         return {"max_logit_difference": None, "max_weight_difference": difference}
     rows = rows_to_compare(job.adapter, place)
     reference = adapted_predictions(job.adapter, place, rows)
-    measured = agreement(reference, _predictions(found, job, place, rows), rows)
+    rounding = ROUNDING[job.outtype] if isinstance(found, Adapter) else max(ROUNDING[job.outtype], ROUNDING["bf16"])
+    measured = agreement(reference, _predictions(found, job, place, rows), rows, rounding)
     if measured.kl > max_kl:
         raise MeasureError(
             f"the export is {measured.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +37,7 @@ from dynlora_cli.probe import Agreement, agreement, predictions
 Emit = Callable[[dict[str, Any]], None]
 # Nats per token. NF4 changes predictions by tenths, of tiny models by half a nat; another model is further away.
 OF_ANOTHER_MODEL = 2.0
+MAX_CHANGED = 0.01  # share of positions
 MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does
 
 
@@ -48,6 +50,7 @@ def into_base(
     base_weights: str = "original",
     dtype: str = "keep",
     max_kl: float = MAX_KL,
+    max_changed: float = MAX_CHANGED,
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
     emit: Emit = lambda event: None,  # noqa: ARG005
@@ -63,6 +66,7 @@ def into_base(
             as they were before, or as training saw them.
         dtype: keep | float32 | bfloat16 | float16, of the merged model.
         max_kl: nats per token; above it nothing is left.
+        max_changed: share of choices that may change beyond what rounding explains; above it nothing is left.
         inputs: folders of the adapters that it was combined from.
         overwrite: replace an earlier merge.
         emit: takes notes.
@@ -95,12 +99,18 @@ def into_base(
         size = write_merged(plan, adapter, place, folder)
         writing = time.monotonic() - writing
         emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
-        checks, to_trained_base = _compare(adapter, place, folder, quantized, base_weights)
+        checks, to_trained_base = _compare(adapter, place, folder, quantized, base_weights, _rounding(plan))
         if checks.kl > max_kl:
             raise MeasureError(
                 f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
                 "nothing was kept",
                 "raise --max-kl if that is meant, or report this",
+            )
+        if checks.changed > max_changed:
+            raise MeasureError(
+                f"the merged model chooses another token at {checks.changed:.1%} of the positions, more than "
+                f"{max_changed:.1%}, and rounding to the stored type does not explain it; nothing was kept",
+                "raise --max-changed if that is meant, or report this",
             )
         if to_trained_base and to_trained_base.kl > OF_ANOTHER_MODEL:
             raise MeasureError(
@@ -177,8 +187,14 @@ def _refuse_full_disk(plan: Plan, out: Path) -> None:
         )
 
 
+def _rounding(plan: Plan) -> float:
+    """By what share a number of the merged model's files may be off, of the coarsest type that was written."""
+    types = {new.dtype for new in (*plan.changed.values(), *plan.added.values()) if new.dtype.is_floating_point}
+    return max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+
+
 def _compare(
-    adapter: Adapter, place: Place, folder: Path, quantized: Base | None, base_weights: str
+    adapter: Adapter, place: Place, folder: Path, quantized: Base | None, base_weights: str, rounding: float
 ) -> tuple[Agreement, Agreement | None]:
     """The merged files against base + adapter on the probe text.
 
@@ -189,12 +205,12 @@ def _compare(
     rows = rows_to_compare(adapter, place)
     found = predictions_of(replace(place, folder=folder), rows)
     if quantized is None:
-        return agreement(adapted_predictions(adapter, place, rows), found, rows), None
+        return agreement(adapted_predictions(adapter, place, rows), found, rows, rounding), None
     with attached(quantized.model, adapter), precision_of(quantized)():
-        as_trained = agreement(predictions(quantized.model, rows), found, rows)
+        as_trained = agreement(predictions(quantized.model, rows), found, rows, rounding)
     if base_weights == "dequantized":
         return as_trained, None
-    return agreement(adapted_predictions(adapter, place, rows), found, rows), as_trained
+    return agreement(adapted_predictions(adapter, place, rows), found, rows, rounding), as_trained
 
 
 def into_adapter(

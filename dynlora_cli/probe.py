@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PROBE = Path(__file__).parent / "assets" / "probe.txt"
 TOKENS = 48  # of a line at most
+ROUNDINGS = 8  # of weights, that add up on the way to a logit, roughly
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Agreement:
         max_logit_difference: largest |Δlogit|.
         max_logit: largest |logit| of the reference, for comparison.
         same_choice: share of positions at which both find the same token (or class) most likely.
+        changed: share of positions at which another is most likely, and rounding does not explain it: the reference
+            prefers its own by more than `ROUNDINGS` of its largest logit.
         loss_reference, loss: next-token cross-entropy on the lines, nats per token; None for a classifier.
         positions: number of predictions compared.
     """
@@ -36,6 +39,7 @@ class Agreement:
     max_logit_difference: float
     max_logit: float
     same_choice: float
+    changed: float
     loss_reference: float | None
     loss: float | None
     positions: int
@@ -82,13 +86,18 @@ def model_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def agreement(reference: list[Tensor], found: list[Tensor], rows: list[Tensor]) -> Agreement:
+def agreement(reference: list[Tensor], found: list[Tensor], rows: list[Tensor], rounding: float = 0.0) -> Agreement:
     """Compare two sets of `predictions` on the same rows.
+
+    Args:
+        reference, found: of every row.
+        rows: token ids, each [1, T].
+        rounding: by what share one number of the weights may be off, from the type that they are stored in.
 
     Raises:
         MeasureError: one of them is not finite.
     """
-    kl = worst = largest = same = 0.0
+    kl = worst = largest = same = changed = 0.0
     losses = [0.0, 0.0]
     positions = targets = 0
     for before, after, row in zip(reference, found, rows, strict=True):
@@ -101,6 +110,7 @@ def agreement(reference: list[Tensor], found: list[Tensor], rows: list[Tensor]) 
         worst = max(worst, (before - after).abs().max().item())
         largest = max(largest, before.abs().max().item())
         same += (before.argmax(-1) == after.argmax(-1)).sum().item()
+        changed += _other_choices(before, after, rounding)
         positions += len(before)
         if len(before) == row.shape[1] > 1:
             next_ids = row[0, 1:]
@@ -110,4 +120,13 @@ def agreement(reference: list[Tensor], found: list[Tensor], rows: list[Tensor]) 
     if not all(torch.isfinite(torch.tensor([kl, worst, largest]))):
         raise MeasureError("the model predicts NaN or infinity on the probe text", "look at its weights")
     reference_loss, loss = (total / targets if targets else None for total in losses)
-    return Agreement(max(0.0, kl / positions), worst, largest, same / positions, reference_loss, loss, positions)
+    shares = (same / positions, changed / positions)
+    return Agreement(max(0.0, kl / positions), worst, largest, *shares, reference_loss, loss, positions)
+
+
+def _other_choices(before: Tensor, after: Tensor, rounding: float) -> int:
+    """Positions at which another choice is made than before, by more than rounding explains."""
+    first, second = before.argmax(-1, keepdim=True), after.argmax(-1, keepdim=True)
+    preferred = (before.gather(-1, first) - before.gather(-1, second)).squeeze(-1)
+    allowed = ROUNDINGS * rounding * before.abs().amax(-1)
+    return int((preferred > allowed).sum())

@@ -215,7 +215,7 @@ def test_a_vera_takes_its_shapes_from_the_base(tmp_path: Path, dynlora: Dynlora)
     answer = dynlora("merge", "--adapter", vera, "--base", tmp_path / "moved", "--json")
     assert answer.code == 0, answer.err
     assert answer.json["check"]["max_logit_difference"] < SAME_LOGITS
-    answer = dynlora("merge", "--adapter", vera, "--base", base_model("gpt2", tmp_path))
+    answer = dynlora("merge", "--adapter", vera, "--base", base_model("gpt2", tmp_path), "--out", tmp_path / "x")
     assert (answer.code, "this is another base model" in " ".join(answer.err.split())) == (2, True), answer.err
 
 

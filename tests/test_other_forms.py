@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.attach import attached
 from dynlora_cli.errors import UsageError
+from dynlora_cli.probe import agreement
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WRAPPED = {
@@ -199,3 +201,40 @@ def test_adapters_of_mlx_that_are_refused(changes: dict, message: str, tmp_path:
     _, adapter = make("lora", tmp_path)
     with pytest.raises(UsageError, match=message):
         read_adapter(as_mlx(adapter, tmp_path / "mlx", **changes))
+
+
+def test_several_adapters_below_one_folder(tmp_path: Path, dynlora: Dynlora):
+    """PEFT saves the adapters of one model side by side, by their names, and the one called default above them."""
+    base = base_model("llama", tmp_path)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load(base), config, adapter_name="first")
+    model.add_adapter("second", config)
+    model.save_pretrained(tmp_path / "saved")
+    answer = dynlora("inspect", "--adapter", tmp_path / "saved")
+    assert (answer.code, "side by side: first, second" in " ".join(answer.err.split())) == (2, True), answer.err
+    assert "--adapter" in answer.err
+    assert dynlora("inspect", "--adapter", tmp_path / "saved/first").code == 0
+    shutil.copytree(tmp_path / "saved/first", tmp_path / "saved", dirs_exist_ok=True)
+    answer = dynlora("inspect", "--adapter", tmp_path / "saved")
+    assert (answer.code, "there are others: first, second" in " ".join(answer.err.split())) == (0, True), answer.err
+
+
+def test_choices_that_change_are_counted():
+    """Where they were as good as level, rounding explains it; a flat distribution hides the others from KL."""
+    before = torch.tensor([[1.0, 0.99, 0.0], [1.0, 0.5, 0.0], [1.0, 0.5, 0.0]])
+    after = torch.tensor([[0.99, 1.0, 0.0], [0.5, 1.0, 0.0], [1.0, 0.5, 0.0]])
+    found = agreement([before], [after], [torch.zeros(1, 1)], rounding=2.0**-7)
+    assert found.same_choice == pytest.approx(1 / 3)
+    assert found.changed == pytest.approx(1 / 3)
+    assert agreement([before], [after], [torch.zeros(1, 1)]).changed == pytest.approx(2 / 3)
+
+
+def test_a_merge_that_changes_choices_fails(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    """Also where KL is as good as nothing."""
+    _, adapter = make("lora", tmp_path)
+    monkeypatch.setattr("dynlora_cli.probe._other_choices", lambda before, after, rounding: len(before) // 7)
+    command = ["merge", "--adapter", adapter, "--out", tmp_path / "out"]
+    answer = dynlora(*command)
+    assert (answer.code, "--max-changed" in answer.err) == (4, True), answer.err
+    assert not (tmp_path / "out").exists()
+    assert dynlora(*command, "--max-changed", "20%").code == 0
