@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import drawers
 from dynlora_cli.allocation import with_counts
@@ -22,7 +22,7 @@ from dynlora_cli.brake import Brake
 from dynlora_cli.chat_template import Writing
 from dynlora_cli.components import ComponentLinear, linear_shape
 from dynlora_cli.data import CLASSIFICATION, Data, Example, load_data
-from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.experts import fused_experts, split
 from dynlora_cli.foreign import read_object
 from dynlora_cli.lean_blocks import lean_blocks
@@ -35,10 +35,11 @@ from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.pool import Pool
 from dynlora_cli.rank import RankControl, Start, plan_start
 from dynlora_cli.relative import layer_kind
-from dynlora_cli.schedule import Schedule
+from dynlora_cli.schedule import SHORTEST, Schedule
 from dynlora_cli.shared_inputs import share_inputs
 from dynlora_cli.state import Progress, Run
 from dynlora_cli.targets import find_targets, group_names, layers_left_out, text_part
+from dynlora_cli.units import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         cpu=device.type == "cpu",  # without it, several processes on CPUs would each train alone
         mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
         log_with=list(recipe.train.report_to) or None,
-        project_dir=folder,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         # Nothing may be kept from one recording for another; compiled code is for one of both ways.
         kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.train.cuda_graphs)],
     )
@@ -104,6 +105,11 @@ def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTraine
         table=table_rows(folder),
         own_classes=own_classes(recipe.model, folder) if recipe.model.task == CLASSIFICATION else None,
     )
+    if len(data.train) == 1:
+        raise DataError(
+            "dataset.train: one row is all there is to learn from, which teaches a model no more than to repeat it",
+            "add rows, or lower dataset.val_size" if data.val else "add rows",
+        )
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
     return tokenizer, data
@@ -245,6 +251,16 @@ def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
     )
 
 
+def too_short(steps: int, start: Start) -> list[str]:
+    """A note where a run is too short to prune down to its budget."""
+    if steps >= SHORTEST or (start.parameters <= start.budget and not start.open):
+        return []
+    return [
+        f"{counted(steps, 'step')}: too few to prune (at least {SHORTEST}), so all components stay, more than the "
+        "budget; raise train.epochs or train.max_steps, or set rank.init to rank.budget"
+    ]
+
+
 def make_run(
     recipe: Recipe,
     accelerator: Accelerator,
@@ -261,6 +277,7 @@ def make_run(
     steps = total_steps(recipe, batches)
     control = None
     if pool and start:
+        data.notes += too_short(steps, start)
         control = RankControl(
             pool,
             optimizer,

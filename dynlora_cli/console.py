@@ -36,7 +36,7 @@ from dynlora_cli.progress import (
     with_budget,
 )
 from dynlora_cli.report_log import Event, layer_grid, shade
-from dynlora_cli.units import change, count, duration, number, percent, rate, short, size
+from dynlora_cli.units import change, count, counted, duration, number, percent, rate, short, size
 
 Ranks = Mapping[str, float]  # components per layer
 
@@ -127,15 +127,13 @@ class Console:
             self.show_example(event["example"])
 
     def show_example(self, pieces: Iterable[Sequence[Any]]) -> None:
-        """One example as the model sees it; what counts in the loss is in colour, or in ⟦ ⟧ where there is none."""
+        """One example as the model sees it; what counts in the loss is in ⟦ ⟧, and in colour where there is any."""
         text = Text()
         for content, in_loss in pieces:
             shown = middle_cut(printable(content), SHOWN_OF_PIECE)
-            if not self.coloured and in_loss:
-                shown = f"⟦{shown}⟧"
-            text.append(shown, style="bold cyan" if in_loss else "dim")
+            text.append(f"⟦{shown}⟧" if in_loss else shown, style="bold cyan" if in_loss else "dim")
         legend = Text("one example; ", style="label")
-        legend.append("this counts in the loss" if self.coloured else "⟦this⟧ counts in the loss", style="cyan")
+        legend.append("⟦this⟧ counts in the loss", style="cyan")
         self.line()
         self.line(legend)
         self.show(Padding(text, (0, 2)))
@@ -303,6 +301,8 @@ def _live_numbers(progress: Progress, wide: bool) -> Table:
     grid.add_column(no_wrap=True, min_width=27)  # so that the map beside it stands still
     spark = sparkline(progress.losses, 18) if wide else ""
     held_out = Text(number(progress.held_out))
+    if wide and progress.held_out_step is not None:
+        held_out.append(f" at {count(progress.held_out_step)}", style="label")
     if progress.held_out != progress.held_out_first:
         held_out.append(f"  from {number(progress.held_out_first)}", style="label")
     if progress.accuracy is not None:
@@ -321,7 +321,7 @@ def _live_numbers(progress: Progress, wide: bool) -> Table:
 
 def _headline(summary: dict[str, Any]) -> Text:
     facts = joined(
-        f"{count(summary.get('steps'))} steps",
+        counted(summary.get("steps"), "step"),
         f"{short(summary.get('tokens'))} tokens at {count(summary.get('tokens_per_second'))} tok/s",
         f"{size(summary.get('peak_memory_bytes'))} peak memory",
     )

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dynlora_cli.console import Console, pairs, plain_table, rank_map
 from dynlora_cli.report_log import Event
-from dynlora_cli.units import change, count, duration, number, percent, size
+from dynlora_cli.units import change, count, counted, duration, number, percent, size
 
 BAR = 24  # characters
 
@@ -25,7 +25,7 @@ class AdapterView:
         if event["event"] == "note":
             self.console.note(event["text"])
         elif event["event"] == "point":
-            facts = f"{count(event['parameters'])} parameters, {count(event['components'])} components"
+            facts = f"{counted(event['parameters'], 'parameter')}, {counted(event['components'], 'component')}"
             self.console.line(f"held-out loss {number(event['loss'])}  at {facts}")
 
     def show_pruned(self, summary: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from dynlora_cli.console import Console
 from dynlora_cli.progress import middle_cut, printable
-from dynlora_cli.units import count, number, percent
+from dynlora_cli.units import count, counted, number, percent
 
+CLASSES, CONFUSED = 12, 3  # whose rows are told of, and the classes that they were taken for
 LONGEST_SHOWN = 600  # characters of a prompt or an answer
 LONGEST_NAME = 28  # characters of a name in a table
 
@@ -41,6 +42,11 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     compared = [adapter for adapter in report["adapters"] if adapter["difference"]]
     if compared:
         console.line()
+    for name, values in [("base", report["base"]), *((one["name"], one) for one in report["adapters"])]:
+        if values and "confusion" in values:
+            console.line()
+            for line in confusion_in_words(values["confusion"], report["labels"]):
+                console.line(f"{_short(name)}: {printable(line)}")
     for adapter in compared:
         console.line(_verdict(adapter["name"], adapter["difference"]["to"], adapter["difference"], unit))
     if report["best"] and len(report["adapters"]) > 1:
@@ -58,9 +64,27 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
         console.note(note)
 
 
+def confusion_in_words(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> list[str]:
+    """What became of the rows of each class: `of 97 rows of ham 95 are right, 2 taken for spam`.
+
+    Args:
+        confusion: rows counted by their class (line) and by what was predicted (column).
+        labels: names of the classes in that order.
+    """
+    lines = []
+    for truth, counts in enumerate(confusion):
+        wrong = sorted(((n, labels[k]) for k, n in enumerate(counts) if n and k != truth), reverse=True)
+        if rows := sum(counts):
+            taken = "".join(f", {count(n)} taken for {label}" for n, label in wrong[:CONFUSED])
+            others = sum(n for n, _ in wrong[CONFUSED:])
+            taken += f", {count(others)} for others" if others else ""
+            lines.append(f"of {counted(rows, 'row')} of {labels[truth]} {count(counts[truth])} are right{taken}")
+    return lines[:CLASSES] + ([f"and {count(len(lines) - CLASSES)} more classes"] if len(lines) > CLASSES else [])
+
+
 def _what(report: Mapping[str, Any]) -> str:
     targets = "" if report["tokens"] == report["rows"] else f", {count(report['tokens'])} tokens in the loss"
-    text = f"{count(report['rows'])} rows{targets}: {printable(report['data']['source'])}"
+    text = f"{counted(report['rows'], 'row')}{targets}: {printable(report['data']['source'])}"
     if prompts := report["generated"]["prompts"]:
         text += f"; answers to {count(prompts)} prompts with {count(report['generated']['references'])} references"
     return text

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynlora_cli.console import Console, printable
-from dynlora_cli.units import count
+from dynlora_cli.units import counted
 
 
 def show_starter(console: Console, summary: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ def show_starter(console: Console, summary: dict[str, Any]) -> None:
     if summary["rows"] is None:
         console.note("a hub data set: its columns were not looked at; --dry-run does")
     else:
-        console.line(f"{count(summary['rows'])} rows, read as {summary['format']}, for {summary['task']}")
+        console.line(f"{counted(summary['rows'], 'row')}, read as {summary['format']}, for {summary['task']}")
     console.line(Text.assemble("wrote ", (printable(summary["recipe"]), "accent")))
     console.show_next(summary["next"])
 

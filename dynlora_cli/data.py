@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynlora_cli import drawers
 from dynlora_cli.chat_template import Writing, date_note, on_date, read_template, template_name
@@ -36,7 +36,7 @@ from dynlora_cli.splits import (
     reasons_of,
     split,
 )
-from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located, decode
+from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located
 from dynlora_cli.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -374,26 +374,3 @@ def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
             for part in (example.input_ids, labels, example.token_type_ids or ()):
                 digest.update(array("i", part).tobytes() + b"|")
     return digest.hexdigest()
-
-
-def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The text of an example in pieces, each with whether it is in the loss; joined, they are the decoded whole.
-
-    Args:
-        example: of a causal language model, of an encoder and decoder, or of a classifier (one piece, not in the loss).
-        tokenizer: that made it.
-    """
-    ids = list(example.input_ids)
-    if example.decoded and not isinstance(example.labels, int):
-        return [(decode(tokenizer, ids), False), (decode(tokenizer, example.labels), True)]
-    labels: Any = [IGNORED] * len(ids) if isinstance(example.labels, int) else example.labels
-    flags = [label != IGNORED for label in labels]
-    pieces, shown, end = [], "", 0
-    for flag, run in itertools.groupby(flags):
-        end += len(list(run))
-        text = decode(tokenizer, ids[:end])
-        if end < len(ids):
-            text = text.rstrip("\ufffd")  # a character whose bytes go on in the next piece is shown there
-        pieces.append((text[len(shown) :], flag))
-        shown = text
-    return pieces

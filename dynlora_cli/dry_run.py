@@ -16,10 +16,12 @@ from dynlora_cli.assemble import (
     plan_ranks,
     read_base,
     read_data,
+    too_short,
     total_steps,
 )
 from dynlora_cli.components import linear_shape
-from dynlora_cli.data import Data, show_example
+from dynlora_cli.data import Data
+from dynlora_cli.examples import show_example
 from dynlora_cli.memory import measure
 from dynlora_cli.model import Base, resolve_dtype
 from dynlora_cli.rank import Start
@@ -44,7 +46,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     steps = total_steps(recipe, make_batches(recipe, data.train, base, shuffle=True))
     found: dict[str, Any] = {
         "recipe_yaml": to_yaml(recipe),
-        "example": show_example(data.train[0], tokenizer),
+        "example": show_example(data.train[0], tokenizer, data.labels),
         "parameters": {"base": base.model.num_parameters()},
         "modules": [],
         "schedule": [],
@@ -65,6 +67,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         for name, module in targets.items()
     ]
     found["parameters"].update(start=start.parameters, budget=start.limit)
+    data.notes += too_short(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
     return found | _memory(recipe, variant, base, data)
 

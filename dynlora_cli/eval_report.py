@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.adapter_base import label_names
 from dynlora_cli.chat_template import Writing
 from dynlora_cli.scores import RowSums, paired_difference, perplexity
 
@@ -46,6 +47,7 @@ def make_report(
         "tokens": sum(example.supervised() for example in rows.examples),
         "data": {"source": rows.source, "sha256": rows.sha256},
         "task": adapters[0].task,
+        "labels": label_names(adapters[0]),
         "base": _numbers(found[BASE]) if BASE in found else None,
         "adapters": [
             {

@@ -25,10 +25,10 @@ from dynlora_cli.gates import Gates
 from dynlora_cli.harness import Harness
 from dynlora_cli.held_out import (
     MICRO_BATCH,
+    NothingHeldOutError,
     Rows,
     base_in_memory,
     held_out_rows,
-    own_recipe,
     own_table,
     precision_of,
     read_tokenizer,
@@ -36,6 +36,7 @@ from dynlora_cli.held_out import (
 from dynlora_cli.loss import row_sums
 from dynlora_cli.model import Base, context_length, resolve_dtype, table_rows
 from dynlora_cli.scores import RowSums, classification, confusion
+from dynlora_cli.units import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
             )
         harness = Harness(options.tasks, limit=options.limit, batch_size=rows.micro_batch_size)
 
-    tell(f"{len(rows.examples)} rows, {targets} targets: {rows.source}")
+    tell(f"{counted(len(rows.examples), 'row')}, {counted(targets, 'target')}: {rows.source}")
     base = base_in_memory(adapters[0], place, tokenizer)
     measure = _Measure(base, rows, prompts, scored, harness)
     found: dict[str, Found] = {}
@@ -201,10 +202,12 @@ def _rows(
     writing: Writing | None = None,
 ) -> Rows:
     """The rows to measure on: none where tasks are all that is asked for."""
-    if options.tasks and data is None and own_recipe(adapter) is None:
-        note = f"{adapter.folder} does not say what it was trained on, so only tasks are run; for a loss: --data FILE"
-        return Rows([], "no rows", "", 0, MICRO_BATCH, [note])
-    return held_out_rows(adapter, place, tokenizer, data, max_samples=options.max_samples, writing=writing)
+    try:
+        return held_out_rows(adapter, place, tokenizer, data, max_samples=options.max_samples, writing=writing)
+    except NothingHeldOutError as error:
+        if not options.tasks or data is not None:
+            raise
+        return Rows([], "no rows", "", 0, MICRO_BATCH, [f"{error.message}, so only tasks are run; for a loss: --data"])
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:

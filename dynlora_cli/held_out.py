@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 MICRO_BATCH = 8
 
 
+class NothingHeldOutError(UsageError):
+    """No rows are known to measure on: the run trained on all of them, or nobody recorded any."""
+
+
 @dataclass
 class Rows:
     """Rows with a known right answer, that the adapter was not trained on.
@@ -124,7 +128,7 @@ def held_out_rows(
     """
     own = own_recipe(adapter)
     if data is None and own is None:
-        raise UsageError(
+        raise NothingHeldOutError(
             f"{adapter.folder} does not say what it was trained on (it holds no dynlora.json)",
             "name rows with --data FILE, or a recipe with --data RECIPE.yaml",
         )
@@ -149,7 +153,7 @@ def held_out_rows(
     )
     examples = read.train if is_file else read.val
     if not examples:
-        raise UsageError(
+        raise NothingHeldOutError(
             f"{data or adapter.folder}: the recipe holds no rows out",
             "name rows with --data FILE, all of which are used",
         )

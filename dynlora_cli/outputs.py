@@ -18,7 +18,8 @@ import torch
 from dynlora_cli import __version__, drawers, run_folder
 from dynlora_cli.adapter import CONFIG, PREFIX, experts_of, lora_config, lora_tensors, write_adapter
 from dynlora_cli.checkpoint import fault_in, read_state, restore, write_state
-from dynlora_cli.data import Data, show_example
+from dynlora_cli.data import Data
+from dynlora_cli.examples import show_example
 from dynlora_cli.fingerprint import fingerprint
 from dynlora_cli.model import Base, sees
 from dynlora_cli.model_folder import quantization_of
@@ -259,12 +260,13 @@ def start_event(recipe: Recipe, training: Run, base: Base, data: Data, start: St
         "parameters": pool.parameters if pool else None,
         "budget_parameters": start.limit if start else None,
         "scale": next(iter(pool.layers.values())).scale if pool else None,
+        "held_out": [result for result in (training.progress.first, training.progress.last) if result],
     }
     layers = [
         {"name": name, "d_in": layer.in_features, "d_out": layer.out_features, "components": layer.count}
         for name, layer in (pool.layers.items() if pool else ())
     ]
-    example = show_example(data.train[0], base.tokenizer)
+    example = show_example(data.train[0], base.tokenizer, data.labels)
     return {"event": "start", "run": facts, "layers": layers, "notes": data.notes, "example": example}
 
 

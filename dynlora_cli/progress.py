@@ -23,6 +23,7 @@ class Progress:
     latest: dict[str, float] = field(default_factory=dict)  # newest value of each key of OF_STEP
     losses: tuple[float, ...] = ()  # of the last steps, for the sparkline
     held_out: float | None = None
+    held_out_step: int | None = None
     held_out_first: float | None = None
     accuracy: float | None = None
     start: dict[str, int] = field(default_factory=dict)  # components per layer at the start
@@ -39,9 +40,7 @@ class Progress:
         elif kind in ("tick", "train"):
             self._advance(event)
         elif kind == "eval":
-            self.held_out, self.accuracy = event.get("loss"), event.get("accuracy")
-            if self.held_out_first is None:
-                self.held_out_first = self.held_out
+            self._measured(event)
             self._clock = None  # an evaluation's time is not a step's
         elif kind in ("prune", "gauge"):
             # a new mapping each time: the display may be reading the old one in its own thread
@@ -88,6 +87,15 @@ class Progress:
         self.start = {layer["name"]: layer["components"] for layer in event.get("layers") or ()}
         self.ranks = dict(self.start)
         self.latest = {key: self.run[key] for key in ("components", "parameters") if self.run.get(key) is not None}
+        for result in self.run.get("held_out") or ():  # of a run that goes on: the first and the newest
+            self._measured(result)
+
+    def _measured(self, held_out: Event) -> None:
+        """Takes in a held-out result with the step that it was measured at."""
+        self.held_out, self.accuracy = held_out.get("loss"), held_out.get("accuracy")
+        self.held_out_step = held_out.get("step")
+        if self.held_out_first is None:
+            self.held_out_first = self.held_out
 
     def _advance(self, event: Event) -> None:
         self.latest |= {key: event[key] for key in OF_STEP if event.get(key) is not None}
@@ -105,6 +113,11 @@ class Progress:
         total = f"{self.steps or MISSING}"
         return f"{event['step']:>{len(total)}}/{total}"
 
+    def _measured_at(self) -> str:
+        """`(at 200)`: the step of the held-out result, as wide at every step."""
+        width = len(str(self.steps)) + 5
+        return (f"(at {self.held_out_step})" if self.held_out_step is not None else "").ljust(width)
+
     def _train_line(self, event: Event) -> str:
         started = str(self.run.get("components") or MISSING)
         alive = str(self.latest.get("components", MISSING))
@@ -113,7 +126,7 @@ class Progress:
             [
                 f"step  {self._at(event)}",
                 f"loss {number(event.get('loss'))}",
-                f"held-out {number(self.held_out):<6}",
+                f"held-out {number(self.held_out):<6} {self._measured_at()}",
                 f"lr {rate(event.get('learning_rate'))}",
                 f"{count(speed):>6} tok/s",
                 f"components {alive:>{len(started)}}/{started}",

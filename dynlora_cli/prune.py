@@ -26,6 +26,7 @@ from dynlora_cli.model import Base
 from dynlora_cli.peft_check import check_files, tell
 from dynlora_cli.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruned_folder import write_record
+from dynlora_cli.units import counted
 
 CURVE_POINTS = 7
 Emit = Callable[[dict[str, Any]], None]
@@ -152,7 +153,7 @@ def _bench(
             raise
         emit({"event": "note", "text": f"the loss is not measured: {error.message}"})
         return None
-    emit({"event": "note", "text": f"measured on {len(rows.examples)} rows: {rows.source}"})
+    emit({"event": "note", "text": f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"})
     for note in rows.notes:
         emit({"event": "note", "text": note})
     return Bench(place, base_in_memory(adapter, place, tokenizer), rows)

@@ -11,7 +11,7 @@ import yaml
 
 from dynlora_cli.errors import without_secrets
 from dynlora_cli.report_log import RunRecord, layer_grid
-from dynlora_cli.units import count, duration, number, percent, size
+from dynlora_cli.units import count, counted, duration, number, percent, size
 
 AUTO_CLASS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -90,7 +90,7 @@ def _numbers(record: RunRecord) -> str:
 
 
 def _cost(summary: dict[str, Any]) -> str:
-    parts = [f"{count(summary['steps'])} steps"] if summary.get("steps") else []
+    parts = [counted(summary["steps"], "step")] if summary.get("steps") else []
     if summary.get("seconds") is not None:
         parts.append(
             f"{duration(summary['seconds'])} of {'pruning' if summary.get('command') == 'prune' else 'training'}"

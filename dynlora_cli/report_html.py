@@ -11,7 +11,7 @@ from typing import Any
 from dynlora_cli import report_svg as svg
 from dynlora_cli.report_log import Event, RunRecord, layer_grid
 from dynlora_cli.report_svg import Series, text
-from dynlora_cli.units import change, count, duration, number, percent, short, size
+from dynlora_cli.units import change, count, counted, duration, number, percent, short, size
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -43,7 +43,7 @@ def _header(record: RunRecord) -> str:
         info.get("task"),
         info.get("variant"),
         policy and f"policy {policy}",
-        f"{count(record.last_step)} steps" if record.last_step else "pruned after training",
+        counted(record.last_step, "step") if record.last_step else "pruned after training",
     ]
     tiles = "".join(
         f"<div><dt>{text(label)}</dt><dd>{text(value)}<small>{text(note)}</small></dd></div>"
@@ -150,7 +150,6 @@ def _ranks(record: RunRecord) -> str:
         "ranks": [[ranks.get(name, 0) for name in layers] for _, ranks in history],
         "start": [start.get(name, 0) for name in layers],
     }
-    most = max(start.values(), default=0)
     slider = (
         '<div class="slider"><button id="play" type="button">Play</button><input id="step" type="range" min="0" max="0"'
         ' aria-label="event to show"><span id="at"></span></div>'
@@ -161,7 +160,7 @@ def _ranks(record: RunRecord) -> str:
     return (
         f'<h2>Rank map</h2><p class="muted">{text(_rank_sentence(start, final))}</p><div class="card">'
         f"{slider if several else ''}{svg.rank_map(layers, final, start)}"
-        f'<div class="scale">0<i></i>{most} components, as at the start; hatched: none left</div></div>'
+        f"{svg.map_legend()}</div>"
         f"{script if several else ''}"
     )
 

@@ -107,11 +107,17 @@ def line_chart(
     shown = [one for one in series if one.finite()]
     if not shown:
         return ""
-    frame = replace(_fit(shown, (0, last_step or 1), wide, from_zero), x_unit=x_unit)
     marks = list(marks)
-    body = _axes(frame, unit, y_text) + _marks(frame, marks) + "".join(_draw(frame, one, y_text) for one in shown)
+
+    def picture(broad: bool, style: str = "") -> str:
+        frame = replace(_fit(shown, (0, last_step or 1), broad, from_zero), x_unit=x_unit)
+        body = _axes(frame, unit, y_text) + _marks(frame, marks) + "".join(_draw(frame, one, y_text) for one in shown)
+        return _svg(frame, _spoken(title, shown, unit, y_text, x_unit), body, style)
+
     legend = [(one.style, one.label) for one in shown if one.label] + ([("mark", "prune event")] if marks else [])
-    return figure(title, _svg(frame, _spoken(title, shown, unit, y_text, x_unit), body), legend, wide)
+    # A wide chart is drawn for a narrow screen, too, where it would be too small to read or would not be whole.
+    drawn = picture(True, "broad") + picture(False, "small") if wide else picture(False)
+    return figure(title, drawn, legend, wide)
 
 
 def dumbbell_chart(title: str, pairs: Sequence[tuple[float, float, float]], *, unit: str) -> str:
@@ -162,6 +168,16 @@ def rank_map(layers: Sequence[str], ranks: dict[str, int], start: dict[str, int]
             f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">sum</th>{totals}{everything}</tr></tfoot></table>'
         )
     return f'<div class="maps{" one" if bands == 1 else ""}">{"".join(out)}</div>'
+
+
+def map_legend() -> str:
+    """What the colours of a rank map mean: cells of some shares, coloured as the map's are."""
+    shares = (1, 5, 25, 50, 75, 100)
+    cells = "".join(f'<i class="cell" style="--v:{shade(share, 100):.3f}"></i>{share} %' for share in shares)
+    return (
+        f'<div class="scale"><i class="zero cell"></i>none<span></span>{cells}<span></span>'
+        "of the components that the layer started with</div>"
+    )
 
 
 def figure(title: str, body: str, legend: Sequence[tuple[str, str]] = (), wide: bool = False) -> str:
@@ -241,9 +257,10 @@ def _draw(frame: Frame, series: Series, y_text: Callable[[float], str]) -> str:
     return out
 
 
-def _svg(frame: Frame, spoken: str, body: str) -> str:
+def _svg(frame: Frame, spoken: str, body: str, style: str = "") -> str:
+    kind = f' class="{style}"' if style else ""
     return (
-        f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{text(spoken)}">'
+        f'<svg{kind} viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{text(spoken)}">'
         f"<title>{text(spoken)}</title>{body}</svg>"
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+SHORTEST = 4  # steps of a run that prunes: B is 0 in the first, and what survives must train on
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -35,7 +37,7 @@ class Schedule:
             parameters: alive at the start.
             budget: alive at the end, at most.
         """
-        if parameters <= budget:
+        if parameters <= budget or total_steps < SHORTEST:
             return cls(total_steps, (), ())
         begin = min(round(start * total_steps), total_steps - 1)
         length = max(1, round(end * total_steps) - begin)
@@ -57,6 +59,8 @@ class Schedule:
             events: number of events, or "auto": one for each 5 steps, at most 14, at least 1.
             budget: a floor for what is alive after the last one; the others as in `plan`.
         """
+        if total_steps < SHORTEST:
+            return cls(total_steps, (), ())
         begin = min(round(start * total_steps), total_steps - 1)
         length = max(1, round(end * total_steps) - begin)
         count = max(1, min(14, length // 5)) if events == "auto" else max(1, min(int(events), length))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dynlora_cli.errors import DataError
 from dynlora_cli.tokens import Example
+from dynlora_cli.units import counted
 
 # Why rows are dropped; `advice_for` knows them again.
 LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "have an empty text or answer"
@@ -28,7 +29,7 @@ class Kept:
 
 def reasons_of(lost: Counter[str]) -> list[str]:
     """How many rows were dropped for each reason, the most frequent first."""
-    return [f"{count} rows {reason}" for reason, count in lost.most_common()] or ["all rows are held out"]
+    return [f"{counted(count, 'row')} {reason}" for reason, count in lost.most_common()] or ["all rows are held out"]
 
 
 def advice_for(reasons: str, limit: int) -> str:

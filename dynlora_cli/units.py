@@ -17,6 +17,11 @@ def count(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
+def counted(value: float | None, thing: str) -> str:
+    """A whole number of things: `1 step`, `42,061 steps`."""
+    return f"{count(value)} {thing}{'' if value == 1 else 's'}"
+
+
 def short(value: float | None) -> str:
     """A count in three digits or so: `512`, `9,408`, `12.3 k`, `4.1 M`, `7.0 B`."""
     if value is None or not math.isfinite(value):

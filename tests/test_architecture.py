@@ -74,7 +74,7 @@ SPINE = {
         brake
         chat_mask chat_template chat_turns checkpoint columns components covariances
         directions dora
-        experts
+        examples experts
         fingerprint fused_linear
         gauge gradients heads
         hira

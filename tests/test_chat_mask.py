@@ -11,8 +11,9 @@ import pytest
 from data_helpers import BARE, CHATML, FIXTURES, LLAMA3, MISTRAL, ROLE_TOKENS, THINKING, byte_tokenizer, dataset, source
 from data_helpers import space_tokenizer as make_space_tokenizer
 
-from dynlora_cli.data import load_data, show_example
+from dynlora_cli.data import load_data
 from dynlora_cli.errors import DataError
+from dynlora_cli.examples import show_example
 from dynlora_cli.formats._forms import BadRowError
 from dynlora_cli.formats.chat import to_example
 

@@ -14,8 +14,9 @@ from tiny_run import train
 
 from dynlora_cli import chat_template, evaluate
 from dynlora_cli.chat_template import Writing
-from dynlora_cli.data import Data, load_data, show_example
+from dynlora_cli.data import Data, load_data
 from dynlora_cli.errors import DataError, Interrupted
+from dynlora_cli.examples import show_example
 from dynlora_cli.recipe import load_recipe
 
 DATED = "<|im_start|>system\nToday: {{ strftime_now('%d %b %Y %H:%M') }}<|im_end|>\n" + CHATML

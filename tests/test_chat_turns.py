@@ -15,8 +15,9 @@ from tiny_run import make_recipe, train
 
 from dynlora_cli import evaluate
 from dynlora_cli.chat_template import Writing
-from dynlora_cli.data import Data, load_data, show_example
+from dynlora_cli.data import Data, load_data
 from dynlora_cli.errors import DataError, Interrupted, RecipeError
+from dynlora_cli.examples import show_example
 from dynlora_cli.recipe import load_recipe
 
 PAIR = {"prompt": "what is a fox ", "completion": " a quick dog"}

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from data_helpers import CHATML, byte_tokenizer, dataset, source
 
-from dynlora_cli.data import Data, load_data, show_example
+from dynlora_cli.data import Data, load_data
 from dynlora_cli.errors import DataError
+from dynlora_cli.examples import show_example
 
 CALLS = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}CALL{% endfor %}")
 PAIR = {"prompt": "a\n", "completion": "b"}

@@ -80,10 +80,10 @@ def test_plain_lines_are_exact() -> None:
         "  steps        400 · 1 epoch",
         "  output       out/demo",
         "note: format is chat",
-        "step  120/400  loss 2.1043  held-out -       lr 1.8e-04   5,120 tok/s  components  512/1344  12.3 s",
+        "step  120/400  loss 2.1043  held-out -                lr 1.8e-04   5,120 tok/s  components  512/1344  12.3 s",
         "eval  120/400  held-out 2.2000  accuracy 93.4 %  best  1.0 s",
         "prune 120/400  components 512 -> 486  parameters 90.0 k, budget 62.5 k  loss +0.0031  predicted +0.0020",
-        "step  130/400  loss 2.1043  held-out 2.2000  lr 1.8e-04   5,120 tok/s  components  512/1344  12.3 s",
+        "step  130/400  loss 2.1043  held-out 2.2000 (at 120)  lr 1.8e-04   5,120 tok/s  components  512/1344  12.3 s",
         "saved 120/400  out/demo/checkpoints/step-120",
         "warning: 3 rows were cut",
     ]
@@ -108,7 +108,7 @@ def test_a_missing_number_is_a_dash() -> None:
         "  data         - rows to train, - held out",
         "  parameters   -",
         "  steps        9",
-        "step  3/9  loss -  held-out -       lr -       - tok/s  components -/-  -",
+        "step  3/9  loss -  held-out -              lr -       - tok/s  components -/-  -",
     ]
 
 
@@ -222,8 +222,7 @@ def test_the_example_marks_what_counts_in_the_loss() -> None:
     Console(pipe).show_example(pieces)
     assert pipe.getvalue() == "\none example; ⟦this⟧ counts in the loss\n  <user>Hi␛[2J\n  ⟦Hello.</s>⟧\n\n"
     Console(window, width=80).show_example(pieces)
-    assert "⟦" not in window.getvalue()
-    assert "\x1b[1;36mHello.</s>" in window.getvalue()
+    assert "\x1b[1;36m⟦Hello.</s>⟧" in window.getvalue()  # for those who see no colours
 
 
 def test_a_long_piece_keeps_both_its_ends() -> None:

@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 from data_helpers import CHATML, FIXTURES, byte_tokenizer, dataset, source, space_tokenizer
 
-from dynlora_cli.data import Data, load_data, show_example
+from dynlora_cli.data import Data, load_data
 from dynlora_cli.errors import DataError, MachineError, UsageError
+from dynlora_cli.examples import show_example
 
 PAIRS = FIXTURES / "completion.jsonl"
 

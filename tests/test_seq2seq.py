@@ -16,9 +16,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5
 
 from dynlora_cli import evaluate, prune
 from dynlora_cli.batches import Batches
-from dynlora_cli.data import Data, load_data, show_example
+from dynlora_cli.data import Data, load_data
 from dynlora_cli.dry_run import plan as plan_run
 from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.examples import show_example
 from dynlora_cli.generation import find_prompts, generate
 from dynlora_cli.loss import held_out, row_sums, summed_loss
 from dynlora_cli.recipe import parse_budget

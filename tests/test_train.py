@@ -281,6 +281,7 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     (written,) = {
         path.parent for path in (tmp_path / "out").rglob("events.out.tfevents.*") if "train/loss" in scalars(path)
     }
+    assert written.is_relative_to(tmp_path / "out" / "tensorboard")
     reader = EventAccumulator(str(written)).Reload()
     told = [event.value for event in reader.Scalars("train/loss")]
     expected = [line["loss"] for line in lines(tmp_path / "out" / "metrics.jsonl") if line["event"] == "train"]
