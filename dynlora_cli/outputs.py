@@ -27,6 +27,7 @@ from dynlora_cli.peft_types import ends_in, taken_for_experts
 from dynlora_cli.recipe import to_yaml
 from dynlora_cli.report import write_card, write_report
 from dynlora_cli.state import Run
+from dynlora_cli.units import counted
 from dynlora_cli.whole_files import remove, sync, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ def _now() -> str:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _peak_memory(device: torch.device) -> int:
