@@ -32,9 +32,9 @@ from dynlora_cli.stream import streamed
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
 ABSENT = f"{NOT_CHECKED}: PEFT is not installed"
-# Of the logits' spread. In 16 or fewer bits, layers in another order of operations are a few hundredths apart.
+# Of the logits' spread. In 16 or fewer bits another order of operations is some hundredths apart; routers may differ.
 TOLERANCE = {torch.float32: 1e-3}
-ROUGH = 0.05
+ROUGH = 0.1
 
 
 def read_back(

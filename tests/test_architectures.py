@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import sweep_architectures as sweep
 import torch
 import transformers
 from numeric import assert_close_to_truth, in_double, rounding
 from packaging.version import Version
-from sweep_architectures import STEPS, try_type
+from sweep_architectures import STEPS, TYPES, try_type
 from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, SEQ2SEQ, write_model
 from tiny_run import make_recipe, train, write_rows
@@ -99,6 +102,26 @@ def test_stock_peft_reads_what_was_trained(kind, task, tmp_path):
     result = try_type(tmp_path, kind, task)
     assert {step: result.get(step) for step in STEPS} == dict.fromkeys(STEPS, "ok"), result
     assert result["moved"] > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TYPES)
+def test_what_works_in_the_table_still_does(task, tmp_path):
+    command = [sys.executable, sweep.__file__, "--task", task, "--results", tmp_path / "results.jsonl"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    now = {line["type"]: line for line in sweep.read_results(tmp_path / "results.jsonl")}
+    before = {line["type"]: line for line in sweep.read_results(sweep.RESULTS) if line["task"] == task}
+    assert before
+    worse = {
+        kind: {step: now[kind].get(step) for step in line if line[step] == "ok" and now[kind].get(step) != "ok"}
+        for kind, line in before.items()
+        if kind in now  # another version of transformers may have others
+    }
+    assert not {kind: steps for kind, steps in worse.items() if steps}
+
+
+def test_the_table_is_that_of_the_results():
+    assert sweep.table(sweep.read_results(sweep.RESULTS)) == sweep.TABLE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("variant", ["hira", "vera"])
