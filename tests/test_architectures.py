@@ -104,7 +104,7 @@ def test_stock_peft_reads_what_was_trained(kind, task, tmp_path):
     assert result["moved"] > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("task", TYPES)
 def test_what_works_in_the_table_still_does(task, tmp_path):
     command = [sys.executable, sweep.__file__, "--task", task, "--results", tmp_path / "results.jsonl"]
