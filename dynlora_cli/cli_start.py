@@ -44,7 +44,8 @@ def _columns(text: str) -> dict[str, str]:
         ours, equals, theirs = (word.strip() for word in part.partition("="))
         if not (ours and equals and theirs):
             raise UsageError(
-                f"--columns {text}: {part!r} is not OURS=THEIRS", "such as prompt=question,completion=answer"
+                f"--columns {text}: {part!r} is not OURS=THEIRS",
+                f"such as {ours or 'prompt'}=NAME, where NAME is a column of the data; commas go between several",
             )
         named[ours] = theirs
     return named

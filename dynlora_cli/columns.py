@@ -7,8 +7,9 @@ learned: a run that leaves such a column aside in silence learns something else 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -162,3 +163,62 @@ def _short(text: str) -> str:
     """Other people's text for a line of ours: printable, and not long."""
     shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
     return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+# -- names that others use -------------------------------------------------------------------------------------------
+
+_PAIRED = "question answer, query response, input output, instruction response, problem solution, prompt response"
+_ASKS = ("question", "query", "prompt", "instruction", "problem", "input", "user", "source")
+_ANSWERS = ("answer", "response", "output", "completion", "reply", "solution", "assistant", "target")
+_TALKS = ("conversation", "dialogue", "dialog", "turns", "chat")
+_TEXTS = ("sentence", "content", "review", "comment", "body", "document", "article", "passage")
+_CLASSES = ("label", "labels", "class", "category", "sentiment", "intent")
+
+
+def guessed(row: Mapping[str, Any], task: str) -> dict[str, str]:
+    """Our names to a row's, where its columns have names that others use for the same; empty where they have not.
+
+    Args:
+        row: no format fits its columns as they are.
+        task: what the model is trained to do.
+    """
+    named = {name.casefold(): name for name in row}
+    if task == "sequence-classification":
+        text, label = _first(("text", *_TEXTS), named), _first(_CLASSES, named)
+        return {"text": named[text], "label": named[label]} if text and label else {}
+    ordered = [*(tuple(pair.split()) for pair in _PAIRED.split(", ")), *itertools.product(_ASKS, _ANSWERS)]
+    for asks, answers in ordered:
+        if asks in named and answers in named:
+            return _asked(named, asks, answers)
+    talk = _first(_TALKS, named) if task == "causal-lm" else None
+    if talk and isinstance(row[named[talk]], list):
+        return {"messages": named[talk]}
+    text = _first(("text", *_TEXTS), named) if task == "causal-lm" else None
+    return {"text": named[text]} if text else {}
+
+
+def _asked(named: Mapping[str, str], asks: str, answers: str) -> dict[str, str]:
+    """A question and its answer: a prompt and a completion, or an instruction where more than these is to be read."""
+    context = "context" if "context" in named and "input" not in named else "input"
+    more = {"input": context, "system": "system", "history": "history"}
+    if asks == "instruction" or (asks != "input" and any(theirs in named for theirs in more.values())):
+        wanted = {"instruction": asks, "output": answers} | more
+    else:
+        wanted = {"prompt": asks, "completion": answers}
+    there = {ours: named[theirs] for ours, theirs in wanted.items() if theirs in named}
+    return {ours: theirs for ours, theirs in there.items() if ours != theirs}
+
+
+def example_for(row: Mapping[str, Any], task: str) -> dict[str, str]:
+    """Our names to some of a row's, to show how columns are named; empty where the row has no text."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and value and name]
+    if found := guessed(row, task):
+        return found
+    if task == "causal-lm" and len(texts) == 1:
+        return {"text": texts[0]}
+    ours = ("text", "label") if task == "sequence-classification" else ("prompt", "completion")
+    return dict(zip(ours, texts, strict=False)) if len(texts) > 1 else {}
+
+
+def _first(names: Iterable[str], there: Mapping[str, str]) -> str | None:
+    return next((name for name in names if name in there), None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from dynlora_cli import drawers
 from dynlora_cli.chat_template import Writing, date_note, on_date, read_template, template_name
 from dynlora_cli.chat_turns import as_turns
-from dynlora_cli.columns import Account
+from dynlora_cli.columns import Account, example_for
 from dynlora_cli.errors import DataError
 from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
@@ -190,7 +190,7 @@ def _read(reader: _Reader, sources: Sequence[Source], *, held_out: bool) -> tupl
 
 def _drafts(reader: _Reader, source: Source, table: Table, account: Account) -> Iterator[tuple[str, Draft]]:
     """Tokens of a table's rows, tokenised a thousand at a time."""
-    rows = ((place, _renamed(row, source.columns, place)) for place, row in table.read())
+    rows = ((place, renamed(row, source.columns, place)) for place, row in table.read())
     place, first = next(rows)  # a table without rows has raised
     form = _format(reader, source, table, place, first, account)
     if table.whole_text:
@@ -201,8 +201,8 @@ def _drafts(reader: _Reader, source: Source, table: Table, account: Account) -> 
         return
     opening = [(place, first), *itertools.islice(rows, _CHUNK - 1)]
     has_template = _as_turns(reader, table, form, [row for _, row in opening])
-    located = (_located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
-    while batch := list(itertools.islice(located, _CHUNK)):
+    read = (located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
+    while batch := [_apart(reader, form, row) for row in itertools.islice(read, _CHUNK)]:
         drafts = reader.encoder.encode(batch)
         yield from zip((row.place for row in batch), drafts, strict=True)
         reader.forms.add(type(batch[0].form).__name__)
@@ -213,7 +213,7 @@ def _as_turns(reader: _Reader, table: Table, form: ModuleType, opening: list[Row
     """Whether the rows of a table become turns; kept for the record."""
     if reader.task != CAUSAL:
         return False
-    chat, recorded, name = reader.dataset.chat, reader.writing.turned, _name(form)
+    chat, recorded, name = reader.dataset.chat, reader.writing.turned, name_of(form)
     turns, note = as_turns(reader.tokenizer, chat, name, opening, recorded)
     if note:
         reader.notes.append(f"{table.name}: {note}")
@@ -222,8 +222,12 @@ def _as_turns(reader: _Reader, table: Table, form: ModuleType, opening: list[Row
     return turns
 
 
-def _renamed(row: Row, columns: dict[str, str], place: str) -> Row:
-    """The row under our column names; `columns` maps ours to theirs."""
+def renamed(row: Row, columns: dict[str, str], place: str) -> Row:
+    """The row under our column names; `columns` maps ours to theirs.
+
+    Raises:
+        DataError: it lacks one of them.
+    """
     missing = [theirs for theirs in columns.values() if theirs not in row]
     if missing:
         raise DataError(
@@ -232,18 +236,24 @@ def _renamed(row: Row, columns: dict[str, str], place: str) -> Row:
     return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _located(form: ModuleType, place: str, row: Row, has_template: bool, account: Account) -> Located:
+def located(form: ModuleType, place: str, row: Row, has_template: bool, account: Account) -> Located:
+    """A row in its neutral form; with a template, one that can be turns is.
+
+    Raises:
+        DataError: it does not fit the format, or has a column that may not be left aside.
+    """
     account.enter(place, row, form)
     try:
         example = form.to_example(row, has_template=has_template)
         refuse_half_characters([getattr(example, field.name) for field in fields(example)])
         return Located(place, example)
     except BadRowError as error:
-        hint = f"columns found: {', '.join(map(str, row))}; a {_name(form)} row has {form.COLUMNS}"
+        hint = f"columns found: {', '.join(map(str, row))}; a {name_of(form)} row has {form.COLUMNS}"
         raise DataError(f"{place}: {error}", hint) from error
 
 
-def _name(form: ModuleType) -> str:
+def name_of(form: ModuleType) -> str:
+    """A format's name in a recipe."""
     return form.__name__.rpartition(".")[2]
 
 
@@ -259,13 +269,16 @@ def _format(reader: _Reader, source: Source, table: Table, place: str, row: Row,
     fitting = fitting_formats(reader.task, columns)
     if not fitting:
         account.enter(place, row, None)
-        lines = "\n".join(f"  {_name(form)}: {form.COLUMNS}" for form in _serving(reader.task))
+        lines = "\n".join(f"  {name_of(form)}: {form.COLUMNS}" for form in _serving(reader.task))
+        named = ", ".join(f"{ours}: {theirs}" for ours, theirs in example_for(row, reader.task).items())
         raise DataError(
             f"{place}: no format fits the columns {', '.join(sorted(columns))}; for {reader.task} there are\n{lines}",
-            "rename them in the recipe, ours to theirs, such as `columns: {prompt: question, completion: answer}`",
+            f"rename them in the recipe, ours to theirs, such as `columns: {{{named}}}`"
+            if named
+            else "give the rows the columns of one of them",
         )
-    others = [_name(form) for form in fitting[1:]]
-    note = f"{table.name}: format {_name(fitting[0])}, chosen by its columns"
+    others = [name_of(form) for form in fitting[1:]]
+    note = f"{table.name}: format {name_of(fitting[0])}, chosen by its columns"
     note += f" ({', '.join(others)} would fit too)" if others else ""
     reader.notes.append(note)
     return fitting[0]
@@ -294,17 +307,18 @@ def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
             "dataset.train_on: all trains every turn that is not marked otherwise"
         )
     pairs = [row.form for row in batch if isinstance(row.form, Pair)]
-    if not reader.encoder.decoded and any(_runs_on(pair) for pair in pairs):
+    if not reader.encoder.decoded and any(pair.runs_on for pair in pairs):
         reader.notes.append(
             f"{table.name}: some completions follow their prompt with nothing between the two; "
-            "end prompts with a space or a newline if that is not meant"
+            "end prompts with a space or a newline if that is not meant, or set dataset.separator"
         )
 
 
-def _runs_on(pair: Pair) -> bool:
-    """Whether a word of the completion follows the prompt without a space (scripts that use spaces)."""
-    start = pair.completion[:1]
-    return bool(pair.prompt) and not pair.prompt[-1].isspace() and start.isascii() and start.isalnum()
+def _apart(reader: _Reader, form: ModuleType, row: Located) -> Located:
+    """The row with `dataset.separator` behind its prompt, where that is bare text."""
+    if reader.task != CAUSAL or name_of(form) != "completion" or not isinstance(row.form, Pair):
+        return row
+    return Located(row.place, row.form.apart(reader.dataset.separator))
 
 
 def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:

@@ -58,6 +58,19 @@ def quantization_of(folder: Path) -> str | None:
     return str(stored.get("quant_method") or "unknown") if isinstance(stored, dict) else None
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a model folder comes with a chat template, found without loading it."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_object(config).get("chat_template"))
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether a model folder's config says that an encoder reads and a decoder writes."""
+    return read_object(folder / "config.json").get("is_encoder_decoder") is True
+
+
 def _refuse_unsafe(folder: Path) -> None:
     """Check that a model folder names nothing outside itself.
 

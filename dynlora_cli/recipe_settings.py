@@ -91,6 +91,8 @@ class Dataset(Section):
     """What happens to an example longer than `max_length`."""
     chat: bool | Literal["auto"] = "auto"
     """Completion and alpaca rows as turns of user and assistant; auto: where the model has a chat template."""
+    separator: str = ""
+    """Text behind a prompt of completion rows that stay bare text and that does not end in white space; "\\n", say."""
     chat_template: Text | None = None
     """A Jinja template or its file; null: the tokenizer's own."""
 

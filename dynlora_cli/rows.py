@@ -85,6 +85,42 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
     raise UsageError(f"dataset: no file or folder {source.path}{_nearest(path)}", "paths start at the current folder")
 
 
+def other_splits(source: Source) -> dict[str, list[Path]]:
+    """Files of the splits `val` and `test` that belong to local training rows: of their folder, or beside their file.
+
+    Beside `rows.jsonl` these are `rows_valid.jsonl` and the like, or else `valid.jsonl`, which names no set.
+    """
+    path = Path(source.path).expanduser()
+    found: dict[str, list[Path]] = {"val": [], "test": []}
+    if source.path.startswith("builtin:") or _split_of(Path(path.name)) in found:
+        return found
+    if path.is_dir():
+        files = {file: _split_of(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()}
+        files = {file: split for file, split in files.items() if not _is_hidden(file.relative_to(path))}
+    else:
+        files = {file: _split_of(Path(file.name)) for file in sorted(path.parent.iterdir()) if file.is_file()}
+    text = kind_of(path) in TEXT_SUFFIXES
+    for split, chosen in found.items():
+        chosen += [file for file, of in files.items() if of == split and kind_of(file) in READERS]
+        if path.is_dir():
+            found[split] = _tables_of(chosen) or [file for file in chosen if _is_text(file)]
+            continue
+        alike = [file for file in chosen if (kind_of(file) in TEXT_SUFFIXES) == text]
+        of_set = [file for file in alike if _set_of(file) == _set_of(path)]
+        found[split] = of_set or [file for file in alike if not _set_of(file)]
+    return found
+
+
+def _set_of(path: Path) -> list[str]:
+    """The words of a file's name that do not name a split."""
+    known = set().union(*_SPLIT_NAMES.values())
+    return [word for word in re.split(r"[\W_]+", path.stem.lower()) if word and word not in known]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def is_local(name: str) -> bool:
     """Whether a source is built in, a file or a folder, be it a missing one; anything else is a name on the hub."""
     path = Path(name).expanduser()
@@ -108,7 +144,7 @@ def _nearest(path: Path) -> str:
 def _files_of(folder: Path, split: str, notes: list[str]) -> list[Path]:
     """Data files of a folder: those of the split where file names tell splits, tables before texts."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    shown = [file for file in files if not _is_hidden(file.relative_to(folder))]
     chosen = _tables_of(shown) or [file for file in shown if _is_text(file)]
     if not chosen:
         there = f"it holds: {_listed(folder, shown)}; " if shown else "it is empty; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from dynlora_cli.errors import DataError
@@ -76,6 +76,18 @@ def note_shared(notes: list[str], train: list[Kept], val: list[Kept]) -> None:
         notes.append(f"{shared} of {len(val)} validation rows have a prompt that is also in the training rows")
 
 
+def classes_of(labels: Set[str | int | None]) -> list[str]:
+    """The classes of rows: whole numbers in their own order, then names in theirs.
+
+    Raises:
+        DataError: fewer than two.
+    """
+    found = sorted({_plain(label) for label in labels}, key=_place)
+    if len(found) < 2:
+        raise DataError(f"dataset.train: a classifier needs two classes, found {', '.join(found) or 'none'}")
+    return found
+
+
 def class_names(rows: list[Kept], num_labels: int | None, own: list[str] | None, notes: list[str]) -> list[str]:
     """Names of the classes, in the order of the model's outputs.
 
@@ -91,9 +103,7 @@ def class_names(rows: list[Kept], num_labels: int | None, own: list[str] | None,
     Raises:
         DataError: fewer than two classes, or not as many as the recipe announces.
     """
-    found = sorted({_plain(row.label) for row in rows}, key=_place)
-    if len(found) < 2:
-        raise DataError(f"dataset.train: a classifier needs two classes, found {', '.join(found) or 'none'}")
+    found = classes_of({row.label for row in rows})
     theirs = f"the {len(found)} classes of the rows ({_listed(found)})"
     kept = _kept_classes(found, num_labels, own or [])
     if own and kept and len(found) < len(own):

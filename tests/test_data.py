@@ -63,6 +63,16 @@ def test_no_token_crosses_from_prompt_to_completion(tmp_path: Path) -> None:
     assert any("nothing between the two" in note for note in data.notes)
 
 
+def test_a_separator_keeps_bare_prompts_and_answers_apart(tmp_path: Path) -> None:
+    rows = [{"prompt": "the c", "completion": "at"}, {"prompt": "the d\n", "completion": "og"}]
+    bare, templated = byte_tokenizer(), byte_tokenizer(CHATML)
+    data = load(dataset(lines(tmp_path / "a.jsonl", *rows), separator="\n"), bare)
+    assert [show_example(example, bare)[0] for example in data.train] == [("<s>the c\n", False), ("<s>the d\n", False)]
+    assert not any("nothing between the two" in note for note in data.notes)
+    turns = load(dataset(lines(tmp_path / "a.jsonl", *rows), separator="|"), templated)
+    assert not any("|" in templated.decode(e.input_ids).replace("<|", "").replace("|>", "") for e in turns.train)
+
+
 def test_alpaca_uses_the_chat_template_or_the_classic_prompt() -> None:
     templated, bare = byte_tokenizer(CHATML), byte_tokenizer()
     question = show_example(load(dataset(FIXTURES / "alpaca.json"), templated).train[1], templated)

@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 from cli_helpers import Dynlora
 
+import dynlora_cli
 from dynlora_cli.recipe import load_recipe
 
 ROWS = {
     "completion": [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "2 + 2 =", "completion": " 4"}],
-    "chat": [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}],
+    "chat": [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 2,
     "classification": [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}],
-    "text": [{"text": "once upon a time"}],
-    "alpaca": [{"instruction": "say", "input": "", "output": "no"}],
+    "text": [{"text": "once upon a time"}, {"text": "there was"}],
+    "alpaca": [{"instruction": "say", "input": "", "output": "no"}] * 2,
 }
+TINY = Path(dynlora_cli.__file__).parent / "assets" / "builtin_tiny"
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +61,138 @@ def test_the_rows_decide(form: str, dynlora: Dynlora):
     assert (recipe.dataset.train[0].path, recipe.output_dir) == ("rows.jsonl", "out/my")
 
 
+def base_without_template() -> str:
+    shutil.copytree(TINY, "base", ignore=shutil.ignore_patterns("*.jinja"))
+    return "base"
+
+
 def test_columns_of_other_names(dynlora: Dynlora):
-    write_rows("rows.jsonl", [{"question: long": "1 + 1 =", "answer": "2"}] * 30)
+    write_rows("rows.jsonl", [{"question: long": "1 + 1 =", "it": "2"}] * 30)
     refused = dynlora("init", "rows.jsonl")
     assert (refused.code, list(Path().iterdir())) == (2, [Path("rows.jsonl")])
-    assert "rows.jsonl:1: the columns answer, question: long fit no format" in refused.err
-    assert "--columns prompt=question,completion=answer" in refused.err
-    assert dynlora("init", "rows.jsonl", "--columns", "prompt=question: long, completion=answer").code == 0
-    assert load_recipe(Path("recipe.yaml")).dataset.train[0].columns == {
-        "prompt": "question: long",
-        "completion": "answer",
-    }
+    assert "rows.jsonl:1: the columns it, question: long fit no format" in refused.err
+    assert "--columns 'prompt=question: long,completion=it'" in refused.err
+    assert dynlora("init", "rows.jsonl", "--columns", "prompt=question: long, completion=it").code == 0
+    assert load_recipe(Path("recipe.yaml")).dataset.train[0].columns == {"prompt": "question: long", "completion": "it"}
     assert "1 + 1 =" in dynlora("train", "recipe.yaml", "--dry-run").err
+
+
+KNOWN = {
+    "question answer": ("completion", {"prompt": "question", "completion": "answer"}),
+    "Question Answer": ("completion", {"prompt": "Question", "completion": "Answer"}),
+    "query response": ("completion", {"prompt": "query", "completion": "response"}),
+    "input output": ("completion", {"prompt": "input", "completion": "output"}),
+    "prompt response": ("completion", {"completion": "response"}),
+    "answer problem solution": ("completion", {"prompt": "problem", "completion": "solution"}),
+    "instruction response": ("alpaca", {"output": "response"}),
+    "instruction context response": ("alpaca", {"output": "response", "input": "context"}),
+    "context question answer": ("alpaca", {"instruction": "question", "output": "answer", "input": "context"}),
+    "system query response": ("alpaca", {"instruction": "query", "output": "response"}),
+    "content": ("text", {"text": "content"}),
+    "review sentiment": ("classification", {"text": "review", "label": "sentiment"}),
+}
+
+
+@pytest.mark.parametrize("names", KNOWN)
+def test_names_that_others_use_are_known_and_said(names: str, dynlora: Dynlora):
+    form, columns = KNOWN[names]
+    write_rows("rows.jsonl", [{name: f"{name} {number}" for name in names.split()} for number in range(4)])
+    answer = dynlora("init", "rows.jsonl", "--json")
+    assert (answer.code, answer.json["format"], answer.json["columns"]) == (0, form, columns), answer.err
+    assert "columns known by their names" in answer.err
+    assert load_recipe(Path("recipe.yaml")).dataset.train[0].columns == columns
+    assert dynlora("train", "recipe.yaml", "--dry-run").code == 0
+
+
+QUESTION = {"prompt": "1 + 1 =", "completion": "2"}
+BAD = {
+    "a number": ([QUESTION, QUESTION | {"completion": 4}], "rows.jsonl:2: column 'completion' is of type int"),
+    "a missing column": ([QUESTION, {"prompt": "2"}], "rows.jsonl:2: column 'completion' is missing"),
+    "a missing column of another name": ([{"question": "a", "answer": "b"}, {"question": "c"}], "no column 'answer'"),
+    "a weight": ([QUESTION, QUESTION | {"weight": 0.5}], "column 'weight' (0.5 here) weighs rows"),
+    "a preference": ([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2, "is one of a preference pair"),
+    "one row": ([QUESTION], "one row is all there is"),
+    "one class": ([{"text": "a", "label": "b"}, {"text": "c", "label": "b"}], "a classifier needs two classes"),
+    "a message without a role": ([{"messages": [{"content": "a"}]}] * 2, "message 1 has no role"),
+    "no text": ([{"a": 1, "b": 2}] * 2, "none of them holds a text"),
+    "two texts": ([{"a": "x", "b": "y"}] * 2, "--columns prompt=a,completion=b"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_train_refuses_is_refused_here(case: str, dynlora: Dynlora):
+    rows, message = BAD[case]
+    write_rows("rows.jsonl", rows)
+    answer = dynlora("init", "rows.jsonl")
+    assert (answer.code, Path("recipe.yaml").exists()) == (2, False)
+    assert message in answer.err
+
+
+def test_what_is_not_read_is_named(dynlora: Dynlora):
+    write_rows("rows.jsonl", [QUESTION | {"topic": "sums"}, QUESTION])
+    assert "columns that are not read: topic" in dynlora("init", "rows.jsonl").err
+
+
+def test_bare_text_that_would_run_together_gets_a_newline_between(dynlora: Dynlora):
+    rows = [{"question": f"{number} + 1 =", "answer": f"{number + 1}"} for number in range(30)]
+    write_rows("rows.jsonl", rows)
+    assert dynlora("init", "rows.jsonl").code == 0
+    assert load_recipe(Path("recipe.yaml")).dataset.separator == "", "the built-in model makes turns of them"
+    answer = dynlora("init", "rows.jsonl", "--model", base_without_template(), "--overwrite")
+    assert "would run together" in answer.err
+    assert load_recipe(Path("recipe.yaml")).dataset.separator == "\n"
+    tried = dynlora("train", "recipe.yaml", "--dry-run")
+    assert (tried.code, "nothing between the two" in tried.err) == (0, False)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "1 =\n", "completion": "2"}, {"prompt": "1 =", "completion": " 2"}])
+def test_bare_text_that_does_not_run_together_is_left_as_it_is(row: dict[str, str], dynlora: Dynlora):
+    write_rows("rows.jsonl", [row] * 3)
+    assert dynlora("init", "rows.jsonl", "--model", base_without_template()).code == 0
+    assert "separator" not in Path("recipe.yaml").read_text()
+
+
+def test_conversations_need_a_base_with_a_template(dynlora: Dynlora):
+    write_rows("rows.jsonl", ROWS["chat"])
+    answer = dynlora("init", "rows.jsonl", "--model", base_without_template())
+    assert (answer.code, Path("recipe.yaml").exists()) == (2, False)
+    assert "conversations need a chat template" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("data", "val", "test"),
+    [
+        ("train.jsonl", "valid.jsonl", "test.jsonl"),
+        ("sums.jsonl", "sums-dev.jsonl", "sums_test.jsonl"),
+        ("d/train.jsonl", "d/validation.jsonl", "d/test.jsonl"),
+        ("d", "d/validation.jsonl", "d/test.jsonl"),
+    ],
+)
+def test_files_of_other_splits_go_where_they_belong(data: str, val: str, test: str, dynlora: Dynlora):
+    for name in ("d/train.jsonl" if data == "d" else data, val, test, "other_valid.jsonl"):
+        write_rows(name, [{"question": f"{name} {number}", "answer": f"{number}"} for number in range(4)])
+    answer = dynlora("init", data, "--json")
+    assert (answer.code, answer.json["val"], answer.json["test"], answer.json["rows"]) == (0, [val], [test], 4)
+    dataset = load_recipe(Path("recipe.yaml")).dataset
+    assert [(source.path, source.columns) for source in dataset.val] == [(val, dataset.train[0].columns)]
+    assert f"--data {test}" in Path("recipe.yaml").read_text()
+    tried = dynlora("train", "recipe.yaml", "--dry-run")
+    assert tried.code == 0
+
+
+def test_a_file_of_another_split_that_does_not_fit_is_named(dynlora: Dynlora):
+    write_rows("train.jsonl", [QUESTION] * 3)
+    write_rows("valid.jsonl", [{"text": "once"}])
+    answer = dynlora("init", "train.jsonl", "--json")
+    assert (answer.code, answer.json["val"]) == (0, [])
+    assert "valid.jsonl is left aside: valid.jsonl:1: its columns are not those of completion rows" in answer.err
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_the_smallest_rows_pass_a_dry_run(form: str, dynlora: Dynlora):
+    write_rows("rows.jsonl", ROWS[form])
+    assert dynlora("init", "rows.jsonl").code == 0
+    assert dynlora("train", "recipe.yaml", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize("name", ["my rows.jsonl", "a#b: 'c'.jsonl", "007.jsonl", "größe \u2028.jsonl", "no.jsonl"])

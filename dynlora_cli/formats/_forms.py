@@ -31,6 +31,16 @@ class Pair:
     prompt: str
     completion: str
 
+    @property
+    def runs_on(self) -> bool:
+        """Whether a word of the completion follows the prompt without a space (scripts that use spaces)."""
+        start = self.completion[:1]
+        return bool(self.prompt) and not self.prompt[-1].isspace() and start.isascii() and start.isalnum()
+
+    def apart(self, separator: str) -> Pair:
+        """The pair with a separator behind its prompt, unless that ends in white space already."""
+        return self if self.prompt[-1:].isspace() else Pair(self.prompt + separator, self.completion)
+
 
 @dataclass(frozen=True, slots=True)
 class Plain:
