@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dynlora_cli.report_card import model_card
 from dynlora_cli.report_html import report_page
-from dynlora_cli.report_log import RunLog, RunRecord, layer_grid, read_run, write_file
+from dynlora_cli.report_log import RunLog, RunRecord, layer_grid, read_run
+from dynlora_cli.whole_files import write_text
 
 __all__ = ["RunLog", "RunRecord", "layer_grid", "read_run", "write_card", "write_report"]
 
@@ -23,7 +24,9 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         UsageError: the folder holds no record of a run.
     """
-    return write_file(Path(folder) / "report.html", report_page(read_run(folder)))
+    path = Path(folder) / "report.html"
+    write_text(path, report_page(read_run(folder)))
+    return path
 
 
 def write_card(folder: str | Path) -> Path:
@@ -32,4 +35,6 @@ def write_card(folder: str | Path) -> Path:
     Raises:
         UsageError: the folder holds no record of a run.
     """
-    return write_file(Path(folder) / "README.md", model_card(read_run(folder)))
+    path = Path(folder) / "README.md"
+    write_text(path, model_card(read_run(folder)))
+    return path

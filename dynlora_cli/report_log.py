@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.whole_files import write_text
 
 METRICS = "metrics.jsonl"
 RANK_EVENTS = "rank_events.jsonl"
@@ -183,14 +184,6 @@ def shade(rank: float, start: float) -> float:
     return min(1.0, max(0.0, rank / start) ** 0.6) if start > 0 else 0.0
 
 
-def write_file(path: Path, text: str) -> Path:
-    """Writes beside the final name, then renames into place."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-    return path
-
-
 def _strict(value: Any) -> Any:
     """The value with every NaN and infinity replaced by None, which strict JSON can hold."""
     if isinstance(value, float):
@@ -230,7 +223,7 @@ def _trim(path: Path, last_step: int | None) -> None:
     if path.is_file():
         events = _read_lines(path)
         kept = [event for event in events if last_step is None or event["step"] <= last_step]
-        write_file(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
+        write_text(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
