@@ -172,6 +172,7 @@ _ASKS = ("question", "query", "prompt", "instruction", "problem", "input", "user
 _ANSWERS = ("answer", "response", "output", "completion", "reply", "solution", "assistant", "target")
 _TALKS = ("conversation", "dialogue", "dialog", "turns", "chat")
 _TEXTS = ("sentence", "content", "review", "comment", "body", "document", "article", "passage")
+_COMPARED = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 _CLASSES = ("label", "labels", "class", "category", "sentiment", "intent")
 
 
@@ -184,8 +185,12 @@ def guessed(row: Mapping[str, Any], task: str) -> dict[str, str]:
     """
     named = {name.casefold(): name for name in row}
     if task == "sequence-classification":
-        text, label = _first(("text", *_TEXTS), named), _first(_CLASSES, named)
-        return {"text": named[text], "label": named[label]} if text and label else {}
+        label = named.get(_first(_CLASSES, named) or "")
+        pair = next((pair for pair in _COMPARED if named.keys() >= set(pair)), None)
+        text = pair[0] if pair else _first(("text", *_TEXTS), named)
+        if not text or not label:
+            return {}
+        return {"text": named[text], "label": label} | ({"text_pair": named[pair[1]]} if pair else {})
     ordered = [*(tuple(pair.split()) for pair in _PAIRED.split(", ")), *itertools.product(_ASKS, _ANSWERS)]
     for asks, answers in ordered:
         if asks in named and answers in named:

@@ -90,6 +90,7 @@ class _Reader:
     forms: set[str] = field(default_factory=set)
     lost: dict[bool, Counter[str]] = field(default_factory=lambda: {False: Counter(), True: Counter()})  # held out
     turned: dict[str, set[bool]] = field(default_factory=dict)
+    set_apart: bool = False  # rows have `dataset.separator` in them
 
 
 def load_data(
@@ -149,6 +150,8 @@ def load_data(
         number_labels(train + val + sizing_rows, labels, reader.notes)
     counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
     _check_supervised(counts, reader)
+    if dataset.separator and not reader.set_apart:
+        reader.notes.append("dataset.separator is not used: no row has bare text as its prompt, without a space behind")
     reader.notes += encoder.notes(template_name(dataset.chat_template))
     if Turns.__name__ in reader.forms and (note := date_note(tokenizer.chat_template, reader.writing.moment)):
         reader.notes.append(note)
@@ -318,7 +321,9 @@ def _apart(reader: _Reader, form: ModuleType, row: Located) -> Located:
     """The row with `dataset.separator` behind its prompt, where that is bare text."""
     if reader.task != CAUSAL or name_of(form) != "completion" or not isinstance(row.form, Pair):
         return row
-    return Located(row.place, row.form.apart(reader.dataset.separator))
+    apart = row.form.apart(reader.dataset.separator)
+    reader.set_apart |= apart != row.form
+    return Located(row.place, apart)
 
 
 def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:

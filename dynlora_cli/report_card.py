@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,9 @@ def _elsewhere(record: RunRecord) -> str:
 def _asking(info: dict[str, Any]) -> str:
     """In which form the model learned to be asked, where it knows two."""
     turned = (info.get("data") or {}).get("turned")
+    separator = ((info.get("recipe") or {}).get("dataset") or {}).get("separator")
+    if separator and not (isinstance(turned, dict) and any(turned.values())):
+        return f"\n\nAsk it with bare text, and {_code(json.dumps(separator))} behind each prompt: so it was trained."
     if not isinstance(turned, dict) or not turned:
         return ""
     if any(turned.values()):

@@ -41,7 +41,7 @@ model:
 {task}  # load_in_4bit: true            # QLoRA: the base in a quarter of bf16's memory
 dataset:
   train: [{source}]
-{held_out}  max_length: 1024                # tokens; what is longer is cut, and counted
+{held_out}  max_length: {length:<4}                # tokens; what is longer is cut, and counted
 {chat}{separator}rank:
   budget: 8                       # average rank when training is done | 0.5 of the start | 2M parameters | auto
 train:
@@ -54,6 +54,8 @@ output_dir: {output}
 CHAT = "  chat: auto                      # turns where the model has a chat template | true | false: bare text\n"
 
 
+LENGTH = 1024
+_SHORTEST = 16  # tokens of a piece, of which there are several
 SEPARATOR = '  separator: "\\n"                 # behind each prompt, as in training so when the model is asked\n'
 VAL_SIZE = "  val_size: {share:<4}                  # held out to measure on; rows with the same prompt stay together\n"
 VAL = "  val: [{sources}]  # to measure on, never trained on\n"
@@ -91,6 +93,7 @@ class _Rows:
         count: of rows; a text file is one.
         runs_together: there are prompts that their completions follow with nothing between the two.
         is_text: they are text files, to be cut into pieces.
+        length: that examples and pieces may have, in tokens.
     """
 
     source: Source
@@ -99,6 +102,7 @@ class _Rows:
     count: int | None = None
     runs_together: bool = False
     is_text: bool = False
+    length: int = LENGTH
 
 
 def run(
@@ -145,6 +149,7 @@ def run(
         task="" if rows.task == CAUSAL else f"  task: {rows.task}\n",
         source=_source(rows.source),
         held_out=_held_out(rows, val, test, output),
+        length=rows.length,
         chat=CHAT if rows.task == CAUSAL and rows.form in PAIRS else "",
         separator=SEPARATOR if rows.runs_together else "",
         output=_scalar(output),
@@ -183,6 +188,7 @@ class _Look:
     count: int = 0
     runs_together: bool = False
     labels: set[str | int | None] = field(default_factory=set)
+    signs: int = 0  # characters of text files
 
     def read(self, form: ModuleType, place: str, row: Row, account: Account) -> None:
         """Read a row as `train` does, with columns renamed.
@@ -219,7 +225,8 @@ def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:
         look.read(form, place, renamed(first, named.columns, place), account)
         for place, row in rows:
             look.read(form, place, renamed(row, named.columns, place), account)
-        is_text |= table.whole_text
+        if table.whole_text:
+            is_text, look.signs = True, look.signs + len(first["text"])
     if len(found) > 1:
         kinds = "; ".join(f"{name}: {form}" for (_, form, _), (name, _) in found.items())
         raise DataError(f"{source.path}: its files hold rows of different kinds ({kinds})", "name one of the files")
@@ -232,7 +239,22 @@ def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:
         classes_of(look.labels)
     together = task == CAUSAL and base.has_template is not True and look.runs_together
     notes += _said(source, named, together)
-    return _Rows(named, task, name, look.count, together, is_text)
+    length = _piece(source, look.signs) if is_text else LENGTH
+    return _Rows(named, task, name, look.count, together, is_text, length)
+
+
+def _piece(source: Source, signs: int) -> int:
+    """Tokens of a piece of texts with so many characters: several pieces, also where a token is four of them.
+
+    Raises:
+        DataError: there is too little to be cut into pieces.
+    """
+    if signs < 16 * _SHORTEST:
+        raise DataError(f"{source.path}: {counted(signs, 'character')} of text are too few to learn from", "add text")
+    length = LENGTH
+    while length * 16 > signs:
+        length //= 2
+    return length
 
 
 def _said(source: Source, named: Source, together: bool) -> list[str]:

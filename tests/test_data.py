@@ -70,6 +70,7 @@ def test_a_separator_keeps_bare_prompts_and_answers_apart(tmp_path: Path) -> Non
     assert [show_example(example, bare)[0] for example in data.train] == [("<s>the c\n", False), ("<s>the d\n", False)]
     assert not any("nothing between the two" in note for note in data.notes)
     turns = load(dataset(lines(tmp_path / "a.jsonl", *rows), separator="|"), templated)
+    assert any("dataset.separator is not used" in note for note in turns.notes)
     assert not any("|" in templated.decode(e.input_ids).replace("<|", "").replace("|>", "") for e in turns.train)
 
 

@@ -89,6 +89,10 @@ KNOWN = {
     "context question answer": ("alpaca", {"instruction": "question", "output": "answer", "input": "context"}),
     "system query response": ("alpaca", {"instruction": "query", "output": "response"}),
     "content": ("text", {"text": "content"}),
+    "label sentence1 sentence2": (
+        "classification",
+        {"text": "sentence1", "label": "label", "text_pair": "sentence2"},
+    ),
     "review sentiment": ("classification", {"text": "review", "label": "sentiment"}),
 }
 
@@ -186,6 +190,16 @@ def test_a_file_of_another_split_that_does_not_fit_is_named(dynlora: Dynlora):
     answer = dynlora("init", "train.jsonl", "--json")
     assert (answer.code, answer.json["val"]) == (0, [])
     assert "valid.jsonl is left aside: valid.jsonl:1: its columns are not those of completion rows" in answer.err
+
+
+@pytest.mark.parametrize("signs", [256, 1000, 20000])
+def test_a_short_text_is_cut_into_several_pieces(signs: int, dynlora: Dynlora):
+    Path("a.txt").write_text(("Once upon a time there was a fox. " * 1000)[:signs])
+    assert dynlora("init", "a.txt").code == 0
+    assert load_recipe(Path("recipe.yaml")).dataset.max_length == {256: 16, 1000: 32, 20000: 1024}[signs]
+    assert dynlora("train", "recipe.yaml", "--dry-run").code == 0
+    Path("a.txt").write_text("Once upon a time")
+    assert "16 characters of text are too few" in dynlora("init", "a.txt", "--overwrite").err
 
 
 @pytest.mark.parametrize("form", ROWS)

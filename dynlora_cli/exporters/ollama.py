@@ -36,6 +36,10 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     text, notes = modelfile(FILE, tokenizer, _generation_config(job), writing)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     job.notes.extend(notes)
+    dataset = (job.adapter.record.get("recipe") or {}).get("dataset")
+    separator = dataset.get("separator") if isinstance(dataset, dict) else None
+    if separator and not any(writing.turned.values()):
+        job.notes.append(f"training put {separator!r:.40} behind each prompt, and the TEMPLATE does not: ask with it")
     return facts | {"template": "TEMPLATE" in text}
 
 
