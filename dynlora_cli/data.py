@@ -37,6 +37,7 @@ from dynlora_cli.splits import (
     split,
 )
 from dynlora_cli.tokens import IGNORED, Draft, Encoder, Example, Located
+from dynlora_cli.units import counted
 from dynlora_cli.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:
             "raise dataset.max_length, or set dataset.overlong: truncate or drop",
         )
     if truncated and reader.dataset.overlong == "drop":
-        return f"are {LONGER} {limit}"
+        return f"{LONGER} {limit}"
     labels: Sequence[int] | int = 0
     if draft.label is None:
         labels = array("i", draft.labels[:limit])
@@ -347,7 +348,7 @@ def _fit(reader: _Reader, place: str, draft: Draft, number: int) -> Kept | str:
     if not example.input_ids:  # which no model reads
         return EMPTY
     if not example.supervised():
-        return draft.untaught or (f"have an answer that {BEGINS} {limit}" if truncated else EMPTY)
+        return draft.untaught or (f"with an answer that {BEGINS} {limit}" if truncated else EMPTY)
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
     return Kept(example, prompt, draft.label, truncated, cut_answer)
 
@@ -379,7 +380,7 @@ def _check_supervised(counts: dict[str, dict[str, int]], reader: _Reader) -> Non
             notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
         if count["dropped"]:
             notes.append(
-                f"{part}: {count['dropped']} rows dropped: {'; '.join(reasons_of(reader.lost[part == 'val']))}"
+                f"{part}: {counted(count['dropped'], 'row')} dropped: {'; '.join(reasons_of(reader.lost[part == 'val']))}"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SHORTEST = 4  # steps of a run that prunes: B is 0 in the first, and what survives must train on
+SHORTEST = 3  # steps of a run that prunes: B is 0 in the first, and what survives must train on
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dynlora_cli.tokens import Example
 from dynlora_cli.units import counted
 
 # Why rows are dropped; `advice_for` knows them again.
-LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "have an empty text or answer"
+LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "with an empty text or answer"
 
 
 @dataclass(slots=True)

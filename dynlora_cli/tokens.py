@@ -370,8 +370,8 @@ def _untaught(turns: Turns) -> str:
     """Why nothing of a conversation trains."""
     roles = sorted({message["role"] for message in turns.messages})
     if "assistant" in roles:
-        return "have turns of the assistant only that are marked not to train"
-    return f"have no turn of the role assistant (roles there: {', '.join(roles)})"
+        return "with turns of the assistant only that are marked not to train"
+    return f"without a turn of the role assistant (roles there: {', '.join(roles)})"
 
 
 def _opening_messages(messages: list[dict[str, Any]]) -> str:

@@ -158,7 +158,7 @@ def test_marks_between_yes_and_no_are_refused(tmp_path: Path, marks: dict[str, A
 def test_rows_without_anything_to_learn_say_why(tmp_path: Path) -> None:
     row = talk(weight=0)
     row["messages"][3]["weight"] = 0
-    with pytest.raises(DataError, match="1 rows have turns of the assistant only that are marked not to train"):
+    with pytest.raises(DataError, match="1 row with turns of the assistant only that are marked not to train"):
         load(tmp_path, row)
     with pytest.raises(DataError, match=r"no turn of the role assistant \(roles there: helper, user\)") as caught:
         load(tmp_path, {"messages": [{"role": "user", "content": "a"}, {"role": "helper", "content": "b"}]})

@@ -310,7 +310,7 @@ def test_truncation_is_counted_and_rows_without_an_answer_are_dropped(tmp_path: 
 def test_nothing_to_learn_from_is_an_error_before_training(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"prompt": "a" * 50, "completion": "b"})
     with pytest.raises(
-        DataError, match="no token left to learn from: 1 rows have an answer that begins after max_length 20"
+        DataError, match="no token left to learn from: 1 row with an answer that begins after max_length 20"
     ):
         load(dataset(path, max_length=20))
 

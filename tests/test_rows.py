@@ -127,4 +127,4 @@ def test_empty_texts_of_a_classifier_are_dropped_where_its_tokenizer_adds_nothin
     data = load(path, task="sequence-classification", tokenizer=tokenizer)
     assert [example.row for example in data.train] == [0, 2]
     assert data.counts["train"]["dropped"] == 1
-    assert any("1 rows dropped: 1 rows have an empty text or answer" in note for note in data.notes)
+    assert any("1 row dropped: 1 row with an empty text or answer" in note for note in data.notes)

@@ -27,11 +27,11 @@ class TestSchedule:
     def test_at_most_twenty_events(self):
         assert len(self.plan(total_steps=100_000).steps) == 20
 
-    @pytest.mark.parametrize("total_steps", [1, 2, 3])
+    @pytest.mark.parametrize("total_steps", [1, 2])
     def test_a_run_of_a_few_steps_prunes_nothing(self, total_steps):
         assert self.plan(total_steps=total_steps).steps == ()
 
-    @pytest.mark.parametrize("total_steps", [4, 5, 7, 19, 40])
+    @pytest.mark.parametrize("total_steps", [3, 4, 7, 19, 40])
     @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.05, 0.25), (0.0, 0.01), (0.9, 1.0)])
     @pytest.mark.parametrize("events", ["auto", 1, 5, 1000])
     def test_short_runs_still_meet_the_budget_inside_the_run(self, total_steps, start, end, events):
