@@ -379,9 +379,8 @@ def _check_supervised(counts: dict[str, dict[str, int]], reader: _Reader) -> Non
         if count["cut_answers"]:
             notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
         if count["dropped"]:
-            notes.append(
-                f"{part}: {counted(count['dropped'], 'row')} dropped: {'; '.join(reasons_of(reader.lost[part == 'val']))}"
-            )
+            reasons = "; ".join(reasons_of(reader.lost[part == "val"]))
+            notes.append(f"{part}: {counted(count['dropped'], 'row')} dropped: {reasons}")
 
 
 def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:

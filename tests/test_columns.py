@@ -160,7 +160,9 @@ def test_rows_without_anything_to_learn_say_why(tmp_path: Path) -> None:
     row["messages"][3]["weight"] = 0
     with pytest.raises(DataError, match="1 row with turns of the assistant only that are marked not to train"):
         load(tmp_path, row)
-    with pytest.raises(DataError, match=r"no turn of the role assistant \(roles there: helper, user\)") as caught:
+    with pytest.raises(
+        DataError, match=r"without a turn of the role assistant \(roles there: helper, user\)"
+    ) as caught:
         load(tmp_path, {"messages": [{"role": "user", "content": "a"}, {"role": "helper", "content": "b"}]})
     assert caught.value.hint == "name the role assistant, or set dataset.train_on: all"
 
