@@ -56,7 +56,7 @@ CHAT = "  chat: auto                      # turns where the model has a chat tem
 
 LENGTH = 1024
 _SHORTEST = 16  # tokens of a piece, of which there are several
-SEPARATOR = '  separator: "\\n"                 # behind each prompt, as in training so when the model is asked\n'
+SEPARATOR = '  separator: "\\n"                 # behind each prompt; the trained model is to be asked with it too\n'
 VAL_SIZE = "  val_size: {share:<4}                  # held out to measure on; rows with the same prompt stay together\n"
 VAL = "  val: [{sources}]  # to measure on, never trained on\n"
 TEST = "  # for the end, never trained on: dynlora eval --adapter {output} --data {file}\n"
