@@ -31,6 +31,8 @@ PATTERN_SECONDS = 5.0  # for all patterns of one file on all modules; honest one
 LONGEST_PATTERN = 10_000
 LARGEST_RANK = 1 << 20
 LARGEST_ALPHA = 1e9
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Length = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 WEIGHT_FILES = (".safetensors", ".bin")
 COPY_AGAIN = "copy the files again"
 _LITERAL = re.compile(r"(?:\\[^\w\s]|[\w|-])+")
@@ -129,6 +131,65 @@ class LayerForm(BaseModel):
     rank: Annotated[int, Field(ge=0, le=LARGEST_RANK)]
     d_in: Annotated[int, Field(ge=1, lt=2**40)]
     d_out: Annotated[int, Field(ge=1, lt=2**40)]
+    importance: float | None = None
+
+
+class NumbersForm(BaseModel):
+    """What a run measures, in the lines of its logs and in its summary."""
+
+    model_config = ConfigDict(strict=True)
+    loss: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    accuracy: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    threshold: float | None = None
+    predicted_loss_change: float | None = None
+    measured_loss_change: float | None = None
+    learning_rate: float | None = None
+    components: Count | None = None
+    components_before: Count | None = None
+    components_start: Count | None = None
+    parameters: Count | None = None
+    parameters_before: Count | None = None
+    parameters_start: Count | None = None
+    target_parameters: Count | None = None
+    budget_parameters: Count | None = None
+    ranks: dict[str, Count] | None = None
+    removed: dict[str, int] | None = None
+    tokens: Count | None = None
+    seconds: Length | None = None
+    step_seconds: Length | None = None
+    tokens_per_second: Length | None = None
+    tokens_per_second_start: Length | None = None
+    tokens_per_second_end: Length | None = None
+    memory_bytes: Count | None = None
+    peak_memory_bytes: Count | None = None
+    adapter_bytes: Count | None = None
+
+
+class LineForm(NumbersForm):
+    """One line of a log."""
+
+    event: str
+    step: Count
+
+
+class SummaryForm(NumbersForm):
+    """The end of a run."""
+
+    steps: Count | None = None
+
+
+class BudgetForm(BaseModel):
+    """The size that a run may have, and what it began with."""
+
+    model_config = ConfigDict(strict=True)
+    parameters: Count | None = None
+    start_components: dict[str, Count] | None = None
 
 
 class DataForm(BaseModel):
@@ -163,8 +224,29 @@ class RecordForm(BaseModel):
     base_model: BaseForm | None = None
     layers: dict[str, LayerForm] | None = None
     seeds: dict[str, Annotated[int, Field(ge=-(2**63), lt=2**64)] | None] | None = None
-    summary: dict[str, Any] | None = None
-    budget: dict[str, Any] | None = None
+    summary: SummaryForm | None = None
+    budget: BudgetForm | None = None
+    peak_memory_bytes: Count | None = None
+    versions: dict[str, Any] | None = None
+    prune: dict[str, Any] | None = None
+
+
+class _RowsForm(BaseModel):
+    sha256: str
+
+
+class _WeightsForm(BaseModel):
+    fingerprint: dict[str, Any]
+
+
+class ResumeForm(BaseModel):
+    """The keys of dynlora.json without which a run cannot go on."""
+
+    model_config = ConfigDict(strict=True)
+    recipe: dict[str, Any]
+    data: _RowsForm
+    base_model: _WeightsForm
+    budget: BudgetForm | None
 
 
 def inside(folder: Path, name: str, said_by: Path) -> Path:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -217,12 +218,15 @@ class OutputPlace:
             raise UsageError(f"{self.named} is in use by process {owner.get('pid')}", self._way_on())
         if free is False:
             raise UsageError(f"{self.named} is in use by another process", self._way_on())
-        if owner and owner.get("host") != socket.gethostname():
+        here = free is True and owner and owner.get("boot") is not None and owner["boot"] == _boot()
+        if owner and owner.get("host") != socket.gethostname() and not here:
+            empty = shlex.join(["truncate", "-s", "0", str(self.work / OWNER)])
             raise UsageError(
                 f"{self.named} is in use by process {owner.get('pid')} on the host {owner.get('host')}",
-                f"wait for it, or choose another folder; if it is no more, remove {self.work / OWNER}",
+                f"wait for it, or choose another folder; if that host or process is no more: {empty}",
             )
-        me = {"dynlora": "writes here", "host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+        me = {"dynlora": "writes here", "host": socket.gethostname(), "boot": _boot()}
+        me |= {"pid": os.getpid(), "began": _began(os.getpid())}
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         try:
@@ -285,6 +289,13 @@ def _lives(owner: dict[str, Any]) -> bool:
     except PermissionError:
         pass  # it is another user's
     return owner.get("began") in (None, _began(owner["pid"]))
+
+
+def _boot() -> str | None:
+    """What names this start of the machine's kernel, in its containers too, whose host names come and go."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return None
 
 
 def _began(process: int) -> str | None:

@@ -13,8 +13,10 @@ from typing import Any
 from dynlora_cli import run_folder
 from dynlora_cli.adapter_folder import find_adapter
 from dynlora_cli.errors import UsageError
+from dynlora_cli.foreign import ResumeForm, fits
 from dynlora_cli.model_folder import find_model, is_hub_name
 from dynlora_cli.recipe import Model, Recipe, Source
+from dynlora_cli.report_log import read_run
 from dynlora_cli.rows import is_local, tables
 
 RECIPES = (".yaml", ".yml")
@@ -81,11 +83,15 @@ def same_recipe(folder: Path, recipe: Recipe) -> None:
     """Refuse to resume with a recipe that would train something else.
 
     Raises:
-        UsageError: it would, or there is no run in that folder.
+        UsageError: it would, or there is no run in that folder, or its record or its logs are damaged.
     """
-    recorded = run_folder.read_record(folder).get("recipe")
+    record, path = run_folder.read_record(folder), folder / run_folder.RECORD
+    read_run(folder)
+    if record.get("prune") and not record.get("recipe"):
+        raise UsageError(f"{folder} was pruned after training; there is no training to go on with", "train anew")
+    fits(ResumeForm, record, path)
     # Read by today's rules: keys that are younger than the run have the values that they had in its time.
-    before = flat(Recipe.model_validate(recorded).model_dump(mode="json") if recorded else {})
+    before = flat(fits(Recipe, record["recipe"], path).model_dump(mode="json"))
     now = flat(recipe.model_dump(mode="json"))
     differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
     if differing:

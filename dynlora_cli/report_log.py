@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
+
 from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.foreign import LineForm, RecordForm, first_fault, fits, read_object
+from dynlora_cli.strict_json import BadJsonError, loads
 from dynlora_cli.whole_files import write_text
 
 METRICS = "metrics.jsonl"
@@ -132,8 +136,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """Reads a run folder; a last line that a crash has torn is left out.
 
     Raises:
-        UsageError: there is no such folder, or it holds no record of a run.
-        DynloraError: a file of the record is damaged.
+        UsageError: there is no such folder, it holds no record of a run, or a file of the record is damaged.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (METRICS, RANK_EVENTS, "dynlora.json")):
@@ -194,28 +197,39 @@ def _strict(value: Any) -> Any:
 
 
 def _read_lines(path: Path) -> list[Event]:
-    """The objects of a JSON-lines file, [] where there is none; a torn last line is left out, any other is an error."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """The objects of a JSON-lines file, [] where there is none; a torn last line is left out, any other is an error.
+
+    Raises:
+        UsageError: a line is damaged, or the file cannot be read.
+    """
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise UsageError(f"{path} is no file", "move it elsewhere, or restore the file")
+    text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.removesuffix("\n").split("\n") if text else []
     events = []
     for index, line in enumerate(lines, start=1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if index < len(lines):
-                raise DynloraError(
-                    f"{path}:{index} is no JSON: {error}", "restore the file or delete this line"
-                ) from error
+            event = loads(line)
+            fault = f"it holds {type(event).__name__}, not an object with keys" if not isinstance(event, dict) else None
+            LineForm.model_validate(event)
+        except BadJsonError as error:
+            if index == len(lines) and not text.endswith("\n") and (index > 1 or line.startswith("{")):
+                continue
+            fault = error.reason
+        except ValidationError as error:
+            fault = fault or first_fault(error)
+        if fault:
+            raise UsageError(f"{path}:{index} is damaged: {fault}", "restore the file or delete this line")
+        events.append(event)
     return events
 
 
 def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise DynloraError(
-            f"{path} is no JSON: {error}", "restore the file from a checkpoint, or train again"
-        ) from error
+    info = read_object(path) if path.exists() else {}
+    fits(RecordForm, info, path)
+    return info
 
 
 def _trim(path: Path, last_step: int | None) -> None:

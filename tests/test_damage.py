@@ -22,6 +22,7 @@ from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.checkpoint import fault_in
 from dynlora_cli.cli_support import reporting
 from dynlora_cli.errors import DynloraError, Interrupted, UsageError
+from dynlora_cli.preflight import same_recipe
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -126,6 +127,25 @@ def test_a_checkpoint_of_another_run_is_passed_over_and_kept(run: Path):
     assert any("step-9 is of another run; step-8 is" in note for note in resume(run))
     assert (run / WEIGHTS).read_bytes() == (run.parent / "straight" / WEIGHTS).read_bytes()
     assert (run / "checkpoints" / "of-another-run-step-9" / WEIGHTS).read_bytes() == foreign
+
+
+@pytest.mark.parametrize(
+    "key", ["recipe", "data", "base_model", "budget", "recipe.train.max_steps", "data.sha256", "base_model.fingerprint"]
+)
+def test_a_run_whose_record_is_damaged_is_not_gone_on_with(run: Path, key: str):
+    record = json.loads((run / "dynlora.json").read_text())
+    *parents, last = key.split(".")
+    inner = record
+    for parent in parents:
+        inner = inner[parent]
+    for damaged in ({}, {last: 3.5}) if parents or key != "budget" else ({}, {last: 3}):
+        inner.pop(last, None)
+        inner.update(damaged)
+        (run / "dynlora.json").write_text(json.dumps(record))
+        if key == "recipe.train.max_steps" and not damaged:
+            continue  # as if the run were older than the key: it is another recipe then
+        with pytest.raises(UsageError, match=rf"dynlora\.json is damaged: {key.removeprefix('recipe.')}"):
+            same_recipe(run, make_recipe(run.parent, "train.save_steps=3", out=run.name))
 
 
 def test_where_no_checkpoint_is_left_all_are_named(run: Path):

@@ -143,10 +143,25 @@ def test_a_number_that_another_process_has_now_is_no_owner(tmp_path: Path, monke
 
 
 def test_another_host_is_refused_with_the_way_on(tmp_path: Path):
-    owner(tmp_path, host="elsewhere", pid=7)
+    owner(tmp_path, host="elsewhere", pid=7, boot="another")
+    kept = tmp_path / ".out.dynlora" / "kept"
+    kept.mkdir()
+    (kept / "old").touch()
     with pytest.raises(UsageError, match="process 7 on the host elsewhere") as refused:
         run_folder.refuse_occupied(tmp_path / "out", overwrite=True)
-    assert f"remove {tmp_path / '.out.dynlora' / 'owner.json'}" in str(refused.value.hint)
+    command = f"truncate -s 0 {tmp_path / '.out.dynlora' / 'owner.json'}"
+    assert str(refused.value.hint).endswith(command)
+    subprocess.run(command.split(), check=True)
+    with run_folder.place_of(tmp_path / "out"):
+        assert (tmp_path / "out" / "old").exists(), "what was kept comes back"
+
+
+@pytest.mark.skipif(output_place._boot() is None, reason="the machine does not name its starts")
+def test_a_container_that_came_back_under_another_name_takes_its_place_over(tmp_path: Path):
+    owner(tmp_path, host="elsewhere", pid=7, boot=output_place._boot())
+    with run_folder.place_of(tmp_path / "out"):
+        written = json.loads((tmp_path / ".out.dynlora" / "owner.json").read_text())
+    assert written["host"] == socket.gethostname()
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"dynlora": 1}', "not JSON"])

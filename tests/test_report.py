@@ -109,7 +109,44 @@ def test_a_torn_last_line_is_left_out_and_a_torn_other_line_is_an_error(run: Pat
     (run / "metrics.jsonl").write_text(whole[:-30])
     assert len(read_run(run).evals) == len(read_run(EXAMPLE).evals) - 1
     (run / "metrics.jsonl").write_text(whole.replace('"loss"', "loss", 1))
-    with pytest.raises(DynloraError, match=r"metrics\.jsonl:1 is no JSON"):
+    with pytest.raises(DynloraError, match=r"metrics\.jsonl:1 is damaged: not valid JSON"):
+        read_run(run)
+
+
+DAMAGED_LINES = [
+    "null", "[1]", "{}", '{"event": "train"}', '{"event": "train", "step": "five"}', '{"event": "train", "step": -1}',
+    '{"event": "prune", "step": 5, "ranks": [1]}', '{"event": "train", "step": 5, "loss": "low"}', "[" * 100_000,
+    '{"event": "train", "step": ' + "9" * 6000 + "}", '{"event": "train", "step": 1, "x": ' + "[" * 900 + "]" * 900 + "}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES, ids=lambda line: line[:40])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rank_events.jsonl"])
+def test_damaged_lines_are_named(run: Path, name: str, line: str) -> None:
+    whole = (run / name).read_text().splitlines()
+    (run / name).write_text("\n".join([whole[0], line, *whole[2:]]) + "\n")
+    for read in (read_run, lambda folder: RunLog(folder, keep_until_step=3)):
+        with pytest.raises(UsageError, match=rf"{name}:2 is damaged: "):
+            read(run)
+
+
+def test_zeros_and_folders_in_place_of_a_log_are_named(run: Path) -> None:
+    (run / "metrics.jsonl").write_bytes(bytes(1000))
+    with pytest.raises(UsageError, match=r"metrics\.jsonl:1 is damaged"):
+        read_run(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(UsageError, match="is no file"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"summary": {"loss_after": "low"}}, {"summary": {"ranks": [1]}}, {"budget": 3}, {"layers": {"a": {"rank": "x"}}}],
+)
+def test_a_damaged_record_is_named(run: Path, change: dict) -> None:
+    edit_info(run, **change)
+    with pytest.raises(UsageError, match=rf"dynlora\.json is damaged: {next(iter(change))}"):
         read_run(run)
 
 
@@ -194,7 +231,7 @@ def test_names_from_outside_are_escaped(run: Path) -> None:
         run,
         base_model={"name_or_path": evil},
         recipe_yaml=f"model: {evil}",
-        layers={f"model.layers.0.{evil}": {"rank": 1}},
+        layers={f"model.layers.0.{evil}": {"rank": 1, "d_in": 8, "d_out": 8}},
         versions={evil: evil},
     )
     for name in ("metrics.jsonl", "rank_events.jsonl"):
