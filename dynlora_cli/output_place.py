@@ -225,7 +225,7 @@ class OutputPlace:
                 f"{self.named} is in use by process {owner.get('pid')} on the host {owner.get('host')}",
                 f"wait for it, or choose another folder; if that host or process is no more: {empty}",
             )
-        me = {"dynlora": "writes here", "host": socket.gethostname(), "boot": _boot()}
+        me: dict[str, Any] = {"dynlora": "writes here", "host": socket.gethostname(), "boot": _boot()}
         me |= {"pid": os.getpid(), "began": _began(os.getpid())}
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
