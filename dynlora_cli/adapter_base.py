@@ -250,10 +250,18 @@ def holds_weight(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and (own or not plain)
 
 
+def input_table(model: PreTrainedModel) -> nn.Module | None:
+    """The module that gives every token its row; None of a model that has none, such as one that hashes characters."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # what transformers raises then
+        return None
+
+
 def tied(model: PreTrainedModel) -> tuple[str, str] | None:
     """The names of the input table and of the output head where the two share one weight."""
     config = model.config.get_text_config()
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, outer = input_table(model), model.get_output_embeddings()
     if not getattr(config, "tie_word_embeddings", False) or inner is None or outer is None:
         return None
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}

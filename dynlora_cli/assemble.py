@@ -28,7 +28,16 @@ from dynlora_cli.foreign import read_object
 from dynlora_cli.lean_blocks import lean_blocks
 from dynlora_cli.linear_loss import Heads
 from dynlora_cli.loss import evaluating, held_out, row_sums, summed_loss
-from dynlora_cli.model import Base, context_length, load_base, load_tokenizer, own_classes, resolve_dtype, table_rows
+from dynlora_cli.model import (
+    Base,
+    context_length,
+    load_base,
+    load_tokenizer,
+    own_classes,
+    refuse_fixed_lengths,
+    resolve_dtype,
+    table_rows,
+)
 from dynlora_cli.model_folder import find_model
 from dynlora_cli.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.peft_types import ends_in, taken_for_experts
@@ -91,6 +100,7 @@ def keep_libraries_quiet() -> None:
 def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTrainedTokenizerBase, Data]:
     """The model's tokenizer and the rows, no longer than the model's context, written as the run began to."""
     folder, _ = find_model(recipe.model)
+    refuse_fixed_lengths(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     context = context_length(folder)
     data = load_data(

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynlora_cli.adapter import Adapter
-from dynlora_cli.adapter_base import Place, structure
+from dynlora_cli.adapter_base import Place, input_table, structure
 from dynlora_cli.attach import attached
+from dynlora_cli.errors import UsageError
 from dynlora_cli.held_out import read_tokenizer
 from dynlora_cli.layout import Layout
 from dynlora_cli.model import load_base, load_tokenizer
@@ -28,7 +29,9 @@ def rows_to_compare(adapter: Adapter, place: Place) -> list[Tensor]:
     """The probe text as the adapter's tokenizer reads it; random tokens where there is no tokenizer."""
     if any((folder / name).is_file() for folder in (adapter.folder, place.folder) for name in TOKENIZER_MARKS):
         return probe_rows(read_tokenizer(adapter, place))
-    table: Any = structure(place).get_input_embeddings()
+    table: Any = input_table(structure(place))
+    if table is None:
+        raise UsageError(f"{place.folder} has no tokenizer to read a text with", "put the model's own beside it")
     return random_rows(len(table.weight))
 
 

@@ -110,6 +110,7 @@ def plan_merge(
     folding.experts()
     folding.replaced()
     folding.others(others)
+    folding.twins()
     folding.finish()
     if dtype is not None:
         _convert(plan, dtype)
@@ -126,6 +127,7 @@ class _Folding:
         self.layout = plan.layout
         self.tied = tied(model)
         self.patches: dict[str, list[Patch]] = {}
+        self.touched: set[str] = set()  # parameters that components are added to
 
     def layers(self) -> None:
         for name, factors in self.adapter.layers.items():
@@ -138,6 +140,7 @@ class _Folding:
         found, whole = self._found(parameter), self.adapter.whole.get(parameter)
         base = self._original(name) if whole is None else partial(_copy, whole)
         self._untie_from(name)
+        self.touched.add(parameter)
         if self.layout.holds(parameter):
             self._patch(parameter, base, {0: factors}, conv1d)
             return
@@ -224,6 +227,20 @@ class _Folding:
         for name in layers:
             if name not in self.adapter.layers and self.layout.holds(f"{name}.weight"):
                 self._patch(f"{name}.weight", self._original(name), {0: None})
+
+    def twins(self) -> None:
+        """Parameters that only share the numbers of one that changes, or whose sharing ends here, get their own.
+
+        So do the blocks that Zamba runs at several places with the same weights: components differ from place to place.
+        """
+        for parameter in self.layout.shapes:
+            if self.layout.holds(parameter) or parameter in self.plan.new:
+                continue
+            found = self.layout.find(parameter)
+            if found is None or found in self.adapter.whole or not (self.plan.untied or found in self.touched):
+                continue
+            read = partial(self.layout.read, found, self.plan.weights.read)
+            self._add(parameter, New(self._dtype(found), self.layout.shapes[parameter], read))
 
     def finish(self) -> None:
         space = Space()

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from dynlora_cli import drawers
-from dynlora_cli.adapter_base import Place, recorded_model, structure
+from dynlora_cli.adapter_base import Place, input_table, recorded_model, structure
 from dynlora_cli.assemble import keep_libraries_quiet, sizing_rows
 from dynlora_cli.batches import Batch, Batches
 from dynlora_cli.chat_template import Writing
@@ -180,7 +180,7 @@ def own_table(adapter: Adapter, place: Place) -> int | None:
     if not any(tensor.ndim == 2 and tensor.shape[0] != table_rows(place.folder) for tensor in adapter.whole.values()):
         return None
     model = structure(place)
-    table = model.get_input_embeddings()
+    table = input_table(model)
     name = next((name for name, module in model.named_modules() if module is table), None)
     own = adapter.whole.get(f"{name}.weight")
     return None if own is None else own.shape[0]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # What transformers calls the output layer of a classifier, and PEFT with it.
 ASKS_FOR_TRUST = "trust_remote_code=True"  # in transformers' errors
 HEAD_NAMES = ("classifier", "score")
+FIXED_LENGTHS = {"reformer"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -168,6 +169,20 @@ def context_length(folder: Path) -> int | None:
     return positions - _kept_for_padding(folder, positions) if positions else None
 
 
+def refuse_fixed_lengths(folder: Path) -> None:
+    """Refuse a model that trains on texts of one length alone; batches here are as long as their longest row.
+
+    Raises:
+        UsageError: it is such a model.
+    """
+    if (kind := read_object(folder / "config.json").get("model_type")) in FIXED_LENGTHS:
+        raise UsageError(
+            f"{folder} is a model of type {kind}, which trains only on texts that fill its positions or its chunks "
+            "exactly; such models are not supported",
+            "name a model of another type as model.name_or_path",
+        )
+
+
 @lru_cache(maxsize=8)
 def table_rows(folder: Path) -> int | None:
     """Tokens that a model has rows for, by its config; None where that does not say."""
@@ -194,8 +209,9 @@ def _kept_for_padding(folder: Path, positions: int) -> int:
             model = AutoModel.from_config(config)
     except Exception:  # whatever is wrong with the folder is told when the model is loaded
         return 0
-    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    padding = (table.padding_idx for table in tables if table.weight.shape[0] == positions)
+    named = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    tables = (module for module in named if isinstance(module, torch.nn.Embedding))  # Reformer's is made of two
+    padding = (table.padding_idx for table in tables if table.num_embeddings == positions)
     return next((row + 1 for row in padding if row is not None), 0)
 
 

@@ -109,6 +109,7 @@ CARE: dict[str, dict[str, Any]] = {
     "mistral4": {"qk_head_dim": 16, "head_dim": 16},
     "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32},
     "nemotron": {"num_key_value_heads": 2},
+    "perceiver": {"d_latents": 32, "d_model": 32, "num_latents": 8, "num_self_attends_per_block": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "axial_pos_shape": [8, 20],
@@ -224,4 +225,6 @@ def write_tiny(path: Path, kind: str, task: str) -> None:
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(path)
+    if type(model.config) not in AUTO[task]._model_mapping:  # of Emu3 a part alone, which nothing loads by itself
+        config.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -180,3 +180,40 @@ def test_other_commands_ask_peft_too(tmp_path):
 
     save(adapter, tmp_path / "uniform", for_peft=False)  # as for readers who do not look for experts
     assert "PEFT puts nothing into" in peft_check.check_files(adapter, tmp_path / "uniform")["problem"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("kind", "task", "targets"),
+    [
+        ("zamba", CLASSES, ["layers.1.shared_transf.self_attn.q_proj"]),  # the files have its weight
+        ("zamba", CLASSES, ["layers.3.shared_transf.self_attn.q_proj"]),  # which this one shares
+        ("zamba", LANGUAGE, ["lm_head"]),  # no more sharing in the config, of the blocks neither
+        ("bart", SEQ2SEQ, ["lm_head"]),  # the head, and the tables of encoder and decoder
+        ("t5", SEQ2SEQ, ["shared"]),
+    ],
+)
+def test_a_weight_of_several_places_is_merged_where_its_components_are(kind, task, targets, tmp_path):
+    write_tiny(tmp_path / kind, kind, task)
+    auto = getattr(transformers, AUTO_CLASS[task])
+    kinds = {CLASSES: "SEQ_CLS", SEQ2SEQ: "SEQ_2_SEQ_LM", LANGUAGE: "CAUSAL_LM"}
+    config = peft.LoraConfig(task_type=kinds[task], r=2, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(auto.from_pretrained(tmp_path / kind), config)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with model.disable_adapter():
+        assert (sweep.logits(model) - sweep.logits(auto.from_pretrained(tmp_path / kind))).abs().max() < 1e-6
+    into_base(read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    merged = auto.from_pretrained(tmp_path / "merged")
+    assert_close_to_truth(sweep.logits(merged), sweep.logits(model).double(), terms=TERMS)
+
+
+def test_a_model_without_a_table_of_tokens_is_merged(tmp_path):
+    result = try_type(tmp_path, "canine", CLASSES)
+    assert {step: result.get(step) for step in STEPS} == dict.fromkeys(STEPS, "ok"), result
+
+
+def test_a_type_that_trains_on_texts_of_one_length_is_refused_by_name(tmp_path):
+    write_tiny(tmp_path / "reformer", "reformer", CLASSES)
+    rows = write_rows(tmp_path / "rows.jsonl", labelled=True)
+    with pytest.raises(UsageError, match="a model of type reformer, which trains only on texts that fill"):
+        train(make_recipe(tmp_path, f"model.task={CLASSES}", f"dataset.train=[{rows}]", kind="reformer"))
