@@ -293,10 +293,29 @@ def _arrow_rows(path: Path, batches: Iterable[Any]) -> Places:
     number = 0
     for batch in batches:
         _refuse_twice(str(path), batch.schema.names)
+        classes = _classes(batch.schema)
         columns = [_values(path, name, batch[name], number) for name in batch.schema.names]
+        columns = [_named(values, classes.get(at)) for at, values in zip(batch.schema.names, columns, strict=True)]
         for values in zip(*columns, strict=True):
             number += 1
             yield f"{path}, row {number}", dict(zip(batch.schema.names, map(unfilled, values), strict=True))
+
+
+def _classes(schema: Any) -> dict[str, list[str]]:
+    """Names of the classes that `datasets` stores as numbers, by column: it writes them beside the schema."""
+    try:
+        features = loads((schema.metadata or {}).get(b"huggingface", b"{}").decode())["info"]["features"]
+        kinds = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {name: [str(each) for each in kind["names"]] for name, kind in kinds.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):  # what somebody else wrote there
+        return {}
+
+
+def _named(values: list[Any], names: list[str] | None) -> list[Any]:
+    """Numbers of classes as the classes' names; as they are where they have none."""
+    if not names:
+        return values
+    return [names[value] if isinstance(value, int) and 0 <= value < len(names) else value for value in values]
 
 
 def _values(path: Path, name: str, column: Any, before: int) -> list[Any]:

@@ -163,9 +163,10 @@ def _plain(label: str | int | None) -> str:
     return re.sub(r"^(\d+)\.0+$", r"\1", str(label))
 
 
-def _place(name: str) -> tuple[bool, str]:
+def _place(name: str) -> tuple[bool, int, str]:
     """Whole numbers in their own order, then names in theirs."""
-    return not name.isdigit(), name.zfill(9) if name.isdigit() else name
+    is_whole = re.fullmatch(r"-?\d{1,300}", name) is not None
+    return not is_whole, int(name) if is_whole else 0, name
 
 
 def _listed(names: Sequence[str]) -> str:

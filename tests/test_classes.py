@@ -44,6 +44,7 @@ def load(path: Path, labels: list[Any], own: list[str] | None = None, num_labels
         (["b", "a"], OWN, None, ["a", "b"], [1, 0]),
         ([1, 2, 3], OWN, None, ["1", "2", "3"], [0, 1, 2]),
         ([1, 0], ["LABEL_0", "LABEL_1"], None, ["0", "1"], [1, 0]),
+        ([1, -1], None, None, ["-1", "1"], [1, 0]),
         (["0", "1"], ["1", "0"], None, ["1", "0"], [1, 0]),
         ([1, 0], ["LABEL_0"], None, ["0", "1"], [1, 0]),
         ([1.0, 0.0], None, None, ["0", "1"], [1, 0]),

@@ -218,7 +218,7 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"a\.jsonl:2: expected an object with columns, found list"),
         ("a.jsonl", '{"text": "a"}\n{"text": null}\n', r"a\.jsonl:2: column 'text' is null"),
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2: column 'text' is missing"),
-        ("a.jsonl", '{"prompt": "a", "completion": 4}\n', "'completion' is of type int, expected text"),
+        ("a.jsonl", '{"prompt": "a", "completion": true}\n', "'completion' is of type bool, expected text"),
         ("a.jsonl", '{"question": "a"}\n', "no format fits the columns question"),
         ("a.jsonl", "", "no rows"),
         ("a.json", "[]", "no rows"),

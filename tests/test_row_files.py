@@ -15,6 +15,8 @@ import pytest
 from data_helpers import source
 
 from dynlora_cli.errors import DataError
+from dynlora_cli.formats._forms import BadRowError, Pair
+from dynlora_cli.formats.completion import to_example
 from dynlora_cli.rows import tables
 
 PAIR = '{"prompt": "p ", "completion": "x"}\n'
@@ -185,3 +187,36 @@ def test_a_file_called_eval_is_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "rows_eval.jsonl").write_text('{"text": "b"}\n')
     assert read(tmp_path)[0] == [{"text": "a"}]
     assert read(tmp_path, split="validation")[0] == [{"text": "b"}]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_classes_stored_as_numbers_come_back_as_names(tmp_path: Path, kind: str) -> None:
+    """As hub sets do: numbers would be read in the order of a trained head, which is another."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, None]}, features=features)
+    if kind == "parquet":
+        data.to_parquet(str(tmp_path / "a.parquet"))
+    else:
+        data.save_to_disk(str(tmp_path / "set"))
+    assert [row.get("label") for row in read(tmp_path)[0]] == ["neg", "pos", None]
+
+
+def test_what_others_write_beside_a_schema_is_no_fault(tmp_path: Path) -> None:
+    table = pyarrow.table({"label": [1]}).replace_schema_metadata({"huggingface": '{"info": {"features": [1]}}'})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == [{"label": 1}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_number_is_text_in_every_kind_of_file(tmp_path: Path, name: str) -> None:
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["2+5"], "completion": [7]}), tmp_path / name)
+    else:
+        jsonl = name == "a.jsonl"
+        (tmp_path / name).write_text('{"prompt": "2+5", "completion": 7}' if jsonl else "prompt,completion\n2+5,7\n")
+    assert to_example(read(tmp_path / name)[0][0], has_template=False) == Pair("2+5", "7")
+
+
+def test_a_number_that_is_none_is_no_text() -> None:
+    with pytest.raises(BadRowError, match="of type float"):
+        to_example({"prompt": "a", "completion": float("nan")}, has_template=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,17 +67,23 @@ class BadRowError(ValueError):
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
-    """The text in a column that must be there.
+    """The text in a column that must be there. A number is its digits, as in a CSV, where all is text.
 
     Raises:
         BadRowError: the column is missing, null, or holds something other than text.
     """
     if column not in row:
         raise BadRowError(f"column {column!r} is missing")
-    value = row[column]
+    value = as_text(row[column])
     if not isinstance(value, str):
         raise BadRowError(f"column {column!r} is {_kind(value)}, expected text")
     return value
+
+
+def as_text(value: object) -> object:
+    """A number as its digits, and anything else as it is; no number (NaN) is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number else value
 
 
 def optional_text(row: Mapping[str, Any], column: str) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from dynlora_cli.columns import mark_of
-from dynlora_cli.formats._forms import BadRowError, Turns, optional_text
+from dynlora_cli.formats._forms import BadRowError, Turns, as_text, optional_text
 from dynlora_cli.strict_json import BadJsonError, loads
 
 COLUMNS = "messages | conversations [system, tools, functions]"
@@ -152,7 +152,7 @@ def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
 
 def _content(number: int, message: Mapping[str, Any]) -> str:
     """The text of a message; a list of parts (the multimodal form) is joined if all parts are text."""
-    content = message.get("content")
+    content = as_text(message.get("content"))
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
