@@ -139,13 +139,13 @@ def write(
         raise
     except Exception as error:  # whatever the program of whoever made the tokenizer raises
         said = str(error) or type(error).__name__
-        way = _without_system(tokenizer, messages, tools)
+        way = _without_system(tokenizer, messages, tools) or _with_ids(tokenizer, messages, tools)
         raise BadRowError(f"the chat template refuses this conversation ({said}){way}") from error
 
 
 def _without_system(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
     """What to do about a conversation that was refused for its system message, as Gemma 2's template does."""
-    others = [message for message in messages if message.get("role") != "system"]
+    others = [message for message in messages if message.get("role") not in ("system", "developer")]
     if not others or len(others) == len(messages):
         return ""
     try:
@@ -153,6 +153,24 @@ def _without_system(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     except BadRowError:
         return ""
     return "; it takes no system message: put those words into the first question"
+
+
+def _with_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+    """What to do about a conversation that was refused for the ids of its calls, as Mistral's templates do."""
+    others = [_with_id(message, "call00001") for message in messages]
+    if others == messages or not any(message.get("tool_calls") for message in messages):
+        return ""
+    try:
+        write(tokenizer, others, tools)
+    except BadRowError:
+        return ""
+    return "; give its calls ids of nine letters and digits, such as 'call00001', and their results the same"
+
+
+def _with_id(message: dict[str, Any], name: str) -> dict[str, Any]:
+    calls = [call | {"id": name} for call in message.get("tool_calls") or ()]
+    result = {"tool_call_id": name} if message.get("role") == "tool" else {}
+    return message | ({"tool_calls": calls} if calls else {}) | result
 
 
 def marked(value: Any, marker: str = MARKER) -> Any:

@@ -310,6 +310,8 @@ def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
             f"{table.name}: turns of others than the assistant are marked to train and do not: "
             "dataset.train_on: all trains every turn that is not marked otherwise"
         )
+    talks = [row.form for row in batch if isinstance(row.form, Turns)]
+    reader.notes += [f"{table.name}: {remark}" for talk in talks for remark in talk.remarks]
     pairs = [row.form for row in batch if isinstance(row.form, Pair)]
     if not reader.encoder.decoded and any(pair.runs_on for pair in pairs):
         reader.notes.append(

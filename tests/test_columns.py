@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import MISTRAL3
 from data_helpers import CHATML, byte_tokenizer, dataset, source
 
 from dynlora_cli.data import Data, load_data
 from dynlora_cli.errors import DataError
 from dynlora_cli.examples import show_example
+from dynlora_cli.formats.chat import to_example
 
 CALLS = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}CALL{% endfor %}")
 PAIR = {"prompt": "a\n", "completion": "b"}
@@ -247,3 +249,45 @@ def test_older_function_calls_are_calls(tmp_path: Path) -> None:
 def test_broken_arguments_are_named(tmp_path: Path, arguments: str, expected: str) -> None:
     with pytest.raises(DataError, match=rf"a\.jsonl:1: message 2: .*{expected}"):
         load(tmp_path, calling(arguments), template=TOJSON)
+
+
+# -- calls that are turns of their own, as LLaMA-Factory and ms-swift write them -------------------------------------------
+
+
+def turns_of(*said: tuple[str, str]) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": text} for role, text in said]}
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+@pytest.mark.parametrize("arguments", [OBJECT, json.dumps(OBJECT)])
+def test_a_turn_that_calls_is_a_call(role: str, arguments: Any) -> None:
+    call = {"name": "f", "arguments": arguments}
+    row = turns_of(("human", "a"), (role, json.dumps([call, call])), ("observation", "1"), ("tool_response", "2"))
+    _, answer, *results = to_example(row, has_template=True).messages
+    assert answer["role"] == "assistant"
+    assert answer["content"] == ""
+    assert [call["function"] for call in answer["tool_calls"]] == [{"name": "f", "arguments": OBJECT}] * 2
+    ids = [call["id"] for call in answer["tool_calls"]]
+    assert [result["tool_call_id"] for result in results] == ids
+    assert [len(name) for name in ids] == [9, 9]  # as Mistral's templates want them
+
+
+def test_turns_that_are_not_what_their_role_says_are_named(tmp_path: Path) -> None:
+    row = turns_of(("human", "a"), ("function_call", "f()"), ("thought", "b"), ("gpt", "c")) | talk()
+    del row["messages"]
+    notes = load(tmp_path, row).notes
+    assert any("some turns that should call hold no JSON" in note for note in notes)
+    assert any(
+        "turns of the role 'thought', which is not known here, are not the assistant's" in note for note in notes
+    )
+    notes = load(tmp_path, row | talk()).notes
+    assert any("'conversations' is not read where there is 'messages'" in note for note in notes)
+
+
+def test_ids_that_a_template_refuses_are_to_be_changed(tmp_path: Path) -> None:
+    call = {"id": "call_abc", "type": "function", "function": {"name": "f", "arguments": OBJECT}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(DataError, match="give its calls ids of nine letters and digits"):
+        load(tmp_path, {"messages": messages}, MISTRAL3)
+    call["id"] = "call00001"
+    assert load(tmp_path, {"messages": messages}, MISTRAL3).counts["train"]["rows"] == 1

@@ -17,12 +17,14 @@ class Turns:
         tools: as the template takes them.
         untrained: numbers of assistant messages, from 0, that are marked not to train.
         marks_others: a message of another role is marked to train.
+        remarks: what the person should know about how the row was read.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     untrained: frozenset[int] = frozenset()
     marks_others: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

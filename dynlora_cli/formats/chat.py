@@ -12,7 +12,8 @@ Columns
     `messages`: list of {role, content}; or `conversations`: list of {from, value} (ShareGPT); or the JSON of such a
     list. Roles may have ShareGPT's names (human, gpt, function_call, observation) under either key. Optional `system`,
     for conversations that do not begin with such a turn, and `tools`, a list or its JSON (`functions` in OpenAI's older
-    form). Arguments of calls may be objects or their JSON.
+    form). Arguments of calls may be objects or their JSON. A turn of function_call or tool_call (ms-swift) that holds
+    the JSON of a call, or of a list of calls, is a call; any other is trained as text.
 
 Reference
     https://huggingface.co/docs/transformers/chat_templating
@@ -32,9 +33,12 @@ TASKS = ("causal-lm",)
 PRECEDENCE = 0
 
 _ROLES = dict.fromkeys(("human", "prompter"), "user")
-_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "ai", "bot", "model", "function_call"), "assistant")
+_ROLES |= dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard", "ai", "bot", "model", "function_call", "tool_call"), "assistant"
+)
 _ROLES |= dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool")
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "developer")}
+_CALLING = ("function_call", "tool_call")  # roles, not the keys of these names
 _TRAINS, _DOES_NOT = ("weight", "train", "training", "trainable", "loss", "loss_scale"), ("masked", "mask")
 _IN_PARTS = ("train_detail", "training_detail")
 
@@ -62,6 +66,8 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns:
         kind = "missing, null or empty" if turns in (None, [], "") else f"of type {type(turns).__name__}"
         raise BadRowError(f"{name!r} is {kind}, expected a list of messages")
     read = [_message(number, turn) for number, turn in enumerate(turns, 1)]
+    remarks = _remarks(row, turns, [message for message, _ in read])
+    _tie(turns, [message for message, _ in read])
     system = optional_text(row, "system")
     if system and read[0][0]["role"] != "system":
         read.insert(0, ({"role": "system", "content": system}, None))
@@ -71,7 +77,52 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns:
         _tools(row),
         untrained=frozenset(number for number, mark in marks.items() if mark is False),
         marks_others=any(mark for number, (_, mark) in enumerate(read) if number not in marks),
+        remarks=remarks,
     )
+
+
+def _calls_by_role(turn: Mapping[str, Any]) -> bool:
+    return str(turn.get("role") or turn.get("from")).strip().lower() in _CALLING
+
+
+def _calls_in(text: Any) -> Any:
+    """The calls that a turn of ShareGPT's holds as JSON; None where it holds something else."""
+    try:
+        found = loads(text) if isinstance(text, str) else None
+    except BadJsonError:
+        return None
+    calls = [found] if isinstance(found, Mapping) else found
+    is_call = isinstance(calls, list) and all(
+        isinstance(call, Mapping) and isinstance(call.get("name"), str) and "arguments" in call for call in calls
+    )
+    return [{"type": "function", "function": call} for call in calls] if calls and is_call else None
+
+
+def _tie(turns: list[Any], messages: list[dict[str, Any]]) -> None:
+    """Give calls that were read from turns ids, and their results too: some templates ask for nine characters."""
+    waiting: list[str] = []
+    count = 0
+    for turn, message in zip(turns, messages, strict=True):
+        if _calls_by_role(turn) and "tool_calls" in message:
+            for call in message["tool_calls"]:
+                count += 1
+                waiting.append(call.setdefault("id", f"call{count:05}"))
+        elif message["role"] == "tool" and waiting:
+            message.setdefault("tool_call_id", waiting.pop(0))
+
+
+def _remarks(row: Mapping[str, Any], turns: list[Any], messages: list[dict[str, Any]]) -> tuple[str, ...]:
+    """What is read in a way that the person may not expect."""
+    found = []
+    if row.get("messages") is not None and row.get("conversations"):
+        found.append("'conversations' is not read where there is 'messages'")
+    if any(_calls_by_role(turn) and "tool_calls" not in message for turn, message in zip(turns, messages, strict=True)):
+        found.append(
+            "some turns that should call hold no JSON of {name, arguments}: they are trained as text, not as calls"
+        )
+    unknown = sorted({message["role"] for message in messages} - set(_ROLES.values()))
+    found += [f"turns of the role {role[:40]!r}, which is not known here, are not the assistant's" for role in unknown]
+    return tuple(found)
 
 
 def _json(what: str, value: Any) -> Any:
@@ -110,9 +161,11 @@ def _message(number: int, turn: object) -> tuple[dict[str, Any], bool | None]:
     role = message.get("role")
     if not isinstance(role, str):
         raise BadRowError(f"message {number} has no role (keys: {', '.join(map(str, turn))})")
-    message["role"] = _ROLES.get(role.strip().lower(), role)
     if "function_call" in message and "tool_calls" not in message:
         message["tool_calls"] = message.pop("function_call")
+    if _calls_by_role(message) and "tool_calls" not in message and (calls := _calls_in(message.get("content"))):
+        message |= {"tool_calls": calls, "content": ""}
+    message["role"] = _ROLES.get(role.strip().lower(), role)
     if "tool_calls" in message:
         message["tool_calls"] = _calls(number, message["tool_calls"])
         message.setdefault("content", "")
