@@ -288,6 +288,6 @@ def test_ids_that_a_template_refuses_are_to_be_changed(tmp_path: Path) -> None:
     call = {"id": "call_abc", "type": "function", "function": {"name": "f", "arguments": OBJECT}}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     with pytest.raises(DataError, match="give its calls ids of nine letters and digits"):
-        load(tmp_path, {"messages": messages}, MISTRAL3)
+        load(tmp_path, {"messages": messages}, template=MISTRAL3)
     call["id"] = "call00001"
-    assert load(tmp_path, {"messages": messages}, MISTRAL3).counts["train"]["rows"] == 1
+    assert load(tmp_path, {"messages": messages}, template=MISTRAL3).counts["train"]["rows"] == 1
