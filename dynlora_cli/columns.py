@@ -8,6 +8,7 @@ learned: a run that leaves such a column aside in silence learns something else 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ _JUDGES = _Meaning(
 )
 _PREFERS = _Meaning(
     "is one of a preference pair, and nothing here learns from pairs",
-    "to learn the better answers, name their column, such as `columns: {completion: chosen}`",
+    "",  # by what the row has: _to_prefer
     _always,
 )
 _PRECEDES = _Meaning("holds earlier turns of the conversation", "write rows as `messages`, turn by turn", _always)
@@ -126,14 +127,15 @@ class Account:
         aside = {*self.source.columns.values(), *self.source.ignore}
         for name in row.keys() - aside - (columns_of(form) if form else set()):
             value = row[name]
-            if value is None or value in ("", [], {}):
+            if value is None or value in ("", [], {}, "[]", "{}", "null"):
                 continue
             first = self._unread.setdefault(name, value)
             meaning = _MEANINGS.get(name.lower())
             if meaning and meaning.matters(first, value):
+                advice = meaning.advice or _to_prefer(row)
                 raise DataError(
                     f"{place}: column {name!r} ({_short(repr(value))} here) {meaning.says}",
-                    f"{meaning.advice}; or write `ignore: [{name}]` beside the path in the recipe to leave it aside",
+                    f"{advice}; or write `ignore: [{name}]` beside the path in the recipe to leave it aside",
                 )
 
     def settle(self, notes: list[str]) -> None:
@@ -152,6 +154,24 @@ class Account:
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             notes.append(f"{self.source.path}: columns that are not read: {', '.join(sorted(names)[:_SHOWN])}{more}")
+
+
+def _to_prefer(row: Mapping[str, Any]) -> str:
+    """How to learn the better answers of rows with preference pairs, by what this one has."""
+    names = {each.lower(): each for each in row}
+    better = _first(("chosen", "chosen_response", "chosen_messages"), names)
+    worse = _first(("rejected", "rejected_response", "rejected_messages"), names)
+    if better is None:
+        return "the better answers are in the other columns"
+    chosen = row[names[better]]
+    if isinstance(chosen, str):
+        ours = "completion" if "prompt" in row else "output" if "instruction" in row else None
+    else:
+        ours = "messages" if _is_talk(chosen) and len(chosen) > 1 else None
+    if ours is None:
+        return f"to learn the better answers, write {names[better]!r} as the last turn of `messages`"
+    aside = f" and `ignore: [{names[worse]}]`" if worse else ""
+    return f"to learn the better answers, write `columns: {{{ours}: {names[better]}}}`{aside} beside the path"
 
 
 def columns_of(form: ModuleType) -> set[str]:
@@ -196,10 +216,22 @@ def guessed(row: Mapping[str, Any], task: str) -> dict[str, str]:
         if asks in named and answers in named:
             return _asked(named, asks, answers)
     talk = _first(_TALKS, named) if task == "causal-lm" else None
-    if talk and isinstance(row[named[talk]], list):
+    if talk and _is_talk(row[named[talk]]):
         return {"messages": named[talk]}
     text = _first(("text", *_TEXTS), named) if task == "causal-lm" else None
     return {"text": named[text]} if text else {}
+
+
+def _is_talk(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and ("role" in first or "from" in first)
+
+
+def in_yaml(columns: Mapping[str, str]) -> str:
+    """Names of columns, ours to theirs, to be copied into a recipe."""
+    plain = re.compile(r"[^\W\d]\w*([ -]\w+)*")
+    shown = {ours: name if plain.fullmatch(name) else json.dumps(name) for ours, name in columns.items()}
+    return ", ".join(f"{ours}: {name}" for ours, name in shown.items())
 
 
 def _asked(named: Mapping[str, str], asks: str, answers: str) -> dict[str, str]:

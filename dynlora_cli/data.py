@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from dynlora_cli import drawers
 from dynlora_cli.chat_template import Writing, date_note, on_date, read_template, template_name
 from dynlora_cli.chat_turns import as_turns
-from dynlora_cli.columns import Account, example_for
+from dynlora_cli.columns import Account, example_for, in_yaml
 from dynlora_cli.errors import DataError
 from dynlora_cli.formats._forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
 from dynlora_cli.rows import BUILTIN, Row, Table, tables
@@ -216,6 +216,7 @@ def _drafts(reader: _Reader, source: Source, table: Table, account: Account) -> 
 def _as_turns(reader: _Reader, table: Table, form: ModuleType, opening: list[Row]) -> bool:
     """Whether the rows of a table become turns; kept for the record."""
     if reader.task != CAUSAL:
+        reader.notes += ["dataset.chat is not used: only causal-lm has turns"] if reader.dataset.chat is True else []
         return False
     chat, recorded, name = reader.dataset.chat, reader.writing.turned, name_of(form)
     turns, note = as_turns(reader.tokenizer, chat, name, opening, recorded)
@@ -274,7 +275,7 @@ def _format(reader: _Reader, source: Source, table: Table, place: str, row: Row,
     if not fitting:
         account.enter(place, row, None)
         lines = "\n".join(f"  {name_of(form)}: {form.COLUMNS}" for form in _serving(reader.task))
-        named = ", ".join(f"{ours}: {theirs}" for ours, theirs in example_for(row, reader.task).items())
+        named = in_yaml(example_for(row, reader.task))
         raise DataError(
             f"{place}: no format fits the columns {', '.join(sorted(columns))}; for {reader.task} there are\n{lines}",
             f"rename them in the recipe, ours to theirs, such as `columns: {{{named}}}`"
@@ -310,9 +311,11 @@ def _note_form(reader: _Reader, table: Table, batch: list[Located]) -> None:
             f"{table.name}: turns of others than the assistant are marked to train and do not: "
             "dataset.train_on: all trains every turn that is not marked otherwise"
         )
-    talks = [row.form for row in batch if isinstance(row.form, Turns)]
-    reader.notes += [f"{table.name}: {remark}" for talk in talks for remark in talk.remarks]
-    pairs = [row.form for row in batch if isinstance(row.form, Pair)]
+    forms = [row.form for row in batch]
+    reader.notes += [f"{table.name}: {remark}" for form in forms if isinstance(form, Turns) for remark in form.remarks]
+    if any(isinstance(form, (Turns, Pair)) and form.is_empty for form in forms):
+        reader.notes.append(f"{table.name}: some answers are empty: the model learns to say nothing there")
+    pairs = [form for form in forms if isinstance(form, Pair)]
     if not reader.encoder.decoded and any(pair.runs_on for pair in pairs):
         reader.notes.append(
             f"{table.name}: some completions follow their prompt with nothing between the two; "

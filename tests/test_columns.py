@@ -291,3 +291,45 @@ def test_ids_that_a_template_refuses_are_to_be_changed(tmp_path: Path) -> None:
         load(tmp_path, {"messages": messages}, template=MISTRAL3)
     call["id"] = "call00001"
     assert load(tmp_path, {"messages": messages}, template=MISTRAL3).counts["train"]["rows"] == 1
+
+
+# -- hints that hold when they are followed --------------------------------------------------------------------------------
+
+
+ASKED = {"role": "user", "content": "a"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in "bc")
+
+
+def test_a_pair_of_conversations_is_read_as_its_hint_says(tmp_path: Path) -> None:
+    row = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    with pytest.raises(DataError, match="preference pair") as caught:
+        load(tmp_path, row)
+    assert caught.value.hint is not None
+    assert "`columns: {messages: chosen}` and `ignore: [rejected]`" in caught.value.hint
+    assert load(tmp_path, row, columns={"messages": "chosen"}, ignore=["rejected"]).counts["train"]["rows"] == 1
+    with pytest.raises(DataError, match="preference pair") as caught:
+        load(tmp_path, {"conversations": [ASKED], "chosen": GOOD, "rejected": BAD})
+    assert "write 'chosen' as the last turn of `messages`" in str(caught.value.hint)
+
+
+def test_names_with_spaces_are_quoted_in_hints(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no format fits") as caught:
+        load(tmp_path, {"Prompt": "a", " answer": "b"})
+    assert '{prompt: Prompt, completion: " answer"}' in str(caught.value.hint)
+    with pytest.raises(DataError, match="no format fits") as caught:
+        load(tmp_path, {"conversation": [{"human": "a", "assistant": "b"}]})
+    assert "messages: conversation" not in str(caught.value.hint)
+
+
+def test_prompt_and_completion_may_be_messages(tmp_path: Path) -> None:
+    row = {"prompt": [ASKED, BAD, ASKED], "completion": [GOOD]}
+    assert trained(tmp_path, row) == ["b<|im_end|>"]
+    with pytest.raises(DataError, match="lists of messages, which need a chat template"):
+        load(tmp_path, row, template=None)
+    with pytest.raises(DataError, match="'completion' is none"):
+        load(tmp_path, row | {"completion": "b"})
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a", "completion": ""}, {"messages": [ASKED, GOOD | {"content": ""}]}])
+def test_empty_answers_are_named(tmp_path: Path, row: Any) -> None:
+    assert any("some answers are empty" in note for note in load(tmp_path, row).notes)

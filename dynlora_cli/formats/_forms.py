@@ -26,6 +26,16 @@ class Turns:
     marks_others: bool = False
     remarks: tuple[str, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether an answer that trains has no words, and no key beside that a template could write."""
+        answers = (
+            message
+            for number, message in enumerate(self.messages)
+            if message["role"] == "assistant" and number not in self.untrained
+        )
+        return any(not any(value for key, value in answer.items() if key != "role") for answer in answers)
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -33,6 +43,11 @@ class Pair:
 
     prompt: str
     completion: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to say."""
+        return not self.completion
 
     @property
     def runs_on(self) -> bool:

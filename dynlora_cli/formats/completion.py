@@ -9,7 +9,7 @@ When to use it
     For questions and answers; with `dataset.chat: false` wherever you want full control of the text.
 
 Columns
-    `prompt`, `completion`.
+    `prompt`, `completion`: two texts; or two lists of messages, as TRL has them, of which the second trains.
 
 Reference
     The prompt/completion form of OpenAI's first fine-tuning API, also read by TRL and mlx-lm.
@@ -18,9 +18,11 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Any
 
-from dynlora_cli.formats._forms import Pair, Turns, text_of
+from dynlora_cli import drawers
+from dynlora_cli.formats._forms import BadRowError, Pair, Turns, text_of
 
 COLUMNS = "prompt, completion"
 TASKS = ("causal-lm", "seq2seq-lm")
@@ -42,7 +44,23 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns | Pair:
     Raises:
         BadRowError: a column is missing or no text.
     """
+    if isinstance(row.get("prompt"), list):
+        return _conversation(row["prompt"], row.get("completion"), has_template)
     prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
     if has_template:
         return Turns([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
     return Pair(prompt, completion)
+
+
+def _conversation(prompt: list[Any], answer: Any, has_template: bool) -> Turns:
+    """Both lists as one conversation, in which nothing of the prompt trains."""
+    answer = [answer] if isinstance(answer, Mapping) else answer
+    if not isinstance(answer, list) or not answer:
+        raise BadRowError("column 'prompt' is a list of messages, and 'completion' is none")
+    if not has_template:
+        raise BadRowError(
+            "columns 'prompt' and 'completion' are lists of messages, which need a chat template; "
+            "set dataset.chat_template, and no dataset.chat: false"
+        )
+    turns: Turns = drawers.load("formats", "chat").to_example({"messages": [*prompt, *answer]}, has_template=True)
+    return replace(turns, untrained=turns.untrained | frozenset(range(len(prompt))))
