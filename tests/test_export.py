@@ -21,8 +21,10 @@ from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM
 
 from dynlora_cli import drawers, export
-from dynlora_cli.adapter import save
+from dynlora_cli.adapter import Factors, save
 from dynlora_cli.adapter_reader import read_adapter
+from dynlora_cli.errors import UsageError
+from dynlora_cli.exporters._stacked import sgmv_rank
 
 FORMS = drawers.names("exporters")
 GGUF = ("gguf", "merged-gguf", "ollama")
@@ -259,3 +261,43 @@ def test_sglang_finds_what_it_joins(mixed: Path, tmp_path: Path, dynlora: Dynlor
 def test_max_kl_of_0_is_0(mixed: Path, tmp_path: Path, dynlora: Dynlora):
     answer = dynlora("export", "--adapter", mixed, "--to", "merged-gguf", "--max-kl", "0", "--out", tmp_path / "out")
     assert (answer.code, "more than 0" in " ".join(answer.err.split())) == (4, True), answer.err
+
+
+@pytest.mark.parametrize("form", ["tgi", "lorax"])
+def test_tgi_and_lorax_get_a_rank_that_they_do_not_fill_up(form: str, tmp_path: Path, dynlora: Dynlora):
+    """They divide alpha by the rank in the config for the first module type, and by the filled-up one after it."""
+    _, adapter = make("lora", tmp_path)
+    assert set(read_adapter(adapter).ranks.values()) == {4}
+    assert dynlora("export", "--adapter", adapter, "--to", form, "--out", tmp_path / "out").code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8
+    assert [sgmv_rank(rank) for rank in (1, 8, 9, 16, 17, 40)] == [8, 8, 16, 16, 32, 48]
+
+
+@pytest.mark.parametrize(
+    ("form", "names", "said"),
+    [
+        ("tgi", ["lm_head"], "lm_head"),
+        ("tgi", ["model.language_model.layers.0.self_attn.q_proj"], "would leave out without a word"),
+        ("tgi", ["model.layers.0.mlp.gate_up_proj"], "mlp.gate_up_proj"),
+        ("tgi", ["model.layers.0.self_attn.o_proj"], ""),
+        ("sglang", ["transformer.h.0.attn.c_proj"], "leave out transformer.h.0.attn.c_proj"),
+        ("sglang", ["model.layers.0.self_attn.q_proj"], "v_proj, which the base does not have"),
+        ("sglang", ["vision.layers.0.o_proj", "text.layers.0.o_proj"], "in the place of"),
+        ("sglang", ["model.layers.0.self_attn.o_proj", "lm_head", "model.layers.0.experts.0.o_proj"], ""),
+    ],
+)
+def test_layers_that_a_server_would_not_find(form: str, names: list[str], said: str, tmp_path: Path):
+    """Names as TGI's build_layer_weight_lookup and SGLang's LoRAAdapter look for them, on a base of these layers."""
+    layers = {name: Factors(torch.ones(2, 3), torch.ones(4, 2)) for name in names}
+    adapter = read_adapter(make("lora", tmp_path)[1]).with_layers(layers)
+    shapes = dict.fromkeys([*names, "model.layers.0.self_attn.o_proj"], (3, 4))
+    job = export.Job(adapter, None, None, None, shapes, merged=lambda: pytest.fail("not asked for"))
+    (tmp_path / "out").mkdir()
+    exporter = drawers.load("exporters", form)
+    if not said:
+        exporter.write(job, tmp_path / "out")
+        assert set(names) <= set(exporter.read_back(job, tmp_path / "out").layers)
+        return
+    with pytest.raises(UsageError, match=re.escape(said)):
+        exporter.write(job, tmp_path / "out")

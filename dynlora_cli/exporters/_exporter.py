@@ -114,14 +114,15 @@ def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapt
     return adapter
 
 
-def padded(adapter: Adapter, empty: dict[str, tuple[int, int]] | None = None) -> Adapter:
-    """Every layer at the largest rank: components of zeros are added, which change nothing.
+def padded(adapter: Adapter, empty: dict[str, tuple[int, int]] | None = None, rank: int | None = None) -> Adapter:
+    """Every layer at one rank: components of zeros are added, which change nothing.
 
     Args:
         adapter: with ranks that differ.
         empty: names and (I, O) of layers to have as well, at zeros alone.
+        rank: at least the largest; None: the largest.
     """
-    largest = max(adapter.ranks.values())
+    largest = rank or max(adapter.ranks.values())
     layers = {
         name: Factors(torch.zeros(largest, d_in), torch.zeros(d_out, largest))
         for name, (d_in, d_out) in (empty or {}).items()
