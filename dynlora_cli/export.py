@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -159,7 +160,7 @@ def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, ma
     reference = adapted_predictions(job.adapter, place, rows)
     rounding = ROUNDING[job.outtype] if isinstance(found, Adapter) else max(ROUNDING[job.outtype], ROUNDING["bf16"])
     measured = agreement(reference, _predictions(found, job, place, rows), rows, rounding)
-    if measured.kl > max_kl:
+    if math.isnan(max_kl) or measured.kl > max_kl:
         raise MeasureError(
             f"the export is {measured.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
             "nothing was kept",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def into_base(
         writing = time.monotonic() - writing
         emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
         checks, to_trained_base = _compare(adapter, place, folder, quantized, base_weights, _rounding(plan))
-        if checks.kl > max_kl:
+        if math.isnan(max_kl) or checks.kl > max_kl:
             raise MeasureError(
                 f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
                 "nothing was kept",

@@ -96,7 +96,7 @@ def _spell_out(root: Node) -> None:
 
 def _apply(root: Node, override: str) -> list[Problem]:
     """Puts one `section.key=value` into the tree; returns what is wrong with it."""
-    place = Place(f"--set {override}")
+    place = Place(f"--set {override if len(override) <= 120 else override[:117] + '...'}")
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):

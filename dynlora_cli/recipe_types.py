@@ -15,7 +15,9 @@ from dynlora_cli.strict_yaml import show
 
 
 def whole(value: object) -> object:
-    """1e3 and 8.0 are whole numbers too."""
+    """1e3 and 8.0 are whole numbers too. From 2^53 on, nothing is counted: torch takes no number beyond 2^63."""
+    if isinstance(value, int | float) and 2**53 <= value < float("inf"):
+        raise ValueError(f"got {show(value)}, must be a whole number below 2^53")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

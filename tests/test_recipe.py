@@ -81,6 +81,13 @@ def test_shorthands_and_the_default_folder() -> None:
     assert load("model: x\ndataset: {train: [a, {path: b, split: c}]}\n").dataset.train[0] == Source(path="a")
 
 
+@pytest.mark.parametrize("value", ["1e300", "1" + "0" * 30, "1" + "0" * 400, "9007199254740992"])
+def test_counts_beyond_all_use_are_refused_in_short_words(value: str) -> None:
+    (found, *more) = problems(MINIMAL, f"train.micro_batch_size={value}")
+    assert "train.micro_batch_size" in found
+    assert all(len(line) < 400 for line in (found, *more))
+
+
 def test_a_recipe_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(MINIMAL).train.epochs = 2
