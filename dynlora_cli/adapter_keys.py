@@ -68,6 +68,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
         if name in taken:
             raise UsageError(f"{path} holds {taken[name]} and {key}, which name one tensor", "leave one of them out")
         taken[name] = key
+        if not name.isprintable():  # no module is called so, and a terminal would obey it
+            raise UsageError(f"{path}: the name of the tensor {key!a} holds control characters", "leave it out")
         if f".{UNTRAINED}." in name:
             untrained.append(key)
         elif match := _PART.fullmatch(name):

@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from dynlora_cli.adapter_reader import read_adapter
 from dynlora_cli.data import load_data
-from dynlora_cli.errors import DynloraError
+from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.recipe import load_recipe
 from dynlora_cli.report import read_run
 from dynlora_cli.run_folder import read_record
@@ -133,3 +133,12 @@ def test_headers(tmp_path: Path):
         size = len(text) if number % 5 else random.Random(number).getrandbits(64)
         (tmp_path / "adapter_model.safetensors").write_bytes(size.to_bytes(8, "little") + text + whole[end:])
         answered(read_adapter, tmp_path)
+
+
+def test_layers_whose_names_a_terminal_would_obey(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    prefix = "base_model.model.layers.0\x1bc.q_proj.lora"
+    weights = {f"{prefix}_A.weight": torch.ones(2, 64), f"{prefix}_B.weight": torch.ones(64, 2)}
+    (tmp_path / "adapter_model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+    with pytest.raises(UsageError, match="holds control characters"):
+        read_adapter(tmp_path)
