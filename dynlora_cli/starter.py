@@ -22,7 +22,7 @@ from dynlora_cli.chat_turns import PAIRS
 from dynlora_cli.columns import Account, example_for, guessed
 from dynlora_cli.data import CAUSAL, CLASSIFICATION, SEQ2SEQ, fitting_formats, located, name_of, renamed
 from dynlora_cli.errors import DataError, DynloraError, UsageError
-from dynlora_cli.formats._forms import Labelled, Pair
+from dynlora_cli.formats._forms import Labelled, as_text
 from dynlora_cli.model_folder import find_model, has_chat_template, is_encoder_decoder, is_hub_name
 from dynlora_cli.recipe import Model, Source, load_recipe
 from dynlora_cli.rows import Row, is_local, other_splits, tables
@@ -201,10 +201,11 @@ class _Look:
         if isinstance(example, Labelled):
             self.labels.add(example.label)
         if name_of(form) == "completion":
-            pair = Pair(row["prompt"], row["completion"])
-            self.runs_together |= bool(pair.prompt and pair.completion) and not (
-                pair.prompt[-1].isspace() or pair.completion[0].isspace()
-            )
+            prompt, completion = as_text(row["prompt"]), as_text(row["completion"])
+            if (
+                isinstance(prompt, str) and isinstance(completion, str) and prompt and completion
+            ):  # else turns, or empty
+                self.runs_together |= not (prompt[-1].isspace() or completion[0].isspace())
 
 
 def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:

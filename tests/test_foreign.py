@@ -355,7 +355,8 @@ def test_report_and_card_show_texts_of_others_as_texts(place: Path):
         return value + MARKUP if isinstance(value, str) else value
 
     run = place / "out"
-    record = poisoned(json.loads((run / "dynlora.json").read_text()))
+    was = json.loads((run / "dynlora.json").read_text())
+    record = poisoned(was) | {"task": was["task"]}  # another task is refused
     record["layers"] = {name + MARKUP: layer for name, layer in record["layers"].items()}
     (run / "dynlora.json").write_text(json.dumps(record))
     for name in ("metrics.jsonl", "rank_events.jsonl"):

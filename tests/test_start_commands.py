@@ -110,7 +110,7 @@ def test_names_that_others_use_are_known_and_said(names: str, dynlora: Dynlora):
 
 QUESTION = {"prompt": "1 + 1 =", "completion": "2"}
 BAD = {
-    "a number": ([QUESTION, QUESTION | {"completion": 4}], "rows.jsonl:2: column 'completion' is of type int"),
+    "a truth value": ([QUESTION, QUESTION | {"completion": True}], "rows.jsonl:2: column 'completion' is of type bool"),
     "a missing column": ([QUESTION, {"prompt": "2"}], "rows.jsonl:2: column 'completion' is missing"),
     "a missing column of another name": ([{"question": "a", "answer": "b"}, {"question": "c"}], "no column 'answer'"),
     "a weight": ([QUESTION, QUESTION | {"weight": 0.5}], "column 'weight' (0.5 here) weighs rows"),
