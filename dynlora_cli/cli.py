@@ -21,7 +21,6 @@ from dynlora_cli import __version__, cli_adapters, cli_eval, cli_start
 from dynlora_cli.cli_support import AsJson, console, reporting, typed
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.launch import end_with_launcher, is_main_process, launch
-from dynlora_cli.run_folder import place_of
 
 app = typer.Typer(
     name="dynlora",
@@ -90,6 +89,8 @@ def train(
         if dry_run:
             preflight.training(checked, writes=False)
         elif is_main_process():  # as the only writer of the output folder, until the command ends
+            from dynlora_cli.run_folder import place_of
+
             held.enter_context(place_of(Path(checked.output_dir)))
             preflight.training(checked, writes=True, overwrite=overwrite, resume=resume, resume_from=resume_from)
         if devices != "1" and "RANK" not in os.environ:

@@ -210,8 +210,8 @@ def _kept_for_padding(folder: Path, positions: int) -> int:
     except Exception:  # whatever is wrong with the folder is told when the model is loaded
         return 0
     named = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
-    tables = (module for module in named if isinstance(module, torch.nn.Embedding))  # Reformer's is made of two
-    padding = (table.padding_idx for table in tables if table.num_embeddings == positions)
+    tables = (module for module in named if hasattr(module, "padding_idx"))  # Reformer's, made of two, has none
+    padding = (table.padding_idx for table in tables if table.weight.shape[0] == positions)
     return next((row + 1 for row in padding if row is not None), 0)
 
 

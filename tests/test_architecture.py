@@ -294,7 +294,8 @@ with contextlib.redirect_stdout(sys.stderr):
         main(sys.argv[1:])
     except SystemExit as end:
         code = end.code
-print(json.dumps([code, sorted({HEAVY!r} & sys.modules.keys())]))
+heavy = {HEAVY!r} | ({{"pydantic"}} if "--help" in sys.argv else set())
+print(json.dumps([code, sorted(heavy & sys.modules.keys())]))
 """
 
 
