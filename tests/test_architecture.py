@@ -294,7 +294,7 @@ with contextlib.redirect_stdout(sys.stderr):
         main(sys.argv[1:])
     except SystemExit as end:
         code = end.code
-heavy = {HEAVY!r} | ({{"pydantic"}} if "--help" in sys.argv else set())
+heavy = {HEAVY!r} | ({{"pydantic"}} if sys.argv[1:] == ["--help"] else set())
 print(json.dumps([code, sorted(heavy & sys.modules.keys())]))
 """
 
