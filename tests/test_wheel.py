@@ -97,11 +97,11 @@ def test_schema_knows_the_drawers(scripts: Path, tmp_path: Path):
 def test_train_on_what_is_built_in(scripts: Path, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(
         "model: builtin:tiny\ndataset: builtin:stdlib-docs\nrank: {init: 4, budget: 1}\n"
-        "train: {max_steps: 2, micro_batch_size: 2}\neval: {max_samples: 8}\n",
+        "train: {max_steps: 3, micro_batch_size: 2}\neval: {max_samples: 8}\n",
         encoding="utf-8",
     )
     summary = json.loads(run(scripts / "dynlora", "train", "recipe.yaml", "--json", cwd=tmp_path))
-    assert summary["steps"] == 2
+    assert summary["steps"] == 3
     assert summary["parameters"] <= summary["budget_parameters"]
     produced = {path.name for path in (tmp_path / "out" / "recipe").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "report.html", "README.md"} <= produced
