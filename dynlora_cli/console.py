@@ -369,5 +369,5 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Padding:
     grid.add_column(style="label", no_wrap=True)
     grid.add_column()
     for label, value in rows:
-        grid.add_row(label, printable(value))
+        grid.add_row(printable(label), printable(value))
     return Padding(grid, (0, 0, 0, 2))

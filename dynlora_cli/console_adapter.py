@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dynlora_cli.console import Console, pairs, plain_table, rank_map
+from dynlora_cli.progress import printable
 from dynlora_cli.report_log import Event
 from dynlora_cli.units import change, count, counted, duration, number, percent, size
 
@@ -110,7 +111,15 @@ class AdapterView:
         ]
         map_ = rank_map(ranks, dict.fromkeys(ranks, largest), self.console.rich.width - 2, 40)
         self.console.show(
-            Group(Text(), Text(adapter["name"], style="head"), pairs(rows), Text(), map_, Text(), _layer_table(layers))
+            Group(
+                Text(),
+                Text(printable(adapter["name"]), style="head"),
+                pairs(rows),
+                Text(),
+                map_,
+                Text(),
+                _layer_table(layers),
+            )
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from dynlora_cli.console import Console, rank_map
+from dynlora_cli.console import Console, pairs, rank_map
 from dynlora_cli.console_plan import show_plan
 from dynlora_cli.errors import MachineError, RecipeError
 from dynlora_cli.progress import printable, sparkline
@@ -304,3 +304,10 @@ def test_sparkline_and_printable() -> None:
     assert sparkline((1.0, 1.0, float("nan")), 8) == "▄▄"
     assert sparkline((1.0,), 8) == ""
     assert printable("a\x1b[31m\tb\nc\x9bd é") == "a␛[31m\tb\nc\\x9bd é"
+
+
+def test_names_from_files_do_not_steer_the_terminal() -> None:
+    window = Window()
+    Console(window, width=80).show(pairs([("whole \x1b[2J", "\x1b[31mred")]))
+    assert "\x1b[2J" not in window.getvalue()
+    assert "\x1b[31m" not in window.getvalue()
