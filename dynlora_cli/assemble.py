@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import drawers
+from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.allocation import with_counts
 from dynlora_cli.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.brake import Brake
@@ -141,9 +142,10 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
         device=torch.device("cpu") if recipe.train.shard_base and device.type != "meta" else device,
         labels=data.labels,
         seed=recipe.seed,
-        checkpointing=recipe.train.gradient_checkpointing,
         computes=device,
     )
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
     set_fused(base.model, recipe)
     experts = fused_experts(base.model)
     adapts = drawers.load("variants", recipe.adapter.variant).has_components

@@ -72,5 +72,5 @@ def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, R
     options = place.options.model_copy(update=plain)
     trust = place.options.trust_remote_code
     tokenizer: Any = load_tokenizer(place.folder, trust_remote_code=trust) if place.labels else None
-    base = load_base(options, tokenizer, device=CPU, labels=place.labels, seed=0, checkpointing=False)
+    base = load_base(options, tokenizer, device=CPU, labels=place.labels, seed=0)
     return base.model.eval(), None

@@ -221,7 +221,6 @@ def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenize
         device=device,
         labels=place.labels,
         seed=int(adapter.record.get("seeds", {}).get("seed", 0)),
-        checkpointing=False,
     )
     base.model.requires_grad_(False)
     base.model.eval()

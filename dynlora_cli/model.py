@@ -7,13 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dynlora_cli.activations import checkpoint_activations
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.foreign import WEIGHT_FILES, read_object, refuse_links
 from dynlora_cli.heads import class_names, renew, same_classes
@@ -65,7 +64,6 @@ def load_base(
     device: torch.device,
     labels: list[str] | None,
     seed: int,
-    checkpointing: bool | Literal["offload"],
     computes: torch.device | None = None,
 ) -> Base:
     """Load the model and freeze its weights.
@@ -76,7 +74,6 @@ def load_base(
         device: where the weights go; "meta": structure only, no weights.
         labels: class names of a classification task.
         seed: of a new classifier head.
-        checkpointing: recompute activations in the backward pass; see activations.py.
         computes: the device it will compute on, where that is another; decides what `dtype: auto` is.
 
     Raises:
@@ -101,8 +98,6 @@ def load_base(
         parameter.requires_grad_(trains)
         if trains:
             parameter.data = parameter.data.float()
-    if checkpointing:
-        checkpoint_activations(model, checkpointing)
     for part in model.modules():  # an encoder and a decoder may have copies of it
         settings: Any = getattr(part, "config", None)
         if hasattr(settings, "use_cache"):

@@ -91,7 +91,7 @@ def _tell_of_the_old(place: OutputPlace | None, folder: Path, listener: Emit | N
     if place and place.brought_back:
         place.brought_back = False
         text = f"{folder} is the earlier run again: the one that was to replace it ended before it had saved anything"
-        _tell(listener, {"event": "note", "text": text})
+        send(listener, {"event": "note", "text": text})
 
 
 def _run(
@@ -108,7 +108,7 @@ def _run(
     if checkpoint is None and resume:
         made = place and outputs.write_pages(folder)
         text = "what was missing of its report is made" if made else "nothing to do"
-        _tell(listener, {"event": "note", "text": f"{folder} is finished already; {text}"})
+        send(listener, {"event": "note", "text": f"{folder} is finished already; {text}"})
         return run_folder.read_record(folder)["summary"]
     before = run_folder.read_record(run_folder.run_of(checkpoint)) if checkpoint else None
     begins = checkpoint is None or run_folder.run_of(checkpoint) != folder.resolve()
@@ -165,7 +165,7 @@ def _run(
         training.emit({"event": "end", "summary": summary})
     accelerator.end_training()
     if "peft_check" in summary:
-        tell(summary["peft_check"], folder, lambda event: _tell(listener, event))
+        tell(summary["peft_check"], folder, lambda event: send(listener, event))
     return summary
 
 
@@ -200,13 +200,13 @@ def _log(training: Run, folder: Path, listener: Emit | None) -> Iterator[None]:
 
         def emit(event: dict[str, Any]) -> None:
             log(event)
-            _tell(listener, event)
+            send(listener, event)
 
         training.emit = emit
         yield
 
 
-def _tell(listener: Emit | None, event: dict[str, Any]) -> None:
+def send(listener: Emit | None, event: dict[str, Any]) -> None:
     if listener:
         try:
             listener(event)
@@ -247,7 +247,7 @@ def find_checkpoint(
         if fault is None:
             if faults:
                 text = f"{'; '.join(faults)}; {checkpoint.name} is the newest that can be gone on with"
-                _tell(listener, {"event": "note", "text": text})
+                send(listener, {"event": "note", "text": text})
             return checkpoint
         faults.append(f"{checkpoint} {fault}")
     lines = "".join(f"\n  {fault}" for fault in faults)

@@ -32,14 +32,13 @@ def options(name, **more):
 TOKENIZER = SimpleNamespace(pad_token_id=0)
 
 
-def load(name, device="cpu", labels=None, checkpointing=False, **more):
+def load(name, device="cpu", labels=None, **more):
     return load_base(
         options(name, **more),
         TOKENIZER,
         device=torch.device(device),
         labels=labels,
         seed=0,
-        checkpointing=checkpointing,
     )
 
 
