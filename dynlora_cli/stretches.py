@@ -1,9 +1,14 @@
-"""What a training pass through the blocks of a model consists of, as `cuda_graphs` needs it.
+"""The trace of a training pass through the blocks of a model, and how `cuda_graphs` replays it.
 
-Listening   a pass as usual, of which is noted what each block is given and what it returns
-Stretch     blocks of which each is given what the one before it returned: recorded as one function of tensors
-Playing     a pass in which the first block of a stretch plays the recording and the others hand on what they get
-StandIn     in the place of a block in both
+Listening   traces one pass: the blocks run as usual, and what each is given and returns is noted as a `Call`
+Stretch     consecutive blocks, each fed by the output of the one before it; captured as one function of tensors
+Playing     replays one pass: the first block of a stretch replays its capture, the others return the result
+StandIn     takes the place of a block during a traced or replayed pass
+
+A CUDA graph takes tensors and returns tensors, while blocks take and return nested tuples and dictionaries. A trace
+therefore flattens arguments and results into lists of leaves (torch's pytree) and notes for each leaf where it came
+from: HANDED (the output of the block before), Outside(n) (the n-th tensor that entered the blocks from elsewhere, such
+as the embedding or the mask), or the constant itself.
 """
 
 from __future__ import annotations
@@ -26,12 +31,12 @@ Play = Callable[..., tuple[Tensor, ...]]
 
 
 class Handed:
-    """In the place of the tensor that one block returns and the next is given."""
+    """Marks a leaf of a trace that is a block's own output: returned by one block and given to the next."""
 
 
 @dataclass(frozen=True)
 class Outside:
-    """In the place of a tensor that blocks are given from elsewhere: its number in the pass."""
+    """Marks a leaf of a trace that is a tensor from outside the blocks, numbered in order of first appearance."""
 
     number: int
 
@@ -41,9 +46,10 @@ HANDED = Handed()
 
 @dataclass
 class Call:
-    """One block in one pass: the leaves of its arguments and of what it returned, each a constant where no tensor.
+    """One call of one block, as traced: the marks of its arguments and of what it returned, with their nesting.
 
-    Of what it returned, `HANDED` are the tensors it made; one that it had been given and gave back is what it was.
+    A mark is HANDED, an `Outside`, or a constant. Among the returned leaves, HANDED marks the tensors that the block
+    computed; an argument that it merely returned again has the mark of the argument.
     """
 
     block: nn.Module
@@ -54,15 +60,15 @@ class Call:
 
     @property
     def hands_on(self) -> bool:
-        """Whether it made one tensor and no more."""
+        """Whether the block computed exactly one tensor: only then is it clear what the next one is fed."""
         return sum(leaf is HANDED for leaf in self.returned) == 1
 
     def made(self, result: Any) -> list[Tensor]:
-        """The tensors that it made, out of what it returned."""
+        """The tensors that the block computed, picked out of what it returned."""
         return [leaf for leaf, mark in zip(tree_leaves(result), self.returned, strict=True) if mark is HANDED]
 
     def result(self, made: Iterable[Tensor], outside: list[Tensor]) -> Any:
-        """What the block would return if it had made these tensors."""
+        """What the block would return if it had computed the tensors `made`, in its own nesting."""
         rest = iter(made)
         leaves = [next(rest) if leaf is HANDED else _filled(leaf, outside) for leaf in self.returned]
         return tree_unflatten(leaves, self.returned_spec)
@@ -70,16 +76,20 @@ class Call:
 
 @dataclass
 class Stretch:
-    """Blocks that are recorded as one function of tensors: what comes from outside, and what trains."""
+    """Consecutive blocks that are captured as one function of tensors.
+
+    Its arguments are the tensors from outside, then those that train: make_graphed_callables computes gradients only
+    for what it is given as an argument.
+    """
 
     calls: list[Call] = field(default_factory=list)
     layers: list[ComponentLinear] = field(default_factory=list)
     leaves: list[nn.Parameter] = field(default_factory=list)
     play: Play | None = None
 
-    @cached_property  # asked for in every pass, and not before all calls are there
+    @cached_property  # needed in every pass; first asked for when all calls have been added
     def numbers(self) -> list[int]:
-        """Of the tensors that come from outside."""
+        """The numbers of the tensors from outside that this stretch reads, in order."""
         return sorted({leaf.number for call in self.calls for leaf in call.given if isinstance(leaf, Outside)})
 
     def add(self, call: Call) -> None:
@@ -90,7 +100,11 @@ class Stretch:
         self.leaves += [leaf for leaf in call.block.parameters() if leaf.requires_grad and id(leaf) not in known]
 
     def trained(self) -> list[Tensor]:
-        """What trains in it: first the copies that hand gradients on to the pool, where there are such."""
+        """The tensors that train in this stretch.
+
+        Usually the leaves. Where the cast copies in `layer.low` take the gradients instead (compiled blocks, see
+        `Pool.cast_with`), they come first, and a_CI and b_OC of those layers are left out.
+        """
         copies = [half for layer in self.layers for half in layer.low or () if half.requires_grad]
         if not copies:
             return list(self.leaves)
@@ -98,7 +112,11 @@ class Stretch:
         return [*copies, *(leaf for leaf in self.leaves if id(leaf) not in replaced)]
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run the blocks; to be recorded."""
+        """Run the blocks on these arguments: the function that is captured.
+
+        Args:
+            tensors: those from outside, in the order of `numbers`; then those of `trained`.
+        """
         rest = iter(tensors)
         outside = {number: next(rest) for number in self.numbers}
         for layer in self.layers:
@@ -118,11 +136,11 @@ def _filled(leaf: Any, outside: Any) -> Any:
 
 
 class StandIn(nn.Module):
-    """In the place of a block for one pass; whatever else the model asks for, it is the block that answers."""
+    """Takes the place of a block for one pass: calls go to `call`, attributes are read from the block."""
 
     def __init__(self, block: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
-        self.__dict__.update(block=block, call=call)  # set the usual way, the block would become a part of it
+        self.__dict__.update(block=block, call=call)  # past nn.Module, which would register the block as a submodule
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
@@ -132,13 +150,20 @@ class StandIn(nn.Module):
 
 
 class Listening:
-    """A pass as usual, of which is noted what the blocks are given and return."""
+    """Traces one pass: called in the place of every block, it runs the block and notes what goes in and out.
+
+    Attributes:
+        key: of the batch's shape.
+        stretches: found so far.
+        outside: the tensors from outside, by number.
+        strange: why this model cannot be captured, or None.
+    """
 
     def __init__(self, key: Any) -> None:
         self.key = key
         self.stretches: list[Stretch] = []
         self.outside: list[Tensor] = []
-        self.strange: str | None = None  # what no recording can hold
+        self.strange: str | None = None
         self._handed: Tensor | None = None
         self._pattern: Any = None
 
@@ -150,7 +175,9 @@ class Listening:
             if not isinstance(leaf, (Tensor, *CONSTANTS)):
                 self.strange = f"its blocks are given or return a {type(leaf).__name__}"
         follows = self._handed is not None and any(leaf is self._handed for leaf in given)
-        # What is a tensor in one pass may be None in another, a mask: that has to show before anything is played.
+        # A stretch ends where the pattern of the arguments changes or a new tensor comes in. A mask may be a tensor in
+        # one pass and None in another, and a replay can only notice that at the first block of a stretch: from there it
+        # can still run the blocks as usual, in the middle it cannot.
         pattern = given_spec, [isinstance(leaf, Tensor) for leaf in given]
         begins = not follows or pattern != self._pattern or any(map(self._new, given))
         if begins:
@@ -185,7 +212,7 @@ class Listening:
         return Outside(number)
 
     def let_go(self) -> None:
-        """Keep nothing of the pass's autograd graph."""
+        """Detach what is kept, so that the autograd graph of the traced pass can be freed."""
         self._handed = None
         self.outside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.outside]
 
@@ -199,9 +226,13 @@ class Listening:
 
 
 class Playing:
-    """A pass whose stretches are played; as usual from a block on whose inputs are of another kind than recorded.
+    """Replays one pass: called in the place of every block.
 
-    Before there is a recording, the first block of a stretch runs all of it.
+    Every call is compared with the trace. If the first block of a stretch is given something else than in the trace
+    (another shape, a mask where there was none), this and all later blocks run as usual (`usual`). Within a stretch
+    that is an error: its result has been handed out already.
+
+    Before there is a capture (`BlockGraphs._sound`), the first block of a stretch runs all of its blocks.
     """
 
     def __init__(self, stretches: list[Stretch], kinds: list[Any]) -> None:
@@ -233,7 +264,7 @@ class Playing:
         return call.result(self._results if call is stretch.calls[-1] else self._results[:1], self.outside)
 
     def _as_recorded(self, given: list[Any], spec: TreeSpec, call: Call) -> bool:
-        """Whether a block may be played; tensors that are new in this pass are noted."""
+        """Whether the arguments match the trace. Tensors from outside get their number when they first appear."""
         if spec != call.given_spec:
             return False
         for leaf, known in zip(given, call.given, strict=True):
@@ -252,20 +283,20 @@ class Playing:
         return True
 
     def finish(self) -> None:
-        """The pass is over.
+        """Check at the end of the pass that all blocks were called.
 
         Raises:
-            DynloraError: not all blocks were run, so what the model said is not what it says.
+            DynloraError: some were not, so the pass contains work of blocks that the model wanted to leave out.
         """
         if not self.usual and self._at < len(self._calls):
             raise unlike("the model left out blocks that it ran when they were recorded")
 
 
 def unlike(what: str) -> DynloraError:
-    """The error of a pass that began like the recorded one and is another."""
+    """The error of a pass that began like the trace and then differed from it."""
     return DynloraError(f"train.cuda_graphs: {what}", "set train.cuda_graphs: false, and please report this")
 
 
 def kind_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    """What a recording asks of a tensor that it is given."""
+    """What has to agree for a tensor to be copied into a capture's input buffer."""
     return tensor.shape, tensor.dtype
