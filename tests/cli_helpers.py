@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynlora_cli.cli import main
+from dynlora_cli.cli.app import main
 
 
 class Answer(NamedTuple):

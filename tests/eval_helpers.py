@@ -13,7 +13,7 @@ from pico import pico_recipe
 from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dynlora_cli.recipe import load_recipe
+from dynlora_cli.config.load import load_recipe
 
 
 class Run(NamedTuple):

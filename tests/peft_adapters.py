@@ -20,7 +20,7 @@ from transformers import (
     MixtralConfig,
 )
 
-from dynlora_cli.adapter import Factors
+from dynlora_cli.adapters.adapter import Factors
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.errors import RecipeError
-from dynlora_cli.recipe import Recipe, load_recipe
 
 MINIMAL = "model: builtin:tiny\ndataset: rows.jsonl\n"
 

@@ -31,10 +31,10 @@ from sweep_models import AUTO, CLASSES, LANGUAGE, SEQ2SEQ, write_tiny
 from tiny_run import make_recipe, train, write_rows
 from transformers.models.auto import modeling_auto
 
-from dynlora_cli import outputs
-from dynlora_cli.adapter_reader import read_adapter
-from dynlora_cli.experts import _understood, fused_experts
-from dynlora_cli.merge import into_base
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.commands.merge import into_base
+from dynlora_cli.models.experts import _understood, fused_experts
+from dynlora_cli.training import outputs
 
 ROOT = Path(__file__).parents[1]
 RESULTS, TABLE = ROOT / "scripts" / "bench" / "architectures.jsonl", ROOT / "docs" / "architectures.md"

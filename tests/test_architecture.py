@@ -1,15 +1,6 @@
-"""The house rules: which file may import which, what a drawer's file looks like, and that nothing heavy loads early.
+"""The house rules: which package may import which, what a plug-in looks like, and that nothing heavy loads early.
 
-Layers, lowest first. A file may import files of its own layer and of layers below it, never above:
-
-    8  the command line        imports a command inside the function that runs it
-    7  one file per command    commands never import each other
-    6  what commands share
-    5  load the model, make batches
-    4  the drawers             files never import each other; the spine reaches them by name, through drawers.load
-    3  components and their files, rows and tokens; the contract of a drawer (its underscore files)
-    2  recipe, report, console: no torch
-    1  errors
+The order of the packages, lowest first, stands in docs/architecture.md, and is read from there.
 """
 
 from __future__ import annotations
@@ -26,102 +17,25 @@ from pathlib import Path
 import pytest
 
 import dynlora_cli
+from dynlora_cli import plugins
 
 PACKAGE = Path(dynlora_cli.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
-DRAWERS = ("variants", "policies", "formats", "exporters")
-# A line for each first letter: two people who add a file each do not meet.
-SPINE = {
-    8: """
-        __main__
-        cli cli_adapters cli_eval cli_start cli_support
-    """,
-    7: """
-        doctor dry_run
-        evaluate export
-        inspect_adapter
-        merge
-        prune
-        starter
-        train
-    """,
-    6: """
-        assemble
-        combine compare compile_blocks cuda_graphs
-        dequantize
-        eval_report
-        fold
-        generation
-        harness heal held_out
-        linear_loss loop loss
-        memory meter
-        optimizer_step outputs
-        peft_check posthoc probe pruned_folder
-        rate_search resident
-        sharding starts state survey
-    """,
-    5: """
-        adapter_base attach
-        batches
-        data
-        layout
-        model
-        patches
-        stream
-    """,
-    3: """
-        activations adapter adapter_keys adapter_reader allocation
-        brake
-        chat_mask chat_template chat_turns checkpoint columns components covariances
-        directions dora
-        examples experts
-        fingerprint fused_linear
-        gauge gradients heads
-        hira
-        lean_blocks lean_functions
-        mlx_adapter
-        optimizers
-        peft_kinds peft_parameters peft_types pickles pool preflight
-        rank relative row_files rows
-        schedule shared_inputs splits stdlib_docs stretches
-        targets template_limits tokens
-        vocabulary
-        weights
-    """,
-    2: """
-        adapter_folder aliases
-        budget
-        console console_adapter console_eval console_plan console_start
-        drawers
-        foreign
-        gates
-        interrupt
-        launch
-        model_folder
-        options output_place
-        progress
-        recipe recipe_problems recipe_settings recipe_types recipe_whole report report_card report_html report_log report_svg run_folder
-        scores strict_json strict_yaml
-        units
-        whole_files
-    """,
-    1: """
-        __init__
-        errors
-    """,
-}
-LAYERS = {name: layer for layer, names in SPINE.items() for name in names.split()}
+ORDER_OF_PACKAGES = REPOSITORY / "docs" / "architecture.md"
+# A recipe is checked, a path looked up and a page written by these alone.
+LIGHT = {"__init__", "errors", "text", "plugins", "files", "runs", "config"}
+FRONT = {"cli", "__main__"}
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "bitsandbytes"}
-LONGEST_FILE = 400
+LONGEST_FILE, FULLEST_FOLDER = 410, 25
 
 # Files that look at the environment, and for what. Anything else a person may want to set is a key or an option.
 READS_ENVIRONMENT = {
-    "cli": "RANK, which tells one process of several from the others; it sets OMP_WAIT_POLICY, where nobody has",
-    "console": "TERM, which says what the terminal can do",
-    "doctor": "what decides how the libraries below us behave, to show it",
-    "launch": "all of it, to hand it on; RANK, which tells one process of several from the others",
-    "rows": "HF_HUB_OFFLINE, to word an error",
-    "stdlib_docs": "XDG_CACHE_HOME, where caches go",
+    "cli.app": "RANK, which tells one process of several from the others",
+    "cli.views.console": "TERM, which says what the terminal can do",
+    "commands.doctor": "what decides how the libraries below us behave, to show it",
+    "execution.launch": "all of it, to hand it on; RANK, which tells one process of several from the others",
+    "data.sources": "HF_HUB_OFFLINE, to word an error",
+    "data.builtin": "XDG_CACHE_HOME, where caches go",
 }
 
 MODULES = {
@@ -129,7 +43,11 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if "assets" not in path.parts
 }
-DRAWER_FILES = [name for name in MODULES if name.split(".")[0] in DRAWERS and not name.split(".")[-1].startswith("_")]
+PLUG_INS = [
+    name
+    for name in MODULES
+    if name.rpartition(".")[0] in plugins.FOLDERS.values() and name.rpartition(".")[2] != "__init__"
+]
 
 
 @cache
@@ -137,12 +55,16 @@ def tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
-def layer(module: str) -> int:
-    """The layer of a module; 0 where nobody has said yet."""
-    first, *rest = module.split(".")
-    if first in DRAWERS:
-        return 3 if rest[-1].startswith("_") else 4
-    return LAYERS.get(module, 0)
+@cache
+def floors() -> dict[str, int]:
+    """The floor of every package and lone file, 0 for the lowest."""
+    page = ORDER_OF_PACKAGES.read_text(encoding="utf-8")
+    order = page.partition("```text\n")[2].partition("```")[0]
+    return {name: floor for floor, line in enumerate(order.splitlines()) for name in line.split("  ")[0].split(", ")}
+
+
+def package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 @cache
@@ -158,10 +80,12 @@ def imports(module: str) -> frozenset[str]:
         else:
             continue
         for name in names:
-            package, _, inner = name.partition(".")
-            if package == "dynlora_cli":
-                # `from dynlora_cli.loop import fit` is the module loop, `from dynlora_cli import loop` too
-                found.add(inner if inner in MODULES else inner.rpartition(".")[0] or "__init__")
+            ours, _, inner = name.partition(".")
+            if ours == "dynlora_cli":
+                # `from dynlora_cli.training.loop import fit` is the module loop, `from dynlora_cli.training import loop` too
+                found.add(
+                    next(m for m in (inner, f"{inner}.__init__", inner.rpartition(".")[0], "__init__") if m in MODULES)
+                )
     return frozenset(found)
 
 
@@ -192,25 +116,12 @@ def outside_packages(statements: Iterator[ast.AST]) -> set[str]:
 
 
 def test_the_rules_see_the_imports():
-    assert {"components", "gauge", "recipe"} <= imports("rank")
-    assert {"train", "recipe", "__init__"} <= imports("cli")
-    assert "torch" in outside_packages(at_module_level(tree("components")))
-    assert "recipe" in imports("rate_search")
-    assert "transformers" not in outside_packages(at_module_level(tree("data")))
-
-
-def test_every_layer_names_existing_files():
-    assert set(LAYERS) <= set(MODULES), "SPINE names files that are gone"
-
-
-def test_every_file_has_a_layer():
-    homeless = [f"dynlora_cli/{module}.py" for module in MODULES if not layer(module)]
-    assert not homeless, f"add to SPINE in {Path(__file__).name}, as low as the imports allow: {homeless}"
-
-
-def test_imports_point_down():
-    upward = [f"{module} -> {other}" for module in MODULES for other in imports(module) if layer(other) > layer(module)]
-    assert not upward, f"move what both need below them: {upward}"
+    assert {"lora.svd_basis", "lora.pool"} <= imports("pruning.control")
+    assert {"commands.train", "config.load"} <= imports("cli.app")
+    assert "cli.app" in imports("cli.__init__")
+    assert "torch" in outside_packages(at_module_level(tree("lora.layer")))
+    assert "config.recipe" in imports("training.run")
+    assert "transformers" not in outside_packages(at_module_level(tree("data.load")))
 
 
 def test_imports_have_no_circles():
@@ -219,34 +130,28 @@ def test_imports_have_no_circles():
 
 
 def test_commands_do_not_import_each_other():
-    commands = {module for module in MODULES if layer(module) == 7}
+    commands = {module for module in MODULES if package(module) == "commands"}
     for command in commands:
-        assert not imports(command) & commands, f"{command}: what two commands need belongs into layer 6"
+        assert not imports(command) & commands, f"{command}: what two commands need belongs below them"
 
 
-def test_drawers_are_reached_by_name_only():
-    importers = [module for module in MODULES if imports(module) & set(DRAWER_FILES)]
-    assert not importers, f"use drawers.load, so that one new file is enough: {importers}"
+def test_plug_ins_are_reached_by_name_only():
+    importers = [module for module in MODULES if imports(module) & set(PLUG_INS)]
+    assert not importers, f"use plugins.load, so that one new file is enough: {importers}"
 
 
-def test_a_drawer_knows_no_other_drawer():
-    for module in MODULES:
-        own = module.split(".")[0]
-        others = {other for other in imports(module) if other.split(".")[0] in set(DRAWERS) - {own}}
-        assert own not in DRAWERS or not others, f"{module} imports {others}"
-
-
-def test_only_the_console_imports_rich():
+def test_only_the_views_import_rich():
     users = {module for module in MODULES if "rich" in outside_packages(ast.walk(tree(module)))}
-    assert {module.split("_")[0] for module in users} == {"console"}
+    assert users
+    assert all(module.startswith("cli.views.") for module in users), users
 
 
 def test_heavy_libraries_stay_where_they_are_needed():
     for module in MODULES:
         anywhere, early = outside_packages(ast.walk(tree(module))), outside_packages(at_module_level(tree(module)))
-        if layer(module) <= 2:
+        if package(module) in LIGHT:
             assert not anywhere & HEAVY, f"{module} is used before a recipe is known to be right: it must stay light"
-        if layer(module) == 8:
+        if package(module) in FRONT or module.endswith("__init__"):
             assert not early & HEAVY, f"{module}: import it inside the function that needs it"
         slowest = {"bitsandbytes", "datasets"}  # each takes seconds, and most runs need neither
         assert not early & slowest, f"{module}: import it inside the function that needs it"
@@ -262,6 +167,17 @@ def test_no_file_is_too_long(folder: str):
     assert not too_long, f"over {LONGEST_FILE} lines: split by what changes together"
 
 
+def test_no_folder_is_too_full():
+    folders = [*PACKAGE.rglob("__init__.py"), *(REPOSITORY / "tests").rglob("conftest.py")]
+    for folder in {path.parent for path in folders}:
+        assert len(list(folder.glob("*.py"))) <= FULLEST_FOLDER, f"{folder}: make two rooms of it"
+
+
+def test_every_package_says_what_it_is_for():
+    for module in MODULES:
+        assert ast.get_docstring(tree(module)) or module == "__init__", f"{module} has no docstring"
+
+
 def test_the_environment_is_read_in_few_places():
     def reads(node: ast.AST) -> bool:
         names = {"environ", "environb", "getenv"}
@@ -273,8 +189,8 @@ def test_the_environment_is_read_in_few_places():
     assert readers == set(READS_ENVIRONMENT), "name the file and the variable in READS_ENVIRONMENT, or make it a key"
 
 
-@pytest.mark.parametrize("module", DRAWER_FILES)
-def test_a_drawers_file_explains_itself(module: str):
+@pytest.mark.parametrize("module", [name for name in PLUG_INS if not name.startswith("adapters.kinds")])
+def test_a_plug_in_explains_itself(module: str):
     first, *lines = (ast.get_docstring(tree(module)) or "").splitlines()
     headings = [line.rstrip(":") for line in lines if line and not line.startswith(" ")]
     assert first.endswith("."), "the docstring opens with a sentence"

@@ -14,11 +14,12 @@ from numeric import same_loss
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from tiny_run import make_recipe, train
 
-from dynlora_cli.batches import Batches
-from dynlora_cli.data import load_data
-from dynlora_cli.loss import held_out
-from dynlora_cli.model import load_tokenizer
-from dynlora_cli.recipe import Recipe, load_recipe
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.data.batches import Batches
+from dynlora_cli.data.load import load_data
+from dynlora_cli.evaluation.held_out_loss import held_out
+from dynlora_cli.models.load import load_tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_run import make_recipe, train
 
-from dynlora_cli import cuda_graphs
-from dynlora_cli.assemble import attach, read_base, read_data
-from dynlora_cli.memory import CUDA_BYTES, measure
-from dynlora_cli.variants import lora
+from dynlora_cli.execution.modes import cuda_graphs
+from dynlora_cli.lora.variants import lora
+from dynlora_cli.training.memory_estimate import CUDA_BYTES, measure
+from dynlora_cli.training.setup import attach, read_base, read_data
 
 pytestmark = [
     pytest.mark.slow,
@@ -114,8 +114,8 @@ def test_quantized_base_prunes_and_merges(tmp_path, dynlora):
 
 def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
     """The allocator's own count, which includes what it rounds up."""
-    from dynlora_cli.batches import Batch
-    from dynlora_cli.loss import summed_loss
+    from dynlora_cli.data.batches import Batch
+    from dynlora_cli.evaluation.held_out_loss import summed_loss
 
     recipe = make_recipe(tmp_path, "model.dtype=bfloat16")
     tokenizer, data = read_data(recipe)
@@ -146,7 +146,7 @@ def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
 def test_inputs_of_blocks_wait_on_the_host():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dynlora_cli.activations import checkpoint_activations
+    from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
 
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 8}
     ids, held, gradients = torch.randint(0, 64, (8, 512), device="cuda"), {}, {}
@@ -169,9 +169,9 @@ def test_inputs_of_blocks_wait_on_the_host():
 
 def test_memory_falls_with_pruning():
     """A pool of half the components takes half the bytes, with its gradient and its moments."""
-    from dynlora_cli.components import ComponentLinear
-    from dynlora_cli.pool import Pool
-    from dynlora_cli.rank import shrink
+    from dynlora_cli.lora.layer import ComponentLinear
+    from dynlora_cli.lora.pool import Pool
+    from dynlora_cli.pruning.control import shrink
 
     layer = ComponentLinear(torch.nn.Linear(4096, 4096, device="cuda"), 2.0)
     torch.cuda.synchronize()
@@ -188,10 +188,10 @@ def test_memory_falls_with_pruning():
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
 def test_paged_moments_are_pruned_in_the_memory_that_they_have(name):
-    from dynlora_cli.components import ComponentLinear
-    from dynlora_cli.optimizers import make_optimizer, read_moments
-    from dynlora_cli.pool import Pool
-    from dynlora_cli.rank import shrink
+    from dynlora_cli.lora.layer import ComponentLinear
+    from dynlora_cli.lora.pool import Pool
+    from dynlora_cli.pruning.control import shrink
+    from dynlora_cli.training.optimizers import make_optimizer, read_moments
 
     layer = ComponentLinear(torch.nn.Linear(1024, 1024, device="cuda"), 2.0)
     pool = Pool({"layer": layer}, {"layer": 128}, device="cuda")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynlora_cli import __version__, drawers
+from dynlora_cli import __version__, plugins
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -91,7 +91,7 @@ def test_schema_knows_the_drawers(scripts: Path, tmp_path: Path):
     found = run(
         scripts / "python", "-c", "from dynlora_cli import drawers; print(*drawers.names('policies'))", cwd=tmp_path
     )
-    assert found.split() == drawers.names("policies")
+    assert found.split() == plugins.names("policies")
 
 
 def test_train_on_what_is_built_in(scripts: Path, tmp_path: Path):

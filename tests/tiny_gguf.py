@@ -30,9 +30,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from dynlora_cli.components import linear_shape
-from dynlora_cli.exporters._gguf import write_model
-from dynlora_cli.targets import find_targets
+from dynlora_cli.export.gguf.file import write_model
+from dynlora_cli.lora.layer import linear_shape
+from dynlora_cli.models.targets import find_targets
 
 SMALL: dict[str, Any] = {
     "vocab_size": 352,  # more than the tokenizer has

@@ -26,11 +26,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dynlora_cli import train as train_command
-from dynlora_cli.assemble import attach, make_accelerator, make_run, read_base, read_data
-from dynlora_cli.recipe import Recipe, load_recipe
-from dynlora_cli.state import Run
-from dynlora_cli.variants import full, lora
+from dynlora_cli.commands import train as train_command
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.lora.variants import full, lora
+from dynlora_cli.training.run import Run
+from dynlora_cli.training.setup import attach, make_accelerator, make_run, read_base, read_data
 
 WORDS = ["count", "sort", "reverse", "print", "join", "split", "copy", "words", "lines", "numbers", "names", "every"]
 # What differs between two runs of the same recipe.

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dynlora_cli.components import ComponentLinear
-from dynlora_cli.pool import Pool
+from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.pool import Pool
 
 SHAPES = {"up": (12, 20), "gate": (12, 20), "down": (20, 8)}
 

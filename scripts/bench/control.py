@@ -23,9 +23,9 @@ import torch
 from cost import RECIPE
 from shrink import make_model
 
-from dynlora_cli import train
-from dynlora_cli.rank import RankControl
-from dynlora_cli.recipe import load_recipe
+from dynlora_cli.commands import train
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.pruning.control import RankControl
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 BUDGETS = (4, 16)

@@ -19,7 +19,7 @@ from typing import Any
 from speed import PUBLISHED
 from transformers import AutoTokenizer, LlamaConfig
 
-from dynlora_cli.model_folder import BUILTIN
+from dynlora_cli.models.find import BUILTIN
 
 RESULTS = Path(__file__).with_suffix(".md")
 BASES = {"plain": "", "8 bits": ", load_in_8bit: true", "NF4": ", load_in_4bit: true"}

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from dynlora_cli.adapter import lora_config, write_adapter
-from dynlora_cli.model_folder import BUILTIN
+from dynlora_cli.adapters.adapter import lora_config, write_adapter
+from dynlora_cli.models.find import BUILTIN
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "merge_memory.jsonl"
@@ -34,7 +34,7 @@ HIDDEN, INNER, VOCABULARY = 2048, 8192, 32_000
 MERGE = """
 import atexit, sys
 from pathlib import Path
-from dynlora_cli.cli import main
+from dynlora_cli.cli.app import main
 status = lambda: next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 atexit.register(lambda: Path(sys.argv[-1]).write_text(status().split()[1]))
 main(sys.argv[1:-1])

@@ -3,7 +3,7 @@
     python scripts/bench/padding.py          # writes padding.md; takes half a minute and trains nothing
 
 Tokens that are computed, padding included, for each real one, over an epoch. dynlora's own batches put rows of similar length
-together (batches.py). Data and the tokenizer's model are in DYNLORA_SHARED (../shared).
+together (data/batches.py). Data and the tokenizer's model are in DYNLORA_SHARED (../shared).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from dynlora_cli.assemble import keep_libraries_quiet, read_data
-from dynlora_cli.batches import Batches
-from dynlora_cli.recipe import load_recipe
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.data.batches import Batches
+from dynlora_cli.training.setup import keep_libraries_quiet, read_data
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
 SETS = {"e2e_nlg": "e2e_nlg/valid_clean.jsonl", "dolly_3k": "dolly_3k/train.jsonl"}

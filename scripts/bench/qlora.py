@@ -36,9 +36,9 @@ eval: {max_samples: 200}
 
 def resident_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, int]:
     """Bytes of the base's linear layers, and of its tables and its head."""
-    from dynlora_cli.assemble import read_base, read_data
-    from dynlora_cli.recipe import load_recipe
-    from dynlora_cli.targets import find_targets
+    from dynlora_cli.config.load import load_recipe
+    from dynlora_cli.models.targets import find_targets
+    from dynlora_cli.training.setup import read_base, read_data
 
     recipe = load_recipe(recipe_path, overrides)
     tokenizer, data = read_data(recipe)

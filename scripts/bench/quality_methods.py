@@ -23,22 +23,32 @@ from quality_tasks import TASKS, model_path, prepare
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynlora_cli import drawers, loop
-from dynlora_cli.assemble import attach, make_accelerator, make_batches, make_run, plan_ranks, read_base, read_data
-from dynlora_cli.batches import Batches
-from dynlora_cli.components import linear_shape
-from dynlora_cli.data import Data
+from dynlora_cli import plugins
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.data.batches import Batches
+from dynlora_cli.data.load import Data
 from dynlora_cli.errors import MeasureError
-from dynlora_cli.loss import row_sums, summed_loss
-from dynlora_cli.model import Base
-from dynlora_cli.pool import Pool
-from dynlora_cli.rank import Start
-from dynlora_cli.rate_search import rate_share
-from dynlora_cli.recipe import Recipe, load_recipe
-from dynlora_cli.variants import lora
+from dynlora_cli.evaluation.held_out_loss import row_sums, summed_loss
+from dynlora_cli.lora.layer import linear_shape
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.variants import lora
+from dynlora_cli.models.load import Base
+from dynlora_cli.pruning.control import Start
+from dynlora_cli.training import loop
+from dynlora_cli.training.rate_search import rate_share
+from dynlora_cli.training.setup import (
+    attach,
+    make_accelerator,
+    make_batches,
+    make_run,
+    plan_ranks,
+    read_base,
+    read_data,
+)
 
 if TYPE_CHECKING:
-    from dynlora_cli.variants._variant import Variant
+    from dynlora_cli.lora.variant import Variant
 
 Result = dict[str, Any]
 
@@ -134,7 +144,7 @@ def _rows(task: str, work: Path, part: str) -> tuple[Any, Data]:
 def dynlora(job: Job, ground: Ground) -> Result:  # noqa: ARG001 - one signature for all methods
     """A run of ours, as the recipe says."""
     recipe, base = ground.recipe, ground.base
-    pool, start = attach(cast("Variant", drawers.load("variants", recipe.adapter.variant)), base, recipe)
+    pool, start = attach(cast("Variant", plugins.load("variants", recipe.adapter.variant)), base, recipe)
     assert pool is not None and start is not None  # noqa: PT018
     return _fit(ground, pool, start)
 

@@ -23,7 +23,7 @@ from statistics import median
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dynlora_cli.model_folder import BUILTIN
+from dynlora_cli.models.find import BUILTIN
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "shrink.jsonl"

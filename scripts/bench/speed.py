@@ -7,7 +7,7 @@
     python scripts/bench/speed.py --table                  # only write speed.md again
 
 The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings, as
-transformers runs them: what every adapter method has to do. Ours does some of it in fewer passes (lean_blocks.py); the
+transformers runs them: what every adapter method has to do. Ours does some of it in fewer passes (execution/lean_blocks.py); the
 lean floor is the frozen model with those, and what is above it is what components cost. A step is forward, loss over
 all tokens, backward, clipping and AdamW; ours also observes its components. Methods take turns within a round, and
 ratios are of times of the same round. Nothing else should run. On a GPU everything is in bf16 under autocast, as
@@ -37,19 +37,19 @@ from speed_tables import details, table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynlora_cli.batches import Batch
-from dynlora_cli.compile_blocks import blocks, compile_blocks
-from dynlora_cli.components import ComponentLinear, linear_shape
-from dynlora_cli.cuda_graphs import LEAST_PASSES, SIGHTINGS, BlockGraphs
-from dynlora_cli.gradients import GateGradients
-from dynlora_cli.lean_blocks import lean_blocks
-from dynlora_cli.linear_loss import Heads
-from dynlora_cli.loss import summed_loss
-from dynlora_cli.optimizers import make_optimizer
-from dynlora_cli.pool import Pool
-from dynlora_cli.rank import shrink
-from dynlora_cli.shared_inputs import share_inputs
-from dynlora_cli.targets import find_targets
+from dynlora_cli.data.batches import Batch
+from dynlora_cli.evaluation.held_out_loss import summed_loss
+from dynlora_cli.execution.lean_blocks import lean_blocks
+from dynlora_cli.execution.modes.compile import blocks, compile_blocks
+from dynlora_cli.execution.modes.cuda_graphs import LEAST_PASSES, SIGHTINGS, BlockGraphs
+from dynlora_cli.kernels.linear_cross_entropy import Heads
+from dynlora_cli.lora.layer import ComponentLinear, linear_shape
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.shared_inputs import share_inputs
+from dynlora_cli.models.targets import find_targets
+from dynlora_cli.pruning.control import shrink
+from dynlora_cli.pruning.signals import GateGradients
+from dynlora_cli.training.optimizers import make_optimizer
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 ROW = 256  # tokens of a row

@@ -30,7 +30,7 @@ import torch, transformers
 from transformers import AutoTokenizer, LlamaForCausalLM
 started = time.perf_counter()
 from dynlora_cli import train
-from dynlora_cli.recipe import load_recipe
+from dynlora_cli.config.load import load_recipe
 def listen(event):
     if event["event"] == "tick":
         print(time.perf_counter() - started)

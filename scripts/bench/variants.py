@@ -22,14 +22,14 @@ from quality import read_results, run_cells
 from quality_tables import choose, interval, paired, table
 from shrink import make_model
 
-from dynlora_cli import drawers
+from dynlora_cli import plugins
 
 TASKS = ["e2e", "svamp"]
 PARAMETERS = "40.4k"  # LoRA of rank 2 on the 3 M Llama
 SEEDS, ROUNDS, STEPS = 3, 3, 60
 RESULTS = Path(__file__).with_suffix(".jsonl")
 COSTS = RESULTS.with_name("variants_cost.jsonl")
-NAMES = [name for name in drawers.names("variants") if drawers.declared("variants", name, "has_components")]
+NAMES = [name for name in plugins.names("variants") if plugins.declared("variants", name, "has_components")]
 FIRST = "lora"  # what the others are compared with
 POLICY = {"adalora": " pruning.policy=sensitivity"}  # as its paper does
 

@@ -1,0 +1,183 @@
+"""Puts an adapter from a folder on a model in memory, and takes it off again; the base is loaded once for many."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace as changed
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.base import expert_slices, holds_weight, module_of
+from dynlora_cli.lora.dora import DoraLinear
+from dynlora_cli.lora.hira import HiraLinear
+from dynlora_cli.lora.layer import ComponentLinear, dense_weight
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.models.experts import join, parts_of, split
+
+
+class AdaptedEmbedding(nn.Module):
+    """A table of tokens plus a low-rank table: row t of b_OC @ a_CI is added to row t."""
+
+    def __init__(self, base: nn.Module, factors: Factors, device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        self.a_CI = nn.Parameter(factors.a_CI.to(device), requires_grad=False)
+        self.b_OC = nn.Parameter(factors.b_OC.to(device), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] to vectors [..., I]."""
+        y = self.base(ids)
+        scale = getattr(self.base, "embed_scale", 1.0)  # Gemma's tables and others multiply their rows
+        return y + (F.embedding(ids, self.b_OC) @ self.a_CI * scale).to(y.dtype)
+
+
+@contextmanager
+def attached(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    *,
+    device: torch.device | None = None,
+    read: Callable[[str], Tensor] | None = None,
+    whole: bool = True,
+) -> Iterator[Pool]:
+    """The model with the adapter inside the block, and as it was after it.
+
+    Args:
+        model: the base; changed in place.
+        adapter: its layers get components, as one pool. s is the adapter's own, so that training can go on.
+        device: of the components; by default the model's.
+        read: gives a parameter of the base by its name, in fp32, where the model itself holds none, as in
+            models/streamed.py.
+        whole: also put in the tensors that replace the base's own.
+
+    Raises:
+        UsageError: a layer does not fit the model.
+    """
+    device = device or model.device
+    before: list[tuple[nn.Module, str, nn.Module]] = []
+    added: list[RemovableHandle] = []
+
+    def replace(name: str, by: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        before.append((holder, leaf, getattr(holder, leaf)))
+        setattr(holder, leaf, by)
+
+    if adapter.experts:
+        split(model, others=True)
+    try:
+        layers: dict[str, ComponentLinear] = {}
+        for parameter, slices in expert_slices(model, adapter).items():
+            owner, _, leaf = parameter.rpartition(".")
+            module = model.get_submodule(owner)
+            if "0" not in module._modules:  # experts of a form that is not split
+                added += _add(module, leaf, _stacked(slices).to(device))
+        if whole:
+            for name, tensor in adapter.whole.items():
+                owner, _, leaf = name.rpartition(".")
+                replace(owner, _with_parameter(model.get_submodule(owner), leaf, tensor.to(device)))
+        for name, factors in adapter.layers.items():
+            if factors.experts and "0" not in model.get_submodule(parts_of(name)[0])._modules:
+                continue
+            module = module_of(model, name, factors, adapter)
+            if holds_weight(module):
+                added += _add(module, "weight", factors.delta_OI().to(device))
+                continue
+            if factors.embedding:
+                replace(name, AdaptedEmbedding(module, factors, device))
+                continue
+            layers[name] = _layer(module, factors, name, read, device).train(model.training)
+            replace(name, layers[name])
+        pool = Pool(layers, {name: adapter.layers[name].rank for name in layers}, device=device)
+        with torch.no_grad():
+            for name, (a, b) in zip(layers, pool.views(pool.values.detach()), strict=True):
+                a.copy_(adapter.layers[name].a_CI)
+                b.copy_(adapter.layers[name].b_OC / adapter.layers[name].scale)
+        yield pool
+    finally:
+        for hook in added:
+            hook.remove()
+        for holder, leaf, original in reversed(before):
+            setattr(holder, leaf, original)
+        if adapter.experts:
+            join(model)
+
+
+def _add(module: nn.Module, leaf: str, delta: Tensor) -> list[RemovableHandle]:
+    """Let a module that is no linear layer, such as a router of experts, compute with W + ΔW; frozen.
+
+    Returns:
+        what takes it off again.
+    """
+    plain = []
+
+    def add(module: nn.Module, _inputs: Any) -> None:
+        weight: Any = module._parameters[leaf]
+        plain.append(weight)
+        changed = (weight.detach().float() + delta.view(weight.shape)).to(weight.dtype)
+        module._parameters[leaf] = nn.Parameter(changed, requires_grad=False)
+
+    def take_off(module: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        module._parameters[leaf] = plain.pop()
+
+    # A streamed module has read its weight before, and forgets it after this; see models/streamed.py.
+    after = module.register_forward_hook(take_off, prepend=True, always_call=True)
+    return [module.register_forward_pre_hook(add), after]
+
+
+def _stacked(slices: Mapping[int, Factors]) -> Tensor:
+    """ΔW of all experts of a parameter, [E, rows, columns]; 0 of those without components."""
+    some = next(iter(slices.values()))
+    delta = torch.zeros(some.experts, some.b_OC.shape[0], some.a_CI.shape[1])
+    for expert, factors in slices.items():
+        delta[expert] = factors.delta_OI()
+    return delta
+
+
+def _layer(
+    base: nn.Module, factors: Factors, name: str, read: Callable[[str], Tensor] | None, device: torch.device
+) -> ComponentLinear:
+    weight = partial(dense_weight, base) if read is None else partial(_read_dense, read, name, base)
+    if factors.hadamard:
+        return HiraLinear(base, factors.scale, weight)
+    if factors.magnitude_O is None:
+        return ComponentLinear(base, factors.scale)
+    bias_O: Any = base.bias if read is None or base.bias is None else read(f"{name}.bias")
+    return DoraLinear(base, factors.scale, factors.magnitude_O.to(device), weight, bias_O)
+
+
+def _read_dense(read: Callable[[str], Tensor], name: str, base: nn.Module) -> Tensor:
+    weight = read(f"{name}.weight")
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def _with_parameter(module: nn.Module, leaf: str, value: Tensor) -> nn.Module:
+    """The module with another parameter; a weight that it shares with others stays theirs."""
+    other = copy.copy(module)
+    own = vars(module).get("forward")
+    if isinstance(own, MethodType) and own.__self__ is module:  # of lean_blocks
+        vars(other)["forward"] = MethodType(own.__func__, other)
+    other._parameters = {**module._parameters, leaf: nn.Parameter(value.float(), requires_grad=False)}
+    return other
+
+
+def detached(adapter: Adapter, pool: Pool) -> Adapter:
+    """The adapter with the factors that the pool holds now, each with its scale folded into B."""
+    layers = {name: factors for name, factors in adapter.layers.items() if name not in pool.layers}
+    for name, layer in pool.layers.items():
+        old = adapter.layers[name]
+        magnitude = layer.magnitude_O.detach().cpu() if isinstance(layer, DoraLinear) else None
+        a_CI, b_OC = layer.a_CI.detach().cpu().clone(), (layer.scale * layer.b_OC.detach()).cpu()
+        layers[name] = changed(old, a_CI=a_CI, b_OC=b_OC, magnitude_O=magnitude)
+    return adapter.with_layers({name: layers[name] for name in adapter.layers})

@@ -1,0 +1,79 @@
+"""Which folder a person means by `--adapter D`; found without torch, so that a wrong path is answered at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.place import is_workplace
+from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, STATE, fault_of, pointed, step_folders
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def find_adapter(path: Path) -> tuple[Path, str | None]:
+    """The adapter folder that `path` names, and a sentence about it where it was looked for.
+
+    A run's own adapter comes first, then its best and its last checkpoint; a folder that holds no run means the newest
+    one below it.
+
+    Raises:
+        UsageError: there is none, or several side by side of which none is newer in any sense.
+    """
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
+    if found := _in_folder(path):
+        others = _side_by_side(path)
+        if found[1] is None and others and not (path / RECORD).is_file():
+            return path, f"adapter: {path} itself; below it there are others: {_names(others)}"
+        return found
+    if len(others := _side_by_side(path)) > 1 and not any(path.rglob(RECORD)):
+        raise UsageError(
+            f"{path} holds several adapters side by side: {_names(others)}", f"name one: --adapter {others[0]}"
+        )
+    files = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
+    records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
+    for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
+        if found := _in_folder(file.parent):
+            return found[0], f"adapter: {found[0]}, the newest below {path}"
+    if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
+        raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
+    raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def _side_by_side(path: Path) -> list[Path]:
+    """Adapters right below a folder that other tools put there: PEFT saves those of one model so, by their names.
+
+    Not the checkpoints of a trainer, nor runs of our own: of these the newest is meant.
+    """
+    folders = (file.parent for file in sorted(path.glob(f"*/{CONFIG}")))
+    left_out = ("checkpoint", ".")  # a trainer's, and what is being written
+    return [each for each in folders if not each.name.startswith(left_out) and not (each / RECORD).is_file()]
+
+
+def _names(folders: list[Path]) -> str:
+    more = f" and {len(folders) - 4} more" if len(folders) > 4 else ""
+    return ", ".join(folder.name for folder in folders[:4]) + more
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether this is a checkpoint of a run, which the run's folder speaks for."""
+    return folder.parent.name == CHECKPOINTS and folder.name.startswith("step-")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint of a run; None also of one that was kept as an adapter, without its state."""
+    return fault_of(folder) if _is_checkpoint(folder) and (folder / STATE).is_file() else None
+
+
+def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
+    if (folder / CONFIG).is_file():
+        return folder, None
+    named = [(name, pointed(folder, name)) for name in ("best", "last")]
+    named += [("newest whole", checkpoint) for checkpoint in reversed(step_folders(folder))]
+    for name, checkpoint in named:
+        if checkpoint is not None and (checkpoint / CONFIG).is_file() and not damage(checkpoint):
+            return checkpoint, f"adapter: {checkpoint}, the {name} checkpoint; the run in {folder} is not finished"
+    return None

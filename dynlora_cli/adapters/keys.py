@@ -1,0 +1,117 @@
+"""What the names of an adapter's tensors say: which layer and which factor, and what others have put into the names.
+
+sorted_tensors   the tensors of every layer, and those that replace tensors of the base
+natural_order    a sort key by which layer 2 comes before layer 10
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from dynlora_cli.adapters.adapter import PREFIX
+from dynlora_cli.errors import UsageError
+
+# What puts a level of its own into the names of a model's modules, by the name of that level.
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_fpw_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning Fabric",
+}
+PARALLEL = "module."  # DistributedDataParallel's; only a name of all tensors alike is that
+UNTRAINED = "original_module"  # what PEFT keeps beside `modules_to_save`, and saves in some versions
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|hira_A|hira_B|vera_A|vera_B|vera_lambda_b|vera_lambda_d)"
+    r"(\.(?P<adapter>(?!weight$|bias$)\w+))?(\.weight)?"
+)
+_SAVED_WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+
+
+@dataclass
+class Sorted:
+    """An adapter's tensors by what they are.
+
+    Attributes:
+        parts: of every layer, by name of the factor, fp32; layers in the model's order.
+        whole: tensors that replace one of the base, by its name.
+        notes: what was taken off names or left out, for the person.
+    """
+
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
+    """Sort the tensors of a file.
+
+    Args:
+        tensors: by their names in it.
+        path: the file, for messages.
+
+    Raises:
+        UsageError: a name is not understood, two tensors are of one name, or the file holds several adapters.
+    """
+    found = Sorted()
+    names = _without_wrappers(tensors, found.notes)
+    untrained: list[str] = []
+    adapters: set[str | None] = set()
+    taken: dict[str, str] = {}
+    for key, name in names.items():
+        if name in taken:
+            raise UsageError(f"{path} holds {taken[name]} and {key}, which name one tensor", "leave one of them out")
+        taken[name] = key
+        if not name.isprintable():  # no module is called so, and a terminal would obey it
+            raise UsageError(f"{path}: the name of the tensor {key!a} holds control characters", "leave it out")
+        if f".{UNTRAINED}." in name:
+            untrained.append(key)
+        elif match := _PART.fullmatch(name):
+            found.parts.setdefault(match["module"], {})[match["part"]] = tensors[key].float()
+            adapters.add(match["adapter"])
+        elif any(part in name for part in ("lora_", "hira_", "vera_", "token_adapter")):
+            raise UsageError(f"{path}: the tensor {key} is not understood", "is it a newer kind of LoRA?")
+        else:
+            found.whole[_SAVED_WHOLE.sub("", name)] = tensors[key]
+    if not found.parts:
+        raise UsageError(f"{path} holds no LoRA factors", "the files are incomplete or of another kind")
+    if len(adapters) > 1:
+        shown = ", ".join(sorted(str(name) for name in adapters))
+        raise UsageError(f"{path} holds several adapters: {shown}", "save each alone: PEFT's save_pretrained does")
+    if untrained:
+        found.notes.append(f"left out, since they are the base's own as it was: {_some(untrained)}")
+    found.parts = {module: found.parts[module] for module in sorted(found.parts, key=natural_order)}
+    return found
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name, or a pattern of names, without the levels that wrappers put into it."""
+    return re.sub(rf"(?<![\w])({'|'.join(WRAPPERS)})(\\?\.|$)", "", name)
+
+
+def _without_wrappers(keys: Mapping[str, Tensor], notes: list[str]) -> dict[str, str]:
+    """The names of the tensors in the base, by their keys; a note says what was taken off."""
+    seen = {what for key in keys for level, what in WRAPPERS.items() if level in key.split(".")}
+    names = {key: without_wrappers(key).removeprefix(PREFIX) for key in keys}
+    while all(name.startswith(PARALLEL) for name in names.values()) and names:
+        seen.add("DistributedDataParallel")
+        names = {key: name.removeprefix(PARALLEL).removeprefix(PREFIX) for key, name in names.items()}
+    if seen:
+        notes.append(f"saved from a model inside {' and '.join(sorted(seen))}, which is taken off the tensors' names")
+    return names
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key by which layer 2 comes before layer 10."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more

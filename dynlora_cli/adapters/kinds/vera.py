@@ -1,0 +1,109 @@
+"""The tensors of PEFT's HiRA and VeRA as factors.
+
+    HiRA    W' = W ∘ (1 + BA), without any scale
+    VeRA    W' = W + diag(b) B diag(d) A, A and B the same for all layers and cut to their shapes: the LoRA of the
+            factors diag(d) A and diag(b) B, without the components at d = 0
+
+Dimensions: C components of a layer, I inputs, O outputs, R components of VeRA's pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.find import CONFIG, WEIGHTS
+from dynlora_cli.config.sections import Model
+from dynlora_cli.errors import UsageError
+from dynlora_cli.models.find import find_model
+from dynlora_cli.models.weights import Weights
+
+Parts = Mapping[str, Mapping[str, Tensor]]  # the tensors of every layer
+COPY_AGAIN = "copy the files again"
+SHARED = "base_model"  # where VeRA's pair stands among the layers
+
+
+def hira_layers(adapter: Adapter, parts: Parts) -> dict[str, Factors]:
+    """The factors of a HiRA; components of zeros, which change nothing, are left out.
+
+    Raises:
+        UsageError: a layer is no linear one, or incomplete.
+    """
+    layers = {}
+    for module, tensors in parts.items():
+        if tensors.keys() != {"hira_A", "hira_B"}:
+            raise UsageError(f"{adapter.folder}: layer {module} lacks its hira_A or hira_B", COPY_AGAIN)
+        a, b = tensors["hira_A"], tensors["hira_B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise UsageError(f"{adapter.folder}: layer {module} has factors {tuple(a.shape)} and {tuple(b.shape)}")
+        alive_C = a.any(1) | b.any(0)
+        layers[module] = Factors(a[alive_C], b[:, alive_C], hadamard=True)
+    return _some(layers, adapter)
+
+
+def vera_layers(adapter: Adapter, parts: Parts, base: str | None) -> dict[str, Factors]:
+    """The LoRA that a VeRA equals.
+
+    Raises:
+        UsageError: A and B are not in the file, a layer is incomplete, or the base is another one.
+        MachineError: the base's files are needed, and not on this machine.
+    """
+    pair = parts.get(SHARED, {})
+    if pair.keys() != {"vera_A", "vera_B"}:
+        raise UsageError(
+            f"{adapter.folder / WEIGHTS} holds no vera_A and vera_B, which all layers share",
+            "save it with PEFT and `save_projection=True`",
+        )
+    own = {module: tensors for module, tensors in parts.items() if module != SHARED}
+    for module, tensors in own.items():
+        if tensors.keys() != {"vera_lambda_b", "vera_lambda_d"}:
+            raise UsageError(f"{adapter.folder}: layer {module} lacks its vera_lambda_b or vera_lambda_d", COPY_AGAIN)
+    inputs = _inputs(adapter, {module: len(tensors["vera_lambda_b"]) for module, tensors in own.items()}, base)
+    layers = {}
+    for module, tensors in own.items():
+        b_O, d_R = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
+        a_RI, b_OR = pair["vera_A"][:, : inputs[module]], pair["vera_B"][: len(b_O)]
+        if not (a_RI.shape == (len(d_R), inputs[module]) and b_OR.shape == (len(b_O), len(d_R))):
+            raise UsageError(
+                f"{adapter.folder}: layer {module} does not fit vera_A {tuple(pair['vera_A'].shape)} and vera_B "
+                f"{tuple(pair['vera_B'].shape)}",
+                "the files, or the base, are of another adapter",
+            )
+        alive_R = d_R != 0
+        layers[module] = Factors((d_R[:, None] * a_RI)[alive_R], b_O[:, None] * b_OR[:, alive_R])
+    return _some(layers, adapter)
+
+
+def _some(layers: dict[str, Factors], adapter: Adapter) -> dict[str, Factors]:
+    if not any(factors.rank for factors in layers.values()):
+        raise UsageError(f"{adapter.folder / WEIGHTS} holds zeros only", "train it first")
+    return layers
+
+
+def _inputs(adapter: Adapter, outputs: Mapping[str, int], base: str | None) -> dict[str, int]:
+    """d_in of every layer, which VeRA's tensors do not say: from the run's record, else from the base's files."""
+    recorded = adapter.record.get("layers") or {}
+    if outputs.keys() <= recorded.keys():
+        return {module: recorded[module]["d_in"] for module in outputs}
+    name = base or adapter.base_name
+    if not name:
+        raise UsageError(
+            f"{adapter.folder / CONFIG} does not say what the base model is, and a VeRA's shapes are the base's",
+            "write its folder or hub id there as base_model_name_or_path",
+        )
+    revision = None if base else adapter.config.get("revision")
+    weights = Weights(find_model(Model(name_or_path=name, revision=revision))[0])
+    inputs = {}
+    for module, d_out in outputs.items():
+        tensor = weights.locate(module)
+        shape = weights.entries[tensor].shape if tensor else ()
+        d_in, found = (shape if adapter.fan_in_fan_out else shape[::-1]) if len(shape) == 2 else (0, 0)
+        if found != d_out:
+            raise UsageError(
+                f"{adapter.folder}: {module} has {d_out} outputs, and its tensor in {weights.folder} the shape {shape}",
+                "this is another base model, or one that is stored quantized; name the right one with --base FOLDER",
+            )
+        inputs[module] = d_in
+    return inputs

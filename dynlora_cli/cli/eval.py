@@ -1,0 +1,170 @@
+"""The command line of `dynlora eval`: its options, and what can be refused before anything heavy loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
+from dynlora_cli.errors import MeasureError, UsageError
+
+NEWEST_BELOW = Path("out")
+
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option("--adapter", metavar="FOLDER", help="A run folder or any PEFT LoRA. Repeatable.", show_default=False),
+]
+FailBelow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="METRIC=X",
+        help="Exit 4 if an adapter's accuracy, f1, bleu, ... is lower. Repeatable.",
+        show_default=False,
+    ),
+]
+
+
+def evaluate(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RECIPE.yaml",
+            help="Measure on its held-out rows, by default the adapter it made.",
+            show_default=False,
+        ),
+    ] = None,
+    adapter: Adapters = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|RECIPE",
+            help="Other rows: all of a file, or a recipe's held-out ones.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The base model, where it was moved.", show_default=False)
+    ] = None,
+    trust_remote_code: Trust = False,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Do not measure the base model.")] = False,
+    max_samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rows at most.", show_default=False)
+    ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Prompts to answer for BLEU and others; 0: none. By default 32.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Answers to show side by side.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks of lm-eval-harness: names or .yaml files.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Documents of each task at most.", show_default=False)
+    ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Exit 4 if an adapter's held-out loss is higher.", show_default=False),
+    ] = None,
+    fail_below: FailBelow = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="REPORT.json", help="A former --json report to compare with.", show_default=False),
+    ] = None,
+    max_regression: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1%",
+            help="Exit 4 if a loss is so much above the baseline's; 1% by default.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_template_mismatch: Annotated[
+        bool, typer.Option("--allow-template-mismatch", help="Measure with another chat template than in training.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""
+    with reporting(as_json) as result:
+        from dynlora_cli.cli import preflight
+        from dynlora_cli.evaluation.thresholds import read_gates
+
+        gates = read_gates(
+            fail_above=fail_above, fail_below=fail_below or (), baseline=baseline, max_regression=max_regression
+        )
+        names = _task_names(tasks, limit)
+        folders, rows = _what_is_meant(recipe, adapter or [], data)
+        preflight.adapters(folders, base, rows)
+        from dynlora_cli.cli.views.evaluation import show_evaluation
+        from dynlora_cli.commands import evaluate as command
+        from dynlora_cli.config.load import load_recipe
+
+        options = command.Options(
+            base=base,
+            trust_remote_code=trust_remote_code or (load_recipe(recipe).model if recipe else False),
+            with_base=not no_base,
+            max_samples=max_samples,
+            generate=generate,
+            samples=samples,
+            tasks=names,
+            limit=limit,
+            allow_template_mismatch=allow_template_mismatch,
+            gates=gates,
+        )
+        view = console()
+        result.update(command.run(folders, rows, options, view.line))
+        show_evaluation(view, result)
+        if result["failed"]:
+            view.error(MeasureError(result["error"]))
+    if result["failed"]:  # no exception: the report is the result, whatever the gates say of it
+        raise typer.Exit(MeasureError.exit_code)
+
+
+def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None) -> tuple[list[Path], Path | None]:
+    """The adapters' folders, and where the rows come from where that is not the first adapter's own run.
+
+    Raises:
+        UsageError: the arguments contradict each other, or what they name is not there.
+    """
+    from dynlora_cli.cli.preflight import RECIPES
+    from dynlora_cli.config.load import load_recipe
+
+    if recipe is None:
+        if not adapters and not NEWEST_BELOW.is_dir():
+            raise UsageError("there is no run below ./out", "train one first, or name one with --adapter FOLDER")
+        if data is not None and data.suffix.lower() in RECIPES:
+            load_recipe(data)
+        return adapters or [NEWEST_BELOW], data
+    if recipe.is_dir():
+        raise UsageError(f"{recipe} is a folder, not a recipe", f"dynlora eval --adapter {recipe}")
+    if adapters and data is not None:
+        raise UsageError(f"{recipe} and --data {data} both say which rows to take", "leave one of them out")
+    made = Path(load_recipe(recipe).output_dir)
+    if not adapters and not made.is_dir():
+        raise UsageError(
+            f"{recipe}: there is no run in {made} yet", f"dynlora train {recipe}, or name an adapter with --adapter"
+        )
+    return adapters or [made], data or recipe
+
+
+def _task_names(tasks: str | None, limit: int | None) -> list[str]:
+    from dynlora_cli.evaluation.lm_eval import require, split_tasks
+
+    if tasks is None:
+        if limit is not None:
+            raise UsageError("--limit is of tasks, and there are none", "add --tasks, or use --max-samples for rows")
+        return []
+    require()
+    return split_tasks(tasks)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("eval")(evaluate)

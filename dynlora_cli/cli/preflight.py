@@ -1,0 +1,110 @@
+"""What the disk alone can answer: a wrong path, an occupied output folder, nothing to resume. No torch needed.
+
+The commands check the same again where they need it; asked here first, a person does not wait for torch to read that a
+name is misspelt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli.adapters.find import find_adapter
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.config.sections import Model, Source
+from dynlora_cli.data.sources import is_local, tables
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import ResumeForm, fits
+from dynlora_cli.models.find import find_model, is_hub_name
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.log import read_run
+
+RECIPES = (".yaml", ".yml")
+# What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
+FREE_ON_RESUME = ("output_dir", "train.cuda_graphs", "train.log_steps", "train.save_steps", "train.report_to")
+
+
+def training(
+    recipe: Recipe, *, writes: bool, overwrite: bool = False, resume: bool = False, resume_from: Path | None = None
+) -> None:
+    """Check what a training run needs of the disk.
+
+    Args:
+        recipe: names model, rows and output folder. What a hub has is not looked at here.
+        writes: not a dry run.
+        overwrite, resume, resume_from: as `train.run` takes them.
+
+    Raises:
+        UsageError, MachineError, DataError: as the run itself would.
+    """
+    folder = Path(recipe.output_dir)
+    if resume_from and not resume_from.is_dir():
+        example = "name a folder such as out/name/checkpoints/step-100"
+        raise UsageError(f"--resume-from: no complete checkpoint: there is no folder {resume_from}", example)
+    if resume or resume_from:
+        same_recipe(run_folder.run_of(resume_from) if resume_from else folder, recipe)
+    elif writes:
+        run_folder.refuse_occupied(folder, overwrite=overwrite)
+    base(recipe.model.name_or_path)
+    for sources, held_out in ((recipe.dataset.train, False), (recipe.dataset.val, True)):
+        for source in sources:
+            if is_local(source.path):
+                tables(source, [], held_out=held_out)
+
+
+def adapters(folders: Iterable[Path], base_name: str | None = None, data: Path | None = None) -> list[Path]:
+    """Check that adapters are there, and their base and the rows to look at where these are named.
+
+    Returns:
+        The folders that hold the adapters.
+
+    Raises:
+        UsageError, DataError: as the command itself would.
+    """
+    found = [find_adapter(folder)[0] for folder in folders]
+    if base_name:
+        base(base_name)
+    if data is not None and data.suffix.lower() not in RECIPES and is_local(str(data)):
+        tables(Source(path=str(data)), [], held_out=True)
+    return found
+
+
+def base(name: str) -> None:
+    """Check that a base model is there, unless it is the hub's to say.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not is_hub_name(name):
+        find_model(Model(name_or_path=name))
+
+
+def same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to resume with a recipe that would train something else.
+
+    Raises:
+        UsageError: it would, or there is no run in that folder, or its record or its logs are damaged.
+    """
+    record, path = run_folder.read_record(folder), folder / run_folder.RECORD
+    read_run(folder)
+    if record.get("prune") and not record.get("recipe"):
+        raise UsageError(f"{folder} was pruned after training; there is no training to go on with", "train anew")
+    fits(ResumeForm, record, path)
+    # Read by today's rules: keys that are younger than the run have the values that they had in its time.
+    before = flat(fits(Recipe, record["recipe"], path).model_dump(mode="json"))
+    now = flat(recipe.model_dump(mode="json"))
+    differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
+    if differing:
+        lines = "\n".join(f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted(differing))
+        raise UsageError(
+            f"the run in {folder} was made by another recipe:\n{lines}",
+            "resume with the recipe it was made by, or start a new run with another --output-dir",
+        )
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones; lists are leaves."""
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    return {k: v for name, child in tree.items() for k, v in flat(child, f"{path}.{name}".strip(".")).items()}

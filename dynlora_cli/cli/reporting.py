@@ -1,0 +1,152 @@
+"""What every command shares: one place where errors become messages and exit codes.
+
+0 done                                        1 the run failed
+2 change the command, recipe or named input   3 change the machine, or fetch what is missing
+4 a measured number failed                    130 interrupted after a clean checkpoint
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dynlora_cli.errors import DynloraError, MachineError, UsageError
+from dynlora_cli.execution.launch import LOST_OTHERS, is_launched, is_main_process, lost_others
+
+if TYPE_CHECKING:
+    from dynlora_cli.cli.views.console import Console
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")]
+LESS_MEMORY = (
+    "in training: lower train.micro_batch_size, dataset.max_length, or set train.gradient_checkpointing: true, "
+    "or offload; elsewhere: look at fewer rows (--max-samples), or close other programs"
+)
+# What torch, C++ and the system say, in errors of many types, when memory on the CPU is used up.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "std::bad_alloc", "failed to map segment",
+    "CUDA out of memory",
+)  # fmt: skip
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def return_memory_at_once() -> None:
+    """Let every freed block of a MiB or more go back to the system: glibc keeps some of up to 32 MiB for later.
+
+    For commands that read a model tensor by tensor and promise to need little more than the largest one: a sixth of
+    their peak was such blocks. A command that trains is faster without.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and keeps no such blocks
+        if mallopt:
+            mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+@contextmanager
+def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
+    """Run a command: the result goes to stdout as JSON if asked for, an error to stderr, with its exit code."""
+    result: dict[str, Any] = {}
+    stdout = sys.stdout
+    code = 0
+    try:
+        # Whatever a library prints is for people; stdout holds the result alone.
+        with redirect_stdout(sys.stderr):
+            yield result
+    except DynloraError as error:
+        result, code = _failure(error), error.exit_code
+        console().error(error)  # of any process: what only one of several has met must not get lost
+    except typer.Exit:  # of the processes that did the work, and have said so
+        raise
+    except KeyboardInterrupt:
+        result, code = {"ok": False, "error": "interrupted"}, 130
+        typer.echo("interrupted", err=True)
+    except Exception as error:
+        if is_launched() and lost_others(error):
+            raise typer.Exit(LOST_OTHERS) from None
+        known = _as_ours(error)
+        if known is None:
+            if as_json and is_main_process():
+                print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
+            raise
+        result, code = _failure(known), known.exit_code
+        console().error(known)
+    if as_json and (code or is_main_process()):
+        print(json.dumps(result, allow_nan=False, default=str), file=stdout)
+    if code:
+        raise typer.Exit(code)
+
+
+def _failure(error: DynloraError) -> dict[str, Any]:
+    return {"ok": False, "error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+
+
+def _as_ours(error: BaseException) -> DynloraError | None:
+    """Faults of the machine that may come from anywhere, in our words; libraries wrap them in errors of their own."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        known = _known(cause)
+        if known and (cause is error or isinstance(known, MachineError)):
+            return known
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _known(error: BaseException) -> DynloraError | None:
+    text = str(error)
+    if lost_others(error):
+        return DynloraError("another process of this run has ended", "see what it said; go on with --resume")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in text or re.fullmatch(r"\d+ requested and \d+ written", text):
+        place = getattr(error, "filename", None) or "output folder"
+        return MachineError(
+            f"no space left on the device ({place})", "free some and try again; a training run goes on with --resume"
+        )
+    if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
+        return UsageError(
+            f"{error.filename}: {error.strerror}", "check that path, or choose another place for the output"
+        )
+    if isinstance(error, RuntimeError) and "determine home directory" in text:
+        return UsageError("a path begins with ~ and the name of a user whom this machine does not know", "write it out")
+    if type(error).__name__ == "OutOfMemoryError":
+        return MachineError("the GPU has not enough memory", LESS_MEMORY)
+    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        return MachineError("the machine has not enough memory", LESS_MEMORY)
+    return None
+
+
+def console() -> Console:
+    """Writes for people, to stderr."""
+    from dynlora_cli.cli.views.console import Console
+
+    return Console()
+
+
+def typed(*words: str) -> str:
+    """A command of this program as it can be typed here: with its path where the shell would not find it by name."""
+    called = sys.argv[0]
+    found = shutil.which("dynlora")
+    here = Path(called).name == "dynlora" and os.path.exists(called)
+    if here and (found is None or not os.path.samefile(found, called)):
+        return shlex.join([_below_here(called), *words])
+    return shlex.join(["dynlora", *words])
+
+
+def _below_here(path: str) -> str:
+    """Relative to the present folder, where that is shorter than the whole path."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else os.path.join(os.path.dirname(relative) or ".", Path(path).name)

@@ -1,0 +1,65 @@
+"""Values of command-line options that are more than a number: budgets and shares, checked before torch is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from dynlora_cli.config.budget import Budget, parse_budget
+from dynlora_cli.errors import UsageError
+from dynlora_cli.plugins import did_you_mean
+
+
+def choice(text: str, choices: Sequence[str], option: str) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises:
+        UsageError: it is not; the message names them, and the nearest.
+    """
+    if text not in choices:
+        raise UsageError(
+            f"{option} {text}: there is none{did_you_mean(text, choices)}", f"choose one of: {', '.join(choices)}"
+        )
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Numbers with commas between them.
+
+    Raises:
+        UsageError: one of them is no number.
+    """
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: not all are numbers", f"for example {option} 0.7,0.3") from None
+
+
+def size(text: str, option: str, *, auto: bool = True) -> Budget:
+    """A budget as on the command line: `8`, `0.5`, `2M`, and with `auto` the word.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if text == "auto" and auto:
+        return Budget("auto", 0.0)
+    value: object = text
+    if re.fullmatch(r"\d+", text):
+        value = int(text)
+    elif re.fullmatch(r"\d*\.\d+([eE]-?\d+)?|\d+\.\d*|\d+[eE]-?\d+", text):
+        value = float(text)
+    try:
+        return parse_budget(value)
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: {error}", f"for example {option} 8, {option} 0.5 or {option} 2M") from None
+
+
+def share(text: str, option: str) -> float:
+    """A share as on the command line: `0.5%` or `0.005`.
+
+    Raises:
+        UsageError: it is none, or below 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip().replace(" ", ""))
+    if not match:
+        raise UsageError(f"{option} {text} is no share", f"for example {option} 0.5%")
+    return float(match[1]) / (100 if match[2] else 1)

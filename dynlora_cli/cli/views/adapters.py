@@ -1,0 +1,202 @@
+"""What a person sees of prune, merge, export and inspect. To stderr, like all that is for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from dynlora_cli.cli.views.console import Console, pairs, plain_table, rank_map
+from dynlora_cli.cli.views.progress import printable
+from dynlora_cli.runs.log import Event
+from dynlora_cli.text import change, count, counted, duration, number, percent, size
+
+BAR = 24  # characters
+
+
+class AdapterView:
+    """A listener of these commands' events, and the tables of what came out."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "note":
+            self.console.note(event["text"])
+        elif event["event"] == "point":
+            facts = f"{counted(event['parameters'], 'parameter')}, {counted(event['components'], 'component')}"
+            self.console.line(f"held-out loss {number(event['loss'])}  at {facts}")
+
+    def show_pruned(self, summary: dict[str, Any]) -> None:
+        """Before and after, loss against size, and what each layer kept."""
+        head = Text.assemble(
+            ("Pruned", "bold green"),
+            (f" to {percent(summary['parameters'] / summary['parameters_start'])} of its parameters", "head"),
+            (f"   policy {summary['policy']}, {duration(summary['seconds'])}", "label"),
+        )
+        parts: list[RenderableType] = [Text(), head, Text(), _before_after(summary)]
+        if summary["curve"]:
+            measured = summary["curve"][0]["loss"] is not None
+            title = "Loss against size" if measured else "Share of the update against size"
+            parts += [Text(), Text(title, style="head"), _curve(summary)]
+        before = {**dict.fromkeys(summary["ranks"], 0), **summary["ranks_before"]}
+        parts += [Text(), rank_map(summary["ranks"], before, self.console.rich.width - 2, 40)]
+        parts += [Text(), Text.assemble(("adapter  ", "label"), summary["output_dir"])]
+        self.console.show(Group(*parts))
+
+    def show_merged(self, summary: dict[str, Any]) -> None:
+        """What was merged, and how well it agrees."""
+        if summary["into"] == "adapter":
+            head = f" {len(summary['adapters'])} adapters into one"
+            rows = [
+                ("method", f"{summary['method']}, weights {', '.join(f'{w:g}' for w in summary['weights'])}"),
+                ("parameters", f"{count(summary['parameters'])}, of {count(summary['parameters_start'])} together"),
+                ("update kept", f"{percent(summary['energy_kept'])} of ‖ΔW‖²"),
+            ]
+        else:
+            head = f" {summary['modules']} of {summary['modules']} modules into the base"
+            rows = [
+                ("base", f"{summary['base_model']}, {summary['base_weights']} weights"),
+                *_agreement(summary["check"]),
+            ]
+            if summary["trained_base"]:
+                rows.append(("", "and against the quantized base that training saw:"))
+                rows += _agreement(summary["trained_base"])
+            if summary["untied"]:
+                rows.append(("untied", "input table and output head now have a weight each"))
+        self._done("Merged", head, rows, summary)
+
+    def show_exported(self, summary: dict[str, Any]) -> None:
+        """The files, and how well they agree."""
+        rows = [(name, size(file["bytes"])) for name, file in summary["files"].items()]
+        if summary.get("check"):
+            rows += _agreement(summary["check"])
+        else:
+            rows.append(("largest |ΔW| difference", f"{summary['max_weight_difference']:.1e}"))
+        for note in summary["notes"]:
+            self.console.note(note)
+        self._done("Exported", f" to {summary['to']}", rows, summary)
+
+    def _done(self, done: str, head: str, rows: Sequence[tuple[str, str]], summary: dict[str, Any]) -> None:
+        title = Text.assemble((done, "bold green"), (head, "head"), (f"   {duration(summary['seconds'])}", "label"))
+        folder = Text.assemble(("folder  ", "label"), summary["output_dir"])
+        self.console.show(Group(Text(), title, Text(), pairs(rows), Text(), folder))
+
+    def show_inspected(self, found: dict[str, Any]) -> None:
+        """One adapter, or two side by side."""
+        for note in found["notes"]:
+            self.console.note(note)
+        for adapter in found["adapters"]:
+            self._show_adapter(adapter)
+        if "comparison" in found:
+            self.console.show(Group(Text(), Text("Side by side", style="head"), _side_by_side(found)))
+
+    def _show_adapter(self, adapter: dict[str, Any]) -> None:
+        layers = adapter["layers"]
+        ranks = {name: layer["rank"] for name, layer in layers.items()}
+        largest = max(ranks.values())
+        directions = ", ".join(f"{share} in {number}" for share, number in adapter["directions"].items())
+        rows = [
+            ("kind", f"{adapter['kind']}, {adapter['task']}"),
+            ("size", f"{count(adapter['parameters'])} parameters, {size(adapter['bytes'])}"),
+            (
+                "components",
+                f"{count(adapter['components'])}, average rank {adapter['average_rank']:.2f}, 0 to {largest}",
+            ),
+            ("energy", f"{directions} of {sum(len(layer['spectrum']) for layer in layers.values())} directions"),
+            *((f"whole {name}", " x ".join(map(str, shape))) for name, shape in adapter["whole_tensors"].items()),
+            *((key.replace("_", " "), _plain(value)) for key, value in adapter["provenance"].items()),
+        ]
+        map_ = rank_map(ranks, dict.fromkeys(ranks, largest), self.console.rich.width - 2, 40)
+        self.console.show(
+            Group(
+                Text(),
+                Text(printable(adapter["name"]), style="head"),
+                pairs(rows),
+                Text(),
+                map_,
+                Text(),
+                _layer_table(layers),
+            )
+        )
+
+
+def _agreement(check: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("largest |Δlogit|", f"{check['max_logit_difference']:.1e}, of logits up to {check['max_logit']:.1f}"),
+        ("KL", f"{check['kl']:.1e} nats per position, over {count(check['positions'])}"),
+        ("other choices", f"at {1 - check['same_choice']:.1%}, at {check['changed']:.1%} more than rounding explains"),
+    ]
+    if check["loss"] is not None:
+        rows.append(("loss on the probe", f"{number(check['loss_reference'])} before, {number(check['loss'])} now"))
+    return rows
+
+
+def _layer_table(layers: dict[str, Any]) -> RenderableType:
+    """Rank, energy and spectrum of every layer, the spectrum as bars from its largest value down."""
+    table = plain_table("layer", "out x in", "rank", "energy", "")
+    highest = max((layer["energy"] for layer in layers.values()), default=0.0) or 1.0
+    for name, layer in layers.items():
+        spectrum = _bars(layer["spectrum"])
+        style = "accent" if layer["energy"] > 0.5 * highest else "label"
+        cells = (f"{layer['d_out']} x {layer['d_in']}", count(layer["rank"]), f"{layer['energy']:.3g}")
+        table.add_row(name, *cells, Text(spectrum, style=style))
+    return table
+
+
+def _bars(values: Sequence[float]) -> str:
+    """Singular values as blocks, the largest full; only the first ones where there are many."""
+    blocks = "▁▂▃▄▅▆▇█"
+    largest = max(values, default=0.0) or 1.0
+    return "".join(blocks[min(7, int(8 * value / largest))] for value in values[:BAR])
+
+
+def _side_by_side(found: dict[str, Any]) -> RenderableType:
+    first, second = (adapter["name"] for adapter in found["adapters"])
+    table = plain_table("layer", f"rank {first}", f"rank {second}", "energy", "energy", "cosine")
+    for name, layer in found["comparison"]["layers"].items():
+        cosine = "" if layer["cosine"] is None else f"{layer['cosine']:+.3f}"
+        energies = [f"{energy:.3g}" for energy in layer["energies"]]
+        table.add_row(name, *map(count, layer["ranks"]), *energies, cosine)
+    whole = found["comparison"]["cosine"]
+    table.add_row("all", "", "", "", "", "" if whole is None else f"{whole:+.3f}")
+    return table
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        inner = {key: item for key, item in value.items() if not isinstance(item, (list, dict)) and item is not None}
+        return ", ".join(f"{key} {item}" for key, item in inner.items())
+    return str(value)
+
+
+def _before_after(summary: dict[str, Any]) -> RenderableType:
+    table = plain_table("", "before", "after", "")
+    table.columns[0].style, table.columns[2].style = "label", "head"
+    before, after = summary["loss_before"], summary["loss_after"]
+    if after is not None:
+        table.add_row("held-out loss", number(before), number(after), change(before, after))
+    for key in ("parameters", "components"):
+        table.add_row(key, count(summary[f"{key}_start"]), count(summary[key]), "")
+    table.add_row("update kept", "", percent(summary["energy_kept"]), "of ‖ΔW‖²")
+    return table
+
+
+def _curve(summary: dict[str, Any]) -> RenderableType:
+    points: Sequence[dict[str, Any]] = summary["curve"]
+    measured = points[0]["loss"] is not None
+    heads = ("parameters", "components", "update kept", *(["held-out loss"] if measured else []), "")
+    table = plain_table(*heads)
+    values = [point["loss"] if measured else point["energy"] for point in points]
+    lowest, highest = min(values), max(values)
+    for point, value in zip(points, values, strict=True):
+        share = (value - lowest) / (highest - lowest) if highest > lowest else 0.0
+        chosen = point["parameters"] == summary["parameters"]
+        bar = Text("█" * (1 + round((BAR - 1) * share)), style="accent" if chosen else "label")
+        if chosen:
+            bar.append("  ← this one", style="accent")
+        cells = [count(point["parameters"]), count(point["components"]), percent(point["energy"])]
+        table.add_row(*cells, *([number(point["loss"])] if measured else []), bar)
+    return table

@@ -1,0 +1,365 @@
+"""What a person sees while a command runs. Everything here goes to stderr; this is the only file that imports rich.
+
+Console        start, example, plan, summary, notes and errors, as text that fits the terminal
+TrainView      listener of the training loop: a live picture on a terminal, plain lines anywhere else
+rank_map       blocks x module types with the components alive in each layer
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.color import Color
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+from dynlora_cli.cli.views.progress import Progress, joined, middle_cut, printable, sparkline, start_rows, with_budget
+from dynlora_cli.errors import DynloraError
+from dynlora_cli.runs.log import Event, layer_grid, shade
+from dynlora_cli.text import change, count, counted, duration, number, percent, rate, short, size
+
+Ranks = Mapping[str, float]  # components per layer
+
+THEME = Theme({"accent": "cyan", "label": "dim", "good": "green", "bad": "red", "head": "bold"})
+REFRESHES_PER_SECOND = 4
+PLAIN_WIDTH = 100  # of tables where nobody's window tells a width
+SHOWN_OF_PIECE = 600  # characters of one piece of the example
+DARK, BRIGHT = (30, 46, 52), (72, 214, 198)  # the colour scale of the rank map
+INK_DARK, INK_LIGHT = Color.parse("#06211f"), Color.parse("#f2f7f6")
+
+
+class Console:
+    """Writes for people, to stderr.
+
+    Args:
+        file: where to write; stderr by default.
+        terminal: whether it is a terminal that may be animated and coloured; found out by default. `TERM=dumb` says
+            no, `NO_COLOR` keeps the animation but not the colours.
+        width, height: of the window; found out by default.
+    """
+
+    def __init__(
+        self,
+        file: TextIO | None = None,
+        *,
+        terminal: bool | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> None:
+        file = file or sys.stderr
+        if terminal is None:
+            terminal = file.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+        self.terminal = terminal
+        self.rich = RichConsole(
+            file=file,
+            force_terminal=terminal,
+            width=width or (None if terminal else PLAIN_WIDTH),
+            height=height,
+            theme=THEME,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+
+    @property
+    def coloured(self) -> bool:
+        return self.terminal and not self.rich.no_color
+
+    def line(self, text: str | Text = "") -> None:
+        """One line, which we never break: paths and commands are there to be copied."""
+        self.rich.print(printable(text) if isinstance(text, str) else text, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.line(Text.assemble(("note: ", "accent"), printable(text)))
+
+    def warning(self, text: str) -> None:
+        self.line(Text.assemble(("warning: ", "yellow"), printable(text)))
+
+    def error(self, error: DynloraError) -> None:
+        """What is wrong, line by line, and what to do next."""
+        lead, *more = printable(error.message).split("\n")
+        self.line(Text.assemble(("error: ", "bold red"), lead))
+        for line in more:
+            self.line(Text(f"       {line}"))
+        if error.hint:
+            self.line(Text.assemble((" hint: ", "accent"), printable(error.hint)))
+
+    def show(self, content: RenderableType) -> None:
+        """A table or a group; for a file without the blanks that fill a window's lines."""
+        if self.terminal:
+            self.rich.print(content)
+            return
+        with self.rich.capture() as capture:
+            self.rich.print(content)
+        self.rich.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+
+    def train_view(self) -> TrainView:
+        """A listener for the training loop, to be used as a context manager."""
+        return TrainView(self)
+
+    def show_start(self, event: Event) -> None:
+        """What is about to be trained: the `start` event of the loop."""
+        self.line(Text(printable((event.get("run") or {}).get("name") or "dynlora train"), style="head"))
+        self.show(pairs(start_rows(event)))
+        for note in event.get("notes") or ():
+            self.note(note)
+        if event.get("example"):
+            self.show_example(event["example"])
+
+    def show_example(self, pieces: Iterable[Sequence[Any]]) -> None:
+        """One example as the model sees it; what counts in the loss is in ⟦ ⟧, and in colour where there is any."""
+        text = Text()
+        for content, in_loss in pieces:
+            shown = middle_cut(printable(content), SHOWN_OF_PIECE)
+            text.append(f"⟦{shown}⟧" if in_loss else shown, style="bold cyan" if in_loss else "dim")
+        legend = Text("one example; ", style="label")
+        legend.append("⟦this⟧ counts in the loss", style="cyan")
+        self.line()
+        self.line(legend)
+        self.show(Padding(text, (0, 2)))
+        self.line()
+
+    def show_summary(self, summary: dict[str, Any]) -> None:
+        """What came out: numbers before and after, the rank map, where the adapter is, and what to type next."""
+        parts: list[RenderableType] = [Text(), _headline(summary), Text(), _before_after(summary)]
+        if summary.get("ranks"):
+            ranks = summary["ranks"]
+            start: float = (summary.get("components_start") or 0) / len(ranks) or max(ranks.values())
+            parts += [Text(), rank_map(ranks, dict.fromkeys(ranks, start), self.rich.width - 2, 40)]
+        if summary.get("output_dir"):
+            kind = joined(summary.get("adapter"), size(summary.get("adapter_bytes")))
+            parts += [Text(), Text.assemble(("adapter  ", "label"), f"{printable(summary['output_dir'])}  ({kind})")]
+        for note in summary.get("notes") or ():
+            parts.append(Text.assemble(("note: ", "accent"), printable(note)))
+        self.show(Group(*parts))
+        if summary.get("next"):
+            self.show_next(summary["next"])
+
+    def show_next(self, commands: Iterable[str]) -> None:
+        """Commands that make sense now, to be copied."""
+        self.line()
+        self.line(Text("Next", style="head"))
+        for command in commands:
+            self.line(Text(f"  {printable(command)}", style="accent"))
+
+
+class TrainView:
+    """Shows a training run while it goes on; a context manager, and a listener of the loop's events.
+
+    On a terminal one live picture is redrawn a few times a second and gone at the end, for the summary to stand in its
+    place; when the run fails, the last picture stays. Elsewhere every event that matters is one plain line.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress()
+        self._live: Live | None = None
+
+    def __enter__(self) -> TrainView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop(keep=kind is not None)
+
+    def __call__(self, event: Event) -> None:
+        self.progress.hear(event)
+        kind = event["event"]
+        if kind == "start":
+            self.console.show_start(event)
+            self._start()
+        elif kind == "end":
+            self._stop(keep=False)
+        elif kind == "note":
+            self.console.note(event["text"])
+        elif kind == "warning":
+            self.console.warning(event["text"])
+        elif self._live is None and (line := self.progress.line(event)):
+            self.console.line(line)
+
+    def _start(self) -> None:
+        if self.console.terminal:
+            # stdout is left alone: it may be carrying the JSON of --json
+            self._live = Live(
+                self,
+                console=self.console.rich,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                redirect_stdout=False,
+                transient=True,
+            )
+            self._live.start()
+
+    def _stop(self, keep: bool) -> None:
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.transient = not keep
+            live.stop()
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        progress, width, height = self.progress, options.max_width, console.size.height
+        numbers = _live_numbers(progress, wide=width >= 50)
+        beside = width >= 90
+        room = height - 6 if beside else height - 7 - numbers.row_count
+        map_width = width - 46 if beside else width - 2
+        yield Text()
+        yield _bar(progress, width)
+        yield Text()
+        if not progress.ranks or room < 3:
+            yield numbers
+            return
+        ranks = rank_map(progress.ranks, progress.start, map_width, room)
+        if beside:
+            both = Table.grid(padding=(0, 4, 0, 0))
+            both.add_row(numbers, ranks)
+            yield both
+        else:
+            yield Group(numbers, Text(), ranks)
+
+
+def rank_map(ranks: Ranks, start: Ranks, width: int, height: int) -> Text:
+    """Blocks x module types, each cell the components alive in one layer, coloured by the share of the start.
+
+    Where there are more blocks than lines (`height`, headings included), neighbours share a line that shows their mean;
+    module types that do not fit into `width` are counted in the last heading.
+    """
+    blocks, modules, cells = layer_grid(start or ranks)
+    per_line = -(-len(blocks) // max(1, height - 1))
+    bands = [blocks[first : first + per_line] for first in range(0, len(blocks), per_line)]
+    labels = [band[0] if len(band) == 1 else f"{band[0]}-{band[-1]}" for band in bands]
+    margin = max(map(len, labels), default=0)
+    digits = max((len(str(rank)) for rank in ranks.values()), default=1)
+    heads = [module.removesuffix("_proj").center(max(4, digits + 2)) for module in modules]
+    ends = list(itertools.accumulate(len(head) + 1 for head in heads))
+    shown = sum(1 for end in ends if end <= width - margin - 4) if ends[-1] > width - margin else len(heads)
+
+    text = Text(" " * margin, style="label", no_wrap=True)
+    text.append("".join(f" {head}" for head in heads[:shown]))
+    text.append(f" +{len(heads) - shown}" if shown < len(heads) else "")
+    for label, band in zip(labels, bands, strict=True):
+        text.append(f"\n{label:>{margin}}")
+        for module, head in zip(modules[:shown], heads, strict=False):
+            names = [cells[block, module] for block in band if (block, module) in cells]
+            text.append(" ").append(*_cell(names, ranks, start, len(head)))
+    return text
+
+
+def _cell(names: Sequence[str], ranks: Ranks, start: Ranks, width: int) -> tuple[str, str | Style]:
+    """The mean rank of some layers and its colour; a dot where nothing is left, a blank where there is no layer."""
+    alive = sum(ranks.get(name, 0) for name in names)
+    if alive == 0:
+        return (" ·" if names else "").center(width), "dim"
+    strength = shade(alive, sum(start.get(name, 0) for name in names))
+    background = Color.from_rgb(*(low + (high - low) * strength for low, high in zip(DARK, BRIGHT, strict=True)))
+    mean = alive / len(names)
+    shown = f"{mean:.0f}" if mean >= 0.95 else f"{mean:.1f}"
+    return f"{shown:>2}".center(width), Style(
+        color=INK_DARK if strength > 0.6 else INK_LIGHT, bgcolor=background, dim=False
+    )
+
+
+def _bar(progress: Progress, width: int) -> Table:
+    """The progress bar with the step and the time left."""
+    left = "" if progress.seconds_left is None else f"{duration(progress.seconds_left)} left"
+    step = f"{count(progress.step)}/{count(progress.steps)}"
+    row = Table.grid(padding=(0, 2, 0, 0))
+    bar = ProgressBar(
+        total=max(1, progress.steps),
+        completed=progress.step,
+        width=max(10, width - len(step) - len(left) - 6),
+        complete_style="accent",
+        finished_style="accent",
+    )
+    row.add_row(bar, Text(step, style="head"), Text(left, style="label"))
+    return row
+
+
+def _live_numbers(progress: Progress, wide: bool) -> Table:
+    latest, run = progress.latest, progress.run
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="label", no_wrap=True)
+    grid.add_column(no_wrap=True, min_width=27)  # so that the map beside it stands still
+    spark = sparkline(progress.losses, 18) if wide else ""
+    held_out = Text(number(progress.held_out))
+    if wide and progress.held_out_step is not None:
+        held_out.append(f" at {count(progress.held_out_step)}", style="label")
+    if progress.held_out != progress.held_out_first:
+        held_out.append(f"  from {number(progress.held_out_first)}", style="label")
+    if progress.accuracy is not None:
+        held_out.append(f"  {percent(progress.accuracy)} right")
+    grid.add_row("loss", Text.assemble((number(latest.get("loss")), "head"), "  ", (spark, "accent")))
+    grid.add_row("held out", held_out)
+    grid.add_row("components", f"{count(latest.get('components'))} of {count(run.get('components'))}")
+    grid.add_row("parameters", with_budget(latest.get("parameters"), run))
+    grid.add_row("learning rate", rate(latest.get("learning_rate")))
+    grid.add_row("speed", f"{count(latest.get('tokens_per_second'))} tok/s")
+    grid.add_row("memory", size(latest.get("memory_bytes")))
+    if progress.last_event:
+        grid.add_row("pruned", progress.last_event.replace("->", "→"))
+    return grid
+
+
+def _headline(summary: dict[str, Any]) -> Text:
+    facts = joined(
+        counted(summary.get("steps"), "step"),
+        f"{short(summary.get('tokens'))} tokens at {count(summary.get('tokens_per_second'))} tok/s",
+        f"{size(summary.get('peak_memory_bytes'))} peak memory",
+    )
+    done = ("Done", "bold green") if summary.get("ok", True) else ("Stopped", "bold red")
+    return Text.assemble(done, (f" in {duration(summary.get('seconds'))}", "head"), (f"   {facts}", "label"))
+
+
+def _before_after(summary: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="label")
+    table.add_column("", style="label")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right", style="head")
+    table.add_column("", style="label")
+    for key, show in (("loss", number), ("accuracy", percent), ("perplexity", lambda value: number(value, 2))):
+        before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
+        if after is not None:
+            better = before is not None and (after > before if key == "accuracy" else after < before)
+            style = "good" if better else "bad"
+            table.add_row(f"held-out {key}", show(before), show(after), Text(change(before, after), style=style))
+    budget = f"budget {count(summary['budget_parameters'])}" if summary.get("budget_parameters") else ""
+    table.add_row("parameters", count(summary.get("parameters_start")), count(summary.get("parameters")), budget)
+    ranks = list((summary.get("ranks") or {}).values())
+    spread = f"per layer {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}" if ranks else ""
+    table.add_row("components", count(summary.get("components_start")), count(summary.get("components")), spread)
+    first, last = summary.get("tokens_per_second_start"), summary.get("tokens_per_second_end")
+    if first is not None and last is not None:
+        table.add_row("tokens/s", count(first), count(last), change(first, last))
+    for key, label in (("trained_bytes", "adapter, gradient"), ("optimizer_bytes", "optimizer")):
+        if summary.get(key):
+            beside = f"beside {size(summary['base_bytes'])} of the base" if key == "trained_bytes" else ""
+            table.add_row(label, size(summary[f"{key}_start"]), size(summary[key]), beside)
+    return table
+
+
+def plain_table(*heads: str) -> Table:
+    """A table without rules; names are set left, numbers right."""
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="label")
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index == 0 or not head else "right", no_wrap=True)
+    return table
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> Padding:
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    grid.add_column(style="label", no_wrap=True)
+    grid.add_column()
+    for label, value in rows:
+        grid.add_row(printable(label), printable(value))
+    return Padding(grid, (0, 0, 0, 2))

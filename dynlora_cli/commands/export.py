@@ -1,0 +1,194 @@
+"""`dynlora export`: the adapter in the form another tool reads, read back as that tool does and compared."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli import __version__, plugins
+from dynlora_cli.adapters.adapter import Adapter
+from dynlora_cli.adapters.base import Place, find_base, structure
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.errors import MachineError, MeasureError
+from dynlora_cli.evaluation.agreement import agreement
+from dynlora_cli.evaluation.peft_check import check_files, tell
+from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
+from dynlora_cli.export.exporter import Job, Merged
+from dynlora_cli.files import whole
+from dynlora_cli.files.foreign import read_object
+from dynlora_cli.files.whole import sha256_of
+from dynlora_cli.lora.layer import linear_shape
+from dynlora_cli.merging.fold import plan_merge, write_merged
+from dynlora_cli.runs import folder as run_folder
+
+Emit = Callable[[dict[str, Any]], None]
+# By what share a number may be off in files of this type.
+ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "q8_0": 2.0**-6}
+MAX_KL = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1}  # nats per token
+
+
+def run(
+    path: Path,
+    to: str,
+    out: Path,
+    *,
+    base_name: str | None = None,
+    trust_remote_code: bool = False,
+    outtype: str = "f16",
+    max_kl: float | None = None,
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Write the export and check it.
+
+    Args:
+        path: a run folder, or any LoRA folder in PEFT's layout.
+        to: a file of the drawer exporters/.
+        out: a new folder.
+        base_name: folder or hub id of the base model, in place of the one on record.
+        trust_remote_code: Python code that comes with the base may run.
+        outtype: f32 | f16 | q8_0, of a GGUF model.
+        max_kl: nats per token by which the export may differ; None: by its number format.
+        overwrite: replace an earlier export.
+        emit: takes notes.
+
+    Returns:
+        The summary, which is also in export.json.
+
+    Raises:
+        MeasureError: the export computes something else; nothing is left of it.
+    """
+    started = time.monotonic()
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    exporter = plugins.load("exporters", to)
+    adapter = read_adapter(path, base_name)
+    if adapter.note:
+        emit({"event": "note", "text": adapter.note})
+    place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
+    run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
+    job = _job(adapter, place, outtype)
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
+        facts = exporter.write(job, folder)
+        checks = _check(job, exporter, place, folder, MAX_KL[outtype] if max_kl is None else max_kl)
+        if getattr(exporter, "for_peft", False):
+            checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
+        summary = {
+            "ok": True,
+            "command": "export",
+            "to": to,
+            "output_dir": str(out),
+            "adapter": str(adapter.folder),
+            "base_model": str(place.folder) if place else adapter.config.get("base_model_name_or_path"),
+            "parameters": adapter.parameters,
+            "ranks": adapter.ranks,
+            **facts,
+            **checks,
+            "notes": job.notes,
+            "files": {
+                str(file.relative_to(folder)): {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            },
+            "dynlora_version": __version__,
+            "seconds": time.monotonic() - started,
+        }
+        whole.write_json(folder / run_folder.EXPORT_RECORD, summary)
+    if "peft_check" in checks:
+        tell(checks["peft_check"], out, emit)
+    return summary
+
+
+def _base(adapter: Adapter, base: tuple[str | None, bool], exporter: ModuleType, emit: Emit) -> Place | None:
+    """The base; None where it is not on this machine and the exporter can do without, which a note says."""
+    try:
+        return find_base(adapter, *base)
+    except MachineError as error:
+        if exporter.needs_base or base[0]:
+            raise
+        emit({"event": "note", "text": f"weights are compared and logits are not: {error.message}"})
+        return None
+
+
+def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+
+    @cache
+    def merged() -> Merged:
+        assert place is not None
+        plan = plan_merge(adapter, place)
+
+        def write(folder: Path) -> None:
+            write_merged(plan, adapter, place, folder)
+
+        return Merged(plan.config, plan.parameters(), plan.parameter, write, plan.untied)
+
+    return Job(
+        adapter=adapter,
+        tokenizer_folder=adapter.folder if own else place.folder if place else None,
+        base_folder=place.folder if place else None,
+        base_config=read_object(place.folder / "config.json") if place else None,
+        linear_layers=_linear_layers(place) if place else None,
+        merged=merged,
+        outtype=outtype,
+    )
+
+
+def _linear_layers(place: Place) -> dict[str, tuple[int, int]]:
+    modules = structure(place).named_modules()
+    return {name: linear_shape(module) for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float) -> dict[str, Any]:
+    """What was written, read back by the consumer's rules, against the adapter it came from."""
+    found = exporter.read_back(job, folder)
+    if place is None:
+        difference = _weight_difference(job.adapter, found)
+        if difference > 1e-5:
+            raise MeasureError(
+                f"the export's weights differ by {difference:.3g}; nothing was kept", "please report this"
+            )
+        return {"max_logit_difference": None, "max_weight_difference": difference}
+    rows = rows_to_compare(job.adapter, place)
+    reference = adapted_predictions(job.adapter, place, rows)
+    rounding = ROUNDING[job.outtype] if isinstance(found, Adapter) else max(ROUNDING[job.outtype], ROUNDING["bf16"])
+    measured = agreement(reference, _predictions(found, job, place, rows), rows, rounding)
+    if math.isnan(max_kl) or measured.kl > max_kl:
+        raise MeasureError(
+            f"the export is {measured.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
+            "nothing was kept",
+            "raise --max-kl if that is meant, or choose --outtype f16",
+        )
+    return {"max_logit_difference": measured.max_logit_difference, "check": measured.as_dict()}
+
+
+def _predictions(found: Any, job: Job, place: Place, rows: list[Tensor]) -> list[Tensor]:
+    if isinstance(found, Adapter):
+        return adapted_predictions(found, place, rows)
+    if isinstance(found, Path):
+        return predictions_of(replace(place, folder=found), rows)
+    return predictions_of(place, rows, found, tied_weights=not job.merged().untied)
+
+
+def _weight_difference(adapter: Adapter, found: Adapter) -> float:
+    """Largest |ΔW - ΔW'|, relative to the largest |ΔW| of the layer; layers that one of them lacks count as 0."""
+    worst = 0.0
+    for name in adapter.layers.keys() | found.layers.keys():
+        before, after = (_delta(each, name) for each in (adapter, found))
+        largest = before.abs().max().item() or 1.0
+        worst = max(worst, (before - after).abs().max().item() / largest)
+    return worst
+
+
+def _delta(adapter: Adapter, name: str) -> Tensor:
+    """ΔW of a layer; 0 where the adapter does not have it."""
+    return adapter.layers[name].delta_OI() if name in adapter.layers else torch.zeros(1)

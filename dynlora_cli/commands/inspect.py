@@ -1,0 +1,160 @@
+"""`dynlora inspect`: what an adapter is made of, and two of them side by side. Reads factors only; no base, no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.keys import natural_order
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.errors import UsageError
+
+SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # shares of ‖ΔW‖² for which the number of directions is told
+
+
+def run(paths: Sequence[Path]) -> dict[str, Any]:
+    """Describe one adapter or two.
+
+    Args:
+        paths: run folders or PEFT LoRA folders.
+
+    Returns:
+        `adapters`, one description each, and with two of them `comparison`.
+
+    Raises:
+        UsageError, MeasureError: one of them cannot be read.
+    """
+    adapters = [read_adapter(path) for path in paths]
+    found: dict[str, Any] = {
+        "ok": True,
+        "command": "inspect",
+        "adapters": [describe(adapter) for adapter in adapters],
+        "notes": [adapter.note for adapter in adapters if adapter.note],
+    }
+    if len(adapters) == 2:
+        found["comparison"] = compare(*adapters)
+    return found
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """Ranks, sizes, energies, spectra and where it comes from."""
+    values = {name: factors.singular_values_C() for name, factors in adapter.layers.items()}
+    layers = {name: _layer(factors, values[name]) for name, factors in adapter.layers.items()}
+    recorded = adapter.record.get("layers") or {}
+    gone = {
+        name: _layer(_none(layer["d_in"], layer["d_out"]), torch.zeros(0))
+        for name, layer in recorded.items()
+        if name not in layers
+    }
+    return {
+        "name": adapter.name,
+        "folder": str(adapter.folder),
+        "kind": "VeRA, as the LoRA that it equals" if adapter.config.get("peft_type") == "VERA" else adapter.kind,
+        "task": adapter.task,
+        "parameters": adapter.parameters,
+        "components": adapter.components,
+        "average_rank": _average_rank(adapter, recorded),
+        "bytes": sum(file.stat().st_size for file in adapter.folder.glob("adapter*.safetensors")),
+        "whole_tensors": {name: list(tensor.shape) for name, tensor in adapter.whole.items()},
+        "directions": _directions(list(values.values())),
+        "layers": dict(sorted((layers | gone).items(), key=lambda item: natural_order(item[0]))),
+        "provenance": _provenance(adapter),
+    }
+
+
+def _layer(factors: Factors, values: Tensor) -> dict[str, Any]:
+    return {
+        "rank": factors.rank,
+        "d_in": factors.a_CI.shape[1],
+        "d_out": factors.b_OC.shape[0],
+        "parameters": factors.parameters,
+        "energy": float(values.square().sum().sqrt()),
+        "spectrum": [float(value) for value in values],
+    }
+
+
+def _none(d_in: int, d_out: int) -> Factors:
+    """A layer that was pruned to nothing."""
+    return Factors(torch.zeros(0, d_in), torch.zeros(d_out, 0))
+
+
+def _average_rank(adapter: Adapter, recorded: dict[str, Any]) -> float:
+    """Parameters over Σ(d_in + d_out) of all layers that training had, as of a budget."""
+    costs = {name: layer["d_in"] + layer["d_out"] for name, layer in recorded.items()}
+    costs |= {name: factors.cost for name, factors in adapter.layers.items()}
+    return adapter.parameters / sum(costs.values())
+
+
+def _directions(spectra: Sequence[Tensor]) -> dict[str, int]:
+    """How many singular directions, the largest of all layers first, hold a share of the whole ‖ΔW‖²."""
+    energies = sorted((float(value) ** 2 for values in spectra for value in values), reverse=True)
+    total, found = sum(energies), {}
+    for share in SHOWN_OF_SPECTRUM:
+        running, number = 0.0, 0
+        while number < len(energies) and running < share * total:
+            running += energies[number]
+            number += 1
+        found[f"{100 * share:g}%"] = number
+    return found
+
+
+def _provenance(adapter: Adapter) -> dict[str, Any]:
+    record, config = adapter.record, adapter.config
+    base = record.get("base_model") or {}
+    made = {
+        "tool": f"dynlora {record['dynlora_version']}" if "dynlora_version" in record else "PEFT",
+        "peft_version": config.get("peft_version"),
+        "base_model": base.get("name_or_path") or config.get("base_model_name_or_path"),
+        "revision": config.get("revision"),
+        "fingerprint": (base.get("fingerprint") or {}).get("sha256"),
+        "data_sha256": (record.get("data") or {}).get("sha256"),
+        "seed": (record.get("seeds") or {}).get("seed"),
+        "device": record.get("device"),
+        "finished": record.get("finished"),
+        "pruned": record.get("prune"),
+        "scaling": {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")},
+    }
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
+    """Layer by layer: ranks, energies, and the cosine between the two updates, from thin products.
+
+    Raises:
+        UsageError: one adds to the weights and the other multiplies them.
+    """
+    if first.hira != second.hira:
+        raise UsageError(
+            f"{first.folder} is a {first.kind} and {second.folder} a {second.kind}: one adds to the weights, the other "
+            "multiplies them",
+            "inspect them one by one",
+        )
+    names = sorted(first.layers.keys() | second.layers.keys(), key=natural_order)
+    dots, squares = 0.0, [0.0, 0.0]
+    layers = {}
+    for name in names:
+        one, two = first.layers.get(name), second.layers.get(name)
+        energies = [0.0 if factors is None else factors.energy() for factors in (one, two)]
+        dot = _dot(one, two) if one and two and one.cost == two.cost else 0.0
+        dots += dot
+        squares = [square + energy**2 for square, energy in zip(squares, energies, strict=True)]
+        product = energies[0] * energies[1]
+        layers[name] = {
+            "ranks": [0 if factors is None else factors.rank for factors in (one, two)],
+            "energies": energies,
+            "cosine": dot / product if product else None,
+        }
+    product = (squares[0] * squares[1]) ** 0.5
+    return {"cosine": dots / product if product else None, "layers": layers}
+
+
+def _dot(one: Factors, two: Factors) -> float:
+    """<ΔW₁, ΔW₂> = tr((B₁ᵀ B₂)(A₂ A₁ᵀ))."""
+    b = one.b_OC.double().T @ two.b_OC.double()
+    a = two.a_CI.double() @ one.a_CI.double().T
+    return float((b * a.T).sum())

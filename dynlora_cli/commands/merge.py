@@ -1,0 +1,310 @@
+"""`dynlora merge`: one adapter into its base, or several into one adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from dynlora_cli import __version__
+from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.base import Place, find_base, stored_quantized
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.errors import MachineError, MeasureError, UsageError
+from dynlora_cli.evaluation.agreement import Agreement, agreement, predictions
+from dynlora_cli.evaluation.peft_check import check_files, tell
+from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
+from dynlora_cli.evaluation.rows import base_in_memory, precision_of, read_tokenizer
+from dynlora_cli.files import whole
+from dynlora_cli.lora.layer import dense_weight
+from dynlora_cli.merging.combine import Way, combine
+from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
+from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
+from dynlora_cli.models.find import quantization_of
+from dynlora_cli.models.load import DTYPES, Base
+from dynlora_cli.runs import folder as run_folder
+
+Emit = Callable[[dict[str, Any]], None]
+# Nats per token. NF4 changes predictions by tenths, of tiny models by half a nat; another model is further away.
+OF_ANOTHER_MODEL = 2.0
+MAX_CHANGED = 0.01  # share of positions
+MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does
+
+
+def into_base(
+    adapter: Adapter,
+    out: Path | None,
+    *,
+    base_name: str | None = None,
+    trust_remote_code: bool = False,
+    base_weights: str = "original",
+    dtype: str = "keep",
+    max_kl: float = MAX_KL,
+    max_changed: float = MAX_CHANGED,
+    inputs: Sequence[Path] = (),
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Write the base model with the adapter folded in, and check that it predicts the same.
+
+    Args:
+        adapter: to be merged.
+        out: a new folder; None: `merged` inside the adapter's.
+        base_name: folder or hub id of the base model, in place of the one on record.
+        trust_remote_code: Python code that comes with the base may run.
+        base_weights: original | dequantized; of an adapter that was trained on a quantized base: add to the weights
+            as they were before, or as training saw them.
+        dtype: keep | float32 | bfloat16 | float16, of the merged model.
+        max_kl: nats per token; above it nothing is left.
+        max_changed: share of choices that may change beyond what rounding explains; above it nothing is left.
+        inputs: folders of the adapters that it was combined from.
+        overwrite: replace an earlier merge.
+        emit: takes notes.
+
+    Returns:
+        The summary, as data.
+
+    Raises:
+        MeasureError: the merged model predicts something else.
+    """
+    started = time.monotonic()
+    out = out or adapter.folder / "merged"
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    place = find_base(adapter, base_name, trust_remote_code)
+    run_folder.refuse_inputs(out, [adapter.folder, *inputs, place.folder])
+    number = DTYPES.get(dtype)
+    quantized = _quantized_base(adapter, place, base_weights, emit)
+    with TemporaryDirectory() as full, run_folder.replaced(out, overwrite=overwrite) as folder:
+        if base_weights == "dequantized" and quantization_of(place.folder):
+            assert quantized is not None
+            place = write_dequantized(quantized, place, Path(full), number)
+            plan = plan_merge(adapter, place, dtype=number)
+        elif base_weights == "dequantized":
+            assert quantized is not None
+            plan = plan_merge(adapter, place, partial(_dequantized, quantized), number, quantized_layers(quantized))
+        else:
+            plan = plan_merge(adapter, place, dtype=number)
+        _refuse_full_disk(plan, out)
+        writing = time.monotonic()
+        size = write_merged(plan, adapter, place, folder)
+        writing = time.monotonic() - writing
+        emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
+        checks, to_trained_base = _compare(adapter, place, folder, quantized, base_weights, _rounding(plan))
+        if math.isnan(max_kl) or checks.kl > max_kl:
+            raise MeasureError(
+                f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
+                "nothing was kept",
+                "raise --max-kl if that is meant, or report this",
+            )
+        if checks.changed > max_changed:
+            raise MeasureError(
+                f"the merged model chooses another token at {checks.changed:.1%} of the positions, more than "
+                f"{max_changed:.1%}, and rounding to the stored type does not explain it; nothing was kept",
+                "raise --max-changed if that is meant, or report this",
+            )
+        if to_trained_base and to_trained_base.kl > OF_ANOTHER_MODEL:
+            raise MeasureError(
+                f"the merged model is {to_trained_base.kl:.3g} nats per token away from what training saw, far more "
+                "than quantizing explains; nothing was kept",
+                "name the model that the quantized base was made from with --base FOLDER",
+            )
+        summary = {
+            **_facts(adapter, place, plan, out),
+            "base_weights": base_weights,
+            "dtype": dtype,
+            "bytes": size,
+            "check": checks.as_dict(),
+            "trained_base": to_trained_base.as_dict() if to_trained_base else None,
+            "write_seconds": writing,
+            "seconds": time.monotonic() - started,
+        }
+        whole.write_json(folder / run_folder.MERGE_RECORD, {**summary, "dynlora_version": __version__})
+    return summary
+
+
+def _facts(adapter: Adapter, place: Place, plan: Plan, out: Path) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "command": "merge",
+        "into": "base",
+        "output_dir": str(out),
+        "adapters": [str(adapter.folder)],
+        "base_model": str(place.folder),
+        "modules": len(plan.modules),
+        "untied": plan.untied,
+    }
+
+
+def _quantized_base(adapter: Adapter, place: Place, base_weights: str, emit: Emit) -> Base | None:
+    """The base as QLoRA training saw it, where the adapter was trained so; or where the person asks for it."""
+    if base_weights == "original" and quantization_of(place.folder):
+        return None  # which is refused
+    if stored := stored_quantized(adapter):
+        return base_in_memory(adapter, stored, read_tokenizer(adapter, stored))
+    if (adapter.record.get("base_model") or {}).get("quantization"):
+        problem = f"the quantized base that {adapter.folder} was trained on, {adapter.base_name}, is not there"
+        if base_weights == "dequantized":
+            raise MachineError(problem, "bring it back, or leave --base-weights out")
+        emit({"event": "note", "text": f"{problem}: the result was not compared with it"})
+        return None
+    options = place.options
+    if not (options.load_in_4bit or options.load_in_8bit):
+        if base_weights == "original":
+            return None
+        if adapter.record:
+            raise UsageError(f"{adapter.folder} was not trained on a quantized base", "leave --base-weights out")
+        emit({"event": "note", "text": "nothing says how the base was quantized; NF4 with double quantization assumed"})
+        options = options.model_copy(update={"load_in_4bit": True})
+    return base_in_memory(adapter, replace(place, options=options), read_tokenizer(adapter, place))
+
+
+def _dequantized(base: Base, module: str) -> Tensor:
+    """A layer's weight as training saw it, in its own layout."""
+    layer = base.model.get_submodule(module)
+    weight = dense_weight(layer).cpu()
+    return weight.T.contiguous() if isinstance(layer, Conv1D) else weight.contiguous()
+
+
+def _refuse_full_disk(plan: Plan, out: Path) -> None:
+    needed = sum(plan.changed.get(name, entry).size for name, entry in plan.weights.entries.items())
+    needed += sum(new.size for new in plan.added.values())
+    parent = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise MachineError(
+            f"the merged model takes {needed / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB left",
+            "free some, or choose another --out",
+        )
+
+
+def _rounding(plan: Plan) -> float:
+    """By what share a number of the merged model's files may be off, of the coarsest type that was written."""
+    types = {new.dtype for new in (*plan.changed.values(), *plan.added.values()) if new.dtype.is_floating_point}
+    return max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+
+
+def _compare(
+    adapter: Adapter, place: Place, folder: Path, quantized: Base | None, base_weights: str, rounding: float
+) -> tuple[Agreement, Agreement | None]:
+    """The merged files against base + adapter on the probe text.
+
+    Returns:
+        the check, against the weights that were added to; and for a QLoRA adapter that went into the weights as they
+        were, how far the result is from what training saw, for information.
+    """
+    rows = rows_to_compare(adapter, place)
+    found = predictions_of(replace(place, folder=folder), rows)
+    if quantized is None:
+        return agreement(adapted_predictions(adapter, place, rows), found, rows, rounding), None
+    with attached(quantized.model, adapter), precision_of(quantized)():
+        as_trained = agreement(predictions(quantized.model, rows), found, rows, rounding)
+    if base_weights == "dequantized":
+        return as_trained, None
+    return agreement(adapted_predictions(adapter, place, rows), found, rows, rounding), as_trained
+
+
+def into_adapter(
+    adapters: Sequence[Adapter],
+    out: Path,
+    way: Way,
+    *,
+    base_name: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Write one adapter that does what several do together.
+
+    Args:
+        adapters: two or more, of one base.
+        out: a new folder.
+        way: how they are combined.
+        base_name: folder or hub id of the base model, in place of the one on record; PEFT is asked on its structure.
+        trust_remote_code: Python code that comes with the base may run.
+        overwrite: replace what dynlora wrote there.
+        emit: takes notes.
+
+    Returns:
+        The summary, as data.
+
+    Raises:
+        MeasureError: PEFT reads the adapter otherwise; it is kept.
+    """
+    started = time.monotonic()
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    run_folder.refuse_inputs(out, [adapter.folder for adapter in adapters])
+    combined = combine(adapters, way)
+    adapter = combined.adapter
+    summary: dict[str, Any] = {
+        "ok": True,
+        "command": "merge",
+        "into": "adapter",
+        "output_dir": str(out),
+        "adapters": [str(each.folder) for each in adapters],
+        "method": way.method,
+        "weights": list(way.weights or [1.0] * len(adapters)),
+        "parameters_start": sum(each.parameters for each in adapters),
+        "parameters": adapter.parameters,
+        "components": adapter.components,
+        "energy_kept": combined.energy_kept,
+        "ranks": adapter.ranks,
+        "seconds": time.monotonic() - started,
+    }
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
+        save(adapter, folder)
+        summary["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
+        run_folder.copy_tokenizer(adapters[0].folder, folder)
+        whole.write_json(folder / run_folder.RECORD, _record(adapters, adapter, out, summary, folder))
+    tell(summary["peft_check"], out, emit)
+    return summary
+
+
+def _record(
+    adapters: Sequence[Adapter], merged: Adapter, out: Path, summary: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    first = adapters[0].record
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return {
+        "schema_version": 1,
+        "dynlora_version": __version__,
+        "name": out.name,
+        "task": merged.task,
+        "variant": "lora",
+        "base_model": first.get("base_model") or {"name_or_path": merged.config.get("base_model_name_or_path")},
+        "chat_template_sha256": first.get("chat_template_sha256"),
+        "data": asdict(Writing.of(first)),
+        "layers": {
+            name: {
+                "rank": factors.rank,
+                "importance": factors.energy(),
+                "d_in": factors.a_CI.shape[1],
+                "d_out": factors.b_OC.shape[0],
+            }
+            for name, factors in merged.layers.items()
+        },
+        "sha256": digest,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "summary": summary,
+    }
+
+
+def read_all(paths: Sequence[Path], emit: Emit, base_name: str | None = None) -> list[Adapter]:
+    """The adapters that the paths name; how each was found goes to `emit`."""
+    adapters = [read_adapter(path, base_name) for path in paths]
+    for adapter in adapters:
+        if adapter.note:
+            emit({"event": "note", "text": adapter.note})
+    return adapters

@@ -1,0 +1,259 @@
+"""`dynlora prune`: makes a trained adapter smaller. `run` is the table of contents."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+
+from dynlora_cli import plugins
+from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.base import Place, find_base
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.config.budget import Budget
+from dynlora_cli.errors import MachineError, MeasureError, UsageError
+from dynlora_cli.evaluation.held_out_loss import held_out
+from dynlora_cli.evaluation.peft_check import check_files, tell
+from dynlora_cli.evaluation.rows import Rows, base_in_memory, held_out_rows, own_recipe, precision_of, read_tokenizer
+from dynlora_cli.models.load import Base
+from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
+from dynlora_cli.pruning.pruned_folder import write_record
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.text import counted
+from dynlora_cli.training.heal import heal
+
+CURVE_POINTS = 7
+Emit = Callable[[dict[str, Any]], None]
+
+
+def run(
+    path: Path,
+    budget: Budget,
+    out: Path,
+    *,
+    policy: str = "magnitude",
+    data: Path | None = None,
+    tolerance: float = 0.005,
+    heal_steps: int = 0,
+    base_name: str | None = None,
+    trust_remote_code: bool = False,
+    max_samples: int | None = None,
+    measure: bool = True,
+    overwrite: bool = False,
+    seed: int = 0,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Prune the adapter in `path` into the new folder `out`; the input stays as it is.
+
+    Args:
+        path: a run folder, or any LoRA folder in PEFT's layout.
+        budget: as in a recipe; a share is of the parameters there are now; auto: as few as `tolerance` allows.
+        out: a new folder.
+        policy: scores the components; a file of policies/.
+        data: rows to look at and to measure on, a file or a recipe; None: the run's own held-out rows.
+        tolerance: with budget auto, the share by which the held-out loss may rise.
+        heal_steps: training steps after the cut.
+        base_name: folder or hub id of the base model, in place of the one on record.
+        trust_remote_code: Python code that comes with the base may run.
+        max_samples: rows at most.
+        measure: measure the loss where rows are known; False: only where it is needed.
+        overwrite: `out` may hold an earlier run.
+        seed: of policies that draw lots.
+        emit: takes notes and points of the curve as they are found.
+
+    Returns:
+        The summary, as data.
+    """
+    started = time.monotonic()
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    scorer = plugins.load("policies", policy)
+    adapter = read_adapter(path, base_name)
+    run_folder.refuse_inputs(out, [adapter.folder, *([data] if data else [])])
+    if adapter.note:
+        emit({"event": "note", "text": adapter.note})
+    needs_rows = scorer.needs != "values" or budget.kind == "auto" or heal_steps or data is not None
+    bench = _bench(adapter, data, (base_name, trust_remote_code), max_samples, bool(needs_rows), measure, emit)
+    recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
+    if heal_steps and recipe is None:
+        raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
+    order = _order(adapter, scorer, bench, seed)
+    curve = Curve(order, bench if measure or budget.kind == "auto" else None, emit)
+    target = _target(order, budget, adapter, curve, tolerance)
+    if budget.kind != "auto":
+        curve.survey(target)
+    keep_K, threshold = order.keep(target)
+    smaller = order.cut(keep_K)
+    events: list[dict[str, Any]] = []
+    if heal_steps:
+        assert bench is not None
+        assert recipe is not None
+        smaller = heal(smaller, bench.base, recipe, heal_steps, out, events.append)
+    summary = _summary(adapter, smaller, order, curve, out, policy, target, keep_K)
+    if bench and heal_steps:
+        summary |= {"heal_steps": heal_steps, "loss_after": bench.loss(smaller)}
+    summary["seconds"] = time.monotonic() - started
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
+        save(smaller, folder)
+        run_folder.copy_tokenizer(adapter.folder, folder)
+        summary["peft_check"] = check_files(smaller, folder, base_name, trust_remote_code)
+        write_record(folder, adapter, smaller, summary, curve.points, threshold, events)
+    tell(summary["peft_check"], out, emit)
+    return summary
+
+
+@dataclass
+class Bench:
+    """The base in memory and the rows, to measure on."""
+
+    place: Place
+    base: Base
+    rows: Rows
+
+    def batches(self) -> Any:
+        """All rows, anew at each call."""
+        return self.rows.batches(cast("int", self.base.tokenizer.pad_token_id), self.base.model.device)
+
+    def loss(self, adapter: Adapter) -> float:
+        """Held-out loss with this adapter, nats per target.
+
+        Raises:
+            MeasureError: it is not finite.
+        """
+        with attached(self.base.model, adapter):
+            loss = held_out(self.base.model, self.batches(), autocast=precision_of(self.base))["loss"]
+        if not math.isfinite(loss):
+            raise MeasureError(f"the held-out loss is {loss}", "look at the adapter and at the rows")
+        return loss
+
+
+def _bench(
+    adapter: Adapter,
+    data: Path | None,
+    base: tuple[str | None, bool],
+    max_samples: int | None,
+    needed: bool,
+    wanted: bool,
+    emit: Emit,
+) -> Bench | None:
+    """What measuring needs, or None where it is not there and the policy can do without; then a note says so."""
+    if not (needed or wanted):
+        return None
+    try:
+        place = find_base(adapter, *base)
+        tokenizer = read_tokenizer(adapter, place)
+        rows = held_out_rows(adapter, place, tokenizer, data, max_samples=max_samples)
+    except (MachineError, UsageError) as error:
+        if needed or base[0]:
+            raise
+        emit({"event": "note", "text": f"the loss is not measured: {error.message}"})
+        return None
+    emit({"event": "note", "text": f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"})
+    for note in rows.notes:
+        emit({"event": "note", "text": note})
+    return Bench(place, base_in_memory(adapter, place, tokenizer), rows)
+
+
+def _order(adapter: Adapter, policy: ModuleType, bench: Bench | None, seed: int) -> Order:
+    if bench is None:
+        return Order.by_policy(adapter, policy, None, None, seed=seed)
+    autocast = precision_of(bench.base)
+    return Order.by_policy(adapter, policy, bench.base.model, bench.batches, autocast=autocast, seed=seed)
+
+
+def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, tolerance: float) -> int:
+    """The parameters that may stay."""
+    if budget.kind == "auto":
+        full = curve.loss(adapter.parameters)
+        limit = full + abs(full) * tolerance
+        return smallest_within(curve.loss, order.least, order.adapter.parameters, limit)
+    target = parameters_of(budget, [adapter])
+    if target < order.least:
+        what = "each magnitude of a DoRA needs one component" if adapter.dora else "the largest component"
+        raise UsageError(
+            f"--budget allows {target:,} parameters, and there must be {order.least:,}: {what}", "allow more"
+        )
+    if target >= adapter.parameters:
+        raise UsageError(
+            f"the adapter has {adapter.parameters:,} parameters, which is within the budget of {target:,} already",
+            "ask for fewer, such as --budget 0.5 for half of them",
+        )
+    return target
+
+
+@dataclass
+class Curve:
+    """Loss against size, point by point as it is measured; without rows only the share of the update that is kept."""
+
+    order: Order
+    bench: Bench | None
+    emit: Emit
+    points: list[dict[str, Any]] = field(default_factory=list)
+
+    def loss(self, parameters: int) -> float:
+        """Held-out loss with the best components within so many parameters; each size is measured once."""
+        keep_K, _ = self.order.keep(parameters)
+        kept = int(self.order.costs_K[keep_K].sum())
+        for point in self.points:
+            if point["parameters"] == kept:
+                return point["loss"]
+        return self._measure(keep_K, kept)["loss"]
+
+    def survey(self, target: int) -> None:
+        """Sizes from all to half the target, evenly on a logarithmic scale, the target among them."""
+        full, least = self.order.adapter.parameters, max(self.order.least, target // 2)
+        ratio = (least / full) ** (1 / (CURVE_POINTS - 1))
+        for parameters in sorted({*(round(full * ratio**i) for i in range(CURVE_POINTS)), target}, reverse=True):
+            self.loss(max(parameters, self.order.least))
+
+    def _measure(self, keep_K: torch.Tensor, kept: int) -> dict[str, Any]:
+        point = {
+            "parameters": kept,
+            "components": int(keep_K.sum()),
+            "energy": self.order.energy_kept(keep_K),
+            "loss": self.bench.loss(self.order.cut(keep_K)) if self.bench else None,
+        }
+        if self.bench:
+            self.emit({"event": "point", **point})
+        self.points.append(point)
+        self.points.sort(key=lambda point: -point["parameters"])
+        return point
+
+
+def _summary(
+    before: Adapter,
+    after: Adapter,
+    order: Order,
+    curve: Curve,
+    out: Path,
+    policy: str,
+    target: int,
+    keep_K: torch.Tensor,
+) -> dict[str, Any]:
+    losses = {point["parameters"]: point["loss"] for point in curve.points}
+    return {
+        "ok": True,
+        "command": "prune",
+        "output_dir": str(out),
+        "from": str(before.folder),
+        "model": before.config.get("base_model_name_or_path"),
+        "policy": policy,
+        "budget_parameters": target,
+        "parameters_start": before.parameters,
+        "parameters": after.parameters,
+        "components_start": before.components,
+        "components": after.components,
+        "energy_kept": order.energy_kept(keep_K),
+        "loss_before": losses.get(order.adapter.parameters),
+        "loss_after": losses.get(after.parameters),
+        "rows": len(curve.bench.rows.examples) if curve.bench else None,
+        "ranks_before": before.ranks,
+        "ranks": {**dict.fromkeys(before.all_ranks, 0), **after.ranks},
+        "curve": curve.points,
+    }

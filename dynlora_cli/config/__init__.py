@@ -1,0 +1,1 @@
+"""The recipe: read, checked and explained without torch."""

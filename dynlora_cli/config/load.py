@@ -1,0 +1,156 @@
+"""Reads a recipe: strict YAML, `--set` overrides, and every problem reported at once with its place.
+
+Two shorthands: `model: NAME` stands for `model: {name_or_path: NAME}`, and `dataset: FILE` for
+`dataset: {train: [{path: FILE}]}`. They also work after `--set`, where the section's other keys stay as they are. An
+item of `dataset.train` and `dataset.val` may be just a path.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dynlora_cli.config import strict_yaml
+from dynlora_cli.config.budget import Budget, parse_budget
+from dynlora_cli.config.problems import conflict_problems, field_problems
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.config.sections import Adapter, Dataset, Eval, Model, Pruning, Rank, Source, Train
+from dynlora_cli.config.strict_yaml import Node, Place, Problem, show
+from dynlora_cli.errors import RecipeError
+
+__all__ = [
+    "Adapter", "Budget", "Dataset", "Eval", "Model", "Pruning", "Rank", "Recipe", "Source", "Train",
+    "json_schema", "load_recipe", "parse_budget", "to_yaml",
+]  # fmt: skip
+
+SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in ("output_dir", "seed")]
+SCHEMA_HINT = "all keys and what they mean: dynlora schema"
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
+    """Reads a recipe file and checks all of it.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` texts, applied in order; values are YAML.
+        output_dir: replaces the recipe's own.
+
+    Raises:
+        UsageError: the file cannot be read.
+        RecipeError: every problem of the file and of the overrides, in the order of lines.
+    """
+    root, problems = strict_yaml.parse(strict_yaml.read_text(path), str(path))
+    if root is None:
+        raise RecipeError([str(problem) for problem in problems])
+    if not isinstance(root.value, dict):
+        found = "the file is empty" if root.value is None else f"the file holds {show(root.plain())}"
+        raise RecipeError([f"{root.place}: {found}; a recipe is made of sections such as `model: NAME`"], SCHEMA_HINT)
+    _spell_out(root)
+    for override in overrides:
+        problems += _apply(root, override)
+    root.value.setdefault("output_dir", Node(f"out/{path.stem}", Place(str(path))))
+    if output_dir is not None:
+        root.value["output_dir"] = Node(output_dir, Place("--output-dir"))
+    recipe, faults = _validate(root)
+    problems += faults
+    if recipe is None or problems:
+        in_order = sorted(problems, key=lambda problem: (problem.place.line is None, problem.place.line or 0))
+        raise RecipeError([str(problem) for problem in in_order], SCHEMA_HINT)
+    return recipe
+
+
+def _spell_out(root: Node) -> None:
+    """Writes shorthands out in full, and an empty section as one without keys."""
+    sections = root.value
+    assert isinstance(sections, dict)
+    for name, node in sections.items():
+        if node.value is None and name in SECTIONS:
+            node.value = {}
+    model, dataset = sections.get("model"), sections.get("dataset")
+    if model and isinstance(model.value, str):
+        model.value = {"name_or_path": Node(model.value, model.place)}
+    if dataset and isinstance(dataset.value, str):
+        dataset.value = {"train": Node([Node(dataset.value, dataset.place)], dataset.place)}
+    if dataset and isinstance(dataset.value, dict):
+        for key in ("train", "val"):
+            sources = dataset.value.get(key)
+            for item in sources.value if sources and isinstance(sources.value, list) else ():
+                if isinstance(item.value, str):
+                    item.value = {"path": Node(item.value, item.place)}
+
+
+def _apply(root: Node, override: str) -> list[Problem]:
+    """Puts one `section.key=value` into the tree; returns what is wrong with it."""
+    place = Place(f"--set {override if len(override) <= 120 else override[:117] + '...'}")
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        return [Problem(place, "must be written section.key=value")]
+    value, problems = strict_yaml.parse(text, place.source, numbered=False)
+    if value is None:
+        return problems
+    if path == ["model"] and isinstance(value.value, str):
+        path.append("name_or_path")
+    if path == ["dataset"] and isinstance(value.value, str):
+        path.append("train")
+        value = Node([value], place)
+    fault = root.assign(path, value)
+    _spell_out(root)
+    return [*problems, Problem(place, fault)] if fault else problems
+
+
+def _validate(root: Node) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, where it is valid, and all problems of its keys and values.
+
+    Settings that do not go together are looked for even where other keys are wrong: those are left out for it.
+    """
+    data = root.plain()
+    try:
+        return Recipe.model_validate(data), []
+    except ValidationError as error:
+        wrong = field_problems(error, root, Recipe.model_json_schema())
+        clashes = error
+    if wrong:
+        try:
+            Recipe.model_validate(_without(data, wrong))
+        except ValidationError as error:
+            clashes = error
+    problems = [problem for found in wrong.values() for problem in found]
+    return None, problems + conflict_problems(clashes, root, wrong)
+
+
+def _without(data: dict[str, Any], wrong: Iterable[Sequence[str | int]]) -> dict[str, Any]:
+    """The data without its wrong keys (a list with a wrong item goes whole), and with stand-ins for required ones."""
+    data = copy.deepcopy(data)
+    for path in wrong:
+        keys = [str(step) for step in itertools.takewhile(lambda step: isinstance(step, str), path)]
+        section = data
+        for key in keys[:-1]:
+            section = section.get(key, {})
+        section.pop(keys[-1], None)
+    data.setdefault("model", {}).setdefault("name_or_path", "?")
+    data.setdefault("dataset", {}).setdefault("train", [{"path": "?"}])
+    return data
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The complete recipe as YAML that `load_recipe` reads back to an equal object."""
+    return strict_yaml.dump(recipe.model_dump())
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe file, shorthands included."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    properties = schema["properties"]
+    text = {"type": "string", "minLength": 1}
+    for section in ("model", "dataset"):
+        properties[section]["anyOf"] = [{"$ref": properties[section].pop("$ref")}, text]
+    for sources in ("train", "val"):
+        items = schema["$defs"]["Dataset"]["properties"][sources]
+        items["items"] = {"anyOf": [items["items"], text]}
+    return schema

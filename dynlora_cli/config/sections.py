@@ -1,0 +1,227 @@
+"""All settings of a run, by section; config/recipe.py puts them into one frozen tree.
+
+    Recipe ── model  dataset  adapter  rank  pruning  train  eval  output_dir  seed
+
+The sentence under a field is its description in `dynlora schema`. Reading a file is in config/load.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from dynlora_cli import plugins
+from dynlora_cli.config.budget import MAX_RANK, Budget, parse_budget
+from dynlora_cli.config.types import Count, Drawer, NotForeign, PathText, Positive, Section, Share, Text, whole
+
+
+def _budget(value: object) -> object:
+    parse_budget(value)
+    return whole(value)
+
+
+def _only_after_training(policy: str) -> str | None:
+    if plugins.declared("policies", policy, "needs") == "covariances":
+        return f"which works on a trained adapter: `dynlora prune --policy {policy}`"
+    return None
+
+
+class Model(Section):
+    """The base model, which stays frozen."""
+
+    name_or_path: PathText
+    """A hub id, a folder, or `builtin:tiny`."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub."""
+    task: Literal["causal-lm", "seq2seq-lm", "sequence-classification"] = "causal-lm"
+    """What the model is trained to do; seq2seq-lm: an encoder reads the prompt, a decoder writes the completion."""
+    num_labels: Annotated[int, Field(ge=2), BeforeValidator(whole)] | None = None
+    """Number of classes, for sequence-classification; null counts them in the data."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights; auto: float32 on the CPU, bfloat16 on a GPU that has it; adapters are float32."""
+    load_in_4bit: bool = False
+    """Load the base in 4 bits, as QLoRA does."""
+    load_in_8bit: bool = False
+    """Load the base in 8 bits."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Number format of a 4-bit base."""
+    bnb_4bit_use_double_quant: bool = True
+    """Also quantize the scales of a 4-bit base."""
+    attn_implementation: Annotated[Text, AfterValidator(NotForeign("attn_implementation"))] | None = None
+    """Attention kernel by its name in transformers, such as sdpa or flash_attention_2; null: transformers chooses."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class Source(Section):
+    """A file, folder or hub data set."""
+
+    path: PathText
+    """A file (JSONL, JSON, CSV, Parquet, text), a folder, a hub id, or `builtin:stdlib-docs`."""
+    format: Annotated[str, Drawer("formats", also=("auto",))] = "auto"
+    """How a row becomes an example; auto decides by the columns and says what it chose."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    name: Text | None = None
+    """Configuration of a hub data set."""
+    columns: dict[str, Text] = {}
+    """Our field name to the data's column, such as `{prompt: question}`."""
+    ignore: list[Text] = []
+    """Columns to leave aside though they say how rows are to be learned, such as `[score]`."""
+
+
+class Dataset(Section):
+    """Rows to train on and rows to measure on."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Sources to train on; an item may be just a path."""
+    val: list[Source] = []
+    """Sources to measure on; where there are any, `val_size` is not used."""
+    val_size: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the training rows held out to measure on; rows with the same prompt stay together."""
+    max_length: Annotated[int, Field(ge=8), BeforeValidator(whole)] = 1024
+    """Longest example, in tokens."""
+    packing: bool = False
+    """Put several examples in one row, none of which sees another."""
+    train_on: Literal["auto", "completion", "assistant", "all"] = "auto"
+    """Tokens that carry loss; auto chooses by format."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to an example longer than `max_length`."""
+    chat: bool | Literal["auto"] = "auto"
+    """Completion and alpaca rows as turns of user and assistant; auto: where the model has a chat template."""
+    separator: str = ""
+    """Text behind a prompt of completion rows that stay bare text and that does not end in white space; "\\n", say."""
+    chat_template: Text | None = None
+    """A Jinja template or its file; null: the tokenizer's own."""
+
+
+class Adapter(Section):
+    """Where the components sit and how they act."""
+
+    variant: Annotated[str, Drawer("variants")] = "lora"
+    """How a layer uses its components: a file name in dynlora_cli/variants."""
+    target_modules: (
+        Annotated[Text, AfterValidator(NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
+    ) = "all-linear"
+    """all-linear (every linear layer but the output head), attention, qv, experts, or module names and globs."""
+    scaling: Literal["lora", "rslora"] = "lora"
+    """lora: alpha / r; rslora: alpha / sqrt(r); r is the budget's average rank, constant for the run."""
+    alpha: Positive | Literal["auto"] = "auto"
+    """Numerator of the scale; auto: so that the scale is 2, which for lora is the customary alpha = 2 r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the adapters."""
+    freeze_a: bool = False
+    """Train B alone (LoRA-FA): layers keep no inputs for the backward pass, which saves memory."""
+    penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
+    init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq"] = "default"
+    """Start of the factors; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/starts.py."""
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether every expert of a mixture gets components of its own."""
+        wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        return any(re.search(r"(^|\W)experts(\W|$)", pattern) for pattern in wanted)
+
+
+class Rank(Section):
+    """How many components there are, at the start and at the end."""
+
+    init: Literal["auto"] | Count = "auto"
+    """Components per layer at the start; auto: twice the budget, 32 where the budget is a share or auto."""
+    allocation: Literal["uniform", "eva", "gora", "sensitivity"] = "uniform"
+    """How they are shared out among layers: alike, by variance of inputs, or by gradients (importance, sensitivity)."""
+    budget: Annotated[
+        int | float | str,
+        BeforeValidator(_budget),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "integer", "minimum": 1, "maximum": MAX_RANK},
+                    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                    {"type": "string", "pattern": r"^\d+(\.\d+)?[kKmMbB]$|^auto$"},
+                ]
+            }
+        ),
+    ] = 8
+    """What may live at the end: an average rank (8), a share of the start (0.5), a parameter count (2M), or auto."""
+
+    def parsed_budget(self) -> Budget:
+        """The budget as its kind and value."""
+        return parse_budget(self.budget)
+
+
+class Pruning(Section):
+    """Which components go, and when; times are shares of all optimizer steps."""
+
+    policy: Annotated[str, Drawer("policies", refuse=_only_after_training)] = "fisher"
+    """What scores the components: a file name in dynlora_cli/policies."""
+    start: Share | Literal["auto"] = "auto"
+    """When pruning begins; auto: after a quarter of the run, with budget auto after half of it."""
+    end: Share | Literal["auto"] = "auto"
+    """When the budget is met; auto: after half of the run, with budget auto after 0.95 of it."""
+    lr_coupling: Share = 0.5
+    """The learning rate is multiplied by (start parameters / alive parameters) to this power."""
+    events: Literal["auto"] | Count = "auto"
+    """Number of pruning events; auto: one per 10 steps from start to end, 1 to 20 (open budget: per 5, to 14)."""
+    gauge: bool = True
+    """Turn the factors of each layer into their SVD basis after each event."""
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    """With budget auto: nats that all events may add to the held-out loss; null: 1 %, or one standard error."""
+
+
+class Train(Section):
+    """The training loop."""
+
+    epochs: Count = 1
+    """Passes over the training rows."""
+    max_steps: Count | None = None
+    """Optimizer steps; where set, it decides instead of `epochs`."""
+    micro_batch_size: Count = 8
+    """Examples per forward pass and device."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """Highest learning rate, before `pruning.lr_coupling` raises it; auto: found by short trials on the data."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: Share = 0.03
+    """Share of all optimizer steps over which the learning rate rises from 0."""
+    lora_plus_ratio: Positive | None = None
+    """B learns at this multiple of A's rate (LoRA+; its authors advise 16); null: at the same."""
+    weight_decay: Share = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: Positive | None = 1.0
+    """Norm to which the gradient is clipped; null: no clipping."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations in the backward pass: less memory, more time; offload: and keep the rest on the host."""
+    fused: bool = True
+    """Layers and loss, and without compile norms, gates and rotary positions, as fused functions; false: as ordinary
+    operations, equal up to rounding, to compare with."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile: the first steps take a minute, the others less time on a GPU."""
+    cuda_graphs: bool = False
+    """Record the passes through the model's blocks as CUDA graphs, for small models or batches; variant lora."""
+    shard_base: bool = False
+    """With `--devices N`: each device holds an N-th of the frozen base (FSDP2); variant lora, base not quantized."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """8bit: moments in a quarter of the memory; paged: in memory that moves to the host where the GPU is full."""
+    log_steps: Count = 10
+    """Optimizer steps between log lines."""
+    save_steps: Count | None = None
+    """Optimizer steps between checkpoints; null: every 10 minutes and at each evaluation."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that also receive the metrics."""
+
+
+class Eval(Section):
+    """Measuring while training."""
+
+    steps: Count | None = None
+    """Optimizer steps between evaluations; null: after every epoch. Always at the start and at the end as well."""
+    max_samples: Count | None = None
+    """Held-out examples used at most; null: all."""
+    early_stopping_patience: Count | None = None
+    """Evaluations without a lower held-out loss after which training stops; null: never."""

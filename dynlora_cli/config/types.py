@@ -1,0 +1,93 @@
+"""What a key of a recipe may hold: kinds of text and number, names of a drawer's files, and the strict section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError, core_schema
+
+from dynlora_cli import plugins
+from dynlora_cli.config import foreign_names
+from dynlora_cli.config.strict_yaml import show
+
+
+def whole(value: object) -> object:
+    """1e3 and 8.0 are whole numbers too. From 2^53 on, nothing is counted: torch takes no number beyond 2^63."""
+    if isinstance(value, int | float) and 2**53 <= value < float("inf"):
+        raise ValueError(f"got {show(value)}, must be a whole number below 2^53")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True)
+class NotForeign:
+    """Refuses a free text that other tools use for something which has another name here."""
+
+    key: str
+
+    def __call__(self, value: Any) -> Any:
+        hint = foreign_names.value_hint(self.key, value)
+        if hint:
+            raise ValueError(f"got {show(value)}; {hint}")
+        return value
+
+
+def path_text(value: str) -> str:
+    """Refuses what no path can be: another character than a file system takes, or the home of a user unknown here."""
+    if "\0" in value:
+        raise ValueError(f"got {show(value)}, which no path can be: it holds a character of number 0")
+    if value.startswith("~") and not Path(value).exists():
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"got {show(value)}, but this machine has no such user; write the path out") from None
+    return value
+
+
+def at_home(value: str) -> str:
+    """~ is the home folder, and ~name that of another user."""
+    return str(Path(path_text(value)).expanduser()) if value.startswith("~") else path_text(value)
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A text that must be a file name in a drawer, or one of `also`; `refuse` says why a file is no choice here."""
+
+    drawer: str
+    also: tuple[str, ...] = ()
+    refuse: Callable[[str], str | None] = lambda name: None  # noqa: ARG005
+
+    def choices(self) -> list[str]:
+        return [*self.also, *(name for name in plugins.names(self.drawer) if not self.refuse(name))]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(core), "enum": self.choices()}
+
+    def __call__(self, value: str) -> str:
+        if value in plugins.names(self.drawer) and (reason := self.refuse(value)):
+            raise ValueError(f"got {value}, {reason}")
+        if value not in self.choices():
+            raise PydanticCustomError("choice", "not one of the choices")
+        return value
+
+
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(path_text)]  # where it is used, ~ is the home folder
+HomePath = Annotated[Text, AfterValidator(at_home)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Frozen and strict: unknown keys, wrong types and NaN are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -1,0 +1,1 @@
+"""From rows in files to batches of tokens with a label for each."""

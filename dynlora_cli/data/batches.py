@@ -1,0 +1,333 @@
+"""Examples to micro-batches, with random access: `step(epoch, index)` depends on its arguments and nothing else.
+
+    B  rows of a micro-batch     T  tokens of its longest row
+
+A resumed run asks for the next index and gets what the uninterrupted run would have got. The rows of an optimizer step
+depend on micro_batch_size x accumulation only, so 1 x 8 and 8 x 1 see the same rows.
+
+Unpacked, rows of similar length share a step: an epoch is shuffled, sorted by length inside windows of 50 steps, cut
+into steps, and the steps are shuffled. Packed, the rows are put into bins of `max_length` tokens once (best fit,
+longest first); an epoch shuffles the bins. Positions start at 0 in each row of a bin, and no row sees another.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from dynlora_cli.data.encode import IGNORED, Example
+from dynlora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WINDOW = 50  # steps whose rows are sorted by length together
+
+Bin = tuple[int, ...]  # indices of the examples that share one row of a batch
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch.
+
+    Args:
+        inputs: for `model(**inputs)`: input_ids [B, T] and attention_mask, [B, T], or [B, 1, T, T] when packed, with
+            position_ids [B, T]; token_type_ids [B, T] where the examples have them.
+        labels: [B, T], aligned with the logits: `labels[:, t]` is the target of `logits[:, t]`, -100 where there is
+            none. Of a decoder as wide as its longest text. For a classifier [B].
+        rows: `Example.row` of each example in it.
+        tokens: tokens that are not padding.
+        supervised: targets.
+        places: of the targets in the flattened labels, [N]; known here, so that nobody waits for a GPU to count them.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    rows: list[int]
+    tokens: int
+    supervised: int
+    places: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.places is None:
+            self.places = (self.labels.flatten() != IGNORED).nonzero()[:, 0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU reads while the program goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        assert self.places is not None
+        return replace(self, inputs=inputs, labels=change(self.labels), places=change(self.places))
+
+
+class Batches:
+    """The micro-batches of every step of every epoch.
+
+    Args:
+        examples: all of one task.
+        micro_batch_size: rows (bins, when packed) of one forward pass.
+        accumulation: micro-batches of one optimizer step, over all ranks.
+        seed: of the order.
+        max_length: capacity of a bin; no example may be longer.
+        pad_id: token for padding, on the right, which carries no label and is masked.
+        packing: put several examples in one row; causal-lm only.
+        shuffle: False keeps the order of the examples, for evaluation.
+        shards: number of ranks; a step's micro-batches are dealt to them in turn. A rank for which none is left gets
+            one without targets and without rows, so that all ranks make the same number of forward passes.
+        shard: this rank.
+        mask_dtype: of the packed attention mask, as `packed_mask_dtype` gives it for a model.
+        pin: the batches lie in pinned memory; for a GPU.
+        even: few widths, that they may come again: all of `max_length` when packed, else rounded up by an eighth at
+            most.
+
+    Raises:
+        ValueError: an example longer than `max_length`, no examples, or packing for another task than causal-lm.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        micro_batch_size: int,
+        accumulation: int = 1,
+        seed: int = 0,
+        max_length: int,
+        pad_id: int,
+        packing: bool = False,
+        shuffle: bool = True,
+        shards: int = 1,
+        shard: int = 0,
+        mask_dtype: torch.dtype = torch.bool,
+        pin: bool = False,
+        even: bool = False,
+    ) -> None:
+        self.examples, self.pad_id, self.seed, self.packing, self.shuffle = examples, pad_id, seed, packing, shuffle
+        self.micro_batch_size, self.step_size = micro_batch_size, micro_batch_size * accumulation
+        self.shards, self.shard, self.mask_dtype, self.pin = shards, shard, mask_dtype, pin
+        self.max_length, self.even = max_length, even
+        self._prepared: dict[tuple[int, int], list[Batch]] = {}
+        self.lengths = [len(example.input_ids) for example in examples]
+        if not examples or max(self.lengths) > max_length:
+            raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
+        if packing and (isinstance(examples[0].labels, int) or examples[0].decoded):
+            raise ValueError("packing serves causal language models only")
+        self._bins = self._pack(max_length) if packing else [(index,) for index in range(len(examples))]
+        self.steps_per_epoch = -(-len(self._bins) // self.step_size)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)  # an epoch's order is made once, not at every step
+
+    @classmethod
+    def in_order(cls, examples: Sequence[Example], *, micro_batch_size: int, max_length: int, pad_id: int) -> Batches:
+        """For evaluation: each step is one micro-batch, the examples in their order."""
+        return cls(examples, micro_batch_size=micro_batch_size, max_length=max_length, pad_id=pad_id, shuffle=False)
+
+    def step(self, epoch: int, index: int) -> list[Batch]:
+        """The micro-batches of one optimizer step on this rank.
+
+        Args:
+            epoch: counted from 0.
+            index: of the step in its epoch, from 0 to `steps_per_epoch` - 1; the last step may have fewer rows.
+        """
+        return self._prepared.pop((epoch, index), None) or self._step(epoch, index)
+
+    def prepare(self, epoch: int, index: int) -> None:
+        """Make the step that will be asked for next; to be called while a GPU is at work on this one."""
+        self._prepared = {(epoch, index): self._step(epoch, index)}
+
+    def _step(self, epoch: int, index: int) -> list[Batch]:
+        bins = self._plan(epoch)[index]
+        cuts = [bins[at : at + self.micro_batch_size] for at in range(0, len(bins), self.micro_batch_size)]
+        own = [self._batch(cut) for cut in cuts[self.shard :: self.shards]]
+        if len(own) < -(-len(cuts) // self.shards):
+            own.append(self._without_targets(cuts[-1]))
+        return [batch.pinned() for batch in own] if self.pin else own
+
+    def _make_plan(self, epoch: int) -> list[list[Bin]]:
+        """The bins of every step of an epoch."""
+        bins, size = list(self._bins), self.step_size
+        if not self.shuffle:
+            return [bins[at : at + size] for at in range(0, len(bins), size)]
+        # Text seeds are hashed by the standard library with SHA-512: the same order on every machine.
+        chance = random.Random(f"{self.seed} {epoch}")
+        chance.shuffle(bins)
+        if not self.packing:
+            windows = (bins[at : at + _WINDOW * size] for at in range(0, len(bins), _WINDOW * size))
+            bins = [item for window in windows for item in sorted(window, key=self._length)]
+        steps = [bins[at : at + size] for at in range(0, len(bins), size)]
+        chance.shuffle(steps)
+        return steps
+
+    def _length(self, item: Bin) -> int:
+        return sum(self.lengths[index] for index in item)
+
+    def _pack(self, capacity: int) -> list[Bin]:
+        """Best fit decreasing: each row, longest first, goes where it leaves the least room."""
+        order = list(range(len(self.examples)))
+        if self.shuffle:
+            random.Random(f"{self.seed} bins").shuffle(order)  # rows of equal length meet by chance
+        order.sort(key=lambda index: -self.lengths[index])
+        bins: list[list[int]] = []
+        room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+        for index in order:
+            length = self.lengths[index]
+            at = bisect_left(room, (length, -1))
+            left, number = room.pop(at) if at < len(room) else (capacity, len(bins))
+            if number == len(bins):
+                bins.append([])
+            bins[number].append(index)
+            insort(room, (left - length, number))
+        return [tuple(item) for item in bins]
+
+    def _batch(self, bins: list[Bin]) -> Batch:
+        examples = [self.examples[index] for item in bins for index in item]
+        width = self._width(max(self._length(item) for item in bins))
+        ids = torch.full((len(bins), width), self.pad_id)
+        for line, item in enumerate(bins):
+            for start, example in self._placed(item):
+                ids[line, start : start + len(example.input_ids)] = _tensor(example.input_ids)
+        inputs = {"input_ids": ids, **(self._packed if self.packing else self._padded)(bins, width)}
+        labels = self._labels(bins, width)
+        tokens = sum(example.tokens for example in examples)
+        rows = [example.row for example in examples]
+        return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()))
+
+    def _width(self, longest: int) -> int:
+        if not self.even:
+            return longest
+        step = max(8, 1 << max(0, longest.bit_length() - 4))  # an eighth of the power of two below
+        return self.max_length if self.packing else min(self.max_length, -(-longest // step) * step)
+
+    def _placed(self, item: Bin) -> list[tuple[int, Example]]:
+        """The examples of a bin with their first position in it."""
+        placed, start = [], 0
+        for index in item:
+            placed.append((start, self.examples[index]))
+            start += self.lengths[index]
+        return placed
+
+    def _labels(self, bins: list[Bin], width: int) -> Tensor:
+        if isinstance(self.examples[0].labels, int):
+            return torch.tensor([self.examples[item[0]].labels for item in bins])
+        if self.examples[0].decoded:
+            texts: Any = [_tensor(self.examples[item[0]].labels) for item in bins]
+            padded = pad_sequence(texts, batch_first=True, padding_value=IGNORED).long()
+            return pad(padded, (0, self._width(padded.shape[1]) - padded.shape[1]), value=IGNORED)
+        labels = torch.full((len(bins), width), IGNORED)
+        for line, item in enumerate(bins):
+            for start, example in self._placed(item):
+                targets: Any = example.labels
+                labels[line, start : start + len(targets) - 1] = _tensor(targets)[1:]
+        return labels
+
+    def _padded(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
+        lengths = torch.tensor([self._length(item) for item in bins])
+        inputs = {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+        kinds = [self.examples[item[0]].token_type_ids for item in bins]
+        if any(kind is not None for kind in kinds):
+            inputs["token_type_ids"] = torch.tensor(
+                [[*(kind or ()), *[0] * (width - len(kind or ()))] for kind in kinds]
+            )
+        return inputs
+
+    def _packed(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
+        """Positions that restart in each row, and a mask that is causal inside a row and closed between rows."""
+        positions = torch.zeros(len(bins), width, dtype=torch.long)
+        mask = torch.zeros(len(bins), 1, width, width, dtype=torch.bool)
+        mask.diagonal(dim1=-2, dim2=-1).fill_(True)  # of padding too: a line that sees nothing has no softmax
+        triangle = torch.ones(width, width, dtype=torch.bool).tril()
+        for line, item in enumerate(bins):
+            for start, example in self._placed(item):
+                length = len(example.input_ids)
+                own = slice(start, start + length)
+                positions[line, own] = torch.arange(length)
+                mask[line, 0, own, own] = triangle[:length, :length]
+        if self.mask_dtype != torch.bool:
+            closed = torch.finfo(self.mask_dtype).min
+            mask = torch.zeros(mask.shape, dtype=self.mask_dtype).masked_fill(~mask, closed)
+        return {"position_ids": positions, "attention_mask": mask}
+
+    def _without_targets(self, bins: list[Bin]) -> Batch:
+        batch = self._batch(bins[:1])
+        return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), [], 0, 0)
+
+
+def _tensor(tokens: Any) -> Tensor:
+    """Of an `array`, without a copy: torch.tensor would read it number by number."""
+    return torch.from_numpy(np.asarray(tokens, dtype=np.int32))
+
+
+def packed_mask_dtype(model: PreTrainedModel, max_length: int) -> torch.dtype:
+    """The `mask_dtype` with which a model can train on packed rows.
+
+    Some models and kernels ignore positions or masks and would mix the rows in silence, so two short rows go through
+    the model alone and packed, and their logits must agree: within 5 %, or what three times rounding makes where that
+    is more (deep models in 4 bits), and in any case within half of what mixing them changes.
+
+    Args:
+        model: a causal language model, on its device.
+        max_length: capacity of a bin.
+
+    Raises:
+        UsageError: the model cannot keep packed rows apart.
+    """
+    config = model.config.get_text_config()
+    name, kernel = type(model).__name__, config._attn_implementation
+    hint = "set dataset.packing: false, or model.attn_implementation: sdpa"
+    if kernel not in ("sdpa", "eager"):
+        raise UsageError(f"dataset.packing: {kernel} attention takes no mask between packed rows", hint)
+    window = getattr(config, "sliding_window", None)
+    if window and window < max_length:
+        raise UsageError(
+            f"dataset.packing: {name} sees {window} tokens back, and the packed mask would lift that limit",
+            f"set dataset.packing: false, or dataset.max_length: {window}",
+        )
+    # Eager attention adds the mask to the scores: a boolean one would close nothing.
+    mask_dtype = model.dtype if kernel == "eager" else torch.bool
+    together, padded, mixed = _differences(model, mask_dtype)
+    if not (together <= max(0.05, 3 * padded) and together <= max(0.001, 0.5 * mixed)):
+        raise UsageError(f"dataset.packing: {name} does not keep packed rows apart", hint)
+    return mask_dtype
+
+
+@torch.no_grad()
+def _differences(model: PreTrainedModel, mask_dtype: torch.dtype) -> tuple[float, float, float]:
+    """Largest difference from separate logits, as a share of the largest: of rows packed; in one batch with padding,
+    which rounding makes; and read as one row."""
+    examples = [Example(ids, ids, number) for number, ids in enumerate([[7, 5, 3, 11, 2], [3, 2, 13]])]
+    settings: dict[str, Any] = {"micro_batch_size": 1, "max_length": 8, "pad_id": 0, "shuffle": False}
+    alone, both = Batches(examples, **settings), Batches(examples, **{**settings, "micro_batch_size": 2})
+    training = model.training
+    model.eval()
+    packed = Batches(examples, packing=True, mask_dtype=mask_dtype, **settings).step(0, 0)[0]
+    together = _logits(model, packed)
+    mixed = _logits(model, replace(packed, inputs={"input_ids": packed.inputs["input_ids"]}))
+    lines = zip(_logits(model, both.step(0, 0)[0]), examples, strict=True)
+    padded = torch.cat([line[: len(example.input_ids)] for line, example in lines])[None]
+    apart = torch.cat([_logits(model, alone.step(0, index)[0]) for index in range(2)], 1)
+    model.train(training)
+
+    def share(other: Tensor) -> float:
+        return float((other - apart).abs().max() / apart.abs().max())
+
+    return share(together), share(padded), share(mixed)
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    logits = model(**inputs).logits.float()
+    return logits - logits.mean(-1, keepdim=True)  # what all words have in common does not count

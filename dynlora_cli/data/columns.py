@@ -1,0 +1,261 @@
+"""What becomes of the columns of rows: each is read by the format, or named in a note, or refused.
+
+A format declares what it reads (`COLUMNS`), a recipe what is to be read under another name (`columns`) and what is left
+aside on purpose (`ignore`). Of all others a note says that they are not read, unless they say how rows are to be
+learned: a run that leaves such a column aside in silence learns something else than its rows ask for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.sections import Source
+
+_SHOWN = 8  # names in a note
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What a column of some names says, and when leaving it aside matters.
+
+    Args:
+        says: goes on after `column 'x' is 0.5 here, which`.
+        advice: what to do instead of leaving it aside.
+        matters: of the first value that was seen in the column, and the present one.
+    """
+
+    says: str
+    advice: str
+    matters: Callable[[Any, Any], bool]
+
+
+def mark_of(value: object) -> float | None:
+    """1.0 for true, 0.0 for false, a number as it is, also where a CSV has made it text; None for anything else."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    try:
+        return float(value) if isinstance(value, (bool, int, float, str)) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _truth(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
+def _always(first: Any, value: Any) -> bool:  # noqa: ARG001 - one signature for all
+    return True
+
+
+_ALIKE = "and every row counts alike here"
+_WEIGHS = _Meaning(f"weighs rows, {_ALIKE}", "leave rows out, or repeat them", lambda _, value: mark_of(value) != 1)
+_MARKS = _Meaning("says which rows train", "leave those out that do not", lambda _, value: mark_of(value) != 1)
+_MASKS = _Meaning("says which rows do not train", "leave those out", lambda _, value: mark_of(value) != 0)
+_RATES = _Meaning(f"rates rows, {_ALIKE}", "keep the rows that are good enough", lambda first, value: value != first)
+_SPLITS = _Meaning(
+    "says which split a row is of, and all would train",
+    "write a file for each split, under dataset.train and dataset.val",
+    lambda first, value: value != first,
+)
+_JUDGES = _Meaning(
+    "tells good answers from bad ones, and all would be learned",
+    "keep the rows with good answers, or set model.task: sequence-classification to learn the label",
+    lambda first, value: value != first and _truth(value) and _truth(first),
+)
+_PREFERS = _Meaning(
+    "is one of a preference pair, and nothing here learns from pairs",
+    "",  # by what the row has: _to_prefer
+    _always,
+)
+_PRECEDES = _Meaning("holds earlier turns of the conversation", "write rows as `messages`, turn by turn", _always)
+_OFFERS = _Meaning("offers tools to the model", "write rows as `messages` with `tools`", _always)
+_SHOWS = _Meaning("holds what a model of text does not see", "use rows of text alone", _always)
+_COVERS = _Meaning("says which tokens train", "mark turns of `messages` with `train: false` instead", _always)
+
+_MEANINGS = {
+    name: meaning
+    for names, meaning in (
+        ("weight weights sample_weight example_weight loss_weight row_weight", _WEIGHS),
+        ("train training trainable loss", _MARKS),
+        ("masked", _MASKS),
+        ("score scores reward rewards rating ratings", _RATES),
+        ("split", _SPLITS),
+        ("label kto_tag", _JUDGES),
+        ("chosen rejected chosen_response rejected_response chosen_messages rejected_messages", _PREFERS),
+        ("history", _PRECEDES),
+        ("tools functions", _OFFERS),
+        ("image images video videos audio audios", _SHOWS),
+        ("loss_mask completion_mask assistant_mask assistant_masks", _COVERS),
+    )
+    for name in names.split()
+}
+
+
+@dataclass
+class Account:
+    """The columns of one source's rows.
+
+    Args:
+        source: says what is renamed, and what is ignored.
+    """
+
+    source: Source
+    _unread: dict[str, Any] = field(default_factory=dict)  # the first value of each
+    _seen: set[str] = field(default_factory=set)
+
+    def enter(self, place: str, row: Mapping[str, Any], form: ModuleType | None) -> None:
+        """Look at a row.
+
+        Args:
+            place: of the row.
+            row: its columns, renamed ones under both names.
+            form: the format that reads it; None: none does.
+
+        Raises:
+            DataError: a column that nothing reads says how the row is to be learned.
+        """
+        self._seen.update(row)
+        aside = {*self.source.columns.values(), *self.source.ignore}
+        for name in row.keys() - aside - (columns_of(form) if form else set()):
+            value = row[name]
+            if value is None or value in ("", [], {}, "[]", "{}", "null"):
+                continue
+            first = self._unread.setdefault(name, value)
+            meaning = _MEANINGS.get(name.lower())
+            if meaning and meaning.matters(first, value):
+                advice = meaning.advice or _to_prefer(row)
+                raise DataError(
+                    f"{place}: column {name!r} ({_short(repr(value))} here) {meaning.says}",
+                    f"{advice}; or write `ignore: [{name}]` beside the path in the recipe to leave it aside",
+                )
+
+    def settle(self, notes: list[str]) -> None:
+        """Name what was not read, when all rows were looked at.
+
+        Raises:
+            DataError: the recipe ignores a column that no row has.
+        """
+        for name in self.source.ignore:
+            if name not in self._seen:
+                there = ", ".join(map(_short, sorted(self._seen)))
+                raise DataError(
+                    f"{self.source.path}: no column {name!r}, which `ignore` names", f"columns there: {there}"
+                )
+        names = [_short(name) or "one without a name" for name in self._unread]
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            notes.append(f"{self.source.path}: columns that are not read: {', '.join(sorted(names)[:_SHOWN])}{more}")
+
+
+def _to_prefer(row: Mapping[str, Any]) -> str:
+    """How to learn the better answers of rows with preference pairs, by what this one has."""
+    names = {each.lower(): each for each in row}
+    better = _first(("chosen", "chosen_response", "chosen_messages"), names)
+    worse = _first(("rejected", "rejected_response", "rejected_messages"), names)
+    if better is None:
+        return "the better answers are in the other columns"
+    chosen = row[names[better]]
+    if isinstance(chosen, str):
+        ours = "completion" if "prompt" in row else "output" if "instruction" in row else None
+    else:
+        ours = "messages" if _is_talk(chosen) and len(chosen) > 1 else None
+    if ours is None:
+        return f"to learn the better answers, write {names[better]!r} as the last turn of `messages`"
+    aside = f" and `ignore: [{names[worse]}]`" if worse else ""
+    return f"to learn the better answers, write `columns: {{{ours}: {names[better]}}}`{aside} beside the path"
+
+
+def columns_of(form: ModuleType) -> set[str]:
+    """The names of the columns that a format reads."""
+    return set(re.findall(r"\w+", form.COLUMNS))
+
+
+def _short(text: str) -> str:
+    """Other people's text for a line of ours: printable, and not long."""
+    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+# -- names that others use -------------------------------------------------------------------------------------------
+
+_PAIRED = "question answer, query response, input output, instruction response, problem solution, prompt response"
+_ASKS = ("question", "query", "prompt", "instruction", "problem", "input", "user", "source")
+_ANSWERS = ("answer", "response", "output", "completion", "reply", "solution", "assistant", "target")
+_TALKS = ("conversation", "dialogue", "dialog", "turns", "chat")
+_TEXTS = ("sentence", "content", "review", "comment", "body", "document", "article", "passage")
+_COMPARED = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+_CLASSES = ("label", "labels", "class", "category", "sentiment", "intent")
+
+
+def guessed(row: Mapping[str, Any], task: str) -> dict[str, str]:
+    """Our names to a row's, where its columns have names that others use for the same; empty where they have not.
+
+    Args:
+        row: no format fits its columns as they are.
+        task: what the model is trained to do.
+    """
+    named = {name.casefold(): name for name in row}
+    if task == "sequence-classification":
+        label = named.get(_first(_CLASSES, named) or "")
+        pair = next((pair for pair in _COMPARED if named.keys() >= set(pair)), None)
+        text = pair[0] if pair else _first(("text", *_TEXTS), named)
+        if not text or not label:
+            return {}
+        return {"text": named[text], "label": label} | ({"text_pair": named[pair[1]]} if pair else {})
+    ordered = [*(tuple(pair.split()) for pair in _PAIRED.split(", ")), *itertools.product(_ASKS, _ANSWERS)]
+    for asks, answers in ordered:
+        if asks in named and answers in named:
+            return _asked(named, asks, answers)
+    talk = _first(_TALKS, named) if task == "causal-lm" else None
+    if talk and _is_talk(row[named[talk]]):
+        return {"messages": named[talk]}
+    text = _first(("text", *_TEXTS), named) if task == "causal-lm" else None
+    return {"text": named[text]} if text else {}
+
+
+def _is_talk(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and ("role" in first or "from" in first)
+
+
+def in_yaml(columns: Mapping[str, str]) -> str:
+    """Names of columns, ours to theirs, to be copied into a recipe."""
+    plain = re.compile(r"[^\W\d]\w*([ -]\w+)*")
+    shown = {ours: name if plain.fullmatch(name) else json.dumps(name) for ours, name in columns.items()}
+    return ", ".join(f"{ours}: {name}" for ours, name in shown.items())
+
+
+def _asked(named: Mapping[str, str], asks: str, answers: str) -> dict[str, str]:
+    """A question and its answer: a prompt and a completion, or an instruction where more than these is to be read."""
+    context = "context" if "context" in named and "input" not in named else "input"
+    more = {"input": context, "system": "system", "history": "history"}
+    if asks == "instruction" or (asks != "input" and any(theirs in named for theirs in more.values())):
+        wanted = {"instruction": asks, "output": answers} | more
+    else:
+        wanted = {"prompt": asks, "completion": answers}
+    there = {ours: named[theirs] for ours, theirs in wanted.items() if theirs in named}
+    return {ours: theirs for ours, theirs in there.items() if ours != theirs}
+
+
+def example_for(row: Mapping[str, Any], task: str) -> dict[str, str]:
+    """Our names to some of a row's, to show how columns are named; empty where the row has no text."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and value and name]
+    if found := guessed(row, task):
+        return found
+    if task == "causal-lm" and len(texts) == 1:
+        return {"text": texts[0]}
+    ours = ("text", "label") if task == "sequence-classification" else ("prompt", "completion")
+    return dict(zip(ours, texts, strict=False)) if len(texts) > 1 else {}
+
+
+def _first(names: Iterable[str], there: Mapping[str, str]) -> str | None:
+    return next((name for name in names if name in there), None)

@@ -1,0 +1,173 @@
+"""Which rows are dropped and why, which are held out, and the classes of a classifier."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from dynlora_cli.data.encode import Example
+from dynlora_cli.errors import DataError
+from dynlora_cli.text import counted
+
+# Why rows are dropped; `advice_for` knows them again.
+LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "with an empty text or answer"
+
+
+@dataclass(slots=True)
+class Kept:
+    """An example before the split, with what the counts need."""
+
+    example: Example
+    prompt: bytes
+    label: str | int | None
+    truncated: bool
+    cut_answer: bool
+
+
+def reasons_of(lost: Counter[str]) -> list[str]:
+    """How many rows were dropped for each reason, the most frequent first."""
+    return [f"{counted(count, 'row')} {reason}" for reason, count in lost.most_common()] or ["all rows are held out"]
+
+
+def advice_for(reasons: str, limit: int) -> str:
+    """What to do where nothing is left to learn from, by the reasons for it."""
+    if LONGER in reasons or BEGINS in reasons:
+        return f"raise dataset.max_length (now {limit})"
+    if "marked" in reasons:
+        return "take the marks off, or set dataset.train_on: all"
+    return "name the role assistant, or set dataset.train_on: all" if "role" in reasons else "look at the rows"
+
+
+def split(rows: list[Kept], share: float, seed: int, notes: list[str]) -> tuple[list[Kept], list[Kept]]:
+    """Training and held-out rows.
+
+    Rows of one prompt stay together. Prompts are taken in the order of a hash of seed and prompt, so the choice does
+    not depend on the order of the rows; a prompt with more rows than are still wanted is passed over.
+
+    Args:
+        rows: all of them.
+        share: of the rows to hold out; above 0 at least one prompt is, if there are two.
+        seed: of the hash.
+        notes: told if nothing can be held out.
+    """
+    groups = Counter(row.prompt for row in rows)
+    order = sorted(groups, key=lambda prompt: hashlib.sha256(b"%d:" % seed + prompt).digest())
+    wanted = round(share * len(rows))
+    chosen: set[bytes] = set()
+    for prompt in order:
+        if groups[prompt] <= wanted:
+            chosen.add(prompt)
+            wanted -= groups[prompt]
+    if share > 0 and not chosen and len(groups) > 1:
+        chosen.add(min(order, key=lambda prompt: groups[prompt]))
+    if share > 0 and not chosen:
+        notes.append("no rows held out: all have the same prompt; name a file in dataset.val to measure held-out loss")
+    return [row for row in rows if row.prompt not in chosen], [row for row in rows if row.prompt in chosen]
+
+
+def note_shared(notes: list[str], train: list[Kept], val: list[Kept]) -> None:
+    """Tell how many validation rows have a prompt that is trained on."""
+    known = {row.prompt for row in train}
+    shared = sum(row.prompt in known for row in val)
+    if shared:
+        notes.append(f"{shared} of {len(val)} validation rows have a prompt that is also in the training rows")
+
+
+def classes_of(labels: Set[str | int | None]) -> list[str]:
+    """The classes of rows: whole numbers in their own order, then names in theirs.
+
+    Raises:
+        DataError: fewer than two.
+    """
+    found = sorted({_plain(label) for label in labels}, key=_place)
+    if len(found) < 2:
+        raise DataError(f"dataset.train: a classifier needs two classes, found {', '.join(found) or 'none'}")
+    return found
+
+
+def class_names(rows: list[Kept], num_labels: int | None, own: list[str] | None, notes: list[str]) -> list[str]:
+    """Names of the classes, in the order of the model's outputs.
+
+    A model that has a head for the rows' classes keeps it, and with it its own names and order. Otherwise they are the
+    rows': whole numbers in their own order, then names in theirs.
+
+    Args:
+        rows: to train on.
+        num_labels: as the recipe announces.
+        own: classes that the model has a head for, if it has one.
+        notes: told where that head is left aside, or answers with more classes than the rows have.
+
+    Raises:
+        DataError: fewer than two classes, or not as many as the recipe announces.
+    """
+    found = classes_of({row.label for row in rows})
+    theirs = f"the {len(found)} classes of the rows ({_listed(found)})"
+    kept = _kept_classes(found, num_labels, own or [])
+    if own and kept and len(found) < len(own):
+        notes.append(f"the base model answers with {len(own)} classes ({_listed(own)}): its head is kept for {theirs}")
+    if own and not kept:
+        notes.append(
+            f"the base model has a head for {len(own)} classes ({_listed(own)}), which are not {theirs}: a new head is "
+            "trained; to keep the old one, give the rows its names, or its numbers from 0 on"
+        )
+    names = kept or found
+    if num_labels is not None and num_labels != len(names):
+        shown = _listed(names)
+        raise DataError(f"model.num_labels is {num_labels}, the training rows have {len(names)} classes: {shown}")
+    return names
+
+
+def _kept_classes(found: list[str], num_labels: int | None, own: list[str]) -> list[str]:
+    """The model's own classes where the rows use their names or their numbers; none where they do not."""
+    numbers = [str(number) for number in range(len(own))]
+    if len(own) < 2:
+        return []
+    if {name.casefold() for name in found} <= {name.casefold() for name in own}:
+        return own
+    if not set(found) <= set(numbers) or len(own) not in (len(found), num_labels):
+        return []
+    return numbers if all(re.fullmatch(r"LABEL_\d+", name) for name in own) else own
+
+
+def number_labels(rows: list[Kept], names: Sequence[str], notes: list[str]) -> None:
+    """Put the number of its class into each example.
+
+    Args:
+        rows: of a classifier.
+        names: of the classes, in the order of the model's outputs.
+        notes: told where rows number the classes that have names.
+
+    Raises:
+        DataError: a class that the training rows do not have.
+    """
+    numbered = {} if any(name.isdigit() for name in names) else {str(at): at for at in range(len(names))}
+    folded = {_plain(name).casefold(): at for at, name in enumerate(names)}
+    index = numbered | folded | {name: at for at, name in enumerate(names)}
+    for row in rows:
+        label = _plain(row.label)
+        at = index.get(label, index.get(label.casefold()))
+        if at is None:
+            raise DataError(f"the class {row.label!r} is not among those of the training rows: {_listed(names)}")
+        row.example.labels = at
+        if label in numbered:
+            shown = ", ".join(f"{at} = {name}" for at, name in enumerate(names[:10]))
+            numbered = {}
+            notes.append(f"the rows number the classes, which is read in the order of the model's outputs: {shown}")
+
+
+def _plain(label: str | int | None) -> str:
+    """The class in words; numbers that pandas has made decimal are whole again."""
+    return re.sub(r"^(\d+)\.0+$", r"\1", str(label))
+
+
+def _place(name: str) -> tuple[bool, int, str]:
+    """Whole numbers in their own order, then names in theirs."""
+    is_whole = re.fullmatch(r"-?\d{1,300}", name) is not None
+    return not is_whole, int(name) if is_whole else 0, name
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,244 @@
+"""Answers that a model writes itself, and how near they come to the right ones.
+
+    find_prompts   prompts with all their references, out of examples
+    generate       greedy answers, several prompts at once
+    metrics        exact match, BLEU, chrF and ROUGE-L, by sacrebleu and rouge-score
+
+Prompts and references are taken from the very token ids that the loss is measured on, so template, truncation and
+special tokens are those of training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from dynlora_cli.data.encode import IGNORED, Example, decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGES = ("sacrebleu", "rouge_score")
+INSTALL = 'pip install "dynlora[eval]"'
+METRICS = ("exact_match", "bleu", "chrf", "rouge_l")
+ROUGE_SEES = re.compile("[a-z0-9]")  # as rouge_score's own tokenizer
+MARGIN = 16  # tokens that an answer may be longer than the longest reference
+
+
+@dataclass
+class Prompt:
+    """What to answer, and every answer that counts as right.
+
+    Attributes:
+        ids: everything before the answer: for a conversation all earlier turns and the opening of the last one.
+        text: the same as text, special tokens included, but for one that opens every row.
+        references: texts without special tokens and without white space around them, each once.
+        end_ids: special tokens with which the answers end.
+        longest: tokens of the longest reference.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    references: list[str] = field(default_factory=list)
+    end_ids: set[int] = field(default_factory=set)
+    longest: int = 0
+
+
+def missing_packages() -> list[str]:
+    """Packages of the `eval` extra that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def find_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+    """The first `count` different prompts in the order of the examples, with the references of all of them.
+
+    The answer is an example's last run of supervised tokens. An example that is supervised from its first token on has
+    no prompt, and is left out.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    for example in examples:
+        question, answer = _last_answer(example)
+        key = tuple(question)
+        if not key or (key not in prompts and len(prompts) == count):
+            continue
+        prompt = prompts.setdefault(key, Prompt(key, _shown(tokenizer, key)))
+        text = _text(tokenizer, answer)
+        if text not in prompt.references:
+            prompt.references.append(text)
+        prompt.end_ids |= special & {answer[-1]}
+        prompt.longest = max(prompt.longest, len(answer))
+    return list(prompts.values())
+
+
+def _last_answer(example: Example) -> tuple[Sequence[int], list[int]]:
+    """The last supervised tokens, and all that stands before them; nothing does where there is no prompt."""
+    assert not isinstance(example.labels, int), "classifiers write nothing"
+    if example.decoded:
+        return example.input_ids, list(example.labels)
+    supervised = [label != IGNORED for label in example.labels]
+    if supervised[0]:
+        return (), []
+    end = max(place for place, flag in enumerate(supervised) if flag) + 1
+    start = end
+    while supervised[start - 1]:
+        start -= 1
+    return example.input_ids[:start], list(example.input_ids[start:end])
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return decode(tokenizer, ids[1:] if ids[0] == tokenizer.bos_token_id else ids)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    context: int | None,
+) -> list[str]:
+    """The most likely answer to each prompt, token by token; the same whatever prompts share a batch.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with a pad token.
+        prompts: in any order.
+        batch_size: prompts answered at once, padded on the left, an encoder's on the right.
+        context: tokens that prompt and answer may have together (of an encoder-decoder: each); None where nobody knows.
+
+    Returns:
+        Texts without special tokens and without white space around them, in the order of the prompts.
+    """
+    longest = max((prompt.longest for prompt in prompts), default=0) + MARGIN
+    ends = {int(end) for prompt in prompts for end in prompt.end_ids} | _own_ends(model, tokenizer)
+    answers = [""] * len(prompts)
+    two = bool(model.config.is_encoder_decoder)
+    if two and context is not None:
+        longest, context = min(longest, context), None
+    start = _start(model)
+    for room, numbers in _batches(prompts, longest, batch_size, context):
+        width = max(len(prompts[number].ids) for number in numbers)
+        ids = torch.full((len(numbers), width), int(tokenizer.pad_token_id))  # [B, T]
+        mask = torch.zeros_like(ids)
+        for line, number in enumerate(numbers):
+            prompt = torch.tensor(prompts[number].ids)
+            place = slice(0, len(prompt)) if two else slice(width - len(prompt), width)
+            ids[line, place] = prompt
+            mask[line, place] = 1
+        write: Any = model.generate
+        with _without_own_wishes(model):
+            written = write(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=_greedy(room, ends, int(tokenizer.pad_token_id), start),
+            )
+        for line, number in enumerate(numbers):
+            answer = itertools.takewhile(lambda token: token not in ends, written[line, 1 if two else width :].tolist())
+            answers[number] = _text(tokenizer, list(answer))
+    return answers
+
+
+def _own_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Where the base model itself stops: the tokenizer's end of text, and what its generation config adds."""
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return {int(end) for end in found if end is not None}
+
+
+def _start(model: PreTrainedModel) -> int | None:
+    """The token that a decoder begins with."""
+    if not model.config.is_encoder_decoder:
+        return None
+    start = getattr(model.config, "decoder_start_token_id", None)
+    return getattr(model.generation_config, "decoder_start_token_id", None) if start is None else start
+
+
+@contextmanager
+def _without_own_wishes(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's generation config, from which `generate` takes all that ours leaves open, as forced tokens."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _greedy(room: int, ends: set[int], pad_id: int, start_id: int | None) -> GenerationConfig:
+    """Greedy, with a cache."""
+    return GenerationConfig(
+        max_new_tokens=room,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad_id,
+        decoder_start_token_id=start_id,
+    )
+
+
+def _batches(
+    prompts: Sequence[Prompt], longest: int, batch_size: int, context: int | None
+) -> Iterator[tuple[int, list[int]]]:
+    """Numbers of prompts that are answered together, with the tokens that an answer may have.
+
+    Prompts with less room than the others stand alone with their like: no answer is cut for a neighbour's sake.
+    """
+
+    def room(number: int) -> int:
+        return longest if context is None else min(longest, context - len(prompts[number].ids))
+
+    order = sorted(range(len(prompts)), key=lambda number: (room(number), len(prompts[number].ids)))
+    for size, group in itertools.groupby(order, room):
+        numbers = list(group)
+        for at in range(0, len(numbers), batch_size):
+            yield size, numbers[at : at + batch_size]
+
+
+def unseen_by_rouge(prompts: Sequence[Prompt]) -> int:
+    """References without a Latin letter or a digit, of which ROUGE-L sees nothing."""
+    return sum(not ROUGE_SEES.search(text.lower()) for prompt in prompts for text in prompt.references)
+
+
+def metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """How near answers come to their references.
+
+    Args:
+        answers: one for each prompt.
+        references: one or more for each prompt.
+
+    Returns:
+        exact_match: share of answers that are one of their references, 0 to 1.
+        bleu, chrf: of the corpus, 0 to 100, sacrebleu's defaults (Post 2018; Popović 2015).
+        rouge_l: F-measure of the longest common subsequence with the nearest reference, mean, 0 to 1, words stemmed
+            (Lin 2004); it sees Latin letters and digits only.
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    most = max(len(texts) for texts in references)
+    # sacrebleu wants one list for each reference's number; None where a prompt has fewer.
+    by_number: Any = [[texts[n] if n < len(texts) else None for texts in references] for n in range(most)]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = list(zip(answers, references, strict=True))
+    rouge = [scorer.score_multi(list(texts), answer)["rougeL"].fmeasure for answer, texts in pairs]
+    return {
+        "exact_match": sum(answer in texts for answer, texts in pairs) / len(pairs),
+        "bleu": sacrebleu.corpus_bleu(list(answers), by_number).score,
+        "chrf": sacrebleu.corpus_chrf(list(answers), by_number).score,
+        "rouge_l": float(sum(rouge) / len(rouge)),
+    }

@@ -1,0 +1,76 @@
+"""Predictions of models on disk for the probe text, read tensor by tensor, so that any model can be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynlora_cli.adapters.adapter import Adapter
+from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.base import Place, input_table, structure
+from dynlora_cli.errors import UsageError
+from dynlora_cli.evaluation.agreement import predictions, probe_rows, random_rows
+from dynlora_cli.evaluation.rows import read_tokenizer
+from dynlora_cli.models.find import quantization_of
+from dynlora_cli.models.layout import Layout
+from dynlora_cli.models.load import load_base, load_tokenizer
+from dynlora_cli.models.streamed import Read, read_by, reader, streamed, through_ties, unreadable
+from dynlora_cli.models.weights import Weights
+
+CPU = torch.device("cpu")
+TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
+
+
+def rows_to_compare(adapter: Adapter, place: Place) -> list[Tensor]:
+    """The probe text as the adapter's tokenizer reads it; random tokens where there is no tokenizer."""
+    if any((folder / name).is_file() for folder in (adapter.folder, place.folder) for name in TOKENIZER_MARKS):
+        return probe_rows(read_tokenizer(adapter, place))
+    table: Any = input_table(structure(place))
+    if table is None:
+        raise UsageError(f"{place.folder} has no tokenizer to read a text with", "put the model's own beside it")
+    return random_rows(len(table.weight))
+
+
+def predictions_of(
+    place: Place, rows: list[Tensor], read: Read | None = None, *, tied_weights: bool = True
+) -> list[Tensor]:
+    """What the model of a folder predicts.
+
+    Args:
+        place: how to read the folder's config.
+        rows: token ids, each [1, T].
+        read: gives the parameters, where they are not in the folder's own files.
+        tied_weights: of `read`: where the model shares one weight between table and head, only the table's is there.
+    """
+    if read is None:
+        return predictions(_open(place, {})[0], rows)
+    model = streamed(place)
+    read_by(model, through_ties(read, model) if tied_weights else read)
+    return predictions(model, rows)
+
+
+def adapted_predictions(adapter: Adapter, place: Place, rows: list[Tensor]) -> list[Tensor]:
+    """What base and adapter predict together."""
+    model, read = _open(place, adapter.whole)
+    with attached(model, adapter, device=CPU, read=read, whole=read is None):
+        return predictions(model, rows)
+
+
+def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, Read | None]:
+    """The model of a folder, streamed, and what reads it; all of it in memory, and None, where that cannot be."""
+    model = streamed(place)
+    layout = Layout(Weights(place.folder), model)
+    if not quantization_of(place.folder) and not unreadable(layout, whole):
+        read = reader(layout, whole)
+        read_by(model, read)
+        return model, read
+    plain = {"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False, "name_or_path": str(place.folder)}
+    options = place.options.model_copy(update=plain)
+    trust = place.options.trust_remote_code
+    tokenizer: Any = load_tokenizer(place.folder, trust_remote_code=trust) if place.labels else None
+    base = load_base(options, tokenizer, device=CPU, labels=place.labels, seed=0)
+    return base.model.eval(), None

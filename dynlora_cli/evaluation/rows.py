@@ -1,0 +1,229 @@
+"""Rows to measure an adapter on, and its base model in memory: what `prune`, `eval` and `export` start from.
+
+Nothing asks for the training recipe again: the run folder knows it. Other rows come from a file or another recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+
+from dynlora_cli import plugins
+from dynlora_cli.adapters.base import Place, input_table, recorded_model, structure
+from dynlora_cli.cli.preflight import RECIPES
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.config.sections import Dataset, Source
+from dynlora_cli.data.batches import Batch, Batches
+from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.load import load_data
+from dynlora_cli.data.sources import tables
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, read_object
+from dynlora_cli.models.load import Base, context_length, load_base, load_tokenizer, table_rows
+from dynlora_cli.runs.folder import RECORD
+from dynlora_cli.training.setup import keep_libraries_quiet, sizing_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.adapters.adapter import Adapter
+    from dynlora_cli.data.encode import Example
+
+MICRO_BATCH = 8
+
+
+class NothingHeldOutError(UsageError):
+    """No rows are known to measure on: the run trained on all of them, or nobody recorded any."""
+
+
+@dataclass
+class Rows:
+    """Rows with a known right answer, that the adapter was not trained on.
+
+    Attributes:
+        examples: in a fixed order.
+        source: where they come from, for people.
+        sha256: of the examples and how they were read.
+        max_length: of the longest that was let through.
+        micro_batch_size: examples of one forward pass.
+        notes: for the person.
+        recipe: whose rows they are, where they are a recipe's.
+        forms: the neutral forms they came in, by name: Turns, Pair, Plain, Labelled.
+        is_file: all rows of a file, which nothing says were ever trained on.
+    """
+
+    examples: list[Example]
+    source: str
+    sha256: str
+    max_length: int
+    micro_batch_size: int
+    notes: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    forms: set[str] = field(default_factory=set)
+    is_file: bool = False
+
+    def batches(self, pad_id: int, device: torch.device) -> Iterator[Batch]:
+        """All rows in order."""
+        batches = Batches.in_order(
+            self.examples, micro_batch_size=self.micro_batch_size, max_length=self.max_length, pad_id=pad_id
+        )
+        for index in range(batches.steps_per_epoch):
+            yield from (batch.to(device) for batch in batches.step(0, index))
+
+
+def own_recipe(adapter: Adapter) -> Recipe | None:
+    """The recipe that the adapter was trained by; None where another tool made it."""
+    recorded = adapter.record.get("recipe")
+    if not recorded:
+        return None
+    model = recorded_model(adapter).model_copy(update={"trust_remote_code": False})
+    try:
+        return Recipe.model_validate(recorded | {"model": model.model_dump()})
+    except ValidationError as error:
+        fault = first_fault(error)
+        raise UsageError(f"{adapter.folder}: the recipe in {RECORD} is damaged: {fault}", COPY_AGAIN) from None
+
+
+def read_tokenizer(adapter: Adapter, place: Place) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the adapter, its chat template included, or the base's."""
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+    if own and not (
+        place.options.trust_remote_code and read_object(adapter.folder / "tokenizer_config.json").get("auto_map")
+    ):
+        return load_tokenizer(adapter.folder)
+    tokenizer = load_tokenizer(place.folder, trust_remote_code=place.options.trust_remote_code)
+    template = adapter.folder / "chat_template.jinja"
+    if own and template.is_file():  # a tokenizer made of code: the base's is trusted, one beside an adapter never is
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def held_out_rows(
+    adapter: Adapter,
+    place: Place,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path | None = None,
+    *,
+    max_samples: int | None = None,
+    writing: Writing | None = None,
+) -> Rows:
+    """The rows to measure on.
+
+    Args:
+        adapter: says what it was trained on.
+        place: its base; no row may be longer than its context.
+        tokenizer: makes the tokens; a recipe's `chat_template` is set on it.
+        data: a recipe, whose held-out rows are taken, or a file, all of whose rows are; None: the run's own.
+        max_samples: at most so many; None: as the recipe says of its own rows, and all of a file.
+        writing: how rows are written; None: as the adapter's own run did.
+
+    Raises:
+        UsageError: no rows are known, none are held out, or they cannot be read.
+    """
+    own = own_recipe(adapter)
+    if data is None and own is None:
+        raise NothingHeldOutError(
+            f"{adapter.folder} does not say what it was trained on (it holds no dynlora.json)",
+            "name rows with --data FILE, or a recipe with --data RECIPE.yaml",
+        )
+    is_file = data is not None and data.suffix.lower() not in RECIPES
+    recipe = load_recipe(data) if data is not None and not is_file else own
+    notes: list[str] = []
+    settings: dict[str, Any] = {} if recipe is None else recipe.dataset.model_dump()
+    if is_file:
+        train = _as_trained(Source(path=str(data)), own, notes)
+        settings |= {"train": [train.model_dump()], "val": [], "val_size": 0.0, "packing": False}
+    read = load_data(
+        Dataset.model_validate(settings),
+        tokenizer,
+        task=adapter.task,
+        seed=recipe.seed if recipe else 0,
+        max_length=context_length(place.folder),
+        num_labels=len(place.labels) if place.labels else None,
+        labels=place.labels,  # never found in these rows, whose order of classes may be another
+        sizing=sizing_rows(recipe) if recipe and not is_file else 0,  # as in training, or the hash would be another
+        writing=writing or Writing.of(adapter.record),
+        table=own_table(adapter, place) or table_rows(place.folder),
+    )
+    examples = read.train if is_file else read.val
+    if not examples:
+        raise NothingHeldOutError(
+            f"{data or adapter.folder}: the recipe holds no rows out",
+            "name rows with --data FILE, all of which are used",
+        )
+    recorded = adapter.record.get("data") or {}
+    notes += read.notes
+    if data is None and recorded.get("sha256") != read.sha256:
+        notes.append("the rows, or how they are read, have changed since training: some may have been trained on")
+    most = max_samples or (recipe.eval.max_samples if recipe and not is_file else None)
+    return Rows(
+        examples=examples[:most],
+        source=str(data) if is_file else f"held-out rows of {data or adapter.name}",
+        sha256=read.sha256,
+        max_length=max(len(example.input_ids) for example in examples),
+        micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,
+        notes=notes,
+        recipe=recipe,
+        forms=read.forms,
+        is_file=is_file,
+    )
+
+
+def own_table(adapter: Adapter, place: Place) -> int | None:
+    """Rows of the table of tokens that an adapter brings with it; None where it brings none."""
+    if not any(tensor.ndim == 2 and tensor.shape[0] != table_rows(place.folder) for tensor in adapter.whole.values()):
+        return None
+    model = structure(place)
+    table = input_table(model)
+    name = next((name for name, module in model.named_modules() if module is table), None)
+    own = adapter.whole.get(f"{name}.weight")
+    return None if own is None else own.shape[0]
+
+
+def _as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:
+    """A file to be read as the training rows were: their columns and format, where all have the same and these fit."""
+    ways = [] if own is None else [(s.columns, s.format, s.ignore) for s in own.dataset.train]
+    if not ways or any(way != ways[0] for way in ways) or ways[0] == (file.columns, file.format, file.ignore):
+        return file
+    columns, form, ignore = ways[0]
+    there = set.intersection(*(set(next(table.read())[1]) for table in tables(file, [], held_out=False)))
+    if columns and there.issuperset(columns.values()):
+        there |= set(columns)
+        named = ", ".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+        notes.append(f"{file.path}: columns as in training: {named}")
+    else:
+        columns = {}
+    fits = form != "auto" and plugins.load("formats", form).matches(there)
+    aside = [name for name in ignore if name in there]
+    return file.model_copy(update={"columns": columns, "format": form if fits else "auto", "ignore": aside})
+
+
+def precision_of(base: Base) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context in which training ran the model's forward pass: autocast where its weights are below fp32."""
+    if base.dtype == torch.float32:
+        return nullcontext
+    return partial(torch.autocast, base.model.device.type, dtype=base.dtype)
+
+
+def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Base:
+    """The base model as the adapter was trained on it (its dtype, 4 or 8 bits), on the GPU where there is one."""
+    keep_libraries_quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(
+        place.options,
+        tokenizer,
+        device=device,
+        labels=place.labels,
+        seed=int(adapter.record.get("seeds", {}).get("seed", 0)),
+    )
+    base.model.requires_grad_(False)
+    base.model.eval()
+    return base

@@ -1,0 +1,201 @@
+"""Numbers that an evaluation must reach, for CI: read and checked before anything heavy loads, judged at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli.cli.values import share
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import read_object
+from dynlora_cli.plugins import did_you_mean
+from dynlora_cli.text import number, percent
+
+# What `--fail-below` may name, in the order in which a table shows it, with the highest value it can take.
+METRICS = {
+    "accuracy": 1, "f1": 1, "matthews": 1, "token_accuracy": 1, "exact_match": 1, "bleu": 100, "chrf": 100,
+    "rouge_l": 1,
+}  # fmt: skip
+DEFAULT_REGRESSION = "1%"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A former report.
+
+    Attributes:
+        path: it was read from.
+        losses: held-out loss by the adapter's name.
+        tokens, rows: that it was measured on.
+        data_sha256: of the rows.
+    """
+
+    path: Path
+    losses: dict[str, float]
+    rows: int
+    tokens: int
+    data_sha256: str
+
+    def loss_of(self, name: str, names: Sequence[str]) -> float:
+        """The former loss of an adapter: of the one with its name, or of the only one where there is one then and now.
+
+        Raises:
+            UsageError: it holds none.
+        """
+        if name in self.losses:
+            return self.losses[name]
+        if len(self.losses) == len(names) == 1:
+            return next(iter(self.losses.values()))
+        raise UsageError(
+            f"--baseline {self.path} holds no adapter named {name}",
+            f"it holds {', '.join(self.losses)}; make a new baseline with --json",
+        )
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What must hold for every adapter.
+
+    Attributes:
+        fail_above: highest held-out loss allowed, nats per target.
+        fail_below: lowest value allowed, by metric.
+        baseline: losses to compare with.
+        max_regression: how much higher than there a loss may be, as a share of it.
+    """
+
+    fail_above: float | None = None
+    fail_below: dict[str, float] = field(default_factory=dict)
+    baseline: Baseline | None = None
+    max_regression: float = 0.0
+
+    def refuse_unmeasured(self, measured: Collection[str], why: str) -> None:
+        """Refuse a gate whose number will not be there.
+
+        Args:
+            measured: metrics that will be measured, `loss` among them.
+            why: for the person, such as what the rows are.
+
+        Raises:
+            UsageError: names the metric and what there is.
+        """
+        if "loss" not in measured and (self.fail_above is not None or self.baseline is not None):
+            raise UsageError(f"--fail-above and --baseline: no loss is measured: {why}", "name rows with --data FILE")
+        for metric in self.fail_below:
+            if metric not in measured:
+                there = ", ".join(name for name in METRICS if name in measured) or "none"
+                raise UsageError(f"--fail-below {metric}: not measured here: {why}", f"measured here: {there}")
+
+    def refuse_other_rows(self, rows: int, tokens: int, data_sha256: str, names: Sequence[str]) -> None:
+        """Refuse a baseline that was measured on something else.
+
+        Raises:
+            UsageError: other rows, or it lacks one of the adapters.
+        """
+        if self.baseline is None:
+            return
+        then = self.baseline
+        if (then.rows, then.tokens, then.data_sha256) != (rows, tokens, data_sha256):
+            raise UsageError(
+                f"--baseline {then.path} was measured on other rows ({then.rows} rows, {then.tokens} tokens there; "
+                f"{rows} rows, {tokens} tokens here)",
+                "losses on different rows say nothing about each other; make a new baseline with --json",
+            )
+        for name in names:
+            then.loss_of(name, names)
+
+    def failures(self, adapters: Sequence[Mapping[str, Any]]) -> list[str]:
+        """One sentence for each number that is not what it must be.
+
+        Args:
+            adapters: of the report, each with name, loss and metrics.
+        """
+        failed = []
+        names = [adapter["name"] for adapter in adapters]
+        for adapter in adapters:
+            name, loss = adapter["name"], adapter["loss"]
+            if self.fail_above is not None and not loss <= self.fail_above:
+                failed.append(f"{name}: held-out loss {number(loss)} is above --fail-above {self.fail_above:g}")
+            for metric, least in self.fail_below.items():
+                if not adapter[metric] >= least:
+                    failed.append(f"{name}: {metric} {number(adapter[metric])} is below --fail-below {least:g}")
+            if self.baseline is not None:
+                then = self.baseline.loss_of(name, names)
+                if not loss <= then * (1 + self.max_regression):
+                    failed.append(
+                        f"{name}: held-out loss {number(loss)} is {percent(loss / then - 1)} above the baseline's "
+                        f"{number(then)}; --max-regression allows {percent(self.max_regression)}"
+                    )
+        return failed
+
+
+def read_gates(
+    *,
+    fail_above: float | None = None,
+    fail_below: Iterable[str] = (),
+    baseline: Path | None = None,
+    max_regression: str | None = None,
+) -> Gates:
+    """Gates as a person writes them.
+
+    Args:
+        fail_above: a loss.
+        fail_below: `METRIC=X` texts.
+        baseline: a file made by --json.
+        max_regression: `1%` or `0.01`; None: 1 %.
+
+    Raises:
+        UsageError: one of them cannot be understood.
+    """
+    if max_regression is not None and baseline is None:
+        raise UsageError("--max-regression needs something to compare with", "add --baseline REPORT.json")
+    if fail_above is not None and not math.isfinite(fail_above):
+        raise UsageError(f"--fail-above {fail_above} is no loss", "for example --fail-above 2.1")
+    return Gates(
+        fail_above=fail_above,
+        fail_below=dict(_bound(text) for text in fail_below),
+        baseline=_read_baseline(baseline) if baseline is not None else None,
+        max_regression=_regression(max_regression or DEFAULT_REGRESSION),
+    )
+
+
+def _bound(text: str) -> tuple[str, float]:
+    metric, equals, value = (part.strip() for part in text.partition("="))
+    example = "for example --fail-below accuracy=0.8"
+    if not equals:
+        raise UsageError(f"--fail-below {text} must be written METRIC=X", example)
+    if metric not in METRICS:
+        hint = f"metrics: {', '.join(METRICS)}; of the loss: --fail-above"
+        raise UsageError(f"--fail-below {text}: unknown metric {metric!r}{did_you_mean(metric, METRICS)}", hint)
+    try:
+        bound = float(value)
+    except ValueError:
+        raise UsageError(f"--fail-below {text}: {value!r} is no number", example) from None
+    if not -1 <= bound <= METRICS[metric]:
+        raise UsageError(f"--fail-below {text}: {metric} goes up to {METRICS[metric]}", example)
+    return metric, bound
+
+
+def _regression(text: str) -> float:
+    value = share(text, "--max-regression")
+    if value >= 1 and not text.strip().endswith("%"):
+        raise UsageError(f"--max-regression {text} is no share", "write 1% or 0.01")
+    return value
+
+
+def _read_baseline(path: Path) -> Baseline:
+    made = "make one with `dynlora eval --json > REPORT.json`"
+    try:
+        report = read_object(path)
+    except UsageError as error:
+        raise UsageError(f"--baseline {error.message}", made) from None
+    try:
+        losses = {str(adapter["name"]): float(adapter["loss"]) for adapter in report["adapters"]}
+        baseline = Baseline(path, losses, report["rows"], report["tokens"], report["data"]["sha256"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UsageError(f"--baseline {path} is no report of dynlora eval", made) from None
+    if not losses or not all(loss > 0 for loss in losses.values()):
+        raise UsageError(f"--baseline {path} holds no adapter's loss", made)
+    return baseline

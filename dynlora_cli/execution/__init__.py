@@ -1,0 +1,1 @@
+"""How the same mathematics runs: blocks, checkpointing, compilation, CUDA graphs, several processes, signals."""

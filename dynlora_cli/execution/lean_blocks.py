@@ -1,0 +1,188 @@
+"""Lets the blocks of a model train with the functions of kernels/lean.py.
+
+No model is known by name. A module is tried on a few numbers instead: what computes an RMS norm is one, whoever wrote
+it. What is not recognised stays as it is, and so does a norm that trains itself.
+
+Dimensions: D features, N rows of a trial.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from inspect import signature
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynlora_cli.kernels.lean import ACTIVATIONS, FACTORS, Activation, Gated, RMSNorm, Rotary
+
+EPSILON = ("variance_epsilon", "eps", "epsilon")  # what models call it
+# The layers of a gated feed-forward part, by the names that models share: inputs and outputs for a trial.
+APART = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
+JOINED = {"gate_up_proj": (8, 32), "down_proj": (16, 8)}  # Phi 3, GLM
+ACTIVATION_NAMES = ("act_fn", "activation_fn")
+TURN = "apply_rotary_pos_emb"  # by which models turn queries and keys
+# Of the rows of a trial: for some ε matters, for some not, and no clamp below some hundreds goes unseen.
+SIZES_N1 = torch.tensor([[1e-3], [1.0], [30.0], [1000.0]])
+Forward = Callable[..., Any]
+Candidate = TypeVar("Candidate")
+
+
+def lean_blocks(model: nn.Module) -> list[str]:
+    """Let norms, gated feed-forward parts and rotary attentions train this way; without gradients they run as they are.
+
+    Args:
+        model: with or without numbers in its weights.
+
+    Returns:
+        the names of the modules that were recognised.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if "forward" in vars(module):  # somebody else has been here
+            continue
+        lean = (_as_norm(module) or _as_gated(module)) if _takes_one(module) else _as_rotary(module)
+        if lean:
+            module.forward = MethodType(lean, module)
+            found.append(name)
+    return found
+
+
+def _takes_one(module: nn.Module) -> bool:
+    try:
+        return len(signature(module.forward).parameters) == 1
+    except ValueError:  # a script of torch's has none
+        return False
+
+
+def _as_norm(module: nn.Module) -> Forward | None:
+    """How an RMS norm trains, if this is one."""
+    parameters = dict(module.named_parameters())
+    epsilon = next((value for name in EPSILON if isinstance(value := getattr(module, name, None), float)), None)
+    if list(parameters) != ["weight"] or epsilon is None or any(module.children()):
+        return None
+    usual, like, random = type(module).forward, parameters["weight"], torch.Generator().manual_seed(0)
+    if like.ndim != 1 or not len(like) or like.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    weight_D = torch.rand(len(like), generator=random).to(like.dtype)
+    x_ND = torch.randn(4, len(like), generator=random) * SIZES_N1
+    x_ND[1] += 2  # a mean, which a layer norm would take away
+    x_ND = x_ND.to(like.dtype)
+    made = _tried(module, {"_parameters": {"weight": nn.Parameter(weight_D, requires_grad=False)}}, x_ND)
+    factor = _same(made, FACTORS, lambda factor: RMSNorm.apply(x_ND, weight_D, factor, epsilon))
+    if factor is None:
+        return None
+
+    def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,), weight = (*given, *named.values()), self.weight
+        if _as_usual(x) or weight.requires_grad or x.dtype != weight.dtype:
+            return usual(self, x)
+        return cast("Tensor", RMSNorm.apply(x, weight, factor, epsilon))
+
+    return forward
+
+
+def _as_gated(module: nn.Module) -> Forward | None:
+    """How a gated feed-forward part trains, if this is one."""
+    children = dict(module.named_children())
+    name = next((name for name in ACTIVATION_NAMES if name in children), "")
+    joined = "gate_proj" not in children
+    sizes = JOINED if joined else APART
+    if children.keys() != {*sizes, name} or next(children[name].parameters(), None) is not None:
+        return None
+    usual, random = type(module).forward, torch.Generator().manual_seed(0)
+    layers = {layer: nn.utils.skip_init(nn.Linear, *size, bias=False) for layer, size in sizes.items()}
+    for layer in layers.values():
+        layer.weight.detach().normal_(generator=random)
+    x_ND = torch.randn(4, 8, generator=random) * SIZES_N1
+    held = {**layers, name: copy.deepcopy(children[name]).train()}
+
+    def gated(part: Any, x: Tensor, activation: Activation) -> Tensor:
+        gate, up = part.gate_up_proj(x).chunk(2, -1) if joined else (part.gate_proj(x), part.up_proj(x))
+        return cast("Tensor", part.down_proj(Gated.apply(gate, up, activation)))
+
+    own = partial(gated, SimpleNamespace(**layers))
+    activation = _same(_tried(module, {"_modules": held}, x_ND), ACTIVATIONS, partial(own, x_ND))
+    if activation is None:
+        return None
+    for layer in layers.values():
+        layer.bfloat16()
+    made = _tried(module, {"_modules": held}, x_ND.bfloat16())
+    if made is None or not torch.equal(made, own(x_ND.bfloat16(), activation)):  # it takes care to round but once
+        return None
+
+    def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*given, *named.values())
+        return usual(self, x) if _as_usual(x) else gated(self, x, activation)
+
+    return forward
+
+
+def _as_rotary(module: nn.Module) -> Forward | None:
+    """How an attention with rotary positions trains, if this is one: its own code, with another function in it."""
+    function = type(module).forward
+    code: Any = getattr(function, "__code__", None)
+    usual: Any = getattr(function, "__globals__", {}).get(TURN)
+    if code is None or TURN not in code.co_names or not _turns(usual):
+        return None
+
+    def turn(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        like, trains = (queries.dtype, queries.shape[-1]), queries.requires_grad or keys.requires_grad
+        plain = cos.ndim == 3 and (cos.dtype, cos.shape[-1]) == like and keys.dtype == queries.dtype
+        if rest or more or not (plain and trains and torch.is_grad_enabled()) or cos.requires_grad:
+            return cast("tuple[Tensor, Tensor]", usual(queries, keys, cos, sin, *rest, **more))
+        return Rotary.apply(queries, keys, cos, sin)
+
+    names = {**function.__globals__, TURN: turn}
+    own = FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def _turns(usual: Any) -> bool:
+    """Whether this does to queries and keys what `Rotary` does."""
+    random = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(2, heads, 5, 8, generator=random).bfloat16() for heads in (3, 1))
+    cos, sin = torch.randn(2, 1, 5, 8, generator=random).bfloat16()
+    inputs = [tensor.float() for tensor in (queries, keys, cos, sin)]
+    with suppress(Exception):  # whatever it is, it takes something else
+        made, low = (torch.cat(usual(*tensors), 1) for tensors in (inputs, (queries, keys, cos, sin)))
+        # ModernBERT takes care to round but once.
+        careful = torch.equal(made.bfloat16(), low)
+        return not careful and _same(made, (Rotary,), lambda _: torch.cat(Rotary.apply(*inputs), 1)) is not None
+    return False
+
+
+def _tried(module: nn.Module, held: dict[str, Any], x_ND: Tensor) -> Tensor | None:
+    """What a module makes of x if it holds something else, in training; None where it takes no such thing."""
+    with suppress(Exception):  # a stranger's code, which is given what it may not be made for
+        trial = copy.copy(module)
+        vars(trial).update(held, training=True)
+        with torch.random.fork_rng([]):
+            made = trial.forward(x_ND)
+        return made if isinstance(made, Tensor) and (made.shape, made.device) == (x_ND.shape, x_ND.device) else None
+    return None
+
+
+def _same(
+    made: Tensor | None, candidates: tuple[Candidate, ...], make: Callable[[Candidate], Tensor]
+) -> Candidate | None:
+    """The candidate that makes the same up to rounding, row by row, and of several the nearest."""
+    if made is None:
+        return None
+    error = {}
+    for key in candidates:
+        apart, size = (tensor.abs().flatten(1).amax(1) for tensor in (make(key) - made, made))
+        error[key] = (apart / size).max().item()
+    best = min(candidates, key=error.__getitem__)
+    return best if error[best] <= max(1e-5, 2 * torch.finfo(made.dtype).eps) else None
+
+
+def _as_usual(x: Tensor) -> bool:
+    """Whether x asks for no gradient."""
+    return not (x.requires_grad and torch.is_grad_enabled())

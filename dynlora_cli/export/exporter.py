@@ -1,0 +1,135 @@
+"""What an exporter is: a file in this folder with these names; `dynlora export --to` offers it under its file's name.
+
+    needs_base: bool
+        Whether it writes or reads anything of the base model; the others work where the base is not at hand.
+
+    for_peft = True
+        Optional: PEFT reads it, and is asked whether it finds every layer, where it is installed.
+
+    write(job, folder) -> dict
+        Put the files into an empty folder. What it returns goes into export.json.
+
+    read_back(job, folder) -> Adapter | Read | Path
+        Read these files as the consumer does, or by the consumer's rules: an adapter, the model's parameters by their
+        names in the base, or the folder of a whole model. The command computes logits with it and compares them with
+        those of the source.
+
+Dimensions: C components of a layer, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.errors import UsageError
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass
+class Merged:
+    """Base and adapter as one model, tensor by tensor.
+
+    Attributes:
+        config: config.json of it.
+        names: of its parameters in memory.
+        read: one of them by its name.
+        write: all of it, as a folder.
+        untied: the base's input table and output head share a weight, and here they do not.
+    """
+
+    config: dict[str, Any]
+    names: Iterable[str]
+    read: Read
+    write: Callable[[Path], None]
+    untied: bool
+
+
+@dataclass
+class Job:
+    """What an exporter works with.
+
+    Attributes:
+        adapter: to be exported; its scale is 1.
+        tokenizer_folder: where the tokenizer of the training run lies; None where neither it nor the base is here.
+        base_folder, base_config: the base and its config.json; None where it is not here.
+        linear_layers: names and (I, O) of all linear layers of the base, in order; None likewise.
+        merged: base and adapter as one model, made when asked for.
+        outtype: number format of a GGUF model: f32, f16 or q8_0.
+        notes: for the person; exporters add to them.
+    """
+
+    adapter: Adapter
+    tokenizer_folder: Path | None
+    base_folder: Path | None
+    base_config: dict[str, Any] | None
+    linear_layers: dict[str, tuple[int, int]] | None
+    merged: Callable[[], Merged]
+    outtype: str = "f16"
+    notes: list[str] = field(default_factory=list)
+
+
+class Exporter(Protocol):
+    """The shape of an exporter's module."""
+
+    needs_base: bool
+
+    def write(self, job: Job, folder: Path) -> dict[str, Any]:
+        """Put the files into an empty folder."""
+
+    def read_back(self, job: Job, folder: Path) -> Adapter | Read | Path:
+        """Read these files as the consumer does."""
+
+
+def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapter:
+    """The adapter, where it is nothing but factors of linear layers.
+
+    Args:
+        adapter: to be exported.
+        consumer: who reads it, for the message.
+        heads: whether it takes tensors that replace the base's own.
+
+    Raises:
+        UsageError: it is more than that; the message says what would work.
+    """
+    hint = "fold it into the base instead: --to merged, or `dynlora merge`"
+    if adapter.kind != "LoRA":
+        raise UsageError(f"{adapter.folder} is a {adapter.kind}, which {consumer} does not read", hint)
+    tables = [name for name, factors in adapter.layers.items() if factors.embedding]
+    if tables:
+        raise UsageError(f"{adapter.folder} adapts the embedding {tables[0]}, which {consumer} does not read", hint)
+    if adapter.experts:
+        raise UsageError(f"{adapter.folder} has components for each expert, which {consumer} does not read", hint)
+    if adapter.whole and not heads:
+        raise UsageError(
+            f"{adapter.folder} holds whole tensors ({', '.join(adapter.whole)}), which {consumer} does not read", hint
+        )
+    return adapter
+
+
+def padded(adapter: Adapter, empty: dict[str, tuple[int, int]] | None = None, rank: int | None = None) -> Adapter:
+    """Every layer at one rank: components of zeros are added, which change nothing.
+
+    Args:
+        adapter: with ranks that differ.
+        empty: names and (I, O) of layers to have as well, at zeros alone.
+        rank: at least the largest; None: the largest.
+    """
+    largest = rank or max(adapter.ranks.values())
+    layers = {
+        name: Factors(torch.zeros(largest, d_in), torch.zeros(d_out, largest))
+        for name, (d_in, d_out) in (empty or {}).items()
+    }
+    for name, factors in adapter.layers.items():
+        a_CI = torch.zeros(largest, factors.a_CI.shape[1])
+        b_OC = torch.zeros(factors.b_OC.shape[0], largest)
+        a_CI[: factors.rank], b_OC[:, : factors.rank] = factors.a_CI, factors.b_OC
+        layers[name] = replace(factors, a_CI=a_CI, b_OC=b_OC)
+    return adapter.with_layers(layers)

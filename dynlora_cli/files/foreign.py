@@ -1,0 +1,376 @@
+"""What is read from files that somebody else made: JSON, names of files, regular expressions. None of it is trusted.
+
+read_object    a JSON file that holds an object, of bounded size and depth
+fits           that object, with every key that is used of the right type
+inside         the path of a file that an index names, which may not leave the folder
+refuse_links   nothing in a folder leads out of it
+limited        anything that runs, in bounded time
+PatternMap     values by regular expressions, as of `rank_pattern` in PEFT, in bounded time
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dynlora_cli.config.strict_yaml import show
+from dynlora_cli.errors import DynloraError, UsageError
+
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizers and indexes have a tenth of it
+DEEPEST_JSON = 200
+PATTERN_SECONDS = 5.0  # for all patterns of one file on all modules; honest ones take milliseconds
+LONGEST_PATTERN = 10_000
+LARGEST_RANK = 1 << 20
+LARGEST_ALPHA = 1e9
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Length = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+WEIGHT_FILES = (".safetensors", ".bin")
+COPY_AGAIN = "copy the files again"
+_LITERAL = re.compile(r"(?:\\[^\w\s]|[\w|-])+")
+_Form = TypeVar("_Form", bound=BaseModel)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UsageError: the file cannot be read, is too large or too deep, or holds something else.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON or not path.is_file():
+            raise UsageError(f"{path} is no file of JSON, or one of more than {LARGEST_JSON >> 20} MiB", COPY_AGAIN)
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", COPY_AGAIN) from None
+    except RecursionError:
+        raise UsageError(f"{path} is damaged: its values lie too deep inside each other", COPY_AGAIN) from None
+    except ValueError as error:  # not UTF-8, no JSON, a number of thousands of digits
+        raise UsageError(f"{path} is damaged: {str(error).partition(';')[0]}", COPY_AGAIN) from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is damaged: it holds {type(data).__name__}, not an object with keys", COPY_AGAIN)
+    if _deeper(data, DEEPEST_JSON):
+        raise UsageError(f"{path} is damaged: its values lie too deep inside each other", COPY_AGAIN)
+    return data
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other so deep; without recursion of its own."""
+    inside = [value]
+    for _ in range(levels):
+        parts = (part.values() if isinstance(part, dict) else part for part in inside)
+        inside = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+        if not inside:
+            return False
+    return True
+
+
+def fits(form: type[_Form], data: Mapping[str, Any], path: Path) -> _Form:
+    """Check an object's keys; what the form does not name is let through.
+
+    Raises:
+        UsageError: a key has another type or a number out of range; the message names the first, and what was found.
+    """
+    try:
+        return form.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{path} is damaged: {first_fault(error)}", COPY_AGAIN) from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that a check has found, and where, in one line."""
+    fault = error.errors(include_url=False)[0]
+    key = ".".join(_shown(str(step))[1:-1] for step in fault["loc"])
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}; found {_shown(show(fault['input']))[1:-1]}"
+
+
+class PeftForm(BaseModel):
+    """The keys of adapter_config.json that are used; ranks and alphas of 0 are judged where the tensors are known."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    peft_type: str | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    bias: str = "none"
+    r: Annotated[int, Field(ge=0, le=LARGEST_RANK)] | None = None
+    lora_alpha: Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=0, le=LARGEST_RANK)]] | None = None
+    alpha_pattern: dict[str, Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)]] | None = None
+    target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+
+
+class IndexForm(BaseModel):
+    """The index of a model's shards."""
+
+    model_config = ConfigDict(strict=True)
+    weight_map: dict[str, str]
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(set(self.weight_map.values()))
+
+
+class LayerForm(BaseModel):
+    """One layer in dynlora.json."""
+
+    model_config = ConfigDict(strict=True)
+    rank: Annotated[int, Field(ge=0, le=LARGEST_RANK)]
+    d_in: Annotated[int, Field(ge=1, lt=2**40)]
+    d_out: Annotated[int, Field(ge=1, lt=2**40)]
+    importance: float | None = None
+
+
+class NumbersForm(BaseModel):
+    """What a run measures, in the lines of its logs and in its summary."""
+
+    model_config = ConfigDict(strict=True)
+    loss: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    accuracy: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    threshold: float | None = None
+    predicted_loss_change: float | None = None
+    measured_loss_change: float | None = None
+    learning_rate: float | None = None
+    components: Count | None = None
+    components_before: Count | None = None
+    components_start: Count | None = None
+    parameters: Count | None = None
+    parameters_before: Count | None = None
+    parameters_start: Count | None = None
+    target_parameters: Count | None = None
+    budget_parameters: Count | None = None
+    ranks: dict[str, Count] | None = None
+    removed: dict[str, int] | None = None
+    tokens: Count | None = None
+    seconds: Length | None = None
+    step_seconds: Length | None = None
+    tokens_per_second: Length | None = None
+    tokens_per_second_start: Length | None = None
+    tokens_per_second_end: Length | None = None
+    memory_bytes: Count | None = None
+    peak_memory_bytes: Count | None = None
+    adapter_bytes: Count | None = None
+
+
+class LineForm(NumbersForm):
+    """One line of a log."""
+
+    event: str
+    step: Count
+
+
+class SummaryForm(NumbersForm):
+    """The end of a run."""
+
+    steps: Count | None = None
+
+
+class BudgetForm(BaseModel):
+    """The size that a run may have, and what it began with."""
+
+    model_config = ConfigDict(strict=True)
+    parameters: Count | None = None
+    start_components: dict[str, Count] | None = None
+
+
+class DataForm(BaseModel):
+    """What dynlora.json says of the rows."""
+
+    model_config = ConfigDict(strict=True)
+    labels: list[str] | None = None
+    sha256: str | None = None
+    date: str | None = None
+    turned: dict[str, bool] | None = None
+
+
+class BaseForm(BaseModel):
+    """What dynlora.json says of the base."""
+
+    model_config = ConfigDict(strict=True)
+    name_or_path: str | None = None
+    model_type: str | None = None
+    fingerprint: dict[str, Any] | None = None
+
+
+class RecordForm(BaseModel):
+    """The keys of dynlora.json that commands use; `recipe` is checked as a recipe where it is needed."""
+
+    model_config = ConfigDict(strict=True)
+    name: str | None = None
+    task: Literal["causal-lm", "seq2seq-lm", "sequence-classification"] | None = None
+    dynlora_version: str | None = None
+    chat_template_sha256: str | None = None
+    recipe: dict[str, Any] | None = None
+    data: DataForm | None = None
+    base_model: BaseForm | None = None
+    layers: dict[str, LayerForm] | None = None
+    seeds: dict[str, Annotated[int, Field(ge=-(2**63), lt=2**64)] | None] | None = None
+    summary: SummaryForm | None = None
+    budget: BudgetForm | None = None
+    peak_memory_bytes: Count | None = None
+    versions: dict[str, Any] | None = None
+    prune: dict[str, Any] | None = None
+
+
+class _RowsForm(BaseModel):
+    sha256: str
+
+
+class _WeightsForm(BaseModel):
+    fingerprint: dict[str, Any]
+
+
+class ResumeForm(BaseModel):
+    """The keys of dynlora.json without which a run cannot go on."""
+
+    model_config = ConfigDict(strict=True)
+    recipe: dict[str, Any]
+    data: _RowsForm
+    base_model: _WeightsForm
+    budget: BudgetForm | None
+
+
+def inside(folder: Path, name: str, said_by: Path) -> Path:
+    """The file of a folder that another file names.
+
+    Raises:
+        UsageError: the name is no plain file name below the folder.
+    """
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
+        raise UsageError(f"{said_by} names the file {name!r}, which lies outside its folder; it was not opened")
+    return folder / name
+
+
+def refuse_links(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
+    """Check that what lies in a folder is in it: files of it are copied to where others may read them.
+
+    The hub's cache is made of links to its own `blobs`; these are followed.
+
+    Args:
+        folder: looked at, and nothing below it.
+        besides: endings of names that may be links to anywhere, for files of numbers alone.
+
+    Raises:
+        UsageError: a link that leaves the folder, or something that is no file, such as a device or a pipe.
+    """
+    home = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        target = path.resolve() if path.is_symlink() else path
+        if path.is_symlink() and not path.name.endswith(besides or ("/",)):
+            blob = target.parent.name == "blobs" and "--" in target.parent.parent.name
+            if home not in target.parents and not blob:
+                raise UsageError(
+                    f"{path} is a link out of its folder, to {target}; it was not opened",
+                    "if you made it yourself, put a copy of the file there",
+                )
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path} is neither a file nor a folder", "remove it, or name another folder")
+
+
+@contextmanager
+def limited(seconds: float, refusal: DynloraError) -> Iterator[None]:
+    """Stop what somebody else wrote, a regular expression or a template, after so many seconds.
+
+    By the clock's signal, which `re` and Python's own loops heed. Only the main thread gets it, where commands run.
+
+    Raises:
+        DynloraError: `refusal`, where the time is over, or where it could not be stopped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise refusal
+
+    def stop(_number: int, _frame: object) -> None:
+        raise refusal
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class PatternMap:
+    r"""The first value whose pattern matches the end of a module's name, from a full word on, as PEFT finds it.
+
+    PEFT runs `re.match(rf"(.*\.)?({pattern})$", name)`, in which a pattern of few characters can take forever. Names
+    that dynlora and PEFT write out are compared as texts, and anything else may take so long and no longer.
+
+    Args:
+        patterns: values by regular expressions.
+        source: where they stand, for messages.
+
+    Raises:
+        UsageError: a pattern is no regular expression.
+    """
+
+    def __init__(self, patterns: Mapping[str, Any], source: str) -> None:
+        self.source, self._left = source, PATTERN_SECONDS
+        self._rules = [(key, _literal(key) or _compiled(key, source), value) for key, value in patterns.items()]
+
+    def first(self, name: str, default: Any) -> Any:
+        """The value for a module, or the default where no pattern matches.
+
+        Raises:
+            UsageError: the patterns take too long.
+        """
+        ends = {name, *(name[at + 1 :] for at, letter in enumerate(name) if letter == ".")}
+        for key, rule, value in self._rules:
+            if not rule.isdisjoint(ends) if isinstance(rule, frozenset) else self._matches(rule, name, key):
+                return value
+        return default
+
+    def _matches(self, rule: re.Pattern[str], name: str, key: str) -> bool:
+        began = time.monotonic()
+        refusal = UsageError(
+            f"{self.source}: the pattern {_shown(key)} takes too long to compare with the names of the layers; it was "
+            f"stopped after {PATTERN_SECONDS:g} s",
+            "write the layers' names out instead",
+        )
+        with limited(max(self._left, 1e-3), refusal):
+            found = rule.match(name) is not None
+        self._left -= time.monotonic() - began
+        return found
+
+
+def _literal(pattern: str) -> frozenset[str]:
+    """The names in a pattern that is nothing but names with `|` between them; empty where it is more than that."""
+    if not _LITERAL.fullmatch(pattern):
+        return frozenset()
+    return frozenset(re.sub(r"\\(.)", r"\1", name) for name in pattern.split("|"))
+
+
+def _compiled(pattern: str, source: str) -> re.Pattern[str]:
+    try:
+        if len(pattern) > LONGEST_PATTERN:
+            raise re.error(f"it has more than {LONGEST_PATTERN:,} characters")
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(
+            f"{source}: the pattern {_shown(pattern)} is no regular expression that can be used: {error}",
+            "write the layers' names out instead",
+        ) from None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:56]}...")

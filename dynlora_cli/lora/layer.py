@@ -1,0 +1,241 @@
+"""Rank-1 components: a LoRA update written as a sum. lora/pool.py holds those of all layers together.
+
+W' = W + s · Σ_i b_i a_iᵀ          i runs over the components that are alive in the layer
+
+Dimensions, as suffixes of names:
+    C  components of one layer          I  inputs of the layer (d_in)
+    K  components of the pool           O  outputs of the layer (d_out)
+    P  numbers of the pool: Σ over components of d_in + d_out
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynlora_cli.kernels.fused_lora import fusable, fused, weight_type
+
+
+class Graph:
+    """Lives as long as one autograd graph that runs through a layer; see `Pool.graphs`."""
+
+    __slots__ = ("__weakref__",)
+
+
+def linear_shape(base: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer: `nn.Linear` and its quantized kin, GPT-2's Conv1D, whose weight is [I, O], or
+    another module that has a weight [O, I]."""
+    if hasattr(base, "in_features"):
+        return base.in_features, base.out_features  # type: ignore[return-value]
+    first, second = base.weight.shape  # type: ignore[misc]
+    return (first, second) if type(base).__name__ == "Conv1D" else (second, first)
+
+
+def forget_input(y: Tensor) -> Tensor:
+    """Let go of the input that bitsandbytes' 8-bit product keeps for a gradient of its weight, which nobody wants here.
+
+    It is no saved tensor of autograd's, so checkpointing would not drop it either.
+    """
+    if torch.compiler.is_compiling():  # to look at the graph would break it
+        return y
+    node: Any = y.grad_fn
+    name = type(node).__name__
+    if name == "MatMul8bitLtBackward":
+        node.tensors = (None, None, None)
+    elif name == "MatMul8bitFpBackward":  # on the CPU
+        node.A = None
+    return y
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """A layer's weight as [O, I] in fp32, dequantized where it is stored in 4 or 8 bits."""
+    weight: Any = module.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if hasattr(weight, "SCB"):
+        state: Any = module.state
+        scb = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.data.float() * (scb.view(-1, 1).float() / 127)
+    weight = weight.detach().float()
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+class ComponentLinear(nn.Module):
+    """A frozen linear layer plus the sum of its rank-1 components.
+
+    Holds the base layer instead of becoming it, so the same class serves `nn.Linear`, GPT-2's transposed `Conv1D` and
+    quantized layers. Without components it costs what the base costs.
+
+    Args:
+        base: the frozen layer; maps [..., I] to [..., O].
+        scale: s, constant for the whole run.
+        dropout: probability of dropping an input of the update while training.
+
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685), equation 3, as a sum over the rank.
+    """
+
+    a_CI: nn.Parameter
+    b_OC: nn.Parameter
+    fuse: ClassVar[bool] = True  # False: ordinary operations throughout, to compare with
+    turns: ClassVar[bool] = True  # the update depends on BA alone, so that components may be turned into another basis
+    plain: ClassVar[bool] = True  # the leaves are the factors themselves
+    terms: ClassVar[int] = 1  # products b aᵀ in the update for each component, which `factors` gives term by term
+
+    def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = linear_shape(base)
+        self.scale = scale
+        self.dropout = dropout
+        # One factor per component, [C] or broadcastable to [..., C], for a single request; None costs nothing.
+        self.gate: Tensor | None = None
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.low: tuple[Tensor, Tensor] | None = None  # a and b in autocast's type, see Pool.cast_with
+        # Gives y where layers that read the same compute together, see lora/shared_inputs.py.
+        self.shared: Callable[[ComponentLinear, Tensor], Tensor | None] | None = None
+        self.a_width, self.b_width = self.widths(self.in_features, self.out_features)
+        self.a_CI = nn.Parameter(torch.empty(0, self.a_width))
+        self.b_OC = nn.Parameter(torch.empty(self.b_width, 0))
+        # Which of the components that the layer began with are left. [C]
+        self.survivors_C = torch.empty(0, dtype=torch.long)
+
+    # -- what a variant may change; see variants/_variant.py -----------------------------------------------------------
+
+    @staticmethod
+    def widths(d_in: int, d_out: int) -> tuple[int, int]:
+        """Numbers of one component in a_CI and in b_OC."""
+        return d_in, d_out
+
+    @staticmethod
+    def most(d_in: int, d_out: int) -> int:
+        """Components that a layer may begin with."""
+        return max(1, min(d_in, d_out) // 2)
+
+    def start(self, a_CI: Tensor, b_OC: Tensor, generator: torch.Generator) -> None:  # noqa: ARG002 - zero already
+        """Write the initial values into the leaves: A kaiming_uniform (a = √5), B zero, as PEFT."""
+        bound = 1 / math.sqrt(self.in_features)
+        a_CI.uniform_(-bound, bound, generator=generator)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a_CI [C, I] and b_OC [O, C] of the update s·BA, from the leaves."""
+        return self.a_CI, self.b_OC
+
+    def update(self, x: Tensor, a_CI: Tensor, b_OC: Tensor) -> Tensor:
+        """What the components add to the base's output. [..., O]"""
+        h_C = F.linear(x, a_CI) * self.scale
+        if self.gate is not None:
+            h_C = h_C * torch.cat([self.gate] * self.terms, -1)
+        return F.linear(h_C, b_OC)
+
+    def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
+        """dL/dg of the layer's components from the leaves' gradients: <a_i, dL/da_i> = <b_i, dL/db_i>."""
+        assert self.a_CI.grad is not None
+        assert self.b_OC.grad is not None
+        if not self.a_CI.requires_grad:
+            return (b_OC * self.b_OC.grad).sum(0)
+        return (a_CI * self.a_CI.grad).sum(1)
+
+    def mean_parts_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
+        """The mean over a component's numbers in a, plus that over those in b, of tensors of the leaves' shape."""
+        return a_CI.sum(1) / max(1, a_CI.shape[1]) + b_OC.sum(0) / max(1, b_OC.shape[0])
+
+    def magnitudes_C(self) -> Tensor:
+        """s·‖b_i‖·‖a_i‖ of every component, the Frobenius norm of its share of ΔW."""
+        a_CI, b_OC = self.factors()
+        return self.scale * a_CI.norm(dim=1) * b_OC.norm(dim=0)
+
+    def ranked(self, scores_C: Tensor) -> Tensor:
+        """Scores by which components may go, from a policy's."""
+        return scores_C
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Called before optimizer step `step` (from 1)."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of an optimizer step."""
+        return None
+
+    def settle_gradient(self) -> None:
+        """Called when the gradient of an optimizer step is complete, before its norm is taken."""
+
+    def after_update(self, rate: float) -> None:
+        """Called after every optimizer step, with its learning rate."""
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Components alive in this layer (C)."""
+        return self.a_CI.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for model code that looks at it."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, for model code that looks at it."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., I] to [..., O]."""
+        if self.count == 0:
+            return forget_input(self.base(x))
+        as_one = self.fusable(x)
+        if as_one and self.shared and torch.is_grad_enabled():
+            y = self.shared(self, x)
+            if y is not None:
+                return y
+        low = self.low if torch.is_autocast_enabled(x.device.type) else None
+        a_CI, b_OC = self._joined(low) or self.factors()
+        if as_one:
+            return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
+        y = forget_input(self.base(x))
+        # Autocast casts both operands itself; without it the update is computed in the components' precision.
+        if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.a_CI.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return y + self.watched(self.update(x, a_CI, b_OC)).to(y.dtype)
+
+    @staticmethod
+    def _joined(low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """The copies of a and b if they hand gradients on to the pool, for compiled code."""
+        if low is None or not torch.compiler.is_compiling():
+            return None
+        return low if low[1].requires_grad or not torch.is_grad_enabled() else None
+
+    def fusable(self, x: Tensor) -> bool:
+        """Whether base and components can run as one function."""
+        if torch.compiler.is_compiling():  # torch.compile fuses ordinary operations itself
+            return False
+        if not self.fuse or self.gate is not None or (self.dropout and self.training) or not fusable(self.base):
+            return False
+        return torch.is_autocast_enabled(x.device.type) or x.dtype == weight_type(self.base) == self.a_CI.dtype
+
+    def watched(self, result: Tensor) -> Tensor:
+        """Note the graph that ends here, so that components are not removed while it lives."""
+        if not torch.compiler.is_compiling() and result.grad_fn is not None:
+            graph = Graph()
+            result.grad_fn.metadata["dynlora"] = graph  # type: ignore[index]
+            self.graphs.add(graph)
+        return result
+
+    def delta_OI(self) -> Tensor:
+        """The update s·BA as a dense [O, I] matrix, in the components' precision."""
+        a_CI, b_OC = self.factors()
+        return self.scale * (b_OC @ a_CI).detach()
+
+    def energy(self) -> float:
+        """The Frobenius norm of s·BA, from the thin factors: ‖BA‖² = tr(BᵀB · AAᵀ)."""
+        a, b = (factor.detach().double() for factor in self.factors())
+        return self.scale * math.sqrt(max(0.0, ((b.T @ b) * (a @ a.T)).sum().item()))

@@ -1,0 +1,106 @@
+"""What a variant is: a file in this folder with these names.
+
+has_components = True
+    False: everything of the base model trains; rank and pruning do not apply, and the names below are not needed.
+
+takes = ("alpha", "dropout", ...)
+    Which of the settings alpha, dropout, penalty, freeze_a and lora_plus_ratio mean something here; the others are
+    refused where they are given.
+
+Layer
+    A class under `ComponentLinear`. By what it overrides it says how components are used:
+    widths      numbers that one component holds, by default d_in and d_out
+    most        components that a layer may begin with
+    start       initial values
+    factors     A and B of the update s·BA, made of the leaves; enough for whatever is a LoRA in the end
+    update      what a layer adds, where that is not s·BA times the inputs
+    turns       False where the update is no function of BA alone
+    ranked, begin_step, penalty, settle_gradient, after_update
+                what else happens in training
+
+starts = ("orthogonal", ...)
+    Optional: the values of `adapter.init_weights` that it takes besides `default`, all of which write whole factors
+    into the leaves.
+
+in_modules_only = True
+    Optional: PEFT reads what `saved` gives as a target module only, and not as a target
+    parameter (models/peft_types.py).
+
+attach(model, targets, start, recipe) -> Pool
+    Puts layers on a frozen model; the model's output stays the same, or the file says that it does not. `put` does
+    the work.
+
+saved(pool, config) -> (config, tensors)
+    Optional: adapter_config.json and the tensors, from those of a plain LoRA. Without it the factors are saved as
+    the plain LoRA that they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from torch import nn
+
+from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.pruning.control import Start
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
+
+DEFAULT_SCALE = 2.0  # measured at ranks 1 and 4: scripts/bench/NOTES.md
+
+
+class Variant(Protocol):
+    """The shape of a variant's module."""
+
+    has_components: bool
+    takes: tuple[str, ...]
+    Layer: type[ComponentLinear]
+
+    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+        """Put components on the target layers of a frozen model, in place."""
+
+
+def scale_of(options: Adapter, rank: float) -> float:
+    """s, from the recipe's `scaling` and `alpha`."""
+    if options.alpha == "auto":
+        return DEFAULT_SCALE
+    return options.alpha / (math.sqrt(rank) if options.scaling == "rslora" else rank)
+
+
+def penalty_weight(recipe: Recipe, default: float) -> float:
+    """The weight of a variant's own penalty: `adapter.penalty`, or its default."""
+    return default if recipe.adapter.penalty == "auto" else recipe.adapter.penalty
+
+
+def put(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    start: Start,
+    recipe: Recipe,
+    make: Callable[[nn.Module, float, float], ComponentLinear],
+) -> Pool:
+    """Replace every target by a layer that holds it, and give all layers their components.
+
+    Args:
+        model: frozen; changed in place.
+        targets: linear layers by name.
+        start: components of each.
+        recipe: of the run.
+        make: a layer from (base, s, dropout), such as a class under `ComponentLinear`.
+    """
+    options, scale = recipe.adapter, scale_of(recipe.adapter, start.average_rank)
+    layers = {}
+    for name, base in targets.items():
+        parent, _, leaf = name.rpartition(".")
+        layers[name] = make(base, scale, options.dropout)
+        setattr(model.get_submodule(parent), leaf, layers[name])
+    pool = Pool(layers, start.counts, seed=recipe.seed, device=next(model.parameters()).device)
+    pool.cast_with(model)
+    if options.freeze_a:
+        pool.freeze_a()
+    return pool

@@ -1,0 +1,1 @@
+"""Adapters into a base, and several adapters into one."""

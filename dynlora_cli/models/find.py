@@ -1,0 +1,103 @@
+"""Where a model's files are on this machine: built in, in a folder, or in the cache of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.files.foreign import WEIGHT_FILES, IndexForm, fits, inside, read_object, refuse_links
+from dynlora_cli.plugins import did_you_mean
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.sections import Model
+
+BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "assets" / "builtin_tiny"}
+# What a model needs to run; no pickles, and no weights of other frameworks.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def find_model(options: Model) -> tuple[Path, str]:
+    """The model's local folder, and how an adapter should name it.
+
+    Raises:
+        UsageError: a local folder that holds no model, or an unknown built-in one.
+        MachineError: a hub id that is neither cached nor reachable.
+    """
+    name = options.name_or_path
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise UsageError(
+                f"model.name_or_path: no built-in model {name!r}{did_you_mean(name, BUILTIN)}",
+                f"there is: {', '.join(BUILTIN)}",
+            )
+        return BUILTIN[name], str(BUILTIN[name])
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout"
+            )
+        _refuse_unsafe(folder)
+        return folder.resolve(), str(folder.resolve())
+    if folder.exists() or not is_hub_name(name):
+        raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
+    return _from_hub(name, options.revision), name
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is one on the hub: neither built in nor a folder, be it a missing one."""
+    like_a_path = name.startswith(("builtin:", ".", "/", "~")) or name.count("/") > 1
+    return not like_a_path and not Path(name).exists()
+
+
+def quantization_of(folder: Path) -> str | None:
+    """The method by which a model folder's weights are stored quantized, such as "bitsandbytes"; None: they are not."""
+    config = folder / "config.json"
+    stored = read_object(config).get("quantization_config") if config.is_file() else None
+    return str(stored.get("quant_method") or "unknown") if isinstance(stored, dict) else None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a model folder comes with a chat template, found without loading it."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_object(config).get("chat_template"))
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether a model folder's config says that an encoder reads and a decoder writes."""
+    return read_object(folder / "config.json").get("is_encoder_decoder") is True
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    """Check that a model folder names nothing outside itself.
+
+    Raises:
+        UsageError: a link or an index that leaves it, or an adapter, in whose place the library would load another
+            model, from wherever that adapter says.
+    """
+    refuse_links(folder, besides=WEIGHT_FILES)
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{folder} holds an adapter_config.json beside its config.json: another model would be loaded in its place",
+            "name a folder that holds a model alone",
+        )
+    for index in folder.glob("*.index.json"):
+        for name in fits(IndexForm, read_object(index), index).files:
+            inside(folder, name, index)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """The local snapshot of a hub model, fetched if need be and allowed."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise MachineError(
+            f"model {name!r} is neither a local folder nor to be had from the hub: {first_line}",
+            "check the name, or fetch it where there is a network and give its folder: --set model.name_or_path=FOLDER",
+        ) from None

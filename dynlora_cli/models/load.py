@@ -1,0 +1,360 @@
+"""The base model: load it, plain or quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dynlora_cli.config.strict_yaml import show
+from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.files.foreign import WEIGHT_FILES, read_object, refuse_links
+from dynlora_cli.models.find import find_model
+from dynlora_cli.models.heads import class_names, renew, same_classes
+from dynlora_cli.models.layout import Layout
+from dynlora_cli.models.targets import inside
+from dynlora_cli.models.weights import Weights
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.sections import Model
+
+# What transformers calls the output layer of a classifier, and PEFT with it.
+ASKS_FOR_TRUST = "trust_remote_code=True"  # in transformers' errors
+HEAD_NAMES = ("classifier", "score")
+FIXED_LENGTHS = {"reformer"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Base:
+    """A frozen base model with its tokenizer.
+
+    Attributes:
+        model: all parameters frozen, except a classifier's `whole` modules.
+        tokenizer: the model's own.
+        folder: the local files.
+        reference: what `base_model_name_or_path` of the adapter should be: a folder, or a hub id.
+        dtype: of the weights and, below fp32, of autocast.
+        head: name of the classifier head, or None.
+        new_head: the head is not the checkpoint's own but a new, random one.
+        whole: modules that are trained and saved whole: the head, and what else of a classifier its checkpoint lacks.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    reference: str
+    dtype: torch.dtype
+    head: str | None
+    new_head: bool = False
+    whole: tuple[str, ...] = ()
+
+
+def load_base(
+    options: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device,
+    labels: list[str] | None,
+    seed: int,
+    computes: torch.device | None = None,
+) -> Base:
+    """Load the model and freeze its weights.
+
+    Args:
+        options: the recipe's `model` section.
+        tokenizer: the model's own.
+        device: where the weights go; "meta": structure only, no weights.
+        labels: class names of a classification task.
+        seed: of a new classifier head.
+        computes: the device it will compute on, where that is another; decides what `dtype: auto` is.
+
+    Raises:
+        UsageError, MachineError: the model cannot be loaded; the message says why.
+    """
+    folder, reference = find_model(options)
+    if any(folder.glob("*.bin")):
+        Weights(folder)  # what merging could not read later is not trained on
+    dtype = resolve_dtype(options.dtype, computes or device)
+    structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
+    head, new, whole = _whole(structure, folder) if structure is not None and labels else (None, False, ())
+    others = labels and head and not new and not same_classes(labels, class_names(_config(options, folder, None)))
+    torch.manual_seed(seed)
+    if structure is not None and device.type == "meta":
+        model = structure
+    else:
+        model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
+        if head and others:  # its outputs answer with other classes, or with these in another order
+            renew(model, head)
+    for name, parameter in model.named_parameters():
+        trains = inside(name, whole)
+        parameter.requires_grad_(trains)
+        if trains:
+            parameter.data = parameter.data.float()
+    for part in model.modules():  # an encoder and a decoder may have copies of it
+        settings: Any = getattr(part, "config", None)
+        if hasattr(settings, "use_cache"):
+            settings.use_cache = False
+    for settings in (model.config, model.config.get_text_config()) if labels else ():
+        if getattr(settings, "pad_token_id", None) is None:
+            settings.pad_token_id = tokenizer.pad_token_id
+    return Base(model, tokenizer, folder, reference, dtype, head, new or bool(others), whole)
+
+
+def own_classes(options: Model, folder: Path) -> list[str] | None:
+    """The classes that a checkpoint has a head for, in its order; None where it has no head."""
+    structure = load_structure(options, folder, None)
+    head, new, _ = _whole(structure, folder)
+    return None if head is None or new else class_names(structure.config)
+
+
+def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tuple[str, ...]]:
+    """Of a classifier: its head, whether its checkpoint lacks that, and all modules that train whole.
+
+    Beside the head, those are the modules on top of the encoder that the checkpoint lacks: they are as random as a new
+    head, and nobody who loads the adapter would get the same numbers again. And whatever has a name that ends like a
+    head's (DistilBERT's pre_classifier): PEFT takes all of them out of the file.
+    """
+    layout = Layout(Weights(folder), model)
+    head = next((name for name in HEAD_NAMES if hasattr(model, name)), None)
+    found = {} if head is None else {head: None}
+    found |= {name: None for name, _ in model.named_modules() if name.endswith(HEAD_NAMES) and not inside(name, found)}
+    lacking = [name for name, _ in model.named_parameters() if layout.find(name) is None]
+    on_top = [name for name in lacking if "pooler" in name or not inside(name, [model.base_model_prefix])]
+    for name in on_top:
+        if not inside(name, found):
+            found[name.rpartition(".")[0]] = None
+    return head, head is not None and any(inside(name, [head]) for name in lacking), tuple(found)
+
+
+def load_structure(
+    options: Model, folder: Path, labels: list[str] | None, device: str | None = "meta"
+) -> PreTrainedModel:
+    """The model's modules without reading its weights: names and shapes. `device` None: wherever the caller says."""
+    config = _config(options, folder, labels)
+    try:
+        with torch.device(device) if device else nullcontext():
+            return _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the library makes of somebody else's numbers
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
+        reason = str(error).partition("\nModel type should be")[0]  # without the names of all other models
+        raise UsageError(f"{folder / 'config.json'} makes no model for {options.task}: {reason}") from None
+
+
+def context_length(folder: Path) -> int | None:
+    """The longest input a model knows, in tokens; None where its config does not say."""
+    config = read_object(folder / "config.json")
+    if isinstance(config.get("text_config"), dict):  # of a model of images and text
+        config = {**config, **config["text_config"]}
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(positions, float) and positions.is_integer():
+        positions = int(positions)  # as some configs of audio models write it
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise UsageError(f"{folder / 'config.json'} is damaged: its number of positions is {show(positions)}")
+    return positions - _kept_for_padding(folder, positions) if positions else None
+
+
+def refuse_fixed_lengths(folder: Path) -> None:
+    """Refuse a model that trains on texts of one length alone; batches here are as long as their longest row.
+
+    Raises:
+        UsageError: it is such a model.
+    """
+    if (kind := read_object(folder / "config.json").get("model_type")) in FIXED_LENGTHS:
+        raise UsageError(
+            f"{folder} is a model of type {kind}, which trains only on texts that fill its positions or its chunks "
+            "exactly; such models are not supported",
+            "name a model of another type as model.name_or_path",
+        )
+
+
+@lru_cache(maxsize=8)
+def table_rows(folder: Path) -> int | None:
+    """Tokens that a model has rows for, by its config; None where that does not say."""
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    except Exception:  # whatever is wrong with the folder is told when the model is loaded
+        return None
+    return size if type(size) is int and size > 0 else None
+
+
+@lru_cache(maxsize=8)
+def _kept_for_padding(folder: Path, positions: int) -> int:
+    """Rows of a table of positions that no token of a text gets.
+
+    RoBERTa and its kin number positions from the row after that of padding on, and their config counts all rows. Such
+    a table has a row for padding; BERT's has none. Only masked language models are like that: no others are built.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+            return 0
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+    except Exception:  # whatever is wrong with the folder is told when the model is loaded
+        return 0
+    named = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    tables = (module for module in named if hasattr(module, "padding_idx"))  # Reformer's, made of two, has none
+    padding = (table.padding_idx for table in tables if table.weight.shape[0] == positions)
+    return next((row + 1 for row in padding if row is not None), 0)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a pad token.
+
+    Raises:
+        UsageError: the folder has no tokenizer that loads.
+    """
+    refuse_links(folder, besides=WEIGHT_FILES)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the library makes of somebody else's files
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
+        raise UsageError(f"no tokenizer loads from {folder}: {error}", "put tokenizer.json beside the model") from None
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by position, never by id, so sharing the end-of-text token does no harm.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def refuse_code(folder: Path, options: Model, *, trained_with_it: bool = False) -> None:
+    """Refuse a model that is made of Python code of its own, unless the person trusts it.
+
+    Args:
+        folder: of the model.
+        options: say whether it is trusted.
+        trained_with_it: the record of a run says that it was trusted in training.
+
+    Raises:
+        UsageError: it has such code, it cannot do without, and nobody trusts it.
+    """
+    config = read_object(folder / "config.json")
+    if options.trust_remote_code or not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
+        return
+    raise needs_trust(folder, trained_with_it=trained_with_it)
+
+
+def needs_trust(folder: Path, *, trained_with_it: bool = False) -> UsageError:
+    """The error of a model whose code nobody trusts."""
+    again = "; the run was trained with it, which its folder cannot decide again" if trained_with_it else ""
+    return UsageError(
+        f"the model in {folder} is made of Python code of its own, which was not run{again}",
+        "if you trust whoever made it: model.trust_remote_code: true in the recipe of `dynlora train`, "
+        "and --trust-remote-code for merge, eval, export and prune",
+    )
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is fp32 on the CPU and bf16 on a GPU that computes in it.
+
+    Raises:
+        MachineError: the device cannot train in that type.
+    """
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bf16 else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise MachineError("model.dtype: float16 does not train on a CPU", "use float32 or bfloat16")
+    return DTYPES[name]
+
+
+def _config(options: Model, folder: Path, labels: list[str] | None) -> transformers.PretrainedConfig:
+    more: dict[str, Any] = {}
+    if labels:
+        more = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code, **more)
+    except Exception as error:  # whatever the library makes of somebody else's file
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
+        raise UsageError(f"{folder / 'config.json'} cannot be read: {error}") from None
+
+
+def _auto(options: Model, config: transformers.PretrainedConfig) -> Any:
+    """The class that makes the model; a vision-language model is a causal language model with more around it."""
+    return {
+        "causal-lm": transformers.AutoModelForImageTextToText if sees(config) else transformers.AutoModelForCausalLM,
+        "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+    }[options.task]
+
+
+def sees(config: transformers.PretrainedConfig) -> bool:
+    """Whether transformers knows a model as one of images and text, and not as a causal language model."""
+    known_as_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return images and not known_as_text and not config.is_encoder_decoder
+
+
+def _from_pretrained(
+    options: Model,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: Sequence[str],
+) -> PreTrainedModel:
+    """The model with its weights; only modules that train whole may be new, and they are never quantized."""
+    auto = _auto(options, config)
+    arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    arguments["ignore_mismatched_sizes"] = bool(whole)  # a head for another number of classes; looked at below
+    if options.attn_implementation:
+        arguments["attn_implementation"] = options.attn_implementation
+    if options.load_in_4bit or options.load_in_8bit:
+        arguments["quantization_config"] = _quantization(options, dtype, whole)
+        arguments["device_map"] = {"": device}
+    try:
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the library makes of somebody else's files
+        if ASKS_FOR_TRUST in str(error):
+            raise needs_trust(folder) from None
+        reason = str(error).partition("\nModel type should be")[0]  # without the names of all other models
+        two = options.task == "causal-lm" and config.is_encoder_decoder
+        raise UsageError(
+            f"the model in {folder} does not load as {options.task}: {reason}",
+            "it is an encoder with a decoder: set model.task: seq2seq-lm" if two else None,
+        ) from None
+    mismatched = [key[0] for key in info["mismatched_keys"]]
+    missing = sorted(name for name in {*info["missing_keys"], *mismatched} if not inside(name, whole))
+    if missing:
+        raise UsageError(
+            f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
+            "the files are incomplete or of another architecture",
+        )
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks a 4-bit weight for inference at the first evaluation, and there is no way
+        # back to training; some shapes even fail.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model if "device_map" in arguments else model.to(device)
+
+
+def _quantization(options: Model, dtype: torch.dtype, whole: Sequence[str]) -> transformers.BitsAndBytesConfig:
+    kept = list(whole) or None  # None: transformers keeps the output layer
+    if options.load_in_8bit:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )

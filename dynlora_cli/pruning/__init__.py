@@ -1,0 +1,1 @@
+"""Which components live: when, how many, and by which score."""

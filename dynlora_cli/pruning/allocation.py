@@ -1,0 +1,50 @@
+"""How the components of the start are shared out among the layers before training.
+
+share_out      counts, from what each further component of a layer is worth
+in_proportion  that worth, where all that is known is a weight of each layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from dynlora_cli.pruning.control import Start
+
+
+def share_out(worth: Mapping[str, Sequence[float]], costs: Mapping[str, int], parameters: int) -> dict[str, int]:
+    """The most worthy components over all layers that fit into so many numbers.
+
+    Args:
+        worth: of the first, second, ... component of every layer, never rising; as many as it may have.
+        costs: numbers of one component of each layer.
+        parameters: at least one component of every layer.
+
+    Returns:
+        Components of each layer, at least 1.
+    """
+    counts = dict.fromkeys(worth, 1)
+    left = parameters - sum(costs.values())
+    order = [(-value, place, name) for name, row in worth.items() for place, value in enumerate(row) if place]
+    for _, _, name in sorted(order, key=lambda item: item[:2]):  # where two are equal, layers get theirs in turn
+        if costs[name] <= left:
+            counts[name] += 1
+            left -= costs[name]
+    return counts
+
+
+def in_proportion(weights: Mapping[str, float], most: Mapping[str, int]) -> dict[str, list[float]]:
+    """Worth for `share_out` by which a layer gets components in proportion to its weight (Sainte-Laguë's divisors).
+
+    Args:
+        weights: of each layer, not negative.
+        most: components that each layer may have.
+    """
+    return {name: [weight / (place + 0.5) for place in range(most[name])] for name, weight in weights.items()}
+
+
+def with_counts(start: Start, counts: Mapping[str, int], costs: Mapping[str, int]) -> Start:
+    """The same start with other components; its budget stays."""
+    parameters = sum(counts[name] * cost for name, cost in costs.items())
+    average = start.average_rank * parameters / start.parameters if start.open else start.average_rank
+    return replace(start, counts=dict(counts), parameters=parameters, average_rank=average)

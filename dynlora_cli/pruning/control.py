@@ -1,0 +1,351 @@
+"""Rank control: one budget for all layers, met by removing components while training.
+
+    plan_start    how many components each layer begins with
+    select_K      which components an event keeps: one threshold over the whole pool
+    shrink, swap  the only code that changes module, parameter group and moments; all three together
+    RankControl   observe after backward, apply after the optimizer's step
+
+Dimensions: K components of the pool, P numbers of the pool (see lora/layer.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.svd_basis import to_svd_basis
+from dynlora_cli.pruning.schedule import Schedule
+from dynlora_cli.pruning.signals import EntryAverages, GateGradients
+from dynlora_cli.training.optimizers import read_moments, write_moments
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.budget import Budget
+    from dynlora_cli.pruning.policy import Policy
+    from dynlora_cli.pruning.stopping import Brake
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins and where it has to end.
+
+    Attributes:
+        counts: components of each layer at the start.
+        parameters: numbers they hold.
+        budget: numbers that may be alive at the end.
+        average_rank: the budget, or where it is open the start, as an average rank: numbers / Σ(d_in + d_out).
+        open: the budget is only a floor, and the run decides where to stop (`rank.budget: auto`).
+    """
+
+    counts: dict[str, int]
+    parameters: int
+    budget: int
+    average_rank: float
+    open: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        """The budget that the run was given; None where it finds its own."""
+        return None if self.open else self.budget
+
+    def rank_of(self, parameters: int) -> float:
+        """A number of parameters as an average rank."""
+        return self.average_rank * parameters / (self.parameters if self.open else self.budget)
+
+
+def plan_start(
+    shapes: Mapping[str, tuple[int, int]],
+    budget: Budget,
+    init: int | str,
+    kind: type[ComponentLinear] = ComponentLinear,
+) -> Start:
+    """Resolve `rank.budget` and `rank.init` for the layers at hand.
+
+    Args:
+        shapes: (d_in, d_out) of every layer.
+        kind: of the layers, which says how many numbers a component has.
+        budget: kind "rank" (an average), "share" (of the start), "parameters" or "auto" (down to a quarter of a rank).
+        init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share or
+            auto.
+            Never above half of min(d_in, d_out), where the kind has no other limit.
+
+    Raises:
+        UsageError: the budget is smaller than one component.
+    """
+    costs = {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}
+    per_rank = sum(costs.values()) // kind.terms
+    asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
+    if init == "auto":
+        init = 32 // kind.terms if asked is None else max(1, math.ceil(2 * asked / sum(costs.values())))
+    counts = {name: min(int(init), kind.most(*shape)) for name, shape in shapes.items()}
+    parameters = sum(counts[name] * cost for name, cost in costs.items())
+    largest = max(costs.values())
+    if budget.kind == "auto":
+        floor = max(largest, math.floor(budget.value * per_rank))
+        return Start(counts, parameters, floor, parameters / per_rank, open=True)
+    limit = math.floor(budget.value * parameters if asked is None else asked)
+    if limit < largest:
+        raise UsageError(
+            f"rank.budget allows {limit:,} parameters, but one component of the target layers has up to {largest:,}",
+            "raise rank.budget, or choose smaller layers in adapter.target_modules",
+        )
+    return Start(counts, parameters, limit, limit / per_rank)
+
+
+def select_K(scores_K: Tensor, costs_K: Tensor, layers_K: Tensor, target: int, *, capped: bool) -> tuple[Tensor, float]:
+    """Choose the components to keep: the best by one threshold over the whole pool.
+
+    Args:
+        scores_K: higher is better.
+        costs_K: numbers of each component.
+        layers_K: index of each component's layer.
+        target: numbers that may stay.
+        capped: of a layer with k components at most max(1, ceil(k/4)) go; the target may then be missed.
+
+    Returns:
+        keep_K (boolean) and the highest score that was removed (-inf if none). The best component
+        always stays. Where scores are equal, layers lose their last components alike.
+    """
+    scores, costs, layers = scores_K.double().cpu(), costs_K.cpu(), layers_K.cpu()
+    counts = layers.bincount()
+    first_of_layer = counts.cumsum(0) - counts
+    position = torch.arange(len(scores)) - first_of_layer[layers]
+    # Stable sorts, least important key first: worst score first, ties by position from the back.
+    order = position.argsort(descending=True, stable=True)
+    order = order[scores[order].argsort(stable=True)]
+    if capped:
+        by_layer = order[layers[order].argsort(stable=True)]
+        place = torch.empty_like(order)
+        place[by_layer] = torch.arange(len(scores)) - first_of_layer[layers[by_layer]]
+        may_go = place < ((counts + 3) // 4)[layers]
+        order = order[may_go[order]]
+    excess = int(costs.sum()) - target
+    gone_before = costs[order].cumsum(0) - costs[order]
+    removed = order[gone_before < excess]
+    keep = torch.ones(len(scores), dtype=torch.bool)
+    keep[removed] = False
+    if not keep.any():
+        keep[order[-1]] = True
+    threshold = scores[~keep].max().item() if not keep.all() else -math.inf
+    return keep.to(scores_K.device), threshold
+
+
+def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None:
+    """Remove components for good: from the layers, the gradients, the parameter group and the optimizer's moments.
+
+    New tensors are made and swapped in together. (Shrinking `.data` breaks a later backward; replacing only the
+    module's parameter leaves the optimizer training the old one; a zeroed component comes back through momentum.)
+
+    Raises:
+        DynloraError: an autograd graph through the old tensors is alive.
+    """
+    pool.refuse_live_graphs()
+    old = pool.values
+    keep_P = pool.numbers_P(keep_K)
+    per_layer = keep_K.cpu().split(list(pool.counts.values()))
+    counts = dict(zip(pool.counts, (int(keep_C.sum()) for keep_C in per_layer), strict=True))
+    moments = {key: value[keep_P] for key, value in read_moments(optimizer, old).items()}
+    left = [layer.survivors_C[keep] for layer, keep in zip(pool.layers.values(), per_layer, strict=True)]
+    swap(pool, optimizer, old.detach()[keep_P], counts, moments)
+    pool.survive(left)
+
+
+def swap(
+    pool: Pool,
+    optimizer: torch.optim.Optimizer,
+    values_P: Tensor,
+    counts: Mapping[str, int],
+    moments_P: Mapping[str, Tensor],
+) -> None:
+    """Put other numbers in the place of the pool's: in the layers, the parameter group and the optimizer's moments.
+
+    Raises:
+        DynloraError: an autograd graph through the old tensors is alive.
+    """
+    old = pool.values
+    pool.adopt(values_P, counts)
+    write_moments(optimizer, pool.values, moments_P, replaces=old)
+    for group in optimizer.param_groups:
+        group["params"] = [pool.values if parameter is old else parameter for parameter in group["params"]]
+
+
+class RankControl:
+    """Meets the budget on schedule: `observe` after every backward, `apply` after every optimizer step.
+
+    Args:
+        pool: the components.
+        optimizer: steps `pool.values`.
+        policy: a file of the drawer policies/; scores the components.
+        schedule: when and how far.
+        seed: of the policy's random numbers.
+        gauge: turn the components into their SVD basis after each event.
+        lr_coupling: exponent of (parameters at the start / alive) in `rate_factor`.
+        probe: the loss on a few fixed rows, measured before and after each event; None: not measured.
+        brake: may refuse events; None: the schedule is met.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        optimizer: torch.optim.Optimizer,
+        policy: Policy,
+        schedule: Schedule,
+        *,
+        seed: int = 0,
+        gauge: bool = True,
+        lr_coupling: float = 0.0,
+        probe: Callable[[], float] | None = None,
+        brake: Brake | None = None,
+    ) -> None:
+        self.pool, self.optimizer, self.policy, self.schedule = pool, optimizer, policy, schedule
+        self.gauge, self.lr_coupling, self.probe, self.brake = gauge, lr_coupling, probe, brake
+        self.start_parameters = pool.parameters
+        self.gradients = GateGradients()
+        self.entries = EntryAverages() if policy.needs == "entries" else None
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def rate_factor(self) -> float:
+        """What the learning rate is multiplied by: with s constant, the best rate rises as components go."""
+        return (self.start_parameters / self.pool.parameters) ** self.lr_coupling
+
+    @property
+    def budget_met(self) -> bool:
+        """Whether no further component will go."""
+        if self.brake and self.brake.ended:
+            return True
+        return not self.schedule.steps or self.pool.parameters <= self.schedule.targets[-1]
+
+    def next_change(self, step: int) -> float:
+        """The optimizer step, from `step` on, after which components may go; infinite where none will."""
+        if self.brake and self.brake.ended:
+            return math.inf
+        return min((at for at in self.schedule.steps if at >= step), default=math.inf)
+
+    def observe(self, step: int, targets: float = 1.0) -> None:
+        """Look at the gradient of optimizer step `step` (from 1): accumulated, normalised, reduced, not yet clipped.
+
+        Args:
+            targets: supervised tokens (or rows) that the gradient is the mean of.
+        """
+        if self.schedule.begin < step <= self.schedule.last and not (self.brake and self.brake.ended):
+            self.gradients.observe(self.pool.gate_gradient_K(), targets)
+            if self.entries:
+                self.entries.observe(self.pool)
+
+    def apply(self, step: int) -> dict[str, Any] | None:
+        """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
+        started = time.perf_counter()
+        if self.brake and self.brake.ended:
+            return None
+        if step in self.schedule.steps:
+            event = self._prune(step, self._target(step))
+        elif self.schedule.steps and step == self.schedule.begin and self.gauge and self._turn():
+            event = {"event": "gauge"}  # the scores are collected in this basis from here on
+        else:
+            return None
+        alive = {
+            "components": self.pool.components,
+            "parameters": self.pool.parameters,
+            "ranks": dict(self.pool.counts),
+        }
+        return {**event, "step": step, **alive, "seconds": time.perf_counter() - started}
+
+    def _target(self, step: int) -> int:
+        """Numbers that may be alive after the event of this step."""
+        floor = self.schedule.targets[-1]
+        if self.brake is None:
+            return self.schedule.targets[self.schedule.steps.index(step)]
+        # The same share at every event, of what is alive; after a refusal half of it.
+        gone = 1 - (floor / self.start_parameters) ** (1 / len(self.schedule.steps))
+        return max(floor, math.floor((1 - gone / (1 + self.brake.refused)) * self.pool.parameters))
+
+    def _turn(self) -> int:
+        """Turn into the SVD basis; averages of the old one mean nothing any more."""
+        turned = to_svd_basis(self.pool, self.optimizer)
+        if turned:
+            self.gradients.restart()
+            if self.entries:
+                self.entries.restart()
+        return turned
+
+    def scores_K(self) -> Tensor:
+        """What the policy thinks of the components now. [K]"""
+        return self.policy.scores(self.pool, self.entries or self.gradients, self.generator)
+
+    def _prune(self, step: int, target: int) -> dict[str, Any]:
+        pool = self.pool
+        event: dict[str, Any] = {
+            "event": "prune",
+            "target_parameters": target,
+            "components_before": pool.components,
+            "parameters_before": pool.parameters,
+        }
+        counts, loss = dict(pool.counts), self.probe() if self.probe else None
+        if self.gauge and self.policy.needs == "values":
+            self._turn()
+        scores_K = pool.ranked(self.scores_K())
+        # The cap guards against one noisy event that empties a layer; a brake measures it.
+        capped = step != self.schedule.last and self.brake is None
+        keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
+        if self.brake and not self._allowed(step, keep_K, event):
+            return event
+        event["predicted_loss_change"] = self.gradients.predicted_loss_change(~keep_K, pool)
+        if self.entries:
+            self.entries.select(pool.numbers_P(keep_K))
+        shrink(pool, self.optimizer, keep_K)
+        self.gradients.select(keep_K)
+        if self.gauge:
+            self._turn()
+        event["removed"] = {name: n - pool.counts[name] for name, n in counts.items() if n > pool.counts[name]}
+        if self.brake is None:
+            event["measured_loss_change"] = None if loss is None or self.probe is None else self.probe() - loss
+        return event
+
+    def _allowed(self, step: int, keep_K: Tensor, event: dict[str, Any]) -> bool:
+        """Whether the brake lets the other components go; what it saw is put into the event."""
+        assert self.brake is not None
+        before = self.brake.measure()
+        with self.pool.masked(keep_K):
+            after = self.brake.measure()
+        allowed, change = self.brake.allows(before, after)
+        self.brake.ended |= step == self.schedule.last
+        event |= {"event": "prune" if allowed else "refused", "ended": self.brake.ended}
+        event["held_out_loss"], event["measured_loss_change"] = before.loss, change
+        return allowed
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages and the generator, for a checkpoint; tensors only."""
+        averages = {f"gradients.{key}": value for key, value in self.gradients.state_dict().items()}
+        entries = self.entries.state_dict() if self.entries else {}
+        return {
+            **averages,
+            **{f"entries.{key}": value for key, value in entries.items()},
+            "generator": self.generator.get_state(),
+            "start_parameters": torch.tensor(self.start_parameters),
+            "survivors": torch.cat([layer.survivors_C for layer in self.pool.layers.values()]),
+            "brake": torch.tensor(self.brake.state() if self.brake else (0.0, 0.0, 0.0), dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict`; the pool must hold the same components."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+        self.gradients.load_state_dict(part("gradients."))
+        if self.entries:
+            self.entries.load_state_dict(part("entries."))
+        self.generator.set_state(state["generator"])
+        self.start_parameters = int(state["start_parameters"])
+        self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))
+        if self.brake:
+            self.brake.go_on(*state["brake"].tolist())

@@ -1,0 +1,117 @@
+"""What flows through the layers, seen through their components: covariances of k x k, never of the layer's size.
+
+    Covariances    collects E[h hᵀ], h = A x, and E[z zᵀ], z = Bᵀ dL/dy, of every layer
+    turn           the components that fit them, most important first
+    Energies       what each of them means to the loss
+
+Removing a part D of an update changes the layer's output by D x, and the loss, to second order and with the Fisher
+information for the curvature, by ½ E(dL/dyᵀ D x)². With the two factors taken as independent (K-FAC, Martens and Grosse
+2015, arXiv 1503.05671) that is ½ ‖Γ^½ D C^½‖², C = E[x xᵀ], Γ = E[dL/dy dL/dyᵀ]. So the components to keep are the
+largest singular directions of Γ^½ B A C^½; and since A C Aᵀ = E[h hᵀ] =: G and Bᵀ Γ B = E[z zᵀ] =: P,
+
+    P^½ G^½ = U S Vᵀ       B' = B P^-½ U S       A' = Vᵀ G^-½ A       B' A' = B A
+
+Dimensions: C components of a layer, K of the pool, I inputs, O outputs, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.pool import Pool
+
+# Directions in which nothing flows are kept apart from division by zero.
+SMALLEST = 1e-12
+
+
+@dataclass
+class Energies:
+    """The squared singular value of every component, ‖Γ^½ b_i a_iᵀ C^½‖². [K]"""
+
+    energies_K: Tensor
+
+
+class Covariances:
+    """Sums h hᵀ and z zᵀ over the tokens that pass through each layer, forward and backward.
+
+    Attributes:
+        mask: which tokens of the batch in hand are real, [B, T]; None: all.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.mask: Tensor | None = None
+        zeros = partial(torch.zeros, dtype=torch.float64, device=pool.values.device)
+        self._inputs = {name: zeros(count, count) for name, count in pool.counts.items()}
+        self._outputs = {name: zeros(count, count) for name, count in pool.counts.items()}
+        self._tokens = dict.fromkeys(pool.counts, 0)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at all layers inside the block."""
+        handles = [layer.register_forward_hook(partial(self._look, name)) for name, layer in self.pool.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+        assert isinstance(layer, ComponentLinear)
+        x_NI = self._real(inputs[0].detach())
+        with torch.autocast(x_NI.device.type, enabled=False):
+            h_NC = (x_NI.to(layer.a_CI.dtype) @ layer.a_CI.detach().T).double()
+        self._inputs[name] += h_NC.T @ h_NC
+        self._tokens[name] += len(h_NC)
+        y.register_hook(partial(self._look_back, name, layer))
+
+    def _look_back(self, name: str, layer: ComponentLinear, gradient: Tensor) -> None:
+        b_OC = layer.scale * layer.b_OC.detach()
+        z_NC = (self._real(gradient).to(b_OC.dtype) @ b_OC).double()
+        self._outputs[name] += z_NC.T @ z_NC
+
+    def _real(self, x: Tensor) -> Tensor:
+        """The vectors of real tokens, [N, ...]."""
+        if self.mask is not None and self.mask.shape == x.shape[:-1]:
+            return x[self.mask]
+        return x.reshape(-1, x.shape[-1])
+
+    def mean(self, name: str) -> tuple[Tensor, Tensor]:
+        """E[h hᵀ] and E[z zᵀ] of a layer. [C, C], fp64"""
+        tokens = max(1, self._tokens[name])
+        return self._inputs[name] / tokens, self._outputs[name] / tokens
+
+
+def turn(a_CI: Tensor, b_OC: Tensor, inputs_CC: Tensor, outputs_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same update as components that are best for what flows through the layer.
+
+    Args:
+        a_CI, b_OC: of the layer.
+        inputs_CC: E[h hᵀ], h = A x.
+        outputs_CC: E[z zᵀ], z = Bᵀ dL/dy.
+
+    Returns:
+        a_CI with rows of one length, b_OC, and the energies S², largest first. [C]
+    """
+    a, b = a_CI.double(), b_OC.double()
+    root_g, inverse_g = _roots(inputs_CC)
+    root_p, inverse_p = _roots(outputs_CC)
+    u, s, vh = torch.linalg.svd(root_p @ root_g)
+    rows, columns = vh @ inverse_g @ a, b @ inverse_p @ (u * s)
+    length = (a.norm(dim=1).mean() or 1.0) / rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
+    return (rows * length[:, None]).to(a_CI.dtype), (columns / length).to(b_OC.dtype), s.square()
+
+
+def _roots(covariance_CC: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of a covariance, and its inverse."""
+    values, vectors = torch.linalg.eigh(covariance_CC)
+    root = values.clamp_min(max(values[-1].item(), torch.finfo(values.dtype).tiny) * SMALLEST).sqrt()
+    return vectors * root @ vectors.T, vectors / root @ vectors.T

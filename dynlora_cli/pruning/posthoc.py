@@ -1,0 +1,261 @@
+"""Pruning an adapter that is trained already: put its components in order once, then cut anywhere.
+
+    Order.by_policy    components in the policy's basis, and their scores
+    Order.keep         which of them stay within so many parameters: one threshold over all layers
+    Order.cut          the smaller adapter
+    smallest_within    bisection over the threshold: the smallest adapter whose loss rises by no more than is allowed
+
+Dimensions: K components of all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.attach import attached
+from dynlora_cli.errors import UsageError
+from dynlora_cli.evaluation.held_out_loss import summed_loss
+from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.svd_basis import svd_factors
+from dynlora_cli.pruning.control import plan_start, select_K
+from dynlora_cli.pruning.covariances import Covariances, Energies, turn
+from dynlora_cli.pruning.signals import EntryAverages, GateGradients
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dynlora_cli.config.budget import Budget
+    from dynlora_cli.data.batches import Batch
+
+BISECTIONS = 8
+Observed = GateGradients | EntryAverages | Energies
+Batches = Callable[[], Iterable["Batch"]]
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Order:
+    """An adapter whose components are in the policy's basis, with a score for each.
+
+    Attributes:
+        adapter: computes what the one it was made from computes.
+        scores_K: higher is better; layer by layer, in the adapter's order.
+    """
+
+    adapter: Adapter
+    scores_K: Tensor
+
+    @classmethod
+    def by_policy(
+        cls,
+        adapter: Adapter,
+        policy: ModuleType,
+        model: PreTrainedModel | None,
+        batches: Batches | None,
+        *,
+        autocast: Autocast = nullcontext,
+        seed: int = 0,
+    ) -> Order:
+        """Turn the components into the basis that the policy judges, and score them.
+
+        Args:
+            adapter: trained.
+            policy: a file of the drawer policies/.
+            model: the base, for policies that look at data.
+            batches: gives the rows to look at, anew at each call.
+            autocast: makes the context of the forward pass.
+            seed: of what is random.
+
+        Raises:
+            UsageError: the policy needs data and there is none, or cannot judge this adapter.
+        """
+        if policy.needs == "values":
+            turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
+            observed: Observed = GateGradients()
+            return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
+        if model is None or batches is None:
+            raise UsageError("this policy looks at data, and there is none", "name rows with --data, or use magnitude")
+        if policy.needs == "covariances":
+            if adapter.hira:
+                raise UsageError(
+                    f"{adapter.folder} is a HiRA, through whose factors nothing flows that this policy could look at",
+                    "use --policy fisher or magnitude",
+                )
+            turned, energies = _fit_to_flow(adapter, model, batches, autocast)
+            observed = Energies(energies)
+        else:
+            turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
+            averages = EntryAverages() if policy.needs == "entries" else GateGradients(decay=None)
+            observed = _observed(averages, turned, model, batches, autocast)
+        return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
+
+    @property
+    def costs_K(self) -> Tensor:
+        """Numbers of each component."""
+        return self._per_component([factors.cost for factors in self.adapter.layers.values()])
+
+    def _per_component(self, per_layer: list[int]) -> Tensor:
+        return torch.tensor(per_layer).repeat_interleave(torch.tensor(list(self.adapter.ranks.values())))
+
+    @property
+    def least(self) -> int:
+        """Parameters below which nothing can be cut: one component, or DoRA's one for each magnitude."""
+        costs = [factors.cost for factors in self.adapter.layers.values()]
+        return sum(costs) if self.adapter.dora else max(costs)
+
+    def keep(self, parameters: int) -> tuple[Tensor, float]:
+        """The components that stay where at most `parameters` may, and the highest score that goes. [K], boolean"""
+        layers = self._per_component(list(range(len(self.adapter.layers))))
+        return select_K(self.scores_K, self.costs_K, layers, parameters, capped=False)
+
+    def split(self, of_K: Tensor) -> dict[str, Tensor]:
+        """A tensor over all components, by layer."""
+        return dict(zip(self.adapter.layers, of_K.split(list(self.adapter.ranks.values())), strict=True))
+
+    def cut(self, keep_K: Tensor) -> Adapter:
+        """The adapter with only these components."""
+        layers = {
+            name: replace(self.adapter.layers[name], a_CI=factors.a_CI[kept], b_OC=factors.b_OC[:, kept])
+            for (name, factors), kept in zip(self.adapter.layers.items(), self.split(keep_K).values(), strict=True)
+        }
+        return self.adapter.with_layers(layers)
+
+    def energy_kept(self, keep_K: Tensor) -> float:
+        """‖ΔW'‖² / ‖ΔW‖², summed over layers; exact also in a basis that is not orthogonal."""
+        total = sum(factors.energy() ** 2 for factors in self.adapter.layers.values())
+        lost = sum(factors.energy() ** 2 for factors in self.cut(~keep_K).layers.values())
+        return 1.0 - lost / total if total else 1.0
+
+
+def parameters_of(budget: Budget, adapters: Sequence[Adapter]) -> int:
+    """A budget in parameters; a share is of what the adapters hold, a rank over all layers that training had.
+
+    Raises:
+        UsageError: it allows not even one component of the largest layer.
+    """
+    if budget.kind == "share":
+        return math.floor(budget.value * sum(adapter.parameters for adapter in adapters))
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        recorded = adapter.record.get("layers") or {}
+        shapes |= {name: (layer["d_in"], layer["d_out"]) for name, layer in recorded.items()}
+        shapes |= {name: (f.a_CI.shape[1], f.b_OC.shape[0]) for name, f in adapter.layers.items()}
+    return plan_start(shapes, budget, "auto").budget
+
+
+def _svd_form(factors: Factors) -> Factors:
+    a, b = svd_factors(factors.a_CI, factors.b_OC)
+    return replace(factors, a_CI=a, b_OC=b)
+
+
+def _loose_pool(adapter: Adapter) -> Pool:
+    """The components as a pool without a model around them."""
+    layers = {
+        name: ComponentLinear(nn.Linear(f.a_CI.shape[1], f.b_OC.shape[0], device="meta"), 1.0)
+        for name, f in adapter.layers.items()
+    }
+    pool = Pool(layers, adapter.ranks)
+    with torch.no_grad():
+        for factors, (a, b) in zip(adapter.layers.values(), pool.views(pool.values.detach()), strict=True):
+            a.copy_(factors.a_CI)
+            b.copy_(factors.b_OC)
+    return pool
+
+
+def _scores(policy: ModuleType, pool: Pool, observed: Observed, seed: int, adapter: Adapter) -> Tensor:
+    scores = policy.scores(pool, observed, torch.Generator().manual_seed(seed)).double().cpu()
+    if adapter.dora:  # a magnitude cannot be stored without a component, so each layer's best one stays
+        for part in scores.split(list(adapter.ranks.values())):
+            part[part.argmax()] = math.inf
+    return scores
+
+
+def _refuse_others(adapter: Adapter, pool: Pool) -> None:
+    """Embeddings and routers have components, but none that a backward pass could say something of."""
+    others = [name for name in adapter.layers if name not in pool.layers]
+    if others:
+        raise UsageError(f"{others[0]} is no linear layer, which only --policy magnitude can judge", "use that")
+
+
+def _observed(
+    averages: GateGradients | EntryAverages,
+    adapter: Adapter,
+    model: PreTrainedModel,
+    batches: Batches,
+    autocast: Autocast,
+) -> GateGradients | EntryAverages:
+    """The averages of what the backward passes over the rows say."""
+    with attached(model, adapter) as pool:
+        _refuse_others(adapter, pool)
+        for batch in batches():
+            with autocast():
+                loss = summed_loss(model, batch)
+            loss.backward()  # of the sum: gradients of the mean would be too small for fp16
+            assert pool.values.grad is not None
+            pool.values.grad.div_(batch.supervised)
+            if isinstance(averages, EntryAverages):
+                averages.observe(pool)
+            else:
+                averages.observe(pool.gate_gradient_K().cpu(), batch.supervised)
+            pool.values.grad.zero_()
+            del loss
+    return averages
+
+
+def _fit_to_flow(
+    adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast
+) -> tuple[Adapter, Tensor]:
+    """The components in the basis of what flows through the layers, and their energies. [K]"""
+    with attached(model, adapter) as pool:
+        _refuse_others(adapter, pool)
+        covariances = Covariances(pool)
+        with covariances.watching():
+            for batch in batches():
+                mask = batch.inputs.get("attention_mask")
+                plain = mask is not None and mask.ndim == 2 and not model.config.is_encoder_decoder
+                covariances.mask = mask.bool() if plain and mask is not None else None
+                with autocast():
+                    loss = summed_loss(model, batch)
+                loss.backward()
+    layers, energies = {}, []
+    for name, factors in adapter.layers.items():
+        flow = (covariance.cpu() for covariance in covariances.mean(name))
+        a, b, energy = turn(factors.a_CI, factors.b_OC, *flow)
+        layers[name] = replace(factors, a_CI=a, b_OC=b)
+        energies.append(energy)
+    return adapter.with_layers(layers), torch.cat(energies)
+
+
+def smallest_within(
+    loss_of: Callable[[int], float], least: int, most: int, limit: float, bisections: int = BISECTIONS
+) -> int:
+    """The fewest parameters at which the loss is at most `limit`, by bisection of their logarithm.
+
+    Args:
+        loss_of: measures the loss at so many parameters.
+        least, most: between which to look; at `most` the loss is within the limit.
+        limit: highest loss that is allowed.
+        bisections: measurements at most, beyond the first.
+    """
+    if loss_of(least) <= limit:
+        return least
+    low, high = least, most
+    for _ in range(bisections):
+        middle = round(math.sqrt(low * high))
+        if middle in (low, high):
+            break
+        if loss_of(middle) <= limit:
+            high = middle
+        else:
+            low = middle
+    return high

@@ -1,0 +1,97 @@
+"""What `dynlora prune` leaves: a run folder like that of a training run, with the pruning in its record."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli import __version__
+from dynlora_cli.adapters.adapter import Adapter
+from dynlora_cli.files.whole import write_json
+from dynlora_cli.runs.folder import RECORD
+from dynlora_cli.runs.log import RunLog
+from dynlora_cli.runs.report.write import write_card, write_report
+
+SCHEMA_VERSION = 1
+
+
+def write_record(
+    folder: Path,
+    before: Adapter,
+    after: Adapter,
+    summary: dict[str, Any],
+    curve: list[dict[str, Any]],
+    threshold: float,
+    events: list[dict[str, Any]],
+) -> None:
+    """dynlora.json, rank_events.jsonl, report.html and README.md.
+
+    Args:
+        folder: the new one.
+        before, after: the adapter, as it was and as it is.
+        summary: of the command.
+        curve: loss against size.
+        threshold: highest score that was removed.
+        events: of the loop, where the adapter was trained again after the cut.
+    """
+    old = before.record
+    layers = {
+        name: {
+            "rank": after.ranks.get(name, 0),
+            "importance": after.layers[name].energy() if name in after.layers else 0.0,
+            "d_in": factors.a_CI.shape[1],
+            "d_out": factors.b_OC.shape[0],
+        }
+        for name, factors in before.layers.items()
+    }
+    gone = {name: layer | {"rank": 0, "importance": 0.0} for name, layer in (old.get("layers") or {}).items()}
+    record = {
+        **old,
+        "schema_version": SCHEMA_VERSION,
+        "dynlora_version": __version__,
+        "name": Path(summary["output_dir"]).name,
+        "task": before.task,
+        "variant": "lora" if before.config.get("peft_type") == "VERA" else old.get("variant"),  # read as the LoRA it is
+        "layers": gone | layers,
+        "base_model": old.get("base_model") or {"name_or_path": summary["model"]},
+        "budget": {
+            "parameters": summary["budget_parameters"],
+            "start_parameters": before.parameters,
+        },
+        "prune": {
+            "from": summary["from"],
+            "policy": summary["policy"],
+            "curve": curve,
+            "heal_steps": summary.get("heal_steps", 0),
+        },
+        "trained": old.get("trained") or old.get("summary"),
+        "summary": summary,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_json(folder / RECORD, record)
+    with RunLog(folder) as log:
+        log(_event(before, summary, threshold))
+        for event in events:
+            log(event)
+    write_report(folder)
+    write_card(folder)
+
+
+def _event(before: Adapter, summary: dict[str, Any], threshold: float) -> dict[str, Any]:
+    """The cut, in the form of an event of training."""
+    ranks: dict[str, int] = summary["ranks"]
+    losses = (summary["loss_before"], summary["loss_after"])
+    return {
+        "event": "prune",
+        "step": 0,
+        "target_parameters": summary["budget_parameters"],
+        "components_before": before.components,
+        "parameters_before": before.parameters,
+        "threshold": threshold,
+        "removed": {name: rank - ranks[name] for name, rank in before.ranks.items() if rank > ranks[name]},
+        "measured_loss_change": None if None in losses else losses[1] - losses[0],
+        "components": summary["components"],
+        "parameters": summary["parameters"],
+        "ranks": ranks,
+    }

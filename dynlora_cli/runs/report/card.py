@@ -1,0 +1,198 @@
+"""The model card `README.md`: what the adapter is, what it reached, how to load it and how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynlora_cli.errors import without_secrets
+from dynlora_cli.runs.log import RunRecord, layer_grid
+from dynlora_cli.text import count, counted, duration, number, percent, size
+
+AUTO_CLASS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+
+
+def model_card(record: RunRecord) -> str:
+    """The card of one run as Markdown; what the record lacks is left out."""
+    name = record.info.get("name") or record.folder.resolve().name
+    parts = (_what_it_is(record), _numbers(record), _rank_table(record), _loading(record), _training(record))
+    body = "\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part)
+    # The card goes where others see it: tokens in addresses do not, and one name is no more than one name.
+    return without_secrets(f"{_front_matter(record)}\n{body}\n")
+
+
+def _base(record: RunRecord) -> str:
+    return (record.info.get("base_model") or {}).get("name_or_path") or record.summary.get("model") or "unknown"
+
+
+def _is_full(record: RunRecord) -> bool:
+    """Whether all weights were trained, so that the folder holds a model and no adapter."""
+    return (record.info.get("variant") or record.summary.get("variant")) == "full"
+
+
+def _front_matter(record: RunRecord) -> str:
+    """Metadata in the form that model hubs read."""
+    recipe = record.info.get("recipe") or {}
+    sources = (recipe.get("dataset") or {}).get("train") or []
+    paths = dict.fromkeys(str(source["path"]) for source in sources if source.get("path"))
+    # Hubs link these names; files of this machine mean nothing there.
+    datasets = [path for path in paths if not path.startswith("builtin:") and not Path(path).exists()]
+    library, tags = ("transformers", ["dynlora"]) if _is_full(record) else ("peft", ["lora", "dynlora"])
+    meta: dict[str, Any] = {"base_model": _base(record), "library_name": library, "tags": tags}
+    if datasets:
+        meta["datasets"] = datasets
+    return "---\n" + yaml.safe_dump(meta, sort_keys=False, allow_unicode=True) + "---\n"
+
+
+def _what_it_is(record: RunRecord) -> str:
+    summary, task = record.summary, record.info.get("task") or "causal-lm"
+    if _is_full(record):
+        how = "with all weights fine-tuned by dynlora: the baseline for its adapters."
+        return f"{_code(_base(record))} ({_plain(task)}) {how}"
+    made = "pruned" if record.info.get("prune") and not record.info.get("recipe") else "fine-tuned"
+    text = f"A LoRA adapter for {_code(_base(record))} ({_plain(task)}), {made} with dynlora: "
+    text += "the update is a sum of rank-1 components in one pool"
+    first, last = summary.get("components_start"), summary.get("components")
+    if first is not None and last is not None and last < first:
+        when = "after training" if record.info.get("prune") else "while training under one budget"
+        text += f", pruned {when}, from {count(first)} to {count(last)} of them"
+        text += ". Every layer has the rank that this left it; layers that kept no component are not adapted"
+    text += "."
+    return text + " The files are a plain PEFT LoRA whose scale is exactly 1."
+
+
+def _numbers(record: RunRecord) -> str:
+    """Before and after, as a table."""
+    summary = record.summary
+    two_digits = partial(number, digits=2)
+    rows = [
+        (f"held-out {key}", show(summary.get(f"{key}_before")), show(summary[f"{key}_after"]))
+        for key, show in (("loss", number), ("accuracy", percent), ("perplexity", two_digits))
+        if summary.get(f"{key}_after") is not None
+    ]
+    rows += [
+        (key, count(summary.get(f"{key}_start")), count(summary[key]))
+        for key in ("parameters", "components")
+        if summary.get(key) is not None
+    ]
+    if not rows:
+        return ""
+    table = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in rows)
+    return f"## Results\n\n| | before | after |\n|---|---:|---:|\n{table}\n\n{_cost(summary)}".rstrip()
+
+
+def _cost(summary: dict[str, Any]) -> str:
+    parts = [counted(summary["steps"], "step")] if summary.get("steps") else []
+    if summary.get("seconds") is not None:
+        parts.append(
+            f"{duration(summary['seconds'])} of {'pruning' if summary.get('command') == 'prune' else 'training'}"
+        )
+    if summary.get("budget_parameters"):
+        parts.append(f"a budget of {count(summary['budget_parameters'])} parameters")
+    if summary.get("adapter_bytes"):
+        parts.append(f"{size(summary['adapter_bytes'])} on disk")
+    return f"{', '.join(parts)}. `report.html` has the pictures." if parts else ""
+
+
+def _rank_table(record: RunRecord) -> str:
+    history = record.rank_history()
+    if not history:
+        return ""
+    ranks = history[-1][1]
+    blocks, modules, cells = layer_grid(record.layers)
+    grid = [["block", *(module.removesuffix("_proj") for module in modules)]]
+    for block in blocks:
+        names = [cells.get((block, module)) for module in modules]
+        grid.append([block, *("" if name is None else str(ranks.get(name) or ".") for name in names)])
+    widths = [max(len(row[column]) for row in grid) for column in range(len(modules) + 1)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in grid]
+    return "## Ranks\n\nComponents per layer; a dot is a layer that kept none.\n\n" + _fenced("\n".join(lines), "text")
+
+
+def _loading(record: RunRecord) -> str:
+    info, base = record.info, _base(record)
+    own_class = (info.get("base_model") or {}).get("auto_class")
+    auto_class = own_class or AUTO_CLASS.get(info.get("task") or "causal-lm", "AutoModel")
+    if _is_full(record):
+        code = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained(".")  # this folder'
+        return f"## Load it\n\n{_fenced(code, 'python')}"
+    revision = (info.get("base_model") or {}).get("revision")
+    labels = ((info.get("recipe") or {}).get("model") or {}).get("num_labels")
+    options = f", revision={revision!r}" if revision else ""
+    options += f", num_labels={labels}" if labels else ""
+    # the built-in model is a folder of the installed package, so its place is asked for and not written down
+    builtin = base.startswith("builtin:")
+    place = 'PeftConfig.from_pretrained(".").base_model_name_or_path' if builtin else repr(base)
+    code = f"""from peft import {"PeftConfig, " if builtin else ""}PeftModel
+from transformers import {auto_class}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
+base = {auto_class}.from_pretrained({place}{options})
+model = PeftModel.from_pretrained(base, ".")"""
+    return f"## Load it\n\n{_fenced(code, 'python')}" + _asking(info) + _elsewhere(record)
+
+
+def _elsewhere(record: RunRecord) -> str:
+    """What programs that know one rank make of layers with several, and what to do."""
+    history = record.rank_history()
+    if not history or len({rank for rank in history[-1][1].values() if rank}) < 2:
+        return ""
+    return (
+        "\n\nThe layers' ranks differ. llama.cpp's `convert_lora_to_gguf.py` writes one alpha for all of them, and "
+        "llama.cpp then scales each layer wrongly: convert what `dynlora export --to uniform` writes, or use "
+        "`--to gguf`. SGLang, TGI and LoRAX stack layers: `--to sglang`, `--to tgi`, `--to lorax`. "
+        "vLLM reads this folder as it is."
+    )
+
+
+def _asking(info: dict[str, Any]) -> str:
+    """In which form the model learned to be asked, where it knows two."""
+    turned = (info.get("data") or {}).get("turned")
+    separator = ((info.get("recipe") or {}).get("dataset") or {}).get("separator")
+    if separator and not (isinstance(turned, dict) and any(turned.values())):
+        return f"\n\nAsk it with bare text, and {_code(json.dumps(separator))} behind each prompt: so it was trained."
+    if not isinstance(turned, dict) or not turned:
+        return ""
+    if any(turned.values()):
+        return "\n\nAsk it by turns, through the chat template of this folder's tokenizer: so it was trained."
+    return "\n\nAsk it with bare text, without the tokenizer's chat template: so it was trained."
+
+
+def _training(record: RunRecord) -> str:
+    recipe = record.info.get("recipe_yaml")
+    if not recipe and record.info.get("recipe"):
+        recipe = yaml.safe_dump(record.info["recipe"], sort_keys=False, allow_unicode=True)
+    versions = record.info.get("versions") or {}
+    made_with = ", ".join(_plain(f"{name} {version}") for name, version in versions.items())
+    parts = [_fenced(recipe.rstrip(), "yaml") if recipe else "", f"Made with {made_with}." if made_with else ""]
+    return "\n\n".join(["## How it was trained", *filter(None, parts)]) if any(parts) else ""
+
+
+def _plain(text: object) -> str:
+    """A text on one line in which nothing is markup."""
+    return re.sub(r"([\\`*_\[\]<>|#&~!])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    """A text on one line as code, between more backticks than it holds in a row."""
+    text = " ".join(text.split())
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if longest else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -1,0 +1,112 @@
+"""`dynlora train --dry-run`: what a run would do, found without loading weights and without writing anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from dynlora_cli import plugins
+from dynlora_cli.config.load import to_yaml
+from dynlora_cli.data.example_view import show_example
+from dynlora_cli.data.load import Data
+from dynlora_cli.lora.layer import linear_shape
+from dynlora_cli.models.load import Base, resolve_dtype
+from dynlora_cli.pruning.control import Start
+from dynlora_cli.pruning.schedule import Schedule
+from dynlora_cli.training.memory_estimate import measure
+from dynlora_cli.training.rate_search import rate_share
+from dynlora_cli.training.setup import (
+    attach,
+    keep_libraries_quiet,
+    make_batches,
+    make_schedule,
+    plan_ranks,
+    read_base,
+    read_data,
+    too_short,
+    total_steps,
+)
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.lora.variant import Variant
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `train.run` would do.
+
+    Returns:
+        recipe_yaml, example, modules, parameters, schedule, steps, data, memory and notes; see cli/views/plan.py.
+    """
+    keep_libraries_quiet()
+    tokenizer, data = read_data(recipe)
+    base = read_base(recipe, tokenizer, data, torch.device("meta"))
+    steps = total_steps(recipe, make_batches(recipe, data.train, base, shuffle=True))
+    found: dict[str, Any] = {
+        "recipe_yaml": to_yaml(recipe),
+        "example": show_example(data.train[0], tokenizer, data.labels),
+        "parameters": {"base": base.model.num_parameters()},
+        "modules": [],
+        "schedule": [],
+        "steps": steps,
+        "data": {"counts": data.counts, "sha256": data.sha256},
+        "notes": data.notes,
+    }
+    variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
+    if not variant.has_components:
+        return found | _memory(recipe, variant, base, data)
+    targets, start = plan_ranks(recipe, base)
+    if recipe.rank.allocation != "uniform":
+        data.notes.append(f"rank.allocation: {recipe.rank.allocation} needs the model's data; shown is uniform")
+    found["modules"] = [
+        dict(
+            zip(("name", "d_in", "d_out", "components"), (name, *linear_shape(module), start.counts[name]), strict=True)
+        )
+        for name, module in targets.items()
+    ]
+    found["parameters"].update(start=start.parameters, budget=start.limit)
+    data.notes += too_short(steps, start)
+    found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
+    return found | _memory(recipe, variant, base, data)
+
+
+def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data) -> dict[str, Any]:
+    """The memory that the run will need, or a note why nobody knows; `base` is used up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
+    length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train)
+    ids = (recipe.train.micro_batch_size, length)
+    try:
+        need = measure(
+            base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, recipe.train.optimizer
+        )
+    except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
+        return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
+    found: dict[str, Any] = {"memory": need.as_dict()}
+    if recipe.train.shard_base:
+        data.notes.append("train.shard_base: the memory is that of a base which nobody shares; --devices N divide it")
+    if need.rows > need.most_rows:
+        advice = f"lower train.micro_batch_size to {need.most_rows}, " if need.most_rows else ""
+        advice += "set train.gradient_checkpointing: true or model.load_in_4bit: true, or lower dataset.max_length"
+        found["notes"] = [*data.notes, f"this may not fit into memory: {advice}"]
+    return found
+
+
+def _planned_events(recipe: Recipe, steps: int, start: Start, schedule: Schedule) -> list[dict[str, Any]]:
+    """The parameters and the average rank alive after each event, and the learning rate that follows them."""
+    highest = None if recipe.train.learning_rate == "auto" else recipe.train.learning_rate
+    alive = [(0, start.parameters), *zip(schedule.steps, schedule.targets, strict=True)]
+    return [
+        {
+            "step": step,
+            "parameters": parameters,
+            "rank": start.rank_of(parameters),
+            "learning_rate": highest
+            and highest
+            * rate_share(step + 1, steps, recipe.train)
+            * (start.parameters / parameters) ** recipe.pruning.lr_coupling,
+        }
+        for step, parameters in alive
+    ]

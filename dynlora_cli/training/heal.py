@@ -1,0 +1,74 @@
+"""A few training steps for an adapter that was cut, with the recipe it was trained by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynlora_cli.adapters.attach import attached, detached
+from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.load import load_data
+from dynlora_cli.errors import Interrupted
+from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
+from dynlora_cli.models.load import context_length
+from dynlora_cli.training.loop import fit
+from dynlora_cli.training.setup import make_accelerator, make_run, set_fused
+
+if TYPE_CHECKING:
+    from dynlora_cli.adapters.adapter import Adapter
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.models.load import Base
+
+
+def heal(
+    adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path, emit: Callable[[dict[str, Any]], None]
+) -> Adapter:
+    """Train the components that are left; their number stays. Heads and magnitudes stay as they are.
+
+    Args:
+        adapter: that was cut.
+        base: its base in memory.
+        recipe: data, batches and learning rate; its schedule is run through in `steps`.
+        steps: optimizer steps.
+        folder: where trackers may write.
+        emit: takes the events of the loop.
+
+    Raises:
+        Interrupted: Ctrl-C; nothing is saved.
+    """
+    usual: dict[str, Any] = {"save_steps": None, "report_to": [], "compile": False, "cuda_graphs": False}
+    train = recipe.train.model_copy(update={"max_steps": steps, **usual})
+    evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
+    recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
+    variant, rate = recipe.adapter.variant, recipe.train.learning_rate
+    if variant != adapter.kind.lower() and rate != "auto":
+        text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
+        emit({"event": "note", "text": text})
+    data = load_data(
+        recipe.dataset,
+        base.tokenizer,
+        task=adapter.task,
+        seed=recipe.seed,
+        max_length=context_length(base.folder),
+        num_labels=recipe.model.num_labels,
+        writing=Writing.of(adapter.record),
+    )
+    accelerator = make_accelerator(recipe, folder)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
+    set_fused(base.model, recipe)
+    with attached(base.model, adapter) as pool, torch.enable_grad():
+        if recipe.adapter.freeze_a:
+            pool.freeze_a()
+        run = make_run(recipe, accelerator, base, data, pool, None, save=lambda _: None)
+        run.emit = emit
+        torch.manual_seed(recipe.seed)
+        try:
+            fit(run)
+        except Interrupted:
+            raise Interrupted("interrupted while healing; nothing was written", "run the same command again") from None
+        base.model.eval()
+        return detached(adapter, pool)

@@ -1,0 +1,219 @@
+"""The training loop: `fit` walks over optimizer steps, `step` is one of them.
+
+fit ── step ── backward         the gradient of the token-normalised loss
+  │      ├──── control.observe  scores, from the gradient as it stands
+  │      └──── control.apply    components go; module, group and moments together
+  ├── evaluate, checkpoint      on their own schedules
+  └── Ctrl-C                    finishes the step, saves, raises Interrupted
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynlora_cli.errors import DynloraError, Interrupted, MeasureError
+from dynlora_cli.evaluation.held_out_loss import held_out
+from dynlora_cli.execution.interrupt import interruptible
+from dynlora_cli.training.metrics import Window, count_step, log_window
+from dynlora_cli.training.rate_search import choose, rate_share, search
+from dynlora_cli.training.run import Run
+from dynlora_cli.training.step import LOWER_RATE, backward, clip, finish_gradient, not_finite, update
+
+if TYPE_CHECKING:
+    from dynlora_cli.data.batches import Batch
+
+AUTOSAVE_SECONDS = 600.0
+
+
+def fit(run: Run) -> None:
+    """Train from `run.progress.step` to the end, or until early stopping.
+
+    Raises:
+        Interrupted: Ctrl-C, after the step in hand was finished and saved.
+        MeasureError: the loss or the gradient is not finite.
+    """
+    progress, window, saved_at = run.progress, Window(), time.monotonic()
+    with interruptible() as interrupted:
+        if progress.first is None and run.val_batches:
+            progress.first = progress.last = held_out_loss(run)
+            _emit_evaluation(run, progress.first, best=False)
+        run.model.train()
+        if progress.learning_rate is None:
+            _find_rate(run, interrupted)
+        while not _finished(run):
+            epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
+            started = time.perf_counter()
+            record = step(run, run.batches.step(epoch, index), interrupted)
+            count_step(run, record, time.perf_counter() - started)
+            window.add(record)
+            if progress.step == run.total_steps or progress.step % run.recipe.train.log_steps == 0:
+                log_window(run, window)
+                window = Window()
+            evaluated = _evaluation_due(run)
+            if evaluated:
+                _evaluate_and_judge(run)
+            leaving = _finished(run) or record["stop"]
+            if leaving or _save_due(run, evaluated, time.monotonic() - saved_at):
+                run.save(run)
+                saved_at = time.monotonic()
+            if leaving:
+                # Nobody goes before the save is done. Other saves need no wait; clocks may not even agree on them.
+                run.accelerator.wait_for_everyone()
+            if record["stop"] and not _finished(run):
+                raise Interrupted(
+                    f"interrupted after step {progress.step} of {run.total_steps}; everything is saved",
+                    "go on with --resume",
+                )
+    if _out_of_patience(run):
+        run.emit({"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"})
+
+
+def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
+    """The learning rate of a run whose recipe leaves it open."""
+    tried, untrained = search(run, interrupted)
+    rate = choose(tried, untrained)
+    run.progress.learning_rate, run.progress.rates_tried = rate, sorted(tried.items())
+    text = f"learning rate {rate:.1e}, by short trials: "
+    text += ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in run.progress.rates_tried)
+    if min(tried.values()) >= untrained:
+        text += f"; none ended below the {untrained:.3f} of no training, so a number may do better"
+    run.emit({"event": "note", "text": text})
+
+
+def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """One optimizer step: gradients of this process's micro-batches, rank control, update.
+
+    Returns:
+        loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
+    """
+    number = run.progress.step + 1
+    supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
+    if run.pool:
+        run.pool.begin_step(number, run.total_steps)
+    if run.graphs:
+        last = min(run.total_steps, run.control.next_change(number) if run.control else math.inf)
+        run.graphs.passes_left = int(last - number + 1) * len(micro_batches)
+    losses = [backward(run, batch, supervised) for batch in micro_batches]
+    if number < run.total_steps:  # a GPU is still at work on the gradient
+        run.batches.prepare(*divmod(number, run.batches.steps_per_epoch))
+    # Asked late, so that a Ctrl-C of meanwhile counts for this step.
+    loss, stop_votes = run.total(sum(losses), interrupted())
+    if not math.isfinite(loss):
+        batches = zip(micro_batches, losses, strict=True)
+        raise not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
+    norm = finish_gradient(run, number, micro_batches)
+    assert run.progress.learning_rate is not None
+    rate = run.progress.learning_rate * rate_share(number, run.total_steps, run.recipe.train)
+    if norm is not None:  # None: fp16 overflowed and the scaler skips this step
+        if run.control:
+            run.control.observe(number, supervised)
+        clip(run, norm)
+    factor = run.control.rate_factor if run.control else 1.0
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * (factor if group["coupled"] else 1.0)
+    update(run, skipped=norm is None)
+    event = run.control.apply(number) if run.control else None
+    if event:
+        check_same_ranks(run, number)
+        run.emit(event)
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": rate * factor,
+        "tokens": int(tokens),
+        "stop": stop_votes > 0,
+    }
+
+
+def check_same_ranks(run: Run, number: int) -> None:
+    """Compare the ranks of all processes; cheap, and only after an event.
+
+    Raises:
+        DynloraError: they differ, so the next all-reduce would add gradients of different components.
+    """
+    processes = run.accelerator.num_processes
+    if processes == 1 or run.pool is None:
+        return
+    counts = torch.tensor(list(run.pool.counts.values()), device=run.accelerator.device)
+    # n·Σx² = (Σx)² only where all x are equal, so every process comes to the same verdict.
+    total, squares = run.reduce(torch.stack([counts, counts * counts]))
+    if not torch.equal(processes * squares, total * total):
+        raise DynloraError(f"the processes kept different components at step {number}", "please report this")
+
+
+def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:
+    """Every `save_steps`, and whenever the best was found; by default every 10 minutes and at each evaluation."""
+    every, best = run.recipe.train.save_steps, run.progress.best
+    if every is None:
+        return evaluated or seconds_since > AUTOSAVE_SECONDS
+    return run.progress.step % every == 0 or (best is not None and best["step"] == run.progress.step)
+
+
+def _evaluation_due(run: Run) -> bool:
+    """Every `eval.steps`, by default after each epoch, and at the end."""
+    every = run.recipe.eval.steps or run.batches.steps_per_epoch
+    done = run.progress.step == run.total_steps
+    return run.val_batches is not None and (done or run.progress.step % every == 0)
+
+
+def _finished(run: Run) -> bool:
+    return run.progress.step >= run.total_steps or _out_of_patience(run)
+
+
+def _out_of_patience(run: Run) -> bool:
+    patience = run.recipe.eval.early_stopping_patience
+    return patience is not None and run.progress.evaluations_since_best >= patience
+
+
+def _evaluate_and_judge(run: Run) -> None:
+    """Evaluate and remember the best."""
+    progress = run.progress
+    # The best only competes once the budget is met, or it would be a larger adapter than was asked for.
+    competes = run.control is None or run.control.budget_met
+    result = held_out_loss(run)
+    best = competes and (progress.best is None or result["loss"] < progress.best["loss"])
+    progress.last = result
+    if best:
+        progress.best = {"step": progress.step, **result}
+        progress.evaluations_since_best = 0
+    elif competes:
+        progress.evaluations_since_best += 1
+    _emit_evaluation(run, result, best=best)
+
+
+def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
+    progress = run.progress
+    run.emit({"event": "eval", "step": progress.step, **result, "best": best, "seconds": progress.seconds})
+    run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=progress.step)
+
+
+def held_out_loss(run: Run) -> dict[str, float]:
+    """Loss over the validation rows, shared among processes.
+
+    Raises:
+        MeasureError: it is not finite.
+    """
+    assert run.val_batches is not None
+    device = run.accelerator.device
+    batches = (
+        batch.to(device) for index in range(run.val_batches.steps_per_epoch) for batch in run.val_batches.step(0, index)
+    )
+    result = held_out(
+        run.model,
+        batches,
+        classify=run.classify,
+        autocast=run.accelerator.autocast,
+        reduce=lambda sums: run.reduce(sums.to(device)).cpu(),
+    )
+    if not math.isfinite(result["loss"]):
+        step = run.progress.step
+        raise MeasureError(
+            f"the held-out loss is {result['loss']} after step {step}",
+            f"{LOWER_RATE}, or look at the held-out rows" if step else "look at the model's weights and its dtype",
+        )
+    return result

@@ -1,0 +1,354 @@
+"""What a run leaves behind: checkpoints, the adapter, and dynlora.json with everything that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynlora_cli import __version__, plugins
+from dynlora_cli.adapters.adapter import PREFIX, experts_of, lora_config, lora_tensors, write_adapter
+from dynlora_cli.adapters.find import CONFIG
+from dynlora_cli.config.load import to_yaml
+from dynlora_cli.data.example_view import show_example
+from dynlora_cli.data.load import Data
+from dynlora_cli.files.whole import remove, sync, whole_folder, write_json
+from dynlora_cli.models.find import quantization_of
+from dynlora_cli.models.fingerprint import fingerprint
+from dynlora_cli.models.load import Base, sees
+from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.report.write import write_card, write_report
+from dynlora_cli.text import counted
+from dynlora_cli.training.checkpoint import fault_in, read_state, restore, write_state
+from dynlora_cli.training.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.pruning.control import Start
+
+SCHEMA_VERSION = 1
+FOR_PEOPLE = ("report.html", "README.md")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
+
+
+def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
+    """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
+    assert training.pool is not None
+    experts = experts_of(training.pool)
+    form = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved", None)
+    taken = frozenset() if form else taken_for_experts(base.model.config.model_type)  # PEFT changes LoRAs alone
+    config = lora_config(
+        {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
+        base_model=base.reference,
+        revision=training.recipe.model.revision,
+        task=training.recipe.model.task,
+        fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in training.pool.layers.values()),
+        modules_to_save=list(base.whole) or None,
+        experts=experts,
+        as_parameters=ends_in(training.pool.layers.keys() - experts, taken),
+    )
+    config, tensors = form(training.pool, config) if form else (config, lora_tensors(training.pool))
+    for module in base.whole:
+        tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
+    write_adapter(folder, config, tensors)
+
+
+def write_checkpoint(training: Run, *, folder: Path, base: Base, run: str | None) -> None:
+    """Write checkpoints/step-N and let `last`, and `best` where it is, name it.
+
+    Without `train.save_steps` only those two are kept, and the one before the last, should that be damaged.
+
+    Args:
+        training: the run.
+        folder: of it.
+        base: its model.
+        run: its identity.
+
+    Raises:
+        DynloraError: the folder has gone.
+    """
+    progress = training.progress
+    if training.accelerator.is_main_process:
+        run_folder.refuse_gone(folder)
+        path = folder / run_folder.CHECKPOINTS / f"step-{progress.step}"
+        with whole_folder(path) as temporary:
+            if training.pool:
+                write_adapter_of(training, base, temporary)
+            position = {
+                "run": run,
+                "progress": dataclasses.asdict(progress),
+                "counts": training.pool.counts if training.pool else {},
+                "parameters": training.pool.parameters if training.pool else 0,
+                "scaler": training.accelerator.scaler.state_dict() if training.accelerator.scaler else None,
+            }
+            averages = training.control.state_dict() if training.control else {}
+            write_state(temporary, training.parameters, training.optimizer, averages, position)
+        run_folder.point(folder, "last", progress.step)
+        if progress.best and progress.best["step"] == progress.step:
+            run_folder.point(folder, "best", progress.step)
+        if not training.recipe.train.save_steps:
+            for old in run_folder.step_folders(folder)[:-2]:
+                if old != run_folder.pointed(folder, "best"):
+                    remove(old)
+        training.emit({"event": "checkpoint", "step": progress.step, "path": str(path)})
+
+
+def write_root(folder: Path, training: Run, base: Base) -> str:
+    """Adapter (or model) and tokenizer in the root of the run folder.
+
+    Returns:
+        "best" where early stopping is on and has chosen one, else "last".
+    """
+    best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
+    if best is not None and (fault := fault_in(best, run_folder.read_record(folder))):
+        training.emit({"event": "note", "text": f"{best} {fault}; the adapter is that of the last step instead"})
+        best = None
+    if best is not None:
+        position, tensors = read_state(best)
+        restore(tensors, training.parameters, training.optimizer)
+        if training.pool:
+            training.pool.stand_after(position["progress"]["step"], training.total_steps)
+    if training.accelerator.is_main_process:
+        base.tokenizer.save_pretrained(folder)
+        if training.pool is None:
+            base.model.save_pretrained(folder)
+        else:
+            with whole_folder(folder / "adapter") as temporary:
+                write_adapter_of(training, base, temporary)
+            (folder / CONFIG).unlink(missing_ok=True)  # so that no old one stands beside new weights
+            for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
+                path.replace(folder / path.name)
+            (folder / "adapter").rmdir()
+        for path in folder.iterdir():
+            if path.is_file():
+                sync(path)
+        sync(folder)
+    return "last" if best is None else "best"
+
+
+def finish(folder: Path, record: dict[str, Any], training: Run, summary: dict[str, Any]) -> None:
+    """Complete dynlora.json, and make the report and the model card from it."""
+    layers = training.pool.layers if training.pool else {}
+    record |= {
+        "scale": next(iter(layers.values())).scale if layers else None,
+        "layers": {
+            name: {
+                "rank": layer.count,
+                "importance": layer.energy(),
+                "d_in": layer.in_features,
+                "d_out": layer.out_features,
+            }
+            for name, layer in layers.items()
+        },
+        "adapter": summary["adapter"],
+        "timings": {"training_seconds": summary["seconds"]},
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "finished": _now(),
+        "summary": summary,
+    }
+    if training.accelerator.is_main_process:
+        run_folder.refuse_gone(folder)
+        for name in FOR_PEOPLE:
+            (folder / name).unlink(missing_ok=True)  # of an earlier end of this run: what is there is of this one
+        write_record(folder, record, training)
+        write_pages(folder)
+
+
+def write_pages(folder: Path) -> bool:
+    """Make the report and the model card of a finished run from its record, where one is missing; whether one was."""
+    missing = not all((folder / name).is_file() for name in FOR_PEOPLE)
+    if missing:
+        write_report(folder)
+        write_card(folder)
+    return missing
+
+
+def write_record(folder: Path, record: dict[str, Any], training: Run) -> None:
+    """Write dynlora.json, from one process."""
+    if training.accelerator.is_main_process:
+        write_json(folder / run_folder.RECORD, record)
+
+
+def identity(before: Mapping[str, Any] | None) -> str | None:
+    """What names a run and its checkpoints: a new one, or that of the run that goes on; 0.1 gave its runs none."""
+    return uuid.uuid4().hex if before is None else before.get("run_id")
+
+
+def start_record(
+    recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None, run: str | None
+) -> dict[str, Any]:
+    """dynlora.json as far as it is known before training."""
+    template = base.tokenizer.chat_template
+    schedule = training.control.schedule if training.control else None
+    budget = {
+        "requested": recipe.rank.budget,
+        "parameters": start.limit if start else None,
+        "start_parameters": start.parameters if start else None,
+        "start_components": start.counts if start else None,
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "dynlora_version": __version__,
+        "run_id": run,
+        "name": Path(recipe.output_dir).name,
+        "task": recipe.model.task,
+        "variant": recipe.adapter.variant,
+        "base_model": {
+            "name_or_path": recipe.model.name_or_path,
+            "reference": base.reference,
+            "revision": recipe.model.revision,
+            "model_type": base.model.config.model_type,
+            "auto_class": "AutoModelForImageTextToText" if sees(base.model.config) else None,
+            "fingerprint": fingerprint(base.folder),
+            "quantization": quantization_of(base.folder),
+        },
+        "budget": budget if start else None,
+        "history": list(zip(schedule.steps, schedule.targets, strict=True)) if schedule else [],
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_yaml": to_yaml(recipe),
+        "data": {
+            "counts": data.counts,
+            "train_rows": len(data.train),
+            "val_rows": len(data.val),
+            "sha256": data.sha256,
+            **dataclasses.asdict(data.writing),
+            "labels": data.labels,
+        },
+        "tokenizer_sha256": _sha256(_tokenizer_text(base.tokenizer)),
+        "chat_template_sha256": _sha256(str(template)) if template else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "seeds": {"seed": recipe.seed},
+        "device": _device_name(training.accelerator.device),
+        "processes": training.accelerator.num_processes,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "started": _now(),
+    }
+
+
+def start_event(recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None) -> dict[str, Any]:
+    """What is about to be trained, for the console."""
+    pool = training.pool
+    prunes = training.control is not None and bool(training.control.schedule.steps)
+    facts = {
+        "name": Path(recipe.output_dir).name,
+        "output_dir": recipe.output_dir,
+        "model": recipe.model.name_or_path,
+        "task": recipe.model.task,
+        "variant": recipe.adapter.variant,
+        "policy": recipe.pruning.policy if prunes else None,
+        "device": _device_name(training.accelerator.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "steps": training.total_steps,
+        "epochs": training.total_steps / training.batches.steps_per_epoch,
+        "train_rows": len(data.train),
+        "val_rows": len(data.val),
+        "supervised_tokens": None if data.labels else data.counts["train"]["supervised"],
+        "trainable_parameters": sum(parameter.numel() for parameter in training.parameters),
+        "components": pool.components if pool else None,
+        "parameters": pool.parameters if pool else None,
+        "budget_parameters": start.limit if start else None,
+        "scale": next(iter(pool.layers.values())).scale if pool else None,
+        "held_out": [result for result in (training.progress.first, training.progress.last) if result],
+    }
+    layers = [
+        {"name": name, "d_in": layer.in_features, "d_out": layer.out_features, "components": layer.count}
+        for name, layer in (pool.layers.items() if pool else ())
+    ]
+    example = show_example(data.train[0], base.tokenizer, data.labels)
+    return {"event": "start", "run": facts, "layers": layers, "notes": data.notes, "example": example}
+
+
+def summarize(recipe: Recipe, training: Run, start: Start | None, folder: Path, kind: str) -> dict[str, Any]:
+    """What came out; the same dict is printed, returned with --json and kept in dynlora.json.
+
+    Args:
+        kind: "last" or "best", whichever the root of the run folder holds.
+    """
+    progress, pool = training.progress, training.pool
+    first = progress.first or {}
+    last = (progress.best if kind == "best" else progress.last) or {}
+    weights = folder / ("adapter_model.safetensors" if pool else "model.safetensors")
+    prunes = training.control is not None and bool(training.control.schedule.steps)
+    summary: dict[str, Any] = {
+        "ok": True,
+        "output_dir": recipe.output_dir,
+        "model": recipe.model.name_or_path,
+        "variant": recipe.adapter.variant,
+        "policy": recipe.pruning.policy if prunes else None,
+        "steps": progress.step,
+        "learning_rate": progress.learning_rate,
+        "rates_tried": progress.rates_tried,
+        "loss_before": first.get("loss"),
+        "loss_after": last.get("loss"),
+    }
+    for name in ("accuracy", "perplexity"):
+        if name in last:
+            summary |= {f"{name}_before": first.get(name), f"{name}_after": last[name]}
+    summary["parameters"] = pool.parameters if pool else sum(parameter.numel() for parameter in training.parameters)
+    if pool and start:
+        summary |= {
+            "parameters_start": start.parameters,
+            "budget_parameters": start.limit,
+            "average_rank": start.rank_of(pool.parameters),
+            "components_start": sum(start.counts.values()),
+            "components": pool.components,
+            "ranks": dict(pool.counts),
+            "importance": {name: layer.energy() for name, layer in pool.layers.items()},
+        }
+    return summary | {
+        "seconds": progress.seconds,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "tokens_per_second_start": progress.tokens_per_second_start,
+        "tokens_per_second_end": progress.tokens_per_second_end,
+        "peak_memory_bytes": _peak_memory(training.accelerator.device),
+        **(progress.held_end or {}),
+        **{f"{key}_start": value for key, value in (progress.held_start or {}).items() if key != "base_bytes"},
+        "adapter": kind,
+        "adapter_bytes": weights.stat().st_size if weights.is_file() else None,
+    }
+
+
+def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer does, as text; of one in Python, such as ByT5's, the vocabulary alone."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where one trains, else the process's resident memory at its highest."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where training runs on a GPU
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,100 @@
+"""The state of a run: the parts the loop works with, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.data.batches import Batches
+    from dynlora_cli.execution.modes.cuda_graphs import BlockGraphs
+    from dynlora_cli.lora.pool import Pool
+    from dynlora_cli.pruning.control import RankControl
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        learning_rate: the highest of the run, before the coupling; None until it is settled.
+        rates_tried: where it was searched for: rates with the loss of their trials.
+        tokens: tokens seen, padding not counted.
+        seconds: spent in steps, over all sessions of the run.
+        tokens_per_second_start, tokens_per_second_end: median over the first and the newest line of metrics.
+        held_start, held_end: bytes of base, of what trains and of the optimizer, likewise.
+        first: held-out result before training.
+        last: newest held-out result.
+        best: step and loss of the best evaluation after the budget was met.
+        evaluations_since_best: for early stopping.
+    """
+
+    step: int = 0
+    learning_rate: float | None = None
+    rates_tried: list[tuple[float, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second_start: float | None = None
+    tokens_per_second_end: float | None = None
+    held_start: dict[str, int] | None = None
+    held_end: dict[str, int] | None = None
+    first: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+    evaluations_since_best: int = 0
+
+
+@dataclass
+class Run:
+    """Everything the loop works with.
+
+    Attributes:
+        parameters: everything that trains; with components, the pool's flat tensor comes first.
+        pool, control: None for full fine-tuning.
+        emit: takes every event, see runs/report/write.py.
+        save: writes a checkpoint of the present state.
+        graphs: recordings of the blocks, where the recipe asks for them.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pool: Pool | None
+    control: RankControl | None
+    batches: Batches
+    val_batches: Batches | None
+    total_steps: int
+    save: Callable[[Run], None]
+    emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
+    progress: Progress = field(default_factory=Progress)
+    graphs: BlockGraphs | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def classify(self) -> bool:
+        return self.recipe.model.task == "sequence-classification"
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place where there are several."""
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def total(self, *numbers: float | Tensor) -> list[float]:
+        """Each number summed over processes."""
+        if self.accelerator.num_processes == 1:
+            return [float(number) for number in numbers]
+        values = [torch.as_tensor(x, dtype=torch.float64, device=self.accelerator.device) for x in numbers]
+        return self.reduce(torch.stack(values)).tolist()

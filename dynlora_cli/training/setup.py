@@ -1,0 +1,362 @@
+"""From a recipe to the parts of a run: devices, data, model, components, optimizer, rank control."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs, ProjectConfiguration
+
+from dynlora_cli import plugins
+from dynlora_cli.data.batches import Batch, Batches, packed_mask_dtype
+from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.encode import Example
+from dynlora_cli.data.load import CLASSIFICATION, Data, load_data
+from dynlora_cli.errors import DataError, MachineError, UsageError
+from dynlora_cli.evaluation.held_out_loss import evaluating, held_out, row_sums, summed_loss
+from dynlora_cli.execution.lean_blocks import lean_blocks
+from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
+from dynlora_cli.files.foreign import read_object
+from dynlora_cli.kernels.linear_cross_entropy import Heads
+from dynlora_cli.lora.layer import ComponentLinear, linear_shape
+from dynlora_cli.lora.pissa import layer_kind
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.shared_inputs import share_inputs
+from dynlora_cli.models.experts import fused_experts, split
+from dynlora_cli.models.find import find_model
+from dynlora_cli.models.load import (
+    Base,
+    context_length,
+    load_base,
+    load_tokenizer,
+    own_classes,
+    refuse_fixed_lengths,
+    resolve_dtype,
+    table_rows,
+)
+from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.models.targets import find_targets, group_names, layers_left_out, text_part
+from dynlora_cli.pruning.allocation import with_counts
+from dynlora_cli.pruning.control import RankControl, Start, plan_start
+from dynlora_cli.pruning.schedule import SHORTEST, Schedule
+from dynlora_cli.pruning.stopping import Brake
+from dynlora_cli.text import counted
+from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
+from dynlora_cli.training.run import Progress, Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.lora.variant import Variant
+    from dynlora_cli.pruning.policy import Policy
+
+PROBE_ROWS = 8
+SIZING_ROWS, LEAST_SIZING_ROWS = 64, 8  # to choose the rank by
+Emit = Callable[[dict[str, Any]], None]
+
+
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """Devices, precision and trackers.
+
+    Raises:
+        MachineError: a tracker's package is not installed, or the device cannot train in the recipe's dtype or with its
+            optimizer.
+    """
+    for name in recipe.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(
+                f"train.report_to: the package {name} is not installed", f'pip install "dynlora[{name}]"'
+            )
+    keep_libraries_quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_optimizer(recipe.train.optimizer, device)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    AcceleratorState._reset_state()  # one process may train several times, each with its own precision
+    return Accelerator(
+        cpu=device.type == "cpu",  # without it, several processes on CPUs would each train alone
+        mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+        log_with=list(recipe.train.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+        # Nothing may be kept from one recording for another; compiled code is for one of both ways.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.train.cuda_graphs)],
+    )
+
+
+def keep_libraries_quiet() -> None:
+    """Their progress bars and advice stay out of our output; what a user must know is an event or an error of ours."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTrainedTokenizerBase, Data]:
+    """The model's tokenizer and the rows, no longer than the model's context, written as the run began to."""
+    folder, _ = find_model(recipe.model)
+    refuse_fixed_lengths(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    context = context_length(folder)
+    data = load_data(
+        recipe.dataset,
+        tokenizer,
+        task=recipe.model.task,
+        seed=recipe.seed,
+        max_length=context,
+        num_labels=recipe.model.num_labels,
+        sizing=sizing_rows(recipe),
+        writing=writing,
+        table=table_rows(folder),
+        own_classes=own_classes(recipe.model, folder) if recipe.model.task == CLASSIFICATION else None,
+    )
+    if len(data.train) == 1:
+        raise DataError(
+            "dataset.train: one row is all there is to learn from, which teaches a model no more than to repeat it",
+            "add rows, or lower dataset.val_size" if data.val else "add rows",
+        )
+    if context is not None and context < recipe.dataset.max_length:
+        data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
+    return tokenizer, data
+
+
+def sizing_rows(recipe: Recipe) -> int:
+    """How many training rows are held out to choose the rank by."""
+    return SIZING_ROWS if recipe.rank.parsed_budget().kind == "auto" else 0
+
+
+def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:
+    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes.
+
+    A base to be sharded waits in the host's memory, since no device could hold it.
+    """
+    base = load_base(
+        recipe.model,
+        tokenizer,
+        device=torch.device("cpu") if recipe.train.shard_base and device.type != "meta" else device,
+        labels=data.labels,
+        seed=recipe.seed,
+        computes=device,
+    )
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
+    set_fused(base.model, recipe)
+    experts = fused_experts(base.model)
+    adapts = plugins.load("variants", recipe.adapter.variant).has_components
+    if experts and adapts and not recipe.adapter.names_experts:
+        data.notes.append(
+            f"the weights of the experts ({max(experts.values())} in each of {len(experts)} blocks) are not adapted, "
+            "nor are the routers: components are in the other linear layers only; "
+            "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
+        )
+    if adapts:
+        if text := text_part(base.model):
+            data.notes.append(
+                f"the language model in {text} is adapted, on text; what sees or hears beside it stays as it is"
+            )
+        elif "text_config" in read_object(base.folder / "config.json") and not base.model.config.is_encoder_decoder:
+            data.notes.append(
+                f"of the checkpoint, the language model alone is loaded and adapted, as {type(base.model).__name__}"
+            )
+        left_out = layers_left_out(base.model)
+        for why in dict.fromkeys(left_out.values()):
+            names = ", ".join(group_names(name for name, reason in left_out.items() if reason == why))
+            data.notes.append(f"{names}: not adapted: {why}")
+    return base
+
+
+def set_fused(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Compute as `train.fused` says: the blocks, and this process's layers and loss; it trains one recipe at a time."""
+    ComponentLinear.fuse = Heads.use = recipe.train.fused
+    Heads.compiled = None
+    if recipe.train.fused and not recipe.train.compile:  # which puts operations together itself
+        lean_blocks(model)
+
+
+def plan_ranks(
+    recipe: Recipe, base: Base, counts: Mapping[str, int] | None = None
+) -> tuple[dict[str, torch.nn.Module], Start]:
+    """The target layers, and how many components each starts with: as many everywhere, or `counts`."""
+    variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
+    if recipe.adapter.names_experts:
+        if hasattr(variant, "saved"):
+            raise UsageError(
+                f"adapter.target_modules: variant {recipe.adapter.variant} is no LoRA when it is saved, which is all "
+                "that PEFT takes for experts",
+                "write `variant: lora`, or leave experts out of adapter.target_modules",
+            )
+        split(base.model)
+    targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
+    taken = ends_in(targets, taken_for_experts(base.model.config.model_type))
+    if taken and getattr(variant, "in_modules_only", False):
+        raise UsageError(
+            f"adapter.variant: PEFT has no {recipe.adapter.variant} for {min(taken)}, which it takes for one of the "
+            f"experts in a model of type {base.model.config.model_type}",
+            "write `adapter.target_modules: attention`, or `variant: lora`",
+        )
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    kind = layer_kind(recipe, variant.Layer)
+    start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)
+    if counts is not None:
+        start = with_counts(start, counts, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()})
+    return targets, start
+
+
+def attach(
+    variant: Variant, base: Base, recipe: Recipe, counts: Mapping[str, int] | None = None
+) -> tuple[Pool | None, Start | None]:
+    """Put components on the model, with the values of the default start, or make all of it train."""
+    if not variant.has_components:
+        base.model.requires_grad_(True)
+        return None, None
+    targets, start = plan_ranks(recipe, base, counts)
+    return variant.attach(base.model, targets, start, recipe), start
+
+
+def make_batches(
+    recipe: Recipe, examples: list[Example], base: Base, *, shuffle: bool, accelerator: Accelerator | None = None
+) -> Batches:
+    """Batches of the recipe's size, of this process's share where there is an accelerator."""
+    longest = max(len(example.input_ids) for example in examples)
+    packing = recipe.dataset.packing
+    capacity = max(longest, min(recipe.dataset.max_length, context_length(base.folder) or recipe.dataset.max_length))
+    kind = base.model.device.type
+    return Batches(
+        examples,
+        micro_batch_size=recipe.train.micro_batch_size,
+        accumulation=recipe.train.gradient_accumulation_steps,
+        seed=recipe.seed,
+        max_length=capacity,
+        pad_id=base.tokenizer.pad_token_id,
+        packing=packing,
+        shuffle=shuffle,
+        shards=accelerator.num_processes if accelerator else 1,
+        shard=accelerator.process_index if accelerator else 0,
+        mask_dtype=packed_mask_dtype(base.model, capacity) if packing and kind != "meta" else torch.bool,
+        pin=kind == "cuda",
+        even=recipe.train.cuda_graphs and shuffle,
+    )
+
+
+def total_steps(recipe: Recipe, batches: Batches) -> int:
+    """Optimizer steps of the whole run."""
+    return recipe.train.max_steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
+
+
+def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
+    """The pruning events of the run."""
+    plan = Schedule.descend if start.open else Schedule.plan
+    begin, end = recipe.pruning_window
+    return plan(
+        total_steps=steps,
+        start=begin,
+        end=end,
+        events=recipe.pruning.events,
+        parameters=start.parameters,
+        budget=start.budget,
+    )
+
+
+def too_short(steps: int, start: Start) -> list[str]:
+    """A note where a run is too short to prune down to its budget."""
+    if steps >= SHORTEST or (start.parameters <= start.budget and not start.open):
+        return []
+    return [
+        f"{counted(steps, 'step')}: too few to prune (at least {SHORTEST}), so all components stay, more than the "
+        "budget; raise train.epochs or train.max_steps, or set rank.init to rank.budget"
+    ]
+
+
+def make_run(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    base: Base,
+    data: Data,
+    pool: Pool | None,
+    start: Start | None,
+    *,
+    save: Callable[[Run], None],
+) -> Run:
+    """Optimizer, rank control and batches around the model."""
+    optimizer = _optimizer(recipe, base, pool)
+    batches = make_batches(recipe, data.train, base, shuffle=True, accelerator=accelerator)
+    steps = total_steps(recipe, batches)
+    control = None
+    if pool and start:
+        data.notes += too_short(steps, start)
+        control = RankControl(
+            pool,
+            optimizer,
+            cast("Policy", plugins.load("policies", recipe.pruning.policy)),
+            make_schedule(recipe, steps, start),
+            seed=recipe.seed,
+            gauge=recipe.pruning.gauge,
+            lr_coupling=recipe.pruning.lr_coupling,
+            probe=None if start.open else _probe(recipe, accelerator, base, data),
+            brake=_brake(recipe, accelerator, base, data) if start.open else None,
+        )
+    fused = {name: layer for name, layer in pool.layers.items() if layer.fuse and not layer.dropout} if pool else {}
+    if pool and fused and not recipe.train.compile:
+        batch = batches.step(0, 0)[0].to(accelerator.device)
+        with evaluating(base.model), accelerator.autocast():
+            pool.sharing = share_inputs(fused, lambda: summed_loss(base.model, batch))
+    val = data.val[: recipe.eval.max_samples]
+    rate = recipe.train.learning_rate
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=base.model,
+        optimizer=optimizer,
+        pool=pool,
+        control=control,
+        batches=batches,
+        val_batches=make_batches(recipe, val, base, shuffle=False, accelerator=accelerator) if val else None,
+        total_steps=steps,
+        save=save,
+        progress=Progress(learning_rate=None if rate == "auto" else rate),
+    )
+
+
+def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Optimizer:
+    """Steps the pool, whose rate is coupled to what is alive, and whatever else trains (a head, or all)."""
+    rest = pool.others(base.model) if pool else [p for p in base.model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [pool.values], "coupled": True}] if pool else []
+    if rest:
+        groups.append({"params": rest, "coupled": False})
+    return make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
+
+
+def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:
+    """The loss on a few fixed rows, no more than those of a step, for the change that an event makes."""
+    rows = min(PROBE_ROWS, recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps)
+    batches = _on_device(recipe, accelerator, base, (data.val or data.train)[:rows])
+    return lambda: held_out(base.model, batches, autocast=accelerator.autocast)["loss"]
+
+
+def _brake(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Brake:
+    """What stops the pruning of an automatic budget: the loss of every row that was held out for it.
+
+    Raises:
+        UsageError: too few such rows to tell anything.
+    """
+    if len(data.sizing) < LEAST_SIZING_ROWS:
+        raise UsageError(
+            f"rank.budget: auto holds out a tenth of the training rows to choose by, which here is {len(data.sizing)}; "
+            f"at least {LEAST_SIZING_ROWS} are needed",
+            "add rows (with other prompts), or write a number",
+        )
+    batches = _on_device(recipe, accelerator, base, data.sizing)
+    return Brake(lambda: row_sums(base.model, batches, autocast=accelerator.autocast), recipe.pruning.tolerance)
+
+
+def _on_device(recipe: Recipe, accelerator: Accelerator, base: Base, examples: list[Example]) -> list[Batch]:
+    """Batches of examples that are measured again and again."""
+    rows = make_batches(recipe, examples, base, shuffle=False)
+    return [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]

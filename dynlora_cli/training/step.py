@@ -1,0 +1,107 @@
+"""One optimizer step in its parts: gradients of micro-batches, reduced and clipped, then the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.evaluation.held_out_loss import summed_loss
+
+if TYPE_CHECKING:
+    from dynlora_cli.data.batches import Batch
+    from dynlora_cli.training.run import Run
+
+LOWER_RATE = "lower train.learning_rate"
+
+
+def backward(run: Run, batch: Batch, supervised: float) -> Tensor:
+    """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
+
+    A function of its own, so that the graph is gone when components are removed. The loss stays on the device: to read
+    it would keep the next micro-batch waiting.
+    """
+    batch = batch.to(run.accelerator.device)
+    with run.accelerator.autocast():
+        loss = summed_loss(run.model, batch) / supervised
+    run.accelerator.backward(loss)
+    return loss.detach().double()
+
+
+def not_finite(what: str, batches: list[Batch]) -> MeasureError:
+    """The error, alike in all processes, with the rows of each."""
+    rows = gather_object([row for batch in batches for row in batch.rows])
+    return MeasureError(
+        f"{what}, on rows {rows} of the training data",
+        f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
+    )
+
+
+def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
+    """Add the variant's penalty, reduce over processes and unscale; the norm, or None where fp16 overflowed."""
+    penalty = run.pool.penalty() if run.pool else None
+    if penalty is not None:
+        run.accelerator.backward(penalty / run.accelerator.num_processes)
+    for parameter in run.parameters:
+        if parameter.grad is not None:
+            run.reduce(parameter.grad)
+    scaler = run.accelerator.scaler
+    if scaler is not None:
+        scaler.unscale_(run.optimizer)
+    if run.pool:
+        run.pool.settle_gradient()
+    gradients = [p.grad for p in run.parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    if math.isfinite(norm):
+        return norm
+    if scaler is not None:
+        return None
+    raise not_finite(f"the gradient of step {number} is {norm}", micro_batches)
+
+
+def clip(run: Run, norm: float) -> None:
+    limit = run.recipe.train.max_grad_norm
+    if limit and norm > limit:
+        for parameter in run.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / (norm + 1e-6))
+
+
+@contextmanager
+def rates_of_a_and_b(run: Run) -> Iterator[None]:
+    """The step that is done inside the block is multiplied: A's part by 0 where A is frozen, B's by LoRA+'s ratio.
+
+    A step of AdamW, weight decay included, is proportional to the learning rate, so this is the same as rates of their
+    own, and A and B can stay one tensor. A frozen A has no gradient, but weight decay would move it.
+
+    Source: LoRA+, arXiv 2402.12354, which gives B the higher rate.
+    """
+    if run.pool is None:
+        yield
+        return
+    rates = 0.0 if run.pool.a_frozen else 1.0, run.recipe.train.lora_plus_ratio or 1.0
+    changed = [(half, half.clone(), rate) for half, rate in zip(run.pool.halves(), rates, strict=True) if rate != 1]
+    yield
+    for half, before, rate in changed:
+        half.copy_(before.lerp(half, rate))
+
+
+def update(run: Run, *, skipped: bool) -> None:
+    """Let the optimizer step, and the layers after it; `skipped` where fp16 overflowed and the scaler will not step."""
+    scaler = run.accelerator.scaler
+    with rates_of_a_and_b(run):
+        if scaler is not None:
+            scaler.step(run.optimizer)
+            scaler.update()
+        else:
+            run.optimizer.step()
+    if run.pool:
+        run.pool.after_update(0.0 if skipped else run.optimizer.param_groups[0]["lr"])
+    # Zeroed in place: the gradients of all layers are views of one tensor.
+    run.optimizer.zero_grad(set_to_none=run.pool is None)
