@@ -1,7 +1,8 @@
-"""The four drawers: folders whose file names are the names used in recipes. Adding one file adds one choice.
+"""Plug-ins: folders whose file names are the names used in recipes. Adding one file adds one choice.
 
 lora/variants/      how a layer uses its components          adapter.variant
 pruning/policies/   which components to keep                 pruning.policy
+adapters/kinds/     how an adapter's files are written          a variant's `saved_as`
 data/formats/       how a row of data becomes an example     dataset.train[].format
 export/targets/     files that other tools read              dynlora export --to
 """
@@ -9,19 +10,19 @@ export/targets/     files that other tools read              dynlora export --to
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.text import did_you_mean
 
 FOLDERS = {
     "variants": "lora.variants",
     "policies": "pruning.policies",
     "formats": "data.formats",
+    "kinds": "adapters.kinds",
     "exporters": "export.targets",
 }
 
@@ -57,9 +58,3 @@ def declared(drawer: str, name: str, constant: str) -> Any:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [constant]:
             return ast.literal_eval(node.value)
     return None
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest choice, or an empty string where none is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 MISSING = "-"
 
@@ -81,3 +83,26 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
         if round(abs(value), digits) < 1000 or unit == units[-1]:
             break
     return f"{value:.{digits}f} {unit}"
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest choice, or an empty string where none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key by which layer 2 comes before layer 10."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
+
+
+def show(value: object) -> str:
+    """A value in YAML's words, short enough for a message."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict | list):
+        return "a section" if isinstance(value, dict) else f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, int) and value.bit_length() > 200:  # Python writes out no more than some thousand digits
+        return f"a whole number of some {round(value.bit_length() * 0.30103)} digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:56] + "...'"

@@ -19,7 +19,7 @@ from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.load import load_data
 from dynlora_cli.evaluation.held_out_loss import held_out
-from dynlora_cli.models.load import load_tokenizer
+from dynlora_cli.models.tokenizer import load_tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

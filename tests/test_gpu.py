@@ -8,8 +8,9 @@ from tiny_run import make_recipe, train
 
 from dynlora_cli.execution.modes import cuda_graphs
 from dynlora_cli.lora.variants import lora
+from dynlora_cli.training.components import attach
 from dynlora_cli.training.memory_estimate import CUDA_BYTES, measure
-from dynlora_cli.training.setup import attach, read_base, read_data
+from dynlora_cli.training.setup import read_base, read_data
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,7 +116,7 @@ def test_quantized_base_prunes_and_merges(tmp_path, dynlora):
 def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
     """The allocator's own count, which includes what it rounds up."""
     from dynlora_cli.data.batches import Batch
-    from dynlora_cli.evaluation.held_out_loss import summed_loss
+    from dynlora_cli.tasks.loss import summed_loss
 
     recipe = make_recipe(tmp_path, "model.dtype=bfloat16")
     tokenizer, data = read_data(recipe)
@@ -171,7 +172,7 @@ def test_memory_falls_with_pruning():
     """A pool of half the components takes half the bytes, with its gradient and its moments."""
     from dynlora_cli.lora.layer import ComponentLinear
     from dynlora_cli.lora.pool import Pool
-    from dynlora_cli.pruning.control import shrink
+    from dynlora_cli.lora.surgery import shrink
 
     layer = ComponentLinear(torch.nn.Linear(4096, 4096, device="cuda"), 2.0)
     torch.cuda.synchronize()
@@ -189,9 +190,10 @@ def test_memory_falls_with_pruning():
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
 def test_paged_moments_are_pruned_in_the_memory_that_they_have(name):
     from dynlora_cli.lora.layer import ComponentLinear
+    from dynlora_cli.lora.moments import read_moments
     from dynlora_cli.lora.pool import Pool
-    from dynlora_cli.pruning.control import shrink
-    from dynlora_cli.training.optimizers import make_optimizer, read_moments
+    from dynlora_cli.lora.surgery import shrink
+    from dynlora_cli.training.optimizers import make_optimizer
 
     layer = ComponentLinear(torch.nn.Linear(1024, 1024, device="cuda"), 2.0)
     pool = Pool({"layer": layer}, {"layer": 128}, device="cuda")

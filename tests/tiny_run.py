@@ -30,8 +30,9 @@ from dynlora_cli.commands import train as train_command
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.lora.variants import full, lora
+from dynlora_cli.training.components import attach
 from dynlora_cli.training.run import Run
-from dynlora_cli.training.setup import attach, make_accelerator, make_run, read_base, read_data
+from dynlora_cli.training.setup import make_accelerator, make_run, read_base, read_data
 
 WORDS = ["count", "sort", "reverse", "print", "join", "split", "copy", "words", "lines", "numbers", "names", "every"]
 # What differs between two runs of the same recipe.
@@ -142,7 +143,7 @@ def train(recipe: Recipe, *, interrupt_at: int | None = None, **options: Any) ->
 
 
 def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
-    """The parts of a run on which `loop.step` can be called; nothing is written.
+    """The parts of a run on which `step.step` can be called; nothing is written.
 
     Args:
         recipe: of the run.

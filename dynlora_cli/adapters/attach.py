@@ -19,11 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.base import expert_slices, holds_weight, module_of
+from dynlora_cli.adapters.expert_files import parts_of
 from dynlora_cli.lora.dora import DoraLinear
 from dynlora_cli.lora.hira import HiraLinear
-from dynlora_cli.lora.layer import ComponentLinear, dense_weight
+from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.models.experts import join, parts_of, split
+from dynlora_cli.models.experts import join, split
+from dynlora_cli.models.linears.linear import dense_weight
 
 
 class AdaptedEmbedding(nn.Module):

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
+from dynlora_cli.models.load import Base, load_base
+from dynlora_cli.models.place import Place
+from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +25,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.expert_files import parameter_of, parts_of
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, read_object
-from dynlora_cli.lora.layer import linear_shape
-from dynlora_cli.models.experts import ExpertSlice, parameter_of, parts_of
+from dynlora_cli.models.experts import ExpertSlice
 from dynlora_cli.models.find import find_model, quantization_of
 from dynlora_cli.models.fingerprint import changed_since
-from dynlora_cli.models.load import HEAD_NAMES, load_structure, refuse_code
+from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.load import HEAD_NAMES, refuse_code
 from dynlora_cli.runs.folder import RECORD
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -31,23 +44,6 @@ SIZES = (
     "num_key_value_heads",
 )  # fmt: skip
 SUPPORTED = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # PEFT's names
-
-
-@dataclass(frozen=True)
-class Place:
-    """A base model on disk.
-
-    Attributes:
-        options: as in a recipe's `model` section.
-        folder: its files.
-        labels: class names, where the adapter is a classifier.
-        chosen: the person named it, in place of the one on record.
-    """
-
-    options: Model
-    folder: Path
-    labels: list[str] | None
-    chosen: bool
 
 
 def find_base(adapter: Adapter, base: str | None = None, trust: bool | Model = False) -> Place:
@@ -182,11 +178,6 @@ def _made_from(adapter: Adapter, place: Place) -> bool:
     return True
 
 
-def structure(place: Place) -> PreTrainedModel:
-    """The base model's modules without any weights."""
-    return load_structure(place.options, place.folder, place.labels)
-
-
 def module_of(model: PreTrainedModel, name: str, factors: Factors, adapter: Adapter) -> nn.Module:
     """The module that an adapted layer belongs to.
 
@@ -250,19 +241,31 @@ def holds_weight(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and (own or not plain)
 
 
-def input_table(model: PreTrainedModel) -> nn.Module | None:
-    """The module that gives every token its row; None of a model that has none, such as one that hashes characters."""
-    try:
-        return model.get_input_embeddings()
-    except NotImplementedError:  # what transformers raises then
-        return None
+def read_tokenizer(adapter: Adapter, place: Place) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the adapter, its chat template included, or the base's."""
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+    if own and not (
+        place.options.trust_remote_code and read_object(adapter.folder / "tokenizer_config.json").get("auto_map")
+    ):
+        return load_tokenizer(adapter.folder)
+    tokenizer = load_tokenizer(place.folder, trust_remote_code=place.options.trust_remote_code)
+    template = adapter.folder / "chat_template.jinja"
+    if own and template.is_file():  # a tokenizer made of code: the base's is trusted, one beside an adapter never is
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 
-def tied(model: PreTrainedModel) -> tuple[str, str] | None:
-    """The names of the input table and of the output head where the two share one weight."""
-    config = model.config.get_text_config()
-    inner, outer = input_table(model), model.get_output_embeddings()
-    if not getattr(config, "tie_word_embeddings", False) or inner is None or outer is None:
-        return None
-    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    return names[id(inner)], names[id(outer)]
+def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Base:
+    """The base model as the adapter was trained on it (its dtype, 4 or 8 bits), on the GPU where there is one."""
+    keep_libraries_quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(
+        place.options,
+        tokenizer,
+        device=device,
+        labels=place.labels,
+        seed=int(adapter.record.get("seeds", {}).get("seed", 0)),
+    )
+    base.model.requires_grad_(False)
+    base.model.eval()
+    return base

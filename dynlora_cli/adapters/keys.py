@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dynlora_cli.adapters.adapter import PREFIX
 from dynlora_cli.errors import UsageError
+from dynlora_cli.text import natural_order
 
 # What puts a level of its own into the names of a model's modules, by the name of that level.
 WRAPPERS = {
@@ -105,11 +106,6 @@ def _without_wrappers(keys: Mapping[str, Tensor], notes: list[str]) -> dict[str,
     if seen:
         notes.append(f"saved from a model inside {' and '.join(sorted(seen))}, which is taken off the tensors' names")
     return names
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key by which layer 2 comes before layer 10."""
-    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
 
 
 def _some(names: list[str]) -> str:

@@ -6,7 +6,6 @@ Whatever would change the result without being understood is refused; nothing is
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from torch import Tensor
 from dynlora_cli.adapters import mlx as mlx_adapter
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
-from dynlora_cli.adapters.keys import natural_order, sorted_tensors, without_wrappers
-from dynlora_cli.adapters.kinds.vera import hira_layers, vera_layers
+from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
+from dynlora_cli.adapters.kinds.hira import hira_layers
+from dynlora_cli.adapters.kinds.lora import Scales, factors_of, slices
+from dynlora_cli.adapters.kinds.vera import vera_layers
 from dynlora_cli.adapters.peft_parameters import WEIGHT, adapted_parameters
 from dynlora_cli.errors import MeasureError, UsageError
-from dynlora_cli.files.foreign import PatternMap, PeftForm, fits, read_object, refuse_links
-from dynlora_cli.models.experts import unfuse
+from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
 from dynlora_cli.runs.folder import RECORD, read_record
+from dynlora_cli.text import natural_order
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
 NOT_UNDERSTOOD = (
@@ -67,15 +68,15 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
         return adapter.with_layers(vera_layers(adapter, parts, base))
     if config["peft_type"] == "HIRA":
         return adapter.with_layers(hira_layers(adapter, parts))
-    scales = _Scales(config, folder)
+    scales = Scales(config, folder)
     parameters = adapted_parameters(parts, config, folder / CONFIG)
     layers: dict[str, Factors] = {}
     for module, factors in parts.items():
         owner, _, leaf = parameters.get(module, "").rpartition(".")
         if owner and (leaf != WEIGHT or len(factors.get("lora_A", ())) != scales.rank_of(owner)):
-            layers |= _slices(parameters[module], factors, scales)
+            layers |= slices(parameters[module], factors, scales)
         else:
-            layers[owner or module] = _factors(owner or module, factors, scales)
+            layers[owner or module] = factors_of(owner or module, factors, scales)
     return replace(adapter, layers={name: layers[name] for name in sorted(layers, key=natural_order)})
 
 
@@ -139,89 +140,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise MeasureError(f"{path}: {name} holds NaN or infinity", "train again with a lower learning rate")
     return tensors
-
-
-def _factors(module: str, parts: dict[str, Tensor], scales: _Scales) -> Factors:
-    embedding = "lora_embedding_A" in parts
-    try:
-        if embedding:  # of a table [tokens, width]: PEFT adds (B A)ᵀ
-            a, b = parts["lora_embedding_B"].T.contiguous(), parts["lora_embedding_A"].T.contiguous()
-        else:
-            a, b = parts["lora_A"], parts["lora_B"]
-    except KeyError as error:
-        raise UsageError(f"{scales.folder}: layer {module} lacks its {error.args[0]}", "copy the files again") from None
-    if a.ndim != 2 or b.ndim != 2:
-        raise UsageError(f"{scales.folder}: layer {module} is a convolution; only linear layers and tables are merged")
-    scale = scales.of(module, a.shape[0])
-    if a.shape[0] != b.shape[1]:
-        raise UsageError(f"{scales.folder}: layer {module} has factors of rank {a.shape[0]} and {b.shape[1]}")
-    magnitude = parts.get("lora_magnitude_vector")
-    if embedding and magnitude is not None:
-        raise UsageError(
-            f"{scales.folder}: {module} is a DoRA of an embedding, which is not supported", "merge it with PEFT"
-        )
-    if scales.config.get("use_dora") and magnitude is None:
-        raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
-    return Factors(a, *_scaled(b, scale), None if magnitude is None else magnitude.flatten(), embedding)
-
-
-def _scaled(b_OC: Tensor, scale: float) -> tuple[Tensor, float]:
-    """B with the scale in it, and the scale; 1 for a layer that an alpha of 0 switches off, whose B is 0 then."""
-    return (scale * b_OC, scale) if scale else (b_OC.new_zeros(b_OC.shape), 1.0)
-
-
-def _slices(parameter: str, parts: dict[str, Tensor], scales: _Scales) -> dict[str, Factors]:
-    """The factors of every expert that has components."""
-    if parts.keys() != {"lora_A", "lora_B"}:
-        raise UsageError(f"{scales.folder}: {parameter} lacks its lora_A or lora_B", "copy the files again")
-    a, b = parts["lora_A"], parts["lora_B"]
-    rank = scales.rank_of(parameter)
-    if not (a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0):
-        raise UsageError(
-            f"{scales.folder}: {parameter} has factors {tuple(a.shape)} and {tuple(b.shape)}, and {CONFIG} rank {rank}",
-            "one of the two files is of another adapter; copy both again",
-        )
-    scale = scales.of(parameter, rank)
-    return {
-        name: Factors(a_CI, *_scaled(b_OC, scale), experts=a.shape[0] // rank)
-        for name, (a_CI, b_OC) in unfuse(parameter, a, b, rank).items()
-    }
-
-
-class _Scales:
-    """alpha / r of every module, as PEFT finds it: a pattern's key matches the end of a name, and may be a regex."""
-
-    def __init__(self, config: dict[str, Any], folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.ranks = PatternMap(config.get("rank_pattern") or {}, f"{folder / CONFIG}: rank_pattern")
-        self.alphas = PatternMap(config.get("alpha_pattern") or {}, f"{folder / CONFIG}: alpha_pattern")
-
-    def of(self, module: str, rank: int) -> float:
-        """The scale of a module whose factors have this rank.
-
-        Raises:
-            UsageError: the config announces another rank.
-        """
-        announced = self.rank_of(module)
-        alpha = self.alphas.first(self._named(module), self.config.get("lora_alpha"))
-        if announced != rank:
-            raise UsageError(
-                f"{self.folder}: layer {module} has rank {rank} in {WEIGHTS} and {announced} in {CONFIG}",
-                "one of the two files is of another adapter; copy both again",
-            )
-        if rank == 0 or not isinstance(alpha, (int, float)):
-            raise UsageError(
-                f"{self.folder / CONFIG}: layer {module} has rank {rank} and lora_alpha {alpha!r}",
-                "a layer has a rank of at least 1, and an alpha; leave one without components out of the files",
-            )
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-
-    def _named(self, module: str) -> str:
-        """What patterns are matched with: the name of the weight, where that is the target and not the module."""
-        weight = f"{module}.weight"
-        wanted = self.config.get("target_parameters") or ()
-        return weight if any(weight == end or weight.endswith(f".{end}") for end in wanted) else module
-
-    def rank_of(self, module: str) -> Any:
-        """The rank that the config announces."""
-        return self.ranks.first(self._named(module), self.config.get("r"))

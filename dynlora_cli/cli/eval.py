@@ -94,7 +94,7 @@ def evaluate(
     """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""
     with reporting(as_json) as result:
         from dynlora_cli.cli import preflight
-        from dynlora_cli.evaluation.thresholds import read_gates
+        from dynlora_cli.cli.thresholds import read_gates
 
         gates = read_gates(
             fail_above=fail_above, fail_below=fail_below or (), baseline=baseline, max_regression=max_regression
@@ -105,8 +105,9 @@ def evaluate(
         from dynlora_cli.cli.views.evaluation import show_evaluation
         from dynlora_cli.commands import evaluate as command
         from dynlora_cli.config.load import load_recipe
+        from dynlora_cli.evaluation import options as options_module
 
-        options = command.Options(
+        options = options_module.Options(
             base=base,
             trust_remote_code=trust_remote_code or (load_recipe(recipe).model if recipe else False),
             with_base=not no_base,
@@ -133,8 +134,7 @@ def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None)
     Raises:
         UsageError: the arguments contradict each other, or what they name is not there.
     """
-    from dynlora_cli.cli.preflight import RECIPES
-    from dynlora_cli.config.load import load_recipe
+    from dynlora_cli.config.load import RECIPES, load_recipe
 
     if recipe is None:
         if not adapters and not NEWEST_BELOW.is_dir():
@@ -163,8 +163,3 @@ def _task_names(tasks: str | None, limit: int | None) -> list[str]:
         return []
     require()
     return split_tasks(tasks)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("eval")(evaluate)

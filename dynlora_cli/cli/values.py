@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dynlora_cli.config.budget import Budget, parse_budget
 from dynlora_cli.errors import UsageError
-from dynlora_cli.plugins import did_you_mean
+from dynlora_cli.text import did_you_mean
 
 
 def choice(text: str, choices: Sequence[str], option: str) -> None:

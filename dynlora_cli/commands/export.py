@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
-from dynlora_cli.adapters.base import Place, find_base, structure
+from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import MachineError, MeasureError
 from dynlora_cli.evaluation.agreement import agreement
@@ -27,8 +27,9 @@ from dynlora_cli.export.exporter import Job, Merged
 from dynlora_cli.files import whole
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import sha256_of
-from dynlora_cli.lora.layer import linear_shape
 from dynlora_cli.merging.fold import plan_merge, write_merged
+from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.place import Place, structure
 from dynlora_cli.runs import folder as run_folder
 
 Emit = Callable[[dict[str, Any]], None]

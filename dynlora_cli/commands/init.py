@@ -21,9 +21,9 @@ import yaml
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.sections import Model, Source
 from dynlora_cli.data.chat_turns import PAIRS
-from dynlora_cli.data.columns import Account, example_for, guessed
-from dynlora_cli.data.forms import Labelled, as_text
-from dynlora_cli.data.load import CAUSAL, CLASSIFICATION, SEQ2SEQ, fitting_formats, located, name_of, renamed
+from dynlora_cli.data.columns import Account, example_for, guessed, located, renamed
+from dynlora_cli.data.forms import Labelled, as_text, name_of
+from dynlora_cli.data.load import CAUSAL, CLASSIFICATION, SEQ2SEQ, fitting_formats
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import is_local, other_splits, tables
 from dynlora_cli.data.splits import classes_of

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
-from dynlora_cli.adapters.keys import natural_order
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import UsageError
+from dynlora_cli.text import natural_order
 
 SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # shares of ‖ΔW‖² for which the number of directions is told
 

@@ -18,23 +18,24 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli import __version__
-from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
-from dynlora_cli.adapters.base import Place, find_base, stored_quantized
+from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer, stored_quantized
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.agreement import Agreement, agreement, predictions
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
-from dynlora_cli.evaluation.rows import base_in_memory, precision_of, read_tokenizer
 from dynlora_cli.files import whole
-from dynlora_cli.lora.layer import dense_weight
 from dynlora_cli.merging.combine import Way, combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
 from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
 from dynlora_cli.models.find import quantization_of
-from dynlora_cli.models.load import DTYPES, Base
+from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.models.load import DTYPES, Base, precision_of
+from dynlora_cli.models.place import Place
 from dynlora_cli.runs import folder as run_folder
 
 Emit = Callable[[dict[str, Any]], None]

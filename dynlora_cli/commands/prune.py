@@ -13,16 +13,18 @@ from typing import Any, cast
 import torch
 
 from dynlora_cli import plugins
-from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
-from dynlora_cli.adapters.base import Place, find_base
+from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.config.budget import Budget
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.evaluation.peft_check import check_files, tell
-from dynlora_cli.evaluation.rows import Rows, base_in_memory, held_out_rows, own_recipe, precision_of, read_tokenizer
-from dynlora_cli.models.load import Base
+from dynlora_cli.evaluation.rows import Rows, held_out_rows, own_recipe
+from dynlora_cli.models.load import Base, precision_of
+from dynlora_cli.models.place import Place
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
 from dynlora_cli.runs import folder as run_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from dynlora_cli.config.strict_yaml import show
+from dynlora_cli.text import show
 
 LOWEST_AUTO = 0.25  # average rank at which an automatic budget stops in any case
 MAX_RANK = 100_000  # wider than any layer: whoever writes more means parameters

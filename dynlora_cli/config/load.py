@@ -16,17 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynlora_cli.config import strict_yaml
-from dynlora_cli.config.budget import Budget, parse_budget
 from dynlora_cli.config.problems import conflict_problems, field_problems
 from dynlora_cli.config.recipe import Recipe
-from dynlora_cli.config.sections import Adapter, Dataset, Eval, Model, Pruning, Rank, Source, Train
-from dynlora_cli.config.strict_yaml import Node, Place, Problem, show
+from dynlora_cli.config.strict_yaml import Node, Place, Problem
 from dynlora_cli.errors import RecipeError
-
-__all__ = [
-    "Adapter", "Budget", "Dataset", "Eval", "Model", "Pruning", "Rank", "Recipe", "Source", "Train",
-    "json_schema", "load_recipe", "parse_budget", "to_yaml",
-]  # fmt: skip
+from dynlora_cli.text import show
 
 SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in ("output_dir", "seed")]
 SCHEMA_HINT = "all keys and what they mean: dynlora schema"
@@ -154,3 +148,6 @@ def json_schema() -> dict[str, Any]:
         items = schema["$defs"]["Dataset"]["properties"][sources]
         items["items"] = {"anyOf": [items["items"], text]}
     return schema
+
+
+RECIPES = (".yaml", ".yml")

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynlora_cli.config import foreign_names
-from dynlora_cli.config.strict_yaml import Node, Problem, dotted, show
-from dynlora_cli.plugins import did_you_mean
+from dynlora_cli.config.strict_yaml import Node, Problem, dotted
+from dynlora_cli.text import did_you_mean, show
 
 Path = tuple[str | int, ...]
 Schema = dict[str, Any]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dynlora_cli.errors import RecipeError, UsageError
-from dynlora_cli.plugins import did_you_mean
+from dynlora_cli.text import did_you_mean, show
 
 LARGEST_NUMBER = 1024  # bits; a float has no more
 MAX_VALUES = 10_000  # anchors that repeat anchors can blow a short file up to any size
@@ -99,18 +99,6 @@ class Node:
 def dotted(path: Sequence[str | int]) -> str:
     """A path as it is written after `--set`: `dataset.train.0.path`."""
     return ".".join(map(str, path))
-
-
-def show(value: object) -> str:
-    """A value in YAML's words, short enough for a message."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict | list):
-        return "a section" if isinstance(value, dict) else f"a list of {len(value)}" if value else "an empty list"
-    if isinstance(value, int) and value.bit_length() > 200:  # Python writes out no more than some thousand digits
-        return f"a whole number of some {round(value.bit_length() * 0.30103)} digits"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:56] + "...'"
 
 
 def read_text(path: Path) -> str:

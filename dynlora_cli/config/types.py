@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from dynlora_cli import plugins
 from dynlora_cli.config import foreign_names
-from dynlora_cli.config.strict_yaml import show
+from dynlora_cli.text import show
 
 
 def whole(value: object) -> object:

@@ -11,10 +11,13 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.data.examples import Located
+from dynlora_cli.data.forms import BadRowError, name_of, refuse_half_characters
+from dynlora_cli.data.row_files import Row
 from dynlora_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -259,3 +262,33 @@ def example_for(row: Mapping[str, Any], task: str) -> dict[str, str]:
 
 def _first(names: Iterable[str], there: Mapping[str, str]) -> str | None:
     return next((name for name in names if name in there), None)
+
+
+def renamed(row: Row, columns: dict[str, str], place: str) -> Row:
+    """The row under our column names; `columns` maps ours to theirs.
+
+    Raises:
+        DataError: it lacks one of them.
+    """
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise DataError(
+            f"{place}: no column {missing[0]!r}, which `columns` names", f"columns there: {', '.join(map(str, row))}"
+        )
+    return row | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def located(form: ModuleType, place: str, row: Row, has_template: bool, account: Account) -> Located:
+    """A row in its neutral form; with a template, one that can be turns is.
+
+    Raises:
+        DataError: it does not fit the format, or has a column that may not be left aside.
+    """
+    account.enter(place, row, form)
+    try:
+        example = form.to_example(row, has_template=has_template)
+        refuse_half_characters([getattr(example, field.name) for field in fields(example)])
+        return Located(place, example)
+    except BadRowError as error:
+        hint = f"columns found: {', '.join(map(str, row))}; a {name_of(form)} row has {form.COLUMNS}"
+        raise DataError(f"{place}: {error}", hint) from error

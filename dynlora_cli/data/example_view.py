@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dynlora_cli.data.encode import IGNORED, Example, decode
+from dynlora_cli.data.encode import decode
+from dynlora_cli.data.examples import IGNORED, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 
@@ -131,3 +132,8 @@ def refuse_half_characters(value: object) -> None:
 
 def _kind(value: object) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"
+
+
+def name_of(form: ModuleType) -> str:
+    """A format's name in a recipe."""
+    return form.__name__.rpartition(".")[2]

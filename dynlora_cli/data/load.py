@@ -13,16 +13,17 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dynlora_cli import plugins
 from dynlora_cli.data.chat_template import Writing, date_note, on_date, read_template, template_name
 from dynlora_cli.data.chat_turns import as_turns
-from dynlora_cli.data.columns import Account, example_for, in_yaml
-from dynlora_cli.data.encode import IGNORED, Draft, Encoder, Example, Located
-from dynlora_cli.data.forms import BadRowError, Pair, Plain, Turns, refuse_half_characters
+from dynlora_cli.data.columns import Account, example_for, in_yaml, located, renamed
+from dynlora_cli.data.encode import Encoder
+from dynlora_cli.data.examples import IGNORED, Draft, Example, Located
+from dynlora_cli.data.forms import Pair, Plain, Turns, name_of
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import BUILTIN, Table, tables
 from dynlora_cli.data.splits import (
@@ -226,41 +227,6 @@ def _as_turns(reader: _Reader, table: Table, form: ModuleType, opening: list[Row
     if reader.tokenizer.chat_template and name != "text":
         reader.turned.setdefault(name, set()).add(turns)
     return turns
-
-
-def renamed(row: Row, columns: dict[str, str], place: str) -> Row:
-    """The row under our column names; `columns` maps ours to theirs.
-
-    Raises:
-        DataError: it lacks one of them.
-    """
-    missing = [theirs for theirs in columns.values() if theirs not in row]
-    if missing:
-        raise DataError(
-            f"{place}: no column {missing[0]!r}, which `columns` names", f"columns there: {', '.join(map(str, row))}"
-        )
-    return row | {ours: row[theirs] for ours, theirs in columns.items()}
-
-
-def located(form: ModuleType, place: str, row: Row, has_template: bool, account: Account) -> Located:
-    """A row in its neutral form; with a template, one that can be turns is.
-
-    Raises:
-        DataError: it does not fit the format, or has a column that may not be left aside.
-    """
-    account.enter(place, row, form)
-    try:
-        example = form.to_example(row, has_template=has_template)
-        refuse_half_characters([getattr(example, field.name) for field in fields(example)])
-        return Located(place, example)
-    except BadRowError as error:
-        hint = f"columns found: {', '.join(map(str, row))}; a {name_of(form)} row has {form.COLUMNS}"
-        raise DataError(f"{place}: {error}", hint) from error
-
-
-def name_of(form: ModuleType) -> str:
-    """A format's name in a recipe."""
-    return form.__name__.rpartition(".")[2]
 
 
 def _format(reader: _Reader, source: Source, table: Table, place: str, row: Row, account: Account) -> ModuleType:

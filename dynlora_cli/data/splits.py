@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.recipe import Recipe
+
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from dynlora_cli.data.encode import Example
+from dynlora_cli.data.examples import Example
 from dynlora_cli.errors import DataError
 from dynlora_cli.text import counted
 
@@ -171,3 +176,11 @@ def _place(name: str) -> tuple[bool, int, str]:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+SIZING_ROWS, LEAST_SIZING_ROWS = 64, 8  # to choose the rank by
+
+
+def sizing_rows(recipe: Recipe) -> int:
+    """How many training rows are held out to choose the rank by."""
+    return SIZING_ROWS if recipe.rank.parsed_budget().kind == "auto" else 0

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from dynlora_cli.data.encode import IGNORED, Example, decode
+from dynlora_cli.data.encode import decode
+from dynlora_cli.data.examples import IGNORED, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

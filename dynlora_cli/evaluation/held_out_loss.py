@@ -9,84 +9,19 @@ Dimensions: B rows, T tokens of a row, V vocabulary, N supervised tokens (or row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from inspect import signature
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dynlora_cli.evaluation.scores import RowSums, perplexity
-from dynlora_cli.kernels.linear_cross_entropy import (
-    chunks,
-    decoder_inputs,
-    linear_cross_entropy,
-    run_to_head,
-    steps_aside,
-)
+from dynlora_cli.tasks.loss import evaluating, judged
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
-
-IGNORE = -100
-
-
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's targets: a scalar in fp32, to train on.
-
-    Labels are aligned with the logits already: `labels[:, t]` is the target of `logits[:, t]`, or -100.
-    """
-    head, states, targets_N, _ = _at_targets(model, batch)
-    if head is None:
-        return F.cross_entropy(states.float(), targets_N, reduction="sum")
-    return linear_cross_entropy(states, targets_N, head)
-
-
-def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tensor, Tensor, Tensor]:
-    """What the model says at the batch's targets and nowhere else: prompts cost no logits.
-
-    Returns:
-        the model's head and hidden states [N, D] for it, or None and logits [N, V]; the targets [N]; and the line of
-        the batch that each stands in [N].
-    """
-    targets, place_N = batch.labels, batch.places
-    if targets.ndim == 1:
-        return None, model(**batch.inputs).logits, targets, torch.arange(len(targets), device=targets.device)
-    more = decoder_inputs(model, targets)
-    if not steps_aside(model) and "logits_to_keep" in signature(model.forward).parameters:
-        positions = (targets != IGNORE).any(0).nonzero()[:, 0]
-        targets, more = targets[:, positions], {**more, "logits_to_keep": positions}
-        place_N = (targets.flatten() != IGNORE).nonzero()[:, 0]
-    head, states = run_to_head(model, {**batch.inputs, **more})
-    assert place_N is not None
-    states_ND = states.flatten(0, 1).index_select(0, place_N)  # whose gradient is cheaper than that of a mask
-    return head, states_ND, targets.flatten()[place_N], place_N // targets.shape[1]
-
-
-def _judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every target: its loss (nats, fp32), the model's choice, the target itself, and its line of the batch. [N]"""
-    head, states, targets_N, line_N = _at_targets(model, batch)
-    parts = [(targets_N, states)] if head is None else chunks(states, targets_N, head)
-    judged = [
-        (F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1)) for targets, logits in parts
-    ]
-    loss_N, choice_N = (torch.cat(part) for part in zip(*judged, strict=True))
-    return loss_N, choice_N, targets_N, line_N
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; the mode is put back whatever happens."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def held_out(
@@ -112,7 +47,7 @@ def held_out(
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), autocast():
         for batch in batches:
-            loss_N, choice_N, targets_N, _ = _judged(model, batch)
+            loss_N, choice_N, targets_N, _ = judged(model, batch)
             found = [loss_N.sum().item(), (choice_N == targets_N).sum().item(), batch.supervised]
             sums += torch.tensor(found, dtype=torch.float64)
     total, correct_total, targets = reduce(sums).tolist()
@@ -141,7 +76,7 @@ def row_sums(
     chosen: list[Tensor] = []
     with evaluating(model), autocast():
         for batch in batches:
-            loss_N, choice_N, targets_N, line_N = _judged(model, batch)
+            loss_N, choice_N, targets_N, line_N = judged(model, batch)
             parts_3N = torch.stack(
                 [loss_N.double(), torch.ones_like(loss_N).double(), (choice_N == targets_N).double()]
             )

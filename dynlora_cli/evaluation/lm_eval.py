@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.plugins import did_you_mean
+from dynlora_cli.text import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

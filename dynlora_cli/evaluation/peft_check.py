@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynlora_cli.adapters.adapter import Adapter
-from dynlora_cli.adapters.base import Place, find_base
+from dynlora_cli.adapters.base import find_base
+from dynlora_cli.adapters.expert_files import parts_of
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows
 from dynlora_cli.lora.layer import ComponentLinear
-from dynlora_cli.models.experts import parts_of
-from dynlora_cli.models.load import context_length
+from dynlora_cli.models.place import Place
 from dynlora_cli.models.streamed import streamed
+from dynlora_cli.models.tokenizer import context_length
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
 ABSENT = f"{NOT_CHECKED}: PEFT is not installed"

@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
-from dynlora_cli.adapters.base import Place, input_table, structure
+from dynlora_cli.adapters.base import read_tokenizer
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows, random_rows
-from dynlora_cli.evaluation.rows import read_tokenizer
 from dynlora_cli.models.find import quantization_of
 from dynlora_cli.models.layout import Layout
-from dynlora_cli.models.load import load_base, load_tokenizer
+from dynlora_cli.models.load import load_base
+from dynlora_cli.models.place import Place, input_table, structure
 from dynlora_cli.models.streamed import Read, read_by, reader, streamed, through_ties, unreadable
+from dynlora_cli.models.tokenizer import load_tokenizer
 from dynlora_cli.models.weights import Weights
 
 CPU = torch.device("cpu")

@@ -5,10 +5,8 @@ Nothing asks for the training recipe again: the run folder knows it. Other rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +14,26 @@ import torch
 from pydantic import ValidationError
 
 from dynlora_cli import plugins
-from dynlora_cli.adapters.base import Place, input_table, recorded_model, structure
-from dynlora_cli.cli.preflight import RECIPES
-from dynlora_cli.config.load import load_recipe
+from dynlora_cli.adapters.base import recorded_model
+from dynlora_cli.config.load import RECIPES, load_recipe
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, Source
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.data.sources import tables
+from dynlora_cli.data.splits import sizing_rows
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, read_object
-from dynlora_cli.models.load import Base, context_length, load_base, load_tokenizer, table_rows
+from dynlora_cli.files.foreign import COPY_AGAIN, first_fault
+from dynlora_cli.models.place import Place, input_table, structure
+from dynlora_cli.models.tokenizer import context_length, table_rows
 from dynlora_cli.runs.folder import RECORD
-from dynlora_cli.training.setup import keep_libraries_quiet, sizing_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynlora_cli.adapters.adapter import Adapter
-    from dynlora_cli.data.encode import Example
+    from dynlora_cli.data.examples import Example
 
 MICRO_BATCH = 8
 
@@ -90,20 +88,6 @@ def own_recipe(adapter: Adapter) -> Recipe | None:
     except ValidationError as error:
         fault = first_fault(error)
         raise UsageError(f"{adapter.folder}: the recipe in {RECORD} is damaged: {fault}", COPY_AGAIN) from None
-
-
-def read_tokenizer(adapter: Adapter, place: Place) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the adapter, its chat template included, or the base's."""
-    own = (adapter.folder / "tokenizer_config.json").is_file()
-    if own and not (
-        place.options.trust_remote_code and read_object(adapter.folder / "tokenizer_config.json").get("auto_map")
-    ):
-        return load_tokenizer(adapter.folder)
-    tokenizer = load_tokenizer(place.folder, trust_remote_code=place.options.trust_remote_code)
-    template = adapter.folder / "chat_template.jinja"
-    if own and template.is_file():  # a tokenizer made of code: the base's is trusted, one beside an adapter never is
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
 
 
 def held_out_rows(
@@ -204,26 +188,3 @@ def _as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:
     fits = form != "auto" and plugins.load("formats", form).matches(there)
     aside = [name for name in ignore if name in there]
     return file.model_copy(update={"columns": columns, "format": form if fits else "auto", "ignore": aside})
-
-
-def precision_of(base: Base) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the context in which training ran the model's forward pass: autocast where its weights are below fp32."""
-    if base.dtype == torch.float32:
-        return nullcontext
-    return partial(torch.autocast, base.model.device.type, dtype=base.dtype)
-
-
-def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Base:
-    """The base model as the adapter was trained on it (its dtype, 4 or 8 bits), on the GPU where there is one."""
-    keep_libraries_quiet()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(
-        place.options,
-        tokenizer,
-        device=device,
-        labels=place.labels,
-        seed=int(adapter.record.get("seeds", {}).get("seed", 0)),
-    )
-    base.model.requires_grad_(False)
-    base.model.eval()
-    return base

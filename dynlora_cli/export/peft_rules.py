@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.expert_files import parameter_of, parts_of
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.models.experts import PARAMETERS, parameter_of, parts_of
+from dynlora_cli.models.experts import PARAMETERS
 
 
 def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.export.exporter import Job, padded, plain_lora
 from dynlora_cli.runs.folder import copy_tokenizer

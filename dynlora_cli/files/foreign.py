@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dynlora_cli.config.strict_yaml import show
 from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.text import show
 
 LARGEST_JSON = 1 << 28  # bytes; the largest tokenizers and indexes have a tenth of it
 DEEPEST_JSON = 200

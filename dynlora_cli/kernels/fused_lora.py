@@ -22,41 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dynlora_cli.models.linears.linear import weight_OI
+
 Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
-
-
-def fusable(base: nn.Module) -> bool:
-    """Whether all that the base does is one product with a frozen weight, and perhaps a bias."""
-    name = type(base).__name__
-    if type(base) is not nn.Linear and name not in ("Conv1D", "Linear4bit", "ExpertSlice"):
-        return False
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    if weight.requires_grad or base._forward_hooks or base._forward_pre_hooks:
-        return False
-    if name == "Linear4bit":  # without gradients bitsandbytes has kernels that need no dequantized weight
-        return _quant_state(base) is not None and torch.is_grad_enabled()
-    return weight.is_floating_point()
-
-
-def weight_type(base: nn.Module) -> torch.dtype:
-    """The type of the numbers that `weight_OI` gives."""
-    state = _quant_state(base)
-    return base.weight.dtype if state is None else state.dtype  # type: ignore[return-value]
-
-
-def weight_OI(base: nn.Module) -> Tensor:
-    """The base's weight [O, I]: a view, or dequantized from 4 bits."""
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    state = _quant_state(base)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state)
-    return weight.T if type(base).__name__ == "Conv1D" else weight
-
-
-def _quant_state(base: nn.Module) -> Any:
-    return None if type(base) is nn.Linear else getattr(base.weight, "quant_state", None)
 
 
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:

@@ -13,117 +13,25 @@ Sources: PiSSA, arXiv 2404.02948; EVA, arXiv 2410.07170; LoftQ, arXiv 2310.08659
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.data.load import Data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.directions import Directions, orthogonal_start, orthonormal_rows, principal_factors
-from dynlora_cli.lora.layer import dense_weight, linear_shape
-from dynlora_cli.lora.pissa import RelativeLinear, layer_kind
+from dynlora_cli.lora.pissa import RelativeLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.layout import Layout
+from dynlora_cli.models.linears.linear import dense_weight
 from dynlora_cli.models.load import Base, load_structure
 from dynlora_cli.models.weights import Weights
-from dynlora_cli.pruning.allocation import in_proportion, share_out
-from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
-from dynlora_cli.pruning.control import Start
-from dynlora_cli.training.setup import attach, make_batches, plan_ranks
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.data.batches import Batch
-    from dynlora_cli.lora.variant import Variant
-
-SURVEYED = 16  # micro-batches that a survey looks at
-EVA_SPREAD = 2  # a layer gets at most so many times its uniform share, EVA's rho
-
-
-def begin(
-    recipe: Recipe,
-    variant: Variant,
-    base: Base,
-    data: Data,
-    accelerator: Accelerator,
-    counts: Mapping[str, int] | None = None,
-) -> tuple[Pool | None, Start | None]:
-    """Put components on the model, as many and with such values as the recipe says.
-
-    Every process looks at the same batches, the first of the run; where rounding differs, the first process decides.
-
-    Args:
-        counts: of a run that is resumed: the components it began with. Their values come from its checkpoint.
-
-    Raises:
-        UsageError: loftq does not find a layer in the model's files.
-    """
-    if counts is not None or not variant.has_components:
-        pool, planned = attach(variant, base, recipe, counts)
-        return pool and pool.to(accelerator.device), planned
-
-    def batches() -> Iterator[Batch]:
-        rows = make_batches(recipe, data.train, base, shuffle=True)
-        steps = (rows.step(0, index) for index in range(rows.steps_per_epoch))
-        return (batch.to(accelerator.device) for batch in islice(chain.from_iterable(steps), SURVEYED))
-
-    torch.manual_seed(recipe.seed)  # of the base's own dropout
-    layers, start = plan_ranks(recipe, base)
-    if recipe.rank.allocation != "uniform":
-        counts = _shared_out(recipe, variant, base, layers, start, batches(), accelerator)
-        fewest, most = min(counts.values()), max(counts.values())
-        data.notes.append(f"rank.allocation: {recipe.rank.allocation} gives the layers {fewest} to {most} components")
-    inputs = {}
-    if recipe.adapter.init_weights == "eva":
-        wanted = start.counts if counts is None else counts
-        inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
-    pool, planned = attach(variant, base, recipe, counts)
-    assert pool is not None
-    pool.to(accelerator.device)
-    write_start(pool, recipe, base, inputs)
-    _from_the_first(pool.values.detach(), accelerator)
-    return pool, planned
-
-
-def _shared_out(
-    recipe: Recipe,
-    variant: Variant,
-    base: Base,
-    layers: Mapping[str, nn.Module],
-    start: Start,
-    batches: Iterator[Batch],
-    accelerator: Accelerator,
-) -> dict[str, int]:
-    """Components of each layer, together as large as the uniform start within one component."""
-    kind, how = layer_kind(recipe, variant.Layer), recipe.rank.allocation
-    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
-    most = {name: kind.most(*shape) for name, shape in shapes.items()}
-    if how == "eva":
-        most = {name: min(count, EVA_SPREAD * start.counts[name]) for name, count in most.items()}
-        inputs = watch_inputs(base.model, batches, layers, most, accelerator.autocast)
-        worth = {name: inputs[name].explained()[: most[name]] for name in layers}
-    else:
-        weights = weigh(base.model, batches, layers, MEASURES[how], accelerator.autocast)
-        if how == "gora":  # whose budget is of smoothed sizes: r = budget · share of the importance / √(d_in + d_out)
-            weights = {name: weight / math.sqrt(sum(shapes[name])) for name, weight in weights.items()}
-        worth = in_proportion(weights, most)
-    counts = share_out(worth, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}, start.parameters)
-    numbers = torch.tensor(list(counts.values()), device=accelerator.device)
-    _from_the_first(numbers, accelerator)
-    return dict(zip(counts, numbers.tolist(), strict=True))
-
-
-def _from_the_first(tensor: Tensor, accelerator: Accelerator) -> None:
-    """Make a tensor in every process what it is in the first."""
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast(tensor, 0)
 
 
 @torch.no_grad()

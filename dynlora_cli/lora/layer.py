@@ -13,59 +13,20 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynlora_cli.kernels.fused_lora import fusable, fused, weight_type
+from dynlora_cli.kernels.fused_lora import fused
+from dynlora_cli.models.linears.linear import forget_input, fusable, linear_shape, weight_type
 
 
 class Graph:
     """Lives as long as one autograd graph that runs through a layer; see `Pool.graphs`."""
 
     __slots__ = ("__weakref__",)
-
-
-def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer: `nn.Linear` and its quantized kin, GPT-2's Conv1D, whose weight is [I, O], or
-    another module that has a weight [O, I]."""
-    if hasattr(base, "in_features"):
-        return base.in_features, base.out_features  # type: ignore[return-value]
-    first, second = base.weight.shape  # type: ignore[misc]
-    return (first, second) if type(base).__name__ == "Conv1D" else (second, first)
-
-
-def forget_input(y: Tensor) -> Tensor:
-    """Let go of the input that bitsandbytes' 8-bit product keeps for a gradient of its weight, which nobody wants here.
-
-    It is no saved tensor of autograd's, so checkpointing would not drop it either.
-    """
-    if torch.compiler.is_compiling():  # to look at the graph would break it
-        return y
-    node: Any = y.grad_fn
-    name = type(node).__name__
-    if name == "MatMul8bitLtBackward":
-        node.tensors = (None, None, None)
-    elif name == "MatMul8bitFpBackward":  # on the CPU
-        node.A = None
-    return y
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """A layer's weight as [O, I] in fp32, dequantized where it is stored in 4 or 8 bits."""
-    weight: Any = module.weight
-    if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).float()
-    if hasattr(weight, "SCB"):
-        state: Any = module.state
-        scb = weight.SCB if weight.SCB is not None else state.SCB
-        return weight.data.float() * (scb.view(-1, 1).float() / 127)
-    weight = weight.detach().float()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
 class ComponentLinear(nn.Module):

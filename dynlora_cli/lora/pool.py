@@ -111,7 +111,7 @@ class Pool:
     def adopt(self, values_P: Tensor, counts: Mapping[str, int]) -> None:
         """Make `values_P` the pool's numbers, with fresh leaves and zero gradients in every layer.
 
-        The optimizer is the caller's business: `control.shrink` swaps both together.
+        The optimizer is the caller's business: `surgery.shrink` swaps both together.
 
         Raises:
             DynloraError: an autograd graph through the old leaves is alive.

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynlora_cli.lora.moments import read_moments, write_moments
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.training.optimizers import read_moments, write_moments
 
 # Rows of A that are nearly dependent make T ill-conditioned; such a layer keeps its basis.
 MAX_CONDITION = 1e6

@@ -23,16 +23,15 @@ starts = ("orthogonal", ...)
     into the leaves.
 
 in_modules_only = True
-    Optional: PEFT reads what `saved` gives as a target module only, and not as a target
+    Optional: PEFT reads its kind of adapter as a target module only, and not as a target
     parameter (models/peft_types.py).
 
 attach(model, targets, start, recipe) -> Pool
     Puts layers on a frozen model; the model's output stays the same, or the file says that it does not. `put` does
     the work.
 
-saved(pool, config) -> (config, tensors)
-    Optional: adapter_config.json and the tensors, from those of a plain LoRA. Without it the factors are saved as
-    the plain LoRA that they are.
+saved_as = "dora"
+    Optional: the kind of adapter (a file of adapters/kinds/) that its factors are saved as; without it, a plain LoRA.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from torch import nn
 
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.lora.start import Start
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe

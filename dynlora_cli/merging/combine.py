@@ -24,11 +24,11 @@ from torch import Tensor
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter, Factors
-from dynlora_cli.adapters.keys import natural_order
 from dynlora_cli.config.budget import Budget
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.svd_basis import svd_factors
 from dynlora_cli.pruning.posthoc import Order, parameters_of
+from dynlora_cli.text import natural_order
 
 METHODS = ("exact", "linear", "ties", "dare", "svd")
 OVERSAMPLED = 16  # directions beyond those wanted, for the randomized SVD

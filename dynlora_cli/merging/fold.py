@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
-from dynlora_cli.adapters.base import Place, expert_slices, module_of, structure, tied
+from dynlora_cli.adapters.base import expert_slices, module_of
 from dynlora_cli.adapters.patches import Patch, folded, patched
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.models.layout import Layout
+from dynlora_cli.models.place import Place, structure, tied
 from dynlora_cli.models.weights import New, Space, Weights, write_like
 from dynlora_cli.runs.folder import copy_tokenizer
 

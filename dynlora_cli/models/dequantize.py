@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dynlora_cli.adapters.base import Place
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.whole import write_json
-from dynlora_cli.lora.layer import dense_weight
 from dynlora_cli.models.find import quantization_of
+from dynlora_cli.models.linears.linear import dense_weight
 from dynlora_cli.models.load import DTYPES, Base, load_structure
+from dynlora_cli.models.place import Place
 
 BESIDE = ("*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*token*.json", "vocab.json", "generation_config.json")
 

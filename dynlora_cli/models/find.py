@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.files.foreign import WEIGHT_FILES, IndexForm, fits, inside, read_object, refuse_links
-from dynlora_cli.plugins import did_you_mean
+from dynlora_cli.text import did_you_mean
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model

@@ -18,10 +18,10 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from dynlora_cli.adapters.base import Place
 from dynlora_cli.errors import UsageError
 from dynlora_cli.models.layout import Layout
 from dynlora_cli.models.load import load_structure
+from dynlora_cli.models.place import Place
 
 Read = Callable[[str], Tensor]
 

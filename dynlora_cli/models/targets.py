@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli.errors import UsageError
 from dynlora_cli.models.experts import WORD, ExpertSlice, fused_experts
 from dynlora_cli.models.peft_types import not_adapted
-from dynlora_cli.plugins import did_you_mean
+from dynlora_cli.text import did_you_mean
 
 # Leaf names of query and value projections, fused ones included.
 QUERY_VALUE = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.lora.start import Start
 
 
 def share_out(worth: Mapping[str, Sequence[float]], costs: Mapping[str, int], parameters: int) -> dict[str, int]:

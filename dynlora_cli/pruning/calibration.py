@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.errors import UsageError
-from dynlora_cli.evaluation.held_out_loss import IGNORE, evaluating, summed_loss
 from dynlora_cli.lora.directions import Directions
-from dynlora_cli.lora.layer import dense_weight, linear_shape
+from dynlora_cli.models.linears.linear import dense_weight, linear_shape
+from dynlora_cli.tasks.loss import IGNORE, evaluating, summed_loss
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch

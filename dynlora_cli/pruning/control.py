@@ -13,168 +13,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dynlora_cli.errors import UsageError
-from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.svd_basis import to_svd_basis
 from dynlora_cli.pruning.schedule import Schedule
+from dynlora_cli.pruning.select import select_K
 from dynlora_cli.pruning.signals import EntryAverages, GateGradients
-from dynlora_cli.training.optimizers import read_moments, write_moments
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.budget import Budget
     from dynlora_cli.pruning.policy import Policy
     from dynlora_cli.pruning.stopping import Brake
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins and where it has to end.
-
-    Attributes:
-        counts: components of each layer at the start.
-        parameters: numbers they hold.
-        budget: numbers that may be alive at the end.
-        average_rank: the budget, or where it is open the start, as an average rank: numbers / Σ(d_in + d_out).
-        open: the budget is only a floor, and the run decides where to stop (`rank.budget: auto`).
-    """
-
-    counts: dict[str, int]
-    parameters: int
-    budget: int
-    average_rank: float
-    open: bool = False
-
-    @property
-    def limit(self) -> int | None:
-        """The budget that the run was given; None where it finds its own."""
-        return None if self.open else self.budget
-
-    def rank_of(self, parameters: int) -> float:
-        """A number of parameters as an average rank."""
-        return self.average_rank * parameters / (self.parameters if self.open else self.budget)
-
-
-def plan_start(
-    shapes: Mapping[str, tuple[int, int]],
-    budget: Budget,
-    init: int | str,
-    kind: type[ComponentLinear] = ComponentLinear,
-) -> Start:
-    """Resolve `rank.budget` and `rank.init` for the layers at hand.
-
-    Args:
-        shapes: (d_in, d_out) of every layer.
-        kind: of the layers, which says how many numbers a component has.
-        budget: kind "rank" (an average), "share" (of the start), "parameters" or "auto" (down to a quarter of a rank).
-        init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share or
-            auto.
-            Never above half of min(d_in, d_out), where the kind has no other limit.
-
-    Raises:
-        UsageError: the budget is smaller than one component.
-    """
-    costs = {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}
-    per_rank = sum(costs.values()) // kind.terms
-    asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
-    if init == "auto":
-        init = 32 // kind.terms if asked is None else max(1, math.ceil(2 * asked / sum(costs.values())))
-    counts = {name: min(int(init), kind.most(*shape)) for name, shape in shapes.items()}
-    parameters = sum(counts[name] * cost for name, cost in costs.items())
-    largest = max(costs.values())
-    if budget.kind == "auto":
-        floor = max(largest, math.floor(budget.value * per_rank))
-        return Start(counts, parameters, floor, parameters / per_rank, open=True)
-    limit = math.floor(budget.value * parameters if asked is None else asked)
-    if limit < largest:
-        raise UsageError(
-            f"rank.budget allows {limit:,} parameters, but one component of the target layers has up to {largest:,}",
-            "raise rank.budget, or choose smaller layers in adapter.target_modules",
-        )
-    return Start(counts, parameters, limit, limit / per_rank)
-
-
-def select_K(scores_K: Tensor, costs_K: Tensor, layers_K: Tensor, target: int, *, capped: bool) -> tuple[Tensor, float]:
-    """Choose the components to keep: the best by one threshold over the whole pool.
-
-    Args:
-        scores_K: higher is better.
-        costs_K: numbers of each component.
-        layers_K: index of each component's layer.
-        target: numbers that may stay.
-        capped: of a layer with k components at most max(1, ceil(k/4)) go; the target may then be missed.
-
-    Returns:
-        keep_K (boolean) and the highest score that was removed (-inf if none). The best component
-        always stays. Where scores are equal, layers lose their last components alike.
-    """
-    scores, costs, layers = scores_K.double().cpu(), costs_K.cpu(), layers_K.cpu()
-    counts = layers.bincount()
-    first_of_layer = counts.cumsum(0) - counts
-    position = torch.arange(len(scores)) - first_of_layer[layers]
-    # Stable sorts, least important key first: worst score first, ties by position from the back.
-    order = position.argsort(descending=True, stable=True)
-    order = order[scores[order].argsort(stable=True)]
-    if capped:
-        by_layer = order[layers[order].argsort(stable=True)]
-        place = torch.empty_like(order)
-        place[by_layer] = torch.arange(len(scores)) - first_of_layer[layers[by_layer]]
-        may_go = place < ((counts + 3) // 4)[layers]
-        order = order[may_go[order]]
-    excess = int(costs.sum()) - target
-    gone_before = costs[order].cumsum(0) - costs[order]
-    removed = order[gone_before < excess]
-    keep = torch.ones(len(scores), dtype=torch.bool)
-    keep[removed] = False
-    if not keep.any():
-        keep[order[-1]] = True
-    threshold = scores[~keep].max().item() if not keep.all() else -math.inf
-    return keep.to(scores_K.device), threshold
-
-
-def shrink(pool: Pool, optimizer: torch.optim.Optimizer, keep_K: Tensor) -> None:
-    """Remove components for good: from the layers, the gradients, the parameter group and the optimizer's moments.
-
-    New tensors are made and swapped in together. (Shrinking `.data` breaks a later backward; replacing only the
-    module's parameter leaves the optimizer training the old one; a zeroed component comes back through momentum.)
-
-    Raises:
-        DynloraError: an autograd graph through the old tensors is alive.
-    """
-    pool.refuse_live_graphs()
-    old = pool.values
-    keep_P = pool.numbers_P(keep_K)
-    per_layer = keep_K.cpu().split(list(pool.counts.values()))
-    counts = dict(zip(pool.counts, (int(keep_C.sum()) for keep_C in per_layer), strict=True))
-    moments = {key: value[keep_P] for key, value in read_moments(optimizer, old).items()}
-    left = [layer.survivors_C[keep] for layer, keep in zip(pool.layers.values(), per_layer, strict=True)]
-    swap(pool, optimizer, old.detach()[keep_P], counts, moments)
-    pool.survive(left)
-
-
-def swap(
-    pool: Pool,
-    optimizer: torch.optim.Optimizer,
-    values_P: Tensor,
-    counts: Mapping[str, int],
-    moments_P: Mapping[str, Tensor],
-) -> None:
-    """Put other numbers in the place of the pool's: in the layers, the parameter group and the optimizer's moments.
-
-    Raises:
-        DynloraError: an autograd graph through the old tensors is alive.
-    """
-    old = pool.values
-    pool.adopt(values_P, counts)
-    write_moments(optimizer, pool.values, moments_P, replaces=old)
-    for group in optimizer.param_groups:
-        group["params"] = [pool.values if parameter is old else parameter for parameter in group["params"]]
 
 
 class RankControl:

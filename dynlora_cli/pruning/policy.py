@@ -9,7 +9,7 @@
 
     scores(pool, observed, generator) -> Tensor
         What each component is worth per number it holds; higher is better. [K], finite. A policy scores and never
-        decides: `control.select_K` does, for all policies alike.
+        decides: `select.select_K` does, for all policies alike.
 
 Dimensions: K components of the pool.
 """

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.errors import UsageError
-from dynlora_cli.evaluation.held_out_loss import summed_loss
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.svd_basis import svd_factors
-from dynlora_cli.pruning.control import plan_start, select_K
 from dynlora_cli.pruning.covariances import Covariances, Energies, turn
+from dynlora_cli.pruning.select import select_K
 from dynlora_cli.pruning.signals import EntryAverages, GateGradients
+from dynlora_cli.tasks.loss import summed_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -27,8 +27,6 @@ from dynlora_cli.files.place import OutputPlace, claimed, is_workplace, resolved
 from dynlora_cli.files.whole import remove, sha256_of, sync_all, whole_folder, write_json, write_text
 from dynlora_cli.runs.log import METRICS, RANK_EVENTS
 
-__all__ = ["is_workplace", "whole_folder", "write_json", "write_text"]  # and what is made here
-
 RECORD = "dynlora.json"
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"

@@ -11,23 +11,16 @@ from dynlora_cli import plugins
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
-from dynlora_cli.lora.layer import linear_shape
+from dynlora_cli.lora.start import Start
+from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.load import Base, resolve_dtype
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.pruning.schedule import Schedule
+from dynlora_cli.training.batches import make_batches, total_steps
+from dynlora_cli.training.components import attach, plan_ranks
+from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
-from dynlora_cli.training.rate_search import rate_share
-from dynlora_cli.training.setup import (
-    attach,
-    keep_libraries_quiet,
-    make_batches,
-    make_schedule,
-    plan_ranks,
-    read_base,
-    read_data,
-    too_short,
-    total_steps,
-)
+from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_short
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe

@@ -13,7 +13,7 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
-from dynlora_cli.models.load import context_length
+from dynlora_cli.models.tokenizer import context_length
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.setup import make_accelerator, make_run, set_fused
 

@@ -12,20 +12,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from dynlora_cli.errors import DynloraError, Interrupted, MeasureError
+from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.training.metrics import Window, count_step, log_window
-from dynlora_cli.training.rate_search import choose, rate_share, search
+from dynlora_cli.training.rate_search import choose, search
 from dynlora_cli.training.run import Run
-from dynlora_cli.training.step import LOWER_RATE, backward, clip, finish_gradient, not_finite, update
+from dynlora_cli.training.step import LOWER_RATE, step
 
 if TYPE_CHECKING:
-    from dynlora_cli.data.batches import Batch
+    pass
 
 AUTOSAVE_SECONDS = 600.0
 
@@ -83,67 +81,6 @@ def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
     if min(tried.values()) >= untrained:
         text += f"; none ended below the {untrained:.3f} of no training, so a number may do better"
     run.emit({"event": "note", "text": text})
-
-
-def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """One optimizer step: gradients of this process's micro-batches, rank control, update.
-
-    Returns:
-        loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
-    """
-    number = run.progress.step + 1
-    supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
-    if run.pool:
-        run.pool.begin_step(number, run.total_steps)
-    if run.graphs:
-        last = min(run.total_steps, run.control.next_change(number) if run.control else math.inf)
-        run.graphs.passes_left = int(last - number + 1) * len(micro_batches)
-    losses = [backward(run, batch, supervised) for batch in micro_batches]
-    if number < run.total_steps:  # a GPU is still at work on the gradient
-        run.batches.prepare(*divmod(number, run.batches.steps_per_epoch))
-    # Asked late, so that a Ctrl-C of meanwhile counts for this step.
-    loss, stop_votes = run.total(sum(losses), interrupted())
-    if not math.isfinite(loss):
-        batches = zip(micro_batches, losses, strict=True)
-        raise not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
-    norm = finish_gradient(run, number, micro_batches)
-    assert run.progress.learning_rate is not None
-    rate = run.progress.learning_rate * rate_share(number, run.total_steps, run.recipe.train)
-    if norm is not None:  # None: fp16 overflowed and the scaler skips this step
-        if run.control:
-            run.control.observe(number, supervised)
-        clip(run, norm)
-    factor = run.control.rate_factor if run.control else 1.0
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate * (factor if group["coupled"] else 1.0)
-    update(run, skipped=norm is None)
-    event = run.control.apply(number) if run.control else None
-    if event:
-        check_same_ranks(run, number)
-        run.emit(event)
-    return {
-        "loss": loss,
-        "grad_norm": norm,
-        "learning_rate": rate * factor,
-        "tokens": int(tokens),
-        "stop": stop_votes > 0,
-    }
-
-
-def check_same_ranks(run: Run, number: int) -> None:
-    """Compare the ranks of all processes; cheap, and only after an event.
-
-    Raises:
-        DynloraError: they differ, so the next all-reduce would add gradients of different components.
-    """
-    processes = run.accelerator.num_processes
-    if processes == 1 or run.pool is None:
-        return
-    counts = torch.tensor(list(run.pool.counts.values()), device=run.accelerator.device)
-    # n·Σx² = (Σx)² only where all x are equal, so every process comes to the same verdict.
-    total, squares = run.reduce(torch.stack([counts, counts * counts]))
-    if not torch.equal(processes * squares, total * total):
-        raise DynloraError(f"the processes kept different components at step {number}", "please report this")
 
 
 def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:

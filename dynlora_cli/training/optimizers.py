@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.errors import MachineError
+from dynlora_cli.lora.moments import BLOCK, SMALLEST
 
 BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
-BLOCK = 256  # numbers that share an absmax
-SMALLEST = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in fp32
-MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}  # torch's names, and what bitsandbytes' names end in
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
@@ -79,65 +77,6 @@ def state_bytes(name: str, parameter: Tensor) -> int:
     return 2 * numbers * (4 if name in BITSANDBYTES else parameter.element_size())
 
 
-def read_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """A parameter's moments as `exp_avg` and `exp_avg_sq`, in its own shape; empty before the first step.
-
-    AdamW's are the optimizer's own tensors; quantized and paged ones come as copies in fp32.
-    """
-    state = optimizer.state.get(parameter, {})
-    if "state1" not in state:
-        return {key: state[key] for key in MOMENTS if key in state}
-    moments = {}
-    for key, n in MOMENTS.items():
-        stored = state[f"state{n}"].to(parameter.device)  # paged memory looks like the host's
-        if stored.dtype == torch.uint8:
-            from bitsandbytes.functional import dequantize_blockwise
-
-            stored = dequantize_blockwise(stored, absmax=state[f"absmax{n}"], code=state[f"qmap{n}"], blocksize=BLOCK)
-        moments[key] = stored
-    return moments
-
-
-def write_moments(
-    optimizer: torch.optim.Optimizer,
-    parameter: nn.Parameter,
-    moments: Mapping[str, Tensor],
-    replaces: nn.Parameter | None = None,
-) -> None:
-    """Make these a parameter's moments, stored as the optimizer stores them; the count of steps goes on.
-
-    Args:
-        optimizer: steps the parameter.
-        parameter: flat.
-        moments: as from `read_moments`, in the parameter's shape.
-        replaces: a parameter that this one comes in place of, and which the optimizer forgets.
-    """
-    state = optimizer.state.pop(parameter if replaces is None else replaces, {})
-    if "state1" not in state:
-        optimizer.state[parameter] = {**state, **moments}
-        return
-    written = {"step": state["step"]}
-    for key, n in MOMENTS.items():
-        value, before = moments[key], state[f"state{n}"]
-        if before.dtype == torch.uint8 and value.numel() >= SMALLEST:
-            from bitsandbytes.functional import quantize_blockwise
-
-            value, scales = quantize_blockwise(value, code=state[f"qmap{n}"], blocksize=BLOCK)
-            written |= {f"absmax{n}": scales.absmax, f"qmap{n}": state[f"qmap{n}"]}
-        written[f"state{n}"] = _in_place_of(before, value)
-    optimizer.state[parameter] = written
-
-
-def _in_place_of(before: Tensor, value: Tensor) -> Tensor:
-    """The value, in the front of the memory of what it replaces where that is paged."""
-    if not getattr(before, "is_paged", False) or before.dtype != value.dtype:
-        return value
-    front: Any = before[: value.numel()]
-    front.copy_(value)
-    front.is_paged, front.page_deviceid = True, before.page_deviceid  # type: ignore[attr-defined]
-    return front
-
-
 def restore_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
     """Give a parameter the state that a checkpoint holds of it, bit by bit."""
     maker: Any = optimizer
@@ -150,13 +89,3 @@ def restore_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sav
         fused = optimizer.defaults.get("fused")  # only then AdamW's step counter is on the parameter's device
         state = {key: value.to(parameter.device) if value.ndim or fused else value for key, value in saved.items()}
     optimizer.state[parameter] = state
-
-
-def forget_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer where it was before its first step, in the memory that it has."""
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                state[key] = 0  # bitsandbytes counts its steps in a plain number
-            elif not key.startswith("qmap"):
-                value.zero_()

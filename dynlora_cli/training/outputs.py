@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli import __version__, plugins
-from dynlora_cli.adapters.adapter import PREFIX, experts_of, lora_config, lora_tensors, write_adapter
+from dynlora_cli.adapters.adapter import PREFIX
 from dynlora_cli.adapters.find import CONFIG
+from dynlora_cli.adapters.kind import experts_of
+from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.pruning.control import Start
+    from dynlora_cli.lora.start import Start
 
 SCHEMA_VERSION = 1
 FOR_PEOPLE = ("report.html", "README.md")
@@ -47,8 +49,11 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
     """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
     assert training.pool is not None
     experts = experts_of(training.pool)
-    form = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved", None)
-    taken = frozenset() if form else taken_for_experts(base.model.config.model_type)  # PEFT changes LoRAs alone
+    kind = plugins.load("variants", training.recipe.adapter.variant)
+    form = plugins.load("kinds", getattr(kind, "saved_as", "lora"))
+    taken = (
+        frozenset() if hasattr(kind, "saved_as") else taken_for_experts(base.model.config.model_type)
+    )  # PEFT changes LoRAs
     config = lora_config(
         {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
         base_model=base.reference,
@@ -59,7 +64,7 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
         experts=experts,
         as_parameters=ends_in(training.pool.layers.keys() - experts, taken),
     )
-    config, tensors = form(training.pool, config) if form else (config, lora_tensors(training.pool))
+    config, tensors = form.saved(training.pool, config)
     for module in base.whole:
         tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
     write_adapter(folder, config, tensors)

@@ -20,27 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynlora_cli.errors import Interrupted, MeasureError
-from dynlora_cli.evaluation.held_out_loss import summed_loss
-from dynlora_cli.training.optimizers import forget_steps
+from dynlora_cli.lora.moments import forget_steps
+from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import backward, clip, finish_gradient, update
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.sections import Train
+    pass
 
 FIRST, LOWEST, HIGHEST = 2e-3, 1e-6, 0.5
 STEPS, WARMUP, JUDGED = 24, 6, 8
 HARMLESS = 0.01  # of the untrained model's loss: a trial that ends no further above it has broken nothing
-
-
-def rate_share(step: int, total_steps: int, options: Train) -> float:
-    """The scheduled rate of optimizer step `step` (from 1), as a share of the highest, before the coupling."""
-    warmup = max(1, round(options.warmup_ratio * total_steps)) if options.warmup_ratio else 0
-    if step <= warmup:
-        return step / warmup
-    left = 1 - (step - warmup - 1) / max(1, total_steps - warmup)
-    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}
-    return shape[options.lr_scheduler]
 
 
 def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> tuple[dict[float, float], float]:

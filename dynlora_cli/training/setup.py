@@ -3,52 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import plugins
-from dynlora_cli.data.batches import Batch, Batches, packed_mask_dtype
 from dynlora_cli.data.chat_template import Writing
-from dynlora_cli.data.encode import Example
 from dynlora_cli.data.load import CLASSIFICATION, Data, load_data
+from dynlora_cli.data.splits import LEAST_SIZING_ROWS, sizing_rows
 from dynlora_cli.errors import DataError, MachineError, UsageError
-from dynlora_cli.evaluation.held_out_loss import evaluating, held_out, row_sums, summed_loss
+from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.execution.lean_blocks import lean_blocks
 from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.kernels.linear_cross_entropy import Heads
-from dynlora_cli.lora.layer import ComponentLinear, linear_shape
-from dynlora_cli.lora.pissa import layer_kind
+from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
-from dynlora_cli.models.experts import fused_experts, split
+from dynlora_cli.lora.start import Start
+from dynlora_cli.models.experts import fused_experts
 from dynlora_cli.models.find import find_model
-from dynlora_cli.models.load import (
-    Base,
-    context_length,
-    load_base,
-    load_tokenizer,
-    own_classes,
-    refuse_fixed_lengths,
-    resolve_dtype,
-    table_rows,
-)
-from dynlora_cli.models.peft_types import ends_in, taken_for_experts
-from dynlora_cli.models.targets import find_targets, group_names, layers_left_out, text_part
-from dynlora_cli.pruning.allocation import with_counts
-from dynlora_cli.pruning.control import RankControl, Start, plan_start
+from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
+from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.models.targets import group_names, layers_left_out, text_part
+from dynlora_cli.models.tokenizer import context_length, load_tokenizer, refuse_fixed_lengths, table_rows
+from dynlora_cli.pruning.control import RankControl
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import Brake
+from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
+from dynlora_cli.training.batches import make_batches, on_device, total_steps
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.run import Progress, Run
 
@@ -56,12 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.lora.variant import Variant
     from dynlora_cli.pruning.policy import Policy
 
 PROBE_ROWS = 8
-SIZING_ROWS, LEAST_SIZING_ROWS = 64, 8  # to choose the rank by
-Emit = Callable[[dict[str, Any]], None]
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -91,14 +77,6 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     )
 
 
-def keep_libraries_quiet() -> None:
-    """Their progress bars and advice stay out of our output; what a user must know is an event or an error of ours."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTrainedTokenizerBase, Data]:
     """The model's tokenizer and the rows, no longer than the model's context, written as the run began to."""
     folder, _ = find_model(recipe.model)
@@ -125,11 +103,6 @@ def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTraine
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
     return tokenizer, data
-
-
-def sizing_rows(recipe: Recipe) -> int:
-    """How many training rows are held out to choose the rank by."""
-    return SIZING_ROWS if recipe.rank.parsed_budget().kind == "auto" else 0
 
 
 def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:
@@ -178,76 +151,6 @@ def set_fused(model: torch.nn.Module, recipe: Recipe) -> None:
     Heads.compiled = None
     if recipe.train.fused and not recipe.train.compile:  # which puts operations together itself
         lean_blocks(model)
-
-
-def plan_ranks(
-    recipe: Recipe, base: Base, counts: Mapping[str, int] | None = None
-) -> tuple[dict[str, torch.nn.Module], Start]:
-    """The target layers, and how many components each starts with: as many everywhere, or `counts`."""
-    variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
-    if recipe.adapter.names_experts:
-        if hasattr(variant, "saved"):
-            raise UsageError(
-                f"adapter.target_modules: variant {recipe.adapter.variant} is no LoRA when it is saved, which is all "
-                "that PEFT takes for experts",
-                "write `variant: lora`, or leave experts out of adapter.target_modules",
-            )
-        split(base.model)
-    targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
-    taken = ends_in(targets, taken_for_experts(base.model.config.model_type))
-    if taken and getattr(variant, "in_modules_only", False):
-        raise UsageError(
-            f"adapter.variant: PEFT has no {recipe.adapter.variant} for {min(taken)}, which it takes for one of the "
-            f"experts in a model of type {base.model.config.model_type}",
-            "write `adapter.target_modules: attention`, or `variant: lora`",
-        )
-    shapes = {name: linear_shape(module) for name, module in targets.items()}
-    kind = layer_kind(recipe, variant.Layer)
-    start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)
-    if counts is not None:
-        start = with_counts(start, counts, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()})
-    return targets, start
-
-
-def attach(
-    variant: Variant, base: Base, recipe: Recipe, counts: Mapping[str, int] | None = None
-) -> tuple[Pool | None, Start | None]:
-    """Put components on the model, with the values of the default start, or make all of it train."""
-    if not variant.has_components:
-        base.model.requires_grad_(True)
-        return None, None
-    targets, start = plan_ranks(recipe, base, counts)
-    return variant.attach(base.model, targets, start, recipe), start
-
-
-def make_batches(
-    recipe: Recipe, examples: list[Example], base: Base, *, shuffle: bool, accelerator: Accelerator | None = None
-) -> Batches:
-    """Batches of the recipe's size, of this process's share where there is an accelerator."""
-    longest = max(len(example.input_ids) for example in examples)
-    packing = recipe.dataset.packing
-    capacity = max(longest, min(recipe.dataset.max_length, context_length(base.folder) or recipe.dataset.max_length))
-    kind = base.model.device.type
-    return Batches(
-        examples,
-        micro_batch_size=recipe.train.micro_batch_size,
-        accumulation=recipe.train.gradient_accumulation_steps,
-        seed=recipe.seed,
-        max_length=capacity,
-        pad_id=base.tokenizer.pad_token_id,
-        packing=packing,
-        shuffle=shuffle,
-        shards=accelerator.num_processes if accelerator else 1,
-        shard=accelerator.process_index if accelerator else 0,
-        mask_dtype=packed_mask_dtype(base.model, capacity) if packing and kind != "meta" else torch.bool,
-        pin=kind == "cuda",
-        even=recipe.train.cuda_graphs and shuffle,
-    )
-
-
-def total_steps(recipe: Recipe, batches: Batches) -> int:
-    """Optimizer steps of the whole run."""
-    return recipe.train.max_steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
 
 
 def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
@@ -336,7 +239,7 @@ def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Opt
 def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:
     """The loss on a few fixed rows, no more than those of a step, for the change that an event makes."""
     rows = min(PROBE_ROWS, recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps)
-    batches = _on_device(recipe, accelerator, base, (data.val or data.train)[:rows])
+    batches = on_device(recipe, accelerator, base, (data.val or data.train)[:rows])
     return lambda: held_out(base.model, batches, autocast=accelerator.autocast)["loss"]
 
 
@@ -352,11 +255,5 @@ def _brake(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> 
             f"at least {LEAST_SIZING_ROWS} are needed",
             "add rows (with other prompts), or write a number",
         )
-    batches = _on_device(recipe, accelerator, base, data.sizing)
+    batches = on_device(recipe, accelerator, base, data.sizing)
     return Brake(lambda: row_sums(base.model, batches, autocast=accelerator.autocast), recipe.pruning.tolerance)
-
-
-def _on_device(recipe: Recipe, accelerator: Accelerator, base: Base, examples: list[Example]) -> list[Batch]:
-    """Batches of examples that are measured again and again."""
-    rows = make_batches(recipe, examples, base, shuffle=False)
-    return [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from dynlora_cli.adapters.adapter import lora_config, write_adapter
+from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.models.find import BUILTIN
 
 HERE = Path(__file__).parent

@@ -16,7 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.data.batches import Batches
-from dynlora_cli.training.setup import keep_libraries_quiet, read_data
+from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.training.setup import read_data
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
 SETS = {"e2e_nlg": "e2e_nlg/valid_clean.jsonl", "dolly_3k": "dolly_3k/train.jsonl"}

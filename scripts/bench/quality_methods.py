@@ -29,23 +29,18 @@ from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import MeasureError
-from dynlora_cli.evaluation.held_out_loss import row_sums, summed_loss
-from dynlora_cli.lora.layer import linear_shape
+from dynlora_cli.evaluation.held_out_loss import row_sums
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variants import lora
+from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.load import Base
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training import loop
-from dynlora_cli.training.rate_search import rate_share
-from dynlora_cli.training.setup import (
-    attach,
-    make_accelerator,
-    make_batches,
-    make_run,
-    plan_ranks,
-    read_base,
-    read_data,
-)
+from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.components import attach, plan_ranks
+from dynlora_cli.training.lr_schedule import rate_share
+from dynlora_cli.training.setup import make_accelerator, make_run, read_base, read_data
 
 if TYPE_CHECKING:
     from dynlora_cli.lora.variant import Variant
@@ -238,10 +233,6 @@ def rslora_config(rank: int, **more: Any) -> peft.LoraConfig:
     return peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **more)
 
 
-def dora_config(rank: int, **more: Any) -> peft.LoraConfig:
-    return lora_config(rank, use_dora=True, **more)
-
-
 def eva_config(rank: int, **more: Any) -> peft.LoraConfig:
     return lora_config(rank, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0), **more)
 
@@ -388,15 +379,13 @@ def _result(model: PreTrainedModel, ground: Ground, parameters: int, seconds: fl
 def settings_of(method: str) -> tuple[str, ...]:
     """What a method sets in the recipe: `dynlora pruning.policy=random rank.init=8`."""
     name, *settings = method.split()
-    if name == "dynlora-auto":
-        settings.append("rank.budget=auto")
-    return tuple(settings)
+    return (*settings, "rank.budget=auto") if name == "dynlora-auto" else tuple(settings)
 
 
 METHODS: dict[str, Callable[[Job, Ground], Result]] = {
     "lora": partial(rival, config=lora_config),
     "rslora": partial(rival, config=rslora_config),
-    "dora": partial(rival, config=dora_config),
+    "dora": partial(rival, config=partial(lora_config, use_dora=True)),
     "adalora": partial(rival, config=adalora_config),
     "eva": partial(rival, config=eva_config),
     "lora-4x": partial(rival, config=lora_config, times=4),

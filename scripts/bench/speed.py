@@ -38,17 +38,19 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli.data.batches import Batch
-from dynlora_cli.evaluation.held_out_loss import summed_loss
+from dynlora_cli.execution.blocks import blocks
 from dynlora_cli.execution.lean_blocks import lean_blocks
-from dynlora_cli.execution.modes.compile import blocks, compile_blocks
+from dynlora_cli.execution.modes.compile import compile_blocks
 from dynlora_cli.execution.modes.cuda_graphs import LEAST_PASSES, SIGHTINGS, BlockGraphs
 from dynlora_cli.kernels.linear_cross_entropy import Heads
-from dynlora_cli.lora.layer import ComponentLinear, linear_shape
+from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
+from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.targets import find_targets
-from dynlora_cli.pruning.control import shrink
 from dynlora_cli.pruning.signals import GateGradients
+from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.optimizers import make_optimizer
 
 RESULTS = Path(__file__).with_suffix(".jsonl")

@@ -20,11 +20,14 @@ from transformers import (
     LlamaConfig,
 )
 
-from dynlora_cli.adapters.adapter import PREFIX, lora_config, lora_tensors, write_adapter
-from dynlora_cli.lora.layer import linear_shape
+from dynlora_cli.adapters.adapter import PREFIX
+from dynlora_cli.adapters.kind import lora_tensors
+from dynlora_cli.adapters.write import lora_config, write_adapter
+from dynlora_cli.lora.start import plan_start
+from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.variants import lora
+from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.targets import find_targets
-from dynlora_cli.pruning.control import plan_start, shrink
 
 # Roundings on the way to a logit: in each of three blocks, sums over up to 32 and 48 numbers.
 TERMS = 3 * (32 + 48)

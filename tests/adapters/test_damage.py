@@ -18,8 +18,8 @@ from tiny_run import make_recipe, train
 
 from dynlora_cli.adapters.find import find_adapter
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.cli.preflight import same_recipe
 from dynlora_cli.cli.reporting import reporting
+from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.errors import DynloraError, Interrupted, UsageError
 from dynlora_cli.execution import interrupt
 from dynlora_cli.runs import folder as run_folder

@@ -21,7 +21,7 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.lora.start import Start
 from dynlora_cli.training import outputs
 
 RANK, ALPHA = 4, 6

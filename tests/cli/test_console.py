@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from dynlora_cli.cli.views.console import Console, pairs, rank_map
+from dynlora_cli.cli.views.console import Console, pairs
 from dynlora_cli.cli.views.plan import show_plan
 from dynlora_cli.cli.views.progress import printable, sparkline
+from dynlora_cli.cli.views.rank_map import rank_map
 from dynlora_cli.errors import MachineError, RecipeError
 
 EXAMPLE = Path(__file__).parents[1] / "fixtures" / "run_example"

@@ -17,8 +17,7 @@ from numeric import same_loss
 from test_architecture import fresh
 from tiny_run import model_folder
 
-from dynlora_cli.commands import evaluate
-from dynlora_cli.evaluation import generation, held_out_loss
+from dynlora_cli.evaluation import generation, held_out_loss, measure
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -144,7 +143,7 @@ def test_weights_that_are_not_numbers(llama: Run, dynlora_eval: Callable[..., An
         sums.loss_R[0] = math.nan
         return sums
 
-    monkeypatch.setattr(evaluate, "row_sums", poisoned)
+    monkeypatch.setattr(measure, "row_sums", poisoned)
     answer = dynlora_eval("--adapter", llama.folder, "--json")
     assert (answer.code, answer.json["error"]) == (4, "the held-out loss of base is nan")
 
@@ -174,7 +173,7 @@ def test_interrupted(llama: Run, dynlora_eval: Callable[..., Answer], monkeypatc
     def ctrl_c(*given, **options):
         raise KeyboardInterrupt  # as Python does; a real signal is ignored where a shell started the tests with &
 
-    monkeypatch.setattr(evaluate, "row_sums", ctrl_c)
+    monkeypatch.setattr(measure, "row_sums", ctrl_c)
     answer = dynlora_eval("--adapter", llama.folder, "--json")
     assert (answer.code, answer.json["ok"]) == (130, False)
     assert sorted(llama.folder.parent.rglob("*")) == before

@@ -20,11 +20,11 @@ from peft import PeftModel
 from tiny_run import make_recipe, model_folder, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from dynlora_cli.adapters import base as base_module
 from dynlora_cli.commands import evaluate
 from dynlora_cli.data.batches import Batches
-from dynlora_cli.data.encode import Example
+from dynlora_cli.data.examples import Example
 from dynlora_cli.evaluation import generation
-from dynlora_cli.evaluation import rows as rows_module
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.kernels.linear_cross_entropy import Heads
 
@@ -202,7 +202,7 @@ def test_several_adapters_on_one_base(
     llama: Run, dynlora_eval: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     loads = []
-    honest = rows_module.base_in_memory
+    honest = base_module.base_in_memory
     monkeypatch.setattr(evaluate, "base_in_memory", lambda *given: loads.append(1) or honest(*given))
     other = foreign(llama.folder.parent / "llama", tmp_path / "other", target_modules=["q_proj", "down_proj"])
     answer = dynlora_eval("--adapter", llama.folder, "--adapter", other, "--generate", 0, "--json")

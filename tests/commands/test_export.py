@@ -21,8 +21,9 @@ from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM
 
 from dynlora_cli import plugins
-from dynlora_cli.adapters.adapter import Factors, save
+from dynlora_cli.adapters.adapter import Factors
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.commands import export
 from dynlora_cli.errors import UsageError
 from dynlora_cli.export import exporter as exporter_module

@@ -20,11 +20,11 @@ from tiny_run import assembled, lines, make_recipe, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.pruning import control
+from dynlora_cli.pruning import control, select
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.training import loop
-from dynlora_cli.training.loop import step
-from dynlora_cli.training.rate_search import rate_share
+from dynlora_cli.training.lr_schedule import rate_share
+from dynlora_cli.training.step import step
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ONE_RANK = 1024  # Σ(d_in + d_out) over the layers of the tiny Llama
@@ -316,7 +316,7 @@ def test_golden_run(tmp_path, monkeypatch):
     They hold on any processor: rounding moves the losses by 1e-7 (AVX-512, AVX2, none of them; Intel and AMD), and no
     score is so near to the threshold that a thousandth more or less would change what goes.
     """
-    decided, clear = control.select_K, []
+    decided, clear = select.select_K, []
 
     def listening(scores_K, *args, **kwargs):
         keep_K, threshold = decided(scores_K, *args, **kwargs)

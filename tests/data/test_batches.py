@@ -12,9 +12,10 @@ from numeric import rounding, same_loss
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dynlora_cli.data import batches as batches_module
-from dynlora_cli.data.batches import Batch, Batches, packed_mask_dtype
-from dynlora_cli.data.encode import Example
+from dynlora_cli.data import packing_check
+from dynlora_cli.data.batches import Batch, Batches
+from dynlora_cli.data.examples import Example
+from dynlora_cli.data.packing_check import packed_mask_dtype
 from dynlora_cli.errors import UsageError
 
 VOCABULARY = 64
@@ -270,7 +271,7 @@ def test_rounding_of_a_deep_model_is_told_from_mixed_rows(
     together: float, padded: float, mixed: float, fine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An 8 B model in 4 bits with random weights was refused on a GPU: its rounding is more than 5 %."""
-    monkeypatch.setattr(batches_module, "_differences", lambda *_: (together, padded, mixed))
+    monkeypatch.setattr(packing_check, "_differences", lambda *_: (together, padded, mixed))
     with nullcontext() if fine else pytest.raises(UsageError, match="does not keep packed rows apart"):
         assert packed_mask_dtype(llama("sdpa"), 40) == torch.bool
 

@@ -19,6 +19,7 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.errors import DataError, Interrupted
+from dynlora_cli.evaluation import options
 
 DATED = "<|im_start|>system\nToday: {{ strftime_now('%d %b %Y %H:%M') }}<|im_end|>\n" + CHATML
 THEN = "2026-01-02T03:04:05+0700"
@@ -96,7 +97,7 @@ def test_a_run_goes_on_and_is_measured_on_another_day(tmp_path: Path, monkeypatc
     record = json.loads((Path(recipe.output_dir) / "dynlora.json").read_text())
     assert record["data"]["date"] == THEN
     assert record["started"] != THEN
-    report = evaluate.run([Path(recipe.output_dir)], None, evaluate.Options(generate=0, samples=0), lambda line: None)
+    report = evaluate.run([Path(recipe.output_dir)], None, options.Options(generate=0, samples=0), lambda line: None)
     assert not [note for note in report["notes"] if "have changed" in note or "among them" in note]
     assert report["data"]["sha256"] == record["data"]["sha256"]
 

@@ -19,6 +19,7 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.errors import DataError, Interrupted, RecipeError
+from dynlora_cli.evaluation import options as options_module
 
 PAIR = {"prompt": "what is a fox ", "completion": " a quick dog"}
 ORDER = {"instruction": "think", "output": "the cat"}
@@ -135,7 +136,7 @@ def chat_pairs(tmp_path: Path, **settings: Any) -> Run:
 
 
 def measured(run: Run, data: Path | None = None) -> dict[str, Any]:
-    options = evaluate.Options(generate=0, samples=1)
+    options = options_module.Options(generate=0, samples=1)
     return evaluate.run([run.folder], data, options, lambda line: None)
 
 
@@ -176,6 +177,6 @@ def test_the_form_is_said_where_it_matters(tmp_path: Path) -> None:
     assert "Ask it with bare text" in cards[1]
     rows = tmp_path / "one" / "pairs.jsonl"
     report = evaluate.run(
-        folders, rows, evaluate.Options(base=str(tmp_path / "one" / "pico"), generate=0), lambda line: None
+        folders, rows, options_module.Options(base=str(tmp_path / "one" / "pico"), generate=0), lambda line: None
     )
     assert any("learned completion rows as text, and is asked with turns" in note for note in report["notes"])

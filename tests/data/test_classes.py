@@ -12,13 +12,13 @@ from data_helpers import byte_tokenizer, dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.commands.evaluate import Options
 from dynlora_cli.commands.evaluate import run as evaluate
 from dynlora_cli.commands.merge import into_base
 from dynlora_cli.commands.train import run as train
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.evaluation.options import Options
 
 OWN = ["positive", "neutral", "negative"]
 TASK = "sequence-classification"

@@ -13,7 +13,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from tiny_run import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynlora_cli.data.encode import Encoder, Example, Located
+from dynlora_cli.data.encode import Encoder
+from dynlora_cli.data.examples import Example, Located
 from dynlora_cli.data.forms import Pair, Plain, Turns
 from dynlora_cli.evaluation.generation import MARGIN, Prompt, find_prompts, generate, metrics, unseen_by_rouge
 

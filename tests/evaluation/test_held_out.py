@@ -11,9 +11,9 @@ import pytest
 from eval_helpers import Run
 from tiny_run import make_recipe, write_rows
 
-from dynlora_cli.adapters.base import find_base
+from dynlora_cli.adapters.base import find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.evaluation.rows import Rows, held_out_rows, read_tokenizer
+from dynlora_cli.evaluation.rows import Rows, held_out_rows
 from dynlora_cli.training.setup import read_data
 
 CHANGED = "have changed since training"

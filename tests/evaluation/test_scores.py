@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 
+from dynlora_cli.cli.thresholds import read_gates
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.scores import RowSums, classification, confusion, paired_difference
-from dynlora_cli.evaluation.thresholds import METRICS, read_gates
+from dynlora_cli.evaluation.thresholds import METRICS
 
 
 def sums(loss_R, targets_R=None) -> RowSums:

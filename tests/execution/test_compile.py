@@ -11,11 +11,12 @@ from tiny_run import assembled, lines, make_recipe, train
 from torch import nn
 
 from dynlora_cli.errors import MachineError
-from dynlora_cli.evaluation.held_out_loss import summed_loss
+from dynlora_cli.execution import blocks
 from dynlora_cli.execution.modes import compile as compiling
 from dynlora_cli.kernels.linear_cross_entropy import Heads, compiled_judge, loss_and_gradient
 from dynlora_cli.lora.layer import ComponentLinear
-from dynlora_cli.pruning.control import shrink
+from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.tasks.loss import summed_loss
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, compiling.COMPILERS[0])), reason="torch.compile needs a C++ compiler"
@@ -26,7 +27,7 @@ def test_blocks_are_what_the_outermost_lists_hold():
     inner = nn.ModuleList([nn.Linear(2, 2)])
     block = nn.Sequential(inner, ComponentLinear(nn.Linear(2, 2), 1.0))
     model = nn.Sequential(nn.Embedding(3, 2), nn.Sequential(nn.ModuleList([block, nn.ModuleList([block, block])])))
-    assert list(compiling.blocks(model)) == [block, block, block]
+    assert list(blocks.blocks(model)) == [block, block, block]
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

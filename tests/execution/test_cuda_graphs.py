@@ -14,16 +14,16 @@ from tiny_run import assembled, make_recipe, train, write_rows
 from torch import Tensor
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
-from dynlora_cli.execution import block_trace
+from dynlora_cli.execution import block_trace, blocks
+from dynlora_cli.execution.blocks import draws
 from dynlora_cli.execution.modes import compile as compiling
 from dynlora_cli.execution.modes import cuda_graphs
-from dynlora_cli.execution.modes.checkpointing import draws
 from dynlora_cli.execution.modes.cuda_graphs import BlockGraphs
 from dynlora_cli.kernels.linear_cross_entropy import Heads
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.control import shrink
-from dynlora_cli.training.loop import step
+from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.training.step import step
 
 
 def static_replays(
@@ -145,7 +145,7 @@ def test_a_stretch_ends_where_a_block_is_given_more_than_the_one_before_returned
     )
     model = transformers.Gemma3ForCausalLM(config).train()
     listening = block_trace.Listening("key")
-    for container, index, block in list(compiling.blocks_in_place(model)):
+    for container, index, block in list(blocks.blocks_in_place(model)):
         container[index] = block_trace.StandIn(block, listening)
     model(input_ids=torch.randint(0, 64, (2, 12)))
     assert listening.strange is None
@@ -190,12 +190,13 @@ def test_nothing_is_recorded_that_would_not_be_played_often_enough(run, monkeypa
 
 
 def test_evaluation_and_a_graph_that_is_alive_are_as_without(run):
-    from dynlora_cli.evaluation.held_out_loss import held_out, summed_loss
+    from dynlora_cli.evaluation.held_out_loss import held_out
+    from dynlora_cli.tasks.loss import summed_loss
 
     take(run, 4)
     batch = run.batches.step(0, 0)[0]
     before = held_out(run.model, [batch])["loss"]
-    assert all(type(block).__name__ != "StandIn" for block in compiling.blocks(run.model))
+    assert all(type(block).__name__ != "StandIn" for block in blocks.blocks(run.model))
     loss = summed_loss(run.model, batch)
     assert loss.item() / batch.supervised == same_loss(before)
     with pytest.raises(DynloraError, match="autograd graph"):
@@ -214,7 +215,7 @@ def test_what_cuda_cannot_record_ends_the_run_with_a_way_on(run):
     ) as error:
         take(run, 4)
     assert "--resume" in error.value.hint
-    assert all(type(block).__name__ != "StandIn" for block in compiling.blocks(run.model))
+    assert all(type(block).__name__ != "StandIn" for block in blocks.blocks(run.model))
 
 
 def test_what_no_recording_can_hold_is_said_and_training_goes_on(run, monkeypatch):

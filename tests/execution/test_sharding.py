@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.execution.blocks import blocks
 from dynlora_cli.execution.modes import shard
-from dynlora_cli.execution.modes.compile import blocks
 from dynlora_cli.models import load as loading
 from dynlora_cli.training.setup import read_base, read_data
 

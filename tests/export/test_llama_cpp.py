@@ -32,9 +32,10 @@ from tiny_gguf import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dynlora_cli.adapters.adapter import PREFIX, lora_config
-from dynlora_cli.adapters.adapter import write_adapter as write_peft
+from dynlora_cli.adapters.adapter import PREFIX
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import lora_config
+from dynlora_cli.adapters.write import write_adapter as write_peft
 from dynlora_cli.export.gguf.file import write_adapter
 from dynlora_cli.export.gguf.vocabulary import load_tokenizer
 from dynlora_cli.export.ollama_templates import match_template

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig
 
 from dynlora_cli.data.batches import Batch
-from dynlora_cli.evaluation.held_out_loss import IGNORE, held_out, row_sums, summed_loss
+from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.kernels import linear_cross_entropy as linear_loss
 from dynlora_cli.kernels.linear_cross_entropy import Heads, linear_cross_entropy, loss_and_gradient, run_to_head
+from dynlora_cli.tasks.loss import IGNORE, summed_loss
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 67}
 CONFIGS = {

@@ -15,9 +15,9 @@ from torch import nn
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.svd_basis import to_svd_basis
-from dynlora_cli.pruning.control import shrink
-from dynlora_cli.training.loop import step
+from dynlora_cli.training.step import step
 
 from toy import fill, make
 

@@ -11,7 +11,8 @@ from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.lora.directions import Directions, leading, orthonormal_rows, principal_factors
 from dynlora_cli.lora.pissa import RelativeLinear
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.control import plan_start, shrink
+from dynlora_cli.lora.start import plan_start
+from dynlora_cli.lora.surgery import shrink
 
 
 def seeded(seed=0):

@@ -14,14 +14,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.kernels.fused_lora import Part, fused_together, weight_OI
+from dynlora_cli.kernels.fused_lora import Part, fused_together
 from dynlora_cli.kernels.linear_cross_entropy import Heads
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
-from dynlora_cli.pruning.control import shrink
+from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.models.linears.linear import weight_OI
 from dynlora_cli.training import setup
-from dynlora_cli.training.loop import step
+from dynlora_cli.training.step import step
 
 
 class Block(nn.Module):

@@ -17,12 +17,13 @@ from dynlora_cli import plugins
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.lora.directions import leading, orthonormal_rows
-from dynlora_cli.lora.init import begin
-from dynlora_cli.lora.layer import ComponentLinear, dense_weight
+from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.start import plan_start
+from dynlora_cli.models.linears.linear import dense_weight
 from dynlora_cli.models.targets import find_targets
 from dynlora_cli.pruning.allocation import in_proportion, share_out, with_counts
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
-from dynlora_cli.pruning.control import plan_start
+from dynlora_cli.training.components import begin
 from dynlora_cli.training.dry_run import plan as plan_run
 from dynlora_cli.training.setup import make_accelerator, read_base, read_data
 

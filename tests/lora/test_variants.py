@@ -14,10 +14,12 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.evaluation.held_out_loss import held_out
-from dynlora_cli.lora.layer import dense_weight
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.control import Start, shrink
-from dynlora_cli.training.setup import make_batches, read_base, read_data
+from dynlora_cli.lora.start import Start
+from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.setup import read_base, read_data
 
 NAMES = [name for name in plugins.names("variants") if plugins.load("variants", name).has_components]
 

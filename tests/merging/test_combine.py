@@ -15,8 +15,8 @@ from peft_adapters import TERMS, exact_delta, ids, load, make, peft_logits
 from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM
 
-from dynlora_cli.adapters.adapter import save
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.config.budget import Budget
 from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.merging.combine import Way, combine

@@ -14,10 +14,10 @@ from peft_adapters import KINDS, SAME_LOGITS, TERMS, ids, make, peft_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
-from dynlora_cli.adapters.adapter import save
 from dynlora_cli.adapters.attach import attached, detached
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.commands.merge import into_base
 from dynlora_cli.errors import UsageError
 from dynlora_cli.merging.fold import plan_merge, write_merged

@@ -19,9 +19,9 @@ from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, SEQ2SEQ, write_model
 from tiny_run import make_recipe, train, write_rows
 
-from dynlora_cli.adapters.adapter import save
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.commands import export, prune
 from dynlora_cli.commands.merge import into_base
 from dynlora_cli.config.budget import parse_budget

@@ -17,15 +17,17 @@ from tiny_run import make_recipe, train
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from dynlora_cli.adapters.attach import attached
-from dynlora_cli.adapters.base import Place
+from dynlora_cli.adapters.expert_files import fuse, unfuse
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.commands import evaluate, export
 from dynlora_cli.commands.merge import into_base
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import UsageError
+from dynlora_cli.evaluation import options
 from dynlora_cli.merging.combine import Way, combine
 from dynlora_cli.merging.fold import plan_merge, write_merged
-from dynlora_cli.models.experts import fuse, fused_experts, join, split, unfuse
+from dynlora_cli.models.experts import fused_experts, join, split
+from dynlora_cli.models.place import Place
 from dynlora_cli.models.weights import Weights
 from dynlora_cli.training.dry_run import plan
 
@@ -162,7 +164,7 @@ def test_commands_that_carry_it_out(trained, tmp_path):
     merged = into_base(read_adapter(folder / "out"), tmp_path / "merged")
     assert merged["check"]["kl"] < rounding(torch.float32, 64)
     assert merged["modules"] == sum(rank > 0 for rank in summary["ranks"].values())
-    report = evaluate.run([folder / "out"], None, evaluate.Options(generate=0), print)
+    report = evaluate.run([folder / "out"], None, options.Options(generate=0), print)
     assert report["adapters"][0]["loss"] == same_loss(summary["loss_after"])
     export.run(folder / "out", "peft", tmp_path / "peft")
     again, first = read_adapter(tmp_path / "peft"), read_adapter(folder / "out")

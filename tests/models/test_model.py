@@ -12,12 +12,14 @@ from test_adapter import build
 from transformers import AutoConfig, AutoModel
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.lora.layer import ComponentLinear, linear_shape
+from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.find import BUILTIN, find_model
 from dynlora_cli.models.fingerprint import fingerprint
-from dynlora_cli.models.load import context_length, load_base, resolve_dtype
+from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.load import load_base, resolve_dtype
 from dynlora_cli.models.targets import find_targets, group_names
+from dynlora_cli.models.tokenizer import context_length
 
 
 def options(name, **more):

@@ -14,7 +14,8 @@ from tiny_run import assembled, lines, make_recipe, train, write_rows
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.evaluation.scores import RowSums
-from dynlora_cli.pruning.control import plan_start, shrink
+from dynlora_cli.lora.start import plan_start
+from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.pruning.stopping import Brake, paired_change
 from dynlora_cli.training.setup import read_data

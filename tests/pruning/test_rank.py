@@ -11,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlora_cli import plugins
 from dynlora_cli.errors import DynloraError, UsageError
-from dynlora_cli.pruning.control import RankControl, plan_start, select_K, shrink
+from dynlora_cli.lora.start import plan_start
+from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.pruning.control import RankControl
 from dynlora_cli.pruning.schedule import Schedule
+from dynlora_cli.pruning.select import select_K
 from dynlora_cli.pruning.signals import EntryAverages, GateGradients
 
 from toy import SHAPES, fill, make, train

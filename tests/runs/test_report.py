@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from dynlora_cli.errors import DynloraError, UsageError
-from dynlora_cli.runs.log import RunLog, layer_grid, read_run
+from dynlora_cli.runs.layer_grid import layer_grid
+from dynlora_cli.runs.log import RunLog, read_run
 from dynlora_cli.runs.report.svg import nice_ticks, smooth
 from dynlora_cli.runs.report.write import write_card, write_report
 from dynlora_cli.text import change, count, duration, percent, rate, short, size

@@ -20,8 +20,10 @@ from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.evaluation import options
 from dynlora_cli.evaluation.generation import find_prompts, generate
-from dynlora_cli.evaluation.held_out_loss import held_out, row_sums, summed_loss
+from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
+from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.dry_run import plan as plan_run
 
 from recipe_helpers import MINIMAL, problems
@@ -140,7 +142,7 @@ def test_answers_are_the_decoders(tiny: tuple[Any, Any], tmp_path: Path):
 def test_a_run_is_evaluated_and_its_adapter_pruned(tmp_path: Path):
     write_model(tmp_path / "t5", "t5")
     summary, _ = train(make_recipe(tmp_path, f"model.task={TASK}", "train.max_steps=3", "eval.steps=3", kind="t5"))
-    report = evaluate.run([tmp_path / "out"], None, evaluate.Options(generate=0), print)
+    report = evaluate.run([tmp_path / "out"], None, options.Options(generate=0), print)
     assert report["adapters"][0]["loss"] == same_loss(summary["loss_after"])
     half = prune.run(tmp_path / "out", parse_budget(0.5), tmp_path / "half", policy="activation")
     assert half["parameters"] <= summary["parameters"] / 2

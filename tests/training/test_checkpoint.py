@@ -15,6 +15,7 @@ from dynlora_cli.errors import Interrupted, MeasureError, UsageError
 from dynlora_cli.evaluation import held_out_loss
 from dynlora_cli.kernels import linear_cross_entropy
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.tasks import loss as task_loss
 from dynlora_cli.training import checkpoint as checkpoint_module
 from dynlora_cli.training import loop, outputs
 
@@ -309,7 +310,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(tmp_path, 
         bad = hidden.requires_grad and next(calls) == 2 * 9 + 1  # first micro-batch of step 10
         return honest(hidden, *given) * (float("nan") if bad else 1.0)
 
-    monkeypatch.setattr(held_out_loss, "linear_cross_entropy", poisoned)
+    monkeypatch.setattr(task_loss, "linear_cross_entropy", poisoned)
     with pytest.raises(MeasureError, match=r"the loss of step 10 is nan, on rows \[\d+, \d+\]") as stopped:
         train(make_recipe(tmp_path))
     assert stopped.value.exit_code == 4

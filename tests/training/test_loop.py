@@ -13,11 +13,11 @@ from numeric import assert_close_to_truth, rounding, same_loss
 from tiny_run import assembled, in_double, lines, make_recipe, train
 
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.evaluation.held_out_loss import summed_loss
 from dynlora_cli.execution.modes.checkpointing import Host
-from dynlora_cli.training import loop
-from dynlora_cli.training.loop import step
-from dynlora_cli.training.rate_search import rate_share
+from dynlora_cli.tasks.loss import summed_loss
+from dynlora_cli.training import step as step_module
+from dynlora_cli.training.lr_schedule import rate_share
+from dynlora_cli.training.step import step
 
 EIGHT_ROWS = ["dataset.val_size=0", "eval.steps=null"]
 
@@ -36,7 +36,7 @@ def gradient(run, micro_batches=None):
         run.optimizer.zero_grad(set_to_none=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "update", keep)
+        patch.setattr(step_module, "update", keep)
         record = step(run, micro_batches or run.batches.step(0, 0))
     return record["loss"], found["gradient"]
 
@@ -235,7 +235,7 @@ def taken(run):
     """The gradient that the optimizer was given, and the norm that was reported."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "update", lambda run, skipped: found.update(norm=run.pool.values.grad.norm().item()))
+        patch.setattr(step_module, "update", lambda run, skipped: found.update(norm=run.pool.values.grad.norm().item()))
         return found, step(run, run.batches.step(0, 0))["grad_norm"]
 
 
@@ -274,13 +274,13 @@ def test_weight_decay_shrinks_what_trains(tmp_path):
 def test_processes_that_hold_other_ranks_are_found_out(tmp_path, monkeypatch):
     """As if a second process had one component less in its first layer."""
     run = assembled(make_recipe(tmp_path))
-    loop.check_same_ranks(run, 4)
+    step_module.check_same_ranks(run, 4)
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
     monkeypatch.setattr(type(run), "reduce", lambda self, tensor: tensor + tensor)
-    loop.check_same_ranks(run, 4)
+    step_module.check_same_ranks(run, 4)
     counts = torch.tensor(list(run.pool.counts.values()))
     other = counts.clone()
     other[0] -= 1
     monkeypatch.setattr(type(run), "reduce", lambda self, tensor: tensor + torch.stack([other, other * other]))
     with pytest.raises(DynloraError, match="step 4"):
-        loop.check_same_ranks(run, 4)
+        step_module.check_same_ranks(run, 4)

@@ -20,14 +20,16 @@ from tiny_run import train as run_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli.data.batches import Batch
-from dynlora_cli.evaluation.held_out_loss import summed_loss
-from dynlora_cli.lora.layer import forget_input
 from dynlora_cli.lora.variants import full, lora
+from dynlora_cli.models.linears.linear import forget_input
+from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.tasks.loss import summed_loss
+from dynlora_cli.training.components import attach
 from dynlora_cli.training.dry_run import plan as plan_run
 from dynlora_cli.training.memory_estimate import Need, _Peak, measure
 from dynlora_cli.training.metrics import resident_bytes
 from dynlora_cli.training.optimizers import state_bytes
-from dynlora_cli.training.setup import attach, keep_libraries_quiet, read_base, read_data
+from dynlora_cli.training.setup import read_base, read_data
 
 
 @pytest.fixture(autouse=True)

@@ -13,18 +13,11 @@ from torch import nn
 
 from dynlora_cli.errors import MachineError
 from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.moments import forget_steps, read_moments, write_moments
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.svd_basis import to_svd_basis
-from dynlora_cli.pruning.control import shrink
-from dynlora_cli.training.optimizers import (
-    check_optimizer,
-    forget_steps,
-    make_optimizer,
-    read_moments,
-    restore_state,
-    state_bytes,
-    write_moments,
-)
+from dynlora_cli.training.optimizers import check_optimizer, make_optimizer, restore_state, state_bytes
 
 # Of a block's largest number: half the widest gap in the table of bytes.
 QUANTIZATION = 0.0075

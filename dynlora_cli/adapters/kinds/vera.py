@@ -10,37 +10,22 @@ Dimensions: C components of a layer, I inputs, O outputs, R components of VeRA's
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.adapter import PREFIX, Adapter, Factors
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
+from dynlora_cli.adapters.kind import COPY_AGAIN, ONLY_LORA, Parts, some
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.vera import D_INITIAL, VeraLinear
 from dynlora_cli.models.find import find_model
 from dynlora_cli.models.weights import Weights
 
-Parts = Mapping[str, Mapping[str, Tensor]]  # the tensors of every layer
-COPY_AGAIN = "copy the files again"
 SHARED = "base_model"  # where VeRA's pair stands among the layers
-
-
-def hira_layers(adapter: Adapter, parts: Parts) -> dict[str, Factors]:
-    """The factors of a HiRA; components of zeros, which change nothing, are left out.
-
-    Raises:
-        UsageError: a layer is no linear one, or incomplete.
-    """
-    layers = {}
-    for module, tensors in parts.items():
-        if tensors.keys() != {"hira_A", "hira_B"}:
-            raise UsageError(f"{adapter.folder}: layer {module} lacks its hira_A or hira_B", COPY_AGAIN)
-        a, b = tensors["hira_A"], tensors["hira_B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise UsageError(f"{adapter.folder}: layer {module} has factors {tuple(a.shape)} and {tuple(b.shape)}")
-        alive_C = a.any(1) | b.any(0)
-        layers[module] = Factors(a[alive_C], b[:, alive_C], hadamard=True)
-    return _some(layers, adapter)
 
 
 def vera_layers(adapter: Adapter, parts: Parts, base: str | None) -> dict[str, Factors]:
@@ -73,13 +58,7 @@ def vera_layers(adapter: Adapter, parts: Parts, base: str | None) -> dict[str, F
             )
         alive_R = d_R != 0
         layers[module] = Factors((d_R[:, None] * a_RI)[alive_R], b_O[:, None] * b_OR[:, alive_R])
-    return _some(layers, adapter)
-
-
-def _some(layers: dict[str, Factors], adapter: Adapter) -> dict[str, Factors]:
-    if not any(factors.rank for factors in layers.values()):
-        raise UsageError(f"{adapter.folder / WEIGHTS} holds zeros only", "train it first")
-    return layers
+    return some(layers, adapter)
 
 
 def _inputs(adapter: Adapter, outputs: Mapping[str, int], base: str | None) -> dict[str, int]:
@@ -107,3 +86,30 @@ def _inputs(adapter: Adapter, outputs: Mapping[str, int], base: str | None) -> d
             )
         inputs[module] = d_in
     return inputs
+
+
+def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's own form; layers without an entry are not listed, and A and B are as wide as those that are."""
+    layers = {name: layer for name, layer in pool.layers.items() if layer.count and isinstance(layer, VeraLinear)}
+    first = next(iter(layers.values()))
+    tensors = {
+        "base_model.vera_A": first.pair[0][:, : max(layer.in_features for layer in layers.values())],
+        "base_model.vera_B": first.pair[1][: max(layer.out_features for layer in layers.values())],
+    }
+    rank = len(first.pair[0])
+    for name, layer in layers.items():
+        d_R = torch.zeros(rank)
+        d_R[layer.survivors_C] = layer.a_CI.detach().cpu().flatten()
+        tensors[f"{PREFIX}{name}.vera_lambda_d"] = d_R
+        tensors[f"{PREFIX}{name}.vera_lambda_b"] = layer.lambda_b_O.detach()
+    written = {key: value for key, value in config.items() if key not in ONLY_LORA} | {
+        "peft_type": "VERA",
+        "bias": "none",
+        "r": rank,
+        "d_initial": D_INITIAL,
+        "init_weights": True,
+        "projection_prng_key": first.seed,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+    }
+    return written, tensors

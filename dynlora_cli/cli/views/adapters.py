@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dynlora_cli.cli.views.console import Console, pairs, plain_table, rank_map
+from dynlora_cli.cli.views.console import Console, pairs, plain_table
 from dynlora_cli.cli.views.progress import printable
+from dynlora_cli.cli.views.rank_map import rank_map
 from dynlora_cli.runs.log import Event
 from dynlora_cli.text import change, count, counted, duration, number, percent, size
 

@@ -7,37 +7,31 @@ rank_map       blocks x module types with the components alive in each layer
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.color import Color
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
 from dynlora_cli.cli.views.progress import Progress, joined, middle_cut, printable, sparkline, start_rows, with_budget
+from dynlora_cli.cli.views.rank_map import rank_map
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.runs.log import Event, layer_grid, shade
+from dynlora_cli.runs.log import Event
 from dynlora_cli.text import change, count, counted, duration, number, percent, rate, short, size
-
-Ranks = Mapping[str, float]  # components per layer
 
 THEME = Theme({"accent": "cyan", "label": "dim", "good": "green", "bad": "red", "head": "bold"})
 REFRESHES_PER_SECOND = 4
 PLAIN_WIDTH = 100  # of tables where nobody's window tells a width
 SHOWN_OF_PIECE = 600  # characters of one piece of the example
-DARK, BRIGHT = (30, 46, 52), (72, 214, 198)  # the colour scale of the rank map
-INK_DARK, INK_LIGHT = Color.parse("#06211f"), Color.parse("#f2f7f6")
 
 
 class Console:
@@ -227,47 +221,6 @@ class TrainView:
             yield both
         else:
             yield Group(numbers, Text(), ranks)
-
-
-def rank_map(ranks: Ranks, start: Ranks, width: int, height: int) -> Text:
-    """Blocks x module types, each cell the components alive in one layer, coloured by the share of the start.
-
-    Where there are more blocks than lines (`height`, headings included), neighbours share a line that shows their mean;
-    module types that do not fit into `width` are counted in the last heading.
-    """
-    blocks, modules, cells = layer_grid(start or ranks)
-    per_line = -(-len(blocks) // max(1, height - 1))
-    bands = [blocks[first : first + per_line] for first in range(0, len(blocks), per_line)]
-    labels = [band[0] if len(band) == 1 else f"{band[0]}-{band[-1]}" for band in bands]
-    margin = max(map(len, labels), default=0)
-    digits = max((len(str(rank)) for rank in ranks.values()), default=1)
-    heads = [module.removesuffix("_proj").center(max(4, digits + 2)) for module in modules]
-    ends = list(itertools.accumulate(len(head) + 1 for head in heads))
-    shown = sum(1 for end in ends if end <= width - margin - 4) if ends[-1] > width - margin else len(heads)
-
-    text = Text(" " * margin, style="label", no_wrap=True)
-    text.append("".join(f" {head}" for head in heads[:shown]))
-    text.append(f" +{len(heads) - shown}" if shown < len(heads) else "")
-    for label, band in zip(labels, bands, strict=True):
-        text.append(f"\n{label:>{margin}}")
-        for module, head in zip(modules[:shown], heads, strict=False):
-            names = [cells[block, module] for block in band if (block, module) in cells]
-            text.append(" ").append(*_cell(names, ranks, start, len(head)))
-    return text
-
-
-def _cell(names: Sequence[str], ranks: Ranks, start: Ranks, width: int) -> tuple[str, str | Style]:
-    """The mean rank of some layers and its colour; a dot where nothing is left, a blank where there is no layer."""
-    alive = sum(ranks.get(name, 0) for name in names)
-    if alive == 0:
-        return (" ·" if names else "").center(width), "dim"
-    strength = shade(alive, sum(start.get(name, 0) for name in names))
-    background = Color.from_rgb(*(low + (high - low) * strength for low, high in zip(DARK, BRIGHT, strict=True)))
-    mean = alive / len(names)
-    shown = f"{mean:.0f}" if mean >= 0.95 else f"{mean:.1f}"
-    return f"{shown:>2}".center(width), Style(
-        color=INK_DARK if strength > 0.6 else INK_LIGHT, bgcolor=background, dim=False
-    )
 
 
 def _bar(progress: Progress, width: int) -> Table:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -96,20 +96,6 @@ class Host:
         if device.type == "cuda" and device in self._streams:
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
         return copy.to(device, non_blocking=True)
-
-
-def draws(model: nn.Module) -> bool:
-    """Whether a training pass of this model may draw random numbers, by all that its parts and settings tell.
-
-    Dropout, jitter or noise above zero. Routers of experts may sample without a setting that says so.
-    """
-    parts = [vars(part) for module in model.modules() for part in (module, getattr(module, "config", None)) if part]
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
-        isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        for part in parts
-        for name, value in part.items()
-        if any(word in name for word in ("drop", "jitter", "noise"))
-    )
 
 
 def _identity(tensor: Tensor) -> tuple[torch.Size, int]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynlora_cli.errors import MachineError
+from dynlora_cli.execution.blocks import blocks, mark_dynamic
 from dynlora_cli.kernels.linear_cross_entropy import Heads, compiled_judge
-from dynlora_cli.lora.layer import ComponentLinear
 
 if TYPE_CHECKING:
     from dynlora_cli.lora.pool import Pool
@@ -63,40 +62,6 @@ def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
         mark_dynamic(fresh)
 
     model.register_forward_pre_hook(mark)
-
-
-def mark_dynamic(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Compile for any number of components of these a_CI and b_OC."""
-    for a_CI, b_OC in pairs:
-        torch._dynamo.maybe_mark_dynamic(a_CI, 0)
-        torch._dynamo.maybe_mark_dynamic(b_OC, 1)
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a model: what its outermost lists of modules hold, and lists in them."""
-    return (block for _, _, block in blocks_in_place(model))
-
-
-def blocks_in_place(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int, nn.Module]]:
-    """The blocks, each with the list that holds it and its index in there."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from _parts(child)
-        elif not isinstance(child, ComponentLinear):
-            yield from blocks_in_place(child)
-
-
-def skips_blocks(model: nn.Module) -> bool:
-    """Whether a training pass may leave out blocks by chance."""
-    return any(getattr(module, "layerdrop", 0) for module in model.modules())
-
-
-def _parts(container: nn.ModuleList) -> Iterator[tuple[nn.ModuleList, int, nn.Module]]:
-    for index, part in enumerate(container):
-        if isinstance(part, nn.ModuleList):
-            yield from _parts(part)
-        else:
-            yield container, index, part
 
 
 def graphs_made() -> int:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.block_trace import Listening, Playing, StandIn, Stretch, kind_of
-from dynlora_cli.execution.modes.checkpointing import checkpoint_activations, draws
-from dynlora_cli.execution.modes.compile import blocks_in_place, mark_dynamic, skips_blocks
+from dynlora_cli.execution.blocks import blocks_in_place, draws, mark_dynamic, skips_blocks
+from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
 from dynlora_cli.models.experts import fused_experts
 
 if TYPE_CHECKING:

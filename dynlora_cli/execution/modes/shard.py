@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.execution.modes.compile import blocks, skips_blocks
+from dynlora_cli.execution.blocks import blocks, skips_blocks
 from dynlora_cli.lora.pool import Pool
 
 

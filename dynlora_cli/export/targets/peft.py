@@ -17,8 +17,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.export.exporter import Job, Read
 from dynlora_cli.export.peft_rules import scales_of

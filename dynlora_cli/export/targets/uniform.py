@@ -16,8 +16,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.export.exporter import Job, Read, padded, plain_lora
 from dynlora_cli.runs.folder import copy_tokenizer

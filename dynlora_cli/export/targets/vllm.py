@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli.adapters.adapter import Adapter, save
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.export.exporter import Job, Read, plain_lora
 from dynlora_cli.runs.folder import copy_tokenizer

@@ -19,20 +19,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from dynlora_cli.adapters.adapter import PREFIX, lora_tensors
 from dynlora_cli.lora.dora import DoraLinear
-from dynlora_cli.lora.layer import dense_weight
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.models.linears.linear import dense_weight
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
 
 has_components = True
 takes = ("alpha", "dropout", "freeze_a", "lora_plus_ratio")
+saved_as = "dora"
 starts = ("orthogonal", "eva")
 Layer = DoraLinear
 in_modules_only = True
@@ -48,13 +48,3 @@ def _layer(base: nn.Module, scale: float, dropout: float) -> DoraLinear:
     layer = DoraLinear(base, scale, dense_weight(base).norm(dim=1), partial(dense_weight, base), bias, dropout)
     layer.magnitude_O.requires_grad_(True)
     return layer
-
-
-def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's own form: a LoRA with a magnitude vector for each layer. A layer without components keeps no magnitude."""
-    magnitudes = {
-        f"{PREFIX}{name}.lora_magnitude_vector": layer.magnitude_O.detach()
-        for name, layer in pool.layers.items()
-        if layer.count and isinstance(layer, DoraLinear)
-    }
-    return {**config, "use_dora": True}, {**lora_tensors(pool), **magnitudes}

@@ -19,22 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
-from dynlora_cli.adapters.adapter import hira_form, lora_tensors
 from dynlora_cli.lora.hira import HiraLinear
-from dynlora_cli.lora.layer import dense_weight
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.models.linears.linear import dense_weight
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
 
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio")
+saved_as = "hira"
 Layer = HiraLinear
 
 
@@ -45,8 +45,3 @@ def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, rec
 
 def _layer(base: nn.Module, scale: float, dropout: float) -> HiraLinear:
     return HiraLinear(base, scale, partial(dense_weight, base), dropout)
-
-
-def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's own form."""
-    return hira_form(config, lora_tensors(pool))

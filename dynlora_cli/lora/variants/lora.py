@@ -22,8 +22,8 @@ from torch import nn
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pissa import layer_kind
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
-from dynlora_cli.pruning.control import Start
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe

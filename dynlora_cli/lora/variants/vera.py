@@ -19,67 +19,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.adapters.adapter import ONLY_LORA, PREFIX
-from dynlora_cli.lora.layer import ComponentLinear, linear_shape
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
-from dynlora_cli.pruning.control import Start
+from dynlora_cli.lora.vera import VeraLinear
+from dynlora_cli.models.linears.linear import linear_shape
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
 
 has_components = True
 takes = ("dropout",)
-D_INITIAL = 0.1
-
-
-class Layer(ComponentLinear):
-    """A frozen linear layer plus diag(b) B diag(d) A. a_CI holds d, as [C, 1]; b_OC nothing.
-
-    Args:
-        base: the frozen layer.
-        dropout: probability of dropping an input of the update while training.
-        pair: A [R, inputs of the widest layer] and B [outputs of the widest layer, R], shared by all layers.
-        seed: that A and B were drawn with.
-    """
-
-    turns = plain = False
-
-    def __init__(self, base: nn.Module, dropout: float, pair: tuple[Tensor, Tensor], seed: int) -> None:
-        super().__init__(base, 1.0, dropout)
-        self.pair, self.seed = pair, seed
-        self.lambda_b_O = nn.Parameter(torch.zeros(self.out_features, device=pair[0].device))
-        self._of: Tensor | None = None
-
-    @staticmethod
-    def widths(d_in: int, d_out: int) -> tuple[int, int]:  # noqa: ARG004
-        return 1, 0
-
-    @staticmethod
-    def most(d_in: int, d_out: int) -> int:  # noqa: ARG004
-        return 1024  # above what the paper uses; components may be more than the layer is wide
-
-    def start(self, a_CI: Tensor, b_OC: Tensor, generator: torch.Generator) -> None:  # noqa: ARG002
-        a_CI.fill_(D_INITIAL)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        if self._of is not self.survivors_C:
-            self._A_CI, self._B_OC = self._projections()
-            self._of = self.survivors_C
-        return self.a_CI * self._A_CI, self.lambda_b_O[:, None] * self._B_OC
-
-    def _projections(self) -> tuple[Tensor, Tensor]:
-        """A and B of the components that are left."""
-        A_CI, B_OC = self.pair[0][:, : self.in_features], self.pair[1][: self.out_features]
-        if self.count < len(A_CI):  # else views do, which take no memory
-            kept_C = self.survivors_C.to(A_CI.device)
-            A_CI, B_OC = A_CI[kept_C], B_OC[:, kept_C]
-        return A_CI.to(self.a_CI.dtype), B_OC.to(self.a_CI.dtype)
+saved_as = "vera"
+Layer = VeraLinear
 
 
 def projections(rank: int, d_in: int, d_out: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -100,34 +57,7 @@ def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, rec
     device = next(model.parameters()).device
     a, b = (each.to(device) for each in projections(max(start.counts.values()), *widest, recipe.seed))
 
-    def layer(base: nn.Module, scale: float, dropout: float) -> Layer:  # noqa: ARG001 - b and d are the scale
-        return Layer(base, dropout, (a, b), recipe.seed)
+    def layer(base: nn.Module, scale: float, dropout: float) -> VeraLinear:  # noqa: ARG001 - b and d are the scale
+        return VeraLinear(base, dropout, (a, b), recipe.seed)
 
     return put(model, targets, start, recipe, layer)
-
-
-def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's own form; layers without an entry are not listed, and A and B are as wide as those that are."""
-    layers = {name: layer for name, layer in pool.layers.items() if layer.count and isinstance(layer, Layer)}
-    first = next(iter(layers.values()))
-    tensors = {
-        "base_model.vera_A": first.pair[0][:, : max(layer.in_features for layer in layers.values())],
-        "base_model.vera_B": first.pair[1][: max(layer.out_features for layer in layers.values())],
-    }
-    rank = len(first.pair[0])
-    for name, layer in layers.items():
-        d_R = torch.zeros(rank)
-        d_R[layer.survivors_C] = layer.a_CI.detach().cpu().flatten()
-        tensors[f"{PREFIX}{name}.vera_lambda_d"] = d_R
-        tensors[f"{PREFIX}{name}.vera_lambda_b"] = layer.lambda_b_O.detach()
-    written = {key: value for key, value in config.items() if key not in ONLY_LORA} | {
-        "peft_type": "VERA",
-        "bias": "none",
-        "r": rank,
-        "d_initial": D_INITIAL,
-        "init_weights": True,
-        "projection_prng_key": first.seed,
-        "save_projection": True,
-        "vera_dropout": 0.0,
-    }
-    return written, tensors

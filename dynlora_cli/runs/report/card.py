@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from dynlora_cli.errors import without_secrets
-from dynlora_cli.runs.log import RunRecord, layer_grid
+from dynlora_cli.runs.layer_grid import layer_grid
+from dynlora_cli.runs.log import RunRecord
 from dynlora_cli.text import count, counted, duration, number, percent, size
 
 AUTO_CLASS = {

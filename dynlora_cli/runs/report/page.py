@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli.runs.log import Event, RunRecord, layer_grid
+from dynlora_cli.runs.layer_grid import layer_grid
+from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
 from dynlora_cli.runs.report.svg import Series, text
 from dynlora_cli.text import change, count, counted, duration, number, percent, short, size

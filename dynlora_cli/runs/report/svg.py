@@ -13,7 +13,7 @@ from html import escape
 from typing import Any, Literal
 
 from dynlora_cli.errors import without_secrets
-from dynlora_cli.runs.log import layer_grid, shade
+from dynlora_cli.runs.layer_grid import layer_grid, shade
 from dynlora_cli.text import short
 
 Point = tuple[float, float]

@@ -11,11 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dynlora_cli.files.whole import write_text
-from dynlora_cli.runs.log import RunLog, RunRecord, layer_grid, read_run
+from dynlora_cli.runs.log import read_run
 from dynlora_cli.runs.report.card import model_card
 from dynlora_cli.runs.report.page import report_page
-
-__all__ = ["RunLog", "RunRecord", "layer_grid", "read_run", "write_card", "write_report"]
 
 
 def write_report(folder: str | Path) -> Path:

@@ -1,15 +1,14 @@
-"""The commands that help a person to begin: `dynlora init`, `doctor` and `schema`."""
+"""`dynlora init`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dynlora_cli.cli.reporting import AsJson, console, reporting
-from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.errors import UsageError
 
 
 def init(
@@ -49,28 +48,3 @@ def _columns(text: str) -> dict[str, str]:
             )
         named[ours] = theirs
     return named
-
-
-def doctor(as_json: AsJson = False) -> None:
-    """Look for faults in what is installed and in the machine."""
-    with reporting(as_json) as result:
-        from dynlora_cli.cli.views.start import show_findings
-        from dynlora_cli.commands import doctor as command
-
-        result.update(command.run())
-        show_findings(console(), result["findings"])
-    if not result["ok"]:  # no exception: the findings are the result, whatever they are
-        raise typer.Exit(MachineError.exit_code)
-
-
-def schema() -> None:
-    """Print the JSON schema of a recipe, for editors and other tools."""
-    from dynlora_cli.config.load import json_schema
-
-    typer.echo(json.dumps(json_schema(), indent=2))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (init, doctor, schema):
-        app.command()(command)

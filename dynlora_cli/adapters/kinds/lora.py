@@ -1,0 +1,108 @@
+"""LoRA in PEFT's files: factors, scales of layers, and slices of fused weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dynlora_cli.adapters.adapter import Factors
+from dynlora_cli.adapters.expert_files import unfuse
+from dynlora_cli.adapters.find import CONFIG, WEIGHTS
+from dynlora_cli.adapters.kind import lora_tensors
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import PatternMap
+from dynlora_cli.lora.pool import Pool
+
+
+def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's own form."""
+    return config, lora_tensors(pool)
+
+
+def factors_of(module: str, parts: dict[str, Tensor], scales: Scales) -> Factors:
+    embedding = "lora_embedding_A" in parts
+    try:
+        if embedding:  # of a table [tokens, width]: PEFT adds (B A)ᵀ
+            a, b = parts["lora_embedding_B"].T.contiguous(), parts["lora_embedding_A"].T.contiguous()
+        else:
+            a, b = parts["lora_A"], parts["lora_B"]
+    except KeyError as error:
+        raise UsageError(f"{scales.folder}: layer {module} lacks its {error.args[0]}", "copy the files again") from None
+    if a.ndim != 2 or b.ndim != 2:
+        raise UsageError(f"{scales.folder}: layer {module} is a convolution; only linear layers and tables are merged")
+    scale = scales.of(module, a.shape[0])
+    if a.shape[0] != b.shape[1]:
+        raise UsageError(f"{scales.folder}: layer {module} has factors of rank {a.shape[0]} and {b.shape[1]}")
+    magnitude = parts.get("lora_magnitude_vector")
+    if embedding and magnitude is not None:
+        raise UsageError(
+            f"{scales.folder}: {module} is a DoRA of an embedding, which is not supported", "merge it with PEFT"
+        )
+    if scales.config.get("use_dora") and magnitude is None:
+        raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
+    return Factors(a, *_scaled(b, scale), None if magnitude is None else magnitude.flatten(), embedding)
+
+
+def _scaled(b_OC: Tensor, scale: float) -> tuple[Tensor, float]:
+    """B with the scale in it, and the scale; 1 for a layer that an alpha of 0 switches off, whose B is 0 then."""
+    return (scale * b_OC, scale) if scale else (b_OC.new_zeros(b_OC.shape), 1.0)
+
+
+def slices(parameter: str, parts: dict[str, Tensor], scales: Scales) -> dict[str, Factors]:
+    """The factors of every expert that has components."""
+    if parts.keys() != {"lora_A", "lora_B"}:
+        raise UsageError(f"{scales.folder}: {parameter} lacks its lora_A or lora_B", "copy the files again")
+    a, b = parts["lora_A"], parts["lora_B"]
+    rank = scales.rank_of(parameter)
+    if not (a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0):
+        raise UsageError(
+            f"{scales.folder}: {parameter} has factors {tuple(a.shape)} and {tuple(b.shape)}, and {CONFIG} rank {rank}",
+            "one of the two files is of another adapter; copy both again",
+        )
+    scale = scales.of(parameter, rank)
+    return {
+        name: Factors(a_CI, *_scaled(b_OC, scale), experts=a.shape[0] // rank)
+        for name, (a_CI, b_OC) in unfuse(parameter, a, b, rank).items()
+    }
+
+
+class Scales:
+    """alpha / r of every module, as PEFT finds it: a pattern's key matches the end of a name, and may be a regex."""
+
+    def __init__(self, config: dict[str, Any], folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.ranks = PatternMap(config.get("rank_pattern") or {}, f"{folder / CONFIG}: rank_pattern")
+        self.alphas = PatternMap(config.get("alpha_pattern") or {}, f"{folder / CONFIG}: alpha_pattern")
+
+    def of(self, module: str, rank: int) -> float:
+        """The scale of a module whose factors have this rank.
+
+        Raises:
+            UsageError: the config announces another rank.
+        """
+        announced = self.rank_of(module)
+        alpha = self.alphas.first(self._named(module), self.config.get("lora_alpha"))
+        if announced != rank:
+            raise UsageError(
+                f"{self.folder}: layer {module} has rank {rank} in {WEIGHTS} and {announced} in {CONFIG}",
+                "one of the two files is of another adapter; copy both again",
+            )
+        if rank == 0 or not isinstance(alpha, (int, float)):
+            raise UsageError(
+                f"{self.folder / CONFIG}: layer {module} has rank {rank} and lora_alpha {alpha!r}",
+                "a layer has a rank of at least 1, and an alpha; leave one without components out of the files",
+            )
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def _named(self, module: str) -> str:
+        """What patterns are matched with: the name of the weight, where that is the target and not the module."""
+        weight = f"{module}.weight"
+        wanted = self.config.get("target_parameters") or ()
+        return weight if any(weight == end or weight.endswith(f".{end}") for end in wanted) else module
+
+    def rank_of(self, module: str) -> Any:
+        """The rank that the config announces."""
+        return self.ranks.first(self._named(module), self.config.get("r"))

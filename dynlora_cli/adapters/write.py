@@ -1,0 +1,133 @@
+"""Writing an adapter as PEFT reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from dynlora_cli.adapters.adapter import PREFIX, TASK_TYPES, Adapter
+from dynlora_cli.adapters.expert_files import fuse, parameter_of
+from dynlora_cli.adapters.find import CONFIG, WEIGHTS
+from dynlora_cli.adapters.kinds.hira import hira_form
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.files.whole import write_json
+
+
+def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; the bytes depend on the adapter only.
+
+    Args:
+        adapter: to be written.
+        folder: exists.
+        for_peft: False: every layer is named in `target_modules`, also where PEFT would not find it there.
+    """
+    config = adapter.config
+    written = lora_config(
+        adapter.ranks,
+        base_model=config.get("base_model_name_or_path") or "",
+        revision=config.get("revision"),
+        task=adapter.task,
+        fan_in_fan_out=adapter.fan_in_fan_out,
+        modules_to_save=config.get("modules_to_save"),
+        experts=adapter.experts,
+        as_parameters=adapter.as_parameters if for_peft and adapter.kind == "LoRA" else (),
+    )
+    written["task_type"] = config.get("task_type")
+    written["use_dora"] = adapter.dora
+    adapted = {f"{name}.weight": f"{name}.base_layer.weight" for name in adapter.layers}
+    tensors = {adapted.get(name, name): tensor for name, tensor in adapter.whole.items()}
+    slices = {name: (f.a_CI, f.b_OC) for name, f in adapter.layers.items() if f.experts}
+    tensors |= fuse(slices, adapter.experts)
+    for name, factors in adapter.layers.items():
+        if factors.experts:
+            continue
+        if factors.embedding:
+            tensors |= {f"{name}.lora_embedding_A": factors.b_OC.T, f"{name}.lora_embedding_B": factors.a_CI.T}
+        else:
+            tensors |= {f"{name}.lora_A.weight": factors.a_CI, f"{name}.lora_B.weight": factors.b_OC}
+        if factors.magnitude_O is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = factors.magnitude_O
+    if adapter.hira:
+        written, tensors = hira_form(written, tensors)
+    write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
+
+
+def lora_config(
+    ranks: Mapping[str, int],
+    *,
+    base_model: str,
+    revision: str | None,
+    task: str,
+    fan_in_fan_out: bool = False,
+    modules_to_save: list[str] | None = None,
+    experts: Collection[str] = (),
+    as_parameters: Collection[str] = (),
+) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Args:
+        ranks: components per layer; layers at 0 are left out, since PEFT refuses rank 0.
+        base_model: folder or hub id that PEFT may load the base from.
+        revision: of the base.
+        task: as in the recipe.
+        fan_in_fan_out: the targets are GPT-2's transposed Conv1D.
+        modules_to_save: modules stored whole, such as a classifier head.
+        experts: layers that are the slice of one expert; their parameter is listed, with the largest rank of a slice.
+        as_parameters: layers that are listed by their weight; see models/peft_types.py.
+    """
+    apart = {*experts, *as_parameters}
+    alive = {name: rank for name, rank in ranks.items() if rank and name not in apart}
+    parameters = {f"{name}.weight": ranks[name] for name in as_parameters if ranks[name]}
+    for name in experts:
+        if ranks[name]:
+            parameters[parameter_of(name)] = max(ranks[name], parameters.get(parameter_of(name), 0))
+    modules, alive = sorted(alive), alive | parameters
+    largest = max(alive.values())
+    # PEFT tries every key for every module: one key for all modules of a rank, each a full, escaped name. Where a key
+    # names parameters alone, PEFT 0.21 warns that it "was ignored", and honours it all the same.
+    pattern = {
+        "|".join(re.escape(name) for name, r in alive.items() if r == rank): rank
+        for rank in sorted(set(alive.values()) - {largest})
+    }
+    return {
+        "alpha_pattern": pattern,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "modules_to_save": modules_to_save,
+        "peft_type": "LORA",
+        "r": largest,
+        "rank_pattern": pattern,
+        "revision": revision,
+        "target_modules": modules,
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
+        "task_type": TASK_TYPES[task],
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write adapter_model.safetensors and adapter_config.json; the bytes depend on the arguments only.
+
+    Raises:
+        MeasureError: a tensor is not finite.
+    """
+    on_cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(tensors.items())}
+    for name, tensor in on_cpu.items():
+        if not tensor.isfinite().all():
+            hint = "lower the learning rate, or look at the adapters that went in"
+            raise MeasureError(f"{name} holds NaN or infinity; nothing was written", hint)
+    # Not `save_file`, which makes files that only their owner can read.
+    (folder / WEIGHTS).write_bytes(to_bytes(on_cpu, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, config)

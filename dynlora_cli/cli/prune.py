@@ -1,0 +1,85 @@
+"""`dynlora prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynlora_cli.cli.options import AdapterPath, Base, Overwrite
+from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
+
+
+def prune(
+    adapter: AdapterPath,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="8|0.5|2M|auto",
+            help="An average rank, a share of the parameters, a number of them, or as few as --tolerance allows.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the smaller adapter goes.", show_default=False)],
+    policy: Annotated[
+        str,
+        typer.Option(help="magnitude needs no data; activation, the best, fisher and gradient look at held-out rows."),
+    ] = "magnitude",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RECIPE|FILE",
+            help="Rows to look at and to measure on; by default the run's own held-out rows.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        str, typer.Option(metavar="0.5%", help="With --budget auto: how much the held-out loss may rise.")
+    ] = "0.5%",
+    heal: Annotated[int, typer.Option(metavar="STEPS", min=0, help="Training steps after the cut.")] = 0,
+    base: Base = None,
+    trust_remote_code: Trust = False,
+    max_samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Held-out rows at most.", show_default=False)
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure the loss against the size where rows are known.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of policies that draw lots.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a trained adapter smaller."""
+    with reporting(as_json) as result:
+        from dynlora_cli import plugins
+        from dynlora_cli.cli import preflight
+        from dynlora_cli.cli.values import choice, share, size
+        from dynlora_cli.runs.folder import refuse_occupied
+
+        wanted, rise = size(budget, "--budget"), share(tolerance, "--tolerance")
+        choice(policy, plugins.names("policies"), "--policy")
+        preflight.adapters([adapter], base, data)
+        refuse_occupied(out, overwrite=overwrite, option="--out")
+        from dynlora_cli.cli.views.adapters import AdapterView
+        from dynlora_cli.commands import prune as command
+
+        view = AdapterView(console())
+        summary = command.run(
+            adapter,
+            wanted,
+            out,
+            policy=policy,
+            data=data,
+            tolerance=rise,
+            heal_steps=heal,
+            base_name=base,
+            trust_remote_code=trust_remote_code,
+            max_samples=max_samples,
+            measure=measure,
+            overwrite=overwrite,
+            seed=seed,
+            emit=view,
+        )
+        result.update(summary)
+        view.show_pruned(summary)

@@ -1,0 +1,129 @@
+"""`dynlora train`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dynlora_cli.cli.reporting import AsJson, console, reporting, typed
+from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."
+        ),
+    ] = None,
+    output_dir: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where the run goes, in place of the recipe's.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest valid checkpoint.")] = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on with this checkpoint folder.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, load no weights, write nothing.")
+    ] = False,
+    devices: Annotated[
+        str, typer.Option(metavar="N|all", help="Processes to train with, one per GPU.", show_default=False)
+    ] = "1",
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter from a recipe."""
+    with reporting(as_json) as result, ExitStack() as held:
+        if overwrite and (resume or resume_from):
+            raise UsageError("--overwrite and --resume exclude each other", "choose one of them")
+        from dynlora_cli.config.load import load_recipe
+
+        checked = load_recipe(recipe, overrides or (), output_dir)
+        view = console()
+        from dynlora_cli.cli import preflight
+
+        if dry_run:
+            preflight.training(checked, writes=False)
+        elif is_main_process():  # as the only writer of the output folder, until the command ends
+            from dynlora_cli.runs.folder import place_of
+
+            held.enter_context(place_of(Path(checked.output_dir)))
+            preflight.training(checked, writes=True, overwrite=overwrite, resume=resume, resume_from=resume_from)
+        if devices != "1" and "RANK" not in os.environ:
+            held.close()  # the first of the processes takes it
+            _launch(devices, context.obj)
+        end_with_launcher()
+        if dry_run:
+            from dynlora_cli.training.dry_run import plan as plan_run
+
+            plan = plan_run(checked)
+            result.update({"ok": True, "plan": plan})
+            if not as_json:
+                from dynlora_cli.cli.views.plan import show_plan
+
+                show_plan(view, plan)
+            return
+        from dynlora_cli.commands import train as command
+
+        with view.train_view() as listener:
+            summary = command.run(
+                checked,
+                listener=listener,
+                overwrite=overwrite,
+                resume=resume,
+                resume_from=resume_from,
+            )
+        summary = {**summary, "next": _next_commands(summary)}
+        result.update(summary)
+        if is_main_process():
+            view.show_summary(summary)
+
+
+def _next_commands(summary: dict[str, Any]) -> list[str]:
+    """Commands that make sense after a run."""
+    if "ranks" not in summary:
+        return []
+    folder = summary["output_dir"]
+    python = "python" if shutil.which("python") else "python3"
+    small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
+    return [
+        typed("eval", "--adapter", folder),
+        typed("prune", "--adapter", folder, *small),
+        typed("merge", "--adapter", folder),
+        shlex.join([python, "-m", "webbrowser", str((Path(folder) / "report.html").resolve())]),
+    ]
+
+
+def _launch(devices: str, arguments: Sequence[str]) -> None:
+    """Run this very command in several processes, one per device, and end with their exit code."""
+    count = _device_count(devices)
+    if count > 1:
+        raise typer.Exit(launch(arguments, count))
+
+
+def _device_count(devices: str) -> int:
+    """How many processes to train with."""
+    if devices != "all" and not (devices.isdecimal() and int(devices) > 0):
+        raise UsageError(f"--devices {devices} is neither a number nor 'all'", "for example --devices 2")
+    import torch
+
+    available = torch.cuda.device_count()
+    if devices == "all":
+        return max(1, available)
+    if available and int(devices) > available:
+        raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
+    return int(devices)

@@ -1,0 +1,45 @@
+"""Whether a run can be resumed with a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import ResumeForm, fits
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.log import read_run
+
+# What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
+FREE_ON_RESUME = ("output_dir", "train.cuda_graphs", "train.log_steps", "train.save_steps", "train.report_to")
+
+
+def same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to resume with a recipe that would train something else.
+
+    Raises:
+        UsageError: it would, or there is no run in that folder, or its record or its logs are damaged.
+    """
+    record, path = run_folder.read_record(folder), folder / run_folder.RECORD
+    read_run(folder)
+    if record.get("prune") and not record.get("recipe"):
+        raise UsageError(f"{folder} was pruned after training; there is no training to go on with", "train anew")
+    fits(ResumeForm, record, path)
+    # Read by today's rules: keys that are younger than the run have the values that they had in its time.
+    before = flat(fits(Recipe, record["recipe"], path).model_dump(mode="json"))
+    now = flat(recipe.model_dump(mode="json"))
+    differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
+    if differing:
+        lines = "\n".join(f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted(differing))
+        raise UsageError(
+            f"the run in {folder} was made by another recipe:\n{lines}",
+            "resume with the recipe it was made by, or start a new run with another --output-dir",
+        )
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones; lists are leaves."""
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    return {k: v for name, child in tree.items() for k, v in flat(child, f"{path}.{name}".strip(".")).items()}

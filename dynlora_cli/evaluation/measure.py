@@ -1,0 +1,81 @@
+"""Measures the model that is in memory, with whatever is attached to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.evaluation import generation
+from dynlora_cli.evaluation.held_out_loss import row_sums
+from dynlora_cli.evaluation.lm_eval import Harness
+from dynlora_cli.evaluation.report import Found
+from dynlora_cli.evaluation.rows import Rows
+from dynlora_cli.evaluation.scores import RowSums, classification, confusion
+from dynlora_cli.models.load import Base, precision_of
+from dynlora_cli.models.tokenizer import context_length
+
+if TYPE_CHECKING:
+    from dynlora_cli.evaluation.generation import Prompt
+
+
+@dataclass
+class Measure:
+    """Measures the model that is in memory at the moment, with whatever is attached to it."""
+
+    base: Base
+    rows: Rows
+    prompts: list[Prompt]
+    scored: int
+    harness: Harness | None
+
+    def __call__(self, name: str) -> Found:
+        """All numbers.
+
+        Raises:
+            MeasureError: the loss is not finite.
+        """
+        base, rows, autocast = self.base, self.rows, precision_of(self.base)
+        sums = self._sums(name) if rows.examples else None
+        metrics = self._metrics(sums) if sums else {}
+        answers: list[str] = []
+        tasks: dict[str, dict[str, float]] = {}
+        with autocast():
+            if self.prompts:
+                answers = generation.generate(
+                    base.model,
+                    base.tokenizer,
+                    self.prompts,
+                    batch_size=rows.micro_batch_size,
+                    context=context_length(base.folder),
+                )
+            if self.harness:
+                tasks = self.harness.run(base.model, base.tokenizer)
+        if self.scored:
+            references = [prompt.references for prompt in self.prompts[: self.scored]]
+            metrics |= generation.metrics(answers[: self.scored], references)
+        return Found(sums, metrics, answers, tasks)
+
+    def _sums(self, name: str) -> RowSums:
+        batches = self.rows.batches(int(self.base.tokenizer.pad_token_id), self.base.model.device)
+        classify = "Labelled" in self.rows.forms
+        sums = row_sums(self.base.model, batches, classify=classify, autocast=precision_of(self.base))
+        if not math.isfinite(sums.loss):
+            raise MeasureError(f"the held-out loss of {name} is {sums.loss}", "look at its weights and its dtype")
+        return sums
+
+    def _metrics(self, sums: RowSums) -> dict[str, Any]:
+        if sums.predicted_R is None:
+            return {"token_accuracy": sums.accuracy}
+        truth_R = np.array([example.labels for example in self.rows.examples])
+        return classification(confusion(truth_R, sums.predicted_R, int(self.base.model.config.num_labels or 0)))
+
+
+def has_answer(base: Base, notes: list[str]) -> bool:
+    """Whether the base model's own checkpoint answers the question; a classifier's head may be new and random."""
+    if base.new_head:
+        notes.append("the base model has no classifier head of its own, so there is nothing to measure of it")
+    return not base.new_head

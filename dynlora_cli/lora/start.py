@@ -1,0 +1,81 @@
+"""How many components each layer starts with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.layer import ComponentLinear
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.budget import Budget
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins and where it has to end.
+
+    Attributes:
+        counts: components of each layer at the start.
+        parameters: numbers they hold.
+        budget: numbers that may be alive at the end.
+        average_rank: the budget, or where it is open the start, as an average rank: numbers / Σ(d_in + d_out).
+        open: the budget is only a floor, and the run decides where to stop (`rank.budget: auto`).
+    """
+
+    counts: dict[str, int]
+    parameters: int
+    budget: int
+    average_rank: float
+    open: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        """The budget that the run was given; None where it finds its own."""
+        return None if self.open else self.budget
+
+    def rank_of(self, parameters: int) -> float:
+        """A number of parameters as an average rank."""
+        return self.average_rank * parameters / (self.parameters if self.open else self.budget)
+
+
+def plan_start(
+    shapes: Mapping[str, tuple[int, int]],
+    budget: Budget,
+    init: int | str,
+    kind: type[ComponentLinear] = ComponentLinear,
+) -> Start:
+    """Resolve `rank.budget` and `rank.init` for the layers at hand.
+
+    Args:
+        shapes: (d_in, d_out) of every layer.
+        kind: of the layers, which says how many numbers a component has.
+        budget: kind "rank" (an average), "share" (of the start), "parameters" or "auto" (down to a quarter of a rank).
+        init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share or
+            auto.
+            Never above half of min(d_in, d_out), where the kind has no other limit.
+
+    Raises:
+        UsageError: the budget is smaller than one component.
+    """
+    costs = {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}
+    per_rank = sum(costs.values()) // kind.terms
+    asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
+    if init == "auto":
+        init = 32 // kind.terms if asked is None else max(1, math.ceil(2 * asked / sum(costs.values())))
+    counts = {name: min(int(init), kind.most(*shape)) for name, shape in shapes.items()}
+    parameters = sum(counts[name] * cost for name, cost in costs.items())
+    largest = max(costs.values())
+    if budget.kind == "auto":
+        floor = max(largest, math.floor(budget.value * per_rank))
+        return Start(counts, parameters, floor, parameters / per_rank, open=True)
+    limit = math.floor(budget.value * parameters if asked is None else asked)
+    if limit < largest:
+        raise UsageError(
+            f"rank.budget allows {limit:,} parameters, but one component of the target layers has up to {largest:,}",
+            "raise rank.budget, or choose smaller layers in adapter.target_modules",
+        )
+    return Start(counts, parameters, limit, limit / per_rank)

@@ -1,0 +1,53 @@
+"""The batches of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from dynlora_cli.data.batches import Batch, Batches
+from dynlora_cli.data.examples import Example
+from dynlora_cli.data.packing_check import packed_mask_dtype
+from dynlora_cli.models.load import Base
+from dynlora_cli.models.tokenizer import context_length
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.recipe import Recipe
+
+
+def make_batches(
+    recipe: Recipe, examples: list[Example], base: Base, *, shuffle: bool, accelerator: Accelerator | None = None
+) -> Batches:
+    """Batches of the recipe's size, of this process's share where there is an accelerator."""
+    longest = max(len(example.input_ids) for example in examples)
+    packing = recipe.dataset.packing
+    capacity = max(longest, min(recipe.dataset.max_length, context_length(base.folder) or recipe.dataset.max_length))
+    kind = base.model.device.type
+    return Batches(
+        examples,
+        micro_batch_size=recipe.train.micro_batch_size,
+        accumulation=recipe.train.gradient_accumulation_steps,
+        seed=recipe.seed,
+        max_length=capacity,
+        pad_id=base.tokenizer.pad_token_id,
+        packing=packing,
+        shuffle=shuffle,
+        shards=accelerator.num_processes if accelerator else 1,
+        shard=accelerator.process_index if accelerator else 0,
+        mask_dtype=packed_mask_dtype(base.model, capacity) if packing and kind != "meta" else torch.bool,
+        pin=kind == "cuda",
+        even=recipe.train.cuda_graphs and shuffle,
+    )
+
+
+def total_steps(recipe: Recipe, batches: Batches) -> int:
+    """Optimizer steps of the whole run."""
+    return recipe.train.max_steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
+
+
+def on_device(recipe: Recipe, accelerator: Accelerator, base: Base, examples: list[Example]) -> list[Batch]:
+    """Batches of examples that are measured again and again."""
+    rows = make_batches(recipe, examples, base, shuffle=False)
+    return [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]

@@ -1,0 +1,158 @@
+"""Puts components on the model: how many in each layer (`rank.allocation`), with which first values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from typing import TYPE_CHECKING, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dynlora_cli import plugins
+from dynlora_cli.data.load import Data
+from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.init import write_start
+from dynlora_cli.lora.pissa import layer_kind
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import Start, plan_start
+from dynlora_cli.models.experts import split
+from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.load import Base
+from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.models.targets import find_targets
+from dynlora_cli.pruning.allocation import in_proportion, share_out, with_counts
+from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
+from dynlora_cli.training.batches import make_batches
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.data.batches import Batch
+    from dynlora_cli.lora.variant import Variant
+
+
+SURVEYED = 16  # micro-batches that a survey looks at
+
+
+EVA_SPREAD = 2  # a layer gets at most so many times its uniform share, EVA's rho
+
+
+def begin(
+    recipe: Recipe,
+    variant: Variant,
+    base: Base,
+    data: Data,
+    accelerator: Accelerator,
+    counts: Mapping[str, int] | None = None,
+) -> tuple[Pool | None, Start | None]:
+    """Put components on the model, as many and with such values as the recipe says.
+
+    Every process looks at the same batches, the first of the run; where rounding differs, the first process decides.
+
+    Args:
+        counts: of a run that is resumed: the components it began with. Their values come from its checkpoint.
+
+    Raises:
+        UsageError: loftq does not find a layer in the model's files.
+    """
+    if counts is not None or not variant.has_components:
+        pool, planned = attach(variant, base, recipe, counts)
+        return pool and pool.to(accelerator.device), planned
+
+    def batches() -> Iterator[Batch]:
+        rows = make_batches(recipe, data.train, base, shuffle=True)
+        steps = (rows.step(0, index) for index in range(rows.steps_per_epoch))
+        return (batch.to(accelerator.device) for batch in islice(chain.from_iterable(steps), SURVEYED))
+
+    torch.manual_seed(recipe.seed)  # of the base's own dropout
+    layers, start = plan_ranks(recipe, base)
+    if recipe.rank.allocation != "uniform":
+        counts = _shared_out(recipe, variant, base, layers, start, batches(), accelerator)
+        fewest, most = min(counts.values()), max(counts.values())
+        data.notes.append(f"rank.allocation: {recipe.rank.allocation} gives the layers {fewest} to {most} components")
+    inputs = {}
+    if recipe.adapter.init_weights == "eva":
+        wanted = start.counts if counts is None else counts
+        inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
+    pool, planned = attach(variant, base, recipe, counts)
+    assert pool is not None
+    pool.to(accelerator.device)
+    write_start(pool, recipe, base, inputs)
+    _from_the_first(pool.values.detach(), accelerator)
+    return pool, planned
+
+
+def _shared_out(
+    recipe: Recipe,
+    variant: Variant,
+    base: Base,
+    layers: Mapping[str, nn.Module],
+    start: Start,
+    batches: Iterator[Batch],
+    accelerator: Accelerator,
+) -> dict[str, int]:
+    """Components of each layer, together as large as the uniform start within one component."""
+    kind, how = layer_kind(recipe, variant.Layer), recipe.rank.allocation
+    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    most = {name: kind.most(*shape) for name, shape in shapes.items()}
+    if how == "eva":
+        most = {name: min(count, EVA_SPREAD * start.counts[name]) for name, count in most.items()}
+        inputs = watch_inputs(base.model, batches, layers, most, accelerator.autocast)
+        worth = {name: inputs[name].explained()[: most[name]] for name in layers}
+    else:
+        weights = weigh(base.model, batches, layers, MEASURES[how], accelerator.autocast)
+        if how == "gora":  # whose budget is of smoothed sizes: r = budget · share of the importance / √(d_in + d_out)
+            weights = {name: weight / math.sqrt(sum(shapes[name])) for name, weight in weights.items()}
+        worth = in_proportion(weights, most)
+    counts = share_out(worth, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}, start.parameters)
+    numbers = torch.tensor(list(counts.values()), device=accelerator.device)
+    _from_the_first(numbers, accelerator)
+    return dict(zip(counts, numbers.tolist(), strict=True))
+
+
+def _from_the_first(tensor: Tensor, accelerator: Accelerator) -> None:
+    """Make a tensor in every process what it is in the first."""
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast(tensor, 0)
+
+
+def plan_ranks(
+    recipe: Recipe, base: Base, counts: Mapping[str, int] | None = None
+) -> tuple[dict[str, torch.nn.Module], Start]:
+    """The target layers, and how many components each starts with: as many everywhere, or `counts`."""
+    variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
+    if recipe.adapter.names_experts:
+        if hasattr(variant, "saved_as"):
+            raise UsageError(
+                f"adapter.target_modules: variant {recipe.adapter.variant} is no LoRA when it is saved, which is all "
+                "that PEFT takes for experts",
+                "write `variant: lora`, or leave experts out of adapter.target_modules",
+            )
+        split(base.model)
+    targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
+    taken = ends_in(targets, taken_for_experts(base.model.config.model_type))
+    if taken and getattr(variant, "in_modules_only", False):
+        raise UsageError(
+            f"adapter.variant: PEFT has no {recipe.adapter.variant} for {min(taken)}, which it takes for one of the "
+            f"experts in a model of type {base.model.config.model_type}",
+            "write `adapter.target_modules: attention`, or `variant: lora`",
+        )
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    kind = layer_kind(recipe, variant.Layer)
+    start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)
+    if counts is not None:
+        start = with_counts(start, counts, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()})
+    return targets, start
+
+
+def attach(
+    variant: Variant, base: Base, recipe: Recipe, counts: Mapping[str, int] | None = None
+) -> tuple[Pool | None, Start | None]:
+    """Put components on the model, with the values of the default start, or make all of it train."""
+    if not variant.has_components:
+        base.model.requires_grad_(True)
+        return None, None
+    targets, start = plan_ranks(recipe, base, counts)
+    return variant.attach(base.model, targets, start, recipe), start

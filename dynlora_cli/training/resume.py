@@ -1,0 +1,121 @@
+"""Going on with a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.config.resume import same_recipe
+from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.load import Data
+from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.surgery import swap
+from dynlora_cli.models.find import find_model
+from dynlora_cli.models.fingerprint import changed_since
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.events import Emit, send
+from dynlora_cli.training.checkpoint import fault_in, read_state, restore
+from dynlora_cli.training.run import Progress, Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+RESTART = "bring it back as it was, or start a new run with another --output-dir"
+
+
+def find_checkpoint(
+    folder: Path, recipe: Recipe, resume: bool, resume_from: Path | None, listener: Emit | None = None
+) -> Path | None:
+    """The checkpoint to go on with; None for a new run, and with `resume` for one that is finished.
+
+    Raises:
+        UsageError: nothing to resume, or the recipe is another one.
+    """
+    if resume_from is not None:
+        run = run_folder.run_of(resume_from)
+        fault = run_folder.fault_of(resume_from) or fault_in(resume_from, run_folder.read_record(run))
+        if fault:
+            others = [path for path in run_folder.step_folders(run) if not run_folder.fault_of(path)]
+            example = f"take {others[-1]}" if others else "name a folder such as out/name/checkpoints/step-100"
+            raise UsageError(f"--resume-from: no complete checkpoint: {resume_from} {fault}", example)
+        same_recipe(run, recipe)
+        return resume_from
+    if not resume:
+        return None
+    same_recipe(folder, recipe)
+    record = run_folder.read_record(folder)
+    faults: list[str] = []
+    if "summary" in record:
+        return None
+    for checkpoint in reversed(run_folder.step_folders(folder)):
+        fault = fault_in(checkpoint, record)
+        if fault is None:
+            if faults:
+                text = f"{'; '.join(faults)}; {checkpoint.name} is the newest that can be gone on with"
+                send(listener, {"event": "note", "text": text})
+            return checkpoint
+        faults.append(f"{checkpoint} {fault}")
+    lines = "".join(f"\n  {fault}" for fault in faults)
+    raise UsageError(f"{folder} holds no complete checkpoint to resume from{lines}", "start anew with --overwrite")
+
+
+def writing(checkpoint: Path | None, accelerator: Accelerator) -> Writing:
+    """How the run began to write its rows, in all processes alike."""
+    first = [Writing.of(run_folder.read_record(run_folder.run_of(checkpoint))) if checkpoint else Writing()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(first)
+    return first[0]
+
+
+def same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
+    """Refuse to resume on other rows or weights: the steps already done would not be the ones on record."""
+    before, (model, _) = run_folder.read_record(folder), find_model(recipe.model)
+    if before["data"]["sha256"] != data.sha256:
+        raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
+    if changed_since(before["base_model"]["fingerprint"], model):
+        raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
+
+
+def go_back_to(checkpoint: Path, training: Run, folder: Path, record: dict[str, Any]) -> None:
+    """Put the run, and the files in its folder, where they were at a checkpoint."""
+    position, tensors = read_state(checkpoint)
+    if training.pool:
+        empty = torch.zeros(position["parameters"], device=training.accelerator.device)
+        swap(training.pool, training.optimizer, empty, position["counts"], {})
+    averages = restore(tensors, training.parameters, training.optimizer)
+    if training.control:
+        training.control.load_state_dict(averages)
+    if training.accelerator.scaler:
+        training.accelerator.scaler.load_state_dict(position["scaler"])
+    training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))
+    if training.pool:
+        training.pool.stand_after(training.progress.step, training.total_steps)
+    if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
+        torch.manual_seed(training.recipe.seed + rank + 1_000_003 * training.progress.step)
+    best = _best_so_far(checkpoint, training.progress, record)
+    if training.accelerator.is_main_process:
+        run_folder.rewind(folder, checkpoint, best, record)
+
+
+def first_counts(checkpoint: Path | None) -> dict[str, int] | None:
+    """The components that a run began with, for one that goes on; None for a new one."""
+    if checkpoint is None:
+        return None
+    budget = run_folder.read_record(run_folder.run_of(checkpoint))["budget"]
+    return budget and budget["start_components"]
+
+
+def _best_so_far(checkpoint: Path, progress: Progress, record: dict[str, Any]) -> Path | None:
+    """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
+    if not progress.best:
+        return None
+    best = checkpoint.parent / f"step-{progress.best['step']}"
+    if fault_in(best, record) is None:
+        return best
+    progress.best, progress.evaluations_since_best = None, 0
+    return None
