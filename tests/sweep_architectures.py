@@ -3,7 +3,7 @@
     scripts/sweep [--only TYPE,TYPE] [--task TASK] [--results FILE] [--table]
 
 Each type runs in a process of its own with a limit of time and memory. A line of JSON per type is appended to the
-results; a type that has one there is not run again. `--table` writes docs/architectures.md from them. Where a model has
+results; a type that has one there is not run again. `--table` writes docs/models.md from them. Where a model has
 experts that components can be put into, it is trained once more with them.
 """
 
@@ -37,7 +37,7 @@ from dynlora_cli.models.experts import _understood, fused_experts
 from dynlora_cli.training import outputs
 
 ROOT = Path(__file__).parents[1]
-RESULTS, TABLE = ROOT / "scripts" / "bench" / "architectures.jsonl", ROOT / "docs" / "architectures.md"
+RESULTS, TABLE = ROOT / "scripts" / "bench" / "architectures.jsonl", ROOT / "docs" / "models.md"
 TYPES = {
     LANGUAGE: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     SEQ2SEQ: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--only", help="types, separated by commas; they are run again")
     parser.add_argument("--task", choices=list(TYPES))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only write docs/architectures.md from the results")
+    parser.add_argument("--table", action="store_true", help="only write docs/models.md from the results")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.table:
@@ -238,7 +238,7 @@ WORDS = {
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """docs/architectures.md: for each task the types that work, and for the others the first thing that does not."""
+    """docs/models.md: for each task the types that work, and for the others the first thing that does not."""
     parts = []
     for task, types in TYPES.items():
         of_task = {line["type"]: line for line in results if line["task"] == task and line["type"] in types}

@@ -1,0 +1,103 @@
+"""Tables of docs/performance.md and docs/benchmarks.md, taken from those that the programs in scripts/bench have made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+BENCH = Path(__file__).parent / "bench"
+
+# Columns of speed.md that a user asks for, and what they are called in the documentation.
+SPEED = {
+    "shape": "model",
+    "tokens": "tokens a step",
+    "rank": "rank",
+    "ours / floor": "step / frozen model's",
+    "recorded": "with CUDA graphs",
+    "PEFT LoRA / ours": "PEFT's LoRA / ours",
+    "PEFT DoRA / ours": "PEFT's DoRA / ours",
+    "peak, ours / PEFT": "peak memory, ours / PEFT's",
+}
+EQUAL = {
+    "LoRA, at": "LoRA, stock PEFT",
+    "DoRA, ours of its size, at": "DoRA, where dynlora has as many parameters",
+    "components removed at random, at": "the same run, components removed at random",
+    "the ranks found, shuffled, at": "its own ranks, shuffled over the layers",
+    "LoRA of 4x, then compressed by PEFT, at": "LoRA of four times the size, cut afterwards by PEFT",
+}
+LARGER = {"LoRA of twice the size, at": "LoRA of twice the size"}
+RANKS = (1, 2, 4)
+
+
+def speed() -> str:
+    """The first table of each machine."""
+    page = (BENCH / "speed.md").read_text(encoding="utf-8")
+    parts = []
+    for machine, body in re.findall(r"^(\S[^|\n]*):\n\n((?:\|.*\n)+)", page, flags=re.MULTILINE):
+        rows = rows_of(body)
+        shown = [column for column in SPEED if any(row[column] for row in rows)]
+        name = "2 cores of an x86-64 CPU" if machine == "x86_64" else machine
+        values = ([row[key] for key in shown] for row in rows)
+        parts.append(f"### {name}\n\n" + table([SPEED[key] for key in shown], values))
+    return "\n".join(parts)
+
+
+def memory() -> str:
+    """The table of memory.md; its head has two columns of one name."""
+    page = (BENCH / "memory.md").read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"^\|.*\n", page, flags=re.MULTILINE))
+    return lines.replace("| shape | base | optimizer |", "| model | base in | optimizer |")
+
+
+def against(names: dict[str, str]) -> str:
+    """Ours against others on the six language tasks, one column for each rank."""
+    page = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
+    section = page.split("## Ours against one other at a time")[1].split("\n## ")[0]
+    rows = {row["ours against"]: row["language models alone"] for row in rows_of(section[section.index("|") :])}
+    lines = ([shown, *(rows.get(f"{name} {rank}", "") for rank in RANKS)] for name, shown in names.items())
+    return table(["against", *(f"rank {rank}" for rank in RANKS)], lines)
+
+
+def afterwards() -> str:
+    """Pruning after training, on rows like those of training: PEFT's loss, and our difference to it."""
+    page = (BENCH / "posthoc.md").read_text(encoding="utf-8")
+    losses, differences = (rows_of(body) for body in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)[-2:])
+    lines = (
+        [loss["parameters left"], three(loss["PEFT"]), three(row["magnitude"]), three(row["activation"])]
+        for loss, row in zip(losses, differences, strict=True)
+    )
+    return table(["parameters left", "loss with PEFT", "`magnitude`, no data", "`activation`, 100 rows"], lines)
+
+
+def three(text: str) -> str:
+    """Every number of a text with three digits behind the point, its sign kept."""
+    return re.sub(
+        r"[+-]?\d+\.\d+", lambda match: format(float(match[0]), "+.3f" if match[0][0] in "+-" else ".3f"), text
+    )
+
+
+BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
+    ("performance.md", "speed"): speed,
+    ("performance.md", "memory"): memory,
+    ("benchmarks.md", "equal"): lambda: against(EQUAL),
+    ("benchmarks.md", "larger"): lambda: against(LARGER),
+    ("benchmarks.md", "afterwards"): afterwards,
+}
+
+
+def rows_of(body: str) -> list[dict[str, str]]:
+    """The rows of a table in Markdown, by the names of its columns."""
+    lines = (line for line in body.splitlines() if line.startswith("|"))
+    head, _, *rows = [[entry.strip() for entry in line.strip("|\n").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def cell(text: str) -> str:
+    """A text that may stand in a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
