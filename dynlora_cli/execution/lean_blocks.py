@@ -1,7 +1,8 @@
-"""Lets the blocks of a model train with the functions of kernels/lean.py.
+"""Finds the modules of a model that kernels/lean.py can compute, and patches their `forward` to use it in training.
 
-No model is known by name. A module is tried on a few numbers instead: what computes an RMS norm is one, whoever wrote
-it. What is not recognised stays as it is, and so does a norm that trains itself.
+Modules are recognised by what they compute, not by the names of models. A module is run on a few random numbers; if it
+returns what an RMS norm returns, it is one, whoever wrote it. What is not recognised stays as it is, and so does a norm
+whose weight is trained. Without gradients every module runs its own code.
 
 Dimensions: D features, N rows of a trial.
 """
@@ -21,30 +22,30 @@ from torch import Tensor, nn
 
 from dynlora_cli.kernels.lean import ACTIVATIONS, FACTORS, Activation, Gated, RMSNorm, Rotary
 
-EPSILON = ("variance_epsilon", "eps", "epsilon")  # what models call it
-# The layers of a gated feed-forward part, by the names that models share: inputs and outputs for a trial.
+EPSILON = ("variance_epsilon", "eps", "epsilon")  # the attribute's name differs from model to model
+# The linear layers of a gated feed-forward, by the names that models share, with (inputs, outputs) for the trial.
 APART = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
 JOINED = {"gate_up_proj": (8, 32), "down_proj": (16, 8)}  # Phi 3, GLM
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
-TURN = "apply_rotary_pos_emb"  # by which models turn queries and keys
-# Of the rows of a trial: for some ε matters, for some not, and no clamp below some hundreds goes unseen.
+TURN = "apply_rotary_pos_emb"  # the function with which models rotate queries and keys
+# The rows of a trial have sizes from very small, where ε matters, to very large, which a model's clamp would change.
 SIZES_N1 = torch.tensor([[1e-3], [1.0], [30.0], [1000.0]])
 Forward = Callable[..., Any]
 Candidate = TypeVar("Candidate")
 
 
 def lean_blocks(model: nn.Module) -> list[str]:
-    """Let norms, gated feed-forward parts and rotary attentions train this way; without gradients they run as they are.
+    """Patch the `forward` of every RMS norm, gated feed-forward and rotary attention that is recognised.
 
     Args:
-        model: with or without numbers in its weights.
+        model: changed in place. Its weights may still be on the meta device: a trial brings its own.
 
     Returns:
-        the names of the modules that were recognised.
+        the names of the modules that were patched.
     """
     found = []
     for name, module in model.named_modules():
-        if "forward" in vars(module):  # somebody else has been here
+        if "forward" in vars(module):  # somebody has patched it already
             continue
         lean = (_as_norm(module) or _as_gated(module)) if _takes_one(module) else _as_rotary(module)
         if lean:
@@ -56,12 +57,12 @@ def lean_blocks(model: nn.Module) -> list[str]:
 def _takes_one(module: nn.Module) -> bool:
     try:
         return len(signature(module.forward).parameters) == 1
-    except ValueError:  # a script of torch's has none
+    except ValueError:  # TorchScript modules have no signature
         return False
 
 
 def _as_norm(module: nn.Module) -> Forward | None:
-    """How an RMS norm trains, if this is one."""
+    """The new `forward` if this module is an RMS norm, else None."""
     parameters = dict(module.named_parameters())
     epsilon = next((value for name in EPSILON if isinstance(value := getattr(module, name, None), float)), None)
     if list(parameters) != ["weight"] or epsilon is None or any(module.children()):
@@ -71,7 +72,7 @@ def _as_norm(module: nn.Module) -> Forward | None:
         return None
     weight_D = torch.rand(len(like), generator=random).to(like.dtype)
     x_ND = torch.randn(4, len(like), generator=random) * SIZES_N1
-    x_ND[1] += 2  # a mean, which a layer norm would take away
+    x_ND[1] += 2  # a mean that is not zero, which a layer norm would subtract
     x_ND = x_ND.to(like.dtype)
     made = _tried(module, {"_parameters": {"weight": nn.Parameter(weight_D, requires_grad=False)}}, x_ND)
     factor = _same(made, FACTORS, lambda factor: RMSNorm.apply(x_ND, weight_D, factor, epsilon))
@@ -88,7 +89,7 @@ def _as_norm(module: nn.Module) -> Forward | None:
 
 
 def _as_gated(module: nn.Module) -> Forward | None:
-    """How a gated feed-forward part trains, if this is one."""
+    """The new `forward` if this module is a gated feed-forward, else None."""
     children = dict(module.named_children())
     name = next((name for name in ACTIVATION_NAMES if name in children), "")
     joined = "gate_proj" not in children
@@ -113,7 +114,7 @@ def _as_gated(module: nn.Module) -> Forward | None:
     for layer in layers.values():
         layer.bfloat16()
     made = _tried(module, {"_modules": held}, x_ND.bfloat16())
-    if made is None or not torch.equal(made, own(x_ND.bfloat16(), activation)):  # it takes care to round but once
+    if made is None or not torch.equal(made, own(x_ND.bfloat16(), activation)):  # in bf16 it rounds at other places
         return None
 
     def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
@@ -124,7 +125,11 @@ def _as_gated(module: nn.Module) -> Forward | None:
 
 
 def _as_rotary(module: nn.Module) -> Forward | None:
-    """How an attention with rotary positions trains, if this is one: its own code, with another function in it."""
+    """The new `forward` if this is an attention with rotary positions, else None.
+
+    An attention is too varied to write again, so it keeps its own code: a copy of its `forward` function with the same
+    bytecode, whose globals hold `turn` instead of the model's `apply_rotary_pos_emb`.
+    """
     function = type(module).forward
     code: Any = getattr(function, "__code__", None)
     usual: Any = getattr(function, "__globals__", {}).get(TURN)
@@ -145,22 +150,25 @@ def _as_rotary(module: nn.Module) -> Forward | None:
 
 
 def _turns(usual: Any) -> bool:
-    """Whether this does to queries and keys what `Rotary` does."""
+    """Whether a model's function does to queries and keys what `Rotary` does, up to rounding."""
     random = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(2, heads, 5, 8, generator=random).bfloat16() for heads in (3, 1))
     cos, sin = torch.randn(2, 1, 5, 8, generator=random).bfloat16()
     inputs = [tensor.float() for tensor in (queries, keys, cos, sin)]
-    with suppress(Exception):  # whatever it is, it takes something else
+    with suppress(Exception):  # a function of that name that takes other arguments: not the one that is looked for
         made, low = (torch.cat(usual(*tensors), 1) for tensors in (inputs, (queries, keys, cos, sin)))
-        # ModernBERT takes care to round but once.
+        # ModernBERT computes in fp32 and rounds once at the end, which `Rotary` does not: that model keeps its own.
         careful = torch.equal(made.bfloat16(), low)
         return not careful and _same(made, (Rotary,), lambda _: torch.cat(Rotary.apply(*inputs), 1)) is not None
     return False
 
 
 def _tried(module: nn.Module, held: dict[str, Any], x_ND: Tensor) -> Tensor | None:
-    """What a module makes of x if it holds something else, in training; None where it takes no such thing."""
-    with suppress(Exception):  # a stranger's code, which is given what it may not be made for
+    """The output for x of a copy of the module whose attributes `held` replaces, in training mode.
+
+    None if it fails or returns something other than one tensor of x's shape: then it is not what is looked for.
+    """
+    with suppress(Exception):  # unknown code, called with inputs that it may not be made for
         trial = copy.copy(module)
         vars(trial).update(held, training=True)
         with torch.random.fork_rng([]):
@@ -172,7 +180,7 @@ def _tried(module: nn.Module, held: dict[str, Any], x_ND: Tensor) -> Tensor | No
 def _same(
     made: Tensor | None, candidates: tuple[Candidate, ...], make: Callable[[Candidate], Tensor]
 ) -> Candidate | None:
-    """The candidate that makes the same up to rounding, row by row, and of several the nearest."""
+    """The candidate whose output equals `made` up to rounding in every row; the nearest of several, or None."""
     if made is None:
         return None
     error = {}
@@ -184,5 +192,5 @@ def _same(
 
 
 def _as_usual(x: Tensor) -> bool:
-    """Whether x asks for no gradient."""
+    """Whether no gradient is computed for x, so that the module's own code may run."""
     return not (x.requires_grad and torch.is_grad_enabled())

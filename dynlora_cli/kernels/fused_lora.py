@@ -1,15 +1,18 @@
 """A frozen linear layer and its components as one autograd function; or several layers that read the same input.
 
-The chain of ordinary operations builds the update as a tensor of its own, adds it to the base's output into a third
-one, and in the backward pass adds up two gradients of x. Here both are accumulated in place by the matrix product
-itself, and what is kept for the backward pass is x, which the base's neighbours keep as well, and the C-wide product;
-where A is frozen, the latter alone (LoRA-FA, arXiv 2308.03303). The gradients of the factors are added to what is in
-`.grad` right away; autograd would add them in an operation more.
+What it saves compared with x Wᵀ + s (x aᵀ) bᵀ in ordinary operations:
 
-Layers that read the same input (q, k and v; gate and up) share the products that read it: with their a one above the
-other it takes one product forward and one backward, and what they send back is added up by products, too.
+- Forward: the update is not built as a tensor of its own and then added into a third one. The last product adds to
+  the base's output in place (`addmm_`).
+- Backward: the two gradients of x are accumulated in the same way.
+- Memory: only x and the C-wide product x aᵀ are saved. Other operations usually save x as well, so that it costs
+  nothing extra. With a frozen A (LoRA-FA, arXiv 2308.03303) x is not saved either.
+- Gradients of a and b are added to `.grad` here, by the operation that scales them; autograd would need another one.
 
-Dimensions: N tokens, I inputs, O outputs of one layer, C components: of one layer in b_OC, of all in the others.
+Layers that read the same input (q, k and v; gate and up) share the products with it. Their a are stacked, so x aᵀ is
+one product for all of them, and so is the gradient of all a; the gradient of x is accumulated over the layers.
+
+Dimensions: N tokens, I inputs, O outputs of one layer, C components: in b_OC those of one layer, elsewhere of all.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
 def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
     """x aᵀ, [N, C].
 
-    On the CPU the fp32 kernel for 2 to 15 columns of output is slow (MKL: up to four times the time of the transposed
-    product, as long as what that reads over and over is small); scripts/bench/NOTES.md has the times.
+    On the CPU, MKL's fp32 kernel is slow for outputs of 2 to 15 columns: up to four times as slow as the transposed
+    product, as long as the operands are small. scripts/bench/NOTES.md has the times.
     """
     (count, inner), tokens = a_CI.shape, x_NI.shape[0]
     slow = x_NI.device.type == "cpu" and x_NI.dtype == torch.float32 and 1 < count < 16
@@ -41,7 +44,7 @@ def thin_product(x_NI: Tensor, a_CI: Tensor) -> Tensor:
 
 
 class Part(NamedTuple):
-    """One of the layers: what holds W and the bias, its a and b, and these in autocast's type where that is at hand."""
+    """One of the layers: the module with W and the bias, its a and b, and their copies in autocast's dtype, if any."""
 
     base: nn.Module
     leaves: Factors
@@ -51,8 +54,10 @@ class Part(NamedTuple):
 class FusedLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + s (x aᵀ) bᵀ of every part, with gradients for x, a and b only.
 
-    Computes in the type that autocast gives the base's product; a and b may be of another. Source of the equations:
-    LoRA, arXiv 2106.09685, equation 3.
+    Computes in the dtype of the base's product under autocast, whatever the dtype of a and b. The leaves are the last
+    arguments so that autograd sees them; the computation reads them from `parts`.
+
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685), equation 3.
     """
 
     @staticmethod
@@ -68,7 +73,7 @@ class FusedLinear(torch.autograd.Function):
         a_trains = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if a_trains else None, h_NC, a_CI, *b)
         ctx.parts, ctx.scale, ctx.dtype, ctx.x_dtype = parts, scale, dtype, x.dtype
-        # Autograd forbids a model to change what a function returns in place where that is a view, and these are none.
+        # With an ordinary `view`, autograd would forbid the model to change the outputs in place.
         return tuple(torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[1])) for y_NO in ys)
 
     @staticmethod
@@ -96,7 +101,8 @@ class FusedLinear(torch.autograd.Function):
             grads_a = [add_to_gradient(part.leaves[0], p, scale) for part, p in zip(parts, products, strict=True)]
         found: list[Tensor | None] = [grad_x, None, None]
         for part, grad_a, h, grad_NO in zip(parts, grads_a, _split(h_NC, b), grads_NO, strict=True):
-            grad_b = add_to_gradient(part.leaves[1], (h.T @ grad_NO).T, scale)  # on the CPU 2 to 5 times gradᵀ h
+            # On the CPU (hᵀ grad)ᵀ is 2 to 5 times as fast as gradᵀ h.
+            grad_b = add_to_gradient(part.leaves[1], (h.T @ grad_NO).T, scale)
             found += [grad_a, grad_b]
         return tuple(found)
 
@@ -107,17 +113,20 @@ def _base_product(x_NI: Tensor, base: nn.Module) -> Tensor:
 
 
 def _split(h_NC: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The columns of each part."""
+    """The columns of h that belong to each part."""
     return h_NC.split([b_OC.shape[1] for b_OC in b], 1) if len(b) > 1 else (h_NC,)
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in this type; where it is already, without the call into torch, of which a step has hundreds."""
+    """The tensor in this dtype. Calls torch only if it has to: a step comes here hundreds of times."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def add_to_gradient(leaf: Tensor, product: Tensor, scale: float) -> Tensor | None:
-    """Add scale x product to the leaf's gradient; where it has none, or is no leaf, return that for autograd."""
+    """Add scale x product to the leaf's `.grad`, or return it for autograd if there is no `.grad` to add to.
+
+    There is none where a or b is not a leaf but computed from one. `product` may be overwritten.
+    """
     if not leaf.is_leaf or leaf.grad is None:
         return product.mul_(scale).to(leaf.dtype)
     leaf.grad.add_(product, alpha=scale)
@@ -130,13 +139,13 @@ def fused(x: Tensor, base: nn.Module, a_CI: Tensor, b_OC: Tensor, scale: float, 
     Args:
         x: [..., I].
         base: holds W and the bias; see `fusable`.
-        a_CI, b_OC: leaves, or made of leaves.
+        a_CI, b_OC: leaves, or computed from leaves.
         scale: s.
-        low: the two in the type that autocast computes in, where that is at hand.
+        low: the same two in autocast's dtype, if they have been cast already.
     """
     return fused_together(x, [Part(base, (a_CI, b_OC), low)], scale)[0]
 
 
 def fused_together(x: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, ...]:
-    """The same of several layers that read x: [..., O] of each."""
+    """As `fused`, for several layers that read x: the output [..., O] of each."""
     return FusedLinear.apply(x, parts, scale, *(leaf for part in parts for leaf in part.leaves))

@@ -1,7 +1,9 @@
-"""What stands between the linear layers of a block, as functions that do less and keep less for the backward pass.
+"""RMS norm, gated feed-forward and rotary positions as autograd functions that compute less and save less.
 
-As a chain of operations an RMS norm in bf16 keeps its input in fp32, here as it came; and a gated feed-forward part
-keeps its activated gate, here made again from the gate. Turning queries and keys takes two passes over them, not five.
+Written in ordinary operations, as in transformers:
+- an RMS norm in bf16 saves its input in fp32 for the backward pass; here it is saved in bf16, as it came;
+- a gated feed-forward saves activation(gate) besides the gate; here it is computed again from the gate;
+- rotary positions read and write queries and keys five times; here twice.
 
 Dimensions: D features, B rows, H heads, T tokens.
 """
@@ -18,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Factor = Callable[[Tensor], Tensor]
-# What a norm multiplies by, from its weight, and in which type: what it multiplies is rounded to that first.
+# The factor that a norm multiplies with, computed from its weight. Families of models differ in its dtype, too: the
+# normalized x is rounded to that dtype before the product.
 FACTORS: tuple[Factor, ...] = (
     lambda weight_D: weight_D,  # Llama and most others
     lambda weight_D: weight_D.float(),  # OLMo 2
@@ -27,7 +30,7 @@ FACTORS: tuple[Factor, ...] = (
 
 
 class Activation(NamedTuple):
-    """An activation, and from a gradient and the input the gradient of the input."""
+    """An activation, and its backward: (gradient of the output, input) -> gradient of the input."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +44,7 @@ ACTIVATIONS = (
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = factor x / √(mean(x²) + ε), with a gradient for x only; computed in fp32.
+    """y = factor x / √(mean(x²) + ε), with a gradient for x only; computed in fp32. `share` is 1 / √(...).
 
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization (arXiv 1910.07467), equation 4.
     """
@@ -67,7 +70,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Gated(torch.autograd.Function):
-    """activation(gate) up; the activated gate is made again for the backward pass.
+    """activation(gate) · up; the backward pass computes activation(gate) again instead of saving it.
 
     Source: Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202), equation 5.
     """
@@ -87,7 +90,9 @@ class Gated(torch.autograd.Function):
 
 
 class Rotary(torch.autograd.Function):
-    """Queries [B, H, T, D] and keys, each pair of features i and i + D/2 turned by an angle: rotary positions.
+    """Rotary positions: in queries and keys [B, H, T, D], each pair of features (i, i + D/2) is rotated by an angle.
+
+    The backward pass is the rotation by the negative angle.
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), equation 34, with the halves of a head as pairs.
     """
@@ -112,7 +117,7 @@ class Rotary(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + (-second half, first half of x) sin."""
+    """x cos + rotate_half(x) sin, where rotate_half(x) = (-second half of x, first half of x)."""
     half = x.shape[-1] // 2
     y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)

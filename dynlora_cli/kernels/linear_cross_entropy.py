@@ -1,10 +1,11 @@
-"""Cross-entropy from a language model's hidden states, without its logits in memory.
+"""Cross-entropy from a language model's hidden states, without all of its logits in memory.
 
-Over a large vocabulary the logits and their gradient are most of the memory of a step, and where prompts carry no loss
-most of them are not even needed. Here the head steps aside, so that the model returns what the head would have seen;
-only positions with a target are taken, and their logits are made, used and dropped in chunks. The loss is the same.
+With a large vocabulary, the logits and their gradient take most of the memory of a step, and where prompts carry no
+loss most of them are not even needed. So for the forward pass the head is replaced by a stand-in that returns its
+input: the model then returns hidden states. Those at positions with a target are multiplied with the head's weight in
+chunks; the logits of a chunk are computed, used for loss and gradient, and dropped. The loss is the same.
 
-Dimensions: N targets, D hidden, V vocabulary.
+Dimensions: N targets, n targets of one chunk, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,28 +22,29 @@ from transformers import PreTrainedModel
 
 from dynlora_cli.errors import UsageError
 
-CHUNK = 1 << 22  # logits at a time: 16 MiB in fp32, and as much for their gradient
-LEAST_ROWS = 256  # of a chunk: with fewer, reading the head's weight costs more than multiplying with it
+CHUNK = 1 << 22  # logits of one chunk: 16 MiB in fp32, and as much for their gradient
+LEAST_ROWS = 256  # targets of one chunk: with fewer, reading the head's weight takes longer than multiplying with it
 
 Judge = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 class Heads:
-    """Which models end with their head: told by each model's first forward pass."""
+    """For which models the head is the last operation, as the first forward pass of each has shown."""
 
-    use: ClassVar[bool] = True  # False: logits throughout, to compare with
-    compiled: ClassVar[Judge | None] = None  # instead of `loss_and_gradient`, see `compiled_judge`
+    use: ClassVar[bool] = True  # False: always compute all logits, for comparisons
+    compiled: ClassVar[Judge | None] = None  # used instead of `loss_and_gradient`, see `compiled_judge`
     last: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
 
 
 def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | None, Tensor]:
-    """Run a model as far as its head, or to its logits where the head must stay.
+    """Run a model up to its head, or up to its logits where the head cannot be left out.
 
-    The head can step aside where it is a frozen linear layer and what it returns is what the model returns: some models
-    scale or cap the logits afterwards.
+    It can be left out if it is a frozen linear layer and the model returns the head's output as it is. Some models
+    scale or cap the logits afterwards. The first pass finds out: it runs the head and looks whether the very tensor
+    that the head returned comes back.
 
     Returns:
-        the head and what it would have seen, [B, T, D]; or None and the logits.
+        the head and its input, the hidden states [B, T, D]; or None and the logits [B, T, V].
     """
     head = _plain_head(model)
     if head is None or not Heads.last.get(model, True):
@@ -64,15 +66,17 @@ def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | N
 
 
 def steps_aside(model: nn.Module) -> bool:
-    """Whether a forward pass has shown already that the model's head can step aside."""
+    """Whether a forward pass has shown already that the model's head can be left out."""
     return Heads.last.get(model, False) and _plain_head(model) is not None
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
-    """What the decoder of an encoder-decoder reads while it writes `labels` [B, T]: the same, one later.
+    """The decoder's input for writing `labels` [B, T]: the labels shifted by one, behind a start token.
+
+    Empty for a model that has no decoder of its own.
 
     Raises:
-        UsageError: nobody says what it reads first.
+        UsageError: the model's config does not name the start token.
     """
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
@@ -80,7 +84,8 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
     config: Any = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         return {}
-    first = getattr(config, "decoder_start_token_id", None)  # M2M100, Blenderbot: they shift where they compute a loss
+    # M2M100 and Blenderbot have no method for it: they shift the labels inside their own loss.
+    first = getattr(config, "decoder_start_token_id", None)
     if first is None:
         raise UsageError(
             "the model's config names no decoder_start_token_id, which its decoder reads first",
@@ -101,19 +106,24 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
 def chunks(
     hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear, least: int = LEAST_ROWS
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets [n] and logits [n, V], a few at a time."""
+    """Yields targets [n] and logits [n, V] of one chunk after the other."""
     rows = max(least, CHUNK // head.out_features)
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
         yield targets, F.linear(hidden, head.weight, head.bias)
 
 
 def loss_and_gradient(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss in fp32, and its gradient for the logits: softmax minus one at the target. [n, V] in `dtype`"""
+    """The summed loss in fp32, and its gradient for the logits [n, V] in `dtype`: softmax, minus 1 at the target.
+
+    The loss is -log of the target's probability, which saves a second pass over the logits. Where that probability
+    underflows to 0, the loss is computed from the logits instead.
+    """
     place, least = targets_n[:, None], torch.finfo(torch.float32).tiny
-    grad_nV = logits_nV.softmax(-1, dtype=torch.float32)  # one exponential for each logit
+    grad_nV = logits_nV.softmax(-1, dtype=torch.float32)
     share_n = grad_nV.gather(1, place)
     loss_n = -share_n.log()
-    # A GPU is not asked, since it would have to wait, nor a fake tensor, which does not know.
+    # Only a CPU is asked whether any underflows: on a GPU, Python would have to wait for the answer, and a fake tensor
+    # has no values. There the exact loss is always computed.
     if share_n.device.type != "cpu" or type(share_n) is not Tensor or bool((share_n < least).any()):
         best_n, at_n = logits_nV.max(-1, keepdim=True)
         exact_n = best_n.float() - logits_nV.gather(1, place).float() - grad_nV.gather(1, at_n).log()
@@ -123,7 +133,7 @@ def loss_and_gradient(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) 
 
 
 def compiled_judge() -> Judge:
-    """`loss_and_gradient` as one piece of code, which reads the logits twice and writes nothing but the gradient."""
+    """`loss_and_gradient` as compiled code, which reads the logits twice and writes nothing but the gradient."""
 
     def pure(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         log_nV = logits_nV.float().log_softmax(-1)
@@ -141,14 +151,17 @@ def compiled_judge() -> Judge:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Σ over targets of -log softmax(head(hidden))[target], in nats; the gradient for hidden is made on the way."""
+    """Σ over targets of -log softmax(head(hidden))[target], in nats.
+
+    The forward pass computes the gradient for the hidden states as well, while it has the logits of a chunk.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
         total = torch.zeros((), device=hidden_ND.device)
         judge, dtype = Heads.compiled or loss_and_gradient, _product_type(head.weight)
         grads = []
-        least = LEAST_ROWS if Heads.compiled is None else 2 * LEAST_ROWS  # a row takes half the memory there
+        least = LEAST_ROWS if Heads.compiled is None else 2 * LEAST_ROWS  # compiled code needs half the memory per row
         for targets, logits in chunks(hidden_ND, targets_N, head, least):
             loss, grad_nV = judge(logits, targets, dtype)
             total += loss
@@ -166,9 +179,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _product_type(weight_VD: Tensor) -> torch.dtype:
-    """In which the gradient of the logits is multiplied with the head's weight.
+    """The dtype in which the gradient of the logits is multiplied with the head's weight.
 
-    In fp16 small probabilities vanish before the backward pass multiplies with the loss scale, so there it is fp32.
+    Autocast's dtype or the weight's, but fp32 instead of fp16: the loss scale, which keeps small gradients from
+    underflowing in fp16, is only multiplied in the backward pass, and this product is computed before it.
     """
     device = weight_VD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype

@@ -24,7 +24,7 @@ from dynlora_cli.models.linears.linear import forget_input, fusable, linear_shap
 
 
 class Graph:
-    """Lives as long as one autograd graph that runs through a layer; see `Pool.graphs`."""
+    """A token that lives exactly as long as one autograd graph through a layer; see `ComponentLinear.watched`."""
 
     __slots__ = ("__weakref__",)
 
@@ -45,10 +45,10 @@ class ComponentLinear(nn.Module):
 
     a_CI: nn.Parameter
     b_OC: nn.Parameter
-    fuse: ClassVar[bool] = True  # False: ordinary operations throughout, to compare with
-    turns: ClassVar[bool] = True  # the update depends on BA alone, so that components may be turned into another basis
-    plain: ClassVar[bool] = True  # the leaves are the factors themselves
-    terms: ClassVar[int] = 1  # products b aᵀ in the update for each component, which `factors` gives term by term
+    fuse: ClassVar[bool] = True  # False: ordinary operations instead of kernels/fused_lora.py, for comparisons
+    turns: ClassVar[bool] = True  # the update depends on BA alone, so the gauge may turn A and B into another basis
+    plain: ClassVar[bool] = True  # `factors` returns the leaves themselves, not something computed from them
+    terms: ClassVar[int] = 1  # products b aᵀ of one component; `factors` gives all first ones, then all second ones
 
     def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -56,16 +56,16 @@ class ComponentLinear(nn.Module):
         self.in_features, self.out_features = linear_shape(base)
         self.scale = scale
         self.dropout = dropout
-        # One factor per component, [C] or broadcastable to [..., C], for a single request; None costs nothing.
+        # The component gate: a factor for each component, [C] or broadcastable to [..., C]. None: no multiplication.
         self.gate: Tensor | None = None
-        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-        self.low: tuple[Tensor, Tensor] | None = None  # a and b in autocast's type, see Pool.cast_with
-        # Gives y where layers that read the same compute together, see lora/shared_inputs.py.
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # the pool's; see `watched`
+        self.low: tuple[Tensor, Tensor] | None = None  # a_CI and b_OC cast to autocast's dtype, see Pool.cast_with
+        # Called for the output where layers with the same input compute together, see lora/shared_inputs.py.
         self.shared: Callable[[ComponentLinear, Tensor], Tensor | None] | None = None
         self.a_width, self.b_width = self.widths(self.in_features, self.out_features)
         self.a_CI = nn.Parameter(torch.empty(0, self.a_width))
         self.b_OC = nn.Parameter(torch.empty(self.b_width, 0))
-        # Which of the components that the layer began with are left. [C]
+        # The components that are left, by their index at the start. [C]
         self.survivors_C = torch.empty(0, dtype=torch.long)
 
     # -- what a variant may change; see variants/_variant.py -----------------------------------------------------------
@@ -77,16 +77,16 @@ class ComponentLinear(nn.Module):
 
     @staticmethod
     def most(d_in: int, d_out: int) -> int:
-        """Components that a layer may begin with."""
+        """The largest number of components that a layer may start with."""
         return max(1, min(d_in, d_out) // 2)
 
     def start(self, a_CI: Tensor, b_OC: Tensor, generator: torch.Generator) -> None:  # noqa: ARG002 - zero already
-        """Write the initial values into the leaves: A kaiming_uniform (a = √5), B zero, as PEFT."""
+        """Write the initial values into the leaves: A kaiming_uniform (a = √5), B zero, as PEFT does."""
         bound = 1 / math.sqrt(self.in_features)
         a_CI.uniform_(-bound, bound, generator=generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """a_CI [C, I] and b_OC [O, C] of the update s·BA, from the leaves."""
+        """a_CI [C, I] and b_OC [O, C] of the update s·BA, computed from the leaves."""
         return self.a_CI, self.b_OC
 
     def update(self, x: Tensor, a_CI: Tensor, b_OC: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class ComponentLinear(nn.Module):
         return F.linear(h_C, b_OC)
 
     def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
-        """dL/dg of the layer's components from the leaves' gradients: <a_i, dL/da_i> = <b_i, dL/db_i>."""
+        """The gradient of the loss for the layer's component gates, see `Pool.gate_gradient_K`. [C]"""
         assert self.a_CI.grad is not None
         assert self.b_OC.grad is not None
         if not self.a_CI.requires_grad:
@@ -105,7 +105,11 @@ class ComponentLinear(nn.Module):
         return (a_CI * self.a_CI.grad).sum(1)
 
     def mean_parts_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
-        """The mean over a component's numbers in a, plus that over those in b, of tensors of the leaves' shape."""
+        """One number per component from a value per weight: the mean over its row of a plus that over its column of b.
+
+        Args:
+            a_CI, b_OC: shaped as the leaves, such as an importance of every weight.
+        """
         return a_CI.sum(1) / max(1, a_CI.shape[1]) + b_OC.sum(0) / max(1, b_OC.shape[0])
 
     def magnitudes_C(self) -> Tensor:
@@ -114,18 +118,18 @@ class ComponentLinear(nn.Module):
         return self.scale * a_CI.norm(dim=1) * b_OC.norm(dim=0)
 
     def ranked(self, scores_C: Tensor) -> Tensor:
-        """Scores by which components may go, from a policy's."""
+        """The scores by which this layer's components compete, from those of a policy. [C]"""
         return scores_C
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before optimizer step `step` (from 1)."""
 
     def penalty(self) -> Tensor | None:
-        """What is added to the loss of an optimizer step."""
+        """A scalar to add to the loss of an optimizer step, or None."""
         return None
 
     def settle_gradient(self) -> None:
-        """Called when the gradient of an optimizer step is complete, before its norm is taken."""
+        """Called when the gradient of an optimizer step is complete, before it is clipped."""
 
     def after_update(self, rate: float) -> None:
         """Called after every optimizer step, with its learning rate."""
@@ -170,13 +174,13 @@ class ComponentLinear(nn.Module):
 
     @staticmethod
     def _joined(low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-        """The copies of a and b if they hand gradients on to the pool, for compiled code."""
+        """The cast copies of a and b, if this is compiled code and they pass gradients on to the pool."""
         if low is None or not torch.compiler.is_compiling():
             return None
         return low if low[1].requires_grad or not torch.is_grad_enabled() else None
 
     def fusable(self, x: Tensor) -> bool:
-        """Whether base and components can run as one function."""
+        """Whether base and components can run as one autograd function, see kernels/fused_lora.py."""
         if torch.compiler.is_compiling():  # torch.compile fuses ordinary operations itself
             return False
         if not self.fuse or self.gate is not None or (self.dropout and self.training) or not fusable(self.base):
@@ -184,7 +188,10 @@ class ComponentLinear(nn.Module):
         return torch.is_autocast_enabled(x.device.type) or x.dtype == weight_type(self.base) == self.a_CI.dtype
 
     def watched(self, result: Tensor) -> Tensor:
-        """Note the graph that ends here, so that components are not removed while it lives."""
+        """Register the autograd graph that produced this result, so that components are not removed while it lives.
+
+        The token is attached to the autograd node and disappears with it; `Pool.graphs` holds only weak references.
+        """
         if not torch.compiler.is_compiling() and result.grad_fn is not None:
             graph = Graph()
             result.grad_fn.metadata["dynlora"] = graph  # type: ignore[index]

@@ -6,8 +6,11 @@ and so are their gradients:
     values_P    | a of layer 0 | a of layer 1 | ... | b of layer 0 | b of layer 1 | ... |
 
 The optimizer steps the flat tensor, so clipping, all-reduce, checkpoints and the removal of components are each one
-operation, whatever the number of layers. The leaves are separate because gradients of slices of one leaf would each
-cost a tensor of full size.
+operation, whatever the number of layers. Why does every layer have leaves of its own then, instead of slices of one
+leaf? Because autograd would give each slice a gradient as large as the whole flat tensor.
+
+The price: autograd knows nothing of the flat tensor. Whoever replaces it (a pruning event, a move to another device)
+must replace all leaves with it, which is what `adopt` does, and no autograd graph through the old leaves may be alive.
 
 Dimensions: C components of a layer, K of the pool, I inputs, O outputs, P numbers of the pool.
 """
@@ -32,7 +35,10 @@ if TYPE_CHECKING:
 
 
 class CastInto(torch.autograd.Function):
-    """`values.to(dtype)` in memory that is there already."""
+    """`values.to(dtype)`, written into memory that exists already: CUDA graphs need it at a fixed address.
+
+    `place` is a tuple so that autograd does not take the tensor in it for an input.
+    """
 
     @staticmethod
     def forward(ctx: Any, values_P: Tensor, place: tuple[Tensor]) -> Tensor:
@@ -52,8 +58,16 @@ class Pool:
     Args:
         layers: name to layer, in the model's order. They get their components here.
         counts: components of each layer at the start.
-        seed: of the initial values, which the layers write.
+        seed: for the random initial values, which the layers write.
         device: where the components live.
+
+    Attributes:
+        values: the flat tensor [P], a parameter for the optimizer to step; its `.grad` is the flat gradient.
+        counts: components alive in each layer, by name.
+        a_frozen: no A trains (LoRA-FA).
+        joined: compiled blocks train the cast copies instead of the leaves; see `cast_with`.
+        copies_stay: the cast copies keep their memory address from pass to pass, for CUDA graphs.
+        sharing: groups of layers that compute together; see lora/shared_inputs.py.
     """
 
     def __init__(
@@ -66,12 +80,12 @@ class Pool:
     ) -> None:
         self.layers = dict(layers)
         self.a_frozen = False
-        self.joined = False  # whether gradients reach the pool through the copies of `cast_with`; see there
-        self.copies_stay = False  # whether those copies are in the same memory in every pass, as recordings need it
+        self.joined = False
+        self.copies_stay = False
         self._copy_P: Tensor | None = None
-        # Graphs through any of the layers that can still run backward; components cannot be removed meanwhile.
+        # One entry for each live autograd graph through a layer; while there are any, components cannot be removed.
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-        self.sharing: list[SharedInput] = []  # layers that compute together
+        self.sharing: list[SharedInput] = []
         for layer in self.layers.values():
             layer.graphs = self.graphs
         values = torch.zeros(sum(counts[name] * self.cost(name) for name in self.layers))
@@ -83,7 +97,7 @@ class Pool:
         self.adopt(values.to(device), self.counts)
 
     def cost(self, name: str) -> int:
-        """Numbers that one component of this layer holds: d_in + d_out in LoRA."""
+        """Numbers stored in one component of this layer: d_in + d_out in LoRA."""
         return self.layers[name].a_width + self.layers[name].b_width
 
     @property
@@ -97,7 +111,7 @@ class Pool:
         return sum(self.counts.values())
 
     def views(self, flat_P: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(a_CI, b_OC) of every layer, in order, as views of a flat tensor of this pool: values, gradient, moments."""
+        """Cut a flat tensor of this pool [P] (values, gradient or moments) into (a_CI, b_OC) of every layer: views."""
         sizes_a = [self.counts[name] * layer.a_width for name, layer in self.layers.items()]
         sizes_b = [self.counts[name] * layer.b_width for name, layer in self.layers.items()]
         parts = flat_P.split(sizes_a + sizes_b)
@@ -111,7 +125,11 @@ class Pool:
     def adopt(self, values_P: Tensor, counts: Mapping[str, int]) -> None:
         """Make `values_P` the pool's numbers, with fresh leaves and zero gradients in every layer.
 
-        The optimizer is the caller's business: `surgery.shrink` swaps both together.
+        The optimizer still holds the old tensor afterwards; `surgery.shrink` replaces both together.
+
+        Args:
+            values_P: becomes the memory of `values`, without a copy.
+            counts: components of each layer in it.
 
         Raises:
             DynloraError: an autograd graph through the old leaves is alive.
@@ -129,27 +147,27 @@ class Pool:
 
     @property
     def leaves(self) -> list[nn.Parameter]:
-        """What the layers compute with, as views of the pool's values."""
+        """The factors a_CI and b_OC of all layers: parameters that are views of the pool's values."""
         return [leaf for layer in self.layers.values() for leaf in (layer.a_CI, layer.b_OC)]
 
     def others(self, model: nn.Module) -> list[nn.Parameter]:
-        """What trains in a model besides its components."""
+        """The model's trainable parameters besides its components, such as a new classification head."""
         leaves = set(map(id, self.leaves))
         return [
             parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in leaves
         ]
 
     def to(self, device: torch.device) -> Pool:
-        """Move the components to a device; a base that is to be sharded is elsewhere at first."""
+        """Move the components to a device, for runs whose base was loaded on the CPU to be sharded."""
         if self.values.device.type != device.type:
             self.adopt(self.values.detach().to(device), self.counts)
         return self
 
     def freeze_a(self) -> None:
-        """Train B alone from now on: no A gets a gradient, and no layer keeps its input for one.
+        """Train B alone from now on: A gets no gradient, so no layer needs to keep its input for the backward pass.
 
-        A is still turned by the gauge and pruned. It keeps its place in the flat tensors, where its gradient and its
-        moments are zero: what is saved is activations.
+        This saves activations, not optimizer state: A keeps its place in the flat tensors, with zero gradient and
+        moments, because the gauge still turns A and events still prune it.
 
         Source: LoRA-FA, arXiv 2308.03303.
         """
@@ -158,18 +176,21 @@ class Pool:
             layer.a_CI.requires_grad_(False)
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """The numbers of all A and those of all B, as views of the pool's values."""
+        """All A as one flat tensor and all B as another: views of the pool's values."""
         size_a = sum(self.counts[name] * layer.a_width for name, layer in self.layers.items())
         values = self.values.detach()
         return values[:size_a], values[size_a:]
 
     def cast_with(self, model: nn.Module) -> None:
-        """From now on cast all components at once when a forward pass of this model begins, not layer by layer.
+        """Install the cast cache: at the start of each forward pass of `model`, cast all components in one operation.
 
-        Only where autocast is on. When the pass ends the copies are forgotten, so that none can be out of date.
+        Without it autocast would cast every factor of every layer on its own. The copies are in `layer.low` during the
+        pass and dropped at its end, so that none is used after the values have changed. Without autocast nothing
+        happens.
 
-        Compiled blocks (`joined`) give their gradients to the copies, which hand them on to the pool in one piece
-        instead of one for each factor. They stay until the optimizer's step there: checkpointing needs them again.
+        For compiled blocks (`joined`) the copies are part of the autograd graph: gradients flow from the copies into
+        `values` in one cast, instead of one for each factor. Those copies are kept until the optimizer's step, because
+        with gradient checkpointing the backward pass runs the blocks again.
         """
 
         def cast(*_: Any) -> None:
@@ -181,7 +202,7 @@ class Pool:
             low = self.views(self._cast(values, torch.get_autocast_dtype(kind)))
             for layer, (a_CI, b_OC) in zip(self.layers.values(), low, strict=True):
                 pair = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
-                layer.__dict__["low"] = pair  # a module's own way to be given an attribute takes ten times as long
+                layer.__dict__["low"] = pair  # past nn.Module.__setattr__, which takes ten times as long
 
         def end(*_: Any) -> None:
             if not self.joined:
@@ -191,7 +212,7 @@ class Pool:
         model.register_forward_hook(end, always_call=True)
 
     def _cast(self, values_P: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.copies_stay or not torch.is_grad_enabled():  # recordings are of training passes
+        if not self.copies_stay or not torch.is_grad_enabled():  # CUDA graphs hold training passes only
             return values_P.to(dtype)
         if self._copy_P is None or self._copy_P.dtype != dtype:
             self._copy_P = torch.empty_like(values_P, dtype=dtype, requires_grad=False)
@@ -202,7 +223,10 @@ class Pool:
             layer.__dict__["low"] = None
 
     def refuse_live_graphs(self) -> None:
-        """Raise where a forward pass is still waiting for its backward (or its loss is still held)."""
+        """
+        Raises:
+            DynloraError: a forward pass still waits for its backward pass, or somebody still holds its loss.
+        """
         if self.graphs:
             raise DynloraError(
                 "components cannot change while an autograd graph through them is alive: "
@@ -212,7 +236,7 @@ class Pool:
 
     @contextmanager
     def masked(self, keep_K: Tensor) -> Iterator[None]:
-        """Inside the block the model computes as if only these components were there; for measuring."""
+        """Within the `with` block the model computes with these components only. [K], boolean"""
         per_layer = keep_K.to(self.values).split(list(self.counts.values()))
         for layer, keep_C in zip(self.layers.values(), per_layer, strict=True):
             layer.gate = keep_C
@@ -223,14 +247,15 @@ class Pool:
                 layer.gate = None
 
     def gate_gradient_K(self) -> Tensor:
-        """dL/dg_i of every component, from the gradient at hand: <a_i, dL/da_i>. [K]
+        """The gradient of the loss for every component gate, from the gradient in `values.grad`. [K]
 
-        With W' = W + s Σ g_i b_i a_iᵀ at g = 1, the gate's gradient equals <a_i, dL/da_i> = <b_i, dL/db_i>.
+        A component gate g_i scales a component: W' = W + s Σ g_i b_i a_iᵀ, with g = 1 in training. By the chain rule
+        dL/dg_i = <a_i, dL/da_i> = <b_i, dL/db_i>, so it takes no pass of its own.
         """
         layers = list(self.layers.values())
         if self.a_frozen or any(type(layer).gate_gradient_C is not ComponentLinear.gate_gradient_C for layer in layers):
             return torch.cat([layer.gate_gradient_C(layer.a_CI.detach(), layer.b_OC.detach()) for layer in layers])
-        # The same of the flat tensors, for all neighbours of one width at once: on a GPU calls are what costs.
+        # The same on the flat tensors, for adjacent layers of one width at once: on a GPU the number of calls counts.
         runs = [
             (width, sum(self.counts[name] for name, _ in run))
             for width, run in groupby(self.layers.items(), lambda item: item[1].a_width)
@@ -246,7 +271,7 @@ class Pool:
         return torch.cat([layer.magnitudes_C() for layer in self.layers.values()])
 
     def ranked(self, scores_K: Tensor) -> Tensor:
-        """A policy's scores as the layers rank them. [K]"""
+        """A policy's scores after each layer's own `ranked`, which variants may change. [K]"""
         parts = zip(self.layers.values(), scores_K.split(list(self.counts.values())), strict=True)
         return torch.cat([layer.ranked(scores_C) for layer, scores_C in parts])
 
@@ -256,17 +281,20 @@ class Pool:
             layer.begin_step(step, total_steps)
 
     def settle_gradient(self) -> None:
-        """Tell every layer that the gradient of an optimizer step is complete."""
+        """Tell every layer that the gradient of an optimizer step is complete, before it is clipped."""
         for layer in self.layers.values():
             layer.settle_gradient()
 
     def stand_after(self, step: int, total_steps: int) -> None:
-        """Put the layers where optimizer step `step` left them, which no checkpoint says in full."""
+        """Bring the layers' own state to where it was after optimizer step `step`, on resuming from a checkpoint.
+
+        Variants keep state that follows from the step (such as a schedule) and is not in the checkpoint.
+        """
         self.begin_step(step, total_steps)
         self.after_update(0.0)
 
     def after_update(self, rate: float) -> None:
-        """Tell every layer that the optimizer has stepped at this learning rate."""
+        """Tell every layer that the optimizer has stepped with this learning rate."""
         self._forget_copies()
         for group in self.sharing:
             group.finish()
@@ -274,12 +302,12 @@ class Pool:
             layer.after_update(rate)
 
     def penalty(self) -> Tensor | None:
-        """What the layers add to the loss of an optimizer step."""
+        """The sum of what the layers add to the loss of an optimizer step; None if they add nothing."""
         parts = [part for layer in self.layers.values() if (part := layer.penalty()) is not None]
         return torch.stack(parts).sum() if parts else None
 
     def numbers_P(self, chosen_K: Tensor) -> Tensor:
-        """Of which numbers these components consist. [P], boolean"""
+        """Turn a choice of components [K] into one of the pool's numbers. [P], boolean"""
         chosen_P = torch.zeros(self.parameters, dtype=torch.bool, device=self.values.device)
         per_layer = chosen_K.to(self.values.device).split(list(self.counts.values()))
         for (a, b), chosen_C in zip(self.views(chosen_P), per_layer, strict=True):
@@ -288,16 +316,16 @@ class Pool:
         return chosen_P
 
     def survive(self, survivors: Sequence[Tensor]) -> None:
-        """Note for every layer which of its first components are left."""
+        """Note for every layer which of its initial components are left, by their index at the start."""
         for layer, survivors_C in zip(self.layers.values(), survivors, strict=True):
             layer.survivors_C = survivors_C
 
     def costs_K(self) -> Tensor:
-        """Numbers of every component. [K], int64"""
+        """The cost of every component, see `cost`. [K], int64"""
         return self._per_component([self.cost(name) for name in self.layers])
 
     def layers_K(self) -> Tensor:
-        """Index of every component's layer. [K], int64"""
+        """The index of the layer that each component belongs to. [K], int64"""
         return self._per_component(list(range(len(self.layers))))
 
     def _per_component(self, per_layer: list[int]) -> Tensor:

@@ -1,7 +1,8 @@
 """Layers that read the same input compute together: q, k and v of an attention, gate and up of a feed-forward part.
 
-The model calls them one after the other, and only what it gives them tells that they belong together. So one pass is
-listened to. From then on the first of them computes for all, and the others hand out what it made.
+The model calls the layers one after the other, and nothing but the equal input tells that they belong together. So one
+pass is observed with hooks to find the groups. From then on the first layer of a group computes the outputs of all;
+the others, when they are called with that same input, return what is waiting for them.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ if TYPE_CHECKING:
 
 
 class SharedInput:
-    """Layers that are given one tensor, one right after the other.
+    """A group of layers that are called with the same tensor, directly one after the other.
+
+    Called by each of its layers in their `forward`, as `layer.shared`.
 
     Args:
-        layers: in the order in which they are called.
+        layers: in the order in which the model calls them.
     """
 
     def __init__(self, layers: list[ComponentLinear]) -> None:
         self.layers = layers
         self._x: Tensor | None = None
-        self._version = 0  # of x: what has been changed in place since is another input
+        self._version = 0  # of x when it was read; a tensor that was changed in place since counts as another input
         self._waiting: dict[ComponentLinear, Tensor] = {}
         for layer in layers:
             layer.shared = self
 
     def __call__(self, layer: ComponentLinear, x: Tensor) -> Tensor | None:
-        """What this layer makes of x, [..., O]; None where it has to compute alone."""
+        """The layer's output for x, [..., O]; None if it has to compute alone."""
         if layer in self._waiting and x is self._x and x._version == self._version:
             y = self._waiting.pop(layer)
             if not self._waiting:
@@ -53,7 +56,10 @@ class SharedInput:
         return layer.watched(y)
 
     def finish(self) -> None:
-        """After the passes of a step: layers that were not all given the same compute alone from now on."""
+        """At the end of a step: split up a group whose layers were not all called with the same input this time.
+
+        An output that nobody fetched was computed in vain, so these layers compute alone from now on.
+        """
         if self._waiting:
             self._x, self._waiting = None, {}
             for layer in self.layers:
@@ -61,21 +67,22 @@ class SharedInput:
 
 
 def share_inputs(layers: Mapping[str, ComponentLinear], run: Callable[[], object]) -> list[SharedInput]:
-    """Let layers of one module share what they read.
+    """Find layers that read the same input, and let them compute together.
 
-    Not beyond a module: what belongs to different blocks is not always there, and not computed again, together.
+    Only layers of one parent module are grouped. Layers of different blocks may read the same tensor as well, but a
+    block can be skipped, or run again by gradient checkpointing, without the other.
 
     Args:
         layers: by name.
         run: runs the model once, without gradients.
 
     Returns:
-        Who found each other; to be told when a step is over.
+        the groups; `finish` is to be called on each when a step is over.
     """
     parents = {layer: name.rpartition(".")[0] for name, layer in layers.items()}
     calls: Counter[ComponentLinear] = Counter()
     runs: list[list[ComponentLinear]] = []
-    last: Any = None  # the input of the last call, its version and the module
+    last: Any = None  # of the last call: its input, the input's version and the parent module
 
     def hear(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal last

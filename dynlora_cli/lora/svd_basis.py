@@ -1,14 +1,16 @@
-"""Gauge: turn a layer's components into the SVD basis of their sum, with the optimizer's moments.
+"""Gauge: rewrite a layer's components in the SVD basis of their sum, together with the optimizer's moments.
 
-The split of a trained BA into rank-1 terms is arbitrary: (B T⁻¹)(T A) is the same update for every invertible T. In the
-SVD basis the terms are the directions of the update, ordered by size, so a score has something definite to judge and
-dropping the last k terms is the best approximation of lower rank (Eckart-Young).
+A trained BA can be split into rank-1 terms in many ways: (B T⁻¹)(T A) is the same update for every invertible T. Which
+of them training ends in is arbitrary, so a score of its components would be arbitrary, too. In the SVD basis the
+components are the directions of the update, ordered by size, and dropping the last k of them is the best approximation
+of lower rank (Eckart-Young).
 
-    A' = T A = c·Vᵀ        c: the mean row norm of A before, so that A keeps its size, and the learning rate its meaning
+    A' = T A = c·Vᵀ        with c the mean row norm of the old A: A keeps its size, and so the learning rate its meaning
     B' = B T⁻¹ = U Σ / c
 
-Gradients are covectors, and Adam's first moment with them: m_A' = T⁻ᵀ m_A and m_B' = m_B Tᵀ. Its second moment goes
-with the squared matrices, which is exact for independent entries and an approximation otherwise.
+Adam's moments have to follow. A gradient transforms with the inverse transpose, and so does the first moment, its
+running mean: m_A' = T⁻ᵀ m_A and m_B' = m_B Tᵀ. The second moment is transformed with the squared entries of the same
+matrices, which is exact if the entries of the gradient are independent and an approximation otherwise.
 
 Dimensions: C components, I inputs, O outputs.
 """
@@ -21,18 +23,19 @@ from torch import Tensor
 from dynlora_cli.lora.moments import read_moments, write_moments
 from dynlora_cli.lora.pool import Pool
 
-# Rows of A that are nearly dependent make T ill-conditioned; such a layer keeps its basis.
+# If rows of A are nearly linearly dependent, T is ill-conditioned, and the layer keeps its basis.
 MAX_CONDITION = 1e6
 
 
 def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
-    """Turn every layer of the pool into its SVD basis, in place; the function of the model stays the same.
+    """Rewrite every layer of the pool in its SVD basis, in place; the model computes the same as before.
 
-    A layer whose B is zero has no direction yet and is left alone, as is one whose update is no function of BA.
+    Left alone are layers whose B is still zero, since they have no direction yet, and those whose update depends on
+    more than BA.
 
     Args:
         pool: its values are changed in place.
-        optimizer: the one that steps `pool.values`; its moments (as of Adam) go along.
+        optimizer: the one that steps `pool.values`; if it has Adam's moments, they are transformed as well.
 
     Returns:
         The number of layers turned.
@@ -62,8 +65,11 @@ def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
 def svd_basis(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor] | None:
     """T and T⁻¹, both [C, C] in fp64, such that (T A) and (B T⁻¹) are in SVD form.
 
-    QR of the two thin factors and the SVD of the small core; never a matrix of the layer's size. Directions with σ = 0
-    keep a row of A, orthogonal to the others. None where the rows of A are (nearly) dependent.
+    Takes a QR of each thin factor and an SVD of the small [C, C] core, never of a matrix of the layer's size. A
+    direction with σ = 0 still gets a row of A, orthogonal to the others.
+
+    Returns None if the rows of A are (nearly) linearly dependent, or if there are more components than inputs or
+    outputs.
     """
     if a_CI.shape[0] > min(a_CI.shape[1], b_OC.shape[0]):
         return None
@@ -82,7 +88,7 @@ def svd_basis(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def svd_factors(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
-    """The same update in SVD form, largest first, for factors that no optimizer holds.
+    """The same update in SVD form, largest direction first, for factors that are not being trained.
 
     Returns:
         a_CI = c·Vᵀ and b_OC = UΣ/c, c the mean row norm of the old A; at most min(C, I, O) components.
@@ -91,7 +97,7 @@ def svd_factors(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
     q_a, r_a = torch.linalg.qr(a.T)
     q_b, r_b = torch.linalg.qr(b)
     u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    c = a.norm(dim=1).mean() or 1.0  # of factors that are all zero any size will do
+    c = a.norm(dim=1).mean() or 1.0  # if A is all zeros, any c will do
     return (c * vh @ q_a.T).to(a_CI.dtype), (q_b @ u * (sigma / c)).to(b_OC.dtype)
 
 

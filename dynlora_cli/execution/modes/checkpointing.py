@@ -1,7 +1,7 @@
 """`train.gradient_checkpointing`: which activations the forward pass keeps for the backward pass, and where.
 
-true      the inputs of the blocks; the backward pass computes the rest again
-offload   likewise, and the inputs wait in the host's memory
+true      only the inputs of the blocks; the backward pass runs each block again to get the rest
+offload   likewise, with the inputs in the host's memory instead of the GPU's
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dynlora_cli.errors import UsageError
 def checkpoint_activations(
     model: PreTrainedModel, how: Literal[True, "offload"] = True, *, preserve_rng_state: bool = True
 ) -> None:
-    """Keep the inputs of blocks alone in the forward pass; with "offload" outside the GPU's memory.
+    """Switch on gradient checkpointing, with "offload" into the host's memory.
 
     Args:
-        model: any.
+        model: changed in place.
         how: see above.
-        preserve_rng_state: False where no block draws random numbers.
+        preserve_rng_state: whether a block that runs again draws the same random numbers; False where none draws any.
 
     Raises:
-        UsageError: the model's own code has no place to say where.
+        UsageError: the model has its own way of checkpointing, which cannot be told to offload.
     """
     options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -48,20 +48,20 @@ def checkpoint_activations(
 
 
 class Host:
-    """The host's memory as the place of what a checkpointed block was given.
+    """Checkpointing that keeps the input of every block in the host's memory.
 
-    Copies to it run beside the computation, in a stream of their own. On a CPU the tensors stay where they are.
+    Copies to the host overlap with the computation, on a CUDA stream of their own. On a CPU nothing is copied.
     """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def checkpoint(self, block: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        """Run a block, keeping its first input here; the backward pass runs it again.
+        """Run a block with its first tensor argument kept on the host; the backward pass runs the block again.
 
-        What else it is given (masks, positions, what an encoder said) all blocks share: it stays where it is.
+        The other arguments (mask, positions, an encoder's output) are shared by all blocks, so they stay on the GPU.
         """
-        # Not the tensor: the functions live until the backward pass, and would keep it where it is.
+        # Its identity and not the tensor itself: `put` lives until the backward pass and would keep it on the GPU.
         own = next((_identity(tensor) for tensor in inputs if isinstance(tensor, Tensor)), None)
 
         def put(tensor: Tensor) -> Any:
@@ -70,11 +70,12 @@ class Host:
         def get(kept: Any) -> Tensor:
             return kept if isinstance(kept, Tensor) else self.get(kept)
 
-        with saved_tensors_hooks(put, get):  # for the inputs alone: inside the block others take their place
+        # The hooks see the inputs of the block only: inside it, `checkpoint` installs hooks of its own.
+        with saved_tensors_hooks(put, get):
             return checkpoint(block, *inputs, **{**options, "use_reentrant": False})
 
     def put(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
-        """The tensor's device, and its copy in pinned memory."""
+        """Copy a tensor to the host. Returns its device and the copy, in pinned memory if it came from a GPU."""
         device = tensor.device
         if device.type == "cpu":
             return device, tensor
@@ -87,11 +88,11 @@ class Host:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             copy.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is free when the copy is made
+        tensor.record_stream(stream)  # its memory may be reused once the copy is done, not before
         return device, copy
 
     def get(self, kept: tuple[torch.device, Tensor]) -> Tensor:
-        """The tensor, on its device again."""
+        """Copy what `put` returned back to its device."""
         device, copy = kept
         if device.type == "cuda" and device in self._streams:
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
@@ -99,5 +100,8 @@ class Host:
 
 
 def _identity(tensor: Tensor) -> tuple[torch.Size, int]:
-    """Alike for two objects that are one tensor, as long as it lives: what hooks get may be an alias."""
+    """Equal for two Python objects that stand for the same tensor, as the tensor that a hook is given may be an alias.
+
+    Only while the tensor lives: its storage's address may be used again afterwards.
+    """
     return tensor.shape, tensor.untyped_storage()._cdata

@@ -1,7 +1,8 @@
-"""`train.compile`: the blocks of the model and the loss as compiled code, which stays valid while components go.
+"""`train.compile`: the blocks of the model and the loss as compiled code that stays valid when components are pruned.
 
-A block is compiled with the number of components of each layer unknown, so a pruning event needs no new code. Only 0
-and 1 are special to torch.compile; a block in which another layer comes down to that is compiled again.
+The number of components of each layer is a dynamic dimension, so a pruning event needs no new compilation. The sizes 0
+and 1 are the exception: torch.compile always specializes on them, so a block is compiled again when one of its layers
+gets down to 1 or 0 components.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from dynlora_cli.kernels.linear_cross_entropy import Heads, compiled_judge
 if TYPE_CHECKING:
     from dynlora_cli.lora.pool import Pool
 
-# Codes of one function, which all blocks share. Beyond it torch.compile would run the rest uncompiled.
+# Compiled versions of one function. All blocks of a kind share one, and beyond this limit torch.compile would silently
+# run the rest uncompiled.
 MOST_GRAPHS = 64
 COMPILERS = ("g++", "clang++", "c++"), ("gcc", "clang", "cc")
 
 
 def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
-    """Compile every block, and the loss, at the first forward pass.
+    """Have every block, and on a GPU the loss, compiled at the first forward pass.
 
     Args:
         model: with its components in place.
-        pool: holds them; None where all weights train.
+        pool: holds the components; None where all weights train.
 
     Raises:
         MachineError: what torch.compile needs is not installed.
@@ -40,14 +42,14 @@ def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
     import torch._dynamo.config as dynamo
 
     dynamo.force_parameter_static_shapes = False
-    for limit in ("recompile_limit", "cache_size_limit"):  # its name since torch 2.7, and before
+    for limit in ("recompile_limit", "cache_size_limit"):  # the name since torch 2.7, and the older one
         if hasattr(dynamo, limit):
             setattr(dynamo, limit, MOST_GRAPHS)
-    # torch.compile looks at the .grad of every tensor that it meets, and then warns of it.
+    # torch.compile reads the .grad of every tensor that it meets, and torch warns of that read.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for block in blocks(model):
         block.compile()
-    if next(model.parameters()).device.type == "cuda":  # on a CPU it is slower, see scripts/bench/NOTES.md
+    if next(model.parameters()).device.type == "cuda":  # a compiled loss is slower on a CPU: scripts/bench/NOTES.md
         Heads.compiled = compiled_judge()
     if pool is None:
         return
@@ -55,8 +57,10 @@ def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
     marked: list[Any] = [None]
 
     def mark(*_: Any) -> None:
+        # "Dynamic" is a mark on a tensor object, so new objects need it again: the cast copies in every pass, and the
+        # leaves after every event.
         fresh = [layer.low for layer in pool.layers.values() if layer.low]
-        if marked[0] is not pool.values:  # fresh leaves after every event
+        if marked[0] is not pool.values:
             marked[0] = pool.values
             fresh += [(layer.a_CI, layer.b_OC) for layer in pool.layers.values()]
         mark_dynamic(fresh)
@@ -65,7 +69,7 @@ def compile_blocks(model: nn.Module, pool: Pool | None) -> None:
 
 
 def graphs_made() -> int:
-    """How many pieces of code this process has compiled so far."""
+    """How many graphs torch.compile has compiled in this process so far."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]

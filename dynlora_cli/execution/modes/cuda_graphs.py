@@ -8,8 +8,8 @@ the blocks run as usual until new captures are made.
 How a batch shape gets its capture:
 
 1. The first two passes of the shape only count it, since many shapes come too rarely to be worth a capture.
-2. The third pass is traced (`Listening` in stretches.py): every block runs as usual, and what it is given and what it
-   returns is noted. Consecutive blocks, each fed by the output of the one before it, form a `Stretch`.
+2. The third pass is traced (`Listening` in execution/block_trace.py): every block runs as usual, and what it is given
+   and what it returns is noted. Consecutive blocks, each fed by the output of the one before it, form a `Stretch`.
 3. At the next pass the trace is checked (`_sound`), and every stretch is captured (`_record`).
 4. From then on that pass and all later ones replay (`Playing`). Each block is replaced by a stand-in for the duration
    of the pass: the first stand-in of a stretch replays all of it, the others pass the result along.
@@ -187,7 +187,7 @@ class BlockGraphs:
         """
         heard, device = self._heard.pop(key), self._values.device
         trained = [self.pool.values, *self.pool.others(self.model)]
-        # fused_linear.py adds to `.grad` by itself, in the warm-up as well, so the gradients are put back at the end.
+        # kernels/fused_lora.py adds to `.grad` by itself, even in the warm-up, so gradients are put back at the end.
         gradients = [(parameter, parameter.grad.clone()) for parameter in trained if parameter.grad is not None]
         # All captures share one memory pool: no two batches are ever under way at the same time.
         if self._memory is None and device.type == "cuda":

@@ -1,8 +1,8 @@
 """`train.shard_base`: every device holds a part of the frozen base, and a block is whole only while it computes.
 
-FSDP2 gathers a block's weights before its forward and its backward pass and lets go of them afterwards. Components,
-and whatever else trains, are whole on every device as without it: their gradients are one all-reduce a step anyway,
-and a pruning event changes their shapes.
+FSDP2 gathers a block's weights before its forward and its backward pass and frees them afterwards. Components, and
+whatever else trains, are not sharded. They are small, their gradients take a single all-reduce a step anyway, and a
+pruning event changes their shapes, which FSDP2 could not follow.
 
 Source: Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277).
 """
@@ -24,7 +24,7 @@ from dynlora_cli.lora.pool import Pool
 
 
 def refuse_sharding(processes: int) -> None:
-    """Say why the base cannot be sharded, before anything is read.
+    """Refuse what cannot be sharded, before any file is read.
 
     Raises:
         UsageError: there is one process.
@@ -34,18 +34,18 @@ def refuse_sharding(processes: int) -> None:
         raise UsageError(
             "train.shard_base: one process has nobody to share the base with", "add --devices N, or set it to false"
         )
-    if Version(torch.__version__) < Version("2.7"):  # whose fully_shard can be told what to leave whole
+    if Version(torch.__version__) < Version("2.7"):  # fully_shard has `ignored_params` from 2.7 on
         raise MachineError("train.shard_base needs torch 2.7 or newer", "pip install --upgrade torch")
 
 
 def shard_base(model: PreTrainedModel, pool: Pool, device: torch.device, processes: int) -> None:
-    """Leave every process its part of the frozen weights, on its device.
+    """Shard the frozen weights: every process keeps its part of them, on its device.
 
     Args:
         model: on the CPU, with its components in place; changed in place.
-        pool: holds them, on the device already.
+        pool: holds the components, which are on the device already.
         device: of this process.
-        processes: all of the run, each with the same model; more than one.
+        processes: number of processes of the run, more than one; each has loaded the same model.
 
     Raises:
         UsageError: the model's blocks cannot be gathered one by one.
@@ -54,7 +54,8 @@ def shard_base(model: PreTrainedModel, pool: Pool, device: torch.device, process
 
     parts = list(blocks(model))
     _refuse_unsuitable(model, parts)
-    # The head hands on what it was given (kernels/linear_cross_entropy.py), and nobody changes that in place.
+    # FSDP2 warns of a module that returns a view. The stand-in for the head does, it returns its input
+    # (kernels/linear_cross_entropy.py); but nobody changes that in place, so nothing can go wrong.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (processes,))
     leaves = set(pool.leaves)
@@ -66,12 +67,19 @@ def shard_base(model: PreTrainedModel, pool: Pool, device: torch.device, process
 
 
 def _stays_whole(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
-    """Trained as a whole, such as a new head; or what FSDP2 does not take (until torch 2.10, types that differ)."""
+    """Whether a parameter is not to be sharded: it trains, such as a new head, or FSDP2 does not accept it.
+
+    Scalars are never accepted; until torch 2.10, neither is a dtype other than that of the rest.
+    """
     return parameter.requires_grad or parameter.ndim == 0 or parameter.dtype != dtype
 
 
 def _refuse_unsuitable(model: nn.Module, parts: Sequence[nn.Module]) -> None:
-    """Processes must gather the same blocks in the same order, and each weight once."""
+    """All processes must gather the same blocks in the same order, and every weight belongs to one block only.
+
+    Raises:
+        UsageError: this model does otherwise.
+    """
     hint = "set train.shard_base: false"
     if skips_blocks(model):
         raise UsageError(

@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 def fusable(base: nn.Module) -> bool:
-    """Whether all that the base does is one product with a frozen weight, and perhaps a bias."""
+    """Whether the base is no more than a product with a frozen weight, and perhaps a bias."""
     name = type(base).__name__
     if type(base) is not nn.Linear and name not in ("Conv1D", "Linear4bit", "ExpertSlice"):
         return False
     weight: Tensor = base.weight  # type: ignore[assignment]
     if weight.requires_grad or base._forward_hooks or base._forward_pre_hooks:
         return False
-    if name == "Linear4bit":  # without gradients bitsandbytes has kernels that need no dequantized weight
+    if name == "Linear4bit":  # without gradients bitsandbytes' own kernels are better: they dequantize on the fly
         return _quant_state(base) is not None and torch.is_grad_enabled()
     return weight.is_floating_point()
 
 
 def weight_type(base: nn.Module) -> torch.dtype:
-    """The type of the numbers that `weight_OI` gives."""
+    """The dtype of what `weight_OI` returns."""
     state = _quant_state(base)
     return base.weight.dtype if state is None else state.dtype  # type: ignore[return-value]
 
@@ -43,8 +43,11 @@ def _quant_state(base: nn.Module) -> Any:
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer: `nn.Linear` and its quantized kin, GPT-2's Conv1D, whose weight is [I, O], or
-    another module that has a weight [O, I]."""
+    """(d_in, d_out) of a linear layer.
+
+    It may be an `nn.Linear`, a quantized one, GPT-2's Conv1D (whose weight is [I, O]), or any module with a weight
+    [O, I].
+    """
     if hasattr(base, "in_features"):
         return base.in_features, base.out_features  # type: ignore[return-value]
     first, second = base.weight.shape  # type: ignore[misc]
@@ -52,11 +55,12 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
 
 
 def forget_input(y: Tensor) -> Tensor:
-    """Let go of the input that bitsandbytes' 8-bit product keeps for a gradient of its weight, which nobody wants here.
+    """Free the input that bitsandbytes' 8-bit product keeps for the gradient of its weight: the base is frozen.
 
-    It is no saved tensor of autograd's, so checkpointing would not drop it either.
+    bitsandbytes keeps it as an attribute of the autograd node and not as a saved tensor, so that gradient
+    checkpointing would not free it either.
     """
-    if torch.compiler.is_compiling():  # to look at the graph would break it
+    if torch.compiler.is_compiling():  # reading `grad_fn` would cause a graph break
         return y
     node: Any = y.grad_fn
     name = type(node).__name__
