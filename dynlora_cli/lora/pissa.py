@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dynlora_cli.lora.layer import ComponentLinear
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 
 class RelativeLinear(ComponentLinear):
@@ -81,6 +81,6 @@ class RelativeLinear(ComponentLinear):
         return self.scale * (own - 2 * cross).clamp_min(0).sqrt().to(self.a_CI.dtype)
 
 
-def layer_kind(recipe: Recipe, kind: type[ComponentLinear]) -> type[ComponentLinear]:
+def layer_kind(options: Adapter, kind: type[ComponentLinear]) -> type[ComponentLinear]:
     """The layer that goes with `adapter.init_weights`, where another would be of this kind."""
-    return RelativeLinear if recipe.adapter.init_weights == "pissa" else kind
+    return RelativeLinear if options.init_weights == "pissa" else kind

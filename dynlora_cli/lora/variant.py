@@ -26,7 +26,7 @@ in_modules_only = True
     Optional: PEFT reads its kind of adapter as a target module only, and not as a target
     parameter (models/peft_types.py).
 
-attach(model, targets, start, recipe) -> Pool
+attach(model, targets, start, options, seed) -> Pool
     Puts layers on a frozen model; the model's output stays the same, or the file says that it does not. `put` does
     the work.
 
@@ -47,7 +47,6 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.config.sections import Adapter
 
 DEFAULT_SCALE = 2.0  # measured at ranks 1 and 4: scripts/bench/NOTES.md
@@ -60,8 +59,18 @@ class Variant(Protocol):
     takes: tuple[str, ...]
     Layer: type[ComponentLinear]
 
-    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
-        """Put components on the target layers of a frozen model, in place."""
+    def attach(
+        self, model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int
+    ) -> Pool:
+        """Put components on the target layers of a frozen model, in place.
+
+        Args:
+            model: the base.
+            targets: its linear layers that get components, by name.
+            start: how many components each of them gets.
+            options: the section `adapter` of the recipe, with the variant's own keys.
+            seed: of whatever is drawn at random.
+        """
 
 
 def scale_of(options: Adapter, rank: float) -> float:
@@ -71,16 +80,17 @@ def scale_of(options: Adapter, rank: float) -> float:
     return options.alpha / (math.sqrt(rank) if options.scaling == "rslora" else rank)
 
 
-def penalty_weight(recipe: Recipe, default: float) -> float:
+def penalty_weight(options: Adapter, default: float) -> float:
     """The weight of a variant's own penalty: `adapter.penalty`, or its default."""
-    return default if recipe.adapter.penalty == "auto" else recipe.adapter.penalty
+    return default if options.penalty == "auto" else options.penalty
 
 
 def put(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
     start: Start,
-    recipe: Recipe,
+    options: Adapter,
+    seed: int,
     make: Callable[[nn.Module, float, float], ComponentLinear],
 ) -> Pool:
     """Replace every target by a layer that holds it, and give all layers their components.
@@ -89,16 +99,17 @@ def put(
         model: frozen; changed in place.
         targets: linear layers by name.
         start: components of each.
-        recipe: of the run.
+        options: the section `adapter` of the recipe.
+        seed: of the initial values.
         make: a layer from (base, s, dropout), such as a class under `ComponentLinear`.
     """
-    options, scale = recipe.adapter, scale_of(recipe.adapter, start.average_rank)
+    scale = scale_of(options, start.average_rank)
     layers = {}
     for name, base in targets.items():
         parent, _, leaf = name.rpartition(".")
         layers[name] = make(base, scale, options.dropout)
         setattr(model.get_submodule(parent), leaf, layers[name])
-    pool = Pool(layers, start.counts, seed=recipe.seed, device=next(model.parameters()).device)
+    pool = Pool(layers, start.counts, seed=seed, device=next(model.parameters()).device)
     pool.cast_with(model)
     if options.freeze_a:
         pool.freeze_a()

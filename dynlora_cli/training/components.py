@@ -94,7 +94,7 @@ def _shared_out(
     accelerator: Accelerator,
 ) -> dict[str, int]:
     """Components of each layer, together as large as the uniform start within one component."""
-    kind, how = layer_kind(recipe, variant.Layer), recipe.rank.allocation
+    kind, how = layer_kind(recipe.adapter, variant.Layer), recipe.rank.allocation
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     most = {name: kind.most(*shape) for name, shape in shapes.items()}
     if how == "eva":
@@ -140,7 +140,7 @@ def plan_ranks(
             "write `adapter.target_modules: attention`, or `variant: lora`",
         )
     shapes = {name: linear_shape(module) for name, module in targets.items()}
-    kind = layer_kind(recipe, variant.Layer)
+    kind = layer_kind(recipe.adapter, variant.Layer)
     start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)
     if counts is not None:
         start = with_counts(start, counts, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()})
@@ -155,4 +155,4 @@ def attach(
         base.model.requires_grad_(True)
         return None, None
     targets, start = plan_ranks(recipe, base, counts)
-    return variant.attach(base.model, targets, start, recipe), start
+    return variant.attach(base.model, targets, start, recipe.adapter, recipe.seed), start

@@ -172,7 +172,8 @@ def fixed_map(job: Job, ground: Ground, *, shuffled: bool = False) -> Result:
             counts |= zip(names, draw.sample([counts[name] for name in names], len(names)), strict=True)
     size = sum(counts[name] * sum(linear_shape(module)) for name, module in targets.items())
     fixed = Start(counts, size, size, start.average_rank)
-    return _fit(ground, lora.attach(ground.base.model, targets, fixed, ground.recipe), fixed)
+    pool = lora.attach(ground.base.model, targets, fixed, ground.recipe.adapter, ground.recipe.seed)
+    return _fit(ground, pool, fixed)
 
 
 def _fit(ground: Ground, pool: Pool, start: Start) -> Result:

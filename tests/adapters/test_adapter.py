@@ -60,7 +60,7 @@ def pruned(kind, folder, *, scale_alpha=16.0, seed=0):
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     start = plan_start(shapes, SimpleNamespace(kind="rank", value=4), 6)
     options = SimpleNamespace(alpha=scale_alpha, scaling="rslora", dropout=0.0, init_weights="default", freeze_a=False)
-    pool = lora.attach(model, targets, start, SimpleNamespace(adapter=options, seed=seed))
+    pool = lora.attach(model, targets, start, options, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         pool.values.copy_(0.2 * torch.randn(pool.parameters, generator=generator))

@@ -69,7 +69,7 @@ def our_model(folder: Path, kind: str, base: Path, variant: str, keys: list[str]
     model = load(base).requires_grad_(False)
     targets = {name: module for name, module in model.named_modules() if name.split(".")[-1] in TARGETS[kind]}
     start = Start(dict.fromkeys(targets, RANK), 0, 0, RANK)
-    return model, plugins.load("variants", variant).attach(model, targets, start, recipe)
+    return model, plugins.load("variants", variant).attach(model, targets, start, recipe.adapter, recipe.seed)
 
 
 def same(name: str, ours: Any, theirs: Any) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor], nn.Parameter]]:

@@ -44,9 +44,8 @@ def one_layer(folder, name, count=4, dtype=torch.float64, d_in=10, d_out=12):
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(d_in, d_out)}).requires_grad_(False)
     shape = {"layer": count}
     cost = sum(plugins.load("variants", name).Layer.widths(d_in, d_out))
-    pool = plugins.load("variants", name).attach(
-        model, {"layer": model["layer"]}, Start(shape, count * cost, count * cost, count), recipe_of(folder, name)
-    )
+    start, recipe = Start(shape, count * cost, count * cost, count), recipe_of(folder, name)
+    pool = plugins.load("variants", name).attach(model, {"layer": model["layer"]}, start, recipe.adapter, recipe.seed)
     if dtype is torch.float64:
         model.double()
         pool.adopt(pool.values.detach().double(), pool.counts)
@@ -195,8 +194,8 @@ class Layer(ComponentLinear):
         return self.a_CI, self.b_OC / 2
 
 
-def attach(model, targets, start, recipe):
-    return put(model, targets, start, recipe, Layer)
+def attach(model, targets, start, options, seed):
+    return put(model, targets, start, options, seed, Layer)
 """
 
 

@@ -29,7 +29,7 @@ from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import penalty_weight, put
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")
@@ -60,7 +60,7 @@ class Layer(GatedLinear):
         return self.penalty_weight * torch.stack([torch.linalg.norm(gram - one_CC) for gram in grams]).sum()
 
 
-def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
-    weight = penalty_weight(recipe, ORTHOGONALITY) / (2 * len(targets))
-    return put(model, targets, start, recipe, partial(Layer, weight=weight))
+    weight = penalty_weight(options, ORTHOGONALITY) / (2 * len(targets))
+    return put(model, targets, start, options, seed, partial(Layer, weight=weight))

@@ -28,7 +28,7 @@ from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import penalty_weight, put
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")
@@ -74,7 +74,7 @@ class Layer(ComponentLinear):
         self.rank_factor.clamp_(0, 1)
 
 
-def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
-    weight = penalty_weight(recipe, SPARSITY) / len(targets)
-    return put(model, targets, start, recipe, partial(Layer, weight=weight))
+    weight = penalty_weight(options, SPARSITY) / len(targets)
+    return put(model, targets, start, options, seed, partial(Layer, weight=weight))

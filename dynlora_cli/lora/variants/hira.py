@@ -30,7 +30,7 @@ from dynlora_cli.lora.variant import put
 from dynlora_cli.models.linears.linear import dense_weight
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio")
@@ -38,9 +38,9 @@ saved_as = "hira"
 Layer = HiraLinear
 
 
-def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
-    return put(model, targets, start, recipe, _layer)
+    return put(model, targets, start, options, seed, _layer)
 
 
 def _layer(base: nn.Module, scale: float, dropout: float) -> HiraLinear:

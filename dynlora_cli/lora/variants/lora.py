@@ -26,7 +26,7 @@ from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 has_components = True
 takes = ("alpha", "dropout", "freeze_a", "lora_plus_ratio")
@@ -34,6 +34,6 @@ starts = ("orthogonal", "eva", "pissa", "loftq")
 Layer = ComponentLinear
 
 
-def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
-    return put(model, targets, start, recipe, layer_kind(recipe, Layer))
+    return put(model, targets, start, options, seed, layer_kind(options, Layer))

@@ -28,7 +28,7 @@ from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 has_components = True
 takes = ("alpha", "dropout")
@@ -63,6 +63,6 @@ class Layer(ComponentLinear):
         self.ramp.fill_(min(1.0, step / max(1.0, RAMP * total_steps)))
 
 
-def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
-    return put(model, targets, start, recipe, Layer)
+    return put(model, targets, start, options, seed, Layer)

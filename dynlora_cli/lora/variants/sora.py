@@ -29,7 +29,7 @@ from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import penalty_weight, put
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")
@@ -53,6 +53,6 @@ class Layer(GatedLinear):
         gate_C.copy_(gate_C.sign() * (gate_C.abs() - rate * self.threshold).clamp_min(0))
 
 
-def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
-    return put(model, targets, start, recipe, partial(Layer, threshold=penalty_weight(recipe, THRESHOLD)))
+    return put(model, targets, start, options, seed, partial(Layer, threshold=penalty_weight(options, THRESHOLD)))

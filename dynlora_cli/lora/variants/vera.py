@@ -31,7 +31,7 @@ from dynlora_cli.lora.vera import VeraLinear
 from dynlora_cli.models.linears.linear import linear_shape
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter
 
 has_components = True
 takes = ("dropout",)
@@ -50,14 +50,14 @@ def projections(rank: int, d_in: int, d_out: int, seed: int) -> tuple[Tensor, Te
     return kaiming(rank, d_in), kaiming(d_out, rank)
 
 
-def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, recipe: Recipe) -> Pool:
+def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
     shapes = [linear_shape(target) for target in targets.values()]
     widest = max(d_in for d_in, _ in shapes), max(d_out for _, d_out in shapes)
     device = next(model.parameters()).device
-    a, b = (each.to(device) for each in projections(max(start.counts.values()), *widest, recipe.seed))
+    a, b = (each.to(device) for each in projections(max(start.counts.values()), *widest, seed))
 
     def layer(base: nn.Module, scale: float, dropout: float) -> VeraLinear:  # noqa: ARG001 - b and d are the scale
-        return VeraLinear(base, dropout, (a, b), recipe.seed)
+        return VeraLinear(base, dropout, (a, b), seed)
 
-    return put(model, targets, start, recipe, layer)
+    return put(model, targets, start, options, seed, layer)
