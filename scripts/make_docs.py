@@ -85,11 +85,11 @@ def recipe_reference() -> str:
             top.append((name, field))
             continue
         parts.append(f"## {name}\n\n{field['description']}\n")
-        parts.append(key_table(section, f"{name}."))
+        parts.append(key_table(section))
         if name == "dataset":
             source = schema["$defs"]["Source"]
             parts.append(f"### An item of dataset.train or dataset.val\n\n{source['description']}\n")
-            parts.append(key_table(source, ""))
+            parts.append(key_table(source))
     parts.insert(3, "## At the top\n\n" + table(["key", "value", "default", "what it does"], map(row_of_top, top)))
     parts.append(conflict_section())
     return "\n".join(parts)
@@ -97,6 +97,8 @@ def recipe_reference() -> str:
 
 INTRODUCTION = """A recipe needs `model` and `dataset`. Everything else has a default. `dynlora schema` prints the same as a
 JSON Schema, for editors. [How to write a recipe](recipes.md) begins with what you want instead of with the keys.
+
+The key `budget` under the heading `rank` is written `rank: {budget: 4}`, on the command line `--set rank.budget=4`.
 """
 
 
@@ -113,10 +115,10 @@ def section_of(schema: Schema, field: Schema) -> Schema | None:
     return None
 
 
-def key_table(section: Schema, prefix: str) -> str:
+def key_table(section: Schema) -> str:
     required = section.get("required", [])
     rows = (
-        [f"`{prefix}{name}`", kind(field), default_of(field, name in required), cell(field["description"])]
+        [f"`{name}`", kind(field), default_of(field, name in required), cell(field["description"])]
         for name, field in section["properties"].items()
     )
     return table(["key", "value", "default", "what it does"], rows)

@@ -6,6 +6,8 @@ import ast
 import importlib
 import importlib.util
 import itertools
+import json
+import os
 import re
 import shlex
 import shutil
@@ -81,9 +83,10 @@ def shell_lines(block: Block) -> Iterator[list[str]]:
             yield words[: words.index(">")] if ">" in words else words
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Every `dynlora ...` in the blocks of a page, without its first word."""
-    found = [words for block in blocks(page) if block.kind == "bash" for words in shell_lines(block)]
+def commands(page: Path, runnable: bool = False) -> list[list[str]]:
+    """Every `dynlora ...` in the blocks of a page (`runnable`: that are not marked as not run), without its first word."""
+    chosen = [block for block in blocks(page) if block.kind == "bash" and not (runnable and block.not_run)]
+    found = [words for block in chosen for words in shell_lines(block)]
     return [words[1:] for words in found if words[0] == "dynlora"]
 
 
@@ -137,7 +140,9 @@ def test_every_page_is_in_the_site():
 def test_site_builds(tmp_path: Path):
     pytest.importorskip("material", reason="the extra docs is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"NO_MKDOCS_2_WARNING": "1"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "quickstart.html").is_file()
 
@@ -204,7 +209,7 @@ def test_commands_in_sentences_exist(page: Path):
 def test_recipes_of_commands_load(page: Path, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(BASE), encoding="utf-8")
-    for words in commands(page):
+    for words in commands(page, runnable=True):
         if words[0] == "train":
             settings = [value for name, value in itertools.pairwise(words) if name == "--set"]
             load_recipe(ROOT / words[1] if words[1].startswith("recipes/") else recipe, settings)
@@ -214,7 +219,7 @@ def test_recipes_of_commands_load(page: Path, tmp_path: Path):
 def test_recipes_load(page: Path, tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     for block in blocks(page):
-        if block.kind == "yaml":
+        if block.kind == "yaml" and not block.not_run:
             path.write_text(block.text, encoding="utf-8")
             load_recipe(path)
     for code in inline(page):
@@ -255,6 +260,17 @@ def test_walk_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynlora: 
                     if file:
                         Path(file.strip()).write_text(answer.out, encoding="utf-8")
     assert Path("out/small/merged/config.json").is_file()
+    table = (
+        (DOCS / "run-folder.md").read_text(encoding="utf-8").split("## What is in dynlora.json?")[1].split("\n## ")[0]
+    )
+    keys = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    assert len(keys) > 15
+    assert not keys_missing(keys, Path("out/quickstart/dynlora.json"))
+
+
+def keys_missing(keys: list[str], record: Path) -> list[str]:
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return [key for key in keys if key not in found]
 
 
 def shorter(words: list[str]) -> list[str]:
