@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,10 @@ class Pool:
         joined: compiled blocks train the cast copies instead of the leaves; see `cast_with`.
         copies_stay: the cast copies keep their memory address from pass to pass, for CUDA graphs.
         sharing: groups of layers that compute together; see lora/shared_inputs.py.
+        gradients_stay: gradients are zeroed in place between steps, never dropped: all are views of one tensor.
     """
+
+    gradients_stay: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -156,6 +159,38 @@ class Pool:
         return [
             parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in leaves
         ]
+
+    # -- what training asks of whatever it trains, a pool or a whole model ---------------------------------------------
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer: the components, then whatever else of the model trains.
+
+        The learning rate of a group that is `coupled` follows the number of parameters that are alive.
+        """
+        others = self.others(model)
+        rest = [{"params": others, "coupled": False}] if others else []
+        return [{"params": [self.values], "coupled": True}, *rest]
+
+    def alive(self) -> dict[str, int]:
+        """How many components and numbers there are now, for metrics and events."""
+        return {"components": self.components, "parameters": self.parameters}
+
+    @contextmanager
+    def rates_of_a_and_b(self, b_rate: float) -> Iterator[None]:
+        """The optimizer's step inside the block is multiplied: of A by 0 where A is frozen, of B by `b_rate`.
+
+        A step of AdamW, weight decay included, is proportional to the learning rate, so this is the same as rates of
+        their own, and A and B can stay one tensor. A frozen A has no gradient, but weight decay would move it.
+
+        Source: LoRA+, arXiv 2402.12354, which gives B the higher rate.
+        """
+        rates = 0.0 if self.a_frozen else 1.0, b_rate
+        changed = [(half, half.clone(), rate) for half, rate in zip(self.halves(), rates, strict=True) if rate != 1]
+        yield
+        for half, before, rate in changed:
+            half.copy_(before.lerp(half, rate))
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device) -> Pool:
         """Move the components to a device, for runs whose base was loaded on the CPU to be sharded."""

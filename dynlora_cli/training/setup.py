@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -229,10 +229,8 @@ def make_run(
 
 def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Optimizer:
     """Steps the pool, whose rate is coupled to what is alive, and whatever else trains (a head, or all)."""
-    rest = pool.others(base.model) if pool else [p for p in base.model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [pool.values], "coupled": True}] if pool else []
-    if rest:
-        groups.append({"params": rest, "coupled": False})
+    whole = [{"params": [p for p in base.model.parameters() if p.requires_grad], "coupled": False}]
+    groups = pool.groups(base.model) if pool else whole
     return make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
 
 

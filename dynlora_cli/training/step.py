@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,29 +74,11 @@ def clip(run: Run, norm: float) -> None:
                 parameter.grad.mul_(limit / (norm + 1e-6))
 
 
-@contextmanager
-def rates_of_a_and_b(run: Run) -> Iterator[None]:
-    """The step that is done inside the block is multiplied: A's part by 0 where A is frozen, B's by LoRA+'s ratio.
-
-    A step of AdamW, weight decay included, is proportional to the learning rate, so this is the same as rates of their
-    own, and A and B can stay one tensor. A frozen A has no gradient, but weight decay would move it.
-
-    Source: LoRA+, arXiv 2402.12354, which gives B the higher rate.
-    """
-    if run.pool is None:
-        yield
-        return
-    rates = 0.0 if run.pool.a_frozen else 1.0, run.recipe.train.lora_plus_ratio or 1.0
-    changed = [(half, half.clone(), rate) for half, rate in zip(run.pool.halves(), rates, strict=True) if rate != 1]
-    yield
-    for half, before, rate in changed:
-        half.copy_(before.lerp(half, rate))
-
-
 def update(run: Run, *, skipped: bool) -> None:
     """Let the optimizer step, and the layers after it; `skipped` where fp16 overflowed and the scaler will not step."""
     scaler = run.accelerator.scaler
-    with rates_of_a_and_b(run):
+    ratio = run.recipe.train.lora_plus_ratio or 1.0
+    with run.pool.rates_of_a_and_b(ratio) if run.pool else nullcontext():
         if scaler is not None:
             scaler.step(run.optimizer)
             scaler.update()
