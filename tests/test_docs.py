@@ -123,6 +123,13 @@ def test_paths_in_code_exist(page: Path):
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_files_named_in_descriptions_exist():
+    """The reference repeats what the recipe's keys say of themselves."""
+    named = re.findall(r"dynlora_cli/[\w/]+(?:\.py)?", (DOCS / "recipe-reference.md").read_text(encoding="utf-8"))
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_every_page_is_in_the_site():
     found: list[str] = []
 

@@ -101,7 +101,7 @@ class Adapter(Section):
     """Where the components sit and how they act."""
 
     variant: Annotated[str, Drawer("variants")] = "lora"
-    """How a layer uses its components: a file name in dynlora_cli/variants."""
+    """How a layer uses its components: a file name in dynlora_cli/lora/variants."""
     target_modules: (
         Annotated[Text, AfterValidator(NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
     ) = "all-linear"
@@ -117,7 +117,7 @@ class Adapter(Section):
     penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
     init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq"] = "default"
-    """Start of the factors; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/starts.py."""
+    """Start of A and B; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/lora/init.py."""
 
     @property
     def names_experts(self) -> bool:
@@ -157,7 +157,7 @@ class Pruning(Section):
     """Which components go, and when; times are shares of all optimizer steps."""
 
     policy: Annotated[str, Drawer("policies", refuse=_only_after_training)] = "fisher"
-    """What scores the components: a file name in dynlora_cli/policies."""
+    """What scores the components: a file name in dynlora_cli/pruning/policies."""
     start: Share | Literal["auto"] = "auto"
     """When pruning begins; auto: after a quarter of the run, with budget auto after half of it."""
     end: Share | Literal["auto"] = "auto"
