@@ -1,12 +1,13 @@
-"""The adapter as data, and on disk: a plain PEFT LoRA (or HiRA) whose scale is exactly 1 for every module.
+"""The adapter as data: a plain PEFT LoRA, or one of its relatives, whose scale is exactly 1 for every module.
 
 s is folded into B, and `lora_alpha = r` globally and per module. So every consumer computes the same update, whichever
 of PEFT's patterns it honours: PEFT divides alpha by rank per module, vLLM knows one global ratio, llama.cpp divides by
 each tensor's own rank.
 
-    Factors    one layer: a_CI, b_OC, and for DoRA a magnitude
-    Adapter    all layers, with what is known of where they came from; made by adapters/read.py
-    save       an Adapter to a folder
+    Factors    one layer: a_CI, b_OC, and what its kind has beside them, such as DoRA's magnitude
+    Adapter    all layers, with what is known of where they came from
+
+adapters/read.py makes it from files, adapters/write.py writes it; adapters/kinds/ says what is special of each kind.
 
 Dimensions: C components of a layer, I inputs, O outputs.
 """
@@ -22,34 +23,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_cli import plugins
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 
 PREFIX = "base_model.model."
+PLAIN = "lora"  # the kind of a layer whose ΔW is added, and which has nothing else
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The components of one layer: ΔW = b_OC @ a_CI, which is added to W.
+    """The components of one layer: ΔW = b_OC @ a_CI. Its kind says what ΔW does to W; a LoRA adds it.
+
+    What is said of ΔW, such as its energy, is of ΔW as it is here, not of W'.
 
     Attributes:
         a_CI: fp32.
         b_OC: fp32, with the scale in it.
         scale: s that training used; in `b_OC` already.
-        magnitude_O: DoRA's m: W' = m · (W + ΔW) / ‖W + ΔW‖, norms over the inputs of each output; None for LoRA.
         embedding: the layer is a table, O its tokens and I its width.
-        hadamard: HiRA: W' = W ∘ (1 + ΔW). What is said of ΔW, such as its energy, is of ΔW as it is here, not of W'.
         experts: the layer is the slice of one expert, in a parameter that holds so many; 0 for others.
+        kind: the file of adapters/kinds/ that knows this layer.
+        own: tensors that the kind has beside the factors, fp32. Names end in their shape: `magnitude_O` has a number
+            for each output.
     """
 
     a_CI: Tensor
     b_OC: Tensor
     scale: float = 1.0
-    magnitude_O: Tensor | None = None
     embedding: bool = False
-    hadamard: bool = False
     experts: int = 0
+    kind: str = PLAIN
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -144,12 +150,20 @@ class Adapter:
         return bool(self.config.get("fan_in_fan_out"))
 
     @property
-    def dora(self) -> bool:
-        return any(factors.magnitude_O is not None for factors in self.layers.values())
+    def form(self) -> str:
+        """The file of adapters/kinds/ that knows its layers; LoRA where nothing is special."""
+        special = {factors.kind for factors in self.layers.values()} - {PLAIN}
+        return min(special, default=PLAIN)
 
     @property
-    def hira(self) -> bool:
-        return any(factors.hadamard for factors in self.layers.values())
+    def multiplies(self) -> bool:
+        """Whether ΔW is no update that is added to W."""
+        return bool(getattr(plugins.load("kinds", self.form), "multiplies", False))
+
+    @property
+    def keeps_one(self) -> bool:
+        """Whether each layer must keep a component, since its files could not hold the rest of it alone."""
+        return bool(getattr(plugins.load("kinds", self.form), "keeps_one", False))
 
     @property
     def experts(self) -> dict[str, int]:
@@ -166,8 +180,8 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """LoRA, DoRA or HiRA: what its factors do to a weight."""
-        return "DoRA" if self.dora else "HiRA" if self.hira else "LoRA"
+        """Its kind in words, such as DoRA: what its factors do to a weight."""
+        return str(plugins.load("kinds", self.form).title)
 
     def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
         """The same adapter with other factors; layers without components are left out."""

@@ -17,11 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dynlora_cli.adapters import kind
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.base import expert_slices, holds_weight, module_of
 from dynlora_cli.adapters.expert_files import parts_of
-from dynlora_cli.lora.dora import DoraLinear
-from dynlora_cli.lora.hira import HiraLinear
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.experts import join, split
@@ -151,12 +150,13 @@ def _layer(
     base: nn.Module, factors: Factors, name: str, read: Callable[[str], Tensor] | None, device: torch.device
 ) -> ComponentLinear:
     weight = partial(dense_weight, base) if read is None else partial(_read_dense, read, name, base)
-    if factors.hadamard:
-        return HiraLinear(base, factors.scale, weight)
-    if factors.magnitude_O is None:
-        return ComponentLinear(base, factors.scale)
-    bias_O: Any = base.bias if read is None or base.bias is None else read(f"{name}.bias")
-    return DoraLinear(base, factors.scale, factors.magnitude_O.to(device), weight, bias_O)
+
+    def bias() -> Tensor | None:
+        own: Any = base.bias
+        return own if read is None or own is None else read(f"{name}.bias")
+
+    own = {key: tensor.to(device) for key, tensor in factors.own.items()}
+    return kind.of(factors).layer(base, changed(factors, own=own), weight, bias)
 
 
 def _read_dense(read: Callable[[str], Tensor], name: str, base: nn.Module) -> Tensor:
@@ -179,7 +179,7 @@ def detached(adapter: Adapter, pool: Pool) -> Adapter:
     layers = {name: factors for name, factors in adapter.layers.items() if name not in pool.layers}
     for name, layer in pool.layers.items():
         old = adapter.layers[name]
-        magnitude = layer.magnitude_O.detach().cpu() if isinstance(layer, DoraLinear) else None
+        own = {key: tensor.cpu() for key, tensor in kind.own_of(old.kind, layer).items()}
         a_CI, b_OC = layer.a_CI.detach().cpu().clone(), (layer.scale * layer.b_OC.detach()).cpu()
-        layers[name] = changed(old, a_CI=a_CI, b_OC=b_OC, magnitude_O=magnitude)
+        layers[name] = changed(old, a_CI=a_CI, b_OC=b_OC, own=own)
     return adapter.with_layers({name: layers[name] for name in adapter.layers})

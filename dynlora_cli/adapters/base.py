@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.adapter import PLAIN, Adapter, Factors
 from dynlora_cli.adapters.expert_files import parameter_of, parts_of
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import MachineError, UsageError
@@ -189,7 +189,7 @@ def module_of(model: PreTrainedModel, name: str, factors: Factors, adapter: Adap
     except AttributeError:
         raise UsageError(f"{adapter.folder}: the base model has no layer {name}", ANOTHER) from None
     kinds = (nn.Embedding,) if factors.embedding else (ExpertSlice,) if factors.experts else (nn.Linear, Conv1D)
-    alone = kinds[0] is nn.Linear and factors.magnitude_O is None and not factors.hadamard and holds_weight(module)
+    alone = kinds[0] is nn.Linear and factors.kind == PLAIN and holds_weight(module)
     if not alone and not isinstance(module, kinds):
         raise UsageError(
             f"{adapter.folder}: {name} is a {type(module).__name__}, which takes no {adapter.kind} here",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dynlora_cli.adapters import kind
 from dynlora_cli.adapters.adapter import PREFIX
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import natural_order
@@ -27,11 +28,6 @@ WRAPPERS = {
 }
 PARALLEL = "module."  # DistributedDataParallel's; only a name of all tensors alike is that
 UNTRAINED = "original_module"  # what PEFT keeps beside `modules_to_save`, and saves in some versions
-_PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    r"|hira_A|hira_B|vera_A|vera_B|vera_lambda_b|vera_lambda_d)"
-    r"(\.(?P<adapter>(?!weight$|bias$)\w+))?(\.weight)?"
-)
 _SAVED_WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 
 
@@ -65,6 +61,11 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
     untrained: list[str] = []
     adapters: set[str | None] = set()
     taken: dict[str, str] = {}
+    known = kind.tensor_names()
+    ours = (*{f"{name.partition('_')[0]}_" for name in known}, "token_adapter")
+    part_of_a_layer = re.compile(
+        rf"(?P<module>.+?)\.(?P<part>{'|'.join(known)})(\.(?P<adapter>(?!weight$|bias$)\w+))?(\.weight)?"
+    )
     for key, name in names.items():
         if name in taken:
             raise UsageError(f"{path} holds {taken[name]} and {key}, which name one tensor", "leave one of them out")
@@ -73,10 +74,10 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
             raise UsageError(f"{path}: the name of the tensor {key!a} holds control characters", "leave it out")
         if f".{UNTRAINED}." in name:
             untrained.append(key)
-        elif match := _PART.fullmatch(name):
+        elif match := part_of_a_layer.fullmatch(name):
             found.parts.setdefault(match["module"], {})[match["part"]] = tensors[key].float()
             adapters.add(match["adapter"])
-        elif any(part in name for part in ("lora_", "hira_", "vera_", "token_adapter")):
+        elif any(part in name for part in ours):
             raise UsageError(f"{path}: the tensor {key} is not understood", "is it a newer kind of LoRA?")
         else:
             found.whole[_SAVED_WHOLE.sub("", name)] = tensors[key]

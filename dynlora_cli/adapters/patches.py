@@ -1,10 +1,7 @@
 """What an adapter changes in stored tensors: W' of the rows that are a layer's, and everything else as it was.
 
-    W' = W + ΔW                                   LoRA; Conv1D and embedding tables in their own layout
-    W' = m · (W + ΔW) / ‖W + ΔW‖                  DoRA
-    W' = W ∘ (1 + ΔW)                             HiRA
-
-A stored tensor may hold rows of several layers, and a layer may lie in several tensors, see models/layout.py.
+A file of adapters/kinds/ says what W' is; Conv1D and embedding tables are folded in their own layout. A stored tensor
+may hold rows of several layers, and a layer may lie in several tensors, see models/layout.py.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dynlora_cli.adapters import kind
 from dynlora_cli.adapters.adapter import Factors
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.models.layout import Part, within
@@ -46,8 +44,8 @@ class Patch:
 
     @property
     def needs_all_rows(self) -> bool:
-        """DoRA's norms are over the rows of a transposed weight."""
-        return self.transposed and self.factors is not None and self.factors.magnitude_O is not None
+        """Whether W' of one row hangs on other rows, as DoRA's norms do where the rows are inputs."""
+        return self.transposed and self.factors is not None and getattr(kind.of(self.factors), "across_inputs", False)
 
 
 def patched(weights: Weights, tensor: str, patches: Sequence[Patch], space: Space) -> New:
@@ -95,10 +93,11 @@ def _apply(W: Tensor, patch: Patch, first: int, last: int) -> None:
 
 def rows_of(factors: Factors, transposed: bool, rows: Rows) -> Factors:
     """What changes these rows of a weight, [O, I] or, transposed, [I, O]."""
+    end = "_I" if transposed else "_O"
+    own = {name: tensor[rows] if name.endswith(end) else tensor for name, tensor in factors.own.items()}
     if transposed:
-        return replace(factors, a_CI=factors.a_CI[:, rows])
-    magnitude_O = None if factors.magnitude_O is None else factors.magnitude_O[rows]
-    return replace(factors, b_OC=factors.b_OC[rows], magnitude_O=magnitude_O)
+        return replace(factors, a_CI=factors.a_CI[:, rows], own=own)
+    return replace(factors, b_OC=factors.b_OC[rows], own=own)
 
 
 def folded(W: Tensor, factors: Factors, transposed: bool) -> Tensor:
@@ -107,13 +106,7 @@ def folded(W: Tensor, factors: Factors, transposed: bool) -> Tensor:
     Raises:
         MeasureError: it is not finite.
     """
-    view = W.T if transposed else W
-    if factors.hadamard:
-        view.addcmul_(view, factors.delta_OI())
-    else:
-        view.addmm_(factors.b_OC, factors.a_CI)
-    if factors.magnitude_O is not None:
-        view.mul_((factors.magnitude_O / view.norm(dim=1)).unsqueeze(1))
+    kind.of(factors).fold(W.T if transposed else W, factors)
     if not all(extreme.isfinite() for extreme in W.aminmax()):
         raise MeasureError("a merged weight is not finite", "look at the base's and the adapter's numbers")
     return W

@@ -14,18 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dynlora_cli import plugins
 from dynlora_cli.adapters import mlx as mlx_adapter
-from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
-from dynlora_cli.adapters.kinds.hira import hira_layers
-from dynlora_cli.adapters.kinds.lora import Scales, factors_of, slices
-from dynlora_cli.adapters.kinds.vera import vera_layers
-from dynlora_cli.adapters.peft_parameters import WEIGHT, adapted_parameters
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
 from dynlora_cli.runs.folder import RECORD, read_record
-from dynlora_cli.text import natural_order
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
 NOT_UNDERSTOOD = (
@@ -64,20 +60,7 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     notes = "; ".join(filter(None, [note, *found.notes])) or None
     adapter = Adapter(folder, {}, config, record, found.whole, notes)
     adapter = replace(adapter, model_type=_model_type(adapter, base))
-    if config["peft_type"] == "VERA":
-        return adapter.with_layers(vera_layers(adapter, parts, base))
-    if config["peft_type"] == "HIRA":
-        return adapter.with_layers(hira_layers(adapter, parts))
-    scales = Scales(config, folder)
-    parameters = adapted_parameters(parts, config, folder / CONFIG)
-    layers: dict[str, Factors] = {}
-    for module, factors in parts.items():
-        owner, _, leaf = parameters.get(module, "").rpartition(".")
-        if owner and (leaf != WEIGHT or len(factors.get("lora_A", ())) != scales.rank_of(owner)):
-            layers |= slices(parameters[module], factors, scales)
-        else:
-            layers[owner or module] = factors_of(owner or module, factors, scales)
-    return replace(adapter, layers={name: layers[name] for name in sorted(layers, key=natural_order)})
+    return adapter.with_layers(plugins.load("kinds", config["peft_type"].lower()).read(adapter, parts, base))
 
 
 def _model_type(adapter: Adapter, base: str | None) -> str:
@@ -97,7 +80,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
         config = mlx_adapter.peft_config(config, path)
     fits(PeftForm, config, path)
     kind = config.get("peft_type")
-    if kind not in ("LORA", "VERA", "HIRA"):
+    if kind != str(kind).upper() or str(kind).lower() not in _readable():
         raise UsageError(
             f"{path}: peft_type is {kind}, not LORA", "PEFT's `convert_to_lora` makes a LoRA of many kinds"
         )
@@ -119,6 +102,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
         if isinstance(config.get(key), list):
             config[key] = [without_wrappers(name) for name in config[key]]
     return config, mlx
+
+
+def _readable() -> set[str]:
+    """The kinds that PEFT has files for; DoRA is in LoRA's."""
+    return {name for name in plugins.names("kinds") if hasattr(plugins.load("kinds", name), "read")}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from dynlora_cli.adapters.adapter import PREFIX, TASK_TYPES, Adapter
+from dynlora_cli import plugins
+from dynlora_cli.adapters.adapter import PLAIN, PREFIX, TASK_TYPES, Adapter
 from dynlora_cli.adapters.expert_files import fuse, parameter_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
-from dynlora_cli.adapters.kinds.hira import hira_form
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.files.whole import write_json
 
@@ -36,10 +36,9 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
         fan_in_fan_out=adapter.fan_in_fan_out,
         modules_to_save=config.get("modules_to_save"),
         experts=adapter.experts,
-        as_parameters=adapter.as_parameters if for_peft and adapter.kind == "LoRA" else (),
+        as_parameters=adapter.as_parameters if for_peft and adapter.form == PLAIN else (),
     )
     written["task_type"] = config.get("task_type")
-    written["use_dora"] = adapter.dora
     adapted = {f"{name}.weight": f"{name}.base_layer.weight" for name in adapter.layers}
     tensors = {adapted.get(name, name): tensor for name, tensor in adapter.whole.items()}
     slices = {name: (f.a_CI, f.b_OC) for name, f in adapter.layers.items() if f.experts}
@@ -51,10 +50,8 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
             tensors |= {f"{name}.lora_embedding_A": factors.b_OC.T, f"{name}.lora_embedding_B": factors.a_CI.T}
         else:
             tensors |= {f"{name}.lora_A.weight": factors.a_CI, f"{name}.lora_B.weight": factors.b_OC}
-        if factors.magnitude_O is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = factors.magnitude_O
-    if adapter.hira:
-        written, tensors = hira_form(written, tensors)
+    own = {name: factors.own for name, factors in adapter.layers.items()}
+    written, tensors = plugins.load("kinds", adapter.form).written(written, tensors, own)
     write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
 
 

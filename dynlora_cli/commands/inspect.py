@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import UsageError
@@ -54,7 +55,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "folder": str(adapter.folder),
-        "kind": "VeRA, as the LoRA that it equals" if adapter.config.get("peft_type") == "VERA" else adapter.kind,
+        "kind": getattr(plugins.load("kinds", adapter.config["peft_type"].lower()), "read_as", adapter.kind),
         "task": adapter.task,
         "parameters": adapter.parameters,
         "components": adapter.components,
@@ -128,7 +129,7 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
     Raises:
         UsageError: one adds to the weights and the other multiplies them.
     """
-    if first.hira != second.hira:
+    if first.multiplies != second.multiplies:
         raise UsageError(
             f"{first.folder} is a {first.kind} and {second.folder} a {second.kind}: one adds to the weights, the other "
             "multiplies them",

@@ -11,6 +11,7 @@ from torch import nn
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.expert_files import parameter_of, parts_of
+from dynlora_cli.adapters.kind import tensor_names
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.models.experts import PARAMETERS
 
@@ -48,7 +49,7 @@ def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
         )
     modules: dict[str, Any] = dict(model.named_modules())
     return {
-        name: 1.0 if adapter.hira else _wrapper(modules, name, factors).scaling["default"]
+        name: 1.0 if adapter.multiplies else _wrapper(modules, name, factors).scaling["default"]
         for name, factors in adapter.layers.items()
     }
 
@@ -65,7 +66,7 @@ def _wrapper(modules: dict[str, Any], name: str, factors: Factors) -> Any:
 
 
 def _of_factors(key: str) -> bool:
-    return "lora_" in key or "hira_" in key
+    return any(name in key for name in tensor_names())
 
 
 def _place(model: nn.Module, name: str, factors: Factors) -> None:

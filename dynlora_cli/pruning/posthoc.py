@@ -87,7 +87,7 @@ class Order:
         if model is None or batches is None:
             raise UsageError("this policy looks at data, and there is none", "name rows with --data, or use magnitude")
         if policy.needs == "covariances":
-            if adapter.hira:
+            if adapter.multiplies:
                 raise UsageError(
                     f"{adapter.folder} is a HiRA, through whose factors nothing flows that this policy could look at",
                     "use --policy fisher or magnitude",
@@ -112,7 +112,7 @@ class Order:
     def least(self) -> int:
         """Parameters below which nothing can be cut: one component, or DoRA's one for each magnitude."""
         costs = [factors.cost for factors in self.adapter.layers.values()]
-        return sum(costs) if self.adapter.dora else max(costs)
+        return sum(costs) if self.adapter.keeps_one else max(costs)
 
     def keep(self, parameters: int) -> tuple[Tensor, float]:
         """The components that stay where at most `parameters` may, and the highest score that goes. [K], boolean"""
@@ -175,7 +175,7 @@ def _loose_pool(adapter: Adapter) -> Pool:
 
 def _scores(policy: ModuleType, pool: Pool, observed: Observed, seed: int, adapter: Adapter) -> Tensor:
     scores = policy.scores(pool, observed, torch.Generator().manual_seed(seed)).double().cpu()
-    if adapter.dora:  # a magnitude cannot be stored without a component, so each layer's best one stays
+    if adapter.keeps_one:  # a magnitude cannot be stored without a component, so each layer's best one stays
         for part in scores.split(list(adapter.ranks.values())):
             part[part.argmax()] = math.inf
     return scores

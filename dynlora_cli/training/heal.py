@@ -44,7 +44,7 @@ def heal(
     evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
     variant, rate = recipe.adapter.variant, recipe.train.learning_rate
-    if variant != adapter.kind.lower() and rate != "auto":
+    if variant != adapter.form and rate != "auto":
         text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
         emit({"event": "note", "text": text})
     data = load_data(

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli import __version__, plugins
-from dynlora_cli.adapters.adapter import PREFIX
+from dynlora_cli.adapters.adapter import PLAIN, PREFIX
 from dynlora_cli.adapters.find import CONFIG
-from dynlora_cli.adapters.kind import experts_of
+from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
@@ -49,11 +49,8 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
     """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
     assert training.pool is not None
     experts = experts_of(training.pool)
-    kind = plugins.load("variants", training.recipe.adapter.variant)
-    form = plugins.load("kinds", getattr(kind, "saved_as", "lora"))
-    taken = (
-        frozenset() if hasattr(kind, "saved_as") else taken_for_experts(base.model.config.model_type)
-    )  # PEFT changes LoRAs
+    kind = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN)
+    taken = taken_for_experts(base.model.config.model_type) if kind == PLAIN else frozenset()  # others stay
     config = lora_config(
         {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
         base_model=base.reference,
@@ -64,7 +61,7 @@ def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
         experts=experts,
         as_parameters=ends_in(training.pool.layers.keys() - experts, taken),
     )
-    config, tensors = form.saved(training.pool, config)
+    config, tensors = saved(kind, training.pool, config)
     for module in base.whole:
         tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
     write_adapter(folder, config, tensors)

@@ -20,8 +20,8 @@ from transformers import (
     LlamaConfig,
 )
 
+from dynlora_cli.adapters import kind as kinds
 from dynlora_cli.adapters.adapter import PREFIX
-from dynlora_cli.adapters.kind import lora_tensors
 from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.surgery import shrink
@@ -78,7 +78,8 @@ def pruned(kind, folder, *, scale_alpha=16.0, seed=0):
         pool.counts, base_model=str(folder / "base"), revision=None, task=TASKS[kind],
         fan_in_fan_out=kind == "gpt2", modules_to_save=[head] if head else None,
     )  # fmt: skip
-    write_adapter(adapter, config, {**lora_tensors(pool), **saved_head})
+    config, tensors = kinds.saved("lora", pool, config)
+    write_adapter(adapter, config, {**tensors, **saved_head})
     return model, pool, adapter
 
 

@@ -1,22 +1,46 @@
-"""DoRA in PEFT's files: a LoRA with a magnitude for each output."""
+"""DoRA: components turn a weight, and a magnitude for each output says how long it is.
+
+    W' = m · (W + ΔW) / ‖W + ΔW‖          norms over the inputs of each output
+
+PEFT keeps it in the files of a LoRA (`use_dora`), with m as `lora_magnitude_vector`.
+
+Source: Liu et al. 2024, DoRA (arXiv 2402.09353), equation 5.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynlora_cli.adapters.adapter import PREFIX
-from dynlora_cli.adapters.kind import lora_tensors
+from dynlora_cli.adapters.adapter import Factors
+from dynlora_cli.adapters.kind import Files, Own, Read
 from dynlora_cli.lora.dora import DoraLinear
-from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.layer import ComponentLinear
+
+title = "DoRA"
+tensors = ("lora_magnitude_vector",)
+keeps_one = True
+across_inputs = True
 
 
-def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's own form: a LoRA with a magnitude vector for each layer. A layer without components keeps no magnitude."""
-    magnitudes = {
-        f"{PREFIX}{name}.lora_magnitude_vector": layer.magnitude_O.detach()
-        for name, layer in pool.layers.items()
-        if layer.count and isinstance(layer, DoraLinear)
-    }
-    return {**config, "use_dora": True}, {**lora_tensors(pool), **magnitudes}
+def written(config: dict[str, Any], tensors: dict[str, Tensor], own: Own) -> Files:
+    """A LoRA's files with a magnitude vector for each layer."""
+    magnitudes = {f"{name}.lora_magnitude_vector": more["magnitude_O"] for name, more in own.items() if more}
+    return {**config, "use_dora": True}, {**tensors, **magnitudes}
+
+
+def own_of(layer: ComponentLinear) -> dict[str, Tensor]:
+    """m of a layer."""
+    return {"magnitude_O": layer.magnitude_O.detach()} if isinstance(layer, DoraLinear) else {}
+
+
+def layer(base: nn.Module, factors: Factors, weight: Read, bias: Read) -> DoraLinear:
+    """The layer that computes with W', without having it in memory."""
+    return DoraLinear(base, factors.scale, factors.own["magnitude_O"], weight, bias())
+
+
+def fold(W_OI: Tensor, factors: Factors) -> None:
+    """W' in the place of W."""
+    W_OI.addmm_(factors.b_OC, factors.a_CI)
+    W_OI.mul_((factors.own["magnitude_O"] / W_OI.norm(dim=1)).unsqueeze(1))

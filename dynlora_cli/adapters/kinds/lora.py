@@ -1,28 +1,62 @@
-"""LoRA in PEFT's files: factors, scales of layers, and slices of fused weights."""
+"""LoRA: W' = W + ΔW. Its files hold DoRA as well, and slices of the weights of many experts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynlora_cli.adapters.adapter import Factors
+from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.expert_files import unfuse
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
-from dynlora_cli.adapters.kind import lora_tensors
+from dynlora_cli.adapters.kind import Files, Own, Parts, Read
+from dynlora_cli.adapters.peft_parameters import WEIGHT, adapted_parameters
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import PatternMap
-from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.text import natural_order
+
+title = "LoRA"
+tensors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
-def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's own form."""
-    return config, lora_tensors(pool)
+def read(adapter: Adapter, parts: Parts, _base: str | None) -> dict[str, Factors]:
+    """The factors of every layer, each with PEFT's scale for it folded in; DoRA's with their magnitudes.
+
+    Raises:
+        UsageError: a layer is incomplete, or the configuration is another adapter's.
+    """
+    scales = Scales(adapter.config, adapter.folder)
+    parameters = adapted_parameters(parts, adapter.config, adapter.folder / CONFIG)
+    layers: dict[str, Factors] = {}
+    for module, factors in parts.items():
+        owner, _, leaf = parameters.get(module, "").rpartition(".")
+        if owner and (leaf != WEIGHT or len(factors.get("lora_A", ())) != scales.rank_of(owner)):
+            layers |= _slices(parameters[module], factors, scales)
+        else:
+            layers[owner or module] = _factors(owner or module, factors, scales)
+    return {name: layers[name] for name in sorted(layers, key=natural_order)}
 
 
-def factors_of(module: str, parts: dict[str, Tensor], scales: Scales) -> Factors:
+def written(config: dict[str, Any], tensors: dict[str, Tensor], _own: Own) -> Files:
+    """As they are."""
+    return config, tensors
+
+
+def layer(base: nn.Module, factors: Factors, _weight: Read, _bias: Read) -> ComponentLinear:
+    """The layer with its components."""
+    return ComponentLinear(base, factors.scale)
+
+
+def fold(W_OI: Tensor, factors: Factors) -> None:
+    """W' in the place of W."""
+    W_OI.addmm_(factors.b_OC, factors.a_CI)
+
+
+def _factors(module: str, parts: Mapping[str, Tensor], scales: Scales) -> Factors:
     embedding = "lora_embedding_A" in parts
     try:
         if embedding:  # of a table [tokens, width]: PEFT adds (B A)ᵀ
@@ -43,7 +77,9 @@ def factors_of(module: str, parts: dict[str, Tensor], scales: Scales) -> Factors
         )
     if scales.config.get("use_dora") and magnitude is None:
         raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
-    return Factors(a, *_scaled(b, scale), None if magnitude is None else magnitude.flatten(), embedding)
+    if magnitude is None:
+        return Factors(a, *_scaled(b, scale), embedding)
+    return Factors(a, *_scaled(b, scale), kind="dora", own={"magnitude_O": magnitude.flatten()})
 
 
 def _scaled(b_OC: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -51,7 +87,7 @@ def _scaled(b_OC: Tensor, scale: float) -> tuple[Tensor, float]:
     return (scale * b_OC, scale) if scale else (b_OC.new_zeros(b_OC.shape), 1.0)
 
 
-def slices(parameter: str, parts: dict[str, Tensor], scales: Scales) -> dict[str, Factors]:
+def _slices(parameter: str, parts: Mapping[str, Tensor], scales: Scales) -> dict[str, Factors]:
     """The factors of every expert that has components."""
     if parts.keys() != {"lora_A", "lora_B"}:
         raise UsageError(f"{scales.folder}: {parameter} lacks its lora_A or lora_B", "copy the files again")

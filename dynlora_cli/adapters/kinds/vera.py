@@ -1,8 +1,8 @@
-"""The tensors of PEFT's HiRA and VeRA as factors.
+"""VeRA: numbers that scale random components, which all layers share. Its files are read as the LoRA that it equals.
 
-    HiRA    W' = W ∘ (1 + BA), without any scale
-    VeRA    W' = W + diag(b) B diag(d) A, A and B the same for all layers and cut to their shapes: the LoRA of the
-            factors diag(d) A and diag(b) B, without the components at d = 0
+    W' = W + diag(b) B diag(d) A          A and B are the same for all layers, cut to their shapes
+
+The factors are diag(d) A and diag(b) B, without the components at d = 0.
 
 Dimensions: C components of a layer, I inputs, O outputs, R components of VeRA's pair.
 """
@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dynlora_cli.adapters.adapter import PREFIX, Adapter, Factors
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
-from dynlora_cli.adapters.kind import COPY_AGAIN, ONLY_LORA, Parts, some
+from dynlora_cli.adapters.kind import COPY_AGAIN, ONLY_LORA, Files, Parts, refuse_zeros
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.pool import Pool
@@ -25,10 +24,13 @@ from dynlora_cli.lora.vera import D_INITIAL, VeraLinear
 from dynlora_cli.models.find import find_model
 from dynlora_cli.models.weights import Weights
 
+title = "VeRA"
+read_as = "VeRA, as the LoRA that it equals"
+tensors = ("vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d")
 SHARED = "base_model"  # where VeRA's pair stands among the layers
 
 
-def vera_layers(adapter: Adapter, parts: Parts, base: str | None) -> dict[str, Factors]:
+def read(adapter: Adapter, parts: Parts, base: str | None) -> dict[str, Factors]:
     """The LoRA that a VeRA equals.
 
     Raises:
@@ -58,7 +60,7 @@ def vera_layers(adapter: Adapter, parts: Parts, base: str | None) -> dict[str, F
             )
         alive_R = d_R != 0
         layers[module] = Factors((d_R[:, None] * a_RI)[alive_R], b_O[:, None] * b_OR[:, alive_R])
-    return some(layers, adapter)
+    return refuse_zeros(layers, adapter)
 
 
 def _inputs(adapter: Adapter, outputs: Mapping[str, int], base: str | None) -> dict[str, int]:
@@ -88,7 +90,7 @@ def _inputs(adapter: Adapter, outputs: Mapping[str, int], base: str | None) -> d
     return inputs
 
 
-def saved(pool: Pool, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def saved(pool: Pool, config: dict[str, Any]) -> Files:
     """PEFT's own form; layers without an entry are not listed, and A and B are as wide as those that are."""
     layers = {name: layer for name, layer in pool.layers.items() if layer.count and isinstance(layer, VeraLinear)}
     first = next(iter(layers.values()))
