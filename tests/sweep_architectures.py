@@ -128,8 +128,8 @@ def _train(folder: Path, kind: str, task: str, found: dict[str, Any], *more: str
     kept: list[torch.Tensor] = []
     write_root = outputs.write_root
 
-    def keeping(place: Path, training: Any, base: Any) -> str:
-        kind_of = write_root(place, training, base)
+    def keeping(place: Path, training: Any) -> str:
+        kind_of = write_root(place, training)
         kept.append(logits(training.model))
         return kind_of
 

@@ -152,13 +152,13 @@ def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
     accelerator = make_accelerator(recipe, Path(recipe.output_dir))
     tokenizer, data = read_data(recipe)
     base = read_base(recipe, tokenizer, data, accelerator.device)
-    pool, start = attach({"lora": lora, "full": full}[recipe.adapter.variant], base, recipe)
-    if pool and fill:
+    trained, start = attach({"lora": lora, "full": full}[recipe.adapter.variant], base, recipe)
+    if trained.layers and fill:
         with torch.no_grad():
-            pool.values.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
+            trained.values.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(recipe.seed)
     events: list[dict] = []
-    run = make_run(recipe, accelerator, base, data, pool, start, save=lambda run: None)
+    run = make_run(recipe, accelerator, base, data, trained, start, save=lambda run: None)
     run.emit = events.append
     run.model.train()
     return run
@@ -168,10 +168,10 @@ def in_double(recipe: Recipe) -> Run:
     """The same in fp64, and by ordinary operations: the truth for losses and gradients."""
     run = assembled(recipe.model_copy(update={"train": recipe.train.model_copy(update={"fused": False})}))
     run.model.eval().double()
-    old = run.pool.values
-    run.pool.adopt(old.detach().double(), run.pool.counts)
+    old = run.trained.values
+    run.trained.adopt(old.detach().double(), run.trained.counts)
     for group in run.optimizer.param_groups:
-        group["params"] = [run.pool.values if parameter is old else parameter for parameter in group["params"]]
+        group["params"] = [run.trained.values if parameter is old else parameter for parameter in group["params"]]
     return run
 
 

@@ -190,6 +190,10 @@ class Pool:
         for half, before, rate in changed:
             half.copy_(before.lerp(half, rate))
 
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the gradients to zero in place: those of all layers are views of one tensor."""
+        optimizer.zero_grad(set_to_none=False)
+
     # ------------------------------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device) -> Pool:

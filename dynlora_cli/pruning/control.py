@@ -202,3 +202,29 @@ class RankControl:
         self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))
         if self.brake:
             self.brake.go_on(*state["brake"].tolist())
+
+
+class NoControl:
+    """In the place of a `RankControl` where no component ever goes."""
+
+    schedule = Schedule(0, (), ())
+    rate_factor = 1.0
+    budget_met = True
+
+    def next_change(self, step: int) -> float:  # noqa: ARG002
+        return math.inf
+
+    def observe(self, step: int, targets: float = 1.0) -> None:
+        pass
+
+    def apply(self, step: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+
+Control = RankControl | NoControl

@@ -18,6 +18,7 @@ from dynlora_cli.lora.init import write_start
 from dynlora_cli.lora.pissa import layer_kind
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start, plan_start
+from dynlora_cli.lora.whole import WholeModel
 from dynlora_cli.models.experts import split
 from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.load import Base
@@ -46,7 +47,7 @@ def begin(
     data: Data,
     accelerator: Accelerator,
     counts: Mapping[str, int] | None = None,
-) -> tuple[Pool | None, Start | None]:
+) -> tuple[Pool | WholeModel, Start | None]:
     """Put components on the model, as many and with such values as the recipe says.
 
     Every process looks at the same batches, the first of the run; where rounding differs, the first process decides.
@@ -58,8 +59,8 @@ def begin(
         UsageError: loftq does not find a layer in the model's files.
     """
     if counts is not None or not variant.has_components:
-        pool, planned = attach(variant, base, recipe, counts)
-        return pool and pool.to(accelerator.device), planned
+        trained, planned = attach(variant, base, recipe, counts)
+        return trained.to(accelerator.device), planned
 
     def batches() -> Iterator[Batch]:
         rows = make_batches(recipe, data.train, base, shuffle=True)
@@ -77,7 +78,7 @@ def begin(
         wanted = start.counts if counts is None else counts
         inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
     pool, planned = attach(variant, base, recipe, counts)
-    assert pool is not None
+    assert isinstance(pool, Pool)
     pool.to(accelerator.device)
     write_start(pool, recipe, base, inputs)
     _from_the_first(pool.values.detach(), accelerator)
@@ -149,10 +150,9 @@ def plan_ranks(
 
 def attach(
     variant: Variant, base: Base, recipe: Recipe, counts: Mapping[str, int] | None = None
-) -> tuple[Pool | None, Start | None]:
+) -> tuple[Pool | WholeModel, Start | None]:
     """Put components on the model, with the values of the default start, or make all of it train."""
     if not variant.has_components:
-        base.model.requires_grad_(True)
-        return None, None
+        return WholeModel(base.model), None
     targets, start = plan_ranks(recipe, base, counts)
     return variant.attach(base.model, targets, start, recipe.adapter, recipe.seed), start

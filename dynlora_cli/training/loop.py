@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.evaluation.held_out_loss import held_out
@@ -21,9 +20,6 @@ from dynlora_cli.training.metrics import Window, count_step, log_window
 from dynlora_cli.training.rate_search import choose, search
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import LOWER_RATE, step
-
-if TYPE_CHECKING:
-    pass
 
 AUTOSAVE_SECONDS = 600.0
 
@@ -111,7 +107,7 @@ def _evaluate_and_judge(run: Run) -> None:
     """Evaluate and remember the best."""
     progress = run.progress
     # The best only competes once the budget is met, or it would be a larger adapter than was asked for.
-    competes = run.control is None or run.control.budget_met
+    competes = run.control.budget_met
     result = held_out_loss(run)
     best = competes and (progress.best is None or result["loss"] < progress.best["loss"])
     progress.last = result

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dynlora_cli.config.sections import Model
-    from dynlora_cli.lora.pool import Pool
+    from dynlora_cli.lora.whole import Trained
     from dynlora_cli.models.load import Base
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
@@ -104,7 +104,7 @@ class _Peak(TorchDispatchMode):
 
 def measure(
     base: Base,
-    attach: Callable[[], Pool | None],
+    attach: Callable[[], Trained],
     options: Model,
     device: torch.device,
     ids: tuple[int, int],
@@ -126,17 +126,17 @@ def measure(
         model.tie_weights()
         model.train()
         quantized = _quantized(base, options)
-        pool = attach()
-        trained = pool.others(model) if pool else [p for p in model.parameters() if p.requires_grad]
+        trains = attach()
+        trained: list[nn.Parameter] = [parameter for group in trains.groups(model) for parameter in group["params"]]
         for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        trained += [pool.values] if pool else []
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in (*trained, *model.parameters()) if p.grad is not None]
         tokens = torch.zeros(ids, dtype=torch.long, device=device)
         _step(base, tokens)  # the first pass of a model makes all logits, see kernels/linear_cross_entropy.py
         with _Peak(device, [*model.parameters(), *model.buffers(), *trained, *gradients, tokens]) as peak:
             _step(base, tokens)
-    leaves = set(map(id, pool.leaves)) if pool else set()
+    leaves = set(map(id, trains.leaves))
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in leaves]
     weights = _bytes(frozen) - _bytes(quantized) + round(_per_weight(options) * sum(p.numel() for p in quantized))
     largest = max((_bytes([p]) for p in quantized), default=0)  # one at a time is dequantized

@@ -42,7 +42,7 @@ def count_step(run: Run, record: dict[str, Any], seconds: float) -> None:
 
 
 def _alive(run: Run) -> dict[str, int]:
-    return {"step": run.progress.step, **(run.pool.alive() if run.pool else {})}
+    return {"step": run.progress.step, **run.trained.alive()}
 
 
 def log_window(run: Run, window: Window) -> None:

@@ -22,11 +22,11 @@ from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
-from dynlora_cli.data.load import Data
 from dynlora_cli.files.whole import remove, sync, whole_folder, write_json
+from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.find import quantization_of
 from dynlora_cli.models.fingerprint import fingerprint
-from dynlora_cli.models.load import Base, sees
+from dynlora_cli.models.load import sees
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.report.write import write_card, write_report
@@ -37,37 +37,34 @@ from dynlora_cli.training.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.lora.start import Start
 
 SCHEMA_VERSION = 1
 FOR_PEOPLE = ("report.html", "README.md")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
 
 
-def write_adapter_of(training: Run, base: Base, folder: Path) -> None:
+def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
     """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
-    assert training.pool is not None
-    experts = experts_of(training.pool)
+    base, experts = training.base, experts_of(pool)
     kind = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN)
     taken = taken_for_experts(base.model.config.model_type) if kind == PLAIN else frozenset()  # others stay
     config = lora_config(
-        {name: layer.terms * layer.count for name, layer in training.pool.layers.items()},
+        {name: layer.terms * layer.count for name, layer in pool.layers.items()},
         base_model=base.reference,
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
-        fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in training.pool.layers.values()),
+        fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in pool.layers.values()),
         modules_to_save=list(base.whole) or None,
         experts=experts,
-        as_parameters=ends_in(training.pool.layers.keys() - experts, taken),
+        as_parameters=ends_in(pool.layers.keys() - experts, taken),
     )
-    config, tensors = saved(kind, training.pool, config)
+    config, tensors = saved(kind, pool, config)
     for module in base.whole:
         tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
     write_adapter(folder, config, tensors)
 
 
-def write_checkpoint(training: Run, *, folder: Path, base: Base, run: str | None) -> None:
+def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
     """Write checkpoints/step-N and let `last`, and `best` where it is, name it.
 
     Without `train.save_steps` only those two are kept, and the one before the last, should that be damaged.
@@ -75,7 +72,6 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base, run: str | None
     Args:
         training: the run.
         folder: of it.
-        base: its model.
         run: its identity.
 
     Raises:
@@ -86,16 +82,16 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base, run: str | None
         run_folder.refuse_gone(folder)
         path = folder / run_folder.CHECKPOINTS / f"step-{progress.step}"
         with whole_folder(path) as temporary:
-            if training.pool:
-                write_adapter_of(training, base, temporary)
+            if isinstance(training.trained, Pool):
+                write_adapter_of(training, training.trained, temporary)
             position = {
                 "run": run,
                 "progress": dataclasses.asdict(progress),
-                "counts": training.pool.counts if training.pool else {},
-                "parameters": training.pool.parameters if training.pool else 0,
+                "counts": training.trained.counts,
+                "parameters": training.trained.parameters,
                 "scaler": training.accelerator.scaler.state_dict() if training.accelerator.scaler else None,
             }
-            averages = training.control.state_dict() if training.control else {}
+            averages = training.control.state_dict()
             write_state(temporary, training.parameters, training.optimizer, averages, position)
         run_folder.point(folder, "last", progress.step)
         if progress.best and progress.best["step"] == progress.step:
@@ -107,7 +103,7 @@ def write_checkpoint(training: Run, *, folder: Path, base: Base, run: str | None
         training.emit({"event": "checkpoint", "step": progress.step, "path": str(path)})
 
 
-def write_root(folder: Path, training: Run, base: Base) -> str:
+def write_root(folder: Path, training: Run) -> str:
     """Adapter (or model) and tokenizer in the root of the run folder.
 
     Returns:
@@ -120,19 +116,13 @@ def write_root(folder: Path, training: Run, base: Base) -> str:
     if best is not None:
         position, tensors = read_state(best)
         restore(tensors, training.parameters, training.optimizer)
-        if training.pool:
-            training.pool.stand_after(position["progress"]["step"], training.total_steps)
+        training.trained.stand_after(position["progress"]["step"], training.total_steps)
     if training.accelerator.is_main_process:
-        base.tokenizer.save_pretrained(folder)
-        if training.pool is None:
-            base.model.save_pretrained(folder)
+        training.base.tokenizer.save_pretrained(folder)
+        if isinstance(training.trained, Pool):
+            _put_adapter(training, training.trained, folder)
         else:
-            with whole_folder(folder / "adapter") as temporary:
-                write_adapter_of(training, base, temporary)
-            (folder / CONFIG).unlink(missing_ok=True)  # so that no old one stands beside new weights
-            for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
-                path.replace(folder / path.name)
-            (folder / "adapter").rmdir()
+            training.model.save_pretrained(folder)
         for path in folder.iterdir():
             if path.is_file():
                 sync(path)
@@ -140,9 +130,19 @@ def write_root(folder: Path, training: Run, base: Base) -> str:
     return "last" if best is None else "best"
 
 
+def _put_adapter(training: Run, pool: Pool, folder: Path) -> None:
+    """Write the adapter beside a run's root and move it there, its config last."""
+    with whole_folder(folder / "adapter") as temporary:
+        write_adapter_of(training, pool, temporary)
+    (folder / CONFIG).unlink(missing_ok=True)  # so that no old one stands beside new weights
+    for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
+        path.replace(folder / path.name)
+    (folder / "adapter").rmdir()
+
+
 def finish(folder: Path, record: dict[str, Any], training: Run, summary: dict[str, Any]) -> None:
     """Complete dynlora.json, and make the report and the model card from it."""
-    layers = training.pool.layers if training.pool else {}
+    layers = training.trained.layers
     record |= {
         "scale": next(iter(layers.values())).scale if layers else None,
         "layers": {
@@ -188,12 +188,10 @@ def identity(before: Mapping[str, Any] | None) -> str | None:
     return uuid.uuid4().hex if before is None else before.get("run_id")
 
 
-def start_record(
-    recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None, run: str | None
-) -> dict[str, Any]:
-    """dynlora.json as far as it is known before training."""
-    template = base.tokenizer.chat_template
-    schedule = training.control.schedule if training.control else None
+def start_record(training: Run, run: str | None) -> dict[str, Any]:
+    """dynlora.json as far as it is known before training; `run` is the run's identity."""
+    recipe, base, data, start = training.recipe, training.base, training.data, training.start
+    template, schedule = base.tokenizer.chat_template, training.control.schedule
     budget = {
         "requested": recipe.rank.budget,
         "parameters": start.limit if start else None,
@@ -217,7 +215,7 @@ def start_record(
             "quantization": quantization_of(base.folder),
         },
         "budget": budget if start else None,
-        "history": list(zip(schedule.steps, schedule.targets, strict=True)) if schedule else [],
+        "history": list(zip(schedule.steps, schedule.targets, strict=True)),
         "recipe": recipe.model_dump(mode="json"),
         "recipe_yaml": to_yaml(recipe),
         "data": {
@@ -242,17 +240,17 @@ def start_record(
     }
 
 
-def start_event(recipe: Recipe, training: Run, base: Base, data: Data, start: Start | None) -> dict[str, Any]:
+def start_event(training: Run) -> dict[str, Any]:
     """What is about to be trained, for the console."""
-    pool = training.pool
-    prunes = training.control is not None and bool(training.control.schedule.steps)
+    recipe, base, data, start = training.recipe, training.base, training.data, training.start
+    trained = training.trained
     facts = {
         "name": Path(recipe.output_dir).name,
         "output_dir": recipe.output_dir,
         "model": recipe.model.name_or_path,
         "task": recipe.model.task,
         "variant": recipe.adapter.variant,
-        "policy": recipe.pruning.policy if prunes else None,
+        "policy": recipe.pruning.policy if training.control.schedule.steps else None,
         "device": _device_name(training.accelerator.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "steps": training.total_steps,
@@ -261,37 +259,38 @@ def start_event(recipe: Recipe, training: Run, base: Base, data: Data, start: St
         "val_rows": len(data.val),
         "supervised_tokens": None if data.labels else data.counts["train"]["supervised"],
         "trainable_parameters": sum(parameter.numel() for parameter in training.parameters),
-        "components": pool.components if pool else None,
-        "parameters": pool.parameters if pool else None,
+        "components": trained.components or None,
+        "parameters": trained.parameters or None,
         "budget_parameters": start.limit if start else None,
-        "scale": next(iter(pool.layers.values())).scale if pool else None,
+        "scale": next(iter(trained.layers.values())).scale if trained.layers else None,
         "held_out": [result for result in (training.progress.first, training.progress.last) if result],
     }
     layers = [
         {"name": name, "d_in": layer.in_features, "d_out": layer.out_features, "components": layer.count}
-        for name, layer in (pool.layers.items() if pool else ())
+        for name, layer in trained.layers.items()
     ]
     example = show_example(data.train[0], base.tokenizer, data.labels)
     return {"event": "start", "run": facts, "layers": layers, "notes": data.notes, "example": example}
 
 
-def summarize(recipe: Recipe, training: Run, start: Start | None, folder: Path, kind: str) -> dict[str, Any]:
+def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
     """What came out; the same dict is printed, returned with --json and kept in dynlora.json.
 
     Args:
+        training: the run, at its end.
+        folder: of it.
         kind: "last" or "best", whichever the root of the run folder holds.
     """
-    progress, pool = training.progress, training.pool
+    recipe, progress, trained, start = training.recipe, training.progress, training.trained, training.start
     first = progress.first or {}
     last = (progress.best if kind == "best" else progress.last) or {}
-    weights = folder / ("adapter_model.safetensors" if pool else "model.safetensors")
-    prunes = training.control is not None and bool(training.control.schedule.steps)
+    weights = folder / ("adapter_model.safetensors" if trained.layers else "model.safetensors")
     summary: dict[str, Any] = {
         "ok": True,
         "output_dir": recipe.output_dir,
         "model": recipe.model.name_or_path,
         "variant": recipe.adapter.variant,
-        "policy": recipe.pruning.policy if prunes else None,
+        "policy": recipe.pruning.policy if training.control.schedule.steps else None,
         "steps": progress.step,
         "learning_rate": progress.learning_rate,
         "rates_tried": progress.rates_tried,
@@ -301,16 +300,16 @@ def summarize(recipe: Recipe, training: Run, start: Start | None, folder: Path, 
     for name in ("accuracy", "perplexity"):
         if name in last:
             summary |= {f"{name}_before": first.get(name), f"{name}_after": last[name]}
-    summary["parameters"] = pool.parameters if pool else sum(parameter.numel() for parameter in training.parameters)
-    if pool and start:
+    summary["parameters"] = trained.parameters or sum(parameter.numel() for parameter in training.parameters)
+    if start:
         summary |= {
             "parameters_start": start.parameters,
             "budget_parameters": start.limit,
-            "average_rank": start.rank_of(pool.parameters),
+            "average_rank": start.rank_of(trained.parameters),
             "components_start": sum(start.counts.values()),
-            "components": pool.components,
-            "ranks": dict(pool.counts),
-            "importance": {name: layer.energy() for name, layer in pool.layers.items()},
+            "components": trained.components,
+            "ranks": dict(trained.counts),
+            "importance": {name: layer.energy() for name, layer in trained.layers.items()},
         }
     return summary | {
         "seconds": progress.seconds,

@@ -100,8 +100,7 @@ def _trial(run: Run, rate: float, interrupted: Callable[[], bool]) -> float:
     losses = []
     for number in range(min(STEPS, run.total_steps)):
         micro_batches = run.batches.step(*divmod(number, run.batches.steps_per_epoch))
-        if run.pool:
-            run.pool.begin_step(number + 1, run.total_steps)
+        run.trained.begin_step(number + 1, run.total_steps)
         (supervised,) = run.total(sum(batch.supervised for batch in micro_batches))
         loss, stop_votes = run.total(sum(backward(run, batch, supervised) for batch in micro_batches), interrupted())
         if stop_votes:
@@ -129,4 +128,4 @@ def _restore(run: Run, start: list[torch.Tensor]) -> None:
         for parameter, value in zip(run.parameters, start, strict=True):
             parameter.copy_(value)
     forget_steps(run.optimizer)
-    run.optimizer.zero_grad(set_to_none=run.pool is None)
+    run.trained.zero_grad(run.optimizer)

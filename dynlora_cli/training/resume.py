@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.surgery import swap
-from dynlora_cli.models.find import find_model
 from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
@@ -64,17 +65,23 @@ def find_checkpoint(
     raise UsageError(f"{folder} holds no complete checkpoint to resume from{lines}", "start anew with --overwrite")
 
 
-def writing(checkpoint: Path | None, accelerator: Accelerator) -> Writing:
-    """How the run began to write its rows, in all processes alike."""
-    first = [Writing.of(run_folder.read_record(run_folder.run_of(checkpoint))) if checkpoint else Writing()]
+def writing(before: Mapping[str, Any] | None, accelerator: Accelerator) -> Writing:
+    """How a run writes its rows: as its record says that it began to; in all processes alike."""
+    first = [Writing() if before is None else Writing.of(before)]
     if accelerator.num_processes > 1:
         broadcast_object_list(first)
     return first[0]
 
 
-def same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
-    """Refuse to resume on other rows or weights: the steps already done would not be the ones on record."""
-    before, (model, _) = run_folder.read_record(folder), find_model(recipe.model)
+def same_inputs(folder: Path, before: Mapping[str, Any], data: Data, model: Path) -> None:
+    """Refuse to resume on other rows or weights: the steps already done would not be the ones on record.
+
+    Args:
+        folder: of the run that goes on.
+        before: its record.
+        data: its rows, as they are now.
+        model: the folder of its base model.
+    """
     if before["data"]["sha256"] != data.sha256:
         raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
     if changed_since(before["base_model"]["fingerprint"], model):
@@ -84,30 +91,20 @@ def same_inputs(folder: Path, data: Data, recipe: Recipe) -> None:
 def go_back_to(checkpoint: Path, training: Run, folder: Path, record: dict[str, Any]) -> None:
     """Put the run, and the files in its folder, where they were at a checkpoint."""
     position, tensors = read_state(checkpoint)
-    if training.pool:
+    if isinstance(training.trained, Pool):
         empty = torch.zeros(position["parameters"], device=training.accelerator.device)
-        swap(training.pool, training.optimizer, empty, position["counts"], {})
+        swap(training.trained, training.optimizer, empty, position["counts"], {})
     averages = restore(tensors, training.parameters, training.optimizer)
-    if training.control:
-        training.control.load_state_dict(averages)
+    training.control.load_state_dict(averages)
     if training.accelerator.scaler:
         training.accelerator.scaler.load_state_dict(position["scaler"])
     training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))
-    if training.pool:
-        training.pool.stand_after(training.progress.step, training.total_steps)
+    training.trained.stand_after(training.progress.step, training.total_steps)
     if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
         torch.manual_seed(training.recipe.seed + rank + 1_000_003 * training.progress.step)
     best = _best_so_far(checkpoint, training.progress, record)
     if training.accelerator.is_main_process:
         run_folder.rewind(folder, checkpoint, best, record)
-
-
-def first_counts(checkpoint: Path | None) -> dict[str, int] | None:
-    """The components that a run began with, for one that goes on; None for a new one."""
-    if checkpoint is None:
-        return None
-    budget = run_folder.read_record(run_folder.run_of(checkpoint))["budget"]
-    return budget and budget["start_components"]
 
 
 def _best_so_far(checkpoint: Path, progress: Progress, record: dict[str, Any]) -> Path | None:

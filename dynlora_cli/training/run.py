@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.data.batches import Batches
+    from dynlora_cli.data.load import Data
     from dynlora_cli.execution.modes.cuda_graphs import BlockGraphs
-    from dynlora_cli.lora.pool import Pool
-    from dynlora_cli.pruning.control import RankControl
+    from dynlora_cli.lora.start import Start
+    from dynlora_cli.lora.whole import Trained
+    from dynlora_cli.models.load import Base
+    from dynlora_cli.pruning.control import Control
 
 
 @dataclass
@@ -57,19 +61,24 @@ class Run:
     """Everything the loop works with.
 
     Attributes:
+        base, data: the frozen model and its tokenizer; the rows.
+        trained: components in a `Pool`, or the whole model.
+        start: how many components there were at first, and the budget; None for a whole model.
+        control: prunes; without components, `NoControl`.
         parameters: everything that trains; with components, the pool's flat tensor comes first.
-        pool, control: None for full fine-tuning.
-        emit: takes every event, see runs/report/write.py.
+        emit: takes every event, see runs/events.py.
         save: writes a checkpoint of the present state.
         graphs: recordings of the blocks, where the recipe asks for them.
     """
 
     recipe: Recipe
     accelerator: Accelerator
-    model: nn.Module
+    base: Base
+    data: Data
+    trained: Trained
+    start: Start | None
     optimizer: torch.optim.Optimizer
-    pool: Pool | None
-    control: RankControl | None
+    control: Control
     batches: Batches
     val_batches: Batches | None
     total_steps: int
@@ -77,6 +86,10 @@ class Run:
     emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
     graphs: BlockGraphs | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.base.model
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -26,13 +26,14 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
 from dynlora_cli.lora.start import Start
+from dynlora_cli.lora.whole import Trained
 from dynlora_cli.models.experts import fused_experts
 from dynlora_cli.models.find import find_model
 from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
 from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.models.targets import group_names, layers_left_out, text_part
 from dynlora_cli.models.tokenizer import context_length, load_tokenizer, refuse_fixed_lengths, table_rows
-from dynlora_cli.pruning.control import RankControl
+from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import Brake
 from dynlora_cli.tasks.loss import evaluating, summed_loss
@@ -182,20 +183,21 @@ def make_run(
     accelerator: Accelerator,
     base: Base,
     data: Data,
-    pool: Pool | None,
+    trained: Trained,
     start: Start | None,
     *,
     save: Callable[[Run], None],
 ) -> Run:
     """Optimizer, rank control and batches around the model."""
-    optimizer = _optimizer(recipe, base, pool)
+    groups = trained.groups(base.model)
+    optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
     batches = make_batches(recipe, data.train, base, shuffle=True, accelerator=accelerator)
     steps = total_steps(recipe, batches)
-    control = None
-    if pool and start:
+    control: Control = NoControl()
+    if start and isinstance(trained, Pool):
         data.notes += too_short(steps, start)
         control = RankControl(
-            pool,
+            trained,
             optimizer,
             cast("Policy", plugins.load("policies", recipe.pruning.policy)),
             make_schedule(recipe, steps, start),
@@ -205,19 +207,21 @@ def make_run(
             probe=None if start.open else _probe(recipe, accelerator, base, data),
             brake=_brake(recipe, accelerator, base, data) if start.open else None,
         )
-    fused = {name: layer for name, layer in pool.layers.items() if layer.fuse and not layer.dropout} if pool else {}
-    if pool and fused and not recipe.train.compile:
+    fused = {name: layer for name, layer in trained.layers.items() if layer.fuse and not layer.dropout}
+    if fused and not recipe.train.compile:
         batch = batches.step(0, 0)[0].to(accelerator.device)
         with evaluating(base.model), accelerator.autocast():
-            pool.sharing = share_inputs(fused, lambda: summed_loss(base.model, batch))
+            trained.sharing = share_inputs(fused, lambda: summed_loss(base.model, batch))
     val = data.val[: recipe.eval.max_samples]
     rate = recipe.train.learning_rate
     return Run(
         recipe=recipe,
         accelerator=accelerator,
-        model=base.model,
+        base=base,
+        data=data,
+        start=start,
+        trained=trained,
         optimizer=optimizer,
-        pool=pool,
         control=control,
         batches=batches,
         val_batches=make_batches(recipe, val, base, shuffle=False, accelerator=accelerator) if val else None,
@@ -225,13 +229,6 @@ def make_run(
         save=save,
         progress=Progress(learning_rate=None if rate == "auto" else rate),
     )
-
-
-def _optimizer(recipe: Recipe, base: Base, pool: Pool | None) -> torch.optim.Optimizer:
-    """Steps the pool, whose rate is coupled to what is alive, and whatever else trains (a head, or all)."""
-    whole = [{"params": [p for p in base.model.parameters() if p.requires_grad], "coupled": False}]
-    groups = pool.groups(base.model) if pool else whole
-    return make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
 
 
 def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +45,7 @@ def not_finite(what: str, batches: list[Batch]) -> MeasureError:
 
 def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
     """Add the variant's penalty, reduce over processes and unscale; the norm, or None where fp16 overflowed."""
-    penalty = run.pool.penalty() if run.pool else None
+    penalty = run.trained.penalty()
     if penalty is not None:
         run.accelerator.backward(penalty / run.accelerator.num_processes)
     for parameter in run.parameters:
@@ -55,8 +54,7 @@ def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float 
     scaler = run.accelerator.scaler
     if scaler is not None:
         scaler.unscale_(run.optimizer)
-    if run.pool:
-        run.pool.settle_gradient()
+    run.trained.settle_gradient()
     gradients = [p.grad for p in run.parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     if math.isfinite(norm):
@@ -77,17 +75,14 @@ def clip(run: Run, norm: float) -> None:
 def update(run: Run, *, skipped: bool) -> None:
     """Let the optimizer step, and the layers after it; `skipped` where fp16 overflowed and the scaler will not step."""
     scaler = run.accelerator.scaler
-    ratio = run.recipe.train.lora_plus_ratio or 1.0
-    with run.pool.rates_of_a_and_b(ratio) if run.pool else nullcontext():
+    with run.trained.rates_of_a_and_b(run.recipe.train.lora_plus_ratio or 1.0):
         if scaler is not None:
             scaler.step(run.optimizer)
             scaler.update()
         else:
             run.optimizer.step()
-    if run.pool:
-        run.pool.after_update(0.0 if skipped else run.optimizer.param_groups[0]["lr"])
-    # Zeroed in place: the gradients of all layers are views of one tensor.
-    run.optimizer.zero_grad(set_to_none=run.pool is None)
+    run.trained.after_update(0.0 if skipped else run.optimizer.param_groups[0]["lr"])
+    run.trained.zero_grad(run.optimizer)
 
 
 def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -98,10 +93,9 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     """
     number = run.progress.step + 1
     supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
-    if run.pool:
-        run.pool.begin_step(number, run.total_steps)
+    run.trained.begin_step(number, run.total_steps)
     if run.graphs:
-        last = min(run.total_steps, run.control.next_change(number) if run.control else math.inf)
+        last = min(run.total_steps, run.control.next_change(number))
         run.graphs.passes_left = int(last - number + 1) * len(micro_batches)
     losses = [backward(run, batch, supervised) for batch in micro_batches]
     if number < run.total_steps:  # a GPU is still at work on the gradient
@@ -115,14 +109,13 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     assert run.progress.learning_rate is not None
     rate = run.progress.learning_rate * rate_share(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
-        if run.control:
-            run.control.observe(number, supervised)
+        run.control.observe(number, supervised)
         clip(run, norm)
-    factor = run.control.rate_factor if run.control else 1.0
+    factor = run.control.rate_factor
     for group in run.optimizer.param_groups:
         group["lr"] = rate * (factor if group["coupled"] else 1.0)
     update(run, skipped=norm is None)
-    event = run.control.apply(number) if run.control else None
+    event = run.control.apply(number)
     if event:
         check_same_ranks(run, number)
         run.emit(event)
@@ -142,9 +135,9 @@ def check_same_ranks(run: Run, number: int) -> None:
         DynloraError: they differ, so the next all-reduce would add gradients of different components.
     """
     processes = run.accelerator.num_processes
-    if processes == 1 or run.pool is None:
+    if processes == 1:
         return
-    counts = torch.tensor(list(run.pool.counts.values()), device=run.accelerator.device)
+    counts = torch.tensor(list(run.trained.counts.values()), device=run.accelerator.device)
     # n·Σx² = (Σx)² only where all x are equal, so every process comes to the same verdict.
     total, squares = run.reduce(torch.stack([counts, counts * counts]))
     if not torch.equal(processes * squares, total * total):

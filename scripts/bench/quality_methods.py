@@ -180,7 +180,7 @@ def _fit(ground: Ground, pool: Pool, start: Start) -> Result:
     recipe, unmeasured = ground.recipe, replace(ground.data, val=[])
     accelerator = make_accelerator(recipe, Path(recipe.output_dir))
     training = make_run(recipe, accelerator, ground.base, unmeasured, pool, start, save=lambda _: None)
-    assert training.control is not None
+    assert training.start is not None
     training.control.probe = None
     started = time.perf_counter()
     loop.fit(training)

@@ -193,13 +193,13 @@ def test_without_pruning_it_trains_as_peft_does(tmp_path, scaling, kind):
     config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", use_rslora=scaling == "rslora",
                         fan_in_fan_out=kind == "gpt2")  # fmt: skip
     model = get_peft_model(model, config)
-    for name, layer in run.pool.layers.items():
+    for name, layer in run.trained.layers.items():
         theirs = model.base_model.model.get_submodule(name)
         theirs.lora_A["default"].weight.data.copy_(layer.a_CI)
         assert theirs.scaling["default"] == pytest.approx(layer.scale)
         assert not theirs.lora_B["default"].weight.any()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert sum(parameter.numel() for parameter in trained) == run.pool.parameters
+    assert sum(parameter.numel() for parameter in trained) == run.trained.parameters
     optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.1)
 
     ours, theirs = [], []

@@ -74,23 +74,23 @@ def test_in_bf16_gradients_reach_the_pool_through_its_copies(setting, tmp_path, 
         how = f"train.compile={str(compiled).lower()}"
         run = assembled(make_recipe(tmp_path, "model.dtype=bfloat16", "adapter.alpha=1", setting, how))
         with torch.no_grad():
-            run.pool.halves()[1].normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+            run.trained.halves()[1].normal_(std=0.02, generator=torch.Generator().manual_seed(1))
         if compiled:
-            compiling.compile_blocks(run.model, run.pool)
+            compiling.compile_blocks(run.model, run.trained)
         for keep_every in (None, 2):
             if keep_every:
-                shrink(run.pool, run.optimizer, torch.arange(run.pool.components) % keep_every == 0)
-            place = run.pool.values.grad.data_ptr()
+                shrink(run.trained, run.optimizer, torch.arange(run.trained.components) % keep_every == 0)
+            place = run.trained.values.grad.data_ptr()
             for batch in run.batches.step(0, 0):
                 with run.accelerator.autocast():
                     summed_loss(run.model, batch).backward()
-            assert run.pool.values.grad.data_ptr() == place, "added to what the layers' gradients are views of"
-            found.append(run.pool.values.grad.clone())
-            run.pool.values.grad.zero_()
+            assert run.trained.values.grad.data_ptr() == place, "added to what the layers' gradients are views of"
+            found.append(run.trained.values.grad.clone())
+            run.trained.values.grad.zero_()
     (first, second), (other_first, other_second) = found[:2], found[2:]
     for ours, plain in ((other_first, first), (other_second, second)):
         assert (ours - plain).norm() < 0.02 * plain.norm()
-    size_a = run.pool.halves()[0].numel()
+    size_a = run.trained.halves()[0].numel()
     assert (second[:size_a] == 0).all() == (other_second[:size_a] == 0).all() == (setting == "adapter.freeze_a=true")
 
 

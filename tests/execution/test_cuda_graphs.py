@@ -80,9 +80,9 @@ def learn(recipe, *, recorded: bool, steps: int = 12, autocast: bool = False):
     run = assembled(recipe)
     notes: list[str] = []
     if recipe.train.compile:
-        compiling.compile_blocks(run.model, run.pool)
+        compiling.compile_blocks(run.model, run.trained)
     if recorded:
-        run.graphs = BlockGraphs(run.model, run.pool, notes.append, static_replays)
+        run.graphs = BlockGraphs(run.model, run.trained, notes.append, static_replays)
     losses = []
     for number in range(steps):
         losses.append(step(run, run.batches.step(*divmod(number, run.batches.steps_per_epoch)))["loss"])
@@ -130,7 +130,7 @@ def test_every_way_to_run_it_learns_the_same(settings, tmp_path):
     usual, before, _ = learn(recipe, recorded=False)
     played, run, notes = learn(recipe, recorded=True)
     assert played == (pytest.approx(usual, rel=1e-3) if "bfloat16" in str(settings) else same_curve(usual))
-    torch.testing.assert_close(run.pool.values, before.pool.values, rtol=1e-2, atol=2e-3)
+    torch.testing.assert_close(run.trained.values, before.trained.values, rtol=1e-2, atol=2e-3)
     assert run.graphs.recorded > 0
     assert not notes
 
@@ -160,7 +160,7 @@ def test_a_stretch_ends_where_a_block_is_given_more_than_the_one_before_returned
 def run(tmp_path):
     run = assembled(make_recipe(tmp_path, "train.cuda_graphs=true", "dataset.packing=true", "dataset.max_length=64"))
     run.notes = []
-    run.graphs = BlockGraphs(run.model, run.pool, run.notes.append, static_replays)
+    run.graphs = BlockGraphs(run.model, run.trained, run.notes.append, static_replays)
     return run
 
 
@@ -174,13 +174,13 @@ def test_an_event_ends_a_recording_and_the_next_one_holds_what_is_left(run):
     take(run, 4)
     before = run.graphs.recorded
     assert before > 0
-    assert not run.pool.graphs, "no graph of the recording keeps components from going"
-    shrink(run.pool, run.optimizer, torch.arange(run.pool.components) % 2 == 0)
-    left = run.pool.values.detach().clone()
+    assert not run.trained.graphs, "no graph of the recording keeps components from going"
+    shrink(run.trained, run.optimizer, torch.arange(run.trained.components) % 2 == 0)
+    left = run.trained.values.detach().clone()
     assert run.graphs.recorded == before
     take(run, 4)
     assert run.graphs.recorded == 2 * before
-    assert not torch.equal(run.pool.values, left)
+    assert not torch.equal(run.trained.values, left)
 
 
 def test_nothing_is_recorded_that_would_not_be_played_often_enough(run, monkeypatch):
@@ -200,9 +200,9 @@ def test_evaluation_and_a_graph_that_is_alive_are_as_without(run):
     loss = summed_loss(run.model, batch)
     assert loss.item() / batch.supervised == same_loss(before)
     with pytest.raises(DynloraError, match="autograd graph"):
-        shrink(run.pool, run.optimizer, torch.arange(run.pool.components) > 0)
+        shrink(run.trained, run.optimizer, torch.arange(run.trained.components) > 0)
     del loss
-    shrink(run.pool, run.optimizer, torch.arange(run.pool.components) > 0)
+    shrink(run.trained, run.optimizer, torch.arange(run.trained.components) > 0)
 
 
 def test_what_cuda_cannot_record_ends_the_run_with_a_way_on(run):
@@ -223,7 +223,7 @@ def test_what_no_recording_can_hold_is_said_and_training_goes_on(run, monkeypatc
     usual = assembled(run.recipe)
     take(usual, 4)
     take(run, 4)
-    assert torch.equal(run.pool.values, usual.pool.values)
+    assert torch.equal(run.trained.values, usual.trained.values)
     assert run.notes == [
         "train.cuda_graphs: LlamaForCausalLM cannot be recorded (its blocks are given or return a NoneType); "
         "it goes on as usual"
@@ -348,7 +348,7 @@ def test_recordings_of_what_has_gone_are_gone(run):
     (stretches_, _), *_ = run.graphs._recordings.values()
     stretch = weakref.ref(stretches_[0])
     del stretches_
-    shrink(run.pool, run.optimizer, torch.arange(run.pool.components) % 2 == 0)
+    shrink(run.trained, run.optimizer, torch.arange(run.trained.components) % 2 == 0)
     run.graphs._forget_gone()
     assert stretch() is None
 

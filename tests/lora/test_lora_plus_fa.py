@@ -25,9 +25,9 @@ from toy import fill, make
 def one_step(tmp_path, *overrides):
     """The change of all A and of all B in the first step that has a rate, and the run."""
     run = assembled(make_recipe(tmp_path, *overrides))
-    before = [half.clone() for half in run.pool.halves()]
+    before = [half.clone() for half in run.trained.halves()]
     step(run, run.batches.step(0, 0))
-    return *(half - old for half, old in zip(run.pool.halves(), before, strict=True)), run
+    return *(half - old for half, old in zip(run.trained.halves(), before, strict=True)), run
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def test_the_ratio_is_that_of_two_parameter_groups(tmp_path):
     """Over several steps, against AdamW with a rate for each."""
     recipe = make_recipe(tmp_path, "train.lora_plus_ratio=4", "train.weight_decay=0.1", "rank.init=2")
     run = assembled(recipe)
-    a, b = (nn.Parameter(half.clone()) for half in run.pool.halves())
+    a, b = (nn.Parameter(half.clone()) for half in run.trained.halves())
     groups = torch.optim.AdamW([{"params": [a]}, {"params": [b]}], weight_decay=0.1)
     inner = run.optimizer.step
 
     def both():
-        gradients = run.pool.values.grad.split([a.numel(), b.numel()])
+        gradients = run.trained.values.grad.split([a.numel(), b.numel()])
         a.grad, b.grad = (gradient.clone() for gradient in gradients)
         rate = run.optimizer.param_groups[0]["lr"]
         groups.param_groups[0]["lr"], groups.param_groups[1]["lr"] = rate, 4 * rate
@@ -62,7 +62,7 @@ def test_the_ratio_is_that_of_two_parameter_groups(tmp_path):
     for index in range(4):
         step(run, run.batches.step(0, index))
         run.progress.step += 1
-    for half, expected in zip(run.pool.halves(), (a, b), strict=True):
+    for half, expected in zip(run.trained.halves(), (a, b), strict=True):
         assert_close_to_truth(half, expected.detach().double(), terms=4 * 8)  # four steps of the same arithmetic
 
 
@@ -170,8 +170,8 @@ def test_neither_momentum_nor_weight_decay_move_a(optimizer, tmp_path):
     assert b.any()
     free, _, _ = one_step(tmp_path, *overrides, "adapter.freeze_a=false")
     assert free.any()
-    state = run.optimizer.state[run.pool.values]
-    assert state.get("exp_avg", state.get("state1")).numel() == run.pool.parameters, "they exist, as zeros"
+    state = run.optimizer.state[run.trained.values]
+    assert state.get("exp_avg", state.get("state1")).numel() == run.trained.parameters, "they exist, as zeros"
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])

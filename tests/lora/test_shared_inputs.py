@@ -219,7 +219,7 @@ def test_blocks_that_read_the_same_stay_apart(tmp_path):
     targets = "adapter.target_modules=[EncDecAttention.k,EncDecAttention.v]"
     settings = ["model.task=seq2seq-lm", targets, "train.gradient_checkpointing=true", "dataset.max_length=64"]
     run = assembled(make_recipe(tmp_path, *settings, kind="t5"))
-    assert [len(group.layers) for group in run.pool.sharing] == [2, 2]
+    assert [len(group.layers) for group in run.trained.sharing] == [2, 2]
     step(run, run.batches.step(0, 0))
 
 
@@ -258,8 +258,8 @@ def test_every_architecture_learns_the_same(kind, checkpointing, tmp_path, monke
     losses: list[list[float]] = [[], []]
     for found, shared in zip(losses, (False, True), strict=True):
         run = assembled(recipe)
-        sizes = [len(group.layers) for group in run.pool.sharing]
-        for layer in run.pool.layers.values() if not shared else ():
+        sizes = [len(group.layers) for group in run.trained.sharing]
+        for layer in run.trained.layers.values() if not shared else ():
             layer.shared = None
         for number in range(6):
             found.append(step(run, run.batches.step(*divmod(number, run.batches.steps_per_epoch)))["loss"])
@@ -275,4 +275,4 @@ def test_where_nothing_is_fused_nobody_listens(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(Heads, "use", True)
     monkeypatch.setattr(setup, "share_inputs", None)
     run = assembled(make_recipe(tmp_path, setting))
-    assert run.pool.sharing == []
+    assert run.trained.sharing == []

@@ -164,7 +164,7 @@ def test_orthogonal_rows_have_the_defaults_size(folder):
     recipe = make_recipe(folder, "adapter.init_weights=orthogonal")
     base, data, accelerator = base_of(recipe)
     pool, _ = begin(recipe, plugins.load("variants", "lora"), base, data, accelerator)
-    default = assembled(make_recipe(folder), fill=False).pool
+    default = assembled(make_recipe(folder), fill=False).trained
     for name, layer in pool.layers.items():
         a_CI = layer.a_CI.double()
         assert_close_to_truth(a_CI @ a_CI.T, torch.eye(8).double() / 3, terms=2 * 32, dtype=torch.float32)

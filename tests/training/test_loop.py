@@ -86,7 +86,7 @@ def test_every_supervised_token_weighs_the_same(tmp_path):
         logits = exact.model(**batch.inputs).logits.flatten(0, 1)
         total = total + torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum")
     (total / sum(targets)).backward()
-    assert relative(found, exact.pool.values.grad) < ROUNDING
+    assert relative(found, exact.trained.values.grad) < ROUNDING
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # positions are relative in one and absolute in the other
@@ -129,7 +129,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tmp_path, kind):
         forwards = []
         blocks[0].mlp.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))
         seen.append((*gradient(run), len(forwards)))
-        run.pool.refuse_live_graphs()
+        run.trained.refuse_live_graphs()
     (loss, found, once), *others = seen
     assert once == 2  # micro-batches
     for other_loss, other, twice in others:
@@ -182,8 +182,8 @@ def test_bfloat16_trains_with_a_float32_pool(tmp_path):
     assert summary["loss_after"] < summary["loss_before"] - 0.1
     run = assembled(recipe)
     step(run, run.batches.step(0, 0))
-    state = run.optimizer.state[run.pool.values]
-    assert {run.pool.values.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
+    state = run.optimizer.state[run.trained.values]
+    assert {run.trained.values.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
 
 
 # -- rate, clipping, decay -------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_the_rate_follows_what_is_alive(tmp_path):
 
 def test_the_rate_of_a_head_is_not_coupled(tmp_path):
     run = assembled(make_recipe(tmp_path, "train.lr_scheduler=constant", "train.warmup_ratio=0", kind="bert"))
-    run.control.start_parameters = 4 * run.pool.parameters
+    run.control.start_parameters = 4 * run.trained.parameters
     step(run, run.batches.step(0, 0))
     assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([1e-2, 5e-3])
 
@@ -235,7 +235,9 @@ def taken(run):
     """The gradient that the optimizer was given, and the norm that was reported."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_module, "update", lambda run, skipped: found.update(norm=run.pool.values.grad.norm().item()))
+        patch.setattr(
+            step_module, "update", lambda run, skipped: found.update(norm=run.trained.values.grad.norm().item())
+        )
         return found, step(run, run.batches.step(0, 0))["grad_norm"]
 
 
@@ -255,7 +257,7 @@ def test_scores_are_taken_before_clipping(tmp_path):
     for limit in ("null", "0.001"):
         run = assembled(make_recipe(tmp_path, f"train.max_grad_norm={limit}", "pruning.start=0"))
         step(run, run.batches.step(0, 0))
-        observed.append(run.control.gradients.square(run.pool))
+        observed.append(run.control.gradients.square(run.trained))
     assert observed[0].abs().sum() > 0
     assert torch.equal(*observed)
 
@@ -265,9 +267,9 @@ def test_weight_decay_shrinks_what_trains(tmp_path):
     for decay in (0.0, 0.5):
         settings = ["train.warmup_ratio=0", f"train.weight_decay={decay}"]
         run = assembled(make_recipe(tmp_path, *settings))
-        before = run.pool.values.detach().clone()
+        before = run.trained.values.detach().clone()
         step(run, run.batches.step(0, 0))
-        values.append(run.pool.values.detach().clone())
+        values.append(run.trained.values.detach().clone())
     assert_close_to_truth(values[1], values[0].double() - 5e-3 * 0.5 * before.double(), terms=8)
 
 
@@ -278,7 +280,7 @@ def test_processes_that_hold_other_ranks_are_found_out(tmp_path, monkeypatch):
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
     monkeypatch.setattr(type(run), "reduce", lambda self, tensor: tensor + tensor)
     step_module.check_same_ranks(run, 4)
-    counts = torch.tensor(list(run.pool.counts.values()))
+    counts = torch.tensor(list(run.trained.counts.values()))
     other = counts.clone()
     other[0] -= 1
     monkeypatch.setattr(type(run), "reduce", lambda self, tensor: tensor + torch.stack([other, other * other]))

@@ -162,7 +162,7 @@ STORED = {  # bytes of a layer with n weights and d outputs
 @pytest.mark.parametrize("stored", STORED)
 def test_a_quantized_base_is_counted_with_its_scales(stored, tmp_path):
     plain, small = (assembled(make_recipe(tmp_path, f"model.{stored}={word}")) for word in ("false", "true"))
-    shapes = [module.base.weight.shape for module in plain.pool.layers.values()]
+    shapes = [module.base.weight.shape for module in plain.trained.layers.values()]
     saved = sum(4 * d * n - STORED[stored](d * n, d) for d, n in shapes)
     for _ in range(2):
         assert resident_bytes(plain)["base_bytes"] - resident_bytes(small)["base_bytes"] == saved
@@ -175,7 +175,7 @@ def test_an_8_bit_product_keeps_no_input(kernel, tmp_path, monkeypatch):
     functions = pytest.importorskip("bitsandbytes.autograd._functions")
     monkeypatch.setattr(functions, "MatMul8bitFp", getattr(functions, kernel))  # the second is what CUDA uses
     run = assembled(make_recipe(tmp_path, "model.load_in_8bit=true"))
-    base = next(iter(run.pool.layers.values())).base
+    base = next(iter(run.trained.layers.values())).base
     gradients = []
     for forget in (False, True):
         x = torch.randn(2, 5, base.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -98,12 +98,12 @@ def test_a_model_is_untrained_where_the_rate_is_nothing(tmp_path: Path):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
     run = assembled(make_recipe(tmp_path, AUTO, f"adapter.dropout={dropout}"), fill=False)
-    values, random_state = run.pool.values.detach().clone(), torch.get_rng_state()
+    values, random_state = run.trained.values.detach().clone(), torch.get_rng_state()
     first = rate_search.search(run)
-    assert torch.equal(run.pool.values, values)
+    assert torch.equal(run.trained.values, values)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(tensor.any() for state in run.optimizer.state.values() for tensor in state.values())
-    assert not run.pool.values.grad.any()
+    assert not run.trained.values.grad.any()
     assert rate_search.search(run) == first
 
 

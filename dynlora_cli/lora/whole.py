@@ -1,0 +1,114 @@
+"""What trains in a run: components, in a `Pool`, or the whole base model, in a `WholeModel`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dynlora_cli.lora.layer import ComponentLinear
+
+if TYPE_CHECKING:
+    from dynlora_cli.lora.shared_inputs import SharedInput
+
+
+class Trained(Protocol):
+    """What a run asks of whatever trains.
+
+    Attributes:
+        layers: those that hold components, by name; empty where the whole model trains.
+        counts: components of each layer.
+        sharing: layers that compute together, because they are given one input.
+    """
+
+    layers: dict[str, ComponentLinear]
+    counts: dict[str, int]
+    sharing: list[SharedInput]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all components that are alive; 0 where the whole model trains."""
+
+    @property
+    def components(self) -> int:
+        """Components that are alive; 0 where the whole model trains."""
+
+    @property
+    def leaves(self) -> list[nn.Parameter]:
+        """What the layers compute with."""
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups; in one that is `coupled`, the rate follows what is alive."""
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Optimizer step `step` (from 1) begins."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of an optimizer step."""
+
+    def settle_gradient(self) -> None:
+        """The gradient of an optimizer step is complete."""
+
+    def alive(self) -> dict[str, int]:
+        """How many components and numbers there are now, for metrics and events; empty where the whole model trains."""
+
+    def rates_of_a_and_b(self, b_rate: float) -> AbstractContextManager[None]:
+        """The context in which the optimizer steps; `b_rate` is the rate of B as a multiple of that of A."""
+
+    def after_update(self, rate: float) -> None:
+        """The optimizer has stepped at this learning rate."""
+
+    def stand_after(self, step: int, total_steps: int) -> None:
+        """Be where optimizer step `step` leaves off, in what no checkpoint says."""
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients of an optimizer step."""
+
+
+class WholeModel:
+    """All weights of the base train (variant `full`), and nothing is put on it.
+
+    Args:
+        model: whose weights train from now on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        model.requires_grad_(True)
+        self.layers: dict[str, ComponentLinear] = {}
+        self.counts: dict[str, int] = {}
+        self.sharing: list[SharedInput] = []
+        self.leaves: list[nn.Parameter] = []
+        self.parameters = self.components = 0
+
+    def to(self, device: torch.device) -> WholeModel:  # noqa: ARG002
+        """Stay on the device that the model was loaded to."""
+        return self
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "coupled": False}]
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        pass
+
+    def penalty(self) -> None:
+        return None
+
+    def settle_gradient(self) -> None:
+        pass
+
+    def alive(self) -> dict[str, int]:
+        return {}
+
+    def rates_of_a_and_b(self, b_rate: float) -> AbstractContextManager[None]:  # noqa: ARG002
+        return nullcontext()
+
+    def after_update(self, rate: float) -> None:
+        pass
+
+    def stand_after(self, step: int, total_steps: int) -> None:
+        pass
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)

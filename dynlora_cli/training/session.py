@@ -1,0 +1,227 @@
+"""A run's place on this machine: its folder, held as the only writer; its devices; and what it goes on from.
+
+with Session.open(recipe, ...) as session:      the folder is ours, a checkpoint is found and the devices are ready
+    with session.recording(run): ...            the run is on record, and its events go to files and listener
+        session.finish(run)                     adapter, summary, report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.config.resume import flat
+from dynlora_cli.data.load import Data
+from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, tell
+from dynlora_cli.execution.launch import is_main_process
+from dynlora_cli.files.place import OutputPlace
+from dynlora_cli.models.place import Place
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.events import Emit, send
+from dynlora_cli.runs.log import RunLog
+from dynlora_cli.training import outputs
+from dynlora_cli.training.resume import find_checkpoint, go_back_to, same_inputs, writing
+from dynlora_cli.training.run import Run
+from dynlora_cli.training.setup import make_accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.data.chat_template import Writing
+
+
+@dataclass
+class Session:
+    """One process's part in a run, from the first look at its folder to its end.
+
+    Attributes:
+        recipe: of the run.
+        folder: of the run.
+        place: the folder's place, held as its only writer; None in all processes but the first.
+        listener: takes every event.
+        accelerator: this process's device, and the other processes.
+        checkpoint: what the run goes on from; None for a new one.
+        before: the record of the run that the checkpoint is of.
+        begins: nothing of the run is in the folder yet; it may go on from a checkpoint of another folder.
+        run_id: names the run and its checkpoints.
+        record: dynlora.json, once the run is on record.
+    """
+
+    recipe: Recipe
+    folder: Path
+    place: OutputPlace | None
+    listener: Emit | None
+    accelerator: Accelerator
+    checkpoint: Path | None
+    before: Mapping[str, Any] | None
+    begins: bool
+    run_id: str | None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        recipe: Recipe,
+        listener: Emit | None = None,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        resume_from: Path | None = None,
+    ) -> Iterator[Session | Finished]:
+        """Hold the output folder for as long as the block runs, and look what is in it.
+
+        Args:
+            recipe: checked already.
+            listener: takes every event of the run.
+            overwrite: replace an earlier run in the output folder.
+            resume: go on with the newest valid checkpoint of the output folder.
+            resume_from: go on with this checkpoint folder.
+
+        Raises:
+            UsageError: the folder is not free, or there is nothing to go on with.
+            MachineError: this machine lacks something that the recipe needs.
+        """
+        folder = Path(recipe.output_dir)
+        # Of several processes the first one writes.
+        with run_folder.place_of(folder) if is_main_process() else nullcontext() as place:
+            _tell_of_the_old(place, folder, listener)
+            try:
+                checkpoint = find_checkpoint(folder, recipe, resume, resume_from, listener)
+                if checkpoint is None and resume:
+                    yield Finished.in_folder(folder, place, listener)
+                    return
+                begins = checkpoint is None or run_folder.run_of(checkpoint) != folder.resolve()
+                before = run_folder.read_record(run_folder.run_of(checkpoint)) if checkpoint else None
+                if begins and place:
+                    run_folder.refuse_occupied(folder, overwrite=overwrite)
+                accelerator = make_accelerator(recipe, folder)
+                name = outputs.identity(before)
+                yield cls(recipe, folder, place, listener, accelerator, checkpoint, before, begins, name)
+            except BaseException:
+                if place:
+                    place.settle()
+                _tell_of_the_old(place, folder, listener)
+                raise
+
+    @property
+    def writing(self) -> Writing:
+        """How the run writes its rows: as it began to."""
+        return writing(self.before, self.accelerator)
+
+    @property
+    def first_counts(self) -> dict[str, int] | None:
+        """The components that a run began with, for one that goes on; None for a new one."""
+        if self.before is None or self.before["budget"] is None:
+            return None
+        return self.before["budget"]["start_components"]
+
+    def refuse_other_inputs(self, data: Data, model: Path) -> None:
+        """Check that a run which goes on sees the rows and the model that it began with.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if self.checkpoint and self.before is not None:
+            same_inputs(run_folder.run_of(self.checkpoint), self.before, data, model)
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint; with the first one of a run, the run that it replaces is given up."""
+        outputs.write_checkpoint(run, self.folder, self.run_id)
+        if self.place:
+            self.place.give_up_old()
+
+    @contextmanager
+    def recording(self, run: Run) -> Iterator[None]:
+        """Put the run on record, or back to its checkpoint; inside the block its events go to files and listener."""
+        self.record = outputs.start_record(run, self.run_id)
+        if self.begins and self.place:
+            self.place.keep_old()
+            self.place.path.mkdir(exist_ok=True)  # an old one stays where it is a volume of a container
+            outputs.write_record(self.folder, self.record, run)
+        if self.checkpoint:
+            go_back_to(self.checkpoint, run, self.folder, self.record)
+        with self._log(run):
+            outputs.write_record(self.folder, self.record, run)
+            run.emit(outputs.start_event(run))
+            if self.checkpoint:
+                run.emit({"event": "note", "text": f"resuming from {self.checkpoint}"})
+            self.accelerator.init_trackers(self.folder.name, config=_plain(self.recipe))
+            yield
+        self.accelerator.end_training()
+        if "peft_check" in self.record["summary"]:
+            tell(self.record["summary"]["peft_check"], self.folder, lambda event: send(self.listener, event))
+
+    @contextmanager
+    def _log(self, run: Run) -> Iterator[None]:
+        """Events go to the run's files and to the listener; other processes than the main one are silent."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with RunLog(self.folder, keep_until_step=run.progress.step) as log:
+
+            def emit(event: dict[str, Any]) -> None:
+                log(event)
+                send(self.listener, event)
+
+            run.emit = emit
+            yield
+
+    def finish(self, run: Run) -> dict[str, Any]:
+        """Write the adapter (or model), the complete record and the report.
+
+        Returns:
+            The summary.
+        """
+        kind = outputs.write_root(self.folder, run)
+        summary = outputs.summarize(run, self.folder, kind)
+        if run.trained.layers and self.accelerator.is_main_process:
+            summary["peft_check"] = self._read_back(run)
+        outputs.finish(self.folder, self.record, run, summary)
+        run.emit({"event": "end", "summary": summary})
+        return summary
+
+    def _read_back(self, run: Run) -> dict[str, Any]:
+        """What PEFT makes of the adapter in the run's root."""
+        if self.recipe.train.shard_base:
+            found: dict[str, Any] = {"checked": False, "reason": f"{NOT_CHECKED}: the base is sharded"}
+        else:
+            place = Place(self.recipe.model, run.base.folder, run.data.labels, chosen=False)
+            layers = [name for name, layer in run.trained.layers.items() if layer.count]
+            found = read_back(place, run.model, run.base.tokenizer, self.folder, layers, self.accelerator.autocast)
+        if not found["checked"]:
+            run.emit({"event": "note", "text": found["reason"]})
+        return found
+
+
+@dataclass(frozen=True)
+class Finished:
+    """In the place of a session where --resume finds a run that has ended."""
+
+    summary: dict[str, Any]
+
+    @classmethod
+    def in_folder(cls, folder: Path, place: OutputPlace | None, listener: Emit | None) -> Finished:
+        """The summary on record; what is missing of the report is made."""
+        made = place and outputs.write_pages(folder)
+        text = "what was missing of its report is made" if made else "nothing to do"
+        send(listener, {"event": "note", "text": f"{folder} is finished already; {text}"})
+        return cls(run_folder.read_record(folder)["summary"])
+
+
+def _tell_of_the_old(place: OutputPlace | None, folder: Path, listener: Emit | None) -> None:
+    """Say that an earlier run has come back, where the one that was to replace it ended too early."""
+    if place and place.brought_back:
+        place.brought_back = False
+        text = f"{folder} is the earlier run again: the one that was to replace it ended before it had saved anything"
+        send(listener, {"event": "note", "text": text})
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as trackers take it: dotted keys, plain values."""
+    values = flat(recipe.model_dump(mode="json"))
+    return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()}
