@@ -25,6 +25,7 @@ from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.rows import Rows, held_out_rows, own_recipe
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
+from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
 from dynlora_cli.runs import folder as run_folder
@@ -80,7 +81,7 @@ def run(
     run_folder.refuse_inputs(out, [adapter.folder, *([data] if data else [])])
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
-    needs_rows = scorer.needs != "values" or budget.kind == "auto" or heal_steps or data is not None
+    needs_rows = observer_of(scorer, None, training=False) or budget.kind == "auto" or heal_steps or data is not None
     bench = _bench(adapter, data, (base_name, trust_remote_code), max_samples, bool(needs_rows), measure, emit)
     recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
     if heal_steps and recipe is None:

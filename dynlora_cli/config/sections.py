@@ -23,7 +23,7 @@ def _budget(value: object) -> object:
 
 
 def _only_after_training(policy: str) -> str | None:
-    if plugins.declared("policies", policy, "needs") == "covariances":
+    if plugins.declared("policies", policy, "after_training_only"):
         return f"which works on a trained adapter: `dynlora prune --policy {policy}`"
     return None
 

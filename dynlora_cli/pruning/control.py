@@ -21,12 +21,12 @@ from torch import Tensor
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.svd_basis import to_svd_basis
+from dynlora_cli.pruning.policy import Observer, Policy, observer_of
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.pruning.select import select_K
-from dynlora_cli.pruning.signals import EntryAverages, GateGradients
+from dynlora_cli.pruning.signals import GateGradients
 
 if TYPE_CHECKING:
-    from dynlora_cli.pruning.policy import Policy
     from dynlora_cli.pruning.stopping import Brake
 
 
@@ -36,8 +36,9 @@ class RankControl:
     Args:
         pool: the components.
         optimizer: steps `pool.values`.
-        policy: a file of the drawer policies/; scores the components.
+        policy: a file of policies/; scores the components.
         schedule: when and how far.
+        options: the section `pruning` of the recipe, for the policy's own keys.
         seed: of the policy's random numbers.
         gauge: turn the components into their SVD basis after each event.
         lr_coupling: exponent of (parameters at the start / alive) in `rate_factor`.
@@ -52,6 +53,7 @@ class RankControl:
         policy: Policy,
         schedule: Schedule,
         *,
+        options: Any = None,
         seed: int = 0,
         gauge: bool = True,
         lr_coupling: float = 0.0,
@@ -61,8 +63,12 @@ class RankControl:
         self.pool, self.optimizer, self.policy, self.schedule = pool, optimizer, policy, schedule
         self.gauge, self.lr_coupling, self.probe, self.brake = gauge, lr_coupling, probe, brake
         self.start_parameters = pool.parameters
-        self.gradients = GateGradients()
-        self.entries = EntryAverages() if policy.needs == "entries" else None
+        self.observer = observer_of(policy, options, training=True)
+        # Every event predicts its change of the loss, and does so from these, whatever the policy looks at.
+        self.gradients = self.observer if isinstance(self.observer, GateGradients) else GateGradients()
+        own = [self.observer] if self.observer and self.observer is not self.gradients else []
+        self.observers: list[Observer] = [self.gradients, *own]
+        assert len({each.name for each in self.observers}) == len(self.observers), "names are keys in checkpoints"
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -90,9 +96,8 @@ class RankControl:
             targets: supervised tokens (or rows) that the gradient is the mean of.
         """
         if self.schedule.begin < step <= self.schedule.last and not (self.brake and self.brake.ended):
-            self.gradients.observe(self.pool.gate_gradient_K(), targets)
-            if self.entries:
-                self.entries.observe(self.pool)
+            for observer in self.observers:
+                observer.observe(self.pool, targets)
 
     def apply(self, step: int) -> dict[str, Any] | None:
         """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
@@ -125,14 +130,13 @@ class RankControl:
         """Turn into the SVD basis; averages of the old one mean nothing any more."""
         turned = to_svd_basis(self.pool, self.optimizer)
         if turned:
-            self.gradients.restart()
-            if self.entries:
-                self.entries.restart()
+            for observer in self.observers:
+                observer.restart()
         return turned
 
     def scores_K(self) -> Tensor:
         """What the policy thinks of the components now. [K]"""
-        return self.policy.scores(self.pool, self.entries or self.gradients, self.generator)
+        return self.policy.scores(self.pool, self.observer, self.generator)
 
     def _prune(self, step: int, target: int) -> dict[str, Any]:
         pool = self.pool
@@ -143,7 +147,7 @@ class RankControl:
             "parameters_before": pool.parameters,
         }
         counts, loss = dict(pool.counts), self.probe() if self.probe else None
-        if self.gauge and self.policy.needs == "values":
+        if self.gauge and self.observer is None:  # the policy judges the components as they stand
             self._turn()
         scores_K = pool.ranked(self.scores_K())
         # The cap guards against one noisy event that empties a layer; a brake measures it.
@@ -152,10 +156,9 @@ class RankControl:
         if self.brake and not self._allowed(step, keep_K, event):
             return event
         event["predicted_loss_change"] = self.gradients.predicted_loss_change(~keep_K, pool)
-        if self.entries:
-            self.entries.select(pool.numbers_P(keep_K))
+        for observer in self.observers:
+            observer.select(pool, keep_K)
         shrink(pool, self.optimizer, keep_K)
-        self.gradients.select(keep_K)
         if self.gauge:
             self._turn()
         event["removed"] = {name: n - pool.counts[name] for name, n in counts.items() if n > pool.counts[name]}
@@ -177,11 +180,13 @@ class RankControl:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages and the generator, for a checkpoint; tensors only."""
-        averages = {f"gradients.{key}": value for key, value in self.gradients.state_dict().items()}
-        entries = self.entries.state_dict() if self.entries else {}
+        seen = {
+            f"{observer.name}.{key}": tensor
+            for observer in self.observers
+            for key, tensor in observer.state_dict().items()
+        }
         return {
-            **averages,
-            **{f"entries.{key}": value for key, value in entries.items()},
+            **seen,
             "generator": self.generator.get_state(),
             "start_parameters": torch.tensor(self.start_parameters),
             "survivors": torch.cat([layer.survivors_C for layer in self.pool.layers.values()]),
@@ -190,13 +195,11 @@ class RankControl:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict`; the pool must hold the same components."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-        self.gradients.load_state_dict(part("gradients."))
-        if self.entries:
-            self.entries.load_state_dict(part("entries."))
+        for observer in self.observers:
+            prefix = f"{observer.name}."
+            observer.load_state_dict(
+                {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+            )
         self.generator.set_state(state["generator"])
         self.start_parameters = int(state["start_parameters"])
         self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))

@@ -1,8 +1,7 @@
 """What flows through the layers, seen through their components: covariances of k x k, never of the layer's size.
 
     Covariances    collects E[h hᵀ], h = A x, and E[z zᵀ], z = Bᵀ dL/dy, of every layer
-    turn           the components that fit them, most important first
-    Energies       what each of them means to the loss
+    turn           the components that fit them, most important first, and what each of them means to the loss
 
 Removing a part D of an update changes the layer's output by D x, and the loss, to second order and with the Fisher
 information for the curvature, by ½ E(dL/dyᵀ D x)². With the two factors taken as independent (K-FAC, Martens and Grosse
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,67 +25,78 @@ from torch import Tensor, nn
 
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.pruning.policy import Observer
 
 # Directions in which nothing flows are kept apart from division by zero.
 SMALLEST = 1e-12
 
 
-@dataclass
-class Energies:
-    """The squared singular value of every component, ‖Γ^½ b_i a_iᵀ C^½‖². [K]"""
+class Covariances(Observer):
+    """Sums h hᵀ and z zᵀ over the tokens that pass through each layer, forward and backward; and their number.
 
-    energies_K: Tensor
-
-
-class Covariances:
-    """Sums h hᵀ and z zᵀ over the tokens that pass through each layer, forward and backward.
-
-    Attributes:
-        mask: which tokens of the batch in hand are real, [B, T]; None: all.
+    Hooks on the layers see the tokens, and `dynlora prune` alone has hooks, so no policy of training can use this.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.mask: Tensor | None = None
-        zeros = partial(torch.zeros, dtype=torch.float64, device=pool.values.device)
-        self._inputs = {name: zeros(count, count) for name, count in pool.counts.items()}
-        self._outputs = {name: zeros(count, count) for name, count in pool.counts.items()}
-        self._tokens = dict.fromkeys(pool.counts, 0)
+    own_basis = True
+
+    def restart(self) -> None:
+        super().restart()
+        self._energies: dict[str, Tensor] = {}
+        self._real_BT: Tensor | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, pool: Pool, real_BT: Tensor | None) -> Iterator[None]:
         """Look at all layers inside the block."""
-        handles = [layer.register_forward_hook(partial(self._look, name)) for name, layer in self.pool.layers.items()]
+        self._real_BT = real_BT
+        if not self.seen:
+            zeros = partial(torch.zeros, dtype=torch.float64, device=pool.values.device)
+            for name, count in pool.counts.items():
+                self.seen[f"inputs.{name}"], self.seen[f"outputs.{name}"] = zeros(count, count), zeros(count, count)
+                self.seen[f"tokens.{name}"] = zeros(())
+        handles = [layer.register_forward_hook(partial(self._look, name)) for name, layer in pool.layers.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    def observe(self, pool: Pool, targets: float) -> None:
+        """Nothing is left to do: the hooks have seen everything."""
+
     def _look(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, ComponentLinear)
         x_NI = self._real(inputs[0].detach())
         with torch.autocast(x_NI.device.type, enabled=False):
             h_NC = (x_NI.to(layer.a_CI.dtype) @ layer.a_CI.detach().T).double()
-        self._inputs[name] += h_NC.T @ h_NC
-        self._tokens[name] += len(h_NC)
+        self.seen[f"inputs.{name}"] += h_NC.T @ h_NC
+        self.seen[f"tokens.{name}"] += len(h_NC)
         y.register_hook(partial(self._look_back, name, layer))
 
     def _look_back(self, name: str, layer: ComponentLinear, gradient: Tensor) -> None:
         b_OC = layer.scale * layer.b_OC.detach()
         z_NC = (self._real(gradient).to(b_OC.dtype) @ b_OC).double()
-        self._outputs[name] += z_NC.T @ z_NC
+        self.seen[f"outputs.{name}"] += z_NC.T @ z_NC
 
     def _real(self, x: Tensor) -> Tensor:
         """The vectors of real tokens, [N, ...]."""
-        if self.mask is not None and self.mask.shape == x.shape[:-1]:
-            return x[self.mask]
+        if self._real_BT is not None and self._real_BT.shape == x.shape[:-1]:
+            return x[self._real_BT]
         return x.reshape(-1, x.shape[-1])
 
     def mean(self, name: str) -> tuple[Tensor, Tensor]:
         """E[h hᵀ] and E[z zᵀ] of a layer. [C, C], fp64"""
-        tokens = max(1, self._tokens[name])
-        return self._inputs[name] / tokens, self._outputs[name] / tokens
+        tokens = self.seen[f"tokens.{name}"].clamp_min(1)
+        return self.seen[f"inputs.{name}"] / tokens, self.seen[f"outputs.{name}"] / tokens
+
+    def turn(self, name: str, a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's components in the basis of what flows through it, most important first."""
+        a, b, self._energies[name] = turn(a_CI, b_OC, *self.mean(name))
+        return a, b
+
+    @property
+    def energies_K(self) -> Tensor:
+        """The squared singular value of every turned component, ‖Γ^½ b_i a_iᵀ C^½‖². [K]"""
+        return torch.cat(list(self._energies.values()))
 
 
 def turn(a_CI: Tensor, b_OC: Tensor, inputs_CC: Tensor, outputs_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

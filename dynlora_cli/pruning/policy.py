@@ -1,43 +1,127 @@
-"""What a pruning policy is: a file in this folder with these two names.
+"""What a pruning policy is: one file in policies/ with these names.
 
-    needs = "values" | "gradients" | "entries" | "covariances"
-        values: scores are of the components as they stand, after they were turned into the SVD basis.
-        gradients: from gate gradients; in training of the steps since the last event, after it of held-out rows.
-        entries: from averages over every single number, likewise.
-        covariances: from what flows through the layers, after the components were turned into the basis that fits it;
-            only `dynlora prune` collects that.
+scores(pool, observed, generator) -> Tensor
+    What each component is worth per number it holds; higher is better. [K], finite. A policy scores and never decides
+    which components go: `select.select_K` does that, for all policies alike.
 
-    scores(pool, observed, generator) -> Tensor
-        What each component is worth per number it holds; higher is better. [K], finite. A policy scores and never
-        decides: `select.select_K` does, for all policies alike.
+observer(options, training) -> Observer
+    Optional: what the policy looks at before it scores. It may be one of signals.py and covariances.py, or a class of
+    the policy's own. Without an observer the policy judges the components as they stand; they are turned into the SVD
+    basis before, and `observed` is None.
 
-Dimensions: K components of the pool.
+after_training_only = True
+    Optional: only `dynlora prune` can use the policy.
+
+OPTIONS and CONFLICTS
+    Optional: keys that the policy adds to the section `pruning` of recipes; see plugins.py.
+
+Dimensions: K components of the pool, B rows, T tokens.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.covariances import Energies
-from dynlora_cli.pruning.signals import EntryAverages, GateGradients
+
+
+class Observer:
+    """What a policy has seen of the components so far, such as running averages of gradients.
+
+    It is used in two places:
+
+    - Training calls `observe` once for each optimizer step.
+    - `dynlora prune` passes held-out rows through the trained model and calls `observe` once for each batch of them.
+
+    This class keeps its tensors in `seen`, with one number per component in each. An observer that needs no more than
+    that only has to write `observe`.
+
+    Attributes:
+        name: tells its tensors from others in a checkpoint.
+        own_basis: after training, `turn` changes the components before they are scored. Otherwise they are turned into
+            the SVD basis before anything is observed.
+        seen: tensors by name, each [K].
+    """
+
+    name: ClassVar[str] = "observed"
+    own_basis: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything: the components were turned into another basis, so these are others."""
+        self.seen: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watching(self, pool: Pool, real_BT: Tensor | None) -> Iterator[None]:  # noqa: ARG002
+        """Around the forward and backward pass of each batch in `dynlora prune`: a place for hooks; not in training.
+
+        Args:
+            pool: on the model.
+            real_BT: which tokens of the batch are no padding; None: all, or nobody knows.
+        """
+        yield
+
+    def observe(self, pool: Pool, targets: float) -> None:
+        """Look at the gradient at hand, `pool.values.grad`.
+
+        Args:
+            pool: the components.
+            targets: supervised tokens (or rows) that the gradient is the mean of. It is summed over micro-batches and
+                processes, and not yet clipped.
+        """
+        raise NotImplementedError
+
+    def turn(self, name: str, a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
+        """The same update s·BA of a layer, as the components that are to be scored; where there is `own_basis`."""
+        raise NotImplementedError
+
+    def select(self, pool: Pool, keep_K: Tensor) -> None:  # noqa: ARG002
+        """Keep only what belongs to the components that stay.
+
+        Args:
+            pool: still has all of them.
+            keep_K: which stay, boolean.
+        """
+        self.seen = {key: value_K[keep_K] for key, value_K in self.seen.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on in another process; empty before the first step."""
+        return dict(self.seen)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.restart()
+        self.seen |= state
 
 
 class Policy(Protocol):
-    """The shape of a policy's module."""
+    """The shape of a policy's module; `observer` and the other names above are optional."""
 
-    needs: Literal["values", "gradients", "entries", "covariances"]
-
-    def scores(
-        self, pool: Pool, observed: GateGradients | EntryAverages | Energies, generator: torch.Generator
-    ) -> Tensor:
+    def scores(self, pool: Pool, observed: Any, generator: torch.Generator) -> Tensor:
         """Worth of every component per number it holds. [K]
 
         Args:
             pool: the components.
-            observed: `GateGradients`, `EntryAverages` or `Energies`, as the policy needs.
-            generator: of the run, for what is random.
+            observed: the policy's own observer; None where it has none.
+            generator: for whatever is drawn at random; on the CPU.
         """
+
+
+def observer_of(policy: Policy | ModuleType, options: Any, *, training: bool) -> Observer | None:
+    """A new observer for a policy; None for one that judges the components as they stand.
+
+    Args:
+        policy: a file of policies/.
+        options: the section `pruning` of the recipe, with the policy's own keys.
+        training: whether the components still change while they are observed. Then what is long ago counts less.
+    """
+    make = getattr(policy, "observer", None)
+    return make(options, training) if make else None

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.svd_basis import svd_factors
-from dynlora_cli.pruning.covariances import Covariances, Energies, turn
+from dynlora_cli.pruning.policy import Observer, Policy, observer_of
 from dynlora_cli.pruning.select import select_K
-from dynlora_cli.pruning.signals import EntryAverages, GateGradients
 from dynlora_cli.tasks.loss import summed_loss
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
 
 BISECTIONS = 8
-Observed = GateGradients | EntryAverages | Energies
 Batches = Callable[[], Iterable["Batch"]]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -60,10 +58,11 @@ class Order:
     def by_policy(
         cls,
         adapter: Adapter,
-        policy: ModuleType,
+        policy: Policy | ModuleType,
         model: PreTrainedModel | None,
         batches: Batches | None,
         *,
+        options: Any = None,
         autocast: Autocast = nullcontext,
         seed: int = 0,
     ) -> Order:
@@ -71,34 +70,35 @@ class Order:
 
         Args:
             adapter: trained.
-            policy: a file of the drawer policies/.
+            policy: a file of policies/.
             model: the base, for policies that look at data.
             batches: gives the rows to look at, anew at each call.
+            options: the policy's own settings, as in the section `pruning` of a recipe.
             autocast: makes the context of the forward pass.
             seed: of what is random.
 
         Raises:
             UsageError: the policy needs data and there is none, or cannot judge this adapter.
         """
-        if policy.needs == "values":
-            turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
-            observed: Observed = GateGradients()
-            return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
-        if model is None or batches is None:
-            raise UsageError("this policy looks at data, and there is none", "name rows with --data, or use magnitude")
-        if policy.needs == "covariances":
-            if adapter.multiplies:
+        observer = observer_of(policy, options, training=False)
+        own_basis = observer is not None and observer.own_basis
+        if observer is not None:
+            if model is None or batches is None:
+                raise UsageError(
+                    "this policy looks at data, and there is none", "name rows with --data, or use magnitude"
+                )
+            if own_basis and adapter.multiplies:
                 raise UsageError(
                     f"{adapter.folder} is a HiRA, through whose factors nothing flows that this policy could look at",
                     "use --policy fisher or magnitude",
                 )
-            turned, energies = _fit_to_flow(adapter, model, batches, autocast)
-            observed = Energies(energies)
-        else:
-            turned = adapter.with_layers({name: _svd_form(factors) for name, factors in adapter.layers.items()})
-            averages = EntryAverages() if policy.needs == "entries" else GateGradients(decay=None)
-            observed = _observed(averages, turned, model, batches, autocast)
-        return cls(turned, _scores(policy, _loose_pool(turned), observed, seed, turned))
+        if not own_basis:
+            adapter = _turned(adapter, lambda _, a_CI, b_OC: svd_factors(a_CI, b_OC))
+        if observer is not None and model is not None and batches is not None:
+            _show(observer, adapter, model, batches, autocast)
+        if observer is not None and own_basis:
+            adapter = _turned(adapter, observer.turn)
+        return cls(adapter, _scores(policy, adapter, observer, seed))
 
     @property
     def costs_K(self) -> Tensor:
@@ -154,9 +154,13 @@ def parameters_of(budget: Budget, adapters: Sequence[Adapter]) -> int:
     return plan_start(shapes, budget, "auto").budget
 
 
-def _svd_form(factors: Factors) -> Factors:
-    a, b = svd_factors(factors.a_CI, factors.b_OC)
-    return replace(factors, a_CI=a, b_OC=b)
+def _turned(adapter: Adapter, turn: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Adapter:
+    """The adapter with the components of every layer in another basis; `turn` makes it from name, a_CI and b_OC."""
+    layers = {}
+    for name, factors in adapter.layers.items():
+        a, b = turn(name, factors.a_CI, factors.b_OC)
+        layers[name] = replace(factors, a_CI=a, b_OC=b)
+    return adapter.with_layers(layers)
 
 
 def _loose_pool(adapter: Adapter) -> Pool:
@@ -173,12 +177,13 @@ def _loose_pool(adapter: Adapter) -> Pool:
     return pool
 
 
-def _scores(policy: ModuleType, pool: Pool, observed: Observed, seed: int, adapter: Adapter) -> Tensor:
-    scores = policy.scores(pool, observed, torch.Generator().manual_seed(seed)).double().cpu()
+def _scores(policy: Policy | ModuleType, adapter: Adapter, observer: Observer | None, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores_K = policy.scores(_loose_pool(adapter), observer, generator).double().cpu()
     if adapter.keeps_one:  # a magnitude cannot be stored without a component, so each layer's best one stays
-        for part in scores.split(list(adapter.ranks.values())):
+        for part in scores_K.split(list(adapter.ranks.values())):
             part[part.argmax()] = math.inf
-    return scores
+    return scores_K
 
 
 def _refuse_others(adapter: Adapter, pool: Pool) -> None:
@@ -188,53 +193,28 @@ def _refuse_others(adapter: Adapter, pool: Pool) -> None:
         raise UsageError(f"{others[0]} is no linear layer, which only --policy magnitude can judge", "use that")
 
 
-def _observed(
-    averages: GateGradients | EntryAverages,
-    adapter: Adapter,
-    model: PreTrainedModel,
-    batches: Batches,
-    autocast: Autocast,
-) -> GateGradients | EntryAverages:
-    """The averages of what the backward passes over the rows say."""
+def _show(observer: Observer, adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast) -> None:
+    """Let the observer see the forward and backward passes over all rows; what it keeps is on the CPU afterwards."""
     with attached(model, adapter) as pool:
         _refuse_others(adapter, pool)
         for batch in batches():
-            with autocast():
-                loss = summed_loss(model, batch)
-            loss.backward()  # of the sum: gradients of the mean would be too small for fp16
-            assert pool.values.grad is not None
-            pool.values.grad.div_(batch.supervised)
-            if isinstance(averages, EntryAverages):
-                averages.observe(pool)
-            else:
-                averages.observe(pool.gate_gradient_K().cpu(), batch.supervised)
-            pool.values.grad.zero_()
-            del loss
-    return averages
-
-
-def _fit_to_flow(
-    adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast
-) -> tuple[Adapter, Tensor]:
-    """The components in the basis of what flows through the layers, and their energies. [K]"""
-    with attached(model, adapter) as pool:
-        _refuse_others(adapter, pool)
-        covariances = Covariances(pool)
-        with covariances.watching():
-            for batch in batches():
-                mask = batch.inputs.get("attention_mask")
-                plain = mask is not None and mask.ndim == 2 and not model.config.is_encoder_decoder
-                covariances.mask = mask.bool() if plain and mask is not None else None
+            with observer.watching(pool, _real(batch, model)):
                 with autocast():
                     loss = summed_loss(model, batch)
-                loss.backward()
-    layers, energies = {}, []
-    for name, factors in adapter.layers.items():
-        flow = (covariance.cpu() for covariance in covariances.mean(name))
-        a, b, energy = turn(factors.a_CI, factors.b_OC, *flow)
-        layers[name] = replace(factors, a_CI=a, b_OC=b)
-        energies.append(energy)
-    return adapter.with_layers(layers), torch.cat(energies)
+                loss.backward()  # of the sum: gradients of the mean would be too small for fp16
+            assert pool.values.grad is not None
+            pool.values.grad.div_(batch.supervised)
+            observer.observe(pool, batch.supervised)
+            pool.values.grad.zero_()
+            del loss
+    observer.load_state_dict({key: tensor.cpu() for key, tensor in observer.state_dict().items()})
+
+
+def _real(batch: Batch, model: PreTrainedModel) -> Tensor | None:
+    """Which tokens are no padding, [B, T]; None where it is not known of what goes into every layer."""
+    mask = batch.inputs.get("attention_mask")
+    plain = mask is not None and mask.ndim == 2 and not model.config.is_encoder_decoder
+    return mask.bool() if plain and mask is not None else None
 
 
 def smallest_within(

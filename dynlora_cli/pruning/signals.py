@@ -1,62 +1,77 @@
-"""What the ordinary backward pass says about each component, averaged between events.
+"""Observers that read the gradient of the ordinary backward pass, and average what it says between events.
 
-Dimensions: K components of the pool.
+    GateGradients    one number per component: the gradient of a gate that multiplies it
+    EntryAverages    AdaLoRA's averages, of every single number of the pool
+
+Dimensions: K components of the pool, P numbers of the pool.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.pruning.policy import Observer
 
-# Averages forget over about 20 steps.
+# In training the averages forget over about 20 steps.
 DECAY = 0.95
 
 
-class GateGradients:
-    """Running averages of dL/dg of every component and of its square, since they last changed their meaning.
+class GateGradients(Observer):
+    """Running averages of dL/dg of every component and of its square, since the last change of basis.
+
+    g is a gate that would multiply the component; it is always 1. Its gradient follows from the gradients that exist:
+    dL/dg_i = <a_i, dL/da_i>.
 
     Attributes:
-        decay: of the averages, per step; None: all steps count alike.
+        decay: weight of the past in each step's average; None: all steps count alike.
         steps: optimizer steps observed.
         targets: supervised tokens (or rows) of an optimizer step, averaged.
     """
 
+    name = "gradients"
+
     def __init__(self, decay: float | None = DECAY) -> None:
         self.decay = decay
-        self.restart()
+        super().__init__()
+
+    @classmethod
+    def of(cls, *, training: bool) -> GateGradients:
+        """In training recent steps count more, for the components change; after it all rows count alike."""
+        return cls(DECAY if training else None)
 
     def restart(self) -> None:
-        """Forget everything: after a change of basis the components are others."""
+        super().restart()
         self.steps = 0
         self.targets = 0.0
-        self._mean_K: Tensor | None = None
-        self._square_K: Tensor | None = None
 
-    def observe(self, gradient_K: Tensor, targets: float) -> None:
-        """Take the gate gradient of one optimizer step: normalised, reduced, not yet clipped.
+    def observe(self, pool: Pool, targets: float) -> None:
+        """Take the gate gradients of one optimizer step into the averages.
 
-        A component of an expert that no token of the step was sent to has gradient 0, and that 0 counts. What the score
-        stands for is the rise of the mean loss over all tokens when the component goes, and an expert that is needed
+        A component of an expert that no token of the step was sent to has gradient 0, and that 0 counts. The score
+        stands for how much the mean loss over all tokens rises when the component goes, and an expert that is needed
         half as often adds half as much to that. Averages over only the steps in which an expert was used would give
-        rare experts the rank of common ones.
+        rare experts as many components as common ones.
         """
-        if self._mean_K is None or self._square_K is None:
-            self._mean_K, self._square_K = torch.zeros_like(gradient_K), torch.zeros_like(gradient_K)
+        gradient_K = pool.gate_gradient_K()
+        if not self.seen:
+            self.seen = {"mean": torch.zeros_like(gradient_K), "square": torch.zeros_like(gradient_K)}
         self.steps += 1
         self.targets += (targets - self.targets) / self.steps
         weight = 1 / self.steps if self.decay is None else 1 - self.decay
-        self._mean_K = self._mean_K.lerp(gradient_K, weight)
-        self._square_K = self._square_K.lerp(gradient_K.square(), weight)
+        self.seen["mean"] = self.seen["mean"].lerp(gradient_K, weight)
+        self.seen["square"] = self.seen["square"].lerp(gradient_K.square(), weight)
 
     def mean(self, pool: Pool) -> Tensor:
-        """Average of dL/dg, free of the bias of a short history; zeros before the first step. [K]"""
-        return self._unbiased(self._mean_K, pool)
+        """Average of dL/dg, corrected for the zeros it began with; zeros before the first step. [K]"""
+        return self._unbiased("mean", pool)
 
     def square(self, pool: Pool) -> Tensor:
         """Average of (dL/dg)², likewise. [K]"""
-        return self._unbiased(self._square_K, pool)
+        return self._unbiased("square", pool)
 
     def removal_K(self, pool: Pool) -> Tensor:
         """Change of the loss when one gate goes from 1 to 0, to second order: -g_i + ½ h_i. [K]
@@ -69,77 +84,53 @@ class GateGradients:
         return 0.5 * curvature - mean
 
     def predicted_loss_change(self, removed_K: Tensor, pool: Pool) -> float | None:
-        """The sum of `removal_K`; interactions between components are left out. None before the first step."""
+        """The sum of `removal_K`, as if components did not interact. None before the first step."""
         return self.removal_K(pool)[removed_K].sum().item() if self.steps else None
 
-    def _unbiased(self, average_K: Tensor | None, pool: Pool) -> Tensor:
-        if average_K is None:
+    def _unbiased(self, key: str, pool: Pool) -> Tensor:
+        if not self.seen:
             return torch.zeros(pool.components, device=pool.values.device)
-        return average_K if self.decay is None else average_K / (1 - self.decay**self.steps)
-
-    def select(self, keep_K: Tensor) -> None:
-        """Forget the components that were removed; `keep_K` is boolean over those that were there."""
-        if self._mean_K is not None and self._square_K is not None:
-            self._mean_K, self._square_K = self._mean_K[keep_K], self._square_K[keep_K]
+        return self.seen[key] if self.decay is None else self.seen[key] / (1 - self.decay**self.steps)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on in another process."""
-        if self._mean_K is None or self._square_K is None:
+        if not self.seen:
             return {}
-        counters = torch.tensor([self.steps, self.targets], dtype=torch.float64)
-        return {"mean": self._mean_K, "square": self._square_K, "counters": counters}
+        return {**self.seen, "counters": torch.tensor([self.steps, self.targets], dtype=torch.float64)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self.restart()
-        if state:
-            self._mean_K, self._square_K = state["mean"], state["square"]
-            steps, self.targets = state["counters"].tolist()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        if self.seen:
+            steps, self.targets = self.seen.pop("counters").tolist()
             self.steps = int(steps)
 
 
-class EntryAverages:
+class EntryAverages(Observer):
     """Running averages for every single number w of the pool: I = |w · dL/dw|, and U = |I - average of I|.
+
+    `seen` holds both as tensors [P].
 
     Source: AdaLoRA (arXiv 2303.10512), equations 8 to 10.
     """
 
+    name = "entries"
     DECAY = 0.85
 
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget everything: after a change of basis the numbers are others."""
-        self._importance_P: Tensor | None = None
-        self._uncertainty_P: Tensor | None = None
-
-    def observe(self, pool: Pool) -> None:
-        """Take the gradient of one optimizer step: normalised, reduced, not yet clipped."""
+    def observe(self, pool: Pool, targets: float) -> None:  # noqa: ARG002
+        """Take the gradient of one optimizer step into the averages."""
         assert pool.values.grad is not None
         found_P = (pool.values.detach() * pool.values.grad).abs()
-        if self._importance_P is None or self._uncertainty_P is None:
-            self._importance_P, self._uncertainty_P = torch.zeros_like(found_P), torch.zeros_like(found_P)
-        self._importance_P.lerp_(found_P, 1 - self.DECAY)
-        self._uncertainty_P.lerp_((found_P - self._importance_P).abs(), 1 - self.DECAY)
+        if not self.seen:
+            self.seen = {"importance": torch.zeros_like(found_P), "uncertainty": torch.zeros_like(found_P)}
+        importance_P, uncertainty_P = self.seen["importance"], self.seen["uncertainty"]
+        importance_P.lerp_(found_P, 1 - self.DECAY)
+        uncertainty_P.lerp_((found_P - importance_P).abs(), 1 - self.DECAY)
 
     def products(self, pool: Pool) -> list[tuple[Tensor, Tensor]]:
         """I·U as (a_CI, b_OC) of every layer; zeros before the first step."""
-        if self._importance_P is None or self._uncertainty_P is None:
+        if not self.seen:
             return pool.views(torch.zeros_like(pool.values.detach()))
-        return pool.views(self._importance_P * self._uncertainty_P)
+        return pool.views(self.seen["importance"] * self.seen["uncertainty"])
 
-    def select(self, keep_P: Tensor) -> None:
-        """Forget the numbers that were removed; `keep_P` is boolean over those that were there."""
-        if self._importance_P is not None and self._uncertainty_P is not None:
-            self._importance_P, self._uncertainty_P = self._importance_P[keep_P], self._uncertainty_P[keep_P]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on in another process."""
-        if self._importance_P is None or self._uncertainty_P is None:
-            return {}
-        return {"importance": self._importance_P, "uncertainty": self._uncertainty_P}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self._importance_P, self._uncertainty_P = state.get("importance"), state.get("uncertainty")
+    def select(self, pool: Pool, keep_K: Tensor) -> None:
+        keep_P = pool.numbers_P(keep_K)
+        self.seen = {key: value_P[keep_P] for key, value_P in self.seen.items()}

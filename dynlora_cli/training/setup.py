@@ -201,6 +201,7 @@ def make_run(
             optimizer,
             cast("Policy", plugins.load("policies", recipe.pruning.policy)),
             make_schedule(recipe, steps, start),
+            options=recipe.pruning,
             seed=recipe.seed,
             gauge=recipe.pruning.gauge,
             lr_coupling=recipe.pruning.lr_coupling,

@@ -216,7 +216,7 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: boo
         with mixed(cache_enabled=not recorded):
             loss = summed_loss(model, batch) / batch.supervised
         loss.backward()
-        gradients.observe(pool.gate_gradient_K(), batch.supervised)
+        gradients.observe(pool, batch.supervised)
         assert pool.values.grad is not None
         norm = pool.values.grad.norm()
         pool.values.grad.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))

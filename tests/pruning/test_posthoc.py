@@ -145,10 +145,9 @@ def test_covariances_are_those_of_real_tokens(tmp_path):
     name = "model.layers.2.self_attn.q_proj"
     C, gamma = dense_flow(model, adapter, name)
     with attached(model, adapter) as pool:
-        found = Covariances(pool)
-        with found.watching():
-            for batch in batches():
-                found.mask = batch.inputs["attention_mask"].bool()
+        found = Covariances()
+        for batch in batches():
+            with found.watching(pool, batch.inputs["attention_mask"].bool()):
                 logits = model(**batch.inputs).logits
                 F.cross_entropy(logits[0], batch.labels[0], reduction="sum").backward()
     a, b = adapter.layers[name].a_CI.double(), adapter.layers[name].b_OC.double()

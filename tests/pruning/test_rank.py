@@ -20,7 +20,7 @@ from dynlora_cli.pruning.signals import EntryAverages, GateGradients
 
 from toy import SHAPES, fill, make, train
 
-POLICIES = [n for n in plugins.names("policies") if plugins.declared("policies", n, "needs") != "covariances"]
+POLICIES = [n for n in plugins.names("policies") if not plugins.declared("policies", n, "after_training_only")]
 
 
 def budget(kind, value):
@@ -268,11 +268,9 @@ class TestControl:
         run = controlled(policy, seed=1)
         train(run.net, run.pool, run.optimizer, steps=1)
         for seed in range(3):
-            gradient = torch.rand(run.pool.components, generator=torch.Generator().manual_seed(seed))
-            run.control.gradients.observe(gradient, targets=10)
-            if run.control.entries:
-                run.pool.values.grad.uniform_(-1, 1)
-                run.control.entries.observe(run.pool)
+            run.pool.values.grad.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
+            for observer in run.control.observers:
+                observer.observe(run.pool, targets=10)
         other = RankControl(run.pool, run.optimizer, run.control.policy, run.control.schedule, seed=99)
         other.load_state_dict({key: value.clone() for key, value in run.control.state_dict().items()})
         ours, theirs = (c.scores_K() for c in (run.control, other))
@@ -301,10 +299,10 @@ class TestEightDefectsOfTheFirstPublishedRank1SumCode:
         _, pool = make()
         fill(pool)
         policy = plugins.load("policies", "magnitude")
-        before = policy.scores(pool, GateGradients(), torch.Generator())
+        before = policy.scores(pool, None, torch.Generator())
         for _, b in pool.views(pool.values.detach()):
             b[:, 0] *= -1
-        assert torch.equal(policy.scores(pool, GateGradients(), torch.Generator()), before)
+        assert torch.equal(policy.scores(pool, None, torch.Generator()), before)
 
     def test_2_a_pruned_component_does_not_revive_through_momentum(self):
         run = controlled("magnitude")
@@ -348,7 +346,7 @@ class TestEightDefectsOfTheFirstPublishedRank1SumCode:
         for seed in range(5):
             x = torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))
             net.up(x)[:, :10].square().sum().backward()
-            gradients.observe(pool.gate_gradient_K(), targets=8)
+            gradients.observe(pool, targets=8)
             pool.values.grad.zero_()
         scores = plugins.load("policies", "fisher").scores(pool, gradients, torch.Generator())
         assert scores[0] > 0
@@ -360,7 +358,7 @@ class TestPoliciesByTheirEquations:
         _, pool = make((4, 4, 4))
         fill(pool)
         sizes = pool.magnitudes_K().split([4, 4, 4])
-        scores = plugins.load("policies", "squeeze").scores(pool, GateGradients(), torch.Generator())
+        scores = plugins.load("policies", "squeeze").scores(pool, None, torch.Generator())
         target = 2 * sum(pool.cost(name) for name in pool.layers)
         keep, _ = select_K(scores, pool.costs_K(), pool.layers_K(), target, capped=False)
         for kept, size in zip(keep.split([4, 4, 4]), sizes, strict=True):
@@ -382,7 +380,7 @@ class TestPoliciesByTheirEquations:
         model = SimpleNamespace(named_parameters=named.items)
         for seed in range(3):
             pool.values.grad.copy_(torch.randn(pool.parameters, generator=torch.Generator().manual_seed(seed)))
-            entries.observe(pool)
+            entries.observe(pool, targets=1)
             theirs.update_ipt(model)
         found = plugins.load("policies", "sensitivity").scores(pool, entries, torch.Generator())
         expected = []

@@ -17,15 +17,22 @@ Reference
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.covariances import Energies
+from dynlora_cli.pruning.covariances import Covariances
 
-needs = "covariances"
+after_training_only = True
 
 
-def scores(pool: Pool, observed: Energies, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+def observer(options: Any, training: bool) -> Covariances:  # noqa: ARG001
+    """Covariances of what flows through the layers."""
+    return Covariances()
+
+
+def scores(pool: Pool, observed: Covariances, generator: torch.Generator) -> Tensor:  # noqa: ARG001
     """The component's share of the loss's curvature, per number. [K]"""
     return observed.energies_K / pool.costs_K()

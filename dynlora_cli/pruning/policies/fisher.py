@@ -17,13 +17,18 @@ Reference
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.pruning.signals import GateGradients
 
-needs = "gradients"
+
+def observer(options: Any, training: bool) -> GateGradients:  # noqa: ARG001
+    """Averages of each gate's gradient."""
+    return GateGradients.of(training=training)
 
 
 def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001

@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.signals import GateGradients
 
-needs = "values"
 LAYER_POWER = 0.75  # of ‖ΔW‖²: 0 would compare σ² between layers, 1 its share of the layer
 COST_POWER = 0.25
 
 
-def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+def scores(pool: Pool, observed: None, generator: torch.Generator) -> Tensor:  # noqa: ARG001
     """Size of the component's share of the update, against its layer and its cost. [K]"""
     squares_K, layers_K = pool.magnitudes_K().square(), pool.layers_K()
     totals = torch.zeros(len(pool.layers), device=squares_K.device).index_add_(0, layers_K, squares_K)

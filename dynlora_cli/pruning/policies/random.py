@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.signals import GateGradients
-
-needs = "values"
 
 
-def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+def scores(pool: Pool, observed: None, generator: torch.Generator) -> Tensor:  # noqa: ARG001
     """Uniform numbers from the run's own generator. [K]"""
     return torch.rand(pool.components, generator=generator).to(pool.values.device)

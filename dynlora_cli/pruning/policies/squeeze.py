@@ -19,12 +19,9 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.pruning.signals import GateGradients
-
-needs = "values"
 
 
-def scores(pool: Pool, gradients: GateGradients, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+def scores(pool: Pool, observed: None, generator: torch.Generator) -> Tensor:  # noqa: ARG001
     """Minus the number of components of the same layer that are larger. [K]"""
     per_layer = pool.magnitudes_K().split(list(pool.counts.values()))
     places = [sizes_C.argsort(descending=True, stable=True).argsort() for sizes_C in per_layer]
