@@ -11,6 +11,4 @@ _BLOCK = re.compile(r"`(dynlora_cli/[\w/]+\.py)`:\n\n```python\n(.*?)```", re.S)
 
 def code_of(page: str) -> dict[str, str]:
     """The files of a tutorial, by their paths: a path in the text, then a block of Python."""
-    files = dict(_BLOCK.findall((EXTENDING / f"{page}.md").read_text(encoding="utf-8")))
-    assert files, page
-    return files
+    return dict(_BLOCK.findall((EXTENDING / f"{page}.md").read_text(encoding="utf-8")))
