@@ -1,4 +1,7 @@
-"""scripts/bench/NOTES.md: every heading is a question that its contents list, and links to its sections resolve."""
+"""scripts/bench/NOTES.md: every heading is a question that its contents list, and links to its sections resolve.
+
+CONTRIBUTING.md: what it links to is there.
+"""
 
 from __future__ import annotations
 
@@ -72,3 +75,9 @@ def test_links_to_the_notes_resolve(anchors: list[str]):
         if page.suffix in (".md", ".py"):
             links = re.findall(r"NOTES\.md#([\w-]+)", page.read_text(encoding="utf-8"))
             assert [link for link in links if link not in anchors] == [], page
+
+
+def test_what_contributing_links_to_is_there():
+    links = re.findall(r"\]\(([^)#]+)", (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert "docs/architecture.md" in links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
