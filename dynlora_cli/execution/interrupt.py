@@ -40,7 +40,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _leave(terminals: list[int]) -> None:
-    """Let what is written to a terminal that was closed go nowhere: each write would fail, and the save with it."""
+    """Send output to nowhere when the terminal was closed: every write to it would fail, and the save with it."""
     for descriptor in terminals:
         if not os.isatty(descriptor):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -22,12 +22,13 @@ from typing import IO
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.execution.interrupt import heeded
 
-# After one process has failed, the others have this long to end by themselves; and this long where nothing of theirs
-# is waited for: they cannot go on, or the first one, which speaks for all and saves for all, has spoken.
+# After one process has failed, the others have the longer time to end by themselves. They have the shorter one where
+# there is nothing to wait for: a process was killed, so the others cannot go on, or the first one has failed, which
+# prints and saves for all.
 GRACE_SECONDS, SHORT_GRACE_SECONDS = 15.0, 3.0
-LAUNCHER = "DYNLORA_LAUNCHER"  # number of the launching process, for those that it has launched
-LOST_OTHERS = 75  # exit code between the two: another process has ended, and the launcher will say which
-PATIENCE_SECONDS = 60.0  # of a process whose launcher has gone, for its own clean end
+LAUNCHER = "DYNLORA_LAUNCHER"  # environment variable that tells a launched process the launcher's id
+LOST_OTHERS = 75  # exit code for the launcher: this process ended because another one did
+PATIENCE_SECONDS = 60.0  # how long a process may take to save and end after its launcher has died
 
 
 def launch(arguments: Sequence[str], count: int) -> int:
@@ -112,7 +113,7 @@ def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int | None, bool]:
-    """The process that is to blame (None: all are done), and whether the first process has said nothing."""
+    """Wait for all: the rank of the process that is to blame (None: all are done), and whether rank 0 was silent."""
     failed: list[int] = []  # in the order in which they ended
     until = float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < until:
@@ -120,13 +121,14 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int | None, boo
         until = min(until, time.monotonic() + _note_failures(processes, failed))
     _note_failures(processes, failed)
     codes = [process.returncode for process in processes]
-    # One that was killed has no exit code of its own; others have only lost one.
+    # To blame is first a process that was killed (its code is negative), then one with an error of its own, and last
+    # one that only lost the others.
     blamed = sorted(failed, key=lambda rank: (codes[rank] > 0, codes[rank] == LOST_OTHERS))
     return (blamed[0] if blamed else None), codes[0] in (None, LOST_OTHERS)
 
 
 def _note_failures(processes: Sequence[subprocess.Popen[bytes]], failed: list[int]) -> float:
-    """Add those that have failed meanwhile; how many seconds the rest has for its own end."""
+    """Add to `failed` the ranks that have failed meanwhile. Returns how many seconds the others have to end."""
     failed += [rank for rank, process in enumerate(processes) if process.poll() and rank not in failed]
     if not failed:
         return float("inf")
@@ -138,7 +140,7 @@ def _note_failures(processes: Sequence[subprocess.Popen[bytes]], failed: list[in
 
 
 def end_with_launcher() -> None:
-    """Watch the launcher: when it is gone, this process saves and ends as after SIGTERM. No matter without one."""
+    """Watch the launcher, if there is one: when it is gone, this process saves and ends as after SIGTERM."""
     launcher = os.environ.get(LAUNCHER)
     if launcher and hasattr(os, "getppid"):
         threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
@@ -149,7 +151,7 @@ def _watch(launcher: int) -> None:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE_SECONDS)
-    os._exit(1)  # it waits for others, which do not answer
+    os._exit(1)  # it still waits for other processes, which do not answer
 
 
 def lost_others(error: BaseException) -> bool:
@@ -162,5 +164,5 @@ def lost_others(error: BaseException) -> bool:
 
 
 def is_launched() -> bool:
-    """Whether a launcher waits for this process, and speaks for it."""
+    """Whether this process was started by `launch`, which reports its end."""
     return LAUNCHER in os.environ

@@ -49,7 +49,7 @@ class DoraLinear(ComponentLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         y = super().forward(x)
-        # With its last component a layer loses its magnitude: no file could keep it.
+        # A layer without components has no magnitude either: no file format could keep it.
         if self.count == 0 or (self.gate is not None and not self.gate.any()):
             return y
         if self.bias_O is not None:

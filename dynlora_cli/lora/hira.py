@@ -40,7 +40,7 @@ class HiraLinear(ComponentLinear):
 
     def update(self, x: Tensor, a_CI: Tensor, b_OC: Tensor) -> Tensor:
         """(W ∘ s BA) x, [..., O]."""
-        # Autograd would keep two matrices of the base's size for every layer; they are made again instead.
+        # Autograd would save two matrices of the base's size for every layer; they are computed again instead.
         return checkpoint(self._product, x, a_CI, b_OC, self.gate, use_reentrant=False, preserve_rng_state=False)
 
     def _product(self, x: Tensor, a_CI: Tensor, b_OC: Tensor, gate: Tensor | None) -> Tensor:

@@ -68,7 +68,7 @@ class ComponentLinear(nn.Module):
         # The components that are left, by their index at the start. [C]
         self.survivors_C = torch.empty(0, dtype=torch.long)
 
-    # -- what a variant may change; see variants/_variant.py -----------------------------------------------------------
+    # -- what a variant may change; see lora/variant.py ----------------------------------------------------------------
 
     @staticmethod
     def widths(d_in: int, d_out: int) -> tuple[int, int]:

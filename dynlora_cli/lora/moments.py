@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK = 256  # numbers that share an absmax
+BLOCK = 256  # bitsandbytes quantizes in blocks of so many numbers, each with its own largest value (absmax)
 
 
-SMALLEST = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in fp32
+SMALLEST = 4096  # bitsandbytes keeps the moments of tensors with fewer numbers in fp32
 
 
-MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}  # torch's names, and what bitsandbytes' names end in
+MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}  # torch's name: the end of bitsandbytes' names (state1, qmap1)
 
 
 def read_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def read_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> d
         return {key: state[key] for key in MOMENTS if key in state}
     moments = {}
     for key, n in MOMENTS.items():
-        stored = state[f"state{n}"].to(parameter.device)  # paged memory looks like the host's
+        stored = state[f"state{n}"].to(parameter.device)  # paged memory claims to be on the CPU
         if stored.dtype == torch.uint8:
             from bitsandbytes.functional import dequantize_blockwise
 
@@ -42,13 +42,13 @@ def write_moments(
     moments: Mapping[str, Tensor],
     replaces: nn.Parameter | None = None,
 ) -> None:
-    """Make these a parameter's moments, stored as the optimizer stores them; the count of steps goes on.
+    """Set a parameter's moments, in the form in which the optimizer stores them; its count of steps goes on.
 
     Args:
         optimizer: steps the parameter.
         parameter: flat.
         moments: as from `read_moments`, in the parameter's shape.
-        replaces: a parameter that this one comes in place of, and which the optimizer forgets.
+        replaces: the parameter that this one replaces; the optimizer forgets it.
     """
     state = optimizer.state.pop(parameter if replaces is None else replaces, {})
     if "state1" not in state:
@@ -67,7 +67,7 @@ def write_moments(
 
 
 def _in_place_of(before: Tensor, value: Tensor) -> Tensor:
-    """The value, in the front of the memory of what it replaces where that is paged."""
+    """The value; where the old one is in paged memory, copied to the beginning of that memory, to use it again."""
     if not getattr(before, "is_paged", False) or before.dtype != value.dtype:
         return value
     front: Any = before[: value.numel()]
@@ -77,7 +77,7 @@ def _in_place_of(before: Tensor, value: Tensor) -> Tensor:
 
 
 def forget_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer where it was before its first step, in the memory that it has."""
+    """Reset the optimizer to before its first step, in the memory that it has already."""
     for state in optimizer.state.values():
         for key, value in state.items():
             if not isinstance(value, Tensor):

@@ -29,7 +29,7 @@ class RelativeLinear(ComponentLinear):
     component goes: into checkpoints, and away. Weight decay draws all four to zero, and with them the update.
     """
 
-    turns = plain = False  # turned components would be paired with starts that are not theirs
+    turns = plain = False  # in another basis a component would be paired with the start of others
     terms = 2
 
     def __init__(self, base: nn.Module, scale: float, dropout: float = 0.0) -> None:
@@ -60,7 +60,7 @@ class RelativeLinear(ComponentLinear):
 
     @torch.no_grad()
     def settle_gradient(self) -> None:
-        """Note what the gradient says about the starts, then let it end there: they do not train."""
+        """Note the gradient of a⁰ and b⁰ for `gate_gradient_C`, then set it to zero: they do not train."""
         assert self.a_CI.grad is not None
         assert self.b_OC.grad is not None
         a_start_grad = self.a_CI.grad[:, self.in_features :]

@@ -1,4 +1,4 @@
-"""Taking components out of a pool, its modules and its optimizer at once."""
+"""Removing components from a pool, its modules and its optimizer at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def swap(
     counts: Mapping[str, int],
     moments_P: Mapping[str, Tensor],
 ) -> None:
-    """Put other numbers in the place of the pool's: in the layers, the parameter group and the optimizer's moments.
+    """Replace the numbers of the pool, in the layers, the parameter group and the optimizer's moments at once.
 
     Raises:
         DynloraError: an autograd graph through the old tensors is alive.

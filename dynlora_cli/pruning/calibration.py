@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Layers = Mapping[str, nn.Module]
 Autocast = Callable[[], AbstractContextManager[Any]]
-Measure = Callable[[Tensor, Tensor], Tensor]  # of a weight and its gradient, both [O, I] in fp32
+Measure = Callable[[Tensor, Tensor], Tensor]  # a number for a weight and its gradient, both [O, I] in fp32
 MEASURES: dict[str, Measure] = {
     # GoRA (arXiv 2502.12171): importance, here of each batch; the paper adds up the gradients of many first.
     "gora": lambda weight_OI, gradient_OI: (weight_OI * gradient_OI).abs().mean(),

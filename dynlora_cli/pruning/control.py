@@ -64,7 +64,7 @@ class RankControl:
         self.gauge, self.lr_coupling, self.probe, self.brake = gauge, lr_coupling, probe, brake
         self.start_parameters = pool.parameters
         self.observer = observer_of(policy, options, training=True)
-        # Every event predicts its change of the loss, and does so from these, whatever the policy looks at.
+        # For the predicted change of the loss in every event, which needs gate gradients whatever the policy looks at.
         self.gradients = self.observer if isinstance(self.observer, GateGradients) else GateGradients()
         own = [self.observer] if self.observer and self.observer is not self.gradients else []
         self.observers: list[Observer] = [self.gradients, *own]
@@ -122,12 +122,12 @@ class RankControl:
         floor = self.schedule.targets[-1]
         if self.brake is None:
             return self.schedule.targets[self.schedule.steps.index(step)]
-        # The same share at every event, of what is alive; after a refusal half of it.
+        # Every event removes the same share of what is alive; after a refusal half of that share.
         gone = 1 - (floor / self.start_parameters) ** (1 / len(self.schedule.steps))
         return max(floor, math.floor((1 - gone / (1 + self.brake.refused)) * self.pool.parameters))
 
     def _turn(self) -> int:
-        """Turn into the SVD basis; averages of the old one mean nothing any more."""
+        """Rewrite the components in their SVD basis, and forget the averages: they were of other components."""
         turned = to_svd_basis(self.pool, self.optimizer)
         if turned:
             for observer in self.observers:
@@ -150,7 +150,7 @@ class RankControl:
         if self.gauge and self.observer is None:  # the policy judges the components as they stand
             self._turn()
         scores_K = pool.ranked(self.scores_K())
-        # The cap guards against one noisy event that empties a layer; a brake measures it.
+        # Without a brake, a cap keeps one noisy event from emptying a layer. A brake measures the harm instead.
         capped = step != self.schedule.last and self.brake is None
         keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
         if self.brake and not self._allowed(step, keep_K, event):
@@ -208,7 +208,7 @@ class RankControl:
 
 
 class NoControl:
-    """In the place of a `RankControl` where no component ever goes."""
+    """Stands in for a `RankControl` where no component ever goes."""
 
     schedule = Schedule(0, (), ())
     rate_factor = 1.0

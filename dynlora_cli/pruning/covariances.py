@@ -27,7 +27,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.pruning.policy import Observer
 
-# Directions in which nothing flows are kept apart from division by zero.
+# Smaller eigenvalues, as a share of the largest, are raised to it: no division by zero where nothing flows.
 SMALLEST = 1e-12
 
 
@@ -46,7 +46,7 @@ class Covariances(Observer):
 
     @contextmanager
     def watching(self, pool: Pool, real_BT: Tensor | None) -> Iterator[None]:
-        """Look at all layers inside the block."""
+        """Within the `with` block hooks collect the covariances of all layers."""
         self._real_BT = real_BT
         if not self.seen:
             zeros = partial(torch.zeros, dtype=torch.float64, device=pool.values.device)
@@ -61,7 +61,7 @@ class Covariances(Observer):
                 handle.remove()
 
     def observe(self, pool: Pool, targets: float) -> None:
-        """Nothing is left to do: the hooks have seen everything."""
+        """Does nothing: the hooks have seen everything."""
 
     def _look(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, ComponentLinear)
@@ -120,7 +120,7 @@ def turn(a_CI: Tensor, b_OC: Tensor, inputs_CC: Tensor, outputs_CC: Tensor) -> t
 
 
 def _roots(covariance_CC: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root of a covariance, and its inverse."""
+    """The square root of a covariance, and the inverse of that root. [C, C] each"""
     values, vectors = torch.linalg.eigh(covariance_CC)
     root = values.clamp_min(max(values[-1].item(), torch.finfo(values.dtype).tiny) * SMALLEST).sqrt()
     return vectors * root @ vectors.T, vectors / root @ vectors.T

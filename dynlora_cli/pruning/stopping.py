@@ -22,14 +22,14 @@ NEGLIGIBLE = 0.01  # of the loss: what all events together may cost
 class Brake:
     """Refuses an event that raises the held-out loss; half of it is tried next, and that ends the pruning.
 
-    To go on in small steps would take a little more each time: no event sees what its components would still have
-    learned.
+    Why not go on in smaller steps? Each of them would be let through, since no event sees what the removed components
+    would still have learned, and together they would remove too much.
 
     Attributes:
         measure: the loss of every held-out row, of the model as it is.
         tolerance: what all events together may add to the loss, in nats per target; None: a percent of the loss, or
             the standard error of the change at hand where that is more.
-        added: what they have added; an event that lowered the loss pays for no other.
+        added: what all events so far have added to the loss. An event that lowered it counts as 0, not as credit.
         refused: whether an event was refused.
         ended: no further event will be tried.
     """
@@ -41,7 +41,7 @@ class Brake:
     ended: bool = False
 
     def allows(self, before: RowSums, after: RowSums) -> tuple[bool, float]:
-        """Whether the change may stand, and how much it adds to the loss; remembers the answer."""
+        """Whether the event may stand, and how much it adds to the loss. A refusal is remembered."""
         change, error = paired_change(before, after)
         limit = max(error, NEGLIGIBLE * before.loss) if self.tolerance is None else self.tolerance
         allowed = self.added + change <= limit

@@ -56,7 +56,8 @@ def fit(run: Run) -> None:
                 run.save(run)
                 saved_at = time.monotonic()
             if leaving:
-                # Nobody goes before the save is done. Other saves need no wait; clocks may not even agree on them.
+                # Processes that leave wait until the save is done. At other saves none waits: by their clocks,
+                # processes may not even agree on when one is due.
                 run.accelerator.wait_for_everyone()
             if record["stop"] and not _finished(run):
                 raise Interrupted(

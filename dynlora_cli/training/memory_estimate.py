@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
 MKL_BYTES, CUDA_BYTES = 128 << 20, 512 << 20
-USABLE = 0.9  # of the free memory: the rest is lost between tensors
+USABLE = 0.9  # share of the free memory that tensors can fill; the rest is lost between them
 # Bytes a weight in 4 bits: blocks of 64 share a scale in fp32, which double quantization stores in 8 bits.
 NF4, NF4_DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / 64 / 256
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FIRST, LOWEST, HIGHEST = 2e-3, 1e-6, 0.5
 STEPS, WARMUP, JUDGED = 24, 6, 8
-HARMLESS = 0.01  # of the untrained model's loss: a trial that ends no further above it has broken nothing
+HARMLESS = 0.01  # a trial does no harm if it ends at most this share above the untrained model's loss
 
 
 def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> tuple[dict[float, float], float]:

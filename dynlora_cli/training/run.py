@@ -68,7 +68,7 @@ class Run:
         parameters: everything that trains; with components, the pool's flat tensor comes first.
         emit: takes every event, see runs/events.py.
         save: writes a checkpoint of the present state.
-        graphs: recordings of the blocks, where the recipe asks for them.
+        graphs: CUDA graphs of the blocks, where the recipe asks for them.
     """
 
     recipe: Recipe

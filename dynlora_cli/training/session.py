@@ -200,7 +200,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Finished:
-    """In the place of a session where --resume finds a run that has ended."""
+    """Stands in for a `Session` where --resume finds a run that has ended already."""
 
     summary: dict[str, Any]
 

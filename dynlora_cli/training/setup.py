@@ -73,7 +73,8 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
         log_with=list(recipe.train.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-        # Nothing may be kept from one recording for another; compiled code is for one of both ways.
+        # Autocast caches the weights that it casts. A CUDA graph must not read a cast that was made outside of it, so
+        # the cache is off then: for the whole run, since torch.compile would compile again for the other setting.
         kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.train.cuda_graphs)],
     )
 

@@ -24,8 +24,8 @@ LOWER_RATE = "lower train.learning_rate"
 def backward(run: Run, batch: Batch, supervised: float) -> Tensor:
     """Add the gradient of one micro-batch, normalised by the targets of the whole step; returns its share of the loss.
 
-    A function of its own, so that the graph is gone when components are removed. The loss stays on the device: to read
-    it would keep the next micro-batch waiting.
+    It is a function of its own so that the autograd graph is freed when it returns, before components are removed. The
+    loss stays on the device: reading it would make Python wait for the GPU before it can launch the next micro-batch.
     """
     batch = batch.to(run.accelerator.device)
     with run.accelerator.autocast():
@@ -98,9 +98,9 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
         last = min(run.total_steps, run.control.next_change(number))
         run.graphs.passes_left = int(last - number + 1) * len(micro_batches)
     losses = [backward(run, batch, supervised) for batch in micro_batches]
-    if number < run.total_steps:  # a GPU is still at work on the gradient
+    if number < run.total_steps:  # while the GPU still computes the gradient
         run.batches.prepare(*divmod(number, run.batches.steps_per_epoch))
-    # Asked late, so that a Ctrl-C of meanwhile counts for this step.
+    # Asked late, so that a Ctrl-C during the step still counts for it.
     loss, stop_votes = run.total(sum(losses), interrupted())
     if not math.isfinite(loss):
         batches = zip(micro_batches, losses, strict=True)
