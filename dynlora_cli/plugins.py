@@ -1,16 +1,23 @@
 """Plug-ins: folders whose file names are the names used in recipes. Adding one file adds one choice.
 
-lora/variants/      how a layer uses its components          adapter.variant
-pruning/policies/   which components to keep                 pruning.policy
-adapters/kinds/     how an adapter's files are written          a variant's `saved_as`
-data/formats/       how a row of data becomes an example     dataset.train[].format
-export/targets/     files that other tools read              dynlora export --to
+lora/variants/       how a layer uses its components           adapter.variant
+pruning/policies/    which components to keep                  pruning.policy
+tasks/kinds/         what a model is for                       model.task
+tasks/objectives/    what is learned from the rows             train.objective
+data/formats/        how a row of data becomes an example      dataset.train[].format
+adapters/kinds/      how an adapter's files are written        a variant's `saved_as`
+merging/methods/     how several adapters become one           dynlora merge --method
+export/targets/      files that other tools read               dynlora export --to
+
+Nobody imports a plug-in: `load` finds it by its name. What the command line has to know of it before that, such as its
+own options (config/options.py), it writes as a literal, which `declared` reads from the text of the file.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,40 +28,85 @@ from dynlora_cli.text import did_you_mean
 FOLDERS = {
     "variants": "lora.variants",
     "policies": "pruning.policies",
+    "tasks": "tasks.kinds",
+    "objectives": "tasks.objectives",
     "formats": "data.formats",
     "kinds": "adapters.kinds",
+    "methods": "merging.methods",
     "exporters": "export.targets",
+}
+# What one plug-in of a kind is called in messages.
+WORDS = {
+    "variants": "variant",
+    "policies": "policy",
+    "tasks": "task",
+    "objectives": "objective",
+    "formats": "format",
+    "kinds": "kind of adapter",
+    "methods": "merge method",
+    "exporters": "exporter",
 }
 
 
-def names(drawer: str) -> list[str]:
-    """Names that a drawer offers, sorted, without importing any of the files; `_` in a file name is `-` in a name."""
-    return sorted(_files(drawer))
+def names(kind: str) -> list[str]:
+    """Names of the plug-ins of a kind, sorted, without importing any; `_` in a file name is `-` in a name."""
+    return sorted(_files(kind))
 
 
-def _files(drawer: str) -> dict[str, Path]:
-    """Name to file, of every folder that belongs to the drawer's package."""
-    folders = importlib.import_module(f"dynlora_cli.{FOLDERS[drawer]}").__path__
+def _files(kind: str) -> dict[str, Path]:
+    """Name to file, of every folder that belongs to the kind's package."""
+    folders = importlib.import_module(f"dynlora_cli.{FOLDERS[kind]}").__path__
     files = [path for folder in folders for path in Path(folder).glob("*.py") if not path.stem.startswith("_")]
     return {path.stem.replace("_", "-"): path for path in files}
 
 
-def load(drawer: str, name: str) -> ModuleType:
-    """The module `dynlora_cli/<drawer>/<name>.py`.
+def load(kind: str, name: str) -> ModuleType:
+    """The module of a plug-in.
 
     Raises:
-        UsageError: the drawer has no such file.
+        UsageError: there is none of that name.
     """
-    if name not in names(drawer):
+    if name not in names(kind):
         raise UsageError(
-            f"{drawer} has no {name!r}{did_you_mean(name, names(drawer))}", f"choose one of: {', '.join(names(drawer))}"
+            f"{kind} has no {name!r}{did_you_mean(name, names(kind))}", f"choose one of: {', '.join(names(kind))}"
         )
-    return importlib.import_module(f"dynlora_cli.{FOLDERS[drawer]}.{name.replace('-', '_')}")
+    return importlib.import_module(f"dynlora_cli.{FOLDERS[kind]}.{name.replace('-', '_')}")
 
 
-def declared(drawer: str, name: str, constant: str) -> Any:
-    """What `dynlora_cli/<drawer>/<name>.py` sets a constant to, without importing it; None where it does not."""
-    for node in ast.parse(_files(drawer)[name].read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [constant]:
-            return ast.literal_eval(node.value)
+def declared(kind: str, name: str, constant: str) -> Any:
+    """What a plug-in's file sets a constant to, read without importing it; None where it sets no such constant.
+
+    Raises:
+        UsageError: the file is no Python, or the constant is set to something that only running the file could tell.
+    """
+    path = _files(kind)[name]
+    text = path.read_text(encoding="utf-8")
+    if constant not in text:
+        return None
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise UsageError(f"{path}:{error.lineno}: no Python: {error.msg}", "mend this plug-in, or remove it") from None
+    for target, value in _assignments(tree):
+        if target == constant:
+            try:
+                return ast.literal_eval(value)
+            except ValueError:
+                raise UsageError(
+                    f"{path}:{value.lineno}: {constant} is read without running the file, so it must be written out",
+                    "write a literal: texts, numbers, True, False, None, and lists, tuples and dicts of them",
+                ) from None
     return None
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """The constants of a module and their values, of `A = 1`, `A: int = 1` and `A, B = 1, 2`."""
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.value:
+            yield ast.unparse(node.target), node.value
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    yield from zip(map(ast.unparse, target.elts), node.value.elts, strict=False)
+                else:
+                    yield ast.unparse(target), node.value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,3 +79,28 @@ def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     from eval_helpers import finished_chat_run
 
     return finished_chat_run(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture
+def plug_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Makes a plug-in for one test: `plug_in("variants", "toy", text)` is a file toy.py that dynlora finds as its own."""
+    from dynlora_cli import plugins
+
+    root, made = tmp_path_factory.mktemp("plug-ins"), []
+
+    def make(kind: str, name: str, text: str) -> Path:
+        package = importlib.import_module(f"dynlora_cli.{plugins.FOLDERS[kind]}")
+        folder, module = root / kind, name.replace("-", "_")
+        if str(folder) not in package.__path__:
+            folder.mkdir()
+            monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+        path = folder / f"{module}.py"
+        path.write_text(text, encoding="utf-8")
+        importlib.invalidate_caches()
+        made.append((package, module))
+        return path
+
+    yield make
+    for package, module in made:
+        sys.modules.pop(f"{package.__name__}.{module}", None)
+        vars(package).pop(module, None)

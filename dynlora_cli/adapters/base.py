@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from torch import nn
@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapters.adapter import PLAIN, Adapter, Factors
 from dynlora_cli.adapters.expert_files import parameter_of, parts_of
+from dynlora_cli.config.plug_in_keys import section_form
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, read_object
@@ -99,7 +100,7 @@ def recorded_model(adapter: Adapter) -> Model:
     """
     recorded = (adapter.record.get("recipe") or {}).get("model") or {"name_or_path": adapter.base_name or "?"}
     try:
-        model = Model.model_validate(recorded)
+        model = cast("Model", section_form("model", recorded).model_validate(recorded))
     except ValidationError as error:
         raise UsageError(f"{adapter.folder}: {RECORD} is damaged: model.{first_fault(error)}", COPY_AGAIN) from None
     if "/" in (model.attn_implementation or ""):  # a kernel of the hub, which is code

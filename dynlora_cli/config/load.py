@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynlora_cli.config import strict_yaml
+from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.problems import conflict_problems, field_problems
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.strict_yaml import Node, Place, Problem
@@ -104,14 +105,15 @@ def _validate(root: Node) -> tuple[Recipe | None, list[Problem]]:
     Settings that do not go together are looked for even where other keys are wrong: those are left out for it.
     """
     data = root.plain()
+    form = recipe_form(data)
     try:
-        return Recipe.model_validate(data), []
+        return form.model_validate(data), []
     except ValidationError as error:
-        wrong = field_problems(error, root, Recipe.model_json_schema())
+        wrong = field_problems(error, root, form.model_json_schema())
         clashes = error
     if wrong:
         try:
-            Recipe.model_validate(_without(data, wrong))
+            form.model_validate(_without(data, wrong))
         except ValidationError as error:
             clashes = error
     problems = [problem for found in wrong.values() for problem in found]

@@ -6,16 +6,14 @@ What is allowed is read from the JSON schema, so that `dynlora schema` and the m
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from pydantic import ValidationError
 
-from dynlora_cli.config import foreign_names
+from dynlora_cli import plugins
+from dynlora_cli.config import foreign_names, plug_in_keys
+from dynlora_cli.config.schema import Path, Schema, allowed, at, resolve, sections
 from dynlora_cli.config.strict_yaml import Node, Problem, dotted
 from dynlora_cli.text import did_you_mean, show
-
-Path = tuple[str | int, ...]
-Schema = dict[str, Any]
 
 
 def field_problems(error: ValidationError, root: Node, schema: Schema) -> dict[Path, list[Problem]]:
@@ -32,11 +30,11 @@ def field_problems(error: ValidationError, root: Node, schema: Schema) -> dict[P
         if kind == "extra_forbidden":
             texts = list(_unknown(path, nodes[-1].plain(), schema))
         elif kind == "missing":
-            texts = [f"{dotted(path)}: missing; {_at(schema, path)['description']}"]
+            texts = [f"{dotted(path)}: missing; {at(schema, path)['description']}"]
         elif kind == "value_error":
             texts = [f"{dotted(path)}: {fault['ctx']['error']}"]
         else:
-            texts = [f"{dotted(path)}: {_wrong_value(path, nodes[-1].plain(), _at(schema, path), schema)}"]
+            texts = [f"{dotted(path)}: {_wrong_value(path, nodes[-1].plain(), at(schema, path), schema)}"]
         found[path] = [Problem(place, text) for text in texts]
     return found
 
@@ -54,27 +52,6 @@ def conflict_problems(error: ValidationError, root: Node, wrong: Collection[Path
                 node = nodes[-1] if len(nodes) >= len(other) else other[-1]
                 problems.append(Problem(node.place, f"{conflict.key}: {conflict.text}"))
     return problems
-
-
-def allowed(schema: Schema, whole: Schema) -> str:
-    """What a value must be, in words, from its JSON schema; `whole` holds the definitions."""
-    schema = _resolve(schema, whole)
-    if "enum" in schema:
-        return f"one of: {', '.join(map(str, schema['enum']))}"
-    if "const" in schema:
-        return str(schema["const"])
-    if "anyOf" in schema:
-        return " or ".join(allowed(choice, whole) for choice in schema["anyOf"])
-    if "properties" in schema:
-        return f"a section with the keys {', '.join(schema['properties'])}"
-    if schema["type"] == "array":
-        least = " of at least one" if schema.get("minItems") else ""
-        return f"a list{least}, each item {allowed(schema['items'], whole)}"
-    names = {"string": "a text", "boolean": "true or false", "null": "null", "object": "a mapping of text to text"}
-    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    name = {"integer": "a whole number", "number": "a number", **names}[schema["type"]]
-    limits = [f"{word} {schema[bound]}" for bound, word in bounds.items() if bound in schema]
-    return ", ".join([name, " and ".join(limits)]) if limits else name
 
 
 def _wrong_value(path: Path, value: object, schema: Schema, whole: Schema) -> str:
@@ -99,8 +76,9 @@ def _unknown(path: Path, value: object, schema: Schema) -> Iterator[str]:
     yield from below
     answer = foreign_names.hint(path)
     if not answer and not below:
-        choices = _resolve(_at(schema, path[:-1]), schema)["properties"]
-        answer = _belongs(path, schema) or "unknown key" + did_you_mean(str(path[-1]), choices)
+        choices = resolve(at(schema, path[:-1]), schema)["properties"]
+        answer = _of_a_plug_in(path) or _belongs(path, schema)
+        answer = answer or "unknown key" + did_you_mean(str(path[-1]), choices)
     if answer:
         yield f"{dotted(path)}: {answer}"
 
@@ -114,43 +92,21 @@ def _aliases_below(path: Path, value: object) -> Iterator[str]:
             yield from _aliases_below((*path, key), child)
 
 
+def _of_a_plug_in(path: Path) -> str | None:
+    """Which plug-ins a key belongs to, that the recipe does not choose."""
+    owners = plug_in_keys.owners(path)
+    if not owners:
+        return None
+    here = {kind: ".".join(plug_in_keys.CHOSEN[kind]) for kind, _ in owners}
+    whose = " or ".join(f"{plugins.WORDS[kind]} {name}" for kind, name in owners)
+    which = " or ".join(f"`{here[kind]}: {name}`" for kind, name in owners)
+    return f"a key of {whose}; write {which}, or leave it out"
+
+
 def _belongs(path: Path, schema: Schema) -> str | None:
     """Where a key belongs that is known in another section."""
     key, here = path[-1], dotted([step for step in path[:-1] if isinstance(step, str)])
-    for section, keys in _sections(schema).items():
+    for section, keys in sections(schema).items():
         if key in keys and section != here:
             return f"`{key}` belongs under `{section}`" if section else f"`{key}` belongs at the top level"
     return None
-
-
-def _sections(schema: Schema) -> dict[str, Collection[str]]:
-    """The keys of each section: `train`, `dataset.train`, and the top level as an empty name."""
-    found: dict[str, Collection[str]] = {}
-
-    def visit(name: str, section: Schema) -> None:
-        section = _resolve(section, schema)
-        if "properties" in section:
-            found[name] = section["properties"]
-            for key, child in section["properties"].items():
-                visit(f"{name}.{key}".lstrip("."), child.get("items", child))
-
-    visit("", schema)
-    return found
-
-
-def _at(schema: Schema, path: Path) -> Schema:
-    """The schema of the value at a path."""
-    here = schema
-    for step in path:
-        section = _resolve(here, schema)
-        if isinstance(step, int):
-            here = section["items"]
-        else:
-            here = section["properties"][step] if "properties" in section else section["additionalProperties"]
-    return here
-
-
-def _resolve(here: Schema, schema: Schema) -> Schema:
-    """The definition that a `$ref` names."""
-    reference = here.get("$ref") or here.get("allOf", [{}])[0].get("$ref")
-    return schema["$defs"][reference.rsplit("/", 1)[1]] if reference else here

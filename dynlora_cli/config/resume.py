@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import ResumeForm, fits
@@ -27,7 +28,7 @@ def same_recipe(folder: Path, recipe: Recipe) -> None:
         raise UsageError(f"{folder} was pruned after training; there is no training to go on with", "train anew")
     fits(ResumeForm, record, path)
     # Read by today's rules: keys that are younger than the run have the values that they had in its time.
-    before = flat(fits(Recipe, record["recipe"], path).model_dump(mode="json"))
+    before = flat(fits(recipe_form(record["recipe"]), record["recipe"], path).model_dump(mode="json"))
     now = flat(recipe.model_dump(mode="json"))
     differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
     if differing:

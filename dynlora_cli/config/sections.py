@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from dynlora_cli import plugins
 from dynlora_cli.config.budget import MAX_RANK, Budget, parse_budget
-from dynlora_cli.config.types import Count, Drawer, NotForeign, PathText, Positive, Section, Share, Text, whole
+from dynlora_cli.config.types import Count, NotForeign, PathText, PlugIn, Positive, Section, Share, Text, whole
 
 
 def _budget(value: object) -> object:
@@ -35,7 +35,7 @@ class Model(Section):
     """A hub id, a folder, or `builtin:tiny`."""
     revision: Text | None = None
     """Branch, tag or commit on the hub."""
-    task: Literal["causal-lm", "seq2seq-lm", "sequence-classification"] = "causal-lm"
+    task: Annotated[str, PlugIn("tasks", also=("causal-lm", "seq2seq-lm", "sequence-classification"))] = "causal-lm"
     """What the model is trained to do; seq2seq-lm: an encoder reads the prompt, a decoder writes the completion."""
     num_labels: Annotated[int, Field(ge=2), BeforeValidator(whole)] | None = None
     """Number of classes, for sequence-classification; null counts them in the data."""
@@ -60,7 +60,7 @@ class Source(Section):
 
     path: PathText
     """A file (JSONL, JSON, CSV, Parquet, text), a folder, a hub id, or `builtin:stdlib-docs`."""
-    format: Annotated[str, Drawer("formats", also=("auto",))] = "auto"
+    format: Annotated[str, PlugIn("formats", also=("auto",))] = "auto"
     """How a row becomes an example; auto decides by the columns and says what it chose."""
     split: Text = "train"
     """Split of a hub data set."""
@@ -100,7 +100,7 @@ class Dataset(Section):
 class Adapter(Section):
     """Where the components sit and how they act."""
 
-    variant: Annotated[str, Drawer("variants")] = "lora"
+    variant: Annotated[str, PlugIn("variants")] = "lora"
     """How a layer uses its components: a file name in dynlora_cli/lora/variants."""
     target_modules: (
         Annotated[Text, AfterValidator(NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
@@ -156,7 +156,7 @@ class Rank(Section):
 class Pruning(Section):
     """Which components go, and when; times are shares of all optimizer steps."""
 
-    policy: Annotated[str, Drawer("policies", refuse=_only_after_training)] = "fisher"
+    policy: Annotated[str, PlugIn("policies", refuse=_only_after_training)] = "fisher"
     """What scores the components: a file name in dynlora_cli/pruning/policies."""
     start: Share | Literal["auto"] = "auto"
     """When pruning begins; auto: after a quarter of the run, with budget auto after half of it."""

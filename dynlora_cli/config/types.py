@@ -1,4 +1,4 @@
-"""What a key of a recipe may hold: kinds of text and number, names of a drawer's files, and the strict section."""
+"""What a key of a recipe may hold: kinds of text and number, names of plug-ins, and the strict section."""
 
 from __future__ import annotations
 
@@ -53,15 +53,16 @@ def at_home(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class Drawer:
-    """A text that must be a file name in a drawer, or one of `also`; `refuse` says why a file is no choice here."""
+class PlugIn:
+    """A text that must be the name of a plug-in, or one of `also`; `refuse` says why a plug-in is no choice here."""
 
-    drawer: str
+    kind: str
     also: tuple[str, ...] = ()
     refuse: Callable[[str], str | None] = lambda name: None  # noqa: ARG005
 
     def choices(self) -> list[str]:
-        return [*self.also, *(name for name in plugins.names(self.drawer) if not self.refuse(name))]
+        plug_ins = [name for name in plugins.names(self.kind) if not self.refuse(name)]
+        return list(dict.fromkeys([*self.also, *plug_ins]))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.no_info_after_validator_function(self, handler(source))
@@ -70,10 +71,12 @@ class Drawer:
         return {**handler(core), "enum": self.choices()}
 
     def __call__(self, value: str) -> str:
-        if value in plugins.names(self.drawer) and (reason := self.refuse(value)):
+        if value in plugins.names(self.kind) and (reason := self.refuse(value)):
             raise ValueError(f"got {value}, {reason}")
         if value not in self.choices():
-            raise PydanticCustomError("choice", "not one of the choices")
+            *most, last = map(repr, self.choices())
+            allowed = f"{', '.join(most)} or {last}" if most else last
+            raise PydanticCustomError("choice", "Input should be {allowed}", {"allowed": allowed})  # as of a Literal
         return value
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from dynlora_cli import plugins
 from dynlora_cli.adapters.base import recorded_model
 from dynlora_cli.config.load import RECIPES, load_recipe
+from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, Source
 from dynlora_cli.data.batches import Batch, Batches
@@ -84,7 +85,7 @@ def own_recipe(adapter: Adapter) -> Recipe | None:
         return None
     model = recorded_model(adapter).model_copy(update={"trust_remote_code": False})
     try:
-        return Recipe.model_validate(recorded | {"model": model.model_dump()})
+        return recipe_form(recorded).model_validate(recorded | {"model": model.model_dump()})
     except ValidationError as error:
         fault = first_fault(error)
         raise UsageError(f"{adapter.folder}: the recipe in {RECORD} is damaged: {fault}", COPY_AGAIN) from None

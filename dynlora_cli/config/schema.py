@@ -1,0 +1,63 @@
+"""Questions to a JSON schema of recipes: what stands at a place, which keys a section has, what a value must be."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+Path = tuple[str | int, ...]
+Schema = dict[str, Any]
+
+
+def allowed(schema: Schema, whole: Schema) -> str:
+    """What a value must be, in words, from its JSON schema; `whole` holds the definitions."""
+    schema = resolve(schema, whole)
+    if "enum" in schema:
+        return f"one of: {', '.join(map(str, schema['enum']))}"
+    if "const" in schema:
+        return str(schema["const"])
+    if "anyOf" in schema:
+        return " or ".join(allowed(choice, whole) for choice in schema["anyOf"])
+    if "properties" in schema:
+        return f"a section with the keys {', '.join(schema['properties'])}"
+    if schema["type"] == "array":
+        least = " of at least one" if schema.get("minItems") else ""
+        return f"a list{least}, each item {allowed(schema['items'], whole)}"
+    names = {"string": "a text", "boolean": "true or false", "null": "null", "object": "a mapping of text to text"}
+    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    name = {"integer": "a whole number", "number": "a number", **names}[schema["type"]]
+    limits = [f"{word} {schema[bound]}" for bound, word in bounds.items() if bound in schema]
+    return ", ".join([name, " and ".join(limits)]) if limits else name
+
+
+def sections(schema: Schema) -> dict[str, Collection[str]]:
+    """The keys of each section: `train`, `dataset.train`, and the top level as an empty name."""
+    found: dict[str, Collection[str]] = {}
+
+    def visit(name: str, section: Schema) -> None:
+        section = resolve(section, schema)
+        if "properties" in section:
+            found[name] = section["properties"]
+            for key, child in section["properties"].items():
+                visit(f"{name}.{key}".lstrip("."), child.get("items", child))
+
+    visit("", schema)
+    return found
+
+
+def at(schema: Schema, path: Path) -> Schema:
+    """The schema of the value at a path."""
+    here = schema
+    for step in path:
+        section = resolve(here, schema)
+        if isinstance(step, int):
+            here = section["items"]
+        else:
+            here = section["properties"][step] if "properties" in section else section["additionalProperties"]
+    return here
+
+
+def resolve(here: Schema, schema: Schema) -> Schema:
+    """The definition that a `$ref` names."""
+    reference = here.get("$ref") or here.get("allOf", [{}])[0].get("$ref")
+    return schema["$defs"][reference.rsplit("/", 1)[1]] if reference else here

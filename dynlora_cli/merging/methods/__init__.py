@@ -1,0 +1,1 @@
+"""How several adapters become one: one file per method, named as in `dynlora merge --method`."""
