@@ -30,7 +30,7 @@ from dynlora_cli.data.examples import IGNORED, Example
 if TYPE_CHECKING:
     pass
 
-_WINDOW = 50  # steps whose rows are sorted by length together
+_WINDOW = 50  # rows are sorted by length within so many steps
 
 Bin = tuple[int, ...]  # indices of the examples that share one row of a batch
 
@@ -47,7 +47,8 @@ class Batch:
         rows: `Example.row` of each example in it.
         tokens: tokens that are not padding.
         supervised: targets.
-        places: of the targets in the flattened labels, [N]; known here, so that nobody waits for a GPU to count them.
+        places: of the targets in the flattened labels, [N]; made here on the CPU: on a GPU, Python would have to
+            wait to learn how many there are.
     """
 
     inputs: dict[str, Tensor]
@@ -66,7 +67,7 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """The same batch in memory that a GPU reads while the program goes on."""
+        """The same batch in pinned memory, from which a GPU copies while Python goes on."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -92,8 +93,8 @@ class Batches:
         shard: this rank.
         mask_dtype: of the packed attention mask, as `packed_mask_dtype` gives it for a model.
         pin: the batches lie in pinned memory; for a GPU.
-        even: few widths, that they may come again: all of `max_length` when packed, else rounded up by an eighth at
-            most.
+        even: make batches of few different widths, so that a captured or compiled shape is met again: `max_length`
+            when packed, otherwise the longest row rounded up by at most an eighth.
 
     Raises:
         ValueError: an example longer than `max_length`, no examples, or packing for another task than causal-lm.
@@ -178,7 +179,7 @@ class Batches:
         """Best fit decreasing: each row, longest first, goes where it leaves the least room."""
         order = list(range(len(self.examples)))
         if self.shuffle:
-            random.Random(f"{self.seed} bins").shuffle(order)  # rows of equal length meet by chance
+            random.Random(f"{self.seed} bins").shuffle(order)  # so that rows of equal length are combined at random
         order.sort(key=lambda index: -self.lengths[index])
         bins: list[list[int]] = []
         room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
@@ -247,7 +248,7 @@ class Batches:
         """Positions that restart in each row, and a mask that is causal inside a row and closed between rows."""
         positions = torch.zeros(len(bins), width, dtype=torch.long)
         mask = torch.zeros(len(bins), 1, width, width, dtype=torch.bool)
-        mask.diagonal(dim1=-2, dim2=-1).fill_(True)  # of padding too: a line that sees nothing has no softmax
+        mask.diagonal(dim1=-2, dim2=-1).fill_(True)  # padding, too: softmax over no open position is NaN
         triangle = torch.ones(width, width, dtype=torch.bool).tril()
         for line, item in enumerate(bins):
             for start, example in self._placed(item):
@@ -266,5 +267,5 @@ class Batches:
 
 
 def _tensor(tokens: Any) -> Tensor:
-    """Of an `array`, without a copy: torch.tensor would read it number by number."""
+    """A tensor that shares an `array`'s memory: torch.tensor would read it number by number."""
     return torch.from_numpy(np.asarray(tokens, dtype=np.int32))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 _OWN_WORDS = ("content", "reasoning_content", "thinking", "reasoning", "tool_calls", "function_call")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_LEAST = 4  # characters in common that make a place
+_LEAST = 4  # a place is recognised by at least so many characters in common
 
 
 @dataclass

@@ -75,4 +75,4 @@ def _differences(model: PreTrainedModel, mask_dtype: torch.dtype) -> tuple[float
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
     logits = model(**inputs).logits.float()
-    return logits - logits.mean(-1, keepdim=True)  # what all words have in common does not count
+    return logits - logits.mean(-1, keepdim=True)  # a constant added to all logits changes nothing

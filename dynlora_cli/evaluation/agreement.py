@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE = Path(__file__).parents[1] / "assets" / "probe.txt"
-TOKENS = 48  # of a line at most
-ROUNDINGS = 8  # of weights, that add up on the way to a logit, roughly
+TOKENS = 48  # taken of each line, at most
+ROUNDINGS = 8  # roughly how many roundings of weights add up on the way to a logit
 
 
 @dataclass(frozen=True)

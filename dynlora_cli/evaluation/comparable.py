@@ -56,7 +56,7 @@ def one_base(adapters: Sequence[Adapter], options: Options) -> Place:
 
 
 def _stored_otherwise(one: Place, other: Place) -> str:
-    """In what the weights of two bases differ in memory, as a sentence; empty: in nothing.
+    """How the weights of two bases are stored differently in memory, as a sentence; empty if they are not.
 
     Another tool's adapter does not say how its base was stored, so it may be measured on any.
     """

@@ -150,7 +150,7 @@ class StandIn(nn.Module):
 
 
 class Listening:
-    """Traces one pass: called in the place of every block, it runs the block and notes what goes in and out.
+    """Traces one pass: called instead of every block, it runs the block and notes what goes in and out.
 
     Attributes:
         key: of the batch's shape.
@@ -226,7 +226,7 @@ class Listening:
 
 
 class Playing:
-    """Replays one pass: called in the place of every block.
+    """Replays one pass: called instead of every block.
 
     Every call is compared with the trace. If the first block of a stretch is given something else than in the trace
     (another shape, a mask where there was none), this and all later blocks run as usual (`usual`). Within a stretch

@@ -11,7 +11,7 @@ from typing import Any
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.models.weights import Weights, entries_of, read_header
 
-SAMPLED_BYTES = 64  # from the middle of every tensor
+SAMPLED_BYTES = 64  # read from the middle of every tensor
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def _identity(folder: Path, shards: dict[str, Any]) -> dict[str, str]:
 
 
 def changed_since(before: Mapping[str, Any], folder: Path) -> str | None:
-    """In what a model is another one than a fingerprint on record says, in words; None: in nothing.
+    """How a model differs from the fingerprint on record, in words; None if it does not.
 
     Version 0.1 looked at safetensors alone, so its record of a base in pytorch_model.bin tells the config and no more.
     """

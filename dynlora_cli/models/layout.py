@@ -1,8 +1,8 @@
 """Where a model's parameters lie in its files: transformers renames, joins and splits tensors when it loads a model.
 
-Its own tables say how, and they are asked, not repeated: every name in the files goes through its renaming, and every
-conversion that it would run runs once on numbers of rows in place of the rows. So it is known for each row of a
-parameter which row of which stored tensor it is, whatever the steps in between.
+transformers' own tables say how, so they are used here instead of being repeated. Every name in the files goes through
+their renaming. Every conversion runs once on small tensors that hold row numbers instead of weights. Where a number
+comes out shows which row of which stored tensor became which row of a parameter, whatever the steps in between.
 
 A tensor is seen as [matrices, rows, columns]: one of two dimensions has one matrix, a vector has no columns.
 """
@@ -29,12 +29,12 @@ from transformers.core_model_loading import (
 
 from dynlora_cli.models.weights import Weights
 
-_COLUMNS = 2  # that numbers of rows have: some steps drop a dimension of one
+_COLUMNS = 2  # columns of a tensor of row numbers; not 1, since some conversions drop dimensions of size 1
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a stored tensor, and the rows of a parameter that they are.
+    """Rows of a stored tensor, and the rows of a parameter that they become.
 
     Attributes:
         tensor: its name in the files.
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass
 class _Group:
-    """What one conversion reads together."""
+    """The stored tensors that one conversion reads together."""
 
     converter: WeightConverter
     sources: list[tuple[str, str]] = field(default_factory=list)  # pattern, tensor
@@ -80,7 +80,7 @@ class Layout:
         self.whole: dict[str, str] = {}
         self.parts: dict[str, list[Part]] = {}
         self.unknown: dict[str, str] = {}
-        self._state = dict.fromkeys(self.shapes, True)  # all that transformers asks of it is which names there are
+        self._state = dict.fromkeys(self.shapes, True)  # transformers only looks which names are in it
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -109,7 +109,7 @@ class Layout:
         return found, pattern
 
     def _follow(self, first: str, group: _Group) -> None:
-        """Run a conversion on numbers of rows, and see where each comes out."""
+        """Run a conversion on row numbers, and see where each comes out."""
         converter: Any = deepcopy(group.converter)
         numbers = _Numbers()
         for pattern, tensor in group.sources:
@@ -117,7 +117,7 @@ class Layout:
             converter.add_tensor(first, tensor, pattern, made)
         try:
             results = converter.convert(first, model=_Narrow(self.model), config=self.model.config)
-        except Exception as error:  # of a conversion that cannot do with numbers of rows
+        except Exception as error:  # a conversion that does not work on row numbers
             results, reason = {first: None}, str(error)
         for name, result in results.items():
             result = result[0] if isinstance(result, list) else result
@@ -135,7 +135,7 @@ class Layout:
         return parameter in self.whole or parameter in self.parts
 
     def find(self, parameter: str) -> str | None:
-        """The name under which the files have a parameter: its own, or that of one that it shares its numbers with."""
+        """The name under which the files have a parameter: its own, or that of another that shares its weight."""
         twins = self._twins.get(self._first_twin.get(parameter, ""), [])
         return next((name for name in (parameter, *twins) if self.holds(name)), None)
 
@@ -179,13 +179,13 @@ class Layout:
         try:
             back = revert_weight_conversion(self.model, {parameter: torch.empty(self.shapes[parameter], device="meta")})
             names = [*back, parameter] if any(name != tensor for name, tensor in self.whole.items()) else names
-        except Exception:  # of a conversion that needs other tensors beside it
+        except Exception:  # a conversion that needs other tensors as well
             pass
         return next((name for name in names if self._loaded_as(name) == (parameter, None)), parameter)
 
 
 class _Narrow:
-    """A model whose parameters are as narrow as the numbers of rows, for steps that compare shapes."""
+    """A model whose parameters have as few columns as the row numbers, for conversions that compare shapes."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -198,7 +198,7 @@ class _Narrow:
 
 
 class _Numbers:
-    """Numbers in place of the rows of tensors, and what they say wherever they come out."""
+    """Makes tensors of row numbers, and finds out from the numbers that come out which rows they were."""
 
     def __init__(self) -> None:
         self.tensors: list[tuple[str, int]] = []  # tensor and matrix

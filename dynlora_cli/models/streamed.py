@@ -31,7 +31,7 @@ def reader(layout: Layout, whole: Mapping[str, Tensor] | None = None) -> Read:
 
     Args:
         layout: where the parameters lie in the files.
-        whole: tensors that stand in the place of the files'.
+        whole: tensors to use instead of those in the files.
     """
 
     weights = layout.weights
@@ -49,7 +49,7 @@ def reader(layout: Layout, whole: Mapping[str, Tensor] | None = None) -> Read:
 
 
 def through_ties(read: Read, model: PreTrainedModel) -> Read:
-    """Reads the parameter that another one shares its numbers with, such as the table for the output head."""
+    """Reads a parameter, or the one whose weight it shares, such as the input table for the output head."""
     shared = model.all_tied_weights_keys
     return lambda name: read(shared.get(name, name))
 
@@ -86,7 +86,7 @@ def read_by(model: PreTrainedModel, read: Read) -> None:
 
 
 class _NoDraws(TorchFunctionMode):
-    """Random starts are not drawn: nobody reads them, and untouched memory costs nothing."""
+    """Skips the random initialization: nobody reads it, and memory that is never touched costs nothing."""
 
     SKIPPED = (Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_, init.kaiming_uniform_, init.normal_)
 
@@ -97,7 +97,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 class _Table(dict[str, Any]):
-    """A module's parameters, read wherever they are looked at: some are used without a call of their module."""
+    """A module's parameters, read on each access: some models use a weight without calling its module."""
 
     def __init__(self, parameters: Mapping[str, Any], read: Read) -> None:
         super().__init__(parameters)

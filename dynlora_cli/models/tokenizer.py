@@ -21,7 +21,7 @@ FIXED_LENGTHS = {"reformer"}
 def context_length(folder: Path) -> int | None:
     """The longest input a model knows, in tokens; None where its config does not say."""
     config = read_object(folder / "config.json")
-    if isinstance(config.get("text_config"), dict):  # of a model of images and text
+    if isinstance(config.get("text_config"), dict):  # a model of images and text
         config = {**config, **config["text_config"]}
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(positions, float) and positions.is_integer():
@@ -58,10 +58,10 @@ def table_rows(folder: Path) -> int | None:
 
 @lru_cache(maxsize=8)
 def _kept_for_padding(folder: Path, positions: int) -> int:
-    """Rows of a table of positions that no token of a text gets.
+    """The number of rows in the table of positions that no token of a text uses.
 
-    RoBERTa and its kin number positions from the row after that of padding on, and their config counts all rows. Such
-    a table has a row for padding; BERT's has none. Only masked language models are like that: no others are built.
+    RoBERTa and models like it number positions from the row behind that of padding, but their config counts all rows.
+    Such a table has a row for padding; BERT's has none. Only masked language models do this, so only those are built.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -44,8 +44,8 @@ _CHUNK = 1 << 23  # bytes converted or copied at once
 # Bytes written at once. With more, Linux looks for large pages, which a virtual machine may have to get from its host
 # first: seven times as slow there, and no faster elsewhere (scripts/bench/NOTES.md).
 _WRITE = 1 << 18
-_WORKERS = 4  # at most; each has up to three pieces in memory
-_AHEAD = 64  # pieces that may wait to be made
+_WORKERS = 4  # threads at most; each has up to three pieces in memory
+_AHEAD = 64  # pieces that may be queued
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Entry:
 
 
 class Space(threading.local):
-    """Memory that is used again and again, by each thread its own: to get it from the system, cleared, takes longer
-    than to fill it."""
+    """Memory that is used again and again, one piece for each thread: the system clears new memory, which takes longer
+    than filling it."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -239,8 +239,8 @@ def write_like(
     Args:
         weights: of the model as it is.
         folder: an existing one.
-        changed: what stands in the place of an old tensor.
-        added: what goes into the last shard besides.
+        changed: new tensors by the name of the old one that each replaces.
+        added: new tensors that are written into the last shard.
 
     Returns:
         Bytes of tensors written.
@@ -292,14 +292,14 @@ Piece = Callable[[], memoryview]
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads each of which computes alone: so they need not wait for one another."""
+    """Threads that compute one piece each, without torch's own threads, which would wait for one another."""
     threads = torch.get_num_threads()
     count = min(max(2, threads), _WORKERS)  # two at least, so that one computes while one writes
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
-        torch.set_num_threads(threads)  # of threads that begin later
+        torch.set_num_threads(threads)  # for threads that start later
 
 
 def _write_all(pool: ThreadPoolExecutor, target: BinaryIO, items: Iterable[Entry | New]) -> None:
@@ -317,14 +317,14 @@ def _write_all(pool: ThreadPoolExecutor, target: BinaryIO, items: Iterable[Entry
             # A tensor that is made as a whole is gone before the next is made.
             _await(waiting, 0 if isinstance(item, New) and item.rows is None else _AHEAD)
         _await(waiting, 0)
-    finally:  # of what failed: nobody writes to a file that is closed
+    finally:  # also after a failure: no thread may write to a closed file
         for future in waiting:
             future.cancel()
         wait(waiting)
 
 
 def _await(waiting: deque[Future[None]], most: int) -> None:
-    """Until no more than so many wait."""
+    """Wait until no more than so many pieces are queued."""
     while len(waiting) > most:
         waiting[0].result()
         waiting.popleft()
