@@ -10,43 +10,50 @@ import typer
 from dynlora_cli.cli.options import AdapterPath, Base, Overwrite
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        metavar="8|0.5|2M|auto",
+        help="An average rank, a share of the parameters, a number of them, or as few as --tolerance allows.",
+        show_default=False,
+    ),
+]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the smaller adapter goes.", show_default=False)]
+Policy = Annotated[
+    str, typer.Option(help="magnitude needs no data; activation, the best, fisher and gradient look at held-out rows.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RECIPE|FILE",
+        help="Rows to look at and to measure on; by default the run's own held-out rows.",
+        show_default=False,
+    ),
+]
+Tolerance = Annotated[
+    str, typer.Option(metavar="0.5%", help="With --budget auto: how much the held-out loss may rise.")
+]
+Heal = Annotated[int, typer.Option(metavar="STEPS", min=0, help="Training steps after the cut.")]
+MaxSamples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Held-out rows at most.", show_default=False)]
+Measure = Annotated[
+    bool, typer.Option("--measure/--no-measure", help="Measure the loss against the size where rows are known.")
+]
+Seed = Annotated[int, typer.Option(help="Of policies that draw lots.")]
+
 
 def prune(
     adapter: AdapterPath,
-    budget: Annotated[
-        str,
-        typer.Option(
-            metavar="8|0.5|2M|auto",
-            help="An average rank, a share of the parameters, a number of them, or as few as --tolerance allows.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the smaller adapter goes.", show_default=False)],
-    policy: Annotated[
-        str,
-        typer.Option(help="magnitude needs no data; activation, the best, fisher and gradient look at held-out rows."),
-    ] = "magnitude",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RECIPE|FILE",
-            help="Rows to look at and to measure on; by default the run's own held-out rows.",
-            show_default=False,
-        ),
-    ] = None,
-    tolerance: Annotated[
-        str, typer.Option(metavar="0.5%", help="With --budget auto: how much the held-out loss may rise.")
-    ] = "0.5%",
-    heal: Annotated[int, typer.Option(metavar="STEPS", min=0, help="Training steps after the cut.")] = 0,
+    budget: BudgetText,
+    out: Out,
+    policy: Policy = "magnitude",
+    data: Data = None,
+    tolerance: Tolerance = "0.5%",
+    heal: Heal = 0,
     base: Base = None,
     trust_remote_code: Trust = False,
-    max_samples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Held-out rows at most.", show_default=False)
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure the loss against the size where rows are known.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Of policies that draw lots.")] = 0,
+    max_samples: MaxSamples = None,
+    measure: Measure = True,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +72,7 @@ def prune(
         from dynlora_cli.commands import prune as command
 
         view = AdapterView(console())
-        summary = command.run(
+        request = command.Request(
             adapter,
             wanted,
             out,
@@ -79,7 +86,7 @@ def prune(
             measure=measure,
             overwrite=overwrite,
             seed=seed,
-            emit=view,
         )
+        summary = command.run(request, view)
         result.update(summary)
         view.show_pruned(summary)

@@ -36,30 +36,16 @@ CURVE_POINTS = 7
 Emit = Callable[[dict[str, Any]], None]
 
 
-def run(
-    path: Path,
-    budget: Budget,
-    out: Path,
-    *,
-    policy: str = "magnitude",
-    data: Path | None = None,
-    tolerance: float = 0.005,
-    heal_steps: int = 0,
-    base_name: str | None = None,
-    trust_remote_code: bool = False,
-    max_samples: int | None = None,
-    measure: bool = True,
-    overwrite: bool = False,
-    seed: int = 0,
-    emit: Emit = lambda event: None,  # noqa: ARG005
-) -> dict[str, Any]:
-    """Prune the adapter in `path` into the new folder `out`; the input stays as it is.
+@dataclass(frozen=True)
+class Request:
+    """What to prune, and how.
 
-    Args:
+    Attributes:
         path: a run folder, or any LoRA folder in PEFT's layout.
         budget: as in a recipe; a share is of the parameters there are now; auto: as few as `tolerance` allows.
         out: a new folder.
         policy: scores the components; a file of policies/.
+        options: the policy's own settings; None: their defaults.
         data: rows to look at and to measure on, a file or a recipe; None: the run's own held-out rows.
         tolerance: with budget auto, the share by which the held-out loss may rise.
         heal_steps: training steps after the cut.
@@ -69,43 +55,65 @@ def run(
         measure: measure the loss where rows are known; False: only where it is needed.
         overwrite: `out` may hold an earlier run.
         seed: of policies that draw lots.
+    """
+
+    path: Path
+    budget: Budget
+    out: Path
+    policy: str = "magnitude"
+    options: Any = None
+    data: Path | None = None
+    tolerance: float = 0.005
+    heal_steps: int = 0
+    base_name: str | None = None
+    trust_remote_code: bool = False
+    max_samples: int | None = None
+    measure: bool = True
+    overwrite: bool = False
+    seed: int = 0
+
+
+def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  # noqa: ARG005
+    """Prune an adapter into a new folder; the input stays as it is.
+
+    Args:
+        request: what to prune, and how.
         emit: takes notes and points of the curve as they are found.
 
     Returns:
         The summary, as data.
     """
-    started = time.monotonic()
-    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
-    scorer = plugins.load("policies", policy)
-    adapter = read_adapter(path, base_name)
-    run_folder.refuse_inputs(out, [adapter.folder, *([data] if data else [])])
+    started, out, budget = time.monotonic(), request.out, request.budget
+    run_folder.refuse_occupied(out, overwrite=request.overwrite, option="--out")
+    policy = plugins.load("policies", request.policy)
+    adapter = read_adapter(request.path, request.base_name)
+    run_folder.refuse_inputs(out, [adapter.folder, *([request.data] if request.data else [])])
     if adapter.note:
         emit({"event": "note", "text": adapter.note})
-    needs_rows = observer_of(scorer, None, training=False) or budget.kind == "auto" or heal_steps or data is not None
-    bench = _bench(adapter, data, (base_name, trust_remote_code), max_samples, bool(needs_rows), measure, emit)
+    bench = _bench(request, adapter, policy, emit)
     recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
-    if heal_steps and recipe is None:
+    if request.heal_steps and recipe is None:
         raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
-    order = _order(adapter, scorer, bench, seed)
-    curve = Curve(order, bench if measure or budget.kind == "auto" else None, emit)
-    target = _target(order, budget, adapter, curve, tolerance)
+    order = _order(request, adapter, policy, bench)
+    curve = Curve(order, bench if request.measure or budget.kind == "auto" else None, emit)
+    target = _target(order, budget, adapter, curve, request.tolerance)
     if budget.kind != "auto":
-        curve.survey(target)
+        curve.measure_sizes(target)
     keep_K, threshold = order.keep(target)
     smaller = order.cut(keep_K)
     events: list[dict[str, Any]] = []
-    if heal_steps:
+    if request.heal_steps:
         assert bench is not None
         assert recipe is not None
-        smaller = heal(smaller, bench.base, recipe, heal_steps, out, events.append)
-    summary = _summary(adapter, smaller, order, curve, out, policy, target, keep_K)
-    if bench and heal_steps:
-        summary |= {"heal_steps": heal_steps, "loss_after": bench.loss(smaller)}
+        smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, events.append)
+    summary = _summary(request, adapter, smaller, curve, target, keep_K)
+    if bench and request.heal_steps:
+        summary |= {"heal_steps": request.heal_steps, "loss_after": bench.loss(smaller)}
     summary["seconds"] = time.monotonic() - started
-    with run_folder.replaced(out, overwrite=overwrite) as folder:
+    with run_folder.replaced(out, overwrite=request.overwrite) as folder:
         save(smaller, folder)
         run_folder.copy_tokenizer(adapter.folder, folder)
-        summary["peft_check"] = check_files(smaller, folder, base_name, trust_remote_code)
+        summary["peft_check"] = check_files(smaller, folder, request.base_name, request.trust_remote_code)
         write_record(folder, adapter, smaller, summary, curve.points, threshold, events)
     tell(summary["peft_check"], out, emit)
     return summary
@@ -136,24 +144,18 @@ class Bench:
         return loss
 
 
-def _bench(
-    adapter: Adapter,
-    data: Path | None,
-    base: tuple[str | None, bool],
-    max_samples: int | None,
-    needed: bool,
-    wanted: bool,
-    emit: Emit,
-) -> Bench | None:
+def _bench(request: Request, adapter: Adapter, policy: ModuleType, emit: Emit) -> Bench | None:
     """What measuring needs, or None where it is not there and the policy can do without; then a note says so."""
-    if not (needed or wanted):
+    looks = observer_of(policy, request.options, training=False) is not None
+    needed = looks or request.budget.kind == "auto" or request.heal_steps or request.data is not None
+    if not (needed or request.measure):
         return None
     try:
-        place = find_base(adapter, *base)
+        place = find_base(adapter, request.base_name, request.trust_remote_code)
         tokenizer = read_tokenizer(adapter, place)
-        rows = held_out_rows(adapter, place, tokenizer, data, max_samples=max_samples)
+        rows = held_out_rows(adapter, place, tokenizer, request.data, max_samples=request.max_samples)
     except (MachineError, UsageError) as error:
-        if needed or base[0]:
+        if needed or request.base_name:
             raise
         emit({"event": "note", "text": f"the loss is not measured: {error.message}"})
         return None
@@ -163,11 +165,11 @@ def _bench(
     return Bench(place, base_in_memory(adapter, place, tokenizer), rows)
 
 
-def _order(adapter: Adapter, policy: ModuleType, bench: Bench | None, seed: int) -> Order:
+def _order(request: Request, adapter: Adapter, policy: ModuleType, bench: Bench | None) -> Order:
+    how: dict[str, Any] = {"options": request.options, "seed": request.seed}
     if bench is None:
-        return Order.by_policy(adapter, policy, None, None, seed=seed)
-    autocast = precision_of(bench.base)
-    return Order.by_policy(adapter, policy, bench.base.model, bench.batches, autocast=autocast, seed=seed)
+        return Order.by_policy(adapter, policy, None, None, **how)
+    return Order.by_policy(adapter, policy, bench.base.model, bench.batches, autocast=precision_of(bench.base), **how)
 
 
 def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, tolerance: float) -> int:
@@ -208,8 +210,8 @@ class Curve:
                 return point["loss"]
         return self._measure(keep_K, kept)["loss"]
 
-    def survey(self, target: int) -> None:
-        """Sizes from all to half the target, evenly on a logarithmic scale, the target among them."""
+    def measure_sizes(self, target: int) -> None:
+        """Measure sizes from all to half the target, evenly on a logarithmic scale, the target among them."""
         full, least = self.order.adapter.parameters, max(self.order.least, target // 2)
         ratio = (least / full) ** (1 / (CURVE_POINTS - 1))
         for parameters in sorted({*(round(full * ratio**i) for i in range(CURVE_POINTS)), target}, reverse=True):
@@ -230,23 +232,17 @@ class Curve:
 
 
 def _summary(
-    before: Adapter,
-    after: Adapter,
-    order: Order,
-    curve: Curve,
-    out: Path,
-    policy: str,
-    target: int,
-    keep_K: torch.Tensor,
+    request: Request, before: Adapter, after: Adapter, curve: Curve, target: int, keep_K: torch.Tensor
 ) -> dict[str, Any]:
+    order = curve.order
     losses = {point["parameters"]: point["loss"] for point in curve.points}
     return {
         "ok": True,
         "command": "prune",
-        "output_dir": str(out),
+        "output_dir": str(request.out),
         "from": str(before.folder),
         "model": before.config.get("base_model_name_or_path"),
-        "policy": policy,
+        "policy": request.policy,
         "budget_parameters": target,
         "parameters_start": before.parameters,
         "parameters": after.parameters,

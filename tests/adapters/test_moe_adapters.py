@@ -135,7 +135,7 @@ def test_pruned_after_training(form: str, bases: dict[str, Path], tmp_path: Path
     """Half of the components, and what is left is a part of what was there: PEFT loads it."""
     base = bases["qwen3_moe"]
     peft_adapter(base, tmp_path / "adapter", **FORMS[form])
-    summary = prune.run(tmp_path / "adapter", Budget("share", 0.5), tmp_path / "pruned", measure=False)
+    summary = prune.run(prune.Request(tmp_path / "adapter", Budget("share", 0.5), tmp_path / "pruned", measure=False))
     before, after = (read_adapter(tmp_path / name) for name in ("adapter", "pruned"))
     assert after.parameters == summary["parameters"] <= before.parameters // 2
     kept = sum(factors.energy() ** 2 for factors in after.layers.values())

@@ -175,7 +175,7 @@ def test_other_commands_ask_peft_too(tmp_path):
     train(make_recipe(tmp_path, kind="glm4_moe"))
     adapter = read_adapter(tmp_path / "out")
     assert peft_check.check_files(adapter, tmp_path / "out")["problem"] is None
-    smaller = prune.run(tmp_path / "out", parse_budget(1), tmp_path / "small", policy="magnitude")
+    smaller = prune.run(prune.Request(tmp_path / "out", parse_budget(1), tmp_path / "small", policy="magnitude"))
     assert smaller["peft_check"]["problem"] is None
     exported = export.run(tmp_path / "out", "uniform", tmp_path / "uniform")
     assert exported["peft_check"]["problem"] is None

@@ -144,7 +144,7 @@ def test_a_run_is_evaluated_and_its_adapter_pruned(tmp_path: Path):
     summary, _ = train(make_recipe(tmp_path, f"model.task={TASK}", "train.max_steps=3", "eval.steps=3", kind="t5"))
     report = evaluate.run([tmp_path / "out"], None, options.Options(generate=0), print)
     assert report["adapters"][0]["loss"] == same_loss(summary["loss_after"])
-    half = prune.run(tmp_path / "out", parse_budget(0.5), tmp_path / "half", policy="activation")
+    half = prune.run(prune.Request(tmp_path / "out", parse_budget(0.5), tmp_path / "half", policy="activation"))
     assert half["parameters"] <= summary["parameters"] / 2
 
 
