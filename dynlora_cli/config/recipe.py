@@ -110,7 +110,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _variant_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    """Settings that the variant has no use for: it names those that it takes, see variants/_variant.py."""
+    """Settings that the variant has no use for: it names those that it takes, see lora/variant.py."""
     adapter, variant = recipe.adapter, recipe.adapter.variant
     takes = plugins.declared("variants", variant, "takes") or ()
     given = {

@@ -171,7 +171,7 @@ def _start(model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def _without_own_wishes(model: PreTrainedModel) -> Iterator[None]:
-    """Hide the model's generation config, from which `generate` takes all that ours leaves open, as forced tokens."""
+    """Hide the model's own generation config: `generate` would take from it what ours leaves open (forced tokens)."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -197,7 +197,7 @@ def _batches(
 ) -> Iterator[tuple[int, list[int]]]:
     """Numbers of prompts that are answered together, with the tokens that an answer may have.
 
-    Prompts with less room than the others stand alone with their like: no answer is cut for a neighbour's sake.
+    Prompts with equally little room left are answered together, so that no answer is cut because of another prompt.
     """
 
     def room(number: int) -> int:

@@ -72,7 +72,7 @@ def row_sums(
         classify: also tell the chosen classes.
         autocast: makes the context of the forward pass.
     """
-    found: list[Tensor] = []  # of each batch: loss, targets, correct [3, B]
+    found: list[Tensor] = []  # for each batch: loss, targets, correct [3, B]
     chosen: list[Tensor] = []
     with evaluating(model), autocast():
         for batch in batches:

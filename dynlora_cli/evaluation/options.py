@@ -26,7 +26,7 @@ class Options:
         tasks: of lm-evaluation-harness: names, or paths of task files.
         limit: documents of each task at most.
         allow_template_mismatch: measure conversations with another chat template than the adapter was trained with.
-        gates: numbers that must be reached.
+        gates: thresholds that must be reached.
     """
 
     base: str | None = None

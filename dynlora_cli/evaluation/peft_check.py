@@ -33,7 +33,8 @@ from dynlora_cli.models.tokenizer import context_length
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
 ABSENT = f"{NOT_CHECKED}: PEFT is not installed"
-# Of the logits' spread. In 16 or fewer bits another order of operations is some hundredths apart; routers may differ.
+# As a share of the logits' spread. In 16 or fewer bits, another order of operations alone makes a difference of some
+# hundredths, and routers may choose other experts.
 TOLERANCE = {torch.float32: 1e-3}
 ROUGH = 0.1
 
@@ -71,7 +72,7 @@ def read_back(
         trained.train(was)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of what is looked at here
+            warnings.simplefilter("ignore")  # PEFT warns of exactly what is checked here
             loaded = _loaded(plain, folder)
             lost = _without_adapter(loaded, layers)
             logits = _logits(loaded, rows, numbers())
@@ -120,7 +121,7 @@ def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: 
 
 
 def tell(found: dict[str, Any], folder: Path, emit: Callable[[dict[str, Any]], None]) -> None:
-    """Tell that nothing was checked; end a command whose adapter PEFT reads otherwise, with the files in place.
+    """Say so if nothing was checked. Fail if PEFT reads the adapter otherwise; its files stay where they are.
 
     Raises:
         MeasureError: there is a problem.
@@ -166,7 +167,7 @@ def _share(plain: nn.Module, trained: nn.Module) -> None:
     }
     plain._buffers = dict(trained._buffers)
     for name, value in vars(trained).items():
-        if isinstance(value, Tensor):  # some models keep tables as plain attributes
+        if isinstance(value, Tensor):  # some models keep tensors as plain attributes
             setattr(plain, name, value)
     for name, child in list(plain.named_children()):
         other = getattr(trained, name)

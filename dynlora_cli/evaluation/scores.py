@@ -1,6 +1,6 @@
 """Numbers out of per-row results: the mean loss and the interval of a difference, accuracy, F1 and Matthews.
 
-Everything here is a pure function of arrays; what made them, and on what, is not its business.
+Everything here is a pure function of arrays, whatever model and rows they come from.
 
 Dimensions: R rows, K classes.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-_AT_ONCE = 1 << 21  # counts of rows in resamples that are held in memory at the same time
+_AT_ONCE = 1 << 21  # so many row counts of resamples are in memory at a time
 
 
 @dataclass(frozen=True)

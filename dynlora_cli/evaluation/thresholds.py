@@ -1,4 +1,4 @@
-"""Numbers that an evaluation must reach, for CI: read and checked before anything heavy loads, judged at the end."""
+"""Thresholds of an evaluation, for CI: checked before anything heavy loads, judged at the end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Gates:
-    """What must hold for every adapter.
+    """The thresholds that every adapter must reach.
 
     Attributes:
         fail_above: highest held-out loss allowed, nats per target.
@@ -67,7 +67,7 @@ class Gates:
     max_regression: float = 0.0
 
     def refuse_unmeasured(self, measured: Collection[str], why: str) -> None:
-        """Refuse a gate whose number will not be there.
+        """Refuse a threshold for a number that will not be measured.
 
         Args:
             measured: metrics that will be measured, `loss` among them.
@@ -102,7 +102,7 @@ class Gates:
             then.loss_of(name, names)
 
     def failures(self, adapters: Sequence[Mapping[str, Any]]) -> list[str]:
-        """One sentence for each number that is not what it must be.
+        """One sentence for each number that misses its threshold.
 
         Args:
             adapters: of the report, each with name, loss and metrics.

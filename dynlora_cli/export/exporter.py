@@ -1,4 +1,4 @@
-"""What an exporter is: a file in this folder with these names; `dynlora export --to` offers it under its file's name.
+"""What an exporter is: a file in export/targets/ with these names; `dynlora export --to` takes its file's name.
 
     needs_base: bool
         Whether it writes or reads anything of the base model; the others work where the base is not at hand.

@@ -36,7 +36,7 @@ def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(str(folder))
-        config.modules_to_save = None  # heads are no business of the scale
+        config.modules_to_save = None  # heads have no scale
         inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
         known = {k: v for k, v in load_peft_weights(str(folder), device="cpu").items() if _of_factors(k)}
         found: Any = set_peft_model_state_dict(

@@ -1,4 +1,4 @@
-"""What a variant is: a file in this folder with these names.
+"""What a variant is: a file in lora/variants/ with these names.
 
 has_components = True
     False: everything of the base model trains; rank and pruning do not apply, and the names below are not needed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-OUTSIDE = "other"  # the row of layers that stand outside the blocks
+OUTSIDE = "other"  # name of the row for layers outside the blocks
 
 
 def layer_grid(names: Iterable[str]) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:

@@ -38,11 +38,11 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tensor, Tensor, Tensor]:
-    """What the model says at the batch's targets and nowhere else: prompts cost no logits.
+    """The model's output at the batch's targets only, so that no logits are computed for prompts.
 
     Returns:
-        the model's head and hidden states [N, D] for it, or None and logits [N, V]; the targets [N]; and the line of
-        the batch that each stands in [N].
+        the model's head and hidden states [N, D] for it, or None and logits [N, V]; the targets [N]; and the row of
+        the batch that each belongs to [N].
     """
     targets, place_N = batch.labels, batch.places
     if targets.ndim == 1:
@@ -54,12 +54,12 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
         place_N = (targets.flatten() != IGNORE).nonzero()[:, 0]
     head, states = run_to_head(model, {**batch.inputs, **more})
     assert place_N is not None
-    states_ND = states.flatten(0, 1).index_select(0, place_N)  # whose gradient is cheaper than that of a mask
+    states_ND = states.flatten(0, 1).index_select(0, place_N)  # index_select has a cheaper gradient than a boolean mask
     return head, states_ND, targets.flatten()[place_N], place_N // targets.shape[1]
 
 
 def judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every target: its loss (nats, fp32), the model's choice, the target itself, and its line of the batch. [N]"""
+    """For every target [N]: its loss (nats, fp32), the model's choice, the target itself, and its row in the batch."""
     head, states, targets_N, line_N = _at_targets(model, batch)
     parts = [(targets_N, states)] if head is None else chunks(states, targets_N, head)
     judged = [

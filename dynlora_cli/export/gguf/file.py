@@ -28,7 +28,7 @@ from dynlora_cli.export.gguf.architectures import BUFFERS, Architecture, Entry, 
 from dynlora_cli.export.gguf.vocabulary import Vocabulary, load_tokenizer, vocabulary
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # `general.file_type`: what most of the matrices are
-_BLOCK = 32  # values of a row that share a scale in q8_0
+_BLOCK = 32  # q8_0 stores a scale for every so many values of a row
 
 
 def write_model(
@@ -203,7 +203,7 @@ def _writing(gguf: ModuleType, path: Path, arch: Architecture) -> Iterator[Any]:
             writer.close()
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is None:  # numpy's way to say that fewer bytes were written than asked for
+        if error.errno is None:  # numpy raises this when fewer bytes were written than asked for
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:

@@ -1,7 +1,7 @@
 """A tokenizer as GGUF keys, told from the structure of its tokenizer.json and from what it does when it encodes.
 
     gpt2    byte-level BPE: tokens, merges, and the name of a pre-tokenizer that llama.cpp has under that name
-    llama   SentencePiece-like BPE with `▁` and byte fallback: tokens and scores (`_gguf_scores.py`)
+    llama   SentencePiece-like BPE with `▁` and byte fallback: tokens and scores (token_scores.py)
 
 A pre-tokenizer is recognized only if it is the same, step by step; llama.cpp would tokenize with a wrong name as well,
 and a model that reads other tokens than it was trained on is wrong in a way that nobody sees.

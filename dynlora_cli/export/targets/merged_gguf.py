@@ -7,7 +7,7 @@ When to use it
     For llama.cpp, LM Studio, and everything else that runs GGUF.
 
 Reference
-    The GGUF format; see _gguf_arch.py for the architectures.
+    The GGUF format; see export/gguf/architectures.py.
 """
 
 from __future__ import annotations

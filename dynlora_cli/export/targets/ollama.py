@@ -8,7 +8,7 @@ When to use it
     For `ollama create NAME -f Modelfile`.
 
 Reference
-    Ollama's Modelfile; see _ollama.py for the templates.
+    Ollama's Modelfile; see export/ollama_templates.py for the templates.
 """
 
 from __future__ import annotations
