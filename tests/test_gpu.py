@@ -8,6 +8,7 @@ from tiny_run import make_recipe, train
 
 from dynlora_cli.execution.modes import cuda_graphs
 from dynlora_cli.lora.variants import lora
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.training.components import attach
 from dynlora_cli.training.memory_estimate import CUDA_BYTES, measure
 from dynlora_cli.training.setup import read_base, read_data
@@ -119,13 +120,14 @@ def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
     from dynlora_cli.tasks.loss import summed_loss
 
     recipe = make_recipe(tmp_path, "model.dtype=bfloat16")
-    tokenizer, data = read_data(recipe)
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
     device = torch.device("cuda")
-    base = read_base(recipe, tokenizer, data, torch.device("meta"))
+    base = read_base(recipe, files, data, torch.device("meta"))
     need = measure(base, lambda: attach(lora, base, recipe)[0], recipe.model, device, (64, 96))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    base = read_base(recipe, tokenizer, data, device)
+    base = read_base(recipe, files, data, device)
     pool, _ = attach(lora, base, recipe)
     base.model.train()
     optimizer = torch.optim.AdamW([pool.values], fused=True)

@@ -30,6 +30,7 @@ from dynlora_cli.commands import train as train_command
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.lora.variants import full, lora
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.training.components import attach
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.setup import make_accelerator, make_run, read_base, read_data
@@ -150,8 +151,9 @@ def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
         fill: give B random values, so that A has a gradient too.
     """
     accelerator = make_accelerator(recipe, Path(recipe.output_dir))
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, accelerator.device)
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, accelerator.device)
     trained, start = attach({"lora": lora, "full": full}[recipe.adapter.variant], base, recipe)
     if trained.layers and fill:
         with torch.no_grad():

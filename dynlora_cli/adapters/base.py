@@ -34,7 +34,7 @@ from dynlora_cli.models.experts import ExpertSlice
 from dynlora_cli.models.find import find_model, quantization_of
 from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.models.linears.linear import linear_shape
-from dynlora_cli.models.load import HEAD_NAMES, refuse_code
+from dynlora_cli.models.load import HEAD_NAMES
 from dynlora_cli.runs.folder import RECORD
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -86,8 +86,8 @@ def find_base(adapter: Adapter, base: str | None = None, trust: bool | Model = F
     folder, _ = find_model(options)
     if trust is True or (isinstance(trust, Model) and trust.trust_remote_code and find_model(trust)[0] == folder):
         options = options.model_copy(update={"trust_remote_code": True})
-    refuse_code(folder, options, trained_with_it=recorded.trust_remote_code)
     place = Place(options, folder, labels, base is not None)
+    place.files.refuse_code(trained_with_it=recorded.trust_remote_code)
     _refuse_another(adapter, place)
     return place
 
@@ -165,10 +165,9 @@ def _made_from(adapter: Adapter, place: Place) -> bool:
     """
     recorded = (adapter.record.get("base_model") or {}).get("quantization")
     stored = stored_quantized(adapter)
-    if not (recorded or stored) or quantization_of(place.folder):
+    if not (recorded or stored) or place.files.quantization:
         return False
-    now = read_object(place.folder / "config.json")
-    before = read_object(stored.folder / "config.json") if stored else {}
+    now, before = place.files.config, stored.files.config if stored else {}
     for key in SIZES:
         if before.get(key) is not None and now.get(key) is not None and before[key] != now[key]:
             raise UsageError(
@@ -262,6 +261,7 @@ def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenize
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(
         place.options,
+        place.files,
         tokenizer,
         device=device,
         labels=place.labels,

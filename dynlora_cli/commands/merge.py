@@ -32,7 +32,6 @@ from dynlora_cli.files import whole
 from dynlora_cli.merging.combine import Way, combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
 from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
-from dynlora_cli.models.find import quantization_of
 from dynlora_cli.models.linears.linear import dense_weight
 from dynlora_cli.models.load import DTYPES, Base, precision_of
 from dynlora_cli.models.place import Place
@@ -89,7 +88,7 @@ def into_base(
     number = DTYPES.get(dtype)
     quantized = _quantized_base(adapter, place, base_weights, emit)
     with TemporaryDirectory() as full, run_folder.replaced(out, overwrite=overwrite) as folder:
-        if base_weights == "dequantized" and quantization_of(place.folder):
+        if base_weights == "dequantized" and place.files.quantization:
             assert quantized is not None
             place = write_dequantized(quantized, place, Path(full), number)
             plan = plan_merge(adapter, place, dtype=number)
@@ -151,7 +150,7 @@ def _facts(adapter: Adapter, place: Place, plan: Plan, out: Path) -> dict[str, A
 
 def _quantized_base(adapter: Adapter, place: Place, base_weights: str, emit: Emit) -> Base | None:
     """The base as QLoRA training saw it, where the adapter was trained so; or where the person asks for it."""
-    if base_weights == "original" and quantization_of(place.folder):
+    if base_weights == "original" and place.files.quantization:
         return None  # which is refused
     if stored := stored_quantized(adapter):
         return base_in_memory(adapter, stored, read_tokenizer(adapter, stored))

@@ -13,7 +13,7 @@ from dynlora_cli.execution.modes.compile import compile_blocks, graphs_made
 from dynlora_cli.execution.modes.cuda_graphs import BlockGraphs, prepare, refuse_without_gpu
 from dynlora_cli.execution.modes.shard import refuse_sharding, shard_base
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.models.find import find_model
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.training.components import begin
 from dynlora_cli.training.loop import fit
@@ -56,9 +56,10 @@ def run(
         if isinstance(session, Finished):
             return session.summary
         _refuse_modes(recipe, session.accelerator)
-        tokenizer, data = read_data(recipe, session.writing)
-        session.refuse_other_inputs(data, find_model(recipe.model)[0])
-        base = read_base(recipe, tokenizer, data, session.accelerator.device)
+        files = BaseFiles.find(recipe.model)
+        data = read_data(recipe, files, session.writing)
+        session.refuse_other_inputs(data, files)
+        base = read_base(recipe, files, data, session.accelerator.device)
         variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
         trained, start = begin(recipe, variant, base, data, session.accelerator, session.first_counts)
         _shard(recipe, base, trained, session.accelerator)

@@ -15,7 +15,6 @@ from dynlora_cli.evaluation.options import Options
 from dynlora_cli.evaluation.rows import Rows, own_table
 from dynlora_cli.models.load import resolve_dtype
 from dynlora_cli.models.place import Place
-from dynlora_cli.models.tokenizer import table_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +105,7 @@ def base_has_rows(
     Raises:
         UsageError: the table of an adapter, its own or the base's, has not.
     """
-    table = table_rows(place.folder)
+    table = place.files.table_rows
     texts = [ids for row in rows.examples for ids in (row.input_ids, row.labels) if not isinstance(ids, int)]
     needed = 1 + max((max(ids, default=0) for ids in texts), default=0)
     needed = max(needed, pad + 1) if rows.examples else 0

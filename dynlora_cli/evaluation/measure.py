@@ -16,7 +16,6 @@ from dynlora_cli.evaluation.report import Found
 from dynlora_cli.evaluation.rows import Rows
 from dynlora_cli.evaluation.scores import RowSums, classification, confusion
 from dynlora_cli.models.load import Base, precision_of
-from dynlora_cli.models.tokenizer import context_length
 
 if TYPE_CHECKING:
     from dynlora_cli.evaluation.generation import Prompt
@@ -50,7 +49,7 @@ class Measure:
                     base.tokenizer,
                     self.prompts,
                     batch_size=rows.micro_batch_size,
-                    context=context_length(base.folder),
+                    context=base.files.context_length,
                 )
             if self.harness:
                 tasks = self.harness.run(base.model, base.tokenizer)

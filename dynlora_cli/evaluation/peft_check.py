@@ -29,7 +29,6 @@ from dynlora_cli.evaluation.agreement import predictions, probe_rows
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.streamed import streamed
-from dynlora_cli.models.tokenizer import context_length
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
 ABSENT = f"{NOT_CHECKED}: PEFT is not installed"
@@ -59,7 +58,7 @@ def read_back(
     if importlib.util.find_spec("peft") is None:
         return {"checked": False, "reason": ABSENT}
     found: dict[str, Any] = {"checked": True, "peft": importlib.metadata.version("peft"), "problem": None}
-    longest = context_length(place.folder)
+    longest = place.files.context_length
     rows = [row[:, :longest] for row in probe_rows(tokenizer)]
     was = trained.training
     try:

@@ -14,12 +14,10 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import read_tokenizer
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows, random_rows
-from dynlora_cli.models.find import quantization_of
 from dynlora_cli.models.layout import Layout
 from dynlora_cli.models.load import load_base
 from dynlora_cli.models.place import Place, input_table, structure
 from dynlora_cli.models.streamed import Read, read_by, reader, streamed, through_ties, unreadable
-from dynlora_cli.models.tokenizer import load_tokenizer
 from dynlora_cli.models.weights import Weights
 
 CPU = torch.device("cpu")
@@ -65,13 +63,12 @@ def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, R
     """The model of a folder, streamed, and what reads it; all of it in memory, and None, where that cannot be."""
     model = streamed(place)
     layout = Layout(Weights(place.folder), model)
-    if not quantization_of(place.folder) and not unreadable(layout, whole):
+    if not place.files.quantization and not unreadable(layout, whole):
         read = reader(layout, whole)
         read_by(model, read)
         return model, read
     plain = {"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False, "name_or_path": str(place.folder)}
     options = place.options.model_copy(update=plain)
-    trust = place.options.trust_remote_code
-    tokenizer: Any = load_tokenizer(place.folder, trust_remote_code=trust) if place.labels else None
-    base = load_base(options, tokenizer, device=CPU, labels=place.labels, seed=0)
+    tokenizer: Any = place.files.tokenizer if place.labels else None
+    base = load_base(options, place.files, tokenizer, device=CPU, labels=place.labels, seed=0)
     return base.model.eval(), None

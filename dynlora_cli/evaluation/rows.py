@@ -27,7 +27,6 @@ from dynlora_cli.data.splits import sizing_rows
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault
 from dynlora_cli.models.place import Place, input_table, structure
-from dynlora_cli.models.tokenizer import context_length, table_rows
 from dynlora_cli.runs.folder import RECORD
 
 if TYPE_CHECKING:
@@ -131,12 +130,12 @@ def held_out_rows(
         tokenizer,
         task=adapter.task,
         seed=recipe.seed if recipe else 0,
-        max_length=context_length(place.folder),
+        max_length=place.files.context_length,
         num_labels=len(place.labels) if place.labels else None,
         labels=place.labels,  # never found in these rows, whose order of classes may be another
         sizing=sizing_rows(recipe) if recipe and not is_file else 0,  # as in training, or the hash would be another
         writing=writing or Writing.of(adapter.record),
-        table=own_table(adapter, place) or table_rows(place.folder),
+        table=own_table(adapter, place) or place.files.table_rows,
     )
     examples = read.train if is_file else read.val
     if not examples:
@@ -164,7 +163,7 @@ def held_out_rows(
 
 def own_table(adapter: Adapter, place: Place) -> int | None:
     """Rows of the table of tokens that an adapter brings with it; None where it brings none."""
-    if not any(tensor.ndim == 2 and tensor.shape[0] != table_rows(place.folder) for tensor in adapter.whole.values()):
+    if not any(tensor.ndim == 2 and tensor.shape[0] != place.files.table_rows for tensor in adapter.whole.values()):
         return None
     model = structure(place)
     table = input_table(model)

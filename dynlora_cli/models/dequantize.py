@@ -10,7 +10,6 @@ from torch import nn
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.whole import write_json
-from dynlora_cli.models.find import quantization_of
 from dynlora_cli.models.linears.linear import dense_weight
 from dynlora_cli.models.load import DTYPES, Base, load_structure
 from dynlora_cli.models.place import Place
@@ -39,7 +38,7 @@ def write_dequantized(base: Base, place: Place, folder: Path, dtype: torch.dtype
     Raises:
         UsageError: it is quantized by another method than bitsandbytes.
     """
-    method, layers = quantization_of(place.folder), quantized_layers(base)
+    method, layers = place.files.quantization, quantized_layers(base)
     if method != "bitsandbytes" or not all(_is_ours(base.model.get_submodule(name)) for name in layers):
         raise UsageError(
             f"{place.folder} is stored quantized by {method}, which is not turned back here",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.files.foreign import WEIGHT_FILES, IndexForm, fits, inside, read_object, refuse_links
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
 
 BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "assets" / "builtin_tiny"}
+ASKS_FOR_TRUST = "trust_remote_code=True"  # in the errors of transformers
 # What a model needs to run; no pickles, and no weights of other frameworks.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
@@ -54,8 +56,23 @@ def is_hub_name(name: str) -> bool:
 def quantization_of(folder: Path) -> str | None:
     """The method by which a model folder's weights are stored quantized, such as "bitsandbytes"; None: they are not."""
     config = folder / "config.json"
-    stored = read_object(config).get("quantization_config") if config.is_file() else None
+    return quantization_in(read_object(config)) if config.is_file() else None
+
+
+def quantization_in(config: Mapping[str, Any]) -> str | None:
+    """The same, of the content of a config.json."""
+    stored = config.get("quantization_config")
     return str(stored.get("quant_method") or "unknown") if isinstance(stored, dict) else None
+
+
+def needs_trust(folder: Path, *, trained_with_it: bool = False) -> UsageError:
+    """The error of a model whose code nobody trusts."""
+    again = "; the run was trained with it, which its folder cannot decide again" if trained_with_it else ""
+    return UsageError(
+        f"the model in {folder} is made of Python code of its own, which was not run{again}",
+        "if you trust whoever made it: model.trust_remote_code: true in the recipe of `dynlora train`, "
+        "and --trust-remote-code for merge, eval, export and prune",
+    )
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.files.foreign import read_object
-from dynlora_cli.models.find import find_model
+from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.find import ASKS_FOR_TRUST, needs_trust
 from dynlora_cli.models.heads import class_names, renew, same_classes
 from dynlora_cli.models.layout import Layout
 from dynlora_cli.models.targets import inside
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
 
 # What transformers calls the output layer of a classifier, and PEFT with it.
-ASKS_FOR_TRUST = "trust_remote_code=True"  # in transformers' errors
 HEAD_NAMES = ("classifier", "score")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,8 +37,7 @@ class Base:
     Attributes:
         model: all parameters frozen, except a classifier's `whole` modules.
         tokenizer: the model's own.
-        folder: the local files.
-        reference: what `base_model_name_or_path` of the adapter should be: a folder, or a hub id.
+        files: where it was loaded from.
         dtype: of the weights and, below fp32, of autocast.
         head: name of the classifier head, or None.
         new_head: the head is not the checkpoint's own but a new, random one.
@@ -48,16 +46,20 @@ class Base:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    folder: Path
-    reference: str
+    files: BaseFiles
     dtype: torch.dtype
     head: str | None
     new_head: bool = False
     whole: tuple[str, ...] = ()
 
+    @property
+    def folder(self) -> Path:
+        return self.files.folder
+
 
 def load_base(
     options: Model,
+    files: BaseFiles,
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device,
@@ -69,7 +71,8 @@ def load_base(
 
     Args:
         options: the recipe's `model` section.
-        tokenizer: the model's own.
+        files: of that model.
+        tokenizer: the model's own, or the adapter's.
         device: where the weights go; "meta": structure only, no weights.
         labels: class names of a classification task.
         seed: of a new classifier head.
@@ -78,7 +81,7 @@ def load_base(
     Raises:
         UsageError, MachineError: the model cannot be loaded; the message says why.
     """
-    folder, reference = find_model(options)
+    folder = files.folder
     if any(folder.glob("*.bin")):
         Weights(folder)  # what merging could not read later is not trained on
     dtype = resolve_dtype(options.dtype, computes or device)
@@ -104,7 +107,7 @@ def load_base(
     for settings in (model.config, model.config.get_text_config()) if labels else ():
         if getattr(settings, "pad_token_id", None) is None:
             settings.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, folder, reference, dtype, head, new or bool(others), whole)
+    return Base(model, tokenizer, files, dtype, head, new or bool(others), whole)
 
 
 def own_classes(options: Model, folder: Path) -> list[str] | None:
@@ -148,33 +151,6 @@ def load_structure(
             raise needs_trust(folder) from None
         reason = str(error).partition("\nModel type should be")[0]  # without the names of all other models
         raise UsageError(f"{folder / 'config.json'} makes no model for {options.task}: {reason}") from None
-
-
-def refuse_code(folder: Path, options: Model, *, trained_with_it: bool = False) -> None:
-    """Refuse a model that is made of Python code of its own, unless the person trusts it.
-
-    Args:
-        folder: of the model.
-        options: say whether it is trusted.
-        trained_with_it: the record of a run says that it was trusted in training.
-
-    Raises:
-        UsageError: it has such code, it cannot do without, and nobody trusts it.
-    """
-    config = read_object(folder / "config.json")
-    if options.trust_remote_code or not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
-        return
-    raise needs_trust(folder, trained_with_it=trained_with_it)
-
-
-def needs_trust(folder: Path, *, trained_with_it: bool = False) -> UsageError:
-    """The error of a model whose code nobody trusts."""
-    again = "; the run was trained with it, which its folder cannot decide again" if trained_with_it else ""
-    return UsageError(
-        f"the model in {folder} is made of Python code of its own, which was not run{again}",
-        "if you trust whoever made it: model.trust_remote_code: true in the recipe of `dynlora train`, "
-        "and --trust-remote-code for merge, eval, export and prune",
-    )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

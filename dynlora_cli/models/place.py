@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from dynlora_cli.config.sections import Model
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.load import load_structure
 
 
@@ -27,6 +29,11 @@ class Place:
     folder: Path
     labels: list[str] | None
     chosen: bool
+
+    @cached_property
+    def files(self) -> BaseFiles:
+        """What is in the folder."""
+        return BaseFiles(self.options, self.folder, str(self.folder))
 
 
 def structure(place: Place) -> PreTrainedModel:

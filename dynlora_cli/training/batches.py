@@ -11,7 +11,6 @@ from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.packing_check import packed_mask_dtype
 from dynlora_cli.models.load import Base
-from dynlora_cli.models.tokenizer import context_length
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
@@ -23,7 +22,7 @@ def make_batches(
     """Batches of the recipe's size, of this process's share where there is an accelerator."""
     longest = max(len(example.input_ids) for example in examples)
     packing = recipe.dataset.packing
-    capacity = max(longest, min(recipe.dataset.max_length, context_length(base.folder) or recipe.dataset.max_length))
+    capacity = max(longest, min(recipe.dataset.max_length, base.files.context_length or recipe.dataset.max_length))
     kind = base.model.device.type
     return Batches(
         examples,

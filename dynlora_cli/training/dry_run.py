@@ -12,6 +12,7 @@ from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
 from dynlora_cli.lora.start import Start
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.load import Base, resolve_dtype
 from dynlora_cli.models.quiet import keep_libraries_quiet
@@ -34,12 +35,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         recipe_yaml, example, modules, parameters, schedule, steps, data, memory and notes; see cli/views/plan.py.
     """
     keep_libraries_quiet()
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, torch.device("meta"))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, torch.device("meta"))
     steps = total_steps(recipe, make_batches(recipe, data.train, base, shuffle=True))
     found: dict[str, Any] = {
         "recipe_yaml": to_yaml(recipe),
-        "example": show_example(data.train[0], tokenizer, data.labels),
+        "example": show_example(data.train[0], files.tokenizer, data.labels),
         "parameters": {"base": base.model.num_parameters()},
         "modules": [],
         "schedule": [],

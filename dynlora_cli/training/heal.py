@@ -13,7 +13,6 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
-from dynlora_cli.models.tokenizer import context_length
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.setup import make_accelerator, make_run, set_fused
 
@@ -52,7 +51,7 @@ def heal(
         base.tokenizer,
         task=adapter.task,
         seed=recipe.seed,
-        max_length=context_length(base.folder),
+        max_length=base.files.context_length,
         num_labels=recipe.model.num_labels,
         writing=Writing.of(adapter.record),
     )

@@ -24,7 +24,6 @@ from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.files.whole import remove, sync, whole_folder, write_json
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.models.find import quantization_of
 from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.load import sees
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
@@ -50,7 +49,7 @@ def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
     taken = taken_for_experts(base.model.config.model_type) if kind == PLAIN else frozenset()  # others stay
     config = lora_config(
         {name: layer.terms * layer.count for name, layer in pool.layers.items()},
-        base_model=base.reference,
+        base_model=base.files.reference,
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
         fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in pool.layers.values()),
@@ -207,12 +206,12 @@ def start_record(training: Run, run: str | None) -> dict[str, Any]:
         "variant": recipe.adapter.variant,
         "base_model": {
             "name_or_path": recipe.model.name_or_path,
-            "reference": base.reference,
+            "reference": base.files.reference,
             "revision": recipe.model.revision,
             "model_type": base.model.config.model_type,
             "auto_class": "AutoModelForImageTextToText" if sees(base.model.config) else None,
             "fingerprint": fingerprint(base.folder),
-            "quantization": quantization_of(base.folder),
+            "quantization": base.files.quantization,
         },
         "budget": budget if start else None,
         "history": list(zip(schedule.steps, schedule.targets, strict=True)),

@@ -18,6 +18,7 @@ from dynlora_cli.data.load import Data
 from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, tell
 from dynlora_cli.execution.launch import is_main_process
 from dynlora_cli.files.place import OutputPlace
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.place import Place
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
@@ -120,14 +121,14 @@ class Session:
             return None
         return self.before["budget"]["start_components"]
 
-    def refuse_other_inputs(self, data: Data, model: Path) -> None:
+    def refuse_other_inputs(self, data: Data, files: BaseFiles) -> None:
         """Check that a run which goes on sees the rows and the model that it began with.
 
         Raises:
             UsageError: it does not.
         """
         if self.checkpoint and self.before is not None:
-            same_inputs(run_folder.run_of(self.checkpoint), self.before, data, model)
+            same_inputs(run_folder.run_of(self.checkpoint), self.before, data, files.folder)
 
     def save(self, run: Run) -> None:
         """Write a checkpoint; with the first one of a run, the run that it replaces is given up."""

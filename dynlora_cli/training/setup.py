@@ -20,19 +20,17 @@ from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.execution.lean_blocks import lean_blocks
 from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
-from dynlora_cli.files.foreign import read_object
 from dynlora_cli.kernels.linear_cross_entropy import Heads
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.whole import Trained
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.experts import fused_experts
-from dynlora_cli.models.find import find_model
 from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
 from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.models.targets import group_names, layers_left_out, text_part
-from dynlora_cli.models.tokenizer import context_length, load_tokenizer, refuse_fixed_lengths, table_rows
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import Brake
@@ -43,8 +41,6 @@ from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.run import Progress, Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.pruning.policy import Policy
 
@@ -79,12 +75,10 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     )
 
 
-def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTrainedTokenizerBase, Data]:
-    """The model's tokenizer and the rows, no longer than the model's context, written as the run began to."""
-    folder, _ = find_model(recipe.model)
-    refuse_fixed_lengths(folder)
-    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
-    context = context_length(folder)
+def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) -> Data:
+    """The rows, for the tokenizer of a model and no longer than its context, written as the run began to."""
+    files.refuse_fixed_lengths()
+    tokenizer, context = files.tokenizer, files.context_length
     data = load_data(
         recipe.dataset,
         tokenizer,
@@ -94,8 +88,8 @@ def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTraine
         num_labels=recipe.model.num_labels,
         sizing=sizing_rows(recipe),
         writing=writing,
-        table=table_rows(folder),
-        own_classes=own_classes(recipe.model, folder) if recipe.model.task == CLASSIFICATION else None,
+        table=files.table_rows,
+        own_classes=own_classes(recipe.model, files.folder) if recipe.model.task == CLASSIFICATION else None,
     )
     if len(data.train) == 1:
         raise DataError(
@@ -104,17 +98,18 @@ def read_data(recipe: Recipe, writing: Writing | None = None) -> tuple[PreTraine
         )
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
-    return tokenizer, data
+    return data
 
 
-def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device) -> Base:
+def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device) -> Base:
     """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes.
 
     A base to be sharded waits in the host's memory, since no device could hold it.
     """
     base = load_base(
         recipe.model,
-        tokenizer,
+        files,
+        files.tokenizer,
         device=torch.device("cpu") if recipe.train.shard_base and device.type != "meta" else device,
         labels=data.labels,
         seed=recipe.seed,
@@ -136,7 +131,7 @@ def read_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, de
             data.notes.append(
                 f"the language model in {text} is adapted, on text; what sees or hears beside it stays as it is"
             )
-        elif "text_config" in read_object(base.folder / "config.json") and not base.model.config.is_encoder_decoder:
+        elif "text_config" in files.config and not base.model.config.is_encoder_decoder:
             data.notes.append(
                 f"of the checkpoint, the language model alone is loaded and adapted, as {type(base.model).__name__}"
             )

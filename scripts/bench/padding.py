@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.data.batches import Batches
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.training.setup import read_data
 
@@ -33,7 +34,7 @@ def line(name: str, max_length: int, rows: int) -> str:
     recipe = load_recipe(
         Path("recipes/quickstart.yaml"), [f"model={SHARED / 'models' / 'stories3M'}", f"dataset={settings}"]
     )
-    examples = read_data(recipe)[1].train
+    examples = read_data(recipe, BaseFiles.find(recipe.model)).train
     lengths = [len(example.input_ids) for example in examples]
     random.Random(0).shuffle(lengths)
     parts = [lengths[at : at + rows] for at in range(0, len(lengths), rows)]

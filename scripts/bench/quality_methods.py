@@ -33,6 +33,7 @@ from dynlora_cli.evaluation.held_out_loss import row_sums
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variants import lora
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.load import Base
 from dynlora_cli.tasks.loss import summed_loss
@@ -93,16 +94,16 @@ def run(job: Job, work: Path, earlier: list[Result]) -> Result:
 def lay_ground(job: Job, work: Path, earlier: list[Result]) -> Ground:
     recipe = recipe_for(job, work, "val", settings_of(job.method))
     # An open budget holds rows out of its training rows.
-    tokenizer, data = read_data(recipe) if job.method.split()[0] == "dynlora-auto" else _rows(job.task, work, "val")
-    _, testing = _rows(job.task, work, "test")
-    base = read_base(recipe, tokenizer, data, torch.device("cpu"))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files) if job.method.split()[0] == "dynlora-auto" else _rows(job.task, work, "val")
+    base = read_base(recipe, files, data, torch.device("cpu"))
     return Ground(
         recipe,
         data,
         base,
         make_batches(recipe, data.train, base, shuffle=True),
         make_batches(recipe, data.val, base, shuffle=False),
-        make_batches(recipe, testing.val, base, shuffle=False),
+        make_batches(recipe, _rows(job.task, work, "test").val, base, shuffle=False),
         earlier,
     )
 
@@ -129,8 +130,9 @@ def recipe_for(job: Job, work: Path, part: str, overrides: tuple[str, ...] = ())
 
 
 @lru_cache(maxsize=4)
-def _rows(task: str, work: Path, part: str) -> tuple[Any, Data]:
-    return read_data(recipe_for(Job(task, "lora", 1, 1e-3, 0), work, part))
+def _rows(task: str, work: Path, part: str) -> Data:
+    recipe = recipe_for(Job(task, "lora", 1, 1e-3, 0), work, part)
+    return read_data(recipe, BaseFiles.find(recipe.model))
 
 
 # -- dynlora ---------------------------------------------------------------------------------------------------------
@@ -180,13 +182,11 @@ def _fit(ground: Ground, pool: Pool, start: Start) -> Result:
     recipe, unmeasured = ground.recipe, replace(ground.data, val=[])
     accelerator = make_accelerator(recipe, Path(recipe.output_dir))
     training = make_run(recipe, accelerator, ground.base, unmeasured, pool, start, save=lambda _: None)
-    assert training.start is not None
     training.control.probe = None
     started = time.perf_counter()
     loop.fit(training)
-    seconds = time.perf_counter() - started
-    found = {"ranks": dict(pool.counts), "rate_used": training.progress.learning_rate}
-    return _result(ground.base.model, ground, pool.parameters, seconds) | found
+    result = _result(ground.base.model, ground, pool.parameters, time.perf_counter() - started)
+    return result | {"ranks": dict(pool.counts), "rate_used": training.progress.learning_rate}
 
 
 # -- stock PEFT ------------------------------------------------------------------------------------------------------

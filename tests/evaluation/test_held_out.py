@@ -14,6 +14,7 @@ from tiny_run import make_recipe, write_rows
 from dynlora_cli.adapters.base import find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.evaluation.rows import Rows, held_out_rows
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.training.setup import read_data
 
 CHANGED = "have changed since training"
@@ -34,7 +35,7 @@ def trained_by(llama: Run, folder: Path, *settings: str, **dataset: Any) -> Path
     record["recipe"] = recipe.model_dump(mode="json")
     record["recipe"]["dataset"] |= dataset
     if not dataset:
-        record["data"]["sha256"] = read_data(recipe)[1].sha256
+        record["data"]["sha256"] = read_data(recipe, BaseFiles.find(recipe.model)).sha256
     (run / "dynlora.json").write_text(json.dumps(record))
     return run
 

@@ -12,6 +12,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.execution.blocks import blocks
 from dynlora_cli.execution.modes import shard
 from dynlora_cli.models import load as loading
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.training.setup import read_base, read_data
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -38,8 +39,9 @@ def test_a_base_that_waits_on_the_host_has_the_type_of_the_device_it_is_for(tmp_
         loading, "resolve_dtype", lambda _, device: torch.bfloat16 if device.type == "cuda" else torch.float32
     )
     recipe = make_recipe(tmp_path, "train.shard_base=true")
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, torch.device("cuda"))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, torch.device("cuda"))
     assert base.model.device.type == "cpu"
     assert base.dtype == base.model.dtype == torch.bfloat16
 

@@ -19,6 +19,7 @@ from dynlora_cli.errors import RecipeError
 from dynlora_cli.lora.directions import leading, orthonormal_rows
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.start import plan_start
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linears.linear import dense_weight
 from dynlora_cli.models.targets import find_targets
 from dynlora_cli.pruning.allocation import in_proportion, share_out, with_counts
@@ -85,8 +86,9 @@ def test_an_open_budget_follows_what_the_start_became():
 
 def base_of(recipe):
     accelerator = make_accelerator(recipe, Path(recipe.output_dir))
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, accelerator.device)
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, accelerator.device)
     return base, data, accelerator
 
 

@@ -17,6 +17,7 @@ from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linears.linear import dense_weight
 from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.setup import read_base, read_data
@@ -163,8 +164,9 @@ def test_trained_pruned_saved_and_resumed(folder, name):
     out = Path(recipe.output_dir)
     first = (out / "adapter_model.safetensors").read_bytes()
 
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, torch.device("cpu"))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, torch.device("cpu"))
     rows = make_batches(recipe, data.val, base, shuffle=False)
     with attached(base.model, read_adapter(out)):
         found = held_out(base.model, (b for index in range(rows.steps_per_epoch) for b in rows.step(0, index)))

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModel
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.find import BUILTIN, find_model
 from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.linears.linear import linear_shape
 from dynlora_cli.models.load import load_base, resolve_dtype
 from dynlora_cli.models.targets import find_targets, group_names
-from dynlora_cli.models.tokenizer import context_length
 
 
 def options(name, **more):
@@ -35,13 +35,19 @@ TOKENIZER = SimpleNamespace(pad_token_id=0)
 
 
 def load(name, device="cpu", labels=None, **more):
+    settings = options(name, **more)
     return load_base(
-        options(name, **more),
+        settings,
+        BaseFiles.find(settings),
         TOKENIZER,
         device=torch.device(device),
         labels=labels,
         seed=0,
     )
+
+
+def context_length(folder):
+    return BaseFiles(options(folder), folder, str(folder)).context_length
 
 
 def leaves(targets):

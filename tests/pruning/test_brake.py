@@ -16,6 +16,7 @@ from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.evaluation.scores import RowSums
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.pruning.stopping import Brake, paired_change
 from dynlora_cli.training.setup import read_data
@@ -132,14 +133,14 @@ def test_every_event_takes_the_same_share_and_no_more_than_half(total: int, even
 def test_masked_computes_as_if_the_others_were_gone(tmp_path: Path):
     run = assembled(make_recipe(tmp_path))
     (batch,) = run.batches.step(0, 0)[:1]
-    keep = torch.rand(run.pool.components, generator=torch.Generator().manual_seed(0)) < 0.5
+    keep = torch.rand(run.trained.components, generator=torch.Generator().manual_seed(0)) < 0.5
     with torch.no_grad():
         whole = run.model(**batch.inputs).logits
-        with run.pool.masked(keep):
+        with run.trained.masked(keep):
             masked = run.model(**batch.inputs).logits
             exact = in_double(run.model)(**batch.inputs).logits
         assert torch.equal(run.model(**batch.inputs).logits, whole)
-        shrink(run.pool, run.optimizer, keep)
+        shrink(run.trained, run.optimizer, keep)
         for logits in (masked, run.model(**batch.inputs).logits):
             assert_close_to_truth(logits, exact, terms=2 * (32 + 64))
     assert not torch.allclose(masked, whole, atol=1e-3)
@@ -149,8 +150,10 @@ def test_masked_computes_as_if_the_others_were_gone(tmp_path: Path):
 
 
 def test_rows_to_choose_by_are_neither_trained_on_nor_reported(tmp_path: Path):
-    _, fixed = read_data(recipe_of(tmp_path, "rank.budget=2"))
-    _, data = read_data(recipe_of(tmp_path))
+    recipe = recipe_of(tmp_path)
+    files = BaseFiles.find(recipe.model)
+    fixed = read_data(recipe_of(tmp_path, "rank.budget=2"), files)
+    data = read_data(recipe, files)
     texts = [{tuple(example.input_ids) for example in part} for part in (data.train, data.val, data.sizing)]
     assert len(data.sizing) == round(0.1 * len(fixed.train))
     assert sum(map(len, texts)) == len(set().union(*texts)) == len(data.train) + len(data.val) + len(data.sizing)

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli.data.batches import Batch
 from dynlora_cli.lora.variants import full, lora
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linears.linear import forget_input
 from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.tasks.loss import summed_loss
@@ -38,8 +39,9 @@ def _quiet():
 
 
 def estimate(recipe, ids, variant=lora):
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, torch.device("meta"))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, torch.device("meta"))
     device, optimizer = torch.device("cpu"), recipe.train.optimizer
     return measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, optimizer)
 
@@ -64,8 +66,9 @@ def test_a_frozen_a_needs_no_inputs(tmp_path):
 
 def real_peak(recipe, ids):
     """Bytes of the tensors of a real step, counted the same way."""
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, torch.device("cpu"))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, torch.device("cpu"))
     pool, _ = attach(lora, base, recipe)
     tokens = torch.randint(5, 50, ids)
     mask = torch.ones_like(tokens)
@@ -110,8 +113,9 @@ def test_other_models_and_variants(kind, variant, tmp_path):
 
 def test_weights_adapter_and_growth(tmp_path):
     recipe = make_recipe(tmp_path)
-    tokenizer, data = read_data(recipe)
-    base = read_base(recipe, tokenizer, data, torch.device("cpu"))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, torch.device("cpu"))
     weights = sum(p.numel() * 4 for p in base.model.parameters())
     pool, _ = attach(lora, base, recipe)
     one, two = estimate(recipe, (4, 64)), estimate(recipe, (8, 64))
@@ -127,8 +131,9 @@ def test_four_bits_are_a_seventh_of_the_linear_weights(tmp_path):
     recipe = make_recipe(tmp_path)
     four = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": True})})
     plain, small = estimate(recipe, (2, 16)), estimate(four, (2, 16))
-    tokenizer, data = read_data(recipe)
-    model = read_base(recipe, tokenizer, data, torch.device("meta")).model
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    model = read_base(recipe, files, data, torch.device("meta")).model
     linear = sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     )
