@@ -183,6 +183,7 @@ class Listening:
         if begins:
             self.stretches.append(Stretch())
         self._pattern = pattern
+        # In the first block of a stretch even the output of the block before counts as a tensor from outside.
         noted = [self._noted(leaf, begins=begins) for leaf in given]
         known = {id(leaf): mark for leaf, mark in zip(given, noted, strict=True) if isinstance(mark, Outside)}
         marks = [known.get(id(leaf), HANDED) if isinstance(leaf, Tensor) else leaf for leaf in returned]
@@ -255,12 +256,13 @@ class Playing:
                 raise unlike("the blocks were given other inputs than when they were recorded")
             self.usual = True
             return block(*args, **kwargs)
-        if place == 0:
+        if place == 0:  # replay the whole stretch now; its other blocks return this result
             play = stretch.play or stretch.run
             self._results = play(*(self.outside[number] for number in stretch.numbers), *stretch.trained())
             if stretch.layers:
                 stretch.layers[0].watched(self._results[0])
         self._at += 1
+        # Only the last block of a stretch may compute more than one tensor: see `Call.hands_on`.
         return call.result(self._results if call is stretch.calls[-1] else self._results[:1], self.outside)
 
     def _as_recorded(self, given: list[Any], spec: TreeSpec, call: Call) -> bool:

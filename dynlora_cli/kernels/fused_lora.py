@@ -66,11 +66,11 @@ class FusedLinear(torch.autograd.Function):
         ys = [_base_product(x_NI, part.base) for part in parts]
         dtype = ys[0].dtype
         a, b = zip(*(part.low or tuple(_in(leaf, dtype) for leaf in part.leaves) for part in parts), strict=True)
-        a_CI = torch.cat(a) if len(a) > 1 else a[0]
+        a_CI = torch.cat(a) if len(a) > 1 else a[0]  # the a of all parts, one above the other
         h_NC = thin_product(_in(x_NI, dtype), a_CI)
         for y_NO, h, b_OC in zip(ys, _split(h_NC, b), b, strict=True):
             y_NO.addmm_(h, b_OC.T, alpha=scale)
-        a_trains = ctx.needs_input_grad[3]
+        a_trains = ctx.needs_input_grad[3]  # of the first part; A trains in all parts or in none
         ctx.save_for_backward(x if a_trains else None, h_NC, a_CI, *b)
         ctx.parts, ctx.scale, ctx.dtype, ctx.x_dtype = parts, scale, dtype, x.dtype
         # With an ordinary `view`, autograd would forbid the model to change the outputs in place.
@@ -82,6 +82,7 @@ class FusedLinear(torch.autograd.Function):
         x, h_NC, a_CI, *b = ctx.saved_tensors
         parts, scale, dtype = ctx.parts, ctx.scale, ctx.dtype
         grads_NO = [_in(grad.reshape(-1, grad.shape[-1]), dtype) for grad in grads]
+        # dL/dh / s = grad b, of all parts side by side. The factor s comes with the products below.
         on_cpu = a_CI.device.type == "cpu"
         thin = [
             thin_product(grad_NO, b_OC.T.contiguous() if on_cpu else b_OC.T)
@@ -89,19 +90,19 @@ class FusedLinear(torch.autograd.Function):
         ]
         grad_h_NC = torch.cat(thin, 1) if len(thin) > 1 else thin[0]
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:  # dL/dx = Σ over the parts of grad W, + s grad_h a
             grad_x_NI = grads_NO[0] @ _in(weight_OI(parts[0].base), dtype)
             for grad_NO, part in zip(grads_NO[1:], parts[1:], strict=True):
                 grad_x_NI.addmm_(grad_NO, _in(weight_OI(part.base), dtype))
             grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale)
             grad_x = _in(grad_x_NI.view(*grads[0].shape[:-1], a_CI.shape[1]), ctx.x_dtype)
         grads_a: Sequence[Tensor | None] = [None] * len(parts)
-        if x is not None:
+        if x is not None:  # dL/da = s grad_hᵀ x
             products = (grad_h_NC.T @ _in(x.reshape(-1, x.shape[-1]), dtype)).split([b_OC.shape[1] for b_OC in b])
             grads_a = [add_to_gradient(part.leaves[0], p, scale) for part, p in zip(parts, products, strict=True)]
         found: list[Tensor | None] = [grad_x, None, None]
         for part, grad_a, h, grad_NO in zip(parts, grads_a, _split(h_NC, b), grads_NO, strict=True):
-            # On the CPU (hᵀ grad)ᵀ is 2 to 5 times as fast as gradᵀ h.
+            # dL/db = s gradᵀ h. On the CPU (hᵀ grad)ᵀ is 2 to 5 times as fast.
             grad_b = add_to_gradient(part.leaves[1], (h.T @ grad_NO).T, scale)
             found += [grad_a, grad_b]
         return tuple(found)

@@ -64,6 +64,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, share = ctx.saved_tensors
         factor_D = ctx.factor(weight_D)
+        # With g = grad factor and r = share: dL/dx = r g - x r³ Σ(g x) / D. The second term comes from r.
         scaled = (grad.to(factor_D.dtype) * factor_D).float()
         along = (scaled * x).sum(-1, keepdim=True).mul_(share.pow(3).div_(x.shape[-1]))
         return scaled.mul_(share).addcmul_(x, along, value=-1).to(x.dtype), None, None, None
@@ -110,6 +111,7 @@ class Rotary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = (angle.unsqueeze(1) for angle in ctx.saved_tensors)
+        # The transpose of `_turned`. Its halves swap the sines as well, in case a model gives them different ones.
         back = -sin.roll(sin.shape[-1] // 2, -1)
         needed = ctx.needs_input_grad
         found = [_turned(grad, cos, back) if need else None for grad, need in zip(grads, needed, strict=False)]

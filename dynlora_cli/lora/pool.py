@@ -177,10 +177,11 @@ class Pool:
 
     @contextmanager
     def rates_of_a_and_b(self, b_rate: float) -> Iterator[None]:
-        """The optimizer's step inside the block is multiplied: of A by 0 where A is frozen, of B by `b_rate`.
+        """Give A and B rates of their own for the optimizer's step inside the block: B `b_rate` times that of A.
 
-        A step of AdamW, weight decay included, is proportional to the learning rate, so this is the same as rates of
-        their own, and A and B can stay one tensor. A frozen A has no gradient, but weight decay would move it.
+        A and B are one tensor with one rate, so the step is scaled afterwards. That is the same, as a step of AdamW is
+        proportional to the learning rate, weight decay included. A frozen A is put back: it has no gradient, but weight
+        decay would move it.
 
         Source: LoRA+, arXiv 2402.12354, which gives B the higher rate.
         """

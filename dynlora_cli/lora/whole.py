@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Trained(Protocol):
-    """What a run asks of whatever trains.
+    """What a run needs from whatever it trains, components or a whole model.
 
     Attributes:
         layers: those that hold components, by name; empty where the whole model trains.
@@ -37,34 +37,34 @@ class Trained(Protocol):
 
     @property
     def leaves(self) -> list[nn.Parameter]:
-        """What the layers compute with."""
+        """The parameters that the layers compute with, such as a_CI and b_OC; empty where the whole model trains."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups; in one that is `coupled`, the rate follows what is alive."""
+        """The optimizer's parameter groups; if `coupled`, a group's learning rate follows the parameters alive."""
 
     def begin_step(self, step: int, total_steps: int) -> None:
-        """Optimizer step `step` (from 1) begins."""
+        """Called before optimizer step `step` (from 1)."""
 
     def penalty(self) -> Tensor | None:
-        """What is added to the loss of an optimizer step."""
+        """A scalar to add to the loss of an optimizer step, or None."""
 
     def settle_gradient(self) -> None:
-        """The gradient of an optimizer step is complete."""
+        """Called when the gradient of an optimizer step is complete, before it is clipped."""
 
     def alive(self) -> dict[str, int]:
         """How many components and numbers there are now, for metrics and events; empty where the whole model trains."""
 
     def rates_of_a_and_b(self, b_rate: float) -> AbstractContextManager[None]:
-        """The context in which the optimizer steps; `b_rate` is the rate of B as a multiple of that of A."""
+        """A context for the optimizer's step, in which the learning rate of B is `b_rate` times that of A."""
 
     def after_update(self, rate: float) -> None:
-        """The optimizer has stepped at this learning rate."""
+        """Called after every optimizer step, with its learning rate."""
 
     def stand_after(self, step: int, total_steps: int) -> None:
-        """Be where optimizer step `step` leaves off, in what no checkpoint says."""
+        """On resuming: restore what follows from optimizer step `step` and is in no checkpoint."""
 
     def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget the gradients of an optimizer step."""
+        """Drop the gradients of an optimizer step, or set them to zero."""
 
 
 class WholeModel:
