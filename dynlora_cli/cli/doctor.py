@@ -16,5 +16,5 @@ def doctor(as_json: AsJson = False) -> None:
 
         result.update(command.run())
         show_findings(console(), result["findings"])
-    if not result["ok"]:  # no exception: the findings are the result, whatever they are
+    if not result["ok"]:  # not an exception: the findings are the result, faults included
         raise typer.Exit(MachineError.exit_code)

@@ -124,7 +124,7 @@ def evaluate(
         show_evaluation(view, result)
         if result["failed"]:
             view.error(MeasureError(result["error"]))
-    if result["failed"]:  # no exception: the report is the result, whatever the gates say of it
+    if result["failed"]:  # not an exception: the report is the result, also where a threshold is missed
         raise typer.Exit(MeasureError.exit_code)
 
 

@@ -39,7 +39,7 @@ OUT_OF_MEMORY = (
     "DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "std::bad_alloc", "failed to map segment",
     "CUDA out of memory",
 )  # fmt: skip
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
+M_MMAP_THRESHOLD = -3  # a constant of glibc's malloc.h, see mallopt(3)
 UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -50,7 +50,7 @@ def return_memory_at_once() -> None:
     their peak was such blocks. A command that trains is faster without.
     """
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and keeps no such blocks
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no mallopt, and keeps no such blocks
         if mallopt:
             mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
@@ -67,8 +67,8 @@ def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
             yield result
     except DynloraError as error:
         result, code = _failure(error), error.exit_code
-        console().error(error)  # of any process: what only one of several has met must not get lost
-    except typer.Exit:  # of the processes that did the work, and have said so
+        console().error(error)  # printed by every process: an error that only one of them has met must not get lost
+    except typer.Exit:  # the launched processes have printed their own error
         raise
     except KeyboardInterrupt:
         result, code = {"ok": False, "error": "interrupted"}, 130
@@ -94,7 +94,7 @@ def _failure(error: DynloraError) -> dict[str, Any]:
 
 
 def _as_ours(error: BaseException) -> DynloraError | None:
-    """Faults of the machine that may come from anywhere, in our words; libraries wrap them in errors of their own."""
+    """Turn faults of the machine, which libraries wrap in many types of errors, into ours."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

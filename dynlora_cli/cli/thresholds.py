@@ -22,7 +22,7 @@ def read_gates(
     baseline: Path | None = None,
     max_regression: str | None = None,
 ) -> Gates:
-    """Gates as a person writes them.
+    """Thresholds as a person writes them.
 
     Args:
         fail_above: a loss.

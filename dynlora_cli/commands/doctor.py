@@ -23,7 +23,7 @@ from dynlora_cli import __version__
 if TYPE_CHECKING:
     import torch
 
-LEAST_DISK = 2 << 30  # bytes: a small model, its cache and a few checkpoints
+LEAST_DISK = 2 << 30  # bytes, enough for a small model, its cache and a few checkpoints
 EXTRAS = {
     "gguf": "export to llama.cpp and Ollama",
     "eval": "BLEU, chrF and ROUGE of answers",

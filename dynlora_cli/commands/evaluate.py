@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.evaluation.generation import Prompt
 
-PROMPTS = 32  # that answers are generated for, where nobody says how many
+PROMPTS = 32  # how many prompts are answered by default
 Tell = Callable[[str], None]
 
 
@@ -44,10 +44,10 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
         tell: takes a line for each part that begins.
 
     Returns:
-        The report. Where a gate failed, `ok` is false, `failed` says what, and all numbers are there all the same.
+        The report. If a threshold is missed, `ok` is false and `failed` says which; all numbers are there as well.
 
     Raises:
-        DynloraError: with the exit code that fits; a failed gate is no error.
+        DynloraError: with the exit code that fits; a missed threshold is no error.
     """
     adapters = [read_adapter(folder, options.base) for folder in folders]
     place = one_base(adapters, options)

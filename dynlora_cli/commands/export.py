@@ -33,7 +33,7 @@ from dynlora_cli.models.place import Place, structure
 from dynlora_cli.runs import folder as run_folder
 
 Emit = Callable[[dict[str, Any]], None]
-# By what share a number may be off in files of this type.
+# The relative error of a number by rounding, in files of this type.
 ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "q8_0": 2.0**-6}
 MAX_KL = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1}  # nats per token
 
@@ -54,7 +54,7 @@ def run(
 
     Args:
         path: a run folder, or any LoRA folder in PEFT's layout.
-        to: a file of the drawer exporters/.
+        to: a file of export/targets/, by its name.
         out: a new folder.
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
@@ -191,5 +191,5 @@ def _weight_difference(adapter: Adapter, found: Adapter) -> float:
 
 
 def _delta(adapter: Adapter, name: str) -> Tensor:
-    """ΔW of a layer; 0 where the adapter does not have it."""
+    """ΔW of a layer; zero if the adapter does not adapt it."""
     return adapter.layers[name].delta_OI() if name in adapter.layers else torch.zeros(1)

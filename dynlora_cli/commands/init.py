@@ -57,7 +57,7 @@ CHAT = "  chat: auto                      # turns where the model has a chat tem
 
 
 LENGTH = 1024
-_SHORTEST = 16  # tokens of a piece, of which there are several
+_SHORTEST = 16  # the fewest tokens of a piece of a text file
 SEPARATOR = '  separator: "\\n"                 # behind each prompt; the trained model is to be asked with it too\n'
 VAL_SIZE = "  val_size: {share:<4}                  # held out to measure on; rows with the same prompt stay together\n"
 VAL = "  val: [{sources}]  # to measure on, never trained on\n"

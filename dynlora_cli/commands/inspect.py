@@ -15,7 +15,7 @@ from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import natural_order
 
-SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # shares of ‖ΔW‖² for which the number of directions is told
+SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # for these shares of ‖ΔW‖² the number of directions is shown
 
 
 def run(paths: Sequence[Path]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from dynlora_cli.models.place import Place
 from dynlora_cli.runs import folder as run_folder
 
 Emit = Callable[[dict[str, Any]], None]
-# Nats per token. NF4 changes predictions by tenths, of tiny models by half a nat; another model is further away.
+# In nats per token. NF4 changes predictions by some tenths, by half a nat in tiny models. Another base is further away.
 OF_ANOTHER_MODEL = 2.0
 MAX_CHANGED = 0.01  # share of positions
 MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does

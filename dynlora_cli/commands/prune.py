@@ -54,7 +54,7 @@ class Request:
         max_samples: rows at most.
         measure: measure the loss where rows are known; False: only where it is needed.
         overwrite: `out` may hold an earlier run.
-        seed: of policies that draw lots.
+        seed: of policies that choose at random.
     """
 
     path: Path

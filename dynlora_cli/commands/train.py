@@ -65,7 +65,7 @@ def run(
         _shard(recipe, base, trained, session.accelerator)
         training = make_run(recipe, session.accelerator, base, data, trained, start, save=session.save)
         _apply_modes(training)
-        # Dropout is the one thing that differs between processes.
+        # Processes differ in their dropout and in nothing else.
         torch.manual_seed(recipe.seed + session.accelerator.process_index)
         with session.recording(training):
             fit(training)
@@ -90,7 +90,7 @@ def _shard(recipe: Recipe, base: Base, trained: Trained, accelerator: Accelerato
 
 def _apply_modes(training: Run) -> None:
     recipe, model, pool = training.recipe, training.model, training.trained
-    if recipe.train.compile:  # not before the model was asked about packed rows, in another precision
+    if recipe.train.compile:  # only now: the check of packing has run the model in fp32
         compile_blocks(model, pool if isinstance(pool, Pool) else None)
     if recipe.train.cuda_graphs and isinstance(pool, Pool):
         prepare(model, recipe.train.gradient_checkpointing is not False)

@@ -1,4 +1,4 @@
-"""What a person sees while a command runs. Everything here goes to stderr; this is the only file that imports rich.
+"""What a person sees while a command runs. Everything here goes to stderr.
 
 Console        start, example, plan, summary, notes and errors, as text that fits the terminal
 TrainView      listener of the training loop: a live picture on a terminal, plain lines anywhere else
@@ -30,7 +30,7 @@ from dynlora_cli.text import change, count, counted, duration, number, percent, 
 
 THEME = Theme({"accent": "cyan", "label": "dim", "good": "green", "bad": "red", "head": "bold"})
 REFRESHES_PER_SECOND = 4
-PLAIN_WIDTH = 100  # of tables where nobody's window tells a width
+PLAIN_WIDTH = 100  # width of tables where there is no terminal window
 SHOWN_OF_PIECE = 600  # characters of one piece of the example
 
 
@@ -243,7 +243,7 @@ def _live_numbers(progress: Progress, wide: bool) -> Table:
     latest, run = progress.latest, progress.run
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="label", no_wrap=True)
-    grid.add_column(no_wrap=True, min_width=27)  # so that the map beside it stands still
+    grid.add_column(no_wrap=True, min_width=27)  # so that the map beside it does not move
     spark = sparkline(progress.losses, 18) if wide else ""
     held_out = Text(number(progress.held_out))
     if wide and progress.held_out_step is not None:

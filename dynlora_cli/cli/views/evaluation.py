@@ -13,7 +13,7 @@ from dynlora_cli.cli.views.console import Console
 from dynlora_cli.cli.views.progress import middle_cut, printable
 from dynlora_cli.text import count, counted, number, percent
 
-CLASSES, CONFUSED = 12, 3  # whose rows are told of, and the classes that they were taken for
+CLASSES, CONFUSED = 12, 3  # classes described in words, and for each the classes it was taken for
 LONGEST_SHOWN = 600  # characters of a prompt or an answer
 LONGEST_NAME = 28  # characters of a name in a table
 

@@ -20,13 +20,13 @@ class Progress:
 
     run: dict[str, Any] = field(default_factory=dict)
     step: int = 0
-    latest: dict[str, float] = field(default_factory=dict)  # newest value of each key of OF_STEP
-    losses: tuple[float, ...] = ()  # of the last steps, for the sparkline
+    latest: dict[str, float] = field(default_factory=dict)  # the newest value of each key of OF_STEP
+    losses: tuple[float, ...] = ()  # losses of the last steps, for the sparkline
     held_out: float | None = None
     held_out_step: int | None = None
     held_out_first: float | None = None
     accuracy: float | None = None
-    start: dict[str, int] = field(default_factory=dict)  # components per layer at the start
+    start: dict[str, int] = field(default_factory=dict)  # components of each layer at the start
     ranks: dict[str, int] = field(default_factory=dict)  # and now
     last_event: str = ""
     _step_seconds: float | None = None
@@ -41,7 +41,7 @@ class Progress:
             self._advance(event)
         elif kind == "eval":
             self._measured(event)
-            self._clock = None  # an evaluation's time is not a step's
+            self._clock = None  # do not count the time of an evaluation as that of a step
         elif kind in ("prune", "gauge"):
             # a new mapping each time: the display may be reading the old one in its own thread
             self.ranks = {**dict.fromkeys(self.ranks, 0), **event["ranks"]} if event.get("ranks") else self.ranks
@@ -87,7 +87,7 @@ class Progress:
         self.start = {layer["name"]: layer["components"] for layer in event.get("layers") or ()}
         self.ranks = dict(self.start)
         self.latest = {key: self.run[key] for key in ("components", "parameters") if self.run.get(key) is not None}
-        for result in self.run.get("held_out") or ():  # of a run that goes on: the first and the newest
+        for result in self.run.get("held_out") or ():  # on resuming: the first and the newest result
             self._measured(result)
 
     def _measured(self, held_out: Event) -> None:
