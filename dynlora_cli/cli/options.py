@@ -36,4 +36,15 @@ Base = Annotated[
 ]
 
 
+PlugInOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An option of the plug-in that was chosen, if it has any. Repeatable.",
+        show_default=False,
+    ),
+]
+
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what dynlora made there before.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import AdapterPath, Base, Overwrite
+from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 
 BudgetText = Annotated[
@@ -46,6 +46,7 @@ def prune(
     budget: BudgetText,
     out: Out,
     policy: Policy = "magnitude",
+    set_: PlugInOptions = None,
     data: Data = None,
     tolerance: Tolerance = "0.5%",
     heal: Heal = 0,
@@ -62,10 +63,12 @@ def prune(
         from dynlora_cli import plugins
         from dynlora_cli.cli import preflight
         from dynlora_cli.cli.values import choice, share, size
+        from dynlora_cli.config.options import given
         from dynlora_cli.runs.folder import refuse_occupied
 
         wanted, rise = size(budget, "--budget"), share(tolerance, "--tolerance")
         choice(policy, plugins.names("policies"), "--policy")
+        options = given("policies", policy, set_ or [])
         preflight.adapters([adapter], base, data)
         refuse_occupied(out, overwrite=overwrite, option="--out")
         from dynlora_cli.cli.views.adapters import AdapterView
@@ -77,6 +80,7 @@ def prune(
             wanted,
             out,
             policy=policy,
+            options=options,
             data=data,
             tolerance=rise,
             heal_steps=heal,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -19,6 +19,8 @@ from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.budget import Budget
+from dynlora_cli.config.options import given
+from dynlora_cli.config.types import Section
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.evaluation.peft_check import check_files, tell
@@ -45,7 +47,7 @@ class Request:
         budget: as in a recipe; a share is of the parameters there are now; auto: as few as `tolerance` allows.
         out: a new folder.
         policy: scores the components; a file of policies/.
-        options: the policy's own settings; None: their defaults.
+        options: those that the policy itself brings; None: their defaults.
         data: rows to look at and to measure on, a file or a recipe; None: the run's own held-out rows.
         tolerance: with budget auto, the share by which the held-out loss may rise.
         heal_steps: training steps after the cut.
@@ -61,7 +63,7 @@ class Request:
     budget: Budget
     out: Path
     policy: str = "magnitude"
-    options: Any = None
+    options: Section | None = None
     data: Path | None = None
     tolerance: float = 0.005
     heal_steps: int = 0
@@ -86,6 +88,8 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     started, out, budget = time.monotonic(), request.out, request.budget
     run_folder.refuse_occupied(out, overwrite=request.overwrite, option="--out")
     policy = plugins.load("policies", request.policy)
+    if request.options is None:
+        request = replace(request, options=given("policies", request.policy, ()))
     adapter = read_adapter(request.path, request.base_name)
     run_folder.refuse_inputs(out, [adapter.folder, *([request.data] if request.data else [])])
     if adapter.note:
@@ -110,11 +114,12 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if bench and request.heal_steps:
         summary |= {"heal_steps": request.heal_steps, "loss_after": bench.loss(smaller)}
     summary["seconds"] = time.monotonic() - started
+    own = request.options.model_dump() if request.options else {}
     with run_folder.replaced(out, overwrite=request.overwrite) as folder:
         save(smaller, folder)
         run_folder.copy_tokenizer(adapter.folder, folder)
         summary["peft_check"] = check_files(smaller, folder, request.base_name, request.trust_remote_code)
-        write_record(folder, adapter, smaller, summary, curve.points, threshold, events)
+        write_record(folder, adapter, smaller, summary, own, curve.points, threshold, events)
     tell(summary["peft_check"], out, emit)
     return summary
 

@@ -83,6 +83,10 @@ class Observer:
         """The same update s·BA of a layer, as the components that are to be scored; where there is `own_basis`."""
         raise NotImplementedError
 
+    def get(self, key: str, pool: Pool) -> Tensor:
+        """A tensor of `seen`; zeros as long as nothing was observed. [K]"""
+        return self.seen[key] if key in self.seen else torch.zeros(pool.components, device=pool.values.device)
+
     def select(self, pool: Pool, keep_K: Tensor) -> None:  # noqa: ARG002
         """Keep only what belongs to the components that stay.
 

@@ -21,6 +21,7 @@ def write_record(
     before: Adapter,
     after: Adapter,
     summary: dict[str, Any],
+    options: dict[str, Any],
     curve: list[dict[str, Any]],
     threshold: float,
     events: list[dict[str, Any]],
@@ -31,21 +32,12 @@ def write_record(
         folder: the new one.
         before, after: the adapter, as it was and as it is.
         summary: of the command.
+        options: those of the policy itself.
         curve: loss against size.
         threshold: highest score that was removed.
         events: of the loop, where the adapter was trained again after the cut.
     """
     old = before.record
-    layers = {
-        name: {
-            "rank": after.ranks.get(name, 0),
-            "importance": after.layers[name].energy() if name in after.layers else 0.0,
-            "d_in": factors.a_CI.shape[1],
-            "d_out": factors.b_OC.shape[0],
-        }
-        for name, factors in before.layers.items()
-    }
-    gone = {name: layer | {"rank": 0, "importance": 0.0} for name, layer in (old.get("layers") or {}).items()}
     record = {
         **old,
         "schema_version": SCHEMA_VERSION,
@@ -53,7 +45,7 @@ def write_record(
         "name": Path(summary["output_dir"]).name,
         "task": before.task,
         "variant": "lora" if before.config.get("peft_type") == "VERA" else old.get("variant"),  # read as the LoRA it is
-        "layers": gone | layers,
+        "layers": _layers(before, after),
         "base_model": old.get("base_model") or {"name_or_path": summary["model"]},
         "budget": {
             "parameters": summary["budget_parameters"],
@@ -62,6 +54,7 @@ def write_record(
         "prune": {
             "from": summary["from"],
             "policy": summary["policy"],
+            **({"options": options} if options else {}),
             "curve": curve,
             "heal_steps": summary.get("heal_steps", 0),
         },
@@ -76,6 +69,21 @@ def write_record(
             log(event)
     write_report(folder)
     write_card(folder)
+
+
+def _layers(before: Adapter, after: Adapter) -> dict[str, dict[str, Any]]:
+    """Every layer that training had or the adapter has, with the rank that is left."""
+    layers = {
+        name: {
+            "rank": after.ranks.get(name, 0),
+            "importance": after.layers[name].energy() if name in after.layers else 0.0,
+            "d_in": factors.a_CI.shape[1],
+            "d_out": factors.b_OC.shape[0],
+        }
+        for name, factors in before.layers.items()
+    }
+    trained = before.record.get("layers") or {}
+    return {name: layer | {"rank": 0, "importance": 0.0} for name, layer in trained.items()} | layers
 
 
 def _event(before: Adapter, summary: dict[str, Any], threshold: float) -> dict[str, Any]:

@@ -57,13 +57,11 @@ class GateGradients(Observer):
         rare experts as many components as common ones.
         """
         gradient_K = pool.gate_gradient_K()
-        if not self.seen:
-            self.seen = {"mean": torch.zeros_like(gradient_K), "square": torch.zeros_like(gradient_K)}
         self.steps += 1
         self.targets += (targets - self.targets) / self.steps
         weight = 1 / self.steps if self.decay is None else 1 - self.decay
-        self.seen["mean"] = self.seen["mean"].lerp(gradient_K, weight)
-        self.seen["square"] = self.seen["square"].lerp(gradient_K.square(), weight)
+        self.seen["mean"] = self.get("mean", pool).lerp(gradient_K, weight)
+        self.seen["square"] = self.get("square", pool).lerp(gradient_K.square(), weight)
 
     def mean(self, pool: Pool) -> Tensor:
         """Average of dL/dg, corrected for the zeros it began with; zeros before the first step. [K]"""
@@ -88,9 +86,8 @@ class GateGradients(Observer):
         return self.removal_K(pool)[removed_K].sum().item() if self.steps else None
 
     def _unbiased(self, key: str, pool: Pool) -> Tensor:
-        if not self.seen:
-            return torch.zeros(pool.components, device=pool.values.device)
-        return self.seen[key] if self.decay is None else self.seen[key] / (1 - self.decay**self.steps)
+        share = 1.0 if self.decay is None or not self.steps else 1 - self.decay**self.steps
+        return self.get(key, pool) / share
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self.seen:
