@@ -128,7 +128,7 @@ def _variant_conflicts(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _sharding_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    """What needs a weight of the base outside of its block's passes, or in another form than torch's own."""
+    """Settings that need a weight of the base outside the passes of its block, or in another form than torch's own."""
     key = "train.shard_base"
     if recipe.adapter.variant != "lora":
         yield Conflict("adapter.variant", key, "a sharded base goes with variant lora alone; set one of the two back")
@@ -143,7 +143,7 @@ def _sharding_conflicts(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _recording_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    """What is not the same kernels on the same memory in every pass."""
+    """Settings that no CUDA graph can hold: with them, kernels or memory differ from pass to pass."""
     key = "train.cuda_graphs"
     if recipe.adapter.variant != "lora":
         yield Conflict("adapter.variant", key, "variant lora alone is recorded; set one of the two back")
