@@ -6,6 +6,7 @@ tasks/kinds/         what a model is for                       model.task
 tasks/objectives/    what is learned from the rows             train.objective
 data/formats/        how a row of data becomes an example      dataset.train[].format
 adapters/kinds/      how an adapter's files are written        a variant's `saved_as`
+models/linears/       what is asked of the base's linear layers  found by the layer's class
 merging/methods/     how several adapters become one           dynlora merge --method
 export/targets/      files that other tools read               dynlora export --to
 
@@ -33,6 +34,7 @@ FOLDERS = {
     "formats": "data.formats",
     "kinds": "adapters.kinds",
     "methods": "merging.methods",
+    "linears": "models.linears",
     "exporters": "export.targets",
 }
 # What one plug-in of a kind is called in messages.
@@ -44,6 +46,7 @@ WORDS = {
     "formats": "format",
     "kinds": "kind of adapter",
     "methods": "merge method",
+    "linears": "kind of linear layer",
     "exporters": "exporter",
 }
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from dynlora_cli.export.gguf.file import write_model
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.targets import find_targets
 
 SMALL: dict[str, Any] = {

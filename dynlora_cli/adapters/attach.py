@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapters import kind
 from dynlora_cli.adapters.adapter import Adapter, Factors
@@ -24,7 +23,7 @@ from dynlora_cli.adapters.expert_files import parts_of
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.experts import join, split
-from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.models.linear import dense_weight, is_transposed
 
 
 class AdaptedEmbedding(nn.Module):
@@ -161,7 +160,7 @@ def _layer(
 
 def _read_dense(read: Callable[[str], Tensor], name: str, base: nn.Module) -> Tensor:
     weight = read(f"{name}.weight")
-    return weight.T if isinstance(base, Conv1D) else weight
+    return weight.T if is_transposed(base) else weight
 
 
 def _with_parameter(module: nn.Module, leaf: str, value: Tensor) -> nn.Module:

@@ -22,7 +22,6 @@ from typing import Any, cast
 from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapters.adapter import PLAIN, Adapter, Factors
 from dynlora_cli.adapters.expert_files import parameter_of, parts_of
@@ -33,7 +32,7 @@ from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, read_object
 from dynlora_cli.models.experts import ExpertSlice
 from dynlora_cli.models.find import find_model, quantization_of
 from dynlora_cli.models.fingerprint import changed_since
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.load import HEAD_NAMES
 from dynlora_cli.runs.folder import RECORD
 
@@ -188,9 +187,11 @@ def module_of(model: PreTrainedModel, name: str, factors: Factors, adapter: Adap
         module = model.get_submodule(name)
     except AttributeError:
         raise UsageError(f"{adapter.folder}: the base model has no layer {name}", ANOTHER) from None
-    kinds = (nn.Embedding,) if factors.embedding else (ExpertSlice,) if factors.experts else (nn.Linear, Conv1D)
-    alone = kinds[0] is nn.Linear and factors.kind == PLAIN and holds_weight(module)
-    if not alone and not isinstance(module, kinds):
+    if factors.embedding or factors.experts:
+        fits = isinstance(module, nn.Embedding if factors.embedding else ExpertSlice)
+    else:
+        fits = is_linear(module) or (factors.kind == PLAIN and holds_weight(module))
+    if not fits:
         raise UsageError(
             f"{adapter.folder}: {name} is a {type(module).__name__}, which takes no {adapter.kind} here",
             "merge it with the tool that made it",
@@ -235,7 +236,7 @@ def expert_slices(model: PreTrainedModel, adapter: Adapter) -> dict[str, dict[in
 def holds_weight(module: nn.Module) -> bool:
     """Whether a module that is no layer of a known kind has a weight [O, I], such as a router of experts."""
     weight, kind = module._parameters.get("weight"), type(module)
-    plain = isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    plain = is_linear(module) or isinstance(module, nn.Embedding)
     # Some routers are linear layers by name alone, and return more than one tensor.
     own = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers") and "forward" in vars(kind)
     return weight is not None and weight.ndim == 2 and (own or not plain)

@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
@@ -28,7 +27,7 @@ from dynlora_cli.files import whole
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.merging.fold import plan_merge, write_merged
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.place import Place, structure
 from dynlora_cli.runs import folder as run_folder
 
@@ -146,7 +145,7 @@ def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
 
 def _linear_layers(place: Place) -> dict[str, tuple[int, int]]:
     modules = structure(place).named_modules()
-    return {name: linear_shape(module) for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
+    return {name: linear_shape(module) for name, module in modules if is_linear(module)}
 
 
 def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli import __version__
 from dynlora_cli.adapters.adapter import Adapter
@@ -32,7 +31,7 @@ from dynlora_cli.files import whole
 from dynlora_cli.merging.combine import Way, combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
 from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
-from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.models.linear import dense_weight, is_transposed
 from dynlora_cli.models.load import DTYPES, Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.runs import folder as run_folder
@@ -175,7 +174,7 @@ def _dequantized(base: Base, module: str) -> Tensor:
     """A layer's weight as training saw it, in its own layout."""
     layer = base.model.get_submodule(module)
     weight = dense_weight(layer).cpu()
-    return weight.T.contiguous() if isinstance(layer, Conv1D) else weight.contiguous()
+    return weight.T.contiguous() if is_transposed(layer) else weight.contiguous()
 
 
 def _refuse_full_disk(plan: Plan, out: Path) -> None:

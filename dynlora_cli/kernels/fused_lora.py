@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dynlora_cli.models.linears.linear import weight_OI
+from dynlora_cli.models.linear import weight_OI
 
 Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
 

@@ -26,7 +26,7 @@ from dynlora_cli.lora.directions import Directions, orthogonal_start, orthonorma
 from dynlora_cli.lora.pissa import RelativeLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.layout import Layout
-from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.models.linear import dense_weight
 from dynlora_cli.models.load import Base, load_structure
 from dynlora_cli.models.weights import Weights
 

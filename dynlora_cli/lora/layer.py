@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora_cli.kernels.fused_lora import fused
-from dynlora_cli.models.linears.linear import forget_input, fusable, linear_shape, weight_type
+from dynlora_cli.models.linear import forget_input, fusable, linear_shape, weight_type
 
 
 class Graph:
@@ -154,7 +154,7 @@ class ComponentLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         if self.count == 0:
-            return forget_input(self.base(x))
+            return forget_input(self.base, self.base(x))
         as_one = self.fusable(x)
         if as_one and self.shared and torch.is_grad_enabled():
             y = self.shared(self, x)
@@ -164,7 +164,7 @@ class ComponentLinear(nn.Module):
         a_CI, b_OC = self._joined(low) or self.factors()
         if as_one:
             return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
-        y = forget_input(self.base(x))
+        y = forget_input(self.base, self.base(x))
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.a_CI.dtype)

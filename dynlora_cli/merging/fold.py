@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.base import expert_slices, module_of
@@ -24,6 +23,7 @@ from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.models.layout import Layout
+from dynlora_cli.models.linear import is_linear, is_transposed, kind_of
 from dynlora_cli.models.place import Place, structure, tied
 from dynlora_cli.models.weights import New, Space, Weights, write_like
 from dynlora_cli.runs.folder import copy_tokenizer
@@ -137,7 +137,12 @@ class _Folding:
                 self.plan.modules.append(name)
 
     def _layer(self, name: str, factors: Factors, module: nn.Module) -> None:
-        parameter, conv1d = f"{name}.weight", isinstance(module, Conv1D)
+        parameter, conv1d = f"{name}.weight", is_transposed(module)
+        if is_linear(module) and not getattr(kind_of(module), "as_stored", False):
+            raise UsageError(
+                f"{name} is a {type(module).__name__}, which does not multiply with the weight that its files hold",
+                "use the adapter beside the base",
+            )
         found, whole = self._found(parameter), self.adapter.whole.get(parameter)
         base = self._original(name) if whole is None else partial(_copy, whole)
         self._untie_from(name)

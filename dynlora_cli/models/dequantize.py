@@ -10,7 +10,7 @@ from torch import nn
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.whole import write_json
-from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.models.linear import dense_weight, is_plain, kind_of
 from dynlora_cli.models.load import DTYPES, Base, load_structure
 from dynlora_cli.models.place import Place
 
@@ -18,9 +18,8 @@ BESIDE = ("*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*token*.json", "
 
 
 def quantized_layers(base: Base) -> list[str]:
-    """All layers whose weights are quantized in memory."""
-    modules = base.model.named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Linear) and type(module) is not nn.Linear]
+    """All layers whose weights are quantized in memory, by bitsandbytes or by a method that is not known here."""
+    return [name for name, module in base.model.named_modules() if _is_ours(module) or _made_by_others(module)]
 
 
 def write_dequantized(base: Base, place: Place, folder: Path, dtype: torch.dtype | None) -> Place:
@@ -65,5 +64,10 @@ def write_dequantized(base: Base, place: Place, folder: Path, dtype: torch.dtype
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether `dense_weight` knows how the weight is stored."""
-    return hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB")
+    """Whether `dense_weight` knows how the weight is quantized."""
+    return getattr(kind_of(module), "quantized", False)
+
+
+def _made_by_others(module: nn.Module) -> bool:
+    """Whether a module is made from `nn.Linear` in a way that no file of models/linears/ knows."""
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear and is_plain(module)

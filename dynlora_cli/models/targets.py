@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.models.experts import WORD, ExpertSlice, fused_experts
+from dynlora_cli.models.linear import is_linear
 from dynlora_cli.models.peft_types import not_adapted
 from dynlora_cli.text import did_you_mean
 
@@ -46,10 +46,7 @@ def find_targets(
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, ExpertSlice))
-        and module is not output
-        and not inside(name, (*whole, *routers))
-        and name not in left_out
+        if is_linear(module) and module is not output and not inside(name, (*whole, *routers)) and name not in left_out
     }
     patterns = [wanted] if isinstance(wanted, str) else wanted
     chosen: set[str] = set()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.directions import Directions
-from dynlora_cli.models.linears.linear import dense_weight, linear_shape
+from dynlora_cli.models.linear import dense_weight, linear_shape
 from dynlora_cli.tasks.loss import IGNORE, evaluating, summed_loss
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start, plan_start
 from dynlora_cli.lora.whole import WholeModel
 from dynlora_cli.models.experts import split
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.models.targets import find_targets

@@ -13,7 +13,7 @@ from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
 from dynlora_cli.lora.start import Start
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base, resolve_dtype
 from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.pruning.schedule import Schedule

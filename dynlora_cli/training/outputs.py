@@ -25,6 +25,7 @@ from dynlora_cli.data.example_view import show_example
 from dynlora_cli.files.whole import remove, sync, whole_folder, write_json
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.fingerprint import fingerprint
+from dynlora_cli.models.linear import is_transposed
 from dynlora_cli.models.load import sees
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.runs import folder as run_folder
@@ -52,7 +53,7 @@ def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
         base_model=base.files.reference,
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
-        fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in pool.layers.values()),
+        fan_in_fan_out=any(is_transposed(layer.base) for layer in pool.layers.values()),
         modules_to_save=list(base.whole) or None,
         experts=experts,
         as_parameters=ends_in(pool.layers.keys() - experts, taken),

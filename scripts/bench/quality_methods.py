@@ -34,7 +34,7 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variants import lora
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base
 from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training import loop

@@ -47,7 +47,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
 from dynlora_cli.lora.surgery import shrink
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.targets import find_targets
 from dynlora_cli.pruning.signals import GateGradients
 from dynlora_cli.tasks.loss import summed_loss

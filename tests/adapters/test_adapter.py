@@ -26,7 +26,7 @@ from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.variants import lora
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.targets import find_targets
 
 # Roundings on the way to a logit: in each of three blocks, sums over up to 32 and 48 numbers.

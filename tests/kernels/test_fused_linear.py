@@ -15,7 +15,7 @@ from dynlora_cli.kernels.fused_lora import FusedLinear, fused
 from dynlora_cli.kernels.linear_cross_entropy import Heads
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.models.linears.linear import weight_OI
+from dynlora_cli.models.linear import weight_OI
 
 
 def layer(base, *, dropout=0.0, count=4, dtype=torch.float32):

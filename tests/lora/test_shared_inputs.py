@@ -20,7 +20,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
 from dynlora_cli.lora.surgery import shrink
-from dynlora_cli.models.linears.linear import weight_OI
+from dynlora_cli.models.linear import weight_OI
 from dynlora_cli.training import setup
 from dynlora_cli.training.step import step
 

@@ -18,7 +18,7 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.models.linear import dense_weight
 from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.setup import read_base, read_data
 

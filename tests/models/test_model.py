@@ -17,7 +17,7 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.find import BUILTIN, find_model
 from dynlora_cli.models.fingerprint import fingerprint
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import load_base, resolve_dtype
 from dynlora_cli.models.targets import find_targets, group_names
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynlora_cli.data.batches import Batch
 from dynlora_cli.lora.variants import full, lora
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.linears.linear import forget_input
+from dynlora_cli.models.linear import forget_input
 from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.components import attach

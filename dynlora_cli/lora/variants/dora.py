@@ -25,7 +25,7 @@ from dynlora_cli.lora.dora import DoraLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
-from dynlora_cli.models.linears.linear import dense_weight
+from dynlora_cli.models.linear import dense_weight
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Adapter

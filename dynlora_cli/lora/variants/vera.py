@@ -28,7 +28,7 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import put
 from dynlora_cli.lora.vera import VeraLinear
-from dynlora_cli.models.linears.linear import linear_shape
+from dynlora_cli.models.linear import linear_shape
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Adapter
