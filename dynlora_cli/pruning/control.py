@@ -1,11 +1,15 @@
 """Rank control: one budget for all layers, met by removing components while training.
 
-    plan_start    how many components each layer begins with
-    select_K      which components an event keeps: one threshold over the whole pool
-    shrink, swap  the only code that changes module, parameter group and moments; all three together
-    RankControl   observe after backward, apply after the optimizer's step
+A pruning event, from its beginning to its end:
 
-Dimensions: K components of the pool, P numbers of the pool (see lora/layer.py).
+    schedule       when it is, and how many numbers may be alive after it             schedule.py
+    scores         what each component is worth, by the policy and what it observed    policy.py, policies/
+    select_K       which components stay: one threshold over all layers                select.py
+    early stopping may refuse the event, where the budget is open                      stopping.py
+    shrink         removes the others: layers, optimizer and moments together          lora/surgery.py
+    gauge          turns what is left into its SVD basis                               lora/svd_basis.py
+
+Dimensions: K components of the pool.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from dynlora_cli.pruning.select import select_K
 from dynlora_cli.pruning.signals import GateGradients
 
 if TYPE_CHECKING:
-    from dynlora_cli.pruning.stopping import Brake
+    from dynlora_cli.pruning.stopping import EarlyStopping
 
 
 class RankControl:
@@ -42,8 +46,8 @@ class RankControl:
         seed: of the policy's random numbers.
         gauge: turn the components into their SVD basis after each event.
         lr_coupling: exponent of (parameters at the start / alive) in `rate_factor`.
-        probe: the loss on a few fixed rows, measured before and after each event; None: not measured.
-        brake: may refuse events; None: the schedule is met.
+        loss_now: measures the loss on a few fixed rows, before and after each event; None: it is not measured.
+        stopping: may refuse events and end the pruning; None: the schedule is met.
     """
 
     def __init__(
@@ -57,11 +61,11 @@ class RankControl:
         seed: int = 0,
         gauge: bool = True,
         lr_coupling: float = 0.0,
-        probe: Callable[[], float] | None = None,
-        brake: Brake | None = None,
+        loss_now: Callable[[], float] | None = None,
+        stopping: EarlyStopping | None = None,
     ) -> None:
         self.pool, self.optimizer, self.policy, self.schedule = pool, optimizer, policy, schedule
-        self.gauge, self.lr_coupling, self.probe, self.brake = gauge, lr_coupling, probe, brake
+        self.gauge, self.lr_coupling, self.loss_now, self.stopping = gauge, lr_coupling, loss_now, stopping
         self.start_parameters = pool.parameters
         self.observer = observer_of(policy, options, training=True)
         # For the predicted change of the loss in every event, which needs gate gradients whatever the policy looks at.
@@ -77,15 +81,20 @@ class RankControl:
         return (self.start_parameters / self.pool.parameters) ** self.lr_coupling
 
     @property
+    def ended(self) -> bool:
+        """Whether early stopping has ended the pruning."""
+        return self.stopping is not None and self.stopping.ended
+
+    @property
     def budget_met(self) -> bool:
         """Whether no further component will go."""
-        if self.brake and self.brake.ended:
+        if self.ended:
             return True
         return not self.schedule.steps or self.pool.parameters <= self.schedule.targets[-1]
 
     def next_change(self, step: int) -> float:
         """The optimizer step, from `step` on, after which components may go; infinite where none will."""
-        if self.brake and self.brake.ended:
+        if self.ended:
             return math.inf
         return min((at for at in self.schedule.steps if at >= step), default=math.inf)
 
@@ -95,14 +104,14 @@ class RankControl:
         Args:
             targets: supervised tokens (or rows) that the gradient is the mean of.
         """
-        if self.schedule.begin < step <= self.schedule.last and not (self.brake and self.brake.ended):
+        if self.schedule.begin < step <= self.schedule.last and not self.ended:
             for observer in self.observers:
                 observer.observe(self.pool, targets)
 
     def apply(self, step: int) -> dict[str, Any] | None:
         """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
         started = time.perf_counter()
-        if self.brake and self.brake.ended:
+        if self.ended:
             return None
         if step in self.schedule.steps:
             event = self._prune(step, self._target(step))
@@ -120,11 +129,11 @@ class RankControl:
     def _target(self, step: int) -> int:
         """Numbers that may be alive after the event of this step."""
         floor = self.schedule.targets[-1]
-        if self.brake is None:
+        if self.stopping is None:
             return self.schedule.targets[self.schedule.steps.index(step)]
         # Every event removes the same share of what is alive; after a refusal half of that share.
         gone = 1 - (floor / self.start_parameters) ** (1 / len(self.schedule.steps))
-        return max(floor, math.floor((1 - gone / (1 + self.brake.refused)) * self.pool.parameters))
+        return max(floor, math.floor((1 - gone / (1 + self.stopping.refused)) * self.pool.parameters))
 
     def _turn(self) -> int:
         """Rewrite the components in their SVD basis, and forget the averages: they were of other components."""
@@ -146,14 +155,14 @@ class RankControl:
             "components_before": pool.components,
             "parameters_before": pool.parameters,
         }
-        counts, loss = dict(pool.counts), self.probe() if self.probe else None
+        counts, loss = dict(pool.counts), self.loss_now() if self.loss_now else None
         if self.gauge and self.observer is None:  # the policy judges the components as they stand
             self._turn()
         scores_K = pool.ranked(self.scores_K())
-        # Without a brake, a cap keeps one noisy event from emptying a layer. A brake measures the harm instead.
-        capped = step != self.schedule.last and self.brake is None
+        # A cap keeps one noisy event from emptying a layer. Early stopping needs no cap: it measures the harm.
+        capped = step != self.schedule.last and self.stopping is None
         keep_K, event["threshold"] = select_K(scores_K, pool.costs_K(), pool.layers_K(), target, capped=capped)
-        if self.brake and not self._allowed(step, keep_K, event):
+        if self.stopping and not self._allowed(step, keep_K, event):
             return event
         event["predicted_loss_change"] = self.gradients.predicted_loss_change(~keep_K, pool)
         for observer in self.observers:
@@ -162,19 +171,19 @@ class RankControl:
         if self.gauge:
             self._turn()
         event["removed"] = {name: n - pool.counts[name] for name, n in counts.items() if n > pool.counts[name]}
-        if self.brake is None:
-            event["measured_loss_change"] = None if loss is None or self.probe is None else self.probe() - loss
+        if self.stopping is None:
+            event["measured_loss_change"] = None if loss is None or self.loss_now is None else self.loss_now() - loss
         return event
 
     def _allowed(self, step: int, keep_K: Tensor, event: dict[str, Any]) -> bool:
-        """Whether the brake lets the other components go; what it saw is put into the event."""
-        assert self.brake is not None
-        before = self.brake.measure()
+        """Whether early stopping lets the other components go; what it measured is put into the event."""
+        assert self.stopping is not None
+        before = self.stopping.measure()
         with self.pool.masked(keep_K):
-            after = self.brake.measure()
-        allowed, change = self.brake.allows(before, after)
-        self.brake.ended |= step == self.schedule.last
-        event |= {"event": "prune" if allowed else "refused", "ended": self.brake.ended}
+            after = self.stopping.measure()
+        allowed, change = self.stopping.allows(before, after)
+        self.stopping.ended |= step == self.schedule.last
+        event |= {"event": "prune" if allowed else "refused", "ended": self.stopping.ended}
         event["held_out_loss"], event["measured_loss_change"] = before.loss, change
         return allowed
 
@@ -190,7 +199,8 @@ class RankControl:
             "generator": self.generator.get_state(),
             "start_parameters": torch.tensor(self.start_parameters),
             "survivors": torch.cat([layer.survivors_C for layer in self.pool.layers.values()]),
-            "brake": torch.tensor(self.brake.state() if self.brake else (0.0, 0.0, 0.0), dtype=torch.float64),
+            # "brake" is what version 0.1 called early stopping; its checkpoints still load.
+            "brake": torch.tensor(self.stopping.state() if self.stopping else (0.0, 0.0, 0.0), dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -203,8 +213,8 @@ class RankControl:
         self.generator.set_state(state["generator"])
         self.start_parameters = int(state["start_parameters"])
         self.pool.survive(state["survivors"].cpu().split(list(self.pool.counts.values())))
-        if self.brake:
-            self.brake.go_on(*state["brake"].tolist())
+        if self.stopping:
+            self.stopping.go_on(*state["brake"].tolist())
 
 
 class NoControl:

@@ -1,4 +1,4 @@
-"""The brake of `rank.budget: auto`: pruning goes on while rows that are not trained on say that it does no harm.
+"""Early stopping of the pruning, for `rank.budget: auto`: it goes on as long as it does no harm on held-out rows.
 
 Before an event its components are masked, not removed, and the loss is measured on the same rows with and without
 them. Rows differ far more from each other than a row from itself, so the difference is paired: it is judged against
@@ -19,7 +19,7 @@ NEGLIGIBLE = 0.01  # of the loss: what all events together may cost
 
 
 @dataclass
-class Brake:
+class EarlyStopping:
     """Refuses an event that raises the held-out loss; half of it is tried next, and that ends the pruning.
 
     Why not go on in smaller steps? Each of them would be let through, since no event sees what the removed components

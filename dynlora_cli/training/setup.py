@@ -33,7 +33,7 @@ from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.models.targets import group_names, layers_left_out, text_part
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
-from dynlora_cli.pruning.stopping import Brake
+from dynlora_cli.pruning.stopping import EarlyStopping
 from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
 from dynlora_cli.training.batches import make_batches, on_device, total_steps
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.pruning.policy import Policy
 
-PROBE_ROWS = 8
+MEASURED_ROWS = 8
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -201,8 +201,8 @@ def make_run(
             seed=recipe.seed,
             gauge=recipe.pruning.gauge,
             lr_coupling=recipe.pruning.lr_coupling,
-            probe=None if start.open else _probe(recipe, accelerator, base, data),
-            brake=_brake(recipe, accelerator, base, data) if start.open else None,
+            loss_now=None if start.open else _loss_now(recipe, accelerator, base, data),
+            stopping=_early_stopping(recipe, accelerator, base, data) if start.open else None,
         )
     fused = {name: layer for name, layer in trained.layers.items() if layer.fuse and not layer.dropout}
     if fused and not recipe.train.compile:
@@ -228,14 +228,14 @@ def make_run(
     )
 
 
-def _probe(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:
+def _loss_now(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:
     """The loss on a few fixed rows, no more than those of a step, for the change that an event makes."""
-    rows = min(PROBE_ROWS, recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps)
+    rows = min(MEASURED_ROWS, recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps)
     batches = on_device(recipe, accelerator, base, (data.val or data.train)[:rows])
     return lambda: held_out(base.model, batches, autocast=accelerator.autocast)["loss"]
 
 
-def _brake(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Brake:
+def _early_stopping(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> EarlyStopping:
     """What stops the pruning of an automatic budget: the loss of every row that was held out for it.
 
     Raises:
@@ -248,4 +248,4 @@ def _brake(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> 
             "add rows (with other prompts), or write a number",
         )
     batches = on_device(recipe, accelerator, base, data.sizing)
-    return Brake(lambda: row_sums(base.model, batches, autocast=accelerator.autocast), recipe.pruning.tolerance)
+    return EarlyStopping(lambda: row_sums(base.model, batches, autocast=accelerator.autocast), recipe.pruning.tolerance)

@@ -1,11 +1,11 @@
-"""What does rank control cost? Observing, events and probes as a share of a run of 1,000 steps.
+"""What does rank control cost? Observing, events and their measured losses as a share of a run of 1,000 steps.
 
     python scripts/bench/control.py              # 3 rounds of each budget, appended to control.jsonl, table to stdout
     python scripts/bench/control.py --table      # only the table of what is there
 
 A real run of `dynlora train` in this process, on the Llama of hidden size 512 of shrink.py, 512 tokens a step, from
 twice the budget, with a clock around `RankControl.observe`; events tell their own seconds (with the turn into the SVD
-basis, the optimizer's moments, and the loss on the probe's rows before and after). A short run has all the events; its medians are
+basis, the optimizer's moments, and the loss on a few rows before and after). A short run has all the events; its medians are
 scaled to the recipe's defaults over 1,000 steps: 250 observed steps and 20 events. Nothing else should run.
 """
 
@@ -79,7 +79,7 @@ def share(found: dict[str, Any]) -> float:
 def table() -> str:
     records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     lines = [
-        "| budget | step, ms | observe, ms | event with probe, ms | share of 1,000 steps |",
+        "| budget | step, ms | observe, ms | event with its losses, ms | share of 1,000 steps |",
         "|---|---|---|---|---|",
     ]
     for budget in sorted({record["budget"] for record in records}):

@@ -182,7 +182,7 @@ def _fit(ground: Ground, pool: Pool, start: Start) -> Result:
     recipe, unmeasured = ground.recipe, replace(ground.data, val=[])
     accelerator = make_accelerator(recipe, Path(recipe.output_dir))
     training = make_run(recipe, accelerator, ground.base, unmeasured, pool, start, save=lambda _: None)
-    training.control.probe = None
+    training.control.loss_now = None
     started = time.perf_counter()
     loop.fit(training)
     result = _result(ground.base.model, ground, pool.parameters, time.perf_counter() - started)

@@ -246,21 +246,21 @@ class TestControl:
         optimizer = torch.optim.SGD([pool.values], lr=0.0)
         x, y = torch.randn(64, 12, dtype=torch.float64), torch.randn(64, 8, dtype=torch.float64)
 
-        def probe():
+        def loss_now():
             with torch.no_grad():
                 return F.mse_loss(net(x), y).item()
 
         schedule = Schedule.plan(total_steps=10, start=0.0, end=1.0, events=1, parameters=280, budget=250)
         policy = plugins.load("policies", "fisher")
-        control = RankControl(pool, optimizer, policy, schedule, gauge=False, probe=probe)
-        before = probe()
+        control = RankControl(pool, optimizer, policy, schedule, gauge=False, loss_now=loss_now)
+        before = loss_now()
         for step in range(1, 11):
             F.mse_loss(net(x), y).backward()
             control.observe(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             event = control.apply(step)
-        assert event["measured_loss_change"] == pytest.approx(probe() - before)
+        assert event["measured_loss_change"] == pytest.approx(loss_now() - before)
         assert event["predicted_loss_change"] == pytest.approx(event["measured_loss_change"], abs=0.25)
 
     @pytest.mark.parametrize("policy", POLICIES)

@@ -18,7 +18,7 @@ from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.pruning.schedule import Schedule
-from dynlora_cli.pruning.stopping import Brake, paired_change
+from dynlora_cli.pruning.stopping import EarlyStopping, paired_change
 from dynlora_cli.training.setup import read_data
 
 AUTO = ("rank.budget=auto", "pruning.start=0.1", "pruning.end=0.9", "pruning.events=6")
@@ -62,40 +62,40 @@ def test_one_row_says_nothing():
 
 
 def test_a_tolerance_is_a_limit_in_nats():
-    brake = Brake(lambda: rows([1.0]), tolerance=0.1)
-    assert brake.allows(rows([1.0, 1.0]), rows([1.09, 1.09]))[0]
-    assert not brake.allows(rows([1.0, 1.0]), rows([1.11, 1.11]))[0]
+    stopping = EarlyStopping(lambda: rows([1.0]), tolerance=0.1)
+    assert stopping.allows(rows([1.0, 1.0]), rows([1.09, 1.09]))[0]
+    assert not stopping.allows(rows([1.0, 1.0]), rows([1.11, 1.11]))[0]
 
 
 def test_rises_add_up_and_a_fall_pays_for_none():
-    brake, before = Brake(lambda: rows([1.0]), tolerance=0.1), rows([1.0, 1.0])
-    assert brake.allows(before, rows([1.06, 1.06]))[0]
-    assert brake.allows(before, rows([0.5, 0.5]))[0]
-    assert brake.added == pytest.approx(0.06)
-    again = Brake(lambda: rows([1.0]), tolerance=0.1)
-    again.go_on(*brake.state())
+    stopping, before = EarlyStopping(lambda: rows([1.0]), tolerance=0.1), rows([1.0, 1.0])
+    assert stopping.allows(before, rows([1.06, 1.06]))[0]
+    assert stopping.allows(before, rows([0.5, 0.5]))[0]
+    assert stopping.added == pytest.approx(0.06)
+    again = EarlyStopping(lambda: rows([1.0]), tolerance=0.1)
+    again.go_on(*stopping.state())
     assert not again.allows(before, rows([1.05, 1.05]))[0]
     assert again.allows(before, rows([1.03, 1.03]))[0]
-    assert again == Brake(again.measure, 0.1, pytest.approx(0.09), refused=True, ended=True)
+    assert again == EarlyStopping(again.measure, 0.1, pytest.approx(0.09), refused=True, ended=True)
 
 
 def test_by_default_a_clear_rise_is_refused_and_noise_is_not():
-    brake = Brake(lambda: rows([1.0]))
+    stopping = EarlyStopping(lambda: rows([1.0]))
     before = rows(np.ones(50))
-    assert not brake.allows(before, rows(np.full(50, 1.02)))[0]
-    assert brake.allows(before, rows(np.full(50, 1.009)))[0], "less than a percent is nothing"
+    assert not stopping.allows(before, rows(np.full(50, 1.02)))[0]
+    assert stopping.allows(before, rows(np.full(50, 1.009)))[0], "less than a percent is nothing"
     noise = np.random.default_rng(1).normal(0, 0.5, 50)
-    assert brake.allows(before, rows(1 + noise - noise.mean() + 0.02))[0]
+    assert stopping.allows(before, rows(1 + noise - noise.mean() + 0.02))[0]
 
 
 @pytest.mark.parametrize("last", ["harmless", "harmful"])
 def test_after_a_refusal_there_is_one_more_event(last: str):
-    brake, before, worse = Brake(lambda: rows([1.0])), rows(np.ones(9)), rows(np.full(9, 2.0))
+    stopping, before, worse = EarlyStopping(lambda: rows([1.0])), rows(np.ones(9)), rows(np.full(9, 2.0))
     for after, refused in ((before, False), (before, False), (worse, True)):
-        brake.allows(before, after)
-        assert (brake.refused, brake.ended) == (refused, False)
-    assert brake.allows(before, before if last == "harmless" else worse)[0] == (last == "harmless")
-    assert brake.ended
+        stopping.allows(before, after)
+        assert (stopping.refused, stopping.ended) == (refused, False)
+    assert stopping.allows(before, before if last == "harmless" else worse)[0] == (last == "harmless")
+    assert stopping.ended
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
