@@ -85,7 +85,8 @@ class Observer:
 
     def get(self, key: str, pool: Pool) -> Tensor:
         """A tensor of `seen`; zeros as long as nothing was observed. [K]"""
-        return self.seen[key] if key in self.seen else torch.zeros(pool.components, device=pool.values.device)
+        found = self.seen.get(key)
+        return pool.values.new_zeros(pool.components, requires_grad=False) if found is None else found
 
     def select(self, pool: Pool, keep_K: Tensor) -> None:  # noqa: ARG002
         """Keep only what belongs to the components that stay.
