@@ -64,54 +64,80 @@ def attached(
     Raises:
         UsageError: a layer does not fit the model.
     """
-    device = device or model.device
-    before: list[tuple[nn.Module, str, nn.Module]] = []
-    added: list[RemovableHandle] = []
-
-    def replace(name: str, by: nn.Module) -> None:
-        parent, _, leaf = name.rpartition(".")
-        holder = model.get_submodule(parent)
-        before.append((holder, leaf, getattr(holder, leaf)))
-        setattr(holder, leaf, by)
-
-    if adapter.experts:
-        split(model, others=True)
+    on = _Attachment(model, adapter, device or model.device)
     try:
-        layers: dict[str, ComponentLinear] = {}
-        for parameter, slices in expert_slices(model, adapter).items():
-            owner, _, leaf = parameter.rpartition(".")
-            module = model.get_submodule(owner)
-            if "0" not in module._modules:  # experts of a form that is not split
-                added += _add(module, leaf, _stacked(slices).to(device))
+        on.put_experts()
         if whole:
-            for name, tensor in adapter.whole.items():
-                owner, _, leaf = name.rpartition(".")
-                replace(owner, _with_parameter(model.get_submodule(owner), leaf, tensor.to(device)))
-        for name, factors in adapter.layers.items():
-            if factors.experts and "0" not in model.get_submodule(parts_of(name)[0])._modules:
+            on.put_whole()
+        yield on.put_layers(read)
+    finally:
+        on.take_off()
+
+
+class _Attachment:
+    """What was changed in a model for an adapter, so that it can be changed back."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, device: torch.device) -> None:
+        self.model, self.adapter, self.device = model, adapter, device
+        self.before: list[tuple[nn.Module, str, nn.Module]] = []
+        self.hooks: list[RemovableHandle] = []
+        if adapter.experts:
+            split(model, others=True)
+
+    def put_experts(self) -> None:
+        """Experts of a form that is not split compute with W + ΔW."""
+        for parameter, slices in expert_slices(self.model, self.adapter).items():
+            owner, _, leaf = parameter.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if not _is_split(module):
+                self.hooks += _add(module, leaf, _stacked(slices).to(self.device))
+
+    def put_whole(self) -> None:
+        """Tensors that take the place of the base's own."""
+        for name, tensor in self.adapter.whole.items():
+            owner, _, leaf = name.rpartition(".")
+            self._replace(owner, _with_parameter(self.model.get_submodule(owner), leaf, tensor.to(self.device)))
+
+    def put_layers(self, read: Callable[[str], Tensor] | None) -> Pool:
+        """Every adapted layer, in the place of the base's; a pool of those that have components to train."""
+        layers: dict[str, ComponentLinear] = {}
+        for name, factors in self.adapter.layers.items():
+            if factors.experts and not _is_split(self.model.get_submodule(parts_of(name)[0])):
                 continue
-            module = module_of(model, name, factors, adapter)
+            module = module_of(self.model, name, factors, self.adapter)
             if holds_weight(module):
-                added += _add(module, "weight", factors.delta_OI().to(device))
-                continue
-            if factors.embedding:
-                replace(name, AdaptedEmbedding(module, factors, device))
-                continue
-            layers[name] = _layer(module, factors, name, read, device).train(model.training)
-            replace(name, layers[name])
-        pool = Pool(layers, {name: adapter.layers[name].rank for name in layers}, device=device)
+                self.hooks += _add(module, "weight", factors.delta_OI().to(self.device))
+            elif factors.embedding:
+                self._replace(name, AdaptedEmbedding(module, factors, self.device))
+            else:
+                layers[name] = _layer(module, factors, name, read, self.device).train(self.model.training)
+                self._replace(name, layers[name])
+        pool = Pool(layers, {name: self.adapter.layers[name].rank for name in layers}, device=self.device)
         with torch.no_grad():
             for name, (a, b) in zip(layers, pool.views(pool.values.detach()), strict=True):
-                a.copy_(adapter.layers[name].a_CI)
-                b.copy_(adapter.layers[name].b_OC / adapter.layers[name].scale)
-        yield pool
-    finally:
-        for hook in added:
+                a.copy_(self.adapter.layers[name].a_CI)
+                b.copy_(self.adapter.layers[name].b_OC / self.adapter.layers[name].scale)
+        return pool
+
+    def take_off(self) -> None:
+        """The model as it was."""
+        for hook in self.hooks:
             hook.remove()
-        for holder, leaf, original in reversed(before):
+        for holder, leaf, original in reversed(self.before):
             setattr(holder, leaf, original)
-        if adapter.experts:
-            join(model)
+        if self.adapter.experts:
+            join(self.model)
+
+    def _replace(self, name: str, by: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        holder = self.model.get_submodule(parent)
+        self.before.append((holder, leaf, getattr(holder, leaf)))
+        setattr(holder, leaf, by)
+
+
+def _is_split(experts: nn.Module) -> bool:
+    """Whether each expert of a block is a module of its own, see models/experts.py."""
+    return "0" in experts._modules
 
 
 def _add(module: nn.Module, leaf: str, delta: Tensor) -> list[RemovableHandle]:
