@@ -4,9 +4,10 @@ lora/variants/       how a layer uses its components           adapter.variant
 pruning/policies/    which components to keep                  pruning.policy
 tasks/kinds/         what a model is for                       model.task
 tasks/objectives/    what is learned from the rows             train.objective
+execution/modes/     how the same training step is run         a key of train
 data/formats/        how a row of data becomes an example      dataset.train[].format
 adapters/kinds/      how an adapter's files are written        a variant's `saved_as`
-models/linears/       what is asked of the base's linear layers  found by the layer's class
+models/linears/      what is asked of a base's linear layers   found by the layer's class
 merging/methods/     how several adapters become one           dynlora merge --method
 export/targets/      files that other tools read               dynlora export --to
 
@@ -31,6 +32,7 @@ FOLDERS = {
     "policies": "pruning.policies",
     "tasks": "tasks.kinds",
     "objectives": "tasks.objectives",
+    "modes": "execution.modes",
     "formats": "data.formats",
     "kinds": "adapters.kinds",
     "methods": "merging.methods",
@@ -43,12 +45,26 @@ WORDS = {
     "policies": "policy",
     "tasks": "task",
     "objectives": "objective",
+    "modes": "mode",
     "formats": "format",
     "kinds": "kind of adapter",
     "methods": "merge method",
     "linears": "kind of linear layer",
     "exporters": "exporter",
 }
+# Section and key of a recipe that choose a plug-in. A mode is switched on by a key of its own: see `switch`.
+CHOSEN = {
+    "tasks": ("model", "task"),
+    "variants": ("adapter", "variant"),
+    "policies": ("pruning", "policy"),
+    "objectives": ("train", "objective"),
+}
+OBJECTIVE = "sft"  # the only one that dynlora brings: `train.objective` is a key where there is another
+
+
+def switch(mode: str) -> str:
+    """The key of the section `train` that switches a mode on: its name, or what its file says."""
+    return declared("modes", mode, "KEY") or mode.replace("-", "_")
 
 
 def names(kind: str) -> list[str]:
@@ -76,8 +92,8 @@ def load(kind: str, name: str) -> ModuleType:
     return importlib.import_module(f"dynlora_cli.{FOLDERS[kind]}.{name.replace('-', '_')}")
 
 
-def declared(kind: str, name: str, constant: str) -> Any:
-    """What a plug-in's file sets a constant to, read without importing it; None where it sets no such constant.
+def declared(kind: str, name: str, constant: str, default: Any = None) -> Any:
+    """What a plug-in's file sets a constant to, read without importing it; `default` where it sets no such constant.
 
     Raises:
         UsageError: the file is no Python, or the constant is set to something that only running the file could tell.
@@ -85,7 +101,7 @@ def declared(kind: str, name: str, constant: str) -> Any:
     path = _files(kind)[name]
     text = path.read_text(encoding="utf-8")
     if constant not in text:
-        return None
+        return default
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
@@ -99,7 +115,7 @@ def declared(kind: str, name: str, constant: str) -> Any:
                     f"{path}:{value.lineno}: {constant} is read without running the file, so it must be written out",
                     "write a literal: texts, numbers, True, False, None, and lists, tuples and dicts of them",
                 ) from None
-    return None
+    return default
 
 
 def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:

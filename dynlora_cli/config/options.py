@@ -73,9 +73,9 @@ def options(kind: str, name: str) -> dict[str, Option]:
         for key, option in found.items():
             _check(key, option)
     except ValidationError as error:
-        raise _misdeclared(kind, name, first_fault(error)) from None
+        raise misdeclared(kind, name, "OPTIONS", first_fault(error)) from None
     except ValueError as error:
-        raise _misdeclared(kind, name, str(error)) from None
+        raise misdeclared(kind, name, "OPTIONS", str(error)) from None
     return found
 
 
@@ -91,8 +91,11 @@ def _check(key: str, option: Option) -> None:
         raise ValueError(f"the default of {first_fault(error)}") from None
 
 
-def _misdeclared(kind: str, name: str, fault: str) -> UsageError:
-    return UsageError(f"{plugins.WORDS[kind]} {name}: OPTIONS in its file cannot be used: {fault}", "mend the plug-in")
+def misdeclared(kind: str, name: str, constant: str, fault: str) -> UsageError:
+    """What a literal in a plug-in's file is answered by that cannot be used."""
+    return UsageError(
+        f"{plugins.WORDS[kind]} {name}: {constant} in its file cannot be used: {fault}", "mend the plug-in"
+    )
 
 
 def section(found: Mapping[str, Option], base: type[Section] = Section) -> type[Section]:

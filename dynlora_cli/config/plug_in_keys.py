@@ -1,8 +1,10 @@
 """Keys of a recipe that come from plug-ins: the options of those that the recipe chooses (config/options.py).
 
-An option of a variant is a key of the section `adapter`, where the variant is chosen too; and so on, see `CHOSEN`. A
+An option becomes a key of the section in which its plug-in is chosen: that of a variant, say, a key of `adapter`. A
 recipe whose plug-ins declare no options is a plain `Recipe`. For any other, `recipe_form` makes a class under `Recipe`
 that has the further keys, so that code reads `recipe.adapter.strength` like any other key.
+
+Modes are not chosen but switched on, each by a key of `train`. Their keys are there whether they are on or off.
 """
 
 from __future__ import annotations
@@ -14,19 +16,10 @@ from typing import Any
 from pydantic import Field, create_model
 
 from dynlora_cli import plugins
-from dynlora_cli.config.options import Option, options, section
+from dynlora_cli.config.options import Option, misdeclared, options, section
 from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.config.sections import Train
 from dynlora_cli.config.types import Section
-from dynlora_cli.errors import UsageError
-
-# Section and key that choose a plug-in, by its kind.
-CHOSEN = {
-    "tasks": ("model", "task"),
-    "variants": ("adapter", "variant"),
-    "policies": ("pruning", "policy"),
-    "objectives": ("train", "objective"),
-}
-OBJECTIVE = "sft"  # the only one that dynlora brings: `train.objective` is a key where there is another
 
 
 def recipe_form(values: Mapping[str, Any]) -> type[Recipe]:
@@ -55,7 +48,7 @@ def owners(path: tuple[str | int, ...]) -> list[tuple[str, str]]:
     """Kind and name of the plug-ins that have a key, whether they are chosen or not."""
     return [
         (kind, name)
-        for kind, (where, _) in CHOSEN.items()
+        for kind, (where, _) in plugins.CHOSEN.items()
         for name in plugins.names(kind)
         if len(path) == 2 and path[0] == where and path[1] in options(kind, name)
     ]
@@ -63,39 +56,47 @@ def owners(path: tuple[str | int, ...]) -> list[tuple[str, str]]:
 
 def _keys(values: Mapping[str, Any]) -> dict[str, dict[str, Option]]:
     """The keys that plug-ins add, by section."""
-    found: dict[str, dict[str, Option]] = {where: {} for where, _ in CHOSEN.values()}
+    found: dict[str, dict[str, Option]] = {where: {} for where, _ in plugins.CHOSEN.values()}
     objectives = plugins.names("objectives")
-    if set(objectives) - {OBJECTIVE}:
+    if set(objectives) - {plugins.OBJECTIVE}:
         found["train"]["objective"] = Option(
-            type="choice", choices=tuple(objectives), default=OBJECTIVE, help="What is learned from the rows."
+            type="choice", choices=tuple(objectives), default=plugins.OBJECTIVE, help="What is learned from the rows."
         )
-    for kind, (where, key) in CHOSEN.items():
+    for kind, (where, key) in plugins.CHOSEN.items():
         name = _chosen(values, where, key)
         if name in plugins.names(kind):
-            _add(found[where], kind, name, Recipe.model_fields[where].annotation)
+            _add(found, where, kind, name, options(kind, name))
+    for name in plugins.names("modes"):
+        _add(found, "train", "modes", name, _switch(name) | options("modes", name))
     return found
+
+
+def _switch(mode: str) -> dict[str, Option]:
+    """The key that switches a mode on, where it is none of those that every recipe has."""
+    key = plugins.switch(mode)
+    if key in Train.model_fields:
+        return {}
+    return {key: Option(type="bool", default=False, help=f"Switches the mode {mode} on.")}
 
 
 def _chosen(values: Mapping[str, Any], where: str, key: str) -> Any:
     """What plain values say at a key; its default where they say nothing."""
     plain = values.get(where)
     if isinstance(plain, Section):
-        return getattr(plain, key, OBJECTIVE)
+        return getattr(plain, key, plugins.OBJECTIVE)
     field = type_of(Recipe, where).model_fields.get(key)
-    return (plain if isinstance(plain, Mapping) else {}).get(key, field.default if field else OBJECTIVE)
+    return (plain if isinstance(plain, Mapping) else {}).get(key, field.default if field else plugins.OBJECTIVE)
 
 
-def _add(found: dict[str, Option], kind: str, name: str, base: Any) -> None:
+def _add(found: dict[str, dict[str, Option]], where: str, kind: str, name: str, own: dict[str, Option]) -> None:
     """Adds the options of a plug-in to the keys of its section."""
-    own = options(kind, name)
     try:
-        section(own, base)
-        if twice := sorted(found.keys() & own):
+        section(own, type_of(Recipe, where))
+        if twice := sorted(found[where].keys() & own):
             raise ValueError(f"another plug-in brings `{twice[0]}` as well")
     except ValueError as error:
-        message = f"{plugins.WORDS[kind]} {name}: OPTIONS in its file cannot be used: {error}"
-        raise UsageError(message, "mend the plug-in") from None
-    found |= own
+        raise misdeclared(kind, name, "OPTIONS", str(error)) from None
+    found[where] |= own
 
 
 @cache  # so that two recipes with the same keys are of the same class, and can be equal

@@ -97,7 +97,7 @@ def _of_a_plug_in(path: Path) -> str | None:
     owners = plug_in_keys.owners(path)
     if not owners:
         return None
-    here = {kind: ".".join(plug_in_keys.CHOSEN[kind]) for kind, _ in owners}
+    here = {kind: ".".join(plugins.CHOSEN[kind]) for kind, _ in owners}
     whose = " or ".join(f"{plugins.WORDS[kind]} {name}" for kind, name in owners)
     which = " or ".join(f"`{here[kind]}: {name}`" for kind, name in owners)
     return f"a key of {whose}; write {which}, or leave it out"

@@ -1,4 +1,4 @@
-"""All settings of a run, by section; config/recipe.py puts them into one frozen tree.
+"""All settings of a run, by section; one frozen tree.
 
     Recipe ── model  dataset  adapter  rank  pruning  train  eval  output_dir  seed
 
@@ -14,7 +14,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from dynlora_cli import plugins
 from dynlora_cli.config.budget import MAX_RANK, Budget, parse_budget
-from dynlora_cli.config.types import Count, NotForeign, PathText, PlugIn, Positive, Section, Share, Text, whole
+from dynlora_cli.config.types import (
+    Count,
+    HomePath,
+    NotForeign,
+    PathText,
+    PlugIn,
+    Positive,
+    Section,
+    Share,
+    Text,
+    whole,
+)
 
 
 def _budget(value: object) -> object:
@@ -225,3 +236,34 @@ class Eval(Section):
     """Held-out examples used at most; null: all."""
     early_stopping_patience: Count | None = None
     """Evaluations without a lower held-out loss after which training stops; null: never."""
+
+
+class Settings(Section):
+    """All sections, each of them valid; whether they go together, a `Recipe` checks as well (config/recipe.py)."""
+
+    model: Model
+    """The base model; `model: NAME` stands for `model: {name_or_path: NAME}`."""
+    dataset: Dataset
+    """The data; `dataset: FILE` stands for `dataset: {train: [{path: FILE}]}`."""
+    adapter: Adapter = Adapter()
+    """What is trained: where the components sit and how they act."""
+    rank: Rank = Rank()
+    """The rank budget and the rank at the start."""
+    pruning: Pruning = Pruning()
+    """Which components are removed, and when."""
+    train: Train = Train()
+    """Length, batches, learning rate, checkpoints and logs."""
+    eval: Eval = Eval()
+    """Measuring and early stopping."""
+    output_dir: HomePath = "out/run"
+    """The run folder; a recipe file that names none gets out/<its own name>."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random."""
+
+    @property
+    def pruning_window(self) -> tuple[float, float]:
+        """When pruning begins and ends, as shares of the run."""
+        # An open budget goes by what an event does to the loss, and only what was learned can be missed.
+        default = (0.5, 0.95) if self.rank.parsed_budget().kind == "auto" else (0.25, 0.5)
+        start, end = self.pruning.start, self.pruning.end
+        return default[0] if start == "auto" else start, default[1] if end == "auto" else end

@@ -116,6 +116,68 @@ def test_a_wrong_declaration_is_answered_to_its_author(plug_in: PlugIn, options:
     assert caught.value.hint
 
 
+def test_a_mode_is_switched_on_by_its_own_key(plug_in: PlugIn) -> None:
+    plug_in(
+        "modes", "toy-mode", '"""A toy."""\nOPTIONS = {"often": {"type": "int", "default": 1, "help": "How often."}}\n'
+    )
+    assert load(MINIMAL).train.toy_mode is False
+    recipe = load(MINIMAL, "train.toy_mode=true", "train.often=3")
+    assert (recipe.train.toy_mode, recipe.train.often) == (True, 3)
+    assert problems(MINIMAL, "train.often=3") == [
+        "--set train.often=3: train.often: only mode toy-mode has a use for it, and it is off"
+    ]
+    assert problems(MINIMAL, "train.toy_mod=true")[0].endswith("unknown key; did you mean 'toy_mode'?")
+
+
+CONFLICTS = """CONFLICTS = [
+    {"with": "train.compile", "why": "a toy is not compiled", "hint": "leave one of the two out"},
+    {"with": "train.optimizer", "is": ["adamw_8bit", "paged_adamw_8bit"], "why": "it needs whole moments"},
+    {"with": "rank.init", "is_not": "auto", "why": "it finds its own rank"},
+    {"with": "model.attn_implementation", "contains": "flash", "why": "it looks at padding"},
+    {"with": "adapter.loud", "while": {"adapter.shape": "flat"}, "at": "adapter.shape", "why": "a flat toy is silent"},
+    {"with": "train.fused", "is": False, "at": "adapter.variant", "why": "a toy is fused"},
+]
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("train.compile=true", "train.compile: a toy is not compiled; leave one of the two out"),
+        ("train.optimizer=adamw_8bit", "train.optimizer: it needs whole moments"),
+        ("train.optimizer=paged_adamw", None),
+        ("rank.init=16", "rank.init: it finds its own rank"),
+        ("model.attn_implementation=flash_attention_2", "model.attn_implementation: it looks at padding"),
+        ("model.attn_implementation=sdpa", None),
+        ("adapter.loud=true", "adapter.shape: a flat toy is silent"),
+        ("train.fused=false", "adapter.variant: a toy is fused"),
+    ],
+)
+def test_a_plug_in_says_what_it_does_not_go_with(plug_in: PlugIn, override: str, answer: str | None) -> None:
+    plug_in("variants", "toy", HEAD + OPTIONS + CONFLICTS)
+    if answer is None:
+        assert load(MINIMAL, TOY, override)
+    else:
+        (problem,) = problems(MINIMAL, TOY, override)
+        assert problem.partition(": ")[2] == answer
+    if not override.startswith("adapter"):
+        assert load(MINIMAL, override), "another variant goes with it"
+
+
+@pytest.mark.parametrize(
+    ("conflict", "words"),
+    [
+        ('{"with": "train.compil", "why": ""}', "no attribute 'compil'"),
+        ('{"with": "train.compile"}', "0.why"),
+        ('{"with": "train.compile", "why": "", "hnt": ""}', "0.hnt"),
+    ],
+)
+def test_a_wrong_conflict_is_answered_to_its_author(plug_in: PlugIn, conflict: str, words: str) -> None:
+    plug_in("variants", "toy", f"{HEAD}CONFLICTS = [{conflict}]\n")
+    with pytest.raises(UsageError, match=f"variant toy: CONFLICTS in its file cannot be used: .*{words}"):
+        load(MINIMAL, TOY)
+
+
 def test_options_on_the_command_line(plug_in: PlugIn) -> None:
     plug_in("exporters", "toy", '"""A toy."""\n' + OPTIONS)
     options: Any = given("exporters", "toy", ["strength=1", "note='5'"])

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from dynlora_cli.errors import UsageError
 
+KEY, ORDER = "gradient_checkpointing", 10
+
 
 def checkpoint_activations(
     model: PreTrainedModel, how: Literal[True, "offload"] = True, *, preserve_rng_state: bool = True

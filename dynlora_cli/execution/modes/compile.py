@@ -22,6 +22,16 @@ from dynlora_cli.kernels.linear_cross_entropy import Heads, compiled_judge
 if TYPE_CHECKING:
     from dynlora_cli.lora.pool import Pool
 
+ORDER = 40
+CONFLICTS = [
+    {
+        "with": "train.gradient_checkpointing",
+        "is": "offload",
+        "at": "train.compile",
+        "why": "compiled blocks keep their inputs themselves",
+        "hint": "leave one of the two out",
+    }
+]
 # Compiled versions of one function. All blocks of a kind share one, and beyond this limit torch.compile would silently
 # run the rest uncompiled.
 MOST_GRAPHS = 64

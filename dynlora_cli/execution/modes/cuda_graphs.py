@@ -39,6 +39,46 @@ if TYPE_CHECKING:
 
     from dynlora_cli.lora.pool import Pool
 
+ORDER = 50
+# What does not run the same kernels on the same memory in every pass.
+CONFLICTS = [
+    {
+        "with": "adapter.variant",
+        "is_not": "lora",
+        "why": "variant lora alone is recorded",
+        "hint": "set one of the two back",
+    },
+    {
+        "with": "adapter.names_experts",
+        "at": "adapter.target_modules",
+        "why": "which tokens an expert gets is another question in every pass",
+        "hint": "leave one of the two out",
+    },
+    {
+        "with": "model.load_in_8bit",
+        "why": "8 bits look for outliers in every pass",
+        "hint": "load_in_4bit can be recorded",
+    },
+    {
+        "with": "model.attn_implementation",
+        "contains": "flash",
+        "why": "it looks for padding in every pass",
+        "hint": "sdpa can be recorded",
+    },
+    {
+        "with": "adapter.dropout",
+        "while": {"train.gradient_checkpointing": [True, "offload"]},
+        "why": "checkpointing asks for the state of random numbers, which is not recorded",
+        "hint": "leave one of the three out",
+    },
+    {
+        "with": "train.gradient_checkpointing",
+        "is": "offload",
+        "why": "copies to the host are not recorded",
+        "hint": "write true instead",
+    },
+    {"with": "train.shard_base", "why": "blocks in parts are not recorded", "hint": "set one of the two to false"},
+]
 SIGHTINGS = 3  # the pass of a batch shape, counted from 1, that is traced; the capture is made one pass later
 LEAST_PASSES = 32  # a capture costs as much time as about ten passes, so fewer than this are not worth one
 ROUNDING = 0.02  # relative difference of logits that counts as rounding

@@ -22,6 +22,32 @@ from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.blocks import blocks, skips_blocks
 from dynlora_cli.lora.pool import Pool
 
+KEY, ORDER = "shard_base", 30
+CONFLICTS = [
+    {
+        "with": "adapter.variant",
+        "is_not": "lora",
+        "why": "a sharded base goes with variant lora alone",
+        "hint": "set one of the two back",
+    },
+    {"with": "model.load_in_4bit", "why": "a quantized base lies whole on every device", "hint": "set one to false"},
+    {"with": "model.load_in_8bit", "why": "a quantized base lies whole on every device", "hint": "set one to false"},
+    {"with": "train.compile", "why": "blocks in parts are not compiled", "hint": "set one of the two to false"},
+    {
+        "with": "adapter.init_weights",
+        "is": "eva",
+        "why": "it looks at the model before there are parts",
+        "hint": "leave one of the two out",
+    },
+    {
+        "with": "rank.allocation",
+        "is_not": "uniform",
+        "while": {"adapter.init_weights": ["default", "orthogonal", "pissa", "loftq"]},  # eva has been told above
+        "why": "it looks at the model before there are parts",
+        "hint": "leave one of the two out",
+    },
+]
+
 
 def refuse_sharding(processes: int) -> None:
     """Refuse what cannot be sharded, before any file is read.

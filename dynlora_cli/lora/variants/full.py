@@ -14,3 +14,18 @@ from __future__ import annotations
 
 has_components = False
 takes = ()
+CONFLICTS = [
+    {
+        "with": "model.load_in_4bit",
+        "why": "variant full trains the weights themselves, which a quantized base does not allow",
+    },
+    {
+        "with": "model.load_in_8bit",
+        "why": "variant full trains the weights themselves, which a quantized base does not allow",
+    },
+    {
+        "with": "model.dtype",
+        "is": "float16",
+        "why": "variant full trains the weights themselves, and steps are too small for float16",
+    },
+]

@@ -1,0 +1,205 @@
+"""Which settings, each valid alone, do not go together.
+
+What concerns all recipes stands here. What concerns one plug-in stands in its file, as a literal that is read without
+importing it:
+
+    CONFLICTS = [
+        {"with": "train.compile", "why": "compiled blocks keep their inputs", "hint": "set one of the two to false"},
+        {"with": "adapter.variant", "is_not": "lora", "why": "variant lora alone is recorded"},
+    ]
+
+with          a setting that the plug-in does not go with, where it is on: true, a number but 0, a text
+is, is_not    only with this value, or any of a list; with any other
+contains      only with a text in which this stands
+while         further settings and their values, all of which must hold as well
+at            the setting that the message names; `with` where it is left out
+why, hint     the message: the reason, and what to do
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dynlora_cli import plugins
+from dynlora_cli.config.options import misdeclared, options
+from dynlora_cli.config.sections import Settings
+from dynlora_cli.files.foreign import first_fault
+
+
+class Conflict(NamedTuple):
+    """A setting that does not go with another: the key to change, the other key, and why."""
+
+    key: str
+    other: str
+    text: str
+
+
+class Rule(BaseModel):
+    """One entry of a plug-in's CONFLICTS."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    with_: Annotated[str, Field(alias="with")]
+    is_: Annotated[Any, Field(alias="is")] = None
+    is_not: Any = None
+    contains: str | None = None
+    while_: Annotated[dict[str, Any], Field(alias="while")] = {}
+    at: str | None = None
+    why: str
+    hint: str | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.why}; {self.hint}" if self.hint else self.why
+
+    def broken(self, recipe: Settings) -> bool:
+        """Whether a recipe, in which the plug-in is chosen, breaks this rule.
+
+        Raises:
+            AttributeError: the rule names a setting that does not exist.
+        """
+        met = all(_value(recipe, key) in _any_of(values) for key, values in self.while_.items())
+        value = _value(recipe, self.with_)
+        if "is_" in self.model_fields_set:
+            return met and value in _any_of(self.is_)
+        if "is_not" in self.model_fields_set:
+            return met and value not in _any_of(self.is_not)
+        return met and (self.contains in (value or "") if self.contains else bool(value))
+
+
+def _value(recipe: Settings, key: str) -> Any:
+    return reduce(getattr, key.split("."), recipe)
+
+
+def _any_of(values: Any) -> Any:
+    return values if isinstance(values, (list, tuple)) else [values]
+
+
+def rules(kind: str, name: str) -> list[Rule]:
+    """The CONFLICTS of a plug-in; most have none.
+
+    Raises:
+        UsageError: its declaration is wrong; the message is for whoever wrote the plug-in.
+    """
+    try:
+        return TypeAdapter(list[Rule]).validate_python(plugins.declared(kind, name, "CONFLICTS", []))
+    except ValidationError as error:
+        raise misdeclared(kind, name, "CONFLICTS", first_fault(error)) from None
+
+
+def conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """Settings, each valid alone, that do not go together."""
+    model, data, rank, pruning = recipe.model, recipe.dataset, recipe.rank, recipe.pruning
+    classifier = model.task == "sequence-classification"
+    if model.load_in_4bit and model.load_in_8bit:
+        yield Conflict("model.load_in_8bit", "model.load_in_4bit", "4 and 8 bits exclude each other; set one to false")
+    yield from _declared_conflicts(recipe, "variants")
+    yield from _variant_conflicts(recipe)
+    yield from _mode_conflicts(recipe)
+    if model.num_labels is not None and not classifier:
+        yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
+    if data.packing and model.task != "causal-lm":
+        yield Conflict("dataset.packing", "model.task", f"packing does not go with {model.task}")
+    if data.chat is True and model.task != "causal-lm":
+        yield Conflict("dataset.chat", "model.task", f"{model.task} knows no turns; leave it at auto")
+    if data.train_on in ("assistant", "all") and model.task == "seq2seq-lm":
+        text = f"got {data.train_on}; a decoder writes the completion and nothing else, so leave it at auto"
+        yield Conflict("dataset.train_on", "model.task", text)
+    yield from _declared_conflicts(recipe, "tasks")
+    if not data.val and not data.val_size:
+        for key in ("steps", "early_stopping_patience"):
+            if getattr(recipe.eval, key) is not None:
+                yield Conflict(f"eval.{key}", "dataset.val_size", "needs `dataset.val`, or `dataset.val_size` above 0")
+    yield from _start_conflicts(recipe)
+    budget = rank.parsed_budget()
+    saved = 2 if recipe.adapter.init_weights == "pissa" else 1  # rank of a component in the files
+    if isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value:
+        yield Conflict(
+            "rank.init", "rank.budget", f"got {rank.init}, below the budget {budget.value}; pruning only removes"
+        )
+    if pruning.tolerance is not None and budget.kind != "auto":
+        yield Conflict("pruning.tolerance", "rank.budget", "only `rank.budget: auto` measures what its events add")
+    start, end = recipe.pruning_window
+    if start >= end:
+        yield Conflict("pruning.end", "pruning.start", f"got {end}, must be above `pruning.start` ({start})")
+    yield from _declared_conflicts(recipe, "policies")
+    yield from _declared_conflicts(recipe, "objectives")
+
+
+def _declared_conflicts(recipe: Settings, kind: str) -> Iterator[Conflict]:
+    """What the chosen plug-in of a kind says that it does not go with."""
+    section, key = plugins.CHOSEN[kind]
+    name = getattr(getattr(recipe, section), key, plugins.OBJECTIVE)
+    if name in plugins.names(kind):
+        yield from _broken(recipe, kind, name, f"{section}.{key}")
+
+
+def _mode_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What the modes that are on say that they do not go with, and keys of modes that are off."""
+    for name in sorted(plugins.names("modes"), key=lambda name: plugins.declared("modes", name, "ORDER", 100)):
+        switch = plugins.switch(name)
+        if getattr(recipe.train, switch):
+            yield from _broken(recipe, "modes", name, f"train.{switch}")
+            continue
+        for key, option in options("modes", name).items():
+            if key != switch and getattr(recipe.train, key) != option.default:
+                yield Conflict(f"train.{key}", f"train.{switch}", f"only mode {name} has a use for it, and it is off")
+
+
+def _broken(recipe: Settings, kind: str, name: str, own_key: str) -> Iterator[Conflict]:
+    """Those of a plug-in's rules that the recipe breaks."""
+    for rule in rules(kind, name):
+        try:
+            broken = rule.broken(recipe)
+        except AttributeError as error:
+            raise misdeclared(kind, name, "CONFLICTS", f"recipes have no such key: {error}") from None
+        if broken:
+            key = rule.at or rule.with_
+            yield Conflict(key, rule.with_ if key == own_key else own_key, rule.text)
+
+
+def _variant_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """Settings that the variant has no use for: it names those that it takes, see lora/variant.py."""
+    adapter, variant = recipe.adapter, recipe.adapter.variant
+    takes = plugins.declared("variants", variant, "takes") or ()
+    given = {
+        "adapter.alpha": adapter.alpha != "auto",
+        "adapter.dropout": adapter.dropout > 0,
+        "adapter.penalty": adapter.penalty != "auto",
+        "adapter.freeze_a": adapter.freeze_a,
+        "train.lora_plus_ratio": recipe.train.lora_plus_ratio is not None,
+    }
+    for key, is_given in given.items():
+        if is_given and key.split(".")[1] not in takes:
+            yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
+    if adapter.scaling == "rslora" and adapter.alpha == "auto":
+        yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
+
+
+def _start_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """Starts that the variant, the layers or the base do not allow."""
+    variant, start = recipe.adapter.variant, recipe.adapter.init_weights
+    if recipe.adapter.names_experts:
+        if start not in ("default", "orthogonal"):
+            text = f"experts do not start as {start}; write `init_weights: default`, or orthogonal"
+            yield Conflict("adapter.init_weights", "adapter.target_modules", text)
+        if recipe.rank.allocation != "uniform":
+            text = "experts start alike: an expert that no token reaches has nothing to be measured by"
+            yield Conflict("rank.allocation", "adapter.target_modules", text)
+    if recipe.adapter.freeze_a and start == "pissa":
+        yield Conflict("adapter.freeze_a", "adapter.init_weights", "PiSSA's start is subtracted, and A has to leave it")
+    if recipe.rank.allocation != "uniform" and not plugins.declared("variants", variant, "has_components"):
+        yield Conflict("rank.allocation", "adapter.variant", f"variant {variant} has no components to share out")
+    if recipe.model.task == "seq2seq-lm":
+        for key, value in (("adapter.init_weights", start), ("rank.allocation", recipe.rank.allocation)):
+            if value == "eva":
+                yield Conflict(key, "model.task", "eva looks at the tokens that carry loss, and an encoder has none")
+    if start not in ("default", *(plugins.declared("variants", variant, "starts") or ())):
+        text = f"variant {variant} does not start as {start}; write `init_weights: default`, or `variant: lora`"
+        yield Conflict("adapter.init_weights", "adapter.variant", text)
+    elif start == "loftq" and not recipe.model.load_in_4bit:
+        text = "loftq makes up for what 4 bits lose; set `model.load_in_4bit: true`, or choose another start"
+        yield Conflict("adapter.init_weights", "model.load_in_4bit", text)
