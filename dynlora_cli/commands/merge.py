@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from dynlora_cli.models.linear import dense_weight, is_transposed
 from dynlora_cli.models.load import DTYPES, Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs import record as records
 
 Emit = Callable[[dict[str, Any]], None]
 # In nats per token. NF4 changes predictions by some tenths, by half a nat in tiny models. Another base is further away.
@@ -266,38 +267,39 @@ def into_adapter(
         save(adapter, folder)
         summary["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         run_folder.copy_tokenizer(adapters[0].folder, folder)
-        whole.write_json(folder / run_folder.RECORD, _record(adapters, adapter, out, summary, folder))
+        records.write(folder, _record(adapters, adapter, out, summary, folder))
     tell(summary["peft_check"], out, emit)
     return summary
 
 
 def _record(
     adapters: Sequence[Adapter], merged: Adapter, out: Path, summary: dict[str, Any], folder: Path
-) -> dict[str, Any]:
+) -> records.Record:
     first = adapters[0].record
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return {
-        "schema_version": 1,
-        "dynlora_version": __version__,
-        "name": out.name,
-        "task": merged.task,
-        "variant": "lora",
-        "base_model": first.get("base_model") or {"name_or_path": merged.config.get("base_model_name_or_path")},
-        "chat_template_sha256": first.get("chat_template_sha256"),
-        "data": asdict(Writing.of(first)),
-        "layers": {
-            name: {
-                "rank": factors.rank,
-                "importance": factors.energy(),
-                "d_in": factors.a_CI.shape[1],
-                "d_out": factors.b_OC.shape[0],
-            }
+    return records.Record(
+        schema_version=records.SCHEMA_VERSION,
+        dynlora_version=__version__,
+        name=out.name,
+        task=merged.task,
+        variant="lora",
+        base_model=first.get("base_model")
+        or records.BaseModel(name_or_path=merged.config.get("base_model_name_or_path")),
+        chat_template_sha256=first.get("chat_template_sha256"),
+        data=cast("records.Data", asdict(Writing.of(first))),
+        layers={
+            name: records.Layer(
+                rank=factors.rank,
+                importance=factors.energy(),
+                d_in=factors.a_CI.shape[1],
+                d_out=factors.b_OC.shape[0],
+            )
             for name, factors in merged.layers.items()
         },
-        "sha256": digest,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "summary": summary,
-    }
+        sha256=digest,
+        finished=records.now(),
+        summary=summary,
+    )
 
 
 def read_all(paths: Sequence[Path], emit: Emit, base_name: str | None = None) -> list[Adapter]:

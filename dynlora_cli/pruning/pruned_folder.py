@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dynlora_cli import __version__
 from dynlora_cli.adapters.adapter import Adapter
-from dynlora_cli.files.whole import write_json
-from dynlora_cli.runs.folder import RECORD
+from dynlora_cli.runs import record as records
 from dynlora_cli.runs.log import RunLog
 from dynlora_cli.runs.report.write import write_card, write_report
-
-SCHEMA_VERSION = 1
 
 
 def write_record(
@@ -38,31 +34,21 @@ def write_record(
         events: of the loop, where the adapter was trained again after the cut.
     """
     old = before.record
-    record = {
-        **old,
-        "schema_version": SCHEMA_VERSION,
-        "dynlora_version": __version__,
-        "name": Path(summary["output_dir"]).name,
-        "task": before.task,
-        "variant": "lora" if before.config.get("peft_type") == "VERA" else old.get("variant"),  # read as the LoRA it is
-        "layers": _layers(before, after),
-        "base_model": old.get("base_model") or {"name_or_path": summary["model"]},
-        "budget": {
-            "parameters": summary["budget_parameters"],
-            "start_parameters": before.parameters,
-        },
-        "prune": {
-            "from": summary["from"],
-            "policy": summary["policy"],
-            **({"options": options} if options else {}),
-            "curve": curve,
-            "heal_steps": summary.get("heal_steps", 0),
-        },
-        "trained": old.get("trained") or old.get("summary"),
-        "summary": summary,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    write_json(folder / RECORD, record)
+    changed = records.Record(
+        schema_version=records.SCHEMA_VERSION,
+        dynlora_version=__version__,
+        name=Path(summary["output_dir"]).name,
+        task=before.task,
+        variant="lora" if before.config.get("peft_type") == "VERA" else old.get("variant"),  # read as the LoRA it is
+        layers=_layers(before, after),
+        base_model=old.get("base_model") or records.BaseModel(name_or_path=summary["model"]),
+        budget=records.Budget(parameters=summary["budget_parameters"], start_parameters=before.parameters),
+        prune=_pruning(summary, options, curve),
+        trained=old.get("trained") or old.get("summary"),
+        summary=summary,
+        finished=records.now(),
+    )
+    records.write(folder, cast("records.Record", {**old, **changed}))
     with RunLog(folder) as log:
         log(_event(before, summary, threshold))
         for event in events:
@@ -71,15 +57,22 @@ def write_record(
     write_card(folder)
 
 
-def _layers(before: Adapter, after: Adapter) -> dict[str, dict[str, Any]]:
+def _pruning(summary: dict[str, Any], options: dict[str, Any], curve: list[dict[str, Any]]) -> records.Prune:
+    pruning: records.Prune = {"from": summary["from"], "policy": summary["policy"]}
+    if options:
+        pruning["options"] = options
+    return {**pruning, "curve": curve, "heal_steps": summary.get("heal_steps", 0)}
+
+
+def _layers(before: Adapter, after: Adapter) -> dict[str, records.Layer]:
     """Every layer that training had or the adapter has, with the rank that is left."""
     layers = {
-        name: {
-            "rank": after.ranks.get(name, 0),
-            "importance": after.layers[name].energy() if name in after.layers else 0.0,
-            "d_in": factors.a_CI.shape[1],
-            "d_out": factors.b_OC.shape[0],
-        }
+        name: records.Layer(
+            rank=after.ranks.get(name, 0),
+            importance=after.layers[name].energy() if name in after.layers else 0.0,
+            d_in=factors.a_CI.shape[1],
+            d_out=factors.b_OC.shape[0],
+        )
         for name, factors in before.layers.items()
     }
     trained = before.record.get("layers") or {}

@@ -26,8 +26,8 @@ from dynlora_cli.files.foreign import RecordForm, fits, read_object
 from dynlora_cli.files.place import OutputPlace, claimed, is_workplace, resolved
 from dynlora_cli.files.whole import remove, sha256_of, sync_all, whole_folder, write_json, write_text
 from dynlora_cli.runs.log import METRICS, RANK_EVENTS
+from dynlora_cli.runs.record import RECORD
 
-RECORD = "dynlora.json"
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 MERGE_RECORD = "merge.json"

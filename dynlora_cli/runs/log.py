@@ -4,7 +4,7 @@
     read_run       the files of a run folder to a RunRecord
     layer_grid     layer names to a grid of blocks x module types, the shape of every rank map
 
-`dynlora.json` is written by the trainer; here it is only read, and every key of it may be absent.
+`dynlora.json` (runs/record.py) is only read here, and every key of it may be absent.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import LineForm, RecordForm, first_fault, fits, read_object
 from dynlora_cli.files.strict_json import BadJsonError, loads
 from dynlora_cli.files.whole import write_text
+from dynlora_cli.runs.record import RECORD
 
 METRICS = "metrics.jsonl"
 RANK_EVENTS = "rank_events.jsonl"
@@ -138,15 +139,15 @@ def read_run(folder: str | Path) -> RunRecord:
         UsageError: there is no such folder, it holds no record of a run, or a file of the record is damaged.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in (METRICS, RANK_EVENTS, "dynlora.json")):
-        raise UsageError(f"{folder} holds no record of a run", f"name a folder with {METRICS} or dynlora.json in it")
+    if not any((folder / name).is_file() for name in (METRICS, RANK_EVENTS, RECORD)):
+        raise UsageError(f"{folder} holds no record of a run", f"name a folder with {METRICS} or {RECORD} in it")
     metrics = _read_lines(folder / METRICS)
     return RunRecord(
         folder=folder,
         metrics=[event for event in metrics if event.get("event") == "train"],
         evals=[event for event in metrics if event.get("event") == "eval"],
         rank_events=_read_lines(folder / RANK_EVENTS),
-        info=_read_info(folder / "dynlora.json"),
+        info=_read_info(folder / RECORD),
     )
 
 

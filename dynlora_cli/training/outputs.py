@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +21,15 @@ from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
-from dynlora_cli.files.whole import remove, sync, whole_folder, write_json
+from dynlora_cli.files.whole import remove, sync, whole_folder
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.linear import is_transposed
 from dynlora_cli.models.load import sees
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs import record as records
+from dynlora_cli.runs.record import Record
 from dynlora_cli.runs.report.write import write_card, write_report
 from dynlora_cli.text import counted
 from dynlora_cli.training.checkpoint import fault_in, read_state, restore, write_state
@@ -37,8 +38,12 @@ from dynlora_cli.training.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dynlora_cli.config.sections import Model
+    from dynlora_cli.data.load import Data
+    from dynlora_cli.lora.start import Start
+    from dynlora_cli.models.load import Base
 
-SCHEMA_VERSION = 1
+
 FOR_PEOPLE = ("report.html", "README.md")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -140,26 +145,27 @@ def _put_adapter(training: Run, pool: Pool, folder: Path) -> None:
     (folder / "adapter").rmdir()
 
 
-def finish(folder: Path, record: dict[str, Any], training: Run, summary: dict[str, Any]) -> None:
+def finish(folder: Path, record: Record, training: Run, summary: dict[str, Any]) -> None:
     """Complete dynlora.json, and make the report and the model card from it."""
     layers = training.trained.layers
-    record |= {
-        "scale": next(iter(layers.values())).scale if layers else None,
-        "layers": {
-            name: {
-                "rank": layer.count,
-                "importance": layer.energy(),
-                "d_in": layer.in_features,
-                "d_out": layer.out_features,
-            }
+    end = Record(
+        scale=next(iter(layers.values())).scale if layers else None,
+        layers={
+            name: records.Layer(
+                rank=layer.count,
+                importance=layer.energy(),
+                d_in=layer.in_features,
+                d_out=layer.out_features,
+            )
             for name, layer in layers.items()
         },
-        "adapter": summary["adapter"],
-        "timings": {"training_seconds": summary["seconds"]},
-        "peak_memory_bytes": summary["peak_memory_bytes"],
-        "finished": _now(),
-        "summary": summary,
-    }
+        adapter=summary["adapter"],
+        timings={"training_seconds": summary["seconds"]},
+        peak_memory_bytes=summary["peak_memory_bytes"],
+        finished=records.now(),
+        summary=summary,
+    )
+    record.update(end)
     if training.accelerator.is_main_process:
         run_folder.refuse_gone(folder)
         for name in FOR_PEOPLE:
@@ -177,10 +183,10 @@ def write_pages(folder: Path) -> bool:
     return missing
 
 
-def write_record(folder: Path, record: dict[str, Any], training: Run) -> None:
+def write_record(folder: Path, record: Record, training: Run) -> None:
     """Write dynlora.json, from one process."""
     if training.accelerator.is_main_process:
-        write_json(folder / run_folder.RECORD, record)
+        records.write(folder, record)
 
 
 def identity(before: Mapping[str, Any] | None) -> str | None:
@@ -188,56 +194,68 @@ def identity(before: Mapping[str, Any] | None) -> str | None:
     return uuid.uuid4().hex if before is None else before.get("run_id")
 
 
-def start_record(training: Run, run: str | None) -> dict[str, Any]:
+def start_record(training: Run, run: str | None) -> Record:
     """dynlora.json as far as it is known before training; `run` is the run's identity."""
-    recipe, base, data, start = training.recipe, training.base, training.data, training.start
+    recipe, base, data = training.recipe, training.base, training.data
     template, schedule = base.tokenizer.chat_template, training.control.schedule
-    budget = {
-        "requested": recipe.rank.budget,
-        "parameters": start.limit if start else None,
-        "start_parameters": start.parameters if start else None,
-        "start_components": start.counts if start else None,
-    }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "dynlora_version": __version__,
-        "run_id": run,
-        "name": Path(recipe.output_dir).name,
-        "task": recipe.model.task,
-        "variant": recipe.adapter.variant,
-        "base_model": {
-            "name_or_path": recipe.model.name_or_path,
-            "reference": base.files.reference,
-            "revision": recipe.model.revision,
-            "model_type": base.model.config.model_type,
-            "auto_class": "AutoModelForImageTextToText" if sees(base.model.config) else None,
-            "fingerprint": fingerprint(base.folder),
-            "quantization": base.files.quantization,
-        },
-        "budget": budget if start else None,
-        "history": list(zip(schedule.steps, schedule.targets, strict=True)),
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_yaml": to_yaml(recipe),
-        "data": {
-            "counts": data.counts,
-            "train_rows": len(data.train),
-            "val_rows": len(data.val),
-            "sha256": data.sha256,
-            **dataclasses.asdict(data.writing),
-            "labels": data.labels,
-        },
-        "tokenizer_sha256": _sha256(_tokenizer_text(base.tokenizer)),
-        "chat_template_sha256": _sha256(str(template)) if template else None,
-        "versions": {
+    return Record(
+        schema_version=records.SCHEMA_VERSION,
+        dynlora_version=__version__,
+        run_id=run,
+        name=Path(recipe.output_dir).name,
+        task=recipe.model.task,
+        variant=recipe.adapter.variant,
+        base_model=_base_on_record(recipe.model, base),
+        budget=_budget_on_record(recipe.rank.budget, training.start) if training.start else None,
+        history=list(zip(schedule.steps, schedule.targets, strict=True)),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_yaml=to_yaml(recipe),
+        data=_data_on_record(data),
+        tokenizer_sha256=_sha256(_tokenizer_text(base.tokenizer)),
+        chat_template_sha256=_sha256(str(template)) if template else None,
+        versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
-        "seeds": {"seed": recipe.seed},
-        "device": _device_name(training.accelerator.device),
-        "processes": training.accelerator.num_processes,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "started": _now(),
-    }
+        seeds={"seed": recipe.seed},
+        device=_device_name(training.accelerator.device),
+        processes=training.accelerator.num_processes,
+        dtype=str(base.dtype).removeprefix("torch."),
+        started=records.now(),
+    )
+
+
+def _base_on_record(options: Model, base: Base) -> records.BaseModel:
+    return records.BaseModel(
+        name_or_path=options.name_or_path,
+        reference=base.files.reference,
+        revision=options.revision,
+        model_type=base.model.config.model_type,
+        auto_class="AutoModelForImageTextToText" if sees(base.model.config) else None,
+        fingerprint=fingerprint(base.folder),
+        quantization=base.files.quantization,
+    )
+
+
+def _budget_on_record(requested: str | float, start: Start) -> records.Budget:
+    return records.Budget(
+        requested=requested,
+        parameters=start.limit,
+        start_parameters=start.parameters,
+        start_components=start.counts,
+    )
+
+
+def _data_on_record(data: Data) -> records.Data:
+    return records.Data(
+        counts=data.counts,
+        train_rows=len(data.train),
+        val_rows=len(data.val),
+        sha256=data.sha256,
+        date=data.writing.date,
+        turned=dict(data.writing.turned),
+        labels=data.labels,
+    )
 
 
 def start_event(training: Run) -> dict[str, Any]:
@@ -333,10 +351,6 @@ def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _device_name(device: torch.device) -> str:

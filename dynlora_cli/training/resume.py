@@ -19,6 +19,7 @@ from dynlora_cli.lora.surgery import swap
 from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
+from dynlora_cli.runs.record import Record
 from dynlora_cli.training.checkpoint import fault_in, read_state, restore
 from dynlora_cli.training.run import Progress, Run
 
@@ -88,7 +89,7 @@ def same_inputs(folder: Path, before: Mapping[str, Any], data: Data, model: Path
         raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
 
 
-def go_back_to(checkpoint: Path, training: Run, folder: Path, record: dict[str, Any]) -> None:
+def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) -> None:
     """Put the run, and the files in its folder, where they were at a checkpoint."""
     position, tensors = read_state(checkpoint)
     if isinstance(training.trained, Pool):
@@ -107,7 +108,7 @@ def go_back_to(checkpoint: Path, training: Run, folder: Path, record: dict[str, 
         run_folder.rewind(folder, checkpoint, best, record)
 
 
-def _best_so_far(checkpoint: Path, progress: Progress, record: dict[str, Any]) -> Path | None:
+def _best_so_far(checkpoint: Path, progress: Progress, record: Record) -> Path | None:
     """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
     if not progress.best:
         return None

@@ -23,6 +23,7 @@ from dynlora_cli.models.place import Place
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
 from dynlora_cli.runs.log import RunLog
+from dynlora_cli.runs.record import Record
 from dynlora_cli.training import outputs
 from dynlora_cli.training.resume import find_checkpoint, go_back_to, same_inputs, writing
 from dynlora_cli.training.run import Run
@@ -61,7 +62,7 @@ class Session:
     before: Mapping[str, Any] | None
     begins: bool
     run_id: str | None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
 
     @classmethod
     @contextmanager

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.pruning import control, select
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.record import Record
 from dynlora_cli.training import loop
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.step import step
@@ -47,6 +48,8 @@ def test_the_budget_is_met_and_reported_alike_everywhere(tmp_path, budget, limit
     summary, events = train(make_recipe(tmp_path, f"rank.budget={budget}"))
     folder = tmp_path / "out"
     record = run_folder.read_record(folder)
+    keys = list(Record.__annotations__)
+    assert list(record) == keys[: keys.index("summary") + 1], "all that the schema has of a run, in its order"
     counted = adapter_numbers(folder)
     assert limit - 96 < counted <= limit  # a component of this model holds 48 to 96 numbers
     assert summary["parameters"] == record["summary"]["parameters"] == counted

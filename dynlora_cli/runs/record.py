@@ -1,0 +1,172 @@
+"""dynlora.json, the record of a run: its keys, and the one place that writes them.
+
+`dynlora train` writes it when a run begins and again when it is done, `dynlora prune` and `dynlora merge` with the
+adapter that they make. It is read with `folder.read_record`, and a reader must do without any key: the file may be of
+version 0.1, or somebody else's.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, TypedDict
+
+from dynlora_cli.files.whole import write_json
+
+RECORD = "dynlora.json"
+SCHEMA_VERSION = 1
+# A word of Python, so no class can have it as a field: the folder that was pruned.
+_PruneFrom = TypedDict("_PruneFrom", {"from": str}, total=False)
+
+
+class BaseModel(TypedDict, total=False):
+    """Which model was trained on."""
+
+    name_or_path: str | None
+    """As in the recipe, or in the adapter's own config where there is no recipe."""
+    reference: str
+    """As the adapter's config names it: a folder, or a hub id."""
+    revision: str | None
+    """Of a model of the hub, where the recipe names one."""
+    model_type: str
+    """As in the model's config.json."""
+    auto_class: str | None
+    """The class of transformers that loads it, where that is not the task's usual one."""
+    fingerprint: dict[str, Any]
+    """What identifies its files, see models/fingerprint.py."""
+    quantization: str | None
+    """The method by which its weights are stored quantized."""
+
+
+class Budget(TypedDict, total=False):
+    """How large the adapter may be."""
+
+    requested: str | float
+    """As in the recipe."""
+    parameters: int | None
+    """Numbers that may be left at the end; None where the run finds its own budget."""
+    start_parameters: int
+    """Numbers at the start."""
+    start_components: dict[str, int]
+    """Components of each layer at the start."""
+
+
+class Data(TypedDict, total=False):
+    """What was read."""
+
+    counts: dict[str, dict[str, int]]
+    """Of "train" and "val": rows, tokens, supervised, truncated, cut_answers, dropped."""
+    train_rows: int
+    """Rows that were trained on."""
+    val_rows: int
+    """Rows that were held out."""
+    sha256: str
+    """Over the rows as tokens, and the settings they were read with."""
+    date: str
+    """The date that chat templates wrote into the rows."""
+    turned: dict[str, bool]
+    """Of each format that could be written as turns, whether it was."""
+    labels: list[str] | None
+    """Names of the classes, in the order of the classifier's outputs."""
+
+
+class Layer(TypedDict):
+    """A layer that holds components, or once held some."""
+
+    rank: int
+    """Components that are left."""
+    importance: float
+    """The Frobenius norm of the layer's update."""
+    d_in: int
+    """Inputs of the layer."""
+    d_out: int
+    """Outputs of the layer."""
+
+
+class Prune(_PruneFrom, total=False):
+    """What `dynlora prune` did."""
+
+    policy: str
+    """That scored the components."""
+    options: dict[str, Any]
+    """Of the policy, where it has any."""
+    curve: list[dict[str, Any]]
+    """Loss against size: parameters, components, energy, loss."""
+    heal_steps: int
+    """Training steps after the cut."""
+
+
+class Record(TypedDict, total=False):
+    """The keys of dynlora.json, in the order in which a run writes them."""
+
+    schema_version: int
+    """Of this file."""
+    dynlora_version: str
+    """Of the program that wrote it."""
+    run_id: str | None
+    """Names the run in its checkpoints; None in a run that version 0.1 began."""
+    name: str
+    """Of the output folder."""
+    task: str
+    """What the model is for, as in the recipe."""
+    variant: str | None
+    """What was trained, as in the recipe."""
+    base_model: BaseModel
+    budget: Budget | None
+    """None where all weights trained."""
+    history: list[tuple[int, int]]
+    """The pruning events that were planned: step, and numbers that may be left after it."""
+    recipe: dict[str, Any]
+    """The complete recipe, every default written out."""
+    recipe_yaml: str
+    """The same, as a file that `dynlora train` takes."""
+    data: Data
+    tokenizer_sha256: str
+    """Over all that the tokenizer does."""
+    chat_template_sha256: str | None
+    """Over the chat template; None where there is none."""
+    versions: dict[str, str]
+    """Of Python and of the libraries."""
+    seeds: dict[str, int]
+    """The seed of everything random, as "seed"."""
+    device: str
+    """What it ran on, in words."""
+    processes: int
+    """How many trained together."""
+    dtype: str
+    """Of the base's weights, and of autocast."""
+    started: str
+    """When, with the time zone."""
+
+    # From here on: when the run is done.
+    scale: float | None
+    """s, which the saved B is multiplied by already; None where all weights trained."""
+    layers: dict[str, Layer]
+    """Every layer that had components, by name."""
+    adapter: str
+    """"last" or "best": which state the folder holds."""
+    timings: dict[str, float]
+    """Seconds in optimizer steps, as "training_seconds"."""
+    peak_memory_bytes: int
+    """Of the GPU where one trained, else of the process."""
+    finished: str
+    """When, with the time zone."""
+    summary: dict[str, Any]
+    """What the command printed at the end, and what its --json prints; a run without one has not ended."""
+
+    # Of `dynlora prune` and `dynlora merge` alone.
+    prune: Prune
+    trained: dict[str, Any] | None
+    """Of an adapter that was pruned: the summary of its training."""
+    sha256: str
+    """Of a merged adapter: over its tensors' file."""
+
+
+def now() -> str:
+    """The moment, as records write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def write(folder: Path, record: Record) -> None:
+    """Put the record into a folder, whole or not at all."""
+    write_json(folder / RECORD, record)
