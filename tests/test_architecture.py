@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -189,6 +190,14 @@ def test_no_folder_is_too_full():
 def test_every_package_says_what_it_is_for():
     for module in MODULES:
         assert ast.get_docstring(tree(module)) or module == "__init__", f"{module} has no docstring"
+
+
+def test_what_the_page_says_is_there():
+    rows = re.findall(r"\| `dynlora_cli/([\w/]+)\.py` \| `(\w+)` \|", ORDER_OF_PACKAGES.read_text(encoding="utf-8"))
+    assert len(rows) > 20
+    for path, name in rows:
+        defined = {getattr(node, "name", None) for node in tree(path.replace("/", ".")).body}
+        assert name in defined, f"{ORDER_OF_PACKAGES.name} says that {name} is in {path}"
 
 
 def test_the_environment_is_read_in_few_places():
