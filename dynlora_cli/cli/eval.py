@@ -12,9 +12,51 @@ from dynlora_cli.errors import MeasureError, UsageError
 
 NEWEST_BELOW = Path("out")
 
+RecipeFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RECIPE.yaml",
+        help="Measure on its held-out rows, by default the adapter it made.",
+        show_default=False,
+    ),
+]
 Adapters = Annotated[
     list[Path] | None,
     typer.Option("--adapter", metavar="FOLDER", help="A run folder or any PEFT LoRA. Repeatable.", show_default=False),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE|RECIPE",
+        help="Other rows: all of a file, or a recipe's held-out ones.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="The base model, where it was moved.", show_default=False)
+]
+NoBase = Annotated[bool, typer.Option("--no-base", help="Do not measure the base model.")]
+MaxSamples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Rows at most.", show_default=False)]
+Generate = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Prompts to answer for BLEU and others; 0: none. By default 32.",
+        show_default=False,
+    ),
+]
+Samples = Annotated[int, typer.Option(metavar="N", min=0, help="Answers to show side by side.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Tasks of lm-eval-harness: names or .yaml files.", show_default=False),
+]
+Limit = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Documents of each task at most.", show_default=False)
+]
+FailAbove = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Exit 4 if an adapter's held-out loss is higher.", show_default=False),
 ]
 FailBelow = Annotated[
     list[str] | None,
@@ -24,71 +66,40 @@ FailBelow = Annotated[
         show_default=False,
     ),
 ]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(metavar="REPORT.json", help="A former --json report to compare with.", show_default=False),
+]
+MaxRegression = Annotated[
+    str | None,
+    typer.Option(
+        metavar="1%",
+        help="Exit 4 if a loss is so much above the baseline's; 1% by default.",
+        show_default=False,
+    ),
+]
+AllowTemplateMismatch = Annotated[
+    bool, typer.Option("--allow-template-mismatch", help="Measure with another chat template than in training.")
+]
 
 
 def evaluate(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="RECIPE.yaml",
-            help="Measure on its held-out rows, by default the adapter it made.",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: RecipeFile = None,
     adapter: Adapters = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE|RECIPE",
-            help="Other rows: all of a file, or a recipe's held-out ones.",
-            show_default=False,
-        ),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="The base model, where it was moved.", show_default=False)
-    ] = None,
+    data: Data = None,
+    base: Base = None,
     trust_remote_code: Trust = False,
-    no_base: Annotated[bool, typer.Option("--no-base", help="Do not measure the base model.")] = False,
-    max_samples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Rows at most.", show_default=False)
-    ] = None,
-    generate: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Prompts to answer for BLEU and others; 0: none. By default 32.",
-            show_default=False,
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Answers to show side by side.")] = 0,
-    tasks: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Tasks of lm-eval-harness: names or .yaml files.", show_default=False),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Documents of each task at most.", show_default=False)
-    ] = None,
-    fail_above: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Exit 4 if an adapter's held-out loss is higher.", show_default=False),
-    ] = None,
+    no_base: NoBase = False,
+    max_samples: MaxSamples = None,
+    generate: Generate = None,
+    samples: Samples = 0,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    fail_above: FailAbove = None,
     fail_below: FailBelow = None,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(metavar="REPORT.json", help="A former --json report to compare with.", show_default=False),
-    ] = None,
-    max_regression: Annotated[
-        str | None,
-        typer.Option(
-            metavar="1%",
-            help="Exit 4 if a loss is so much above the baseline's; 1% by default.",
-            show_default=False,
-        ),
-    ] = None,
-    allow_template_mismatch: Annotated[
-        bool, typer.Option("--allow-template-mismatch", help="Measure with another chat template than in training.")
-    ] = False,
+    baseline: Baseline = None,
+    max_regression: MaxRegression = None,
+    allow_template_mismatch: AllowTemplateMismatch = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""

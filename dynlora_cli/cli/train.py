@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,34 +16,41 @@ from dynlora_cli.cli.reporting import AsJson, console, reporting, typed
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
 
+if TYPE_CHECKING:
+    from dynlora_cli.cli.views.console import Console
+    from dynlora_cli.config.recipe import Recipe
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."),
+]
+OutputDir = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Where the run goes, in place of the recipe's.", show_default=False),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the newest valid checkpoint.")]
+ResumeFrom = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Go on with this checkpoint folder.", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, load no weights, write nothing.")]
+Devices = Annotated[
+    str, typer.Option(metavar="N|all", help="Processes to train with, one per GPU.", show_default=False)
+]
+
 
 def train(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."
-        ),
-    ] = None,
-    output_dir: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Where the run goes, in place of the recipe's.", show_default=False),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest valid checkpoint.")] = False,
-    resume_from: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Go on with this checkpoint folder.", show_default=False),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, load no weights, write nothing.")
-    ] = False,
-    devices: Annotated[
-        str, typer.Option(metavar="N|all", help="Processes to train with, one per GPU.", show_default=False)
-    ] = "1",
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    resume_from: ResumeFrom = None,
+    dry_run: DryRun = False,
+    devices: Devices = "1",
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter from a recipe."""
@@ -68,14 +75,7 @@ def train(
             _launch(devices, context.obj)
         end_with_launcher()
         if dry_run:
-            from dynlora_cli.training.dry_run import plan as plan_run
-
-            plan = plan_run(checked)
-            result.update({"ok": True, "plan": plan})
-            if not as_json:
-                from dynlora_cli.cli.views.plan import show_plan
-
-                show_plan(view, plan)
+            result.update({"ok": True, "plan": _planned(checked, None if as_json else view)})
             return
         from dynlora_cli.commands import train as command
 
@@ -91,6 +91,17 @@ def train(
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
+
+
+def _planned(recipe: Recipe, view: Console | None) -> dict[str, Any]:
+    """What a run would do; shown, if there is a view."""
+    from dynlora_cli.cli.views.plan import show_plan
+    from dynlora_cli.training.dry_run import plan
+
+    planned = plan(recipe)
+    if view is not None:
+        show_plan(view, planned)
+    return planned
 
 
 def _next_commands(summary: dict[str, Any]) -> list[str]:

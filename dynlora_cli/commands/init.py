@@ -138,32 +138,7 @@ def run(
         rows = _looked_at(rows.source, base, notes)
         val, test = (_beside(files, rows, base, notes) for files in other_splits(rows.source).values())
         _say_beside(val, test, notes)
-    seen = "a hub data set, not looked at"
-    if rows.count is not None:
-        seen = f"{counted(rows.count, 'row')}, read as {rows.form}"
-    output = f"out/{recipe.stem}"
-    text = TEMPLATE.format(
-        model=_comment(model),
-        model_text=_scalar(model),
-        data=_comment(data),
-        rows=seen,
-        path=_comment(shlex.quote(str(recipe))),
-        task="" if rows.task == CAUSAL else f"  task: {rows.task}\n",
-        source=_source(rows.source),
-        held_out=_held_out(rows, val, test, output),
-        length=rows.length,
-        chat=CHAT if rows.task == CAUSAL and rows.form in PAIRS else "",
-        separator=SEPARATOR if rows.runs_together else "",
-        output=_scalar(output),
-    )
-    recipe.parent.mkdir(parents=True, exist_ok=True)
-    draft = recipe.with_name(f".{recipe.name}.draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        load_recipe(draft)
-    finally:
-        draft.unlink(missing_ok=True)
-    write_text(recipe, text)
+    _write_checked(recipe, _as_recipe(recipe, data, model, rows, val, test))
     command = shlex.join(["dynlora", "train", str(recipe)])
     return {
         "ok": True,
@@ -177,6 +152,44 @@ def run(
         "notes": notes,
         "next": [f"{command} --dry-run", command],
     }
+
+
+def _as_recipe(recipe: Path, data: str, model: str, rows: _Rows, val: list[Path], test: list[Path]) -> str:
+    """The text of a recipe for these rows, measured on `val`, with `test` named for the end."""
+    seen = "a hub data set, not looked at"
+    if rows.count is not None:
+        seen = f"{counted(rows.count, 'row')}, read as {rows.form}"
+    output = f"out/{recipe.stem}"
+    return TEMPLATE.format(
+        model=_comment(model),
+        model_text=_scalar(model),
+        data=_comment(data),
+        rows=seen,
+        path=_comment(shlex.quote(str(recipe))),
+        task="" if rows.task == CAUSAL else f"  task: {rows.task}\n",
+        source=_source(rows.source),
+        held_out=_held_out(rows, val, test, output),
+        length=rows.length,
+        chat=CHAT if rows.task == CAUSAL and rows.form in PAIRS else "",
+        separator=SEPARATOR if rows.runs_together else "",
+        output=_scalar(output),
+    )
+
+
+def _write_checked(recipe: Path, text: str) -> None:
+    """Write a recipe that its own reader takes.
+
+    Raises:
+        UsageError: it does not; nothing is written.
+    """
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    draft = recipe.with_name(f".{recipe.name}.draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        load_recipe(draft)
+    finally:
+        draft.unlink(missing_ok=True)
+    write_text(recipe, text)
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
