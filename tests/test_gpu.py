@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import make_recipe, train
 
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.execution.modes import cuda_graphs
 from dynlora_cli.lora.variants import lora
 from dynlora_cli.models.base_files import BaseFiles
@@ -123,11 +124,11 @@ def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
     device = torch.device("cuda")
-    base = read_base(recipe, files, data, torch.device("meta"))
+    base = read_base(recipe, files, data, torch.device("meta"), plan(recipe.train))
     need = measure(base, lambda: attach(lora, base, recipe)[0], recipe.model, device, (64, 96))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    base = read_base(recipe, files, data, device)
+    base = read_base(recipe, files, data, device, plan(recipe.train))
     pool, _ = attach(lora, base, recipe)
     base.model.train()
     optimizer = torch.optim.AdamW([pool.values], fused=True)

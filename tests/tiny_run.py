@@ -29,8 +29,10 @@ from transformers import (
 from dynlora_cli.commands import train as train_command
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.variants import full, lora
 from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.quiet import quiet
 from dynlora_cli.training.components import attach
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.setup import make_accelerator, make_run, read_base, read_data
@@ -144,23 +146,25 @@ def train(recipe: Recipe, *, interrupt_at: int | None = None, **options: Any) ->
 
 
 def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
-    """The parts of a run on which `step.step` can be called; nothing is written.
+    """The parts of a run on which `step.step` can be called; nothing is written, nor compiled, captured or sharded.
 
     Args:
         recipe: of the run.
         fill: give B random values, so that A has a gradient too.
     """
-    accelerator = make_accelerator(recipe, Path(recipe.output_dir))
+    quiet.__enter__()  # pytest puts filters of warnings back
+    modes = plan(recipe.train).for_short_runs()
+    accelerator = make_accelerator(recipe, Path(recipe.output_dir), modes)
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, accelerator.device)
+    base = read_base(recipe, files, data, accelerator.device, modes)
     trained, start = attach({"lora": lora, "full": full}[recipe.adapter.variant], base, recipe)
     if trained.layers and fill:
         with torch.no_grad():
             trained.values.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(recipe.seed)
+    modes.apply(base.model, trained)
     events: list[dict] = []
-    run = make_run(recipe, accelerator, base, data, trained, start, save=lambda run: None)
+    run = make_run(recipe, accelerator, base, data, trained, start, modes, save=lambda run: None)
     run.emit = events.append
     run.model.train()
     return run

@@ -8,7 +8,6 @@ import torch
 
 from dynlora_cli.models.load import Base, load_base
 from dynlora_cli.models.place import Place
-from dynlora_cli.models.quiet import keep_libraries_quiet
 from dynlora_cli.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -258,7 +257,6 @@ def read_tokenizer(adapter: Adapter, place: Place) -> PreTrainedTokenizerBase:
 
 def base_in_memory(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Base:
     """The base model as the adapter was trained on it (its dtype, 4 or 8 bits), on the GPU where there is one."""
-    keep_libraries_quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(
         place.options,

@@ -21,6 +21,7 @@ from dynlora_cli.evaluation.options import Options
 from dynlora_cli.evaluation.report import BASE, Found, make_report, other_forms, side_by_side
 from dynlora_cli.evaluation.rows import MICRO_BATCH, NothingHeldOutError, Rows, held_out_rows
 from dynlora_cli.models.place import Place
+from dynlora_cli.models.quiet import quiet
 from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ PROMPTS = 32  # how many prompts are answered by default
 Tell = Callable[[str], None]
 
 
+@quiet
 def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell) -> dict[str, Any]:
     """Measure the base and every adapter on the same rows; the base is loaded once.
 

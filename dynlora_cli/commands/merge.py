@@ -34,6 +34,7 @@ from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
 from dynlora_cli.models.linear import dense_weight, is_transposed
 from dynlora_cli.models.load import DTYPES, Base, precision_of
 from dynlora_cli.models.place import Place
+from dynlora_cli.models.quiet import quiet
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs import record as records
 
@@ -44,6 +45,7 @@ MAX_CHANGED = 0.01  # share of positions
 MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does
 
 
+@quiet
 def into_base(
     adapter: Adapter,
     out: Path | None,
@@ -216,6 +218,7 @@ def _compare(
     return agreement(adapted_predictions(adapter, place, rows), found, rows, rounding), as_trained
 
 
+@quiet
 def into_adapter(
     adapters: Sequence[Adapter],
     out: Path,

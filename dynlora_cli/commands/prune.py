@@ -27,6 +27,7 @@ from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.rows import Rows, held_out_rows, own_recipe
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
+from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
@@ -75,6 +76,7 @@ class Request:
     seed: int = 0
 
 
+@quiet
 def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  # noqa: ARG005
     """Prune an adapter into a new folder; the input stays as it is.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.kernels.lean import ACTIVATIONS, FACTORS, Activation, Gated, RMSNorm, Rotary
+from dynlora_cli.models.patched import Patches
 
 EPSILON = ("variance_epsilon", "eps", "epsilon")  # the attribute's name differs from model to model
 # The linear layers of a gated feed-forward, by the names that models share, with (inputs, outputs) for the trial.
@@ -34,22 +35,23 @@ Forward = Callable[..., Any]
 Candidate = TypeVar("Candidate")
 
 
-def lean_blocks(model: nn.Module) -> list[str]:
+def lean_blocks(model: nn.Module, patches: Patches | None = None) -> list[str]:
     """Patch the `forward` of every RMS norm, gated feed-forward and rotary attention that is recognised.
 
     Args:
         model: changed in place. Its weights may still be on the meta device: a trial brings its own.
+        patches: undo it again; None: it stays for good.
 
     Returns:
         the names of the modules that were patched.
     """
-    found = []
+    found, patches = [], patches or Patches()
     for name, module in model.named_modules():
         if "forward" in vars(module):  # somebody has patched it already
             continue
         lean = (_as_norm(module) or _as_gated(module)) if _takes_one(module) else _as_rotary(module)
         if lean:
-            module.forward = MethodType(lean, module)
+            patches.set(module, "forward", MethodType(lean, module))
             found.append(name)
     return found
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.models.patched import Patches
 
 CHUNK = 1 << 22  # logits of one chunk: 16 MiB in fp32, and as much for their gradient
 LEAST_ROWS = 256  # targets of one chunk: with fewer, reading the head's weight takes longer than multiplying with it
@@ -28,12 +29,29 @@ LEAST_ROWS = 256  # targets of one chunk: with fewer, reading the head's weight 
 Judge = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
-class Heads:
-    """For which models the head is the last operation, as the first forward pass of each has shown."""
+class Ending:
+    """How the loss of one model is computed from what its head is given.
 
-    use: ClassVar[bool] = True  # False: always compute all logits, for comparisons
-    compiled: ClassVar[Judge | None] = None  # used instead of `loss_and_gradient`, see `compiled_judge`
-    last: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
+    Attributes:
+        fused: in chunks, as this file does; False: from all logits at once, for comparisons.
+        judge: computes loss and gradient of a chunk; None: `loss_and_gradient`, the other one is `compiled_judge`.
+        head_is_last: whether the model returns what its head returns; None before the first forward pass has shown it.
+    """
+
+    fused: bool = True
+    judge: Judge | None = None
+    head_is_last: bool | None = None
+
+
+_ENDINGS: weakref.WeakKeyDictionary[nn.Module, Ending] = weakref.WeakKeyDictionary()
+
+
+def ending(model: nn.Module) -> Ending:
+    """The `Ending` of a model, of which there is one for as long as the model lives."""
+    found = _ENDINGS.get(model)
+    if found is None:
+        found = _ENDINGS[model] = Ending()
+    return found
 
 
 def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | None, Tensor]:
@@ -46,28 +64,26 @@ def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | N
     Returns:
         the head and its input, the hidden states [B, T, D]; or None and the logits [B, T, V].
     """
-    head = _plain_head(model)
-    if head is None or not Heads.last.get(model, True):
+    head, end = _plain_head(model), ending(model)
+    if head is None or end.head_is_last is False:
         return None, model(**inputs).logits
-    known, multiply = model in Heads.last, head.forward
+    known, multiply = end.head_is_last is not None, head.forward
     passes: list[tuple[Tensor, Tensor]] = []  # what the head was given, and what it returned
 
     def stand_in(hidden: Tensor) -> Tensor:
         passes.append((hidden, hidden if known else multiply(hidden)))
         return passes[-1][1]
 
-    head.forward = stand_in  # type: ignore[assignment]
-    try:
+    with Patches() as patches:
+        patches.set(head, "forward", stand_in)
         returned = model(**inputs).logits
-    finally:
-        del head.forward
-    Heads.last[model] = bool(passes) and returned is passes[-1][1]
-    return (head, passes[-1][0]) if Heads.last[model] else (None, returned)
+    end.head_is_last = bool(passes) and returned is passes[-1][1]
+    return (head, passes[-1][0]) if end.head_is_last else (None, returned)
 
 
 def steps_aside(model: nn.Module) -> bool:
     """Whether a forward pass has shown already that the model's head can be left out."""
-    return Heads.last.get(model, False) and _plain_head(model) is not None
+    return ending(model).head_is_last is True and _plain_head(model) is not None
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
@@ -96,7 +112,7 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
-    if not Heads.use or not isinstance(model, PreTrainedModel):
+    if not ending(model).fused or not isinstance(model, PreTrainedModel):
         return None
     head = model.get_output_embeddings()
     frozen = type(head) is nn.Linear and not head.weight.requires_grad and head.weight.is_floating_point()
@@ -157,11 +173,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear, judge: Judge | None) -> Tensor:
         total = torch.zeros((), device=hidden_ND.device)
-        judge, dtype = Heads.compiled or loss_and_gradient, _product_type(head.weight)
-        grads = []
-        least = LEAST_ROWS if Heads.compiled is None else 2 * LEAST_ROWS  # compiled code needs half the memory per row
+        dtype, grads = _product_type(head.weight), []
+        least = LEAST_ROWS if judge is None else 2 * LEAST_ROWS  # compiled code needs half the memory per row
+        judge = judge or loss_and_gradient
         for targets, logits in chunks(hidden_ND, targets_N, head, least):
             loss, grad_nV = judge(logits, targets, dtype)
             total += loss
@@ -175,7 +191,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND * grad.to(grad_ND.dtype)).to(ctx.dtype), None, None
+        return (grad_ND * grad.to(grad_ND.dtype)).to(ctx.dtype), None, None, None
 
 
 def _product_type(weight_VD: Tensor) -> torch.dtype:
@@ -189,6 +205,6 @@ def _product_type(weight_VD: Tensor) -> torch.dtype:
     return torch.float32 if torch.float16 in (dtype, weight_VD.dtype) else dtype
 
 
-def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
-    """The summed loss of `LinearCrossEntropy`, a scalar in fp32."""
-    return LinearCrossEntropy.apply(hidden_ND, targets_N, head)
+def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear, judge: Judge | None = None) -> Tensor:
+    """The summed loss of `LinearCrossEntropy`, a scalar in fp32; `judge` as in `Ending`."""
+    return LinearCrossEntropy.apply(hidden_ND, targets_N, head, judge)

@@ -45,7 +45,7 @@ class ComponentLinear(nn.Module):
 
     a_CI: nn.Parameter
     b_OC: nn.Parameter
-    fuse: ClassVar[bool] = True  # False: ordinary operations instead of kernels/fused_lora.py, for comparisons
+    fuse: bool = True  # False: ordinary operations instead of kernels/fused_lora.py, for comparisons
     turns: ClassVar[bool] = True  # the update depends on BA alone, so the gauge may turn A and B into another basis
     plain: ClassVar[bool] = True  # `factors` returns the leaves themselves, not something computed from them
     terms: ClassVar[int] = 1  # products b aᵀ of one component; `factors` gives all first ones, then all second ones

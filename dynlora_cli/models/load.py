@@ -18,6 +18,7 @@ from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.find import ASKS_FOR_TRUST, needs_trust
 from dynlora_cli.models.heads import class_names, renew, same_classes
 from dynlora_cli.models.layout import Layout
+from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.targets import inside
 from dynlora_cli.models.weights import Weights
 
@@ -88,13 +89,13 @@ def load_base(
     structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
     head, new, whole = _whole(structure, folder) if structure is not None and labels else (None, False, ())
     others = labels and head and not new and not same_classes(labels, class_names(_config(options, folder, None)))
-    torch.manual_seed(seed)
     if structure is not None and device.type == "meta":
         model = structure
     else:
-        model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
-        if head and others:  # its outputs answer with other classes, or with these in another order
-            renew(model, head)
+        with seeded(seed, device):  # what its files lack, such as a new head
+            model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
+            if head and others:  # its outputs answer with other classes, or with these in another order
+                renew(model, head)
     for name, parameter in model.named_parameters():
         trains = inside(name, whole)
         parameter.requires_grad_(trains)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dynlora_cli.kernels.linear_cross_entropy import (
     chunks,
     decoder_inputs,
+    ending,
     linear_cross_entropy,
     run_to_head,
     steps_aside,
@@ -34,7 +35,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     head, states, targets_N, _ = _at_targets(model, batch)
     if head is None:
         return F.cross_entropy(states.float(), targets_N, reduction="sum")
-    return linear_cross_entropy(states, targets_N, head)
+    return linear_cross_entropy(states, targets_N, head, ending(model).judge)
 
 
 def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tensor, Tensor, Tensor]:

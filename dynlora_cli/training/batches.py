@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.packing_check import packed_mask_dtype
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.load import Base
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def make_batches(
         shard=accelerator.process_index if accelerator else 0,
         mask_dtype=packed_mask_dtype(base.model, capacity) if packing and kind != "meta" else torch.bool,
         pin=kind == "cuda",
-        even=recipe.train.cuda_graphs and shuffle,
+        even=shuffle and plan(recipe.train).even_batches,
     )
 
 

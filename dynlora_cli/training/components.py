@@ -23,6 +23,7 @@ from dynlora_cli.models.experts import split
 from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.targets import find_targets
 from dynlora_cli.pruning.allocation import in_proportion, share_out, with_counts
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
@@ -67,16 +68,17 @@ def begin(
         steps = (rows.step(0, index) for index in range(rows.steps_per_epoch))
         return (batch.to(accelerator.device) for batch in islice(chain.from_iterable(steps), SURVEYED))
 
-    torch.manual_seed(recipe.seed)  # of the base's own dropout
     layers, start = plan_ranks(recipe, base)
-    if recipe.rank.allocation != "uniform":
-        counts = _shared_out(recipe, variant, base, layers, start, batches(), accelerator)
-        fewest, most = min(counts.values()), max(counts.values())
-        data.notes.append(f"rank.allocation: {recipe.rank.allocation} gives the layers {fewest} to {most} components")
     inputs = {}
-    if recipe.adapter.init_weights == "eva":
-        wanted = start.counts if counts is None else counts
-        inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
+    with seeded(recipe.seed, accelerator.device):  # the base's own dropout
+        if recipe.rank.allocation != "uniform":
+            counts = _shared_out(recipe, variant, base, layers, start, batches(), accelerator)
+            fewest, most = min(counts.values()), max(counts.values())
+            text = f"rank.allocation: {recipe.rank.allocation} gives the layers {fewest} to {most} components"
+            data.notes.append(text)
+        if recipe.adapter.init_weights == "eva":
+            wanted = start.counts if counts is None else counts
+            inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
     pool, planned = attach(variant, base, recipe, counts)
     assert isinstance(pool, Pool)
     pool.to(accelerator.device)

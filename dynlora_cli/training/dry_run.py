@@ -11,11 +11,12 @@ from dynlora_cli import plugins
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
+from dynlora_cli.execution import mode as execution
 from dynlora_cli.lora.start import Start
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base, resolve_dtype
-from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.training.batches import make_batches, total_steps
 from dynlora_cli.training.components import attach, plan_ranks
@@ -26,18 +27,20 @@ from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.lora.variant import Variant
+    from dynlora_cli.lora.whole import Trained
 
 
+@quiet
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `train.run` would do.
 
     Returns:
         recipe_yaml, example, modules, parameters, schedule, steps, data, memory and notes; see cli/views/plan.py.
     """
-    keep_libraries_quiet()
+    modes = execution.plan(recipe.train).for_short_runs()
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, torch.device("meta"))
+    base = read_base(recipe, files, data, torch.device("meta"), modes)
     steps = total_steps(recipe, make_batches(recipe, data.train, base, shuffle=True))
     found: dict[str, Any] = {
         "recipe_yaml": to_yaml(recipe),
@@ -51,7 +54,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
     variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
     if not variant.has_components:
-        return found | _memory(recipe, variant, base, data)
+        return found | _memory(recipe, variant, base, data, modes)
     targets, start = plan_ranks(recipe, base)
     if recipe.rank.allocation != "uniform":
         data.notes.append(f"rank.allocation: {recipe.rank.allocation} needs the model's data; shown is uniform")
@@ -64,19 +67,23 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found["parameters"].update(start=start.parameters, budget=start.limit)
     data.notes += too_short(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
-    return found | _memory(recipe, variant, base, data)
+    return found | _memory(recipe, variant, base, data, modes)
 
 
-def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data) -> dict[str, Any]:
+def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data, modes: execution.Modes) -> dict[str, Any]:
     """The memory that the run will need, or a note why nobody knows; `base` is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
     length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train)
     ids = (recipe.train.micro_batch_size, length)
+
+    def trained() -> Trained:
+        what, _ = attach(variant, base, recipe)
+        modes.apply(base.model, what)
+        return what
+
     try:
-        need = measure(
-            base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, recipe.train.optimizer
-        )
+        need = measure(base, trained, recipe.model, device, ids, recipe.train.optimizer)
     except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
         return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
     found: dict[str, Any] = {"memory": need.as_dict()}

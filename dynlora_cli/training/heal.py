@@ -12,9 +12,9 @@ from dynlora_cli.adapters.attach import attached, detached
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
-from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
+from dynlora_cli.execution.mode import plan, without_long_runs
 from dynlora_cli.training.loop import fit
-from dynlora_cli.training.setup import make_accelerator, make_run, set_fused
+from dynlora_cli.training.setup import make_accelerator, make_run
 
 if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
@@ -38,7 +38,7 @@ def heal(
     Raises:
         Interrupted: Ctrl-C; nothing is saved.
     """
-    usual: dict[str, Any] = {"save_steps": None, "report_to": [], "compile": False, "cuda_graphs": False}
+    usual: dict[str, Any] = {"save_steps": None, "report_to": [], **without_long_runs(recipe.train)}
     train = recipe.train.model_copy(update={"max_steps": steps, **usual})
     evaluation = recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
@@ -55,19 +55,19 @@ def heal(
         num_labels=recipe.model.num_labels,
         writing=Writing.of(adapter.record),
     )
-    accelerator = make_accelerator(recipe, folder)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
-    set_fused(base.model, recipe)
-    with attached(base.model, adapter) as pool, torch.enable_grad():
-        if recipe.adapter.freeze_a:
-            pool.freeze_a()
-        run = make_run(recipe, accelerator, base, data, pool, None, save=lambda _: None)
-        run.emit = emit
-        torch.manual_seed(recipe.seed)
-        try:
-            fit(run)
-        except Interrupted:
-            raise Interrupted("interrupted while healing; nothing was written", "run the same command again") from None
-        base.model.eval()
-        return detached(adapter, pool)
+    with plan(recipe.train) as modes:
+        accelerator = make_accelerator(recipe, folder, modes)
+        modes.prepare(base.model)
+        with attached(base.model, adapter) as pool, torch.enable_grad():
+            modes.apply(base.model, pool)
+            if recipe.adapter.freeze_a:
+                pool.freeze_a()
+            run = make_run(recipe, accelerator, base, data, pool, None, modes, save=lambda _: None)
+            run.emit = emit
+            try:
+                fit(run)
+            except Interrupted:
+                text = "interrupted while healing; nothing was written"
+                raise Interrupted(text, "run the same command again") from None
+            base.model.eval()
+            return detached(adapter, pool)

@@ -32,7 +32,7 @@ def fit(run: Run) -> None:
         MeasureError: the loss or the gradient is not finite.
     """
     progress, window, saved_at = run.progress, Window(), time.monotonic()
-    with interruptible() as interrupted:
+    with run.random, interruptible() as interrupted:
         if progress.first is None and run.val_batches:
             progress.first = progress.last = held_out_loss(run)
             _emit_evaluation(run, progress.first, best=False)

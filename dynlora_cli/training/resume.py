@@ -95,14 +95,15 @@ def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) ->
     if isinstance(training.trained, Pool):
         empty = torch.zeros(position["parameters"], device=training.accelerator.device)
         swap(training.trained, training.optimizer, empty, position["counts"], {})
-    averages = restore(tensors, training.parameters, training.optimizer)
+    with training.random:
+        averages = restore(tensors, training.parameters, training.optimizer)
     training.control.load_state_dict(averages)
     if training.accelerator.scaler:
         training.accelerator.scaler.load_state_dict(position["scaler"])
     training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))
     training.trained.stand_after(training.progress.step, training.total_steps)
     if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
-        torch.manual_seed(training.recipe.seed + rank + 1_000_003 * training.progress.step)
+        training.random.restart(training.recipe.seed + rank + 1_000_003 * training.progress.step)
     best = _best_so_far(checkpoint, training.progress, record)
     if training.accelerator.is_main_process:
         run_folder.rewind(folder, checkpoint, best, record)

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.data.batches import Batches
     from dynlora_cli.data.load import Data
-    from dynlora_cli.execution.modes.cuda_graphs import BlockGraphs
+    from dynlora_cli.execution.mode import Modes
     from dynlora_cli.lora.start import Start
     from dynlora_cli.lora.whole import Trained
     from dynlora_cli.models.load import Base
+    from dynlora_cli.models.randomness import Randomness
     from dynlora_cli.pruning.control import Control
 
 
@@ -68,7 +69,8 @@ class Run:
         parameters: everything that trains; with components, the pool's flat tensor comes first.
         emit: takes every event, see runs/events.py.
         save: writes a checkpoint of the present state.
-        graphs: CUDA graphs of the blocks, where the recipe asks for them.
+        modes: how the steps are run: fused, compiled and so on.
+        random: the random numbers of this process's part in the run.
     """
 
     recipe: Recipe
@@ -83,9 +85,10 @@ class Run:
     val_batches: Batches | None
     total_steps: int
     save: Callable[[Run], None]
+    modes: Modes
+    random: Randomness
     emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
-    graphs: BlockGraphs | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -98,6 +101,10 @@ class Run:
     @property
     def classify(self) -> bool:
         return self.recipe.model.task == "sequence-classification"
+
+    def note(self, text: str) -> None:
+        """Leave a note in the run's log."""
+        self.emit({"event": "note", "text": text})
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over processes, in place where there are several."""

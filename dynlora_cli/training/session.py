@@ -17,6 +17,7 @@ from dynlora_cli.config.resume import flat
 from dynlora_cli.data.load import Data
 from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, tell
 from dynlora_cli.execution.launch import is_main_process
+from dynlora_cli.execution.mode import Modes, plan
 from dynlora_cli.files.place import OutputPlace
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.place import Place
@@ -46,6 +47,7 @@ class Session:
         place: the folder's place, held as its only writer; None in all processes but the first.
         listener: takes every event.
         accelerator: this process's device, and the other processes.
+        modes: how the steps are run; what they change is undone when the session ends.
         checkpoint: what the run goes on from; None for a new one.
         before: the record of the run that the checkpoint is of.
         begins: nothing of the run is in the folder yet; it may go on from a checkpoint of another folder.
@@ -58,6 +60,7 @@ class Session:
     place: OutputPlace | None
     listener: Emit | None
     accelerator: Accelerator
+    modes: Modes
     checkpoint: Path | None
     before: Mapping[str, Any] | None
     begins: bool
@@ -90,7 +93,7 @@ class Session:
         """
         folder = Path(recipe.output_dir)
         # Of several processes the first one writes.
-        with run_folder.place_of(folder) if is_main_process() else nullcontext() as place:
+        with run_folder.place_of(folder) if is_main_process() else nullcontext() as place, plan(recipe.train) as modes:
             _tell_of_the_old(place, folder, listener)
             try:
                 checkpoint = find_checkpoint(folder, recipe, resume, resume_from, listener)
@@ -101,9 +104,10 @@ class Session:
                 before = run_folder.read_record(run_folder.run_of(checkpoint)) if checkpoint else None
                 if begins and place:
                     run_folder.refuse_occupied(folder, overwrite=overwrite)
-                accelerator = make_accelerator(recipe, folder)
+                accelerator = make_accelerator(recipe, folder, modes)
+                modes.refuse(accelerator.device, accelerator.num_processes)
                 name = outputs.identity(before)
-                yield cls(recipe, folder, place, listener, accelerator, checkpoint, before, begins, name)
+                yield cls(recipe, folder, place, listener, accelerator, modes, checkpoint, before, begins, name)
             except BaseException:
                 if place:
                     place.settle()

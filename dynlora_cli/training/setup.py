@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import plugins
@@ -18,18 +18,15 @@ from dynlora_cli.data.load import CLASSIFICATION, Data, load_data
 from dynlora_cli.data.splits import LEAST_SIZING_ROWS, sizing_rows
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
-from dynlora_cli.execution.lean_blocks import lean_blocks
-from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
-from dynlora_cli.kernels.linear_cross_entropy import Heads
-from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.execution.accelerator import RunAccelerator
+from dynlora_cli.execution.mode import Modes
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.lora.shared_inputs import share_inputs
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.whole import Trained
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.experts import fused_experts
 from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
-from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.models.randomness import Randomness
 from dynlora_cli.models.targets import group_names, layers_left_out, text_part
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
@@ -47,7 +44,7 @@ if TYPE_CHECKING:
 MEASURED_ROWS = 8
 
 
-def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+def make_accelerator(recipe: Recipe, folder: Path, modes: Modes) -> Accelerator:
     """Devices, precision and trackers.
 
     Raises:
@@ -59,19 +56,15 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             raise MachineError(
                 f"train.report_to: the package {name} is not installed", f'pip install "dynlora[{name}]"'
             )
-    keep_libraries_quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_optimizer(recipe.train.optimizer, device)
     dtype = resolve_dtype(recipe.model.dtype, device)
-    AcceleratorState._reset_state()  # one process may train several times, each with its own precision
-    return Accelerator(
+    return RunAccelerator(
         cpu=device.type == "cpu",  # without it, several processes on CPUs would each train alone
         mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
         log_with=list(recipe.train.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-        # Autocast caches the weights that it casts. A CUDA graph must not read a cast that was made outside of it, so
-        # the cache is off then: for the whole run, since torch.compile would compile again for the other setting.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.train.cuda_graphs)],
+        kwargs_handlers=[AutocastKwargs(cache_enabled=modes.keeps_casts)],
     )
 
 
@@ -101,23 +94,18 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
     return data
 
 
-def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device) -> Base:
-    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes.
-
-    A base to be sharded waits in the host's memory, since no device could hold it.
-    """
+def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device, modes: Modes) -> Base:
+    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes."""
     base = load_base(
         recipe.model,
         files,
         files.tokenizer,
-        device=torch.device("cpu") if recipe.train.shard_base and device.type != "meta" else device,
+        device=modes.loads_to(device),
         labels=data.labels,
         seed=recipe.seed,
         computes=device,
     )
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(base.model, recipe.train.gradient_checkpointing)
-    set_fused(base.model, recipe)
+    modes.prepare(base.model)
     experts = fused_experts(base.model)
     adapts = plugins.load("variants", recipe.adapter.variant).has_components
     if experts and adapts and not recipe.adapter.names_experts:
@@ -140,14 +128,6 @@ def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device
             names = ", ".join(group_names(name for name, reason in left_out.items() if reason == why))
             data.notes.append(f"{names}: not adapted: {why}")
     return base
-
-
-def set_fused(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Compute as `train.fused` says: the blocks, and this process's layers and loss; it trains one recipe at a time."""
-    ComponentLinear.fuse = Heads.use = recipe.train.fused
-    Heads.compiled = None
-    if recipe.train.fused and not recipe.train.compile:  # which puts operations together itself
-        lean_blocks(model)
 
 
 def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
@@ -181,6 +161,7 @@ def make_run(
     data: Data,
     trained: Trained,
     start: Start | None,
+    modes: Modes,
     *,
     save: Callable[[Run], None],
 ) -> Run:
@@ -204,14 +185,9 @@ def make_run(
             loss_now=None if start.open else _loss_now(recipe, accelerator, base, data),
             stopping=_early_stopping(recipe, accelerator, base, data) if start.open else None,
         )
-    fused = {name: layer for name, layer in trained.layers.items() if layer.fuse and not layer.dropout}
-    if fused and not recipe.train.compile:
-        batch = batches.step(0, 0)[0].to(accelerator.device)
-        with evaluating(base.model), accelerator.autocast():
-            trained.sharing = share_inputs(fused, lambda: summed_loss(base.model, batch))
     val = data.val[: recipe.eval.max_samples]
     rate = recipe.train.learning_rate
-    return Run(
+    run = Run(
         recipe=recipe,
         accelerator=accelerator,
         base=base,
@@ -225,7 +201,19 @@ def make_run(
         total_steps=steps,
         save=save,
         progress=Progress(learning_rate=None if rate == "auto" else rate),
+        modes=modes,
+        # Dropout is the one thing that differs between processes.
+        random=Randomness(recipe.seed + accelerator.process_index, accelerator.device),
     )
+    modes.begin(base.model, trained, partial(_first_batch, run), run.note)
+    return run
+
+
+def _first_batch(run: Run) -> None:
+    """Run the model on the first batch of the run."""
+    batch = run.batches.step(0, 0)[0].to(run.accelerator.device)
+    with evaluating(run.model), run.accelerator.autocast():
+        summed_loss(run.model, batch)
 
 
 def _loss_now(recipe: Recipe, accelerator: Accelerator, base: Base, data: Data) -> Callable[[], float]:

@@ -91,12 +91,16 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
     Returns:
         loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
     """
+    with run.random:
+        return _step(run, micro_batches, interrupted)
+
+
+def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool]) -> dict[str, Any]:
     number = run.progress.step + 1
     supervised, tokens = run.total(sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches))
     run.trained.begin_step(number, run.total_steps)
-    if run.graphs:
-        last = min(run.total_steps, run.control.next_change(number))
-        run.graphs.passes_left = int(last - number + 1) * len(micro_batches)
+    last = min(run.total_steps, run.control.next_change(number))
+    run.modes.before_step(number, int(last - number + 1) * len(micro_batches))
     losses = [backward(run, batch, supervised) for batch in micro_batches]
     if number < run.total_steps:  # while the GPU still computes the gradient
         run.batches.prepare(*divmod(number, run.batches.steps_per_epoch))

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.models.quiet import quiet
 from dynlora_cli.training.setup import read_data
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
@@ -49,7 +49,7 @@ def line(name: str, max_length: int, rows: int) -> str:
 
 
 def main() -> None:
-    keep_libraries_quiet()
+    quiet.__enter__()
     head = [
         "set",
         "max_length",

@@ -37,6 +37,7 @@ eval: {max_samples: 200}
 def resident_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, int]:
     """Bytes of the base's linear layers, and of its tables and its head."""
     from dynlora_cli.config.load import load_recipe
+    from dynlora_cli.execution.mode import plan
     from dynlora_cli.models.base_files import BaseFiles
     from dynlora_cli.models.targets import find_targets
     from dynlora_cli.training.setup import read_base, read_data
@@ -44,7 +45,7 @@ def resident_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, int]:
     recipe = load_recipe(recipe_path, overrides)
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    model = read_base(recipe, files, data, torch.device("cpu")).model
+    model = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train)).model
     layers = find_targets(model, "all-linear")
     linear = sum(_bytes(module) for module in layers.values())
     apart = {id(p): p.nbytes for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}

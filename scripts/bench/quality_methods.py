@@ -30,6 +30,7 @@ from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.evaluation.held_out_loss import row_sums
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variants import lora
@@ -96,16 +97,10 @@ def lay_ground(job: Job, work: Path, earlier: list[Result]) -> Ground:
     # An open budget holds rows out of its training rows.
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files) if job.method.split()[0] == "dynlora-auto" else _rows(job.task, work, "val")
-    base = read_base(recipe, files, data, torch.device("cpu"))
-    return Ground(
-        recipe,
-        data,
-        base,
-        make_batches(recipe, data.train, base, shuffle=True),
-        make_batches(recipe, data.val, base, shuffle=False),
-        make_batches(recipe, _rows(job.task, work, "test").val, base, shuffle=False),
-        earlier,
-    )
+    base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
+    testing = _rows(job.task, work, "test").val
+    batches = [make_batches(recipe, rows, base, shuffle=rows is data.train) for rows in (data.train, data.val, testing)]
+    return Ground(recipe, data, base, *batches, earlier)
 
 
 def recipe_for(job: Job, work: Path, part: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -180,8 +175,10 @@ def fixed_map(job: Job, ground: Ground, *, shuffled: bool = False) -> Result:
 
 def _fit(ground: Ground, pool: Pool, start: Start) -> Result:
     recipe, unmeasured = ground.recipe, replace(ground.data, val=[])
-    accelerator = make_accelerator(recipe, Path(recipe.output_dir))
-    training = make_run(recipe, accelerator, ground.base, unmeasured, pool, start, save=lambda _: None)
+    modes = plan(recipe.train)
+    accelerator = make_accelerator(recipe, Path(recipe.output_dir), modes)
+    modes.apply(ground.base.model, pool)
+    training = make_run(recipe, accelerator, ground.base, unmeasured, pool, start, modes, save=lambda _: None)
     training.control.loss_now = None
     started = time.perf_counter()
     loop.fit(training)

@@ -42,7 +42,7 @@ from dynlora_cli.execution.blocks import blocks
 from dynlora_cli.execution.lean_blocks import lean_blocks
 from dynlora_cli.execution.modes.compile import compile_blocks
 from dynlora_cli.execution.modes.cuda_graphs import LEAST_PASSES, SIGHTINGS, BlockGraphs
-from dynlora_cli.kernels.linear_cross_entropy import Heads
+from dynlora_cli.kernels.linear_cross_entropy import ending
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
@@ -199,7 +199,9 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: boo
         setattr(model.get_submodule(parent), leaf, layers[name])
     pool = Pool(layers, dict.fromkeys(layers, shape.rank), device=DEVICE)
     pool.cast_with(model)
-    Heads.compiled = None
+    ending(model).fused = fuse
+    for layer in layers.values():
+        layer.fuse = fuse
     if shape.compiled:
         compile_blocks(model, pool)
     optimizer = make_optimizer("adamw", [{"params": [pool.values], "lr": 1e-4}], 0.0)
@@ -212,7 +214,6 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: boo
             share_inputs(layers, lambda: summed_loss(model, batch))
 
     def step() -> None:
-        ComponentLinear.fuse = Heads.use = fuse
         with mixed(cache_enabled=not recorded):
             loss = summed_loss(model, batch) / batch.supervised
         loss.backward()

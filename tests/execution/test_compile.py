@@ -13,7 +13,7 @@ from torch import nn
 from dynlora_cli.errors import MachineError
 from dynlora_cli.execution import blocks
 from dynlora_cli.execution.modes import compile as compiling
-from dynlora_cli.kernels.linear_cross_entropy import Heads, compiled_judge, loss_and_gradient
+from dynlora_cli.kernels.linear_cross_entropy import compiled_judge, loss_and_gradient
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.tasks.loss import summed_loss
@@ -39,9 +39,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(ComponentLinear, "fuse", True)  # both are the process's: put back at the end
-    monkeypatch.setattr(Heads, "use", True)
+def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tmp_path):
     torch._dynamo.reset()
     before, losses, graphs = compiling.graphs_made(), [], []
     settings = ["rank.budget=4", "eval.steps=12", "train.log_steps=1", f"model.dtype={dtype}"]
@@ -64,10 +62,8 @@ def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tm
 @pytest.mark.parametrize(
     "setting", ["adapter.freeze_a=false", "train.gradient_checkpointing=true", "adapter.freeze_a=true"]
 )
-def test_in_bf16_gradients_reach_the_pool_through_its_copies(setting, tmp_path, monkeypatch):
+def test_in_bf16_gradients_reach_the_pool_through_its_copies(setting, tmp_path):
     """Two micro-batches, before and after a removal; in full precision the same gradient to what bf16 leaves of it."""
-    for owner, name in ((ComponentLinear, "fuse"), (Heads, "use")):
-        monkeypatch.setattr(owner, name, True)
     torch._dynamo.reset()
     found = []
     for compiled in (False, True):

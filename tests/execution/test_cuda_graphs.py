@@ -15,14 +15,13 @@ from torch import Tensor
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
 from dynlora_cli.execution import block_trace, blocks
-from dynlora_cli.execution.blocks import draws
 from dynlora_cli.execution.modes import compile as compiling
 from dynlora_cli.execution.modes import cuda_graphs
 from dynlora_cli.execution.modes.cuda_graphs import BlockGraphs
-from dynlora_cli.kernels.linear_cross_entropy import Heads
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.surgery import shrink
+from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import step
 
 
@@ -71,8 +70,14 @@ def static_replay(function: Any, given: tuple[Tensor, ...]) -> Callable:
 def soon(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "LEAST_PASSES", 1)
     monkeypatch.setattr(cuda_graphs, "SIGHTINGS", 1)
-    monkeypatch.setattr(ComponentLinear, "fuse", True)  # the process's: put back at the end
-    monkeypatch.setattr(Heads, "use", True)
+
+
+def record(run: Run, tell: Callable[[str], None]) -> BlockGraphs:
+    """Let a run record its blocks, and play what it has recorded."""
+    mode = cuda_graphs.Mode(run.recipe.train, run.modes.patches)
+    mode.graphs = BlockGraphs(run.model, run.trained, tell, static_replays)
+    run.modes.modes.append(mode)
+    return mode.graphs
 
 
 def learn(recipe, *, recorded: bool, steps: int = 12, autocast: bool = False):
@@ -81,8 +86,7 @@ def learn(recipe, *, recorded: bool, steps: int = 12, autocast: bool = False):
     notes: list[str] = []
     if recipe.train.compile:
         compiling.compile_blocks(run.model, run.trained)
-    if recorded:
-        run.graphs = BlockGraphs(run.model, run.trained, notes.append, static_replays)
+    run.graphs = record(run, notes.append) if recorded else None
     losses = []
     for number in range(steps):
         losses.append(step(run, run.batches.step(*divmod(number, run.batches.steps_per_epoch)))["loss"])
@@ -160,7 +164,7 @@ def test_a_stretch_ends_where_a_block_is_given_more_than_the_one_before_returned
 def run(tmp_path):
     run = assembled(make_recipe(tmp_path, "train.cuda_graphs=true", "dataset.packing=true", "dataset.max_length=64"))
     run.notes = []
-    run.graphs = BlockGraphs(run.model, run.trained, run.notes.append, static_replays)
+    run.graphs = record(run, run.notes.append)
     return run
 
 
@@ -333,14 +337,14 @@ def test_models_that_are_not_the_same_in_every_pass_are_refused():
         transformers.OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16, layerdrop=0.1)
     )
     with pytest.raises(UsageError, match="skips blocks at random"):
-        cuda_graphs.prepare(skips, checkpointing=False)
+        cuda_graphs.refuse_unsuitable(skips, checkpointing=False)
     drops = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8))
-    cuda_graphs.prepare(drops, checkpointing=False)
+    cuda_graphs.refuse_unsuitable(drops, checkpointing=False)
     with pytest.raises(UsageError, match="may draw random numbers"):
-        cuda_graphs.prepare(drops, checkpointing=True)
+        cuda_graphs.refuse_unsuitable(drops, checkpointing=True)
     experts = transformers.MixtralConfig(**small, intermediate_size=16, num_key_value_heads=2, num_local_experts=2)
     with pytest.raises(UsageError, match="may draw random numbers"):
-        cuda_graphs.prepare(transformers.MixtralForCausalLM(experts), checkpointing=True)
+        cuda_graphs.refuse_unsuitable(transformers.MixtralForCausalLM(experts), checkpointing=True)
 
 
 def test_recordings_of_what_has_gone_are_gone(run):
@@ -362,9 +366,7 @@ def test_without_a_gpu_it_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_copies_that_stay_give_the_same_gradient():
-    from dynlora_cli.lora.layer import ComponentLinear as Layer
-
-    layer = Layer(torch.nn.Linear(6, 4, dtype=torch.bfloat16).requires_grad_(False), 1.0)
+    layer = ComponentLinear(torch.nn.Linear(6, 4, dtype=torch.bfloat16).requires_grad_(False), 1.0)
     pool = Pool({"layer": layer}, {"layer": 2})
     pool.joined = True
     found, places = [], set()
@@ -379,19 +381,3 @@ def test_copies_that_stay_give_the_same_gradient():
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])
     assert len(places) == 1
-
-
-def test_dropout_is_found_wherever_it_is():
-    import transformers
-
-    llama = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "vocab_size": 8,
-    }
-    assert not draws(transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)))
-    assert draws(transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama, attention_dropout=0.1)))
-    assert draws(torch.nn.Sequential(torch.nn.Dropout(0.1)))
-    assert draws(ComponentLinear(torch.nn.Linear(2, 2), 1.0, dropout=0.1))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.execution.blocks import blocks
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.execution.modes import shard
 from dynlora_cli.models import load as loading
 from dynlora_cli.models.base_files import BaseFiles
@@ -41,7 +42,7 @@ def test_a_base_that_waits_on_the_host_has_the_type_of_the_device_it_is_for(tmp_
     recipe = make_recipe(tmp_path, "train.shard_base=true")
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, torch.device("cuda"))
+    base = read_base(recipe, files, data, torch.device("cuda"), plan(recipe.train))
     assert base.model.device.type == "cpu"
     assert base.dtype == base.model.dtype == torch.bfloat16
 

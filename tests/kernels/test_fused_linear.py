@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.kernels.fused_lora import FusedLinear, fused
-from dynlora_cli.kernels.linear_cross_entropy import Heads
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.linear import weight_OI
@@ -229,8 +228,6 @@ def test_what_is_not_fused(why, monkeypatch):
 
 def test_loss_curves_of_both_are_equal(tmp_path, monkeypatch):
     """Through the whole loop, with its events."""
-    monkeypatch.setattr(ComponentLinear, "fuse", True)  # both are the process's: put back at the end
-    monkeypatch.setattr(Heads, "use", True)
     curves = []
     for switch in (True, False):
         recipe = make_recipe(tmp_path, f"train.fused={str(switch).lower()}", "train.log_steps=1", out=f"out-{switch}")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Granite
 from dynlora_cli.data.batches import Batch
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.kernels import linear_cross_entropy as linear_loss
-from dynlora_cli.kernels.linear_cross_entropy import Heads, linear_cross_entropy, loss_and_gradient, run_to_head
+from dynlora_cli.kernels.linear_cross_entropy import Ending, linear_cross_entropy, loss_and_gradient, run_to_head
 from dynlora_cli.tasks.loss import IGNORE, summed_loss
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 67}
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_the_logits(kind, targets, monkeypatch):
     true_loss.backward()
     true_gradient = next(p.grad for p in exact.parameters() if p.requires_grad)
     for use in (True, True, False):
-        monkeypatch.setattr(Heads, "use", use)
+        monkeypatch.setattr(Ending, "fused", use)
         weight.grad = None
         loss = summed_loss(model, rows)
         loss.backward()
@@ -93,7 +93,7 @@ def test_loss_and_gradient_are_those_of_the_logits(kind, targets, monkeypatch):
 def test_evaluation_is_the_same_with_and_without_logits(kind, monkeypatch):
     model, rows = build(kind), batch()
     with_head = held_out(model, [rows]), row_sums(model, [rows])
-    monkeypatch.setattr(Heads, "use", False)
+    monkeypatch.setattr(Ending, "fused", False)
     logits = held_out(model, [rows]), row_sums(model, [rows])
     assert with_head[0] == same_loss(logits[0])
     assert with_head[1].loss_R == same_loss(logits[1].loss_R)

@@ -14,14 +14,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from dynlora_cli import plugins
 from dynlora_cli.kernels.fused_lora import Part, fused_together
-from dynlora_cli.kernels.linear_cross_entropy import Heads
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.shared_inputs import share_inputs
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.models.linear import weight_OI
-from dynlora_cli.training import setup
 from dynlora_cli.training.step import step
 
 
@@ -246,8 +245,6 @@ FOUND = {  # how many layers compute together in the first block of each archite
 @pytest.mark.parametrize("kind", CASES)
 def test_every_architecture_learns_the_same(kind, checkpointing, tmp_path, monkeypatch):
     """Through the loop, with its events."""
-    monkeypatch.setattr(ComponentLinear, "fuse", True)  # the process's: put back at the end
-    monkeypatch.setattr(Heads, "use", True)
     task = CASES[kind][2]
     write_model(tmp_path / kind, kind)
     settings = [f"model.task={task}", "dataset.train_on=all" if task == "causal-lm" else ""]
@@ -271,8 +268,6 @@ def test_every_architecture_learns_the_same(kind, checkpointing, tmp_path, monke
 
 @pytest.mark.parametrize("setting", ["train.fused=false", "train.compile=true", "adapter.dropout=0.1"])
 def test_where_nothing_is_fused_nobody_listens(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(ComponentLinear, "fuse", True)
-    monkeypatch.setattr(Heads, "use", True)
-    monkeypatch.setattr(setup, "share_inputs", None)
+    monkeypatch.setattr(plugins.load("modes", "fused"), "share_inputs", None)
     run = assembled(make_recipe(tmp_path, setting))
     assert run.trained.sharing == []

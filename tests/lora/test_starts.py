@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dynlora_cli import plugins
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.errors import RecipeError
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.directions import leading, orthonormal_rows
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.start import plan_start
@@ -85,10 +86,10 @@ def test_an_open_budget_follows_what_the_start_became():
 
 
 def base_of(recipe):
-    accelerator = make_accelerator(recipe, Path(recipe.output_dir))
+    accelerator = make_accelerator(recipe, Path(recipe.output_dir), plan(recipe.train))
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, accelerator.device)
+    base = read_base(recipe, files, data, accelerator.device, plan(recipe.train))
     return base, data, accelerator
 
 

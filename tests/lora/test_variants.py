@@ -14,6 +14,7 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.evaluation.held_out_loss import held_out
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.surgery import shrink
@@ -166,7 +167,7 @@ def test_trained_pruned_saved_and_resumed(folder, name):
 
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, torch.device("cpu"))
+    base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
     rows = make_batches(recipe, data.val, base, shuffle=False)
     with attached(base.model, read_adapter(out)):
         found = held_out(base.model, (b for index in range(rows.steps_per_epoch) for b in rows.step(0, index)))

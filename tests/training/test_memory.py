@@ -20,10 +20,11 @@ from tiny_run import train as run_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli.data.batches import Batch
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.variants import full, lora
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import forget_input
-from dynlora_cli.models.quiet import keep_libraries_quiet
+from dynlora_cli.models.quiet import quiet
 from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.components import attach
 from dynlora_cli.training.dry_run import plan as plan_run
@@ -35,13 +36,14 @@ from dynlora_cli.training.setup import read_base, read_data
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    keep_libraries_quiet()
+    with quiet:
+        yield
 
 
 def estimate(recipe, ids, variant=lora):
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, torch.device("meta"))
+    base = read_base(recipe, files, data, torch.device("meta"), plan(recipe.train))
     device, optimizer = torch.device("cpu"), recipe.train.optimizer
     return measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, optimizer)
 
@@ -68,7 +70,7 @@ def real_peak(recipe, ids):
     """Bytes of the tensors of a real step, counted the same way."""
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, torch.device("cpu"))
+    base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
     pool, _ = attach(lora, base, recipe)
     tokens = torch.randint(5, 50, ids)
     mask = torch.ones_like(tokens)
@@ -115,7 +117,7 @@ def test_weights_adapter_and_growth(tmp_path):
     recipe = make_recipe(tmp_path)
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    base = read_base(recipe, files, data, torch.device("cpu"))
+    base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
     weights = sum(p.numel() * 4 for p in base.model.parameters())
     pool, _ = attach(lora, base, recipe)
     one, two = estimate(recipe, (4, 64)), estimate(recipe, (8, 64))
@@ -133,7 +135,7 @@ def test_four_bits_are_a_seventh_of_the_linear_weights(tmp_path):
     plain, small = estimate(recipe, (2, 16)), estimate(four, (2, 16))
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
-    model = read_base(recipe, files, data, torch.device("meta")).model
+    model = read_base(recipe, files, data, torch.device("meta"), plan(recipe.train)).model
     linear = sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     )

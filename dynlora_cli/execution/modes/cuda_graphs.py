@@ -1,20 +1,28 @@
-"""`train.cuda_graphs`: the forward and backward pass of the model's blocks, captured once and then replayed.
+"""CUDA graphs: the forward and backward pass of the model's blocks, captured once and then replayed.
 
-With a small model or batch, Python launches kernels more slowly than the GPU runs them. A CUDA graph needs no Python:
-one launch replays the same kernels on the same memory addresses. That is also its limit. A capture is valid for one
-batch shape, and for as long as the components keep their tensors: a pruning event replaces those, so after an event
-the blocks run as usual until new captures are made.
+What it does:
+    With a small model or batch, Python launches kernels more slowly than the GPU runs them. A CUDA graph needs no
+    Python: one launch replays the same kernels on the same memory addresses. That is also its limit. A capture is valid
+    for one batch shape, and for as long as the components keep their tensors: a pruning event replaces those, so after
+    an event the blocks run as usual until new captures are made.
 
-How a batch shape gets its capture:
+    How a batch shape gets its capture:
 
-1. The first two passes of the shape only count it, since many shapes come too rarely to be worth a capture.
-2. The third pass is traced (`Listening` in execution/block_trace.py): every block runs as usual, and what it is given
-   and what it returns is noted. Consecutive blocks, each fed by the output of the one before it, form a `Stretch`.
-3. At the next pass the trace is checked (`_sound`), and every stretch is captured (`_record`).
-4. From then on that pass and all later ones replay (`Playing`). Each block is replaced by a stand-in for the duration
-   of the pass: the first stand-in of a stretch replays all of it, the others pass the result along.
+    1. The first two passes of the shape only count it, since many shapes come too rarely to be worth a capture.
+    2. The third pass is traced (`Listening` in execution/block_trace.py): every block runs as usual, and what it is
+       given and what it returns is noted. Consecutive blocks, each fed by the output of the one before it, form a
+       `Stretch`.
+    3. At the next pass the trace is checked (`_sound`), and every stretch is captured (`_record`).
+    4. From then on that pass and all later ones replay (`Playing`). Each block is replaced by a stand-in for the
+       duration of the pass: the first stand-in of a stretch replays all of it, the others pass the result along.
 
-"Recording" is the name of a captured graph in this code, and "playing" that of a replay.
+    "Recording" is the name of a captured graph in this code, and "playing" that of a replay.
+
+When to use it:
+    On a GPU that waits for Python: a base of a few billion weights or less, or few tokens in a batch.
+
+Reference:
+    torch.cuda.make_graphed_callables, in PyTorch's notes on CUDA graphs.
 """
 
 from __future__ import annotations
@@ -29,15 +37,16 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.execution import mode
 from dynlora_cli.execution.block_trace import Listening, Playing, StandIn, Stretch, kind_of
 from dynlora_cli.execution.blocks import blocks_in_place, draws, mark_dynamic, skips_blocks
-from dynlora_cli.execution.modes.checkpointing import checkpoint_activations
+from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.experts import fused_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dynlora_cli.lora.pool import Pool
+    from dynlora_cli.lora.whole import Trained
 
 ORDER = 50
 # What does not run the same kernels on the same memory in every pass.
@@ -85,11 +94,45 @@ ROUNDING = 0.02  # relative difference of logits that counts as rounding
 MOST_SHAPES = 16  # batch shapes captured at a time; each keeps its own inputs and outputs in GPU memory
 
 
+class Mode(mode.Mode):
+    """`train.cuda_graphs`."""
+
+    # A graph must not read a cast that was made outside of it. So it is for the whole run, passes that are not captured
+    # too, since torch.compile would compile again for the other setting.
+    keeps_casts = False
+    even_batches = True
+    in_short_runs = False
+    graphs: BlockGraphs | None = None
+
+    def refuse(self, device: torch.device, processes: int) -> None:
+        refuse_without_gpu(device)
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        refuse_unsuitable(model, self.train.gradient_checkpointing is not False)
+
+    def begin(
+        self, model: PreTrainedModel, trained: Trained, forward: Callable[[], object], tell: Callable[[str], None]
+    ) -> None:
+        if isinstance(trained, Pool):
+            self.graphs = BlockGraphs(model, trained, tell)
+            self.patches.callback(self.graphs.close)
+
+    def before_step(self, step: int, passes_left: int) -> None:
+        if self.graphs:
+            self.graphs.passes_left = passes_left
+
+    def report(self) -> list[str]:
+        if self.graphs is None:
+            return []
+        recorded, played = self.graphs.recorded, self.graphs.played
+        return [f"passes through the blocks were recorded {recorded} times and played {played} times"]
+
+
 class BlockGraphs:
     """Captures the blocks of a model as CUDA graphs and replays them in its training passes.
 
-    Works through hooks on the model: creating this object is enough, and nobody calls it afterwards. The caller only
-    keeps `passes_left` up to date.
+    Works through hooks on the model: creating this object is enough, and nobody calls it afterwards, until `close`. The
+    caller only keeps `passes_left` up to date.
 
     Args:
         model: with its components in place; called with keyword arguments.
@@ -116,8 +159,17 @@ class BlockGraphs:
         self.given_up = False
         self._forget()
         pool.copies_stay = True  # a replay reads the low-precision copies of the components at fixed addresses
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        model.register_forward_hook(self._end, always_call=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Let the model run as without, and free the captures."""
+        for hook in self._hooks:
+            hook.remove()
+        self.pool.copies_stay = False
+        self._forget()
 
     def _forget(self) -> None:
         self._values = self.pool.values
@@ -197,7 +249,7 @@ class BlockGraphs:
         for container, index, block in self.places:
             container[index] = block
 
-    def _end(self, model: nn.Module, _: Any, output: Any) -> None:  # noqa: ARG002 - as hooks are called
+    def _end(self, model: nn.Module, _: Any, output: Any) -> None:
         """After a forward pass, even one that failed: put the blocks back."""
         if self._pass is None:
             return
@@ -314,24 +366,21 @@ def _key(inputs: dict[str, Any]) -> Any:
     return tuple((name, kind_of(tensor)) for name, tensor in tensors.items())
 
 
-def prepare(model: PreTrainedModel, checkpointing: bool) -> None:
-    """Switch on gradient checkpointing in a way that can be captured: without saving random-number states.
+def refuse_unsuitable(model: PreTrainedModel, checkpointing: bool) -> None:
+    """Refuse a model that does not run the same kernels in every pass.
 
     Raises:
-        UsageError: the model skips blocks at random, or it may draw random numbers and is to be checkpointed, so that
-            the recomputation would draw others.
+        UsageError: it skips blocks at random, or it may draw random numbers and is to be checkpointed: the
+            recomputation would draw others, since saving the state of the generators cannot be captured.
     """
     name, hint = type(model).__name__, "set train.cuda_graphs: false"
     if skips_blocks(model):
         raise UsageError(f"train.cuda_graphs: {name} skips blocks at random (layerdrop)", hint)
-    if not checkpointing:
-        return
-    if draws(model) or fused_experts(model):
+    if checkpointing and (draws(model) or fused_experts(model)):
         text = (
             f"train.cuda_graphs: {name} may draw random numbers (dropout, routers), whose state checkpointing asks for"
         )
         raise UsageError(text, f"{hint}, or train.gradient_checkpointing")
-    checkpoint_activations(model, preserve_rng_state=False)
 
 
 def refuse_without_gpu(device: torch.device) -> None:

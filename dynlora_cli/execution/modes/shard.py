@@ -1,16 +1,21 @@
-"""`train.shard_base`: every device holds a part of the frozen base, and a block is whole only while it computes.
+"""Every device holds a part of the frozen base, and a block is whole only while it computes.
 
-FSDP2 gathers a block's weights before its forward and its backward pass and frees them afterwards. Components, and
-whatever else trains, are not sharded. They are small, their gradients take a single all-reduce a step anyway, and a
-pruning event changes their shapes, which FSDP2 could not follow.
+What it does:
+    FSDP2 gathers a block's weights before its forward and its backward pass and frees them afterwards. Components, and
+    whatever else trains, are not sharded. They are small, their gradients take a single all-reduce a step anyway, and
+    a pruning event changes their shapes, which FSDP2 could not follow. A base that was sharded stays so.
 
-Source: Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277).
+When to use it:
+    When the base does not fit into one device's memory, or leaves too little for activations; with `--devices N`.
+
+Reference:
+    Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from packaging.version import Version
@@ -19,8 +24,31 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.execution import mode
 from dynlora_cli.execution.blocks import blocks, skips_blocks
-from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.whole import Trained
+from dynlora_cli.models.patched import Held, ignore_warnings
+
+# FSDP2 warns of a module that returns a view. The stand-in for the head does, it returns its input
+# (kernels/linear_cross_entropy.py); but nobody changes that in place, so nothing can go wrong.
+VIEWS = Held(partial(ignore_warnings, "FSDP2-wrapped module .* returned a view"))
+
+
+class Mode(mode.Mode):
+    """`train.shard_base`."""
+
+    loads_on_host = True  # no device could hold it
+    in_short_runs = False
+
+    def refuse(self, device: torch.device, processes: int) -> None:
+        refuse_sharding(processes)
+        self._device, self._processes = device, processes
+
+    def apply(self, model: PreTrainedModel, trained: Trained) -> None:
+        if trained.layers:
+            self.patches.enter_context(VIEWS)
+            shard_base(model, trained, self._device, self._processes)
+
 
 KEY, ORDER = "shard_base", 30
 CONFLICTS = [
@@ -64,7 +92,7 @@ def refuse_sharding(processes: int) -> None:
         raise MachineError("train.shard_base needs torch 2.7 or newer", "pip install --upgrade torch")
 
 
-def shard_base(model: PreTrainedModel, pool: Pool, device: torch.device, processes: int) -> None:
+def shard_base(model: PreTrainedModel, pool: Trained, device: torch.device, processes: int) -> None:
     """Shard the frozen weights: every process keeps its part of them, on its device.
 
     Args:
@@ -80,9 +108,6 @@ def shard_base(model: PreTrainedModel, pool: Pool, device: torch.device, process
 
     parts = list(blocks(model))
     _refuse_unsuitable(model, parts)
-    # FSDP2 warns of a module that returns a view. The stand-in for the head does, it returns its input
-    # (kernels/linear_cross_entropy.py); but nobody changes that in place, so nothing can go wrong.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (processes,))
     leaves = set(pool.leaves)
     others = {parameter for parameter in model.parameters() if _stays_whole(parameter, model.dtype)} - leaves

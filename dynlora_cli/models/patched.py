@@ -1,0 +1,72 @@
+"""Changes that a run makes to a model or to the process, and how each is undone when the run is over.
+
+Patches   what one run has changed on its model, such as a module's `forward`
+Held      a setting of the whole process, such as a filter of warnings, which several runs may need at once
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ContextDecorator, ExitStack
+from typing import Any
+
+_ABSENT = object()
+
+
+class Patches(ExitStack):
+    """All changes of one run; leaving the `with` block, or `close`, undoes them, the latest first.
+
+    It is an ExitStack: `callback(function)` notes any other way to undo something, `enter_context` holds a `Held`.
+    """
+
+    def set(self, holder: object, name: str, value: Any) -> None:
+        """Give an object an attribute of its own, such as a module its own `forward`."""
+        own = vars(holder)
+        before = own.get(name, _ABSENT)
+        own[name] = value
+        self.callback(_put_back, own, name, before)
+
+
+def _put_back(own: dict[str, Any], name: str, before: Any) -> None:
+    if before is _ABSENT:
+        own.pop(name, None)
+    else:
+        own[name] = before
+
+
+class Held(ContextDecorator):
+    """A setting of the process, changed while anybody is inside `with held:` and put back by the last who leaves.
+
+    Unlike a stack of contexts, it does not mind in which order several runs begin and end.
+
+    Args:
+        change: makes the setting, whether or not it is made already, and returns a function that undoes it.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change, self._holders = change, 0
+
+    def __enter__(self) -> None:
+        undo = self._change()
+        if not self._holders:
+            self._undo = undo
+        self._holders += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self._undo()
+
+
+def ignore_warnings(message: str = "", category: type[Warning] = Warning) -> Callable[[], None]:
+    """Ignore some warnings in the whole process; returns what takes this filter, and no other, away again."""
+    before = list(warnings.filters)
+    warnings.filterwarnings("ignore", message, category)
+    added = warnings.filters[0]
+
+    def undo() -> None:
+        if added not in before and added in warnings.filters:
+            warnings.filters.remove(added)  # type: ignore[attr-defined]
+
+    return undo
