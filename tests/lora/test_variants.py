@@ -180,39 +180,6 @@ def test_trained_pruned_saved_and_resumed(folder, name):
         assert again["loss_after"] == summary["loss_after"]
 
 
-TOY = """
-\"\"\"Half of LoRA.\"\"\"
-
-from dynlora_cli.lora.layer import ComponentLinear
-from dynlora_cli.lora.variant import put
-
-has_components = True
-takes = ()
-
-
-class Layer(ComponentLinear):
-    turns = plain = False
-
-    def factors(self):
-        return self.a_CI, self.b_OC / 2
-
-
-def attach(model, targets, start, options, seed):
-    return put(model, targets, start, options, seed, Layer)
-"""
-
-
-def test_a_new_variant_is_one_new_file(folder, tmp_path, monkeypatch):
-    import dynlora_cli.lora.variants
-
-    (tmp_path / "toy_variant.py").write_text(TOY, encoding="utf-8")
-    monkeypatch.setattr(dynlora_cli.lora.variants, "__path__", [*dynlora_cli.lora.variants.__path__, str(tmp_path)])
-    recipe = make_recipe(folder, "adapter.variant=toy-variant", out="out-toy")
-    summary, _ = train(recipe)
-    assert (summary["variant"], summary["parameters"] <= summary["budget_parameters"]) == ("toy-variant", True)
-    assert read_adapter(Path(recipe.output_dir)).parameters == summary["parameters"]
-
-
 def test_dora_is_evaluated_with_the_factors_of_now(folder):
     model, pool = one_layer(folder, "dora")
     x = torch.randn(3, 10, dtype=torch.float64)
