@@ -104,10 +104,10 @@ def evaluate(
 ) -> None:
     """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""
     with reporting(as_json) as result:
-        from dynlora_cli.cli import preflight
-        from dynlora_cli.cli.thresholds import read_gates
+        from dynlora_cli.cli.thresholds import read_thresholds
+        from dynlora_cli.commands import preflight
 
-        gates = read_gates(
+        thresholds = read_thresholds(
             fail_above=fail_above, fail_below=fail_below or (), baseline=baseline, max_regression=max_regression
         )
         names = _task_names(tasks, limit)
@@ -128,7 +128,7 @@ def evaluate(
             tasks=names,
             limit=limit,
             allow_template_mismatch=allow_template_mismatch,
-            gates=gates,
+            thresholds=thresholds,
         )
         view = console()
         result.update(command.run(folders, rows, options, view.line))

@@ -38,8 +38,8 @@ def export(
     """Write an adapter in the form that another tool reads, and check it there."""
     with reporting(as_json) as result:
         from dynlora_cli import plugins
-        from dynlora_cli.cli import preflight
         from dynlora_cli.cli.values import choice
+        from dynlora_cli.commands import preflight
         from dynlora_cli.runs.folder import refuse_occupied
 
         choice(to, plugins.names("exporters"), "--to")

@@ -12,7 +12,7 @@ def inspect(adapter: Adapters, as_json: AsJson = False) -> None:
     with reporting(as_json) as result:
         if len(adapter) > 2:
             raise UsageError("--adapter: one or two can be looked at together", "leave some out")
-        from dynlora_cli.cli import preflight
+        from dynlora_cli.commands import preflight
 
         preflight.adapters(adapter)
         from dynlora_cli.cli.views.adapters import AdapterView

@@ -76,8 +76,8 @@ def merge(
 ) -> None:
     """Fold an adapter into its base, or several adapters into one."""
     with reporting(as_json) as result:
-        from dynlora_cli.cli import preflight
         from dynlora_cli.cli.values import choice, numbers, share, size
+        from dynlora_cli.commands import preflight
         from dynlora_cli.runs.folder import refuse_occupied
 
         wanted = into or ("base" if len(adapter) == 1 else "adapter")

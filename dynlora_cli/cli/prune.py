@@ -61,8 +61,8 @@ def prune(
     """Make a trained adapter smaller."""
     with reporting(as_json) as result:
         from dynlora_cli import plugins
-        from dynlora_cli.cli import preflight
         from dynlora_cli.cli.values import choice, share, size
+        from dynlora_cli.commands import preflight
         from dynlora_cli.config.options import given
         from dynlora_cli.runs.folder import refuse_occupied
 

@@ -8,20 +8,19 @@ from pathlib import Path
 
 from dynlora_cli.cli.values import share
 from dynlora_cli.errors import UsageError
-from dynlora_cli.evaluation.thresholds import METRICS, Baseline, Gates
-from dynlora_cli.files.foreign import read_object
+from dynlora_cli.evaluation.thresholds import METRICS, Baseline, Thresholds
 from dynlora_cli.text import did_you_mean
 
 DEFAULT_REGRESSION = "1%"
 
 
-def read_gates(
+def read_thresholds(
     *,
     fail_above: float | None = None,
     fail_below: Iterable[str] = (),
     baseline: Path | None = None,
     max_regression: str | None = None,
-) -> Gates:
+) -> Thresholds:
     """Thresholds as a person writes them.
 
     Args:
@@ -37,10 +36,10 @@ def read_gates(
         raise UsageError("--max-regression needs something to compare with", "add --baseline REPORT.json")
     if fail_above is not None and not math.isfinite(fail_above):
         raise UsageError(f"--fail-above {fail_above} is no loss", "for example --fail-above 2.1")
-    return Gates(
+    return Thresholds(
         fail_above=fail_above,
         fail_below=dict(_bound(text) for text in fail_below),
-        baseline=_read_baseline(baseline) if baseline is not None else None,
+        baseline=Baseline.read(baseline) if baseline is not None else None,
         max_regression=_regression(max_regression or DEFAULT_REGRESSION),
     )
 
@@ -67,19 +66,3 @@ def _regression(text: str) -> float:
     if value >= 1 and not text.strip().endswith("%"):
         raise UsageError(f"--max-regression {text} is no share", "write 1% or 0.01")
     return value
-
-
-def _read_baseline(path: Path) -> Baseline:
-    made = "make one with `dynlora eval --json > REPORT.json`"
-    try:
-        report = read_object(path)
-    except UsageError as error:
-        raise UsageError(f"--baseline {error.message}", made) from None
-    try:
-        losses = {str(adapter["name"]): float(adapter["loss"]) for adapter in report["adapters"]}
-        baseline = Baseline(path, losses, report["rows"], report["tokens"], report["data"]["sha256"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise UsageError(f"--baseline {path} is no report of dynlora eval", made) from None
-    if not losses or not all(loss > 0 for loss in losses.values()):
-        raise UsageError(f"--baseline {path} holds no adapter's loss", made)
-    return baseline

@@ -61,7 +61,7 @@ def train(
 
         checked = load_recipe(recipe, overrides or (), output_dir)
         view = console()
-        from dynlora_cli.cli import preflight
+        from dynlora_cli.commands import preflight
 
         if dry_run:
             preflight.training(checked, writes=False)
@@ -96,7 +96,7 @@ def train(
 def _planned(recipe: Recipe, view: Console | None) -> dict[str, Any]:
     """What a run would do; shown, if there is a view."""
     from dynlora_cli.cli.views.plan import show_plan
-    from dynlora_cli.training.dry_run import plan
+    from dynlora_cli.commands.dry_run import plan
 
     planned = plan(recipe)
     if view is not None:

@@ -63,9 +63,9 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     notes += compare_templates(adapters, names, tokenizer, rows, options.allow_template_mismatch)
     with_base = base_has_rows(adapters, names, place, rows, int(tokenizer.pad_token_id), notes) and options.with_base
     prompts, scored = _prompts(rows, tokenizer, options, notes)
-    options.gates.refuse_unmeasured(*_measured(rows, scored))
+    options.thresholds.refuse_unmeasured(*_measured(rows, scored))
     targets = sum(example.supervised() for example in rows.examples)
-    options.gates.refuse_other_rows(len(rows.examples), targets, rows.sha256, names)
+    options.thresholds.refuse_other_rows(len(rows.examples), targets, rows.sha256, names)
     harness = None
     if options.tasks:
         if adapters[0].task != "causal-lm":
@@ -89,7 +89,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     scored_references = sum(len(prompt.references) for prompt in prompts[:scored])
     report["generated"] = {"prompts": scored, "references": scored_references}
     report["samples"] = side_by_side(prompts[: options.samples], found)
-    failed = options.gates.failures(report["adapters"])
+    failed = options.thresholds.failures(report["adapters"])
     return report | {"ok": not failed, "failed": failed} | ({"error": "\n".join(failed)} if failed else {})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dynlora_cli.evaluation.thresholds import Gates
+from dynlora_cli.evaluation.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
@@ -26,7 +26,7 @@ class Options:
         tasks: of lm-evaluation-harness: names, or paths of task files.
         limit: documents of each task at most.
         allow_template_mismatch: measure conversations with another chat template than the adapter was trained with.
-        gates: thresholds that must be reached.
+        thresholds: thresholds that must be reached.
     """
 
     base: str | None = None
@@ -38,4 +38,4 @@ class Options:
     tasks: Sequence[str] = ()
     limit: int | None = None
     allow_template_mismatch: bool = False
-    gates: Gates = field(default_factory=Gates)
+    thresholds: Thresholds = field(default_factory=Thresholds)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import read_object
 from dynlora_cli.text import number, percent
 
 # What `--fail-below` may name, in the order in which a table shows it, with the highest value it can take.
@@ -34,6 +35,27 @@ class Baseline:
     tokens: int
     data_sha256: str
 
+    @classmethod
+    def read(cls, path: Path) -> Baseline:
+        """A report of `dynlora eval --json`.
+
+        Raises:
+            UsageError: it is none.
+        """
+        made = "make one with `dynlora eval --json > REPORT.json`"
+        try:
+            report = read_object(path)
+        except UsageError as error:
+            raise UsageError(f"--baseline {error.message}", made) from None
+        try:
+            losses = {str(adapter["name"]): float(adapter["loss"]) for adapter in report["adapters"]}
+            baseline = cls(path, losses, report["rows"], report["tokens"], report["data"]["sha256"])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise UsageError(f"--baseline {path} is no report of dynlora eval", made) from None
+        if not losses or not all(loss > 0 for loss in losses.values()):
+            raise UsageError(f"--baseline {path} holds no adapter's loss", made)
+        return baseline
+
     def loss_of(self, name: str, names: Sequence[str]) -> float:
         """The former loss of an adapter: of the one with its name, or of the only one where there is one then and now.
 
@@ -51,7 +73,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Gates:
+class Thresholds:
     """The thresholds that every adapter must reach.
 
     Attributes:

@@ -237,7 +237,7 @@ def test_samples_stand_side_by_side(llama: Run, dynlora_eval: Callable[..., Answ
     assert "BLEU" not in answer.err, "shown, not scored"
 
 
-# -- gates -----------------------------------------------------------------------------------------------------------
+# -- thresholds -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from tiny_run import make_recipe
 
 from dynlora_cli.cli.views.evaluation import confusion_in_words
 from dynlora_cli.cli.views.progress import Progress
+from dynlora_cli.commands import dry_run
 from dynlora_cli.commands.train import run
 from dynlora_cli.errors import DataError
-from dynlora_cli.training import dry_run
 
 
 def test_one_row_is_refused(tmp_path):

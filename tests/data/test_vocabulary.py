@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynlora_cli
+from dynlora_cli.commands.dry_run import plan
 from dynlora_cli.commands.evaluate import run as evaluate
 from dynlora_cli.commands.train import run as train
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.errors import DataError
 from dynlora_cli.evaluation.options import Options
-from dynlora_cli.training.dry_run import plan
 
 TINY = Path(dynlora_cli.__file__).parent / "assets" / "builtin_tiny"
 TEXTS = ["the cat <|new|> sat", "a <|more|> fox"]

@@ -1,4 +1,4 @@
-"""Intervals and classification metrics, against what statistics and scikit-learn say; gates, as a person writes them."""
+"""Intervals and classification metrics, against what statistics and scikit-learn say; thresholds, as a person writes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 
-from dynlora_cli.cli.thresholds import read_gates
+from dynlora_cli.cli.thresholds import read_thresholds
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.scores import RowSums, classification, confusion, paired_difference
 from dynlora_cli.evaluation.thresholds import METRICS
@@ -98,7 +98,7 @@ def test_always_the_same_class_and_a_class_that_never_occurs():
     assert found["f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
 
 
-# -- gates -----------------------------------------------------------------------------------------------------------
+# -- thresholds -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_always_the_same_class_and_a_class_that_never_occurs():
 )
 def test_gates_that_mean_nothing(options: dict, message: str):
     with pytest.raises(UsageError) as caught:
-        read_gates(**options)
+        read_thresholds(**options)
     assert message in f"{caught.value.message} {caught.value.hint}"
 
 
@@ -129,10 +129,10 @@ def report(path: Path, **losses: float) -> Path:
 @pytest.mark.parametrize("text", ["lots", "-1%", "1", "5", "nan", "%", ""])
 def test_a_regression_that_is_no_share(text: str, tmp_path: Path):
     if not text:
-        assert read_gates(baseline=report(tmp_path / "a.json", a=1.0), max_regression=None).max_regression == 0.01
+        assert read_thresholds(baseline=report(tmp_path / "a.json", a=1.0), max_regression=None).max_regression == 0.01
         return
     with pytest.raises(UsageError, match="no share"):
-        read_gates(baseline=report(tmp_path / "a.json", a=1.0), max_regression=text)
+        read_thresholds(baseline=report(tmp_path / "a.json", a=1.0), max_regression=text)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"adapters": []}', '{"adapters": [{"name": "a"}]}'])
@@ -141,26 +141,26 @@ def test_a_baseline_that_is_none(content: str | None, tmp_path: Path):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UsageError, match="--baseline"):
-        read_gates(baseline=path)
+        read_thresholds(baseline=path)
 
 
 def test_a_baseline_of_other_rows_or_adapters(tmp_path: Path):
-    gates = read_gates(baseline=report(tmp_path / "a.json", a=1.0, b=2.0))
-    gates.refuse_other_rows(3, 9, "x", ["b", "a"])
+    thresholds = read_thresholds(baseline=report(tmp_path / "a.json", a=1.0, b=2.0))
+    thresholds.refuse_other_rows(3, 9, "x", ["b", "a"])
     with pytest.raises(UsageError, match="other rows"):
-        gates.refuse_other_rows(3, 9, "y", ["a"])
+        thresholds.refuse_other_rows(3, 9, "y", ["a"])
     with pytest.raises(UsageError, match="no adapter named c"):
-        gates.refuse_other_rows(3, 9, "x", ["c"])
-    only = read_gates(baseline=report(tmp_path / "a.json", a=1.0))
+        thresholds.refuse_other_rows(3, 9, "x", ["c"])
+    only = read_thresholds(baseline=report(tmp_path / "a.json", a=1.0))
     only.refuse_other_rows(3, 9, "x", ["renamed"])
 
 
 def test_what_fails(tmp_path: Path):
     baseline = report(tmp_path / "a.json", a=2.0, b=2.0)
-    gates = read_gates(fail_above=2.05, fail_below=["f1=0.5"], baseline=baseline, max_regression="2%")
+    thresholds = read_thresholds(fail_above=2.05, fail_below=["f1=0.5"], baseline=baseline, max_regression="2%")
     good, bad = {"name": "a", "loss": 2.03, "f1": 0.5}, {"name": "b", "loss": 2.1, "f1": 0.4}
-    assert gates.failures([good]) == []
-    above, below, worse = gates.failures([good, bad])
+    assert thresholds.failures([good]) == []
+    above, below, worse = thresholds.failures([good, bad])
     assert above == "b: held-out loss 2.1000 is above --fail-above 2.05"
     assert below == "b: f1 0.4000 is below --fail-below 0.5"
     assert worse.startswith("b: held-out loss 2.1000 is 5.0 % above the baseline's 2.0000")

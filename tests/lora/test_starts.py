@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from dynlora_cli import plugins
+from dynlora_cli.commands.dry_run import plan as plan_run
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.execution.mode import plan
@@ -26,7 +27,6 @@ from dynlora_cli.models.targets import find_targets
 from dynlora_cli.pruning.allocation import in_proportion, share_out, with_counts
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.components import begin
-from dynlora_cli.training.dry_run import plan as plan_run
 from dynlora_cli.training.setup import make_accelerator, read_base, read_data
 
 ALLOCATIONS = ["eva", "gora", "sensitivity"]

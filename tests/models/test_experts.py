@@ -20,6 +20,7 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.expert_files import fuse, unfuse
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.commands import evaluate, export
+from dynlora_cli.commands.dry_run import plan
 from dynlora_cli.commands.merge import into_base
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import UsageError
@@ -29,7 +30,6 @@ from dynlora_cli.merging.fold import plan_merge, write_merged
 from dynlora_cli.models.experts import fused_experts, join, split
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.weights import Weights
-from dynlora_cli.training.dry_run import plan
 
 SHORT = ("train.max_steps=3", "pruning.start=0.3", "pruning.end=0.7", "pruning.events=1", "eval.steps=3")
 # What is adapted, and how many layers that makes: 2 blocks, 4 experts.

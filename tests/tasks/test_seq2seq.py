@@ -15,6 +15,7 @@ from tiny_run import make_recipe, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 from dynlora_cli.commands import evaluate, prune
+from dynlora_cli.commands.dry_run import plan as plan_run
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.example_view import show_example
@@ -24,7 +25,6 @@ from dynlora_cli.evaluation import options
 from dynlora_cli.evaluation.generation import find_prompts, generate
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.tasks.loss import summed_loss
-from dynlora_cli.training.dry_run import plan as plan_run
 
 from recipe_helpers import MINIMAL, problems
 

@@ -19,6 +19,7 @@ from tiny_run import assembled, make_recipe
 from tiny_run import train as run_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dynlora_cli.commands.dry_run import plan as plan_run
 from dynlora_cli.data.batches import Batch
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.variants import full, lora
@@ -27,7 +28,6 @@ from dynlora_cli.models.linear import forget_input
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.components import attach
-from dynlora_cli.training.dry_run import plan as plan_run
 from dynlora_cli.training.memory_estimate import Need, _Peak, measure
 from dynlora_cli.training.metrics import resident_bytes
 from dynlora_cli.training.optimizers import state_bytes
