@@ -8,7 +8,6 @@ from tiny_run import make_recipe, train
 
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.execution.modes import cuda_graphs
-from dynlora_cli.lora.variants import lora
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.training.components import attach
 from dynlora_cli.training.memory_estimate import CUDA_BYTES, measure
@@ -125,11 +124,13 @@ def test_the_estimate_of_tensors_is_that_of_a_real_step(tmp_path):
     data = read_data(recipe, files)
     device = torch.device("cuda")
     base = read_base(recipe, files, data, torch.device("meta"), plan(recipe.train))
-    need = measure(base, lambda: attach(lora, base, recipe)[0], recipe.model, device, (64, 96))
+    need = measure(
+        base, lambda: attach(base, recipe.adapter, recipe.rank, recipe.seed)[0], recipe.model, device, (64, 96)
+    )
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     base = read_base(recipe, files, data, device, plan(recipe.train))
-    pool, _ = attach(lora, base, recipe)
+    pool, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed)
     base.model.train()
     optimizer = torch.optim.AdamW([pool.values], fused=True)
     ids = torch.randint(5, 50, (64, 96), device=device)

@@ -30,7 +30,6 @@ from dynlora_cli.commands import train as train_command
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.execution.mode import plan
-from dynlora_cli.lora.variants import full, lora
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.training.components import attach
@@ -158,7 +157,7 @@ def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
     base = read_base(recipe, files, data, accelerator.device, modes)
-    trained, start = attach({"lora": lora, "full": full}[recipe.adapter.variant], base, recipe)
+    trained, start = attach(base, recipe.adapter, recipe.rank, recipe.seed)
     if trained.layers and fill:
         with torch.no_grad():
             trained.values.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))

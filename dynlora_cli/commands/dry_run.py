@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,6 @@ from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.lora.variant import Variant
     from dynlora_cli.lora.whole import Trained
 
 
@@ -52,10 +51,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "data": {"counts": data.counts, "sha256": data.sha256},
         "notes": data.notes,
     }
-    variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
-    if not variant.has_components:
-        return found | _memory(recipe, variant, base, data, modes)
-    targets, start = plan_ranks(recipe, base)
+    if not plugins.load("variants", recipe.adapter.variant).has_components:
+        return found | _memory(recipe, base, data, modes)
+    targets, start = plan_ranks(recipe.adapter, recipe.rank, base)
     if recipe.rank.allocation != "uniform":
         data.notes.append(f"rank.allocation: {recipe.rank.allocation} needs the model's data; shown is uniform")
     found["modules"] = [
@@ -67,10 +65,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found["parameters"].update(start=start.parameters, budget=start.limit)
     data.notes += too_short(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
-    return found | _memory(recipe, variant, base, data, modes)
+    return found | _memory(recipe, base, data, modes)
 
 
-def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data, modes: execution.Modes) -> dict[str, Any]:
+def _memory(recipe: Recipe, base: Base, data: Data, modes: execution.Modes) -> dict[str, Any]:
     """The memory that the run will need, or a note why nobody knows; `base` is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
@@ -78,7 +76,7 @@ def _memory(recipe: Recipe, variant: Variant, base: Base, data: Data, modes: exe
     ids = (recipe.train.micro_batch_size, length)
 
     def trained() -> Trained:
-        what, _ = attach(variant, base, recipe)
+        what, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed)
         modes.apply(base.model, what)
         return what
 

@@ -31,21 +31,23 @@ from dynlora_cli.models.load import Base, load_structure
 from dynlora_cli.models.weights import Weights
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Model
 
 
 @torch.no_grad()
-def write_start(pool: Pool, recipe: Recipe, base: Base, inputs: Mapping[str, Directions]) -> None:
-    """Write the values of `adapter.init_weights` into a new pool.
+def write_start(pool: Pool, kind: str, base: Base, options: Model, inputs: Mapping[str, Directions], seed: int) -> None:
+    """Write the first values of the components into a new pool.
 
     Args:
         pool: on the base, with the default's values.
-        recipe: of the run.
+        kind: `adapter.init_weights` of the recipe.
         base: holds W, or Q and the files that W is in.
+        options: the section `model` of the recipe, by which loftq reads those files.
         inputs: of each layer, for eva.
+        seed: of what is drawn at random.
     """
-    kind, generator = recipe.adapter.init_weights, torch.Generator().manual_seed(recipe.seed)
-    files = _files(recipe, base) if kind == "loftq" else None
+    generator = torch.Generator().manual_seed(seed)
+    files = _files(options, base) if kind == "loftq" else None
     for name, layer in pool.layers.items():
         if kind == "orthogonal":
             layer.a_CI.copy_(orthogonal_start(layer.count, layer.in_features, generator))
@@ -60,9 +62,9 @@ def write_start(pool: Pool, recipe: Recipe, base: Base, inputs: Mapping[str, Dir
             layer.b_OC.copy_(b_OC)
 
 
-def _files(recipe: Recipe, base: Base) -> Layout:
+def _files(options: Model, base: Base) -> Layout:
     """Where the base's weights lie, unquantized."""
-    return Layout(Weights(base.folder), load_structure(recipe.model, base.folder, None))
+    return Layout(Weights(base.folder), load_structure(options, base.folder, None))
 
 
 def _stored(files: Layout, name: str, layer: nn.Module) -> Tensor:

@@ -31,13 +31,12 @@ from dynlora_cli.training.batches import make_batches
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Adapter, Rank
     from dynlora_cli.data.batches import Batch
     from dynlora_cli.lora.variant import Variant
 
 
-SURVEYED = 16  # micro-batches that a survey looks at
-
-
+CALIBRATION_BATCHES = 16  # micro-batches that are looked at before training
 EVA_SPREAD = 2  # a layer gets at most so many times its uniform share, EVA's rho
 
 
@@ -60,15 +59,15 @@ def begin(
         UsageError: loftq does not find a layer in the model's files.
     """
     if counts is not None or not variant.has_components:
-        trained, planned = attach(variant, base, recipe, counts)
+        trained, planned = attach(base, recipe.adapter, recipe.rank, recipe.seed, counts)
         return trained.to(accelerator.device), planned
 
     def batches() -> Iterator[Batch]:
         rows = make_batches(recipe, data.train, base, shuffle=True)
         steps = (rows.step(0, index) for index in range(rows.steps_per_epoch))
-        return (batch.to(accelerator.device) for batch in islice(chain.from_iterable(steps), SURVEYED))
+        return (batch.to(accelerator.device) for batch in islice(chain.from_iterable(steps), CALIBRATION_BATCHES))
 
-    layers, start = plan_ranks(recipe, base)
+    layers, start = plan_ranks(recipe.adapter, recipe.rank, base)
     inputs = {}
     with seeded(recipe.seed, accelerator.device):  # the base's own dropout
         if recipe.rank.allocation != "uniform":
@@ -79,10 +78,10 @@ def begin(
         if recipe.adapter.init_weights == "eva":
             wanted = start.counts if counts is None else counts
             inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
-    pool, planned = attach(variant, base, recipe, counts)
+    pool, planned = attach(base, recipe.adapter, recipe.rank, recipe.seed, counts)
     assert isinstance(pool, Pool)
     pool.to(accelerator.device)
-    write_start(pool, recipe, base, inputs)
+    write_start(pool, recipe.adapter.init_weights, base, recipe.model, inputs, recipe.seed)
     _from_the_first(pool.values.detach(), accelerator)
     return pool, planned
 
@@ -122,39 +121,58 @@ def _from_the_first(tensor: Tensor, accelerator: Accelerator) -> None:
 
 
 def plan_ranks(
-    recipe: Recipe, base: Base, counts: Mapping[str, int] | None = None
-) -> tuple[dict[str, torch.nn.Module], Start]:
-    """The target layers, and how many components each starts with: as many everywhere, or `counts`."""
-    variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
-    if recipe.adapter.names_experts:
+    options: Adapter, rank: Rank, base: Base, counts: Mapping[str, int] | None = None
+) -> tuple[dict[str, nn.Module], Start]:
+    """The target layers, and how many components each starts with: as many everywhere, or `counts`.
+
+    Args:
+        options: the section `adapter` of the recipe.
+        rank: its section `rank`.
+        base: whose layers they are; experts in it are split where they are targets.
+        counts: components of each layer, where they are settled already.
+
+    Raises:
+        UsageError: PEFT has no such adapter for one of the layers, or the budget is smaller than one component.
+    """
+    variant = cast("Variant", plugins.load("variants", options.variant))
+    if options.names_experts:
         if hasattr(variant, "saved_as"):
             raise UsageError(
-                f"adapter.target_modules: variant {recipe.adapter.variant} is no LoRA when it is saved, which is all "
+                f"adapter.target_modules: variant {options.variant} is no LoRA when it is saved, which is all "
                 "that PEFT takes for experts",
                 "write `variant: lora`, or leave experts out of adapter.target_modules",
             )
         split(base.model)
-    targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
+    targets = find_targets(base.model, options.target_modules, whole=base.whole)
     taken = ends_in(targets, taken_for_experts(base.model.config.model_type))
     if taken and getattr(variant, "in_modules_only", False):
         raise UsageError(
-            f"adapter.variant: PEFT has no {recipe.adapter.variant} for {min(taken)}, which it takes for one of the "
+            f"adapter.variant: PEFT has no {options.variant} for {min(taken)}, which it takes for one of the "
             f"experts in a model of type {base.model.config.model_type}",
             "write `adapter.target_modules: attention`, or `variant: lora`",
         )
     shapes = {name: linear_shape(module) for name, module in targets.items()}
-    kind = layer_kind(recipe.adapter, variant.Layer)
-    start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init, kind)
+    kind = layer_kind(options, variant.Layer)
+    start = plan_start(shapes, rank.parsed_budget(), rank.init, kind)
     if counts is not None:
         start = with_counts(start, counts, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()})
     return targets, start
 
 
 def attach(
-    variant: Variant, base: Base, recipe: Recipe, counts: Mapping[str, int] | None = None
+    base: Base, options: Adapter, rank: Rank, seed: int, counts: Mapping[str, int] | None = None
 ) -> tuple[Pool | WholeModel, Start | None]:
-    """Put components on the model, with the values of the default start, or make all of it train."""
+    """Put components on the model, with the values of the default start, or make all of it train.
+
+    Args:
+        base: changed in place.
+        options: the section `adapter` of the recipe.
+        rank: its section `rank`.
+        seed: of the values.
+        counts: components of each layer, where they are settled already.
+    """
+    variant = cast("Variant", plugins.load("variants", options.variant))
     if not variant.has_components:
         return WholeModel(base.model), None
-    targets, start = plan_ranks(recipe, base, counts)
-    return variant.attach(base.model, targets, start, recipe.adapter, recipe.seed), start
+    targets, start = plan_ranks(options, rank, base, counts)
+    return variant.attach(base.model, targets, start, options, seed), start

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import peft
 import torch
@@ -23,7 +23,6 @@ from quality_tasks import TASKS, model_path, prepare
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynlora_cli import plugins
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.batches import Batches
@@ -43,9 +42,6 @@ from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.components import attach, plan_ranks
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.setup import make_accelerator, make_run, read_base, read_data
-
-if TYPE_CHECKING:
-    from dynlora_cli.lora.variant import Variant
 
 Result = dict[str, Any]
 
@@ -136,14 +132,14 @@ def _rows(task: str, work: Path, part: str) -> Data:
 def dynlora(job: Job, ground: Ground) -> Result:  # noqa: ARG001 - one signature for all methods
     """A run of ours, as the recipe says."""
     recipe, base = ground.recipe, ground.base
-    pool, start = attach(cast("Variant", plugins.load("variants", recipe.adapter.variant)), base, recipe)
+    pool, start = attach(base, recipe.adapter, recipe.rank, recipe.seed)
     assert pool is not None and start is not None  # noqa: PT018
     return _fit(ground, pool, start)
 
 
 def dora_size(job: Job, ground: Ground) -> Result:
     """A run of ours with the parameters of DoRA, which has one magnitude per output more than LoRA of the same rank."""
-    targets, start = plan_ranks(ground.recipe, ground.base)
+    targets, start = plan_ranks(ground.recipe.adapter, ground.recipe.rank, ground.base)
     size = start.budget + sum(linear_shape(module)[1] for module in targets.values())
     rank = ground.recipe.rank.model_copy(update={"budget": f"{size / 1000}k"})
     return dynlora(job, replace(ground, recipe=ground.recipe.model_copy(update={"rank": rank})))
@@ -155,7 +151,7 @@ def fixed_map(job: Job, ground: Ground, *, shuffled: bool = False) -> Result:
     Args:
         shuffled: dealt out anew among layers of the same shape, so that the size stays.
     """
-    targets, start = plan_ranks(ground.recipe, ground.base)
+    targets, start = plan_ranks(ground.recipe.adapter, ground.recipe.rank, ground.base)
     wanted = (job.task, "dynlora", job.budget, job.seed)
     found = [r for r in ground.earlier if (r["task"], r["method"], r["budget"], r["seed"]) == wanted and "ranks" in r]
     if not found:
@@ -253,7 +249,7 @@ def adalora_config(rank: int, *, steps: int, **more: Any) -> peft.AdaLoraConfig:
 def _wrap(job: Job, ground: Ground, config: Callable[..., Any], rank: int) -> tuple[Any, dict[str, nn.Module]]:
     """The base in PEFT's clothes; a classifier's head trains too."""
     model, head = ground.base.model, ground.base.head
-    targets, _ = plan_ranks(ground.recipe, ground.base)
+    targets, _ = plan_ranks(ground.recipe.adapter, ground.recipe.rank, ground.base)
     more: dict[str, Any] = {"target_modules": list(targets)}
     if "steps" in config.__annotations__:
         more["steps"] = TASKS[job.task].steps

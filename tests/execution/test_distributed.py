@@ -67,7 +67,7 @@ def wait_for_step(folder, step, process, seconds=90):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["adapter.init_weights=eva", "rank.allocation=gora"]], ids=["default", "surveyed"]
+    "more", [[], ["adapter.init_weights=eva", "rank.allocation=gora"]], ids=["default", "calibrated"]
 )
 def test_two_processes_train_as_one(tmp_path, more):
     settings = [*SETTINGS, "train.max_grad_norm=null", *more]

@@ -22,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynlora_cli.commands.dry_run import plan as plan_run
 from dynlora_cli.data.batches import Batch
 from dynlora_cli.execution.mode import plan
-from dynlora_cli.lora.variants import full, lora
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import forget_input
 from dynlora_cli.models.quiet import quiet
@@ -40,12 +39,14 @@ def _quiet():
         yield
 
 
-def estimate(recipe, ids, variant=lora):
+def estimate(recipe, ids):
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
     base = read_base(recipe, files, data, torch.device("meta"), plan(recipe.train))
     device, optimizer = torch.device("cpu"), recipe.train.optimizer
-    return measure(base, lambda: attach(variant, base, recipe)[0], recipe.model, device, ids, optimizer)
+    return measure(
+        base, lambda: attach(base, recipe.adapter, recipe.rank, recipe.seed)[0], recipe.model, device, ids, optimizer
+    )
 
 
 def test_eight_bit_moments_are_a_quarter(tmp_path):
@@ -71,7 +72,7 @@ def real_peak(recipe, ids):
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
     base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
-    pool, _ = attach(lora, base, recipe)
+    pool, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed)
     tokens = torch.randint(5, 50, ids)
     mask = torch.ones_like(tokens)
     mask[0, -1] = 0  # a batch without padding would need no mask, and is not the largest
@@ -105,12 +106,12 @@ def test_activations_are_those_of_a_real_step(settings, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
-@pytest.mark.parametrize("variant", [lora, full])
+@pytest.mark.parametrize("variant", ["lora", "full"])
 def test_other_models_and_variants(kind, variant, tmp_path):
-    recipe = make_recipe(tmp_path, kind=kind)
-    small, large = estimate(recipe, (2, 32), variant), estimate(recipe, (8, 32), variant)
+    recipe = make_recipe(tmp_path, f"adapter.variant={variant}", kind=kind)
+    small, large = estimate(recipe, (2, 32)), estimate(recipe, (8, 32))
     assert small.activations < large.activations
-    assert (small.base == 0) == (variant is full), "all that trains counts as the adapter"
+    assert (small.base == 0) == (variant == "full"), "all that trains counts as the adapter"
 
 
 def test_weights_adapter_and_growth(tmp_path):
@@ -119,7 +120,7 @@ def test_weights_adapter_and_growth(tmp_path):
     data = read_data(recipe, files)
     base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
     weights = sum(p.numel() * 4 for p in base.model.parameters())
-    pool, _ = attach(lora, base, recipe)
+    pool, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed)
     one, two = estimate(recipe, (4, 64)), estimate(recipe, (8, 64))
     assert one.base == two.base == weights
     assert one.adapter == pool.parameters * 2 * 4, "values and gradient in fp32"
@@ -190,7 +191,7 @@ def test_an_8_bit_product_keeps_no_input(kernel, tmp_path, monkeypatch):
         kept = weakref.ref(inner := x * 1)
         z = base(inner)
         if forget:
-            forget_input(y), forget_input(z)
+            forget_input(base, y), forget_input(base, z)
         del inner
         assert (kept() is None) == forget, "where bitsandbytes keeps it no more, forget_input can go"
         y.square().sum().backward()
