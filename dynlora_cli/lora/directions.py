@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 OVERSAMPLED, ITERATIONS = 16, 8  # of the randomized SVD
-SMALLEST = 1e-6  # as a share of all singular values: what lies below is rounding
+SMALLEST = 1e-6  # of the sum of the singular values: smaller ones are rounding
 
 
 def leading(matrix_MI: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first `count` singular triplets U [M, C], S [C], V [I, C], by a randomized SVD with a fixed seed.
 
-    Exact where the matrix has hardly more rows or columns than that. Source: Halko et al. 2011 (arXiv 0909.4061).
+    Exact where the smaller side of the matrix is at most `count` + OVERSAMPLED.
+
+    Source: Halko et al. 2011 (arXiv 0909.4061).
     """
     wanted = min(count + OVERSAMPLED, *matrix_MI.shape)
     device = matrix_MI.device
-    # Autocast would make its products bf16, which lose small directions, and of which CUDA has no QR.
+    # Under autocast its products would be bf16: small directions would get lost, and CUDA has no QR of bf16.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.autocast(device.type, enabled=False):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(matrix_MI, q=wanted, niter=ITERATIONS)
@@ -29,9 +31,9 @@ def leading(matrix_MI: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def principal_factors(weight_OI: Tensor, count: int, scale: float) -> tuple[Tensor, Tensor]:
-    """a_CI and b_OC whose s·BA is the best approximation of a matrix by that rank, the singular values shared alike.
+    """a_CI and b_OC whose s·BA is the best approximation of a matrix of this rank; each has the root of S as its scale.
 
-    Source: PiSSA (arXiv 2404.02948), equations 2 and 3, with s taken out as PEFT does.
+    Source: PiSSA (arXiv 2404.02948), equations 2 and 3, divided by s as in PEFT.
     """
     u, s, v = leading(weight_OI, count)
     root_C = (s / scale).sqrt()

@@ -60,7 +60,7 @@ class DoraLinear(ComponentLinear):
 
     @torch.no_grad()
     def delta_OI(self) -> Tensor:
-        """W' - W as a dense [O, I] matrix, which BA alone does not say here."""
+        """W' - W as a dense [O, I] matrix; unlike LoRA's it depends on W."""
         W = self.weight_OI().to(self.a_CI)
         return (self.magnitude_O / self.norm_O())[:, None] * (W + super().delta_OI()) - W
 

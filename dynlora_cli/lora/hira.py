@@ -49,5 +49,5 @@ class HiraLinear(ComponentLinear):
 
     @torch.no_grad()
     def delta_OI(self) -> Tensor:
-        """W' - W as a dense [O, I] matrix, which BA alone does not say here."""
+        """W' - W as a dense [O, I] matrix; unlike LoRA's it depends on W."""
         return self.weight_OI().to(self.a_CI) * super().delta_OI()

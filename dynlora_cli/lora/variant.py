@@ -8,7 +8,7 @@ takes = ("alpha", "dropout", ...)
     refused where they are given.
 
 Layer
-    A class under `ComponentLinear`. By what it overrides it says how components are used:
+    A class under `ComponentLinear`. What it overrides says how components are used:
     widths      numbers that one component holds, by default d_in and d_out
     most        components that a layer may begin with
     start       initial values
@@ -19,12 +19,12 @@ Layer
                 what else happens in training
 
 starts = ("orthogonal", ...)
-    Optional: the values of `adapter.init_weights` that it takes besides `default`, all of which write whole factors
-    into the leaves.
+    Optional: the values of `adapter.init_weights` that it takes besides `default`. All of them write whole factors
+    into the leaves, so the leaves must be factors.
 
 in_modules_only = True
-    Optional: PEFT reads its kind of adapter as a target module only, and not as a target
-    parameter (models/peft_types.py).
+    Optional: PEFT reads its kind of adapter as a target module only, and not as a target parameter
+    (models/peft_types.py).
 
 attach(model, targets, start, options, seed) -> Pool
     Puts layers on a frozen model; the model's output stays the same, or the file says that it does not. `put` does

@@ -1,4 +1,4 @@
-"""What a few training batches tell about the layers of the base, before anything trains.
+"""What calibration data, a few batches of the training rows, tells about the layers of the base before training.
 
     watch_inputs    principal directions of what goes into each layer
     weigh           how much each layer matters, by the gradient of its frozen weight
@@ -28,9 +28,9 @@ Layers = Mapping[str, nn.Module]
 Autocast = Callable[[], AbstractContextManager[Any]]
 Measure = Callable[[Tensor, Tensor], Tensor]  # a number for a weight and its gradient, both [O, I] in fp32
 MEASURES: dict[str, Measure] = {
-    # GoRA (arXiv 2502.12171): importance, here of each batch; the paper adds up the gradients of many first.
+    # GoRA (arXiv 2502.12171): importance. Here each batch is measured; the paper first sums the gradients of many.
     "gora": lambda weight_OI, gradient_OI: (weight_OI * gradient_OI).abs().mean(),
-    # Sensitivity-LoRA (arXiv 2509.09119): trace of the Hessian, for whose diagonal the empirical Fisher stands.
+    # Sensitivity-LoRA (arXiv 2509.09119): the trace of the Hessian, here of the empirical Fisher in its place.
     "sensitivity": lambda weight_OI, gradient_OI: gradient_OI.square().sum(),  # noqa: ARG005
 }
 
@@ -75,7 +75,7 @@ def weigh(
 ) -> dict[str, float]:
     """The sum over batches of a measure of each layer's weight and its gradient.
 
-    A gradient is made when the backward pass comes to its layer, measured and dropped, so that one is alive at a time.
+    Only one gradient is in memory at a time: it is made when the backward pass reaches its layer, measured and dropped.
 
     Args:
         model: the base; its parameters get no gradients.
@@ -108,8 +108,8 @@ def weigh(
 
 
 class _Inputs:
-    """Looks at what layers are given. Those that get one tensor one after the other, as queries, keys and values do,
-    share what is found."""
+    """Collects the principal directions of what layers are given. Layers that get the same tensor right one after the
+    other, as queries, keys and values do, share them."""
 
     def __init__(self, layers: Layers, counts: Mapping[str, int]) -> None:
         widths = {name: linear_shape(layer)[0] for name, layer in layers.items()}
@@ -130,10 +130,10 @@ class _Inputs:
 
 
 class _Watched(torch.autograd.Function):
-    """A layer's output as it is; in the backward pass `take` is called with the layer's input and the gradient.
+    """Passes a layer's output on unchanged, and in the backward pass calls `take` with the layer's input and gradient.
 
-    The input is saved as autograd saves tensors, so that checkpointing may drop it and compute it again. A frozen model
-    has no graph; the anchor, which requires a gradient and gets none, makes one.
+    The input is kept by `save_for_backward`, so that checkpointing may drop it and compute it again. A frozen model has
+    no autograd graph of its own; the anchor, which requires a gradient and gets none, makes one.
     """
 
     @staticmethod
@@ -160,7 +160,7 @@ def _hooked(layers: Layers, hook: Callable[[str, nn.Module], Any]) -> Iterator[N
 
 
 def _with_loss(batch: Batch) -> Tensor | None:
-    """Which tokens carry loss; for a classifier which are real."""
+    """Which tokens carry loss, [B, T]; of a classifier, which are no padding; None: all."""
     if batch.labels.ndim == 2:
         return batch.labels != IGNORE
     mask = batch.inputs.get("attention_mask")

@@ -3,10 +3,10 @@
     Covariances    collects E[h hᵀ], h = A x, and E[z zᵀ], z = Bᵀ dL/dy, of every layer
     turn           the components that fit them, most important first, and what each of them means to the loss
 
-Removing a part D of an update changes the layer's output by D x, and the loss, to second order and with the Fisher
-information for the curvature, by ½ E(dL/dyᵀ D x)². With the two factors taken as independent (K-FAC, Martens and Grosse
-2015, arXiv 1503.05671) that is ½ ‖Γ^½ D C^½‖², C = E[x xᵀ], Γ = E[dL/dy dL/dyᵀ]. So the components to keep are the
-largest singular directions of Γ^½ B A C^½; and since A C Aᵀ = E[h hᵀ] =: G and Bᵀ Γ B = E[z zᵀ] =: P,
+Removing a part D of an update changes the layer's output by D x. To second order, with the Fisher information as the
+curvature, it changes the loss by ½ E(dL/dyᵀ D x)². If x and dL/dy are taken as independent (K-FAC, Martens and Grosse
+2015, arXiv 1503.05671), that is ½ ‖Γ^½ D C^½‖², with C = E[x xᵀ] and Γ = E[dL/dy dL/dyᵀ]. So the components to keep
+are the largest singular directions of Γ^½ B A C^½. With A C Aᵀ = E[h hᵀ] =: G and Bᵀ Γ B = E[z zᵀ] =: P they are
 
     P^½ G^½ = U S Vᵀ       B' = B P^-½ U S       A' = Vᵀ G^-½ A       B' A' = B A
 
@@ -32,9 +32,9 @@ SMALLEST = 1e-12
 
 
 class Covariances(Observer):
-    """Sums h hᵀ and z zᵀ over the tokens that pass through each layer, forward and backward; and their number.
+    """Sums h hᵀ and z zᵀ over the tokens that pass through each layer, forward and backward, and counts the tokens.
 
-    Hooks on the layers see the tokens, and `dynlora prune` alone has hooks, so no policy of training can use this.
+    Hooks on the layers see the tokens. Only `dynlora prune` has such hooks, so no policy of training can use this.
     """
 
     own_basis = True

@@ -13,7 +13,8 @@ after_training_only = True
     Optional: only `dynlora prune` can use the policy.
 
 OPTIONS and CONFLICTS
-    Optional: keys that the policy adds to the section `pruning` of recipes; see plugins.py.
+    Optional: keys that the policy adds to the section `pruning` of recipes, see config/options.py, and other keys that
+    it cannot be used with.
 
 Dimensions: K components of the pool, B rows, T tokens.
 """

@@ -47,7 +47,7 @@ class Order:
     """An adapter whose components are in the policy's basis, with a score for each.
 
     Attributes:
-        adapter: computes what the one it was made from computes.
+        adapter: computes the same as the one that it was made from.
         scores_K: higher is better; layer by layer, in the adapter's order.
     """
 
@@ -139,7 +139,7 @@ class Order:
 
 
 def parameters_of(budget: Budget, adapters: Sequence[Adapter]) -> int:
-    """A budget in parameters; a share is of what the adapters hold, a rank over all layers that training had.
+    """A budget as a number of parameters: a share of what the adapters hold, or a rank in all layers that training had.
 
     Raises:
         UsageError: it allows not even one component of the largest layer.
@@ -164,7 +164,7 @@ def _turned(adapter: Adapter, turn: Callable[[str, Tensor, Tensor], tuple[Tensor
 
 
 def _loose_pool(adapter: Adapter) -> Pool:
-    """The components as a pool without a model around them."""
+    """The components as a pool whose layers belong to no model."""
     layers = {
         name: ComponentLinear(nn.Linear(f.a_CI.shape[1], f.b_OC.shape[0], device="meta"), 1.0)
         for name, f in adapter.layers.items()
@@ -187,7 +187,7 @@ def _scores(policy: Policy | ModuleType, adapter: Adapter, observer: Observer | 
 
 
 def _refuse_others(adapter: Adapter, pool: Pool) -> None:
-    """Embeddings and routers have components, but none that a backward pass could say something of."""
+    """Refuse components of embeddings and routers: a backward pass says nothing about them."""
     others = [name for name in adapter.layers if name not in pool.layers]
     if others:
         raise UsageError(f"{others[0]} is no linear layer, which only --policy magnitude can judge", "use that")
@@ -211,7 +211,7 @@ def _show(observer: Observer, adapter: Adapter, model: PreTrainedModel, batches:
 
 
 def _real(batch: Batch, model: PreTrainedModel) -> Tensor | None:
-    """Which tokens are no padding, [B, T]; None where it is not known of what goes into every layer."""
+    """Which tokens are no padding, [B, T]; None where no mask says it, or an encoder and a decoder have one each."""
     mask = batch.inputs.get("attention_mask")
     plain = mask is not None and mask.ndim == 2 and not model.config.is_encoder_decoder
     return mask.bool() if plain and mask is not None else None

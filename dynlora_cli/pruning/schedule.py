@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SHORTEST = 3  # steps of a run that prunes: B is 0 in the first, and what survives must train on
+SHORTEST = 3  # steps that a run must have to prune: in the first B is 0, and after the last event the rest must train
 
 
 @dataclass(frozen=True)
