@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -85,11 +86,14 @@ def load(kind: str, name: str) -> ModuleType:
     Raises:
         UsageError: there is none of that name.
     """
+    module = f"dynlora_cli.{FOLDERS[kind]}.{name.replace('-', '_')}"
+    if module in sys.modules:  # layers ask for their kind in every merge of a tensor
+        return sys.modules[module]
     if name not in names(kind):
         raise UsageError(
             f"{kind} has no {name!r}{did_you_mean(name, names(kind))}", f"choose one of: {', '.join(names(kind))}"
         )
-    return importlib.import_module(f"dynlora_cli.{FOLDERS[kind]}.{name.replace('-', '_')}")
+    return importlib.import_module(module)
 
 
 def declared(kind: str, name: str, constant: str, default: Any = None) -> Any:

@@ -109,6 +109,8 @@ def section(found: Mapping[str, Option], base: type[Section] = Section) -> type[
         if key in base.model_fields or hasattr(base, key):
             raise ValueError(f"`{key}` means something else already; take another name")
         fields[key] = (option.annotation, Field(default=option.default, description=option.help))
+    if not fields:
+        return base
     return create_model(base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **fields)
 
 
