@@ -28,6 +28,7 @@ from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.models.place import Place
+from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.streamed import streamed
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
@@ -38,6 +39,7 @@ TOLERANCE = {torch.float32: 1e-3}
 ROUGH = 0.1
 
 
+@seeded(0)  # PEFT draws first values, which it reads over at once
 def read_back(
     place: Place, trained: PreTrainedModel, tokenizer: Any, folder: Path, layers: Iterable[str], numbers: Any
 ) -> dict[str, Any]:
@@ -89,6 +91,7 @@ def read_back(
     return found
 
 
+@seeded(0)
 def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: bool | Model = False) -> dict[str, Any]:
     """Whether PEFT finds every layer of an adapter that was written to a folder; no weights of the base are read.
 

@@ -180,7 +180,7 @@ def plan(train: Train) -> Modes:
 
 def without_long_runs(train: Train) -> dict[str, Any]:
     """Settings of `train` that switch off the modes which do not pay in a run of few steps."""
-    return {_key(name): False for name in _names(train) if not _load(name).in_short_runs}
+    return {plugins.switch(name): False for name in _names(train) if not _load(name).in_short_runs}
 
 
 def _names(train: Train) -> list[str]:
@@ -190,11 +190,7 @@ def _names(train: Train) -> list[str]:
         return plugins.declared("modes", name, "ORDER") or LAST, name
 
     names = sorted(plugins.names("modes"), key=turn)
-    return [n for n in names if getattr(train, _key(n), False) or plugins.declared("modes", n, "ALWAYS")]
-
-
-def _key(name: str) -> str:
-    return plugins.declared("modes", name, "KEY") or name.replace("-", "_")
+    return [n for n in names if getattr(train, plugins.switch(n), False) or plugins.declared("modes", n, "ALWAYS")]
 
 
 def _load(name: str) -> type[Mode]:

@@ -27,6 +27,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.execution import mode
 from dynlora_cli.models.patched import Patches
 
+KEY, ORDER = "gradient_checkpointing", 10
 SWITCHES = "gradient_checkpointing", "_gradient_checkpointing_func"  # what transformers sets on modules
 
 
@@ -38,9 +39,6 @@ class Mode(mode.Mode):
         assert how
         # Saving the state of the random generators is no work for a CUDA graph; see refuse_unsuitable in cuda_graphs.
         checkpoint_activations(model, how, preserve_rng_state=not self.train.cuda_graphs, patches=self.patches)
-
-
-KEY, ORDER = "gradient_checkpointing", 10
 
 
 def checkpoint_activations(

@@ -47,7 +47,6 @@ CONFLICTS = [
 # Compiled versions of one function. All blocks of a kind share one, and beyond this limit torch.compile would silently
 # run the rest uncompiled.
 MOST_GRAPHS = 64
-ORDER = 40
 COMPILERS = ("g++", "clang++", "c++"), ("gcc", "clang", "cc")
 
 

@@ -29,27 +29,6 @@ from dynlora_cli.execution.blocks import blocks, skips_blocks
 from dynlora_cli.lora.whole import Trained
 from dynlora_cli.models.patched import Held, ignore_warnings
 
-# FSDP2 warns of a module that returns a view. The stand-in for the head does, it returns its input
-# (kernels/linear_cross_entropy.py); but nobody changes that in place, so nothing can go wrong.
-VIEWS = Held(partial(ignore_warnings, "FSDP2-wrapped module .* returned a view"))
-
-
-class Mode(mode.Mode):
-    """`train.shard_base`."""
-
-    loads_on_host = True  # no device could hold it
-    in_short_runs = False
-
-    def refuse(self, device: torch.device, processes: int) -> None:
-        refuse_sharding(processes)
-        self._device, self._processes = device, processes
-
-    def apply(self, model: PreTrainedModel, trained: Trained) -> None:
-        if trained.layers:
-            self.patches.enter_context(VIEWS)
-            shard_base(model, trained, self._device, self._processes)
-
-
 KEY, ORDER = "shard_base", 30
 CONFLICTS = [
     {
@@ -75,6 +54,25 @@ CONFLICTS = [
         "hint": "leave one of the two out",
     },
 ]
+# FSDP2 warns of a module that returns a view. The stand-in for the head does, it returns its input
+# (kernels/linear_cross_entropy.py); but nobody changes that in place, so nothing can go wrong.
+VIEWS = Held(partial(ignore_warnings, "FSDP2-wrapped module .* returned a view"))
+
+
+class Mode(mode.Mode):
+    """`train.shard_base`."""
+
+    loads_on_host = True  # no device could hold it
+    in_short_runs = False
+
+    def refuse(self, device: torch.device, processes: int) -> None:
+        refuse_sharding(processes)
+        self._device, self._processes = device, processes
+
+    def apply(self, model: PreTrainedModel, trained: Trained) -> None:
+        if trained.layers:
+            self.patches.enter_context(VIEWS)
+            shard_base(model, trained, self._device, self._processes)
 
 
 def refuse_sharding(processes: int) -> None:
