@@ -278,6 +278,16 @@ class TestControl:
         assert (other.gradients.steps, other.gradients.targets) == (3, 10)
         assert other.rate_factor == run.control.rate_factor
 
+    def test_names_in_checkpoints_are_those_of_version_0_1(self):
+        always = {"generator", "start_parameters", "survivors", "brake"}
+        always |= {"gradients.mean", "gradients.square", "gradients.counters"}
+        for policy in POLICIES:
+            run = controlled(policy, seed=1)
+            for observer in run.control.observers:
+                observer.observe(run.pool, targets=10)
+            own = {"entries.importance", "entries.uncertainty"} if policy == "sensitivity" else set()
+            assert run.control.state_dict().keys() == always | own
+
 
 class _Largest(TorchDispatchMode):
     """Remembers the size of the largest tensor that any operation made."""
