@@ -9,6 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dynlora_cli.config.sections import Model
+from dynlora_cli.tasks import task as tasks
+from dynlora_cli.tasks.task import Task
+
 FIXTURES = Path(__file__).parent / "fixtures"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|head|>", "<|tail|>", "[INST]", "[/INST]"]
 
@@ -92,3 +96,8 @@ def dataset(*train: Any, **settings: Any) -> Any:
     defaults |= {"overlong": "truncate", "chat_template": None, "chat": "auto", "separator": ""}
     sources = [item if isinstance(item, SimpleNamespace) else source(item) for item in train]
     return SimpleNamespace(**(defaults | settings), train=sources)
+
+
+def task_named(name: str = "causal-lm") -> Task:
+    """The task of a recipe that says nothing else about its model."""
+    return tasks.of(Model(name_or_path="builtin:tiny", task=name))

@@ -20,6 +20,7 @@ from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.load import load_data
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.models.tokenizer import load_tokenizer
+from dynlora_cli.tasks import task as tasks
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -31,13 +32,14 @@ def by_peft(recipe: Recipe) -> tuple[dict[str, float], PeftModel]:
     auto = AutoPeftModelForSequenceClassification if classify else AutoPeftModelForCausalLM
     model = auto.from_pretrained(out, **({"num_labels": 2} if classify else {}))
     tokenizer = load_tokenizer(Path(out))
-    data = load_data(recipe.dataset, tokenizer, task=recipe.model.task, seed=recipe.seed)
+    task = tasks.of(recipe.model)
+    data = load_data(recipe.dataset, tokenizer, task=task, seed=recipe.seed)
     rows = data.val[: recipe.eval.max_samples]
     batches = Batches.in_order(
         rows, micro_batch_size=16, max_length=recipe.dataset.max_length, pad_id=tokenizer.pad_token_id
     )
     steps = (batch for index in range(batches.steps_per_epoch) for batch in batches.step(0, index))
-    return held_out(model, steps, classify=classify), model
+    return held_out(model, steps, describe=task.held_out), model
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])

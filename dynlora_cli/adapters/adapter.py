@@ -29,7 +29,11 @@ from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 PREFIX = "base_model.model."
 PLAIN = "lora"  # the kind of a layer whose ΔW is added, and which has nothing else
 
-TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
+
+def tasks_by_type() -> dict[str, str]:
+    """For PEFT's types of tasks, the task that adapters of other tools with that type are read as."""
+    owners = [name for name in plugins.names("tasks") if plugins.declared("tasks", name, "OWNS_TASK_TYPE")]
+    return {plugins.declared("tasks", name, "TASK_TYPE"): name for name in owners}
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,7 @@ class Adapter:
 
     @property
     def task(self) -> str:
-        by_type = {value: key for key, value in TASK_TYPES.items()}
-        return self.record.get("task") or by_type.get(self.config.get("task_type") or "", "causal-lm")
+        return self.record.get("task") or tasks_by_type().get(self.config.get("task_type") or "", "causal-lm")
 
     @property
     def ranks(self) -> dict[str, int]:

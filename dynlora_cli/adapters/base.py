@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynlora_cli.adapters.adapter import PLAIN, Adapter, Factors
+from dynlora_cli import plugins
+from dynlora_cli.adapters.adapter import PLAIN, Adapter, Factors, tasks_by_type
 from dynlora_cli.adapters.expert_files import parameter_of, parts_of
 from dynlora_cli.config.plug_in_keys import section_form
 from dynlora_cli.config.sections import Model
@@ -42,7 +43,6 @@ SIZES = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads",
 )  # fmt: skip
-SUPPORTED = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # PEFT's names
 
 
 def find_base(adapter: Adapter, base: str | None = None, trust: bool | Model = False) -> Place:
@@ -59,9 +59,10 @@ def find_base(adapter: Adapter, base: str | None = None, trust: bool | Model = F
         UsageError: `base` holds no model, or the one that was found is not what the adapter was trained on.
     """
     kind = adapter.config.get("task_type")
-    if kind not in (None, *SUPPORTED):
+    supported = tasks_by_type()
+    if kind is not None and kind not in supported:
         raise UsageError(
-            f"{adapter.folder}: models of task_type {kind} are not supported yet", f"there are: {', '.join(SUPPORTED)}"
+            f"{adapter.folder}: models of task_type {kind} are not supported yet", f"there are: {', '.join(supported)}"
         )
     name = adapter.base_name
     if not (base or name):
@@ -108,7 +109,7 @@ def recorded_model(adapter: Adapter) -> Model:
 
 def label_names(adapter: Adapter) -> list[str] | None:
     """Class names of a classifier; numbers where another tool did not record them. None for other tasks."""
-    if adapter.task != "sequence-classification":
+    if not plugins.declared("tasks", adapter.task, "HAS_CLASSES"):
         return None
     recorded = (adapter.record.get("data") or {}).get("labels")
     if recorded:

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from dynlora_cli import plugins
-from dynlora_cli.adapters.adapter import PLAIN, PREFIX, TASK_TYPES, Adapter
+from dynlora_cli.adapters.adapter import PLAIN, PREFIX, Adapter
 from dynlora_cli.adapters.expert_files import fuse, parameter_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
 from dynlora_cli.errors import MeasureError
@@ -108,7 +108,7 @@ def lora_config(
         "revision": revision,
         "target_modules": modules,
         **({"target_parameters": sorted(parameters)} if parameters else {}),
-        "task_type": TASK_TYPES[task],
+        "task_type": plugins.declared("tasks", task, "TASK_TYPE"),
         "use_dora": False,
         "use_rslora": False,
     }

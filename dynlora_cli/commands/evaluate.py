@@ -20,8 +20,10 @@ from dynlora_cli.evaluation.measure import Measure, has_answer
 from dynlora_cli.evaluation.options import Options
 from dynlora_cli.evaluation.report import BASE, Found, make_report, other_forms, side_by_side
 from dynlora_cli.evaluation.rows import MICRO_BATCH, NothingHeldOutError, Rows, held_out_rows
+from dynlora_cli.models.load import CAUSAL, auto_name
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
+from dynlora_cli.tasks import task as tasks
 from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     options.thresholds.refuse_other_rows(len(rows.examples), targets, rows.sha256, names)
     harness = None
     if options.tasks:
-        if adapters[0].task != "causal-lm":
+        if auto_name(place.options) != CAUSAL:
             raise UsageError(
                 f"--tasks are for causal-lm, and {names[0]} is for {adapters[0].task}", "leave out --tasks"
             )
@@ -110,7 +112,15 @@ def _rows(
     except NothingHeldOutError as error:
         if not options.tasks or data is not None:
             raise
-        return Rows([], "no rows", "", 0, MICRO_BATCH, [f"{error.message}, so only tasks are run; for a loss: --data"])
+        return Rows(
+            examples=[],
+            source="no rows",
+            sha256="",
+            max_length=0,
+            micro_batch_size=MICRO_BATCH,
+            task=tasks.of(place.options),
+            notes=[f"{error.message}, so only tasks are run; for a loss: --data"],
+        )
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:
@@ -162,11 +172,9 @@ def _measured(rows: Rows, scored: int) -> tuple[set[str], str]:
     """The metrics that will be there, and why those."""
     if not rows.examples:
         return set(), "only tasks are run"
-    if "Labelled" in rows.forms:
-        return {"loss", "accuracy", "f1", "matthews"}, "the rows are texts with a class"
     if scored:
-        return {"loss", "token_accuracy", *generation.METRICS}, "the rows are prompts with answers"
-    return {"loss", "token_accuracy"}, "no answers are generated"
+        return {*rows.task.measured, *generation.METRICS}, "the rows are prompts with answers"
+    return set(rows.task.measured), rows.task.why_measured
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from typing import Any
 
 import yaml
 
+from dynlora_cli import plugins
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.sections import Model, Source
 from dynlora_cli.data.chat_turns import PAIRS
 from dynlora_cli.data.columns import Account, example_for, guessed, located, renamed
 from dynlora_cli.data.forms import Labelled, as_text, name_of
-from dynlora_cli.data.load import CAUSAL, CLASSIFICATION, SEQ2SEQ, fitting_formats
+from dynlora_cli.data.read import fitting_formats
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import is_local, other_splits, tables
 from dynlora_cli.data.splits import classes_of
@@ -53,6 +54,7 @@ train:
   learning_rate: auto             # tries a few on the first batches; a number does without
 output_dir: {output}
 """
+CAUSAL, CLASSIFICATION, SEQ2SEQ = "causal-lm", "sequence-classification", "seq2seq-lm"  # the tasks it chooses among
 CHAT = "  chat: auto                      # turns where the model has a chat template | true | false: bare text\n"
 
 
@@ -251,7 +253,7 @@ def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:
         account.settle(notes)
     if look.count == 1 and not is_text:
         raise DataError(f"{source.path}: one row is all there is to learn from", "add rows")
-    if task == CLASSIFICATION:
+    if look.labels:
         classes_of(look.labels)
     together = task == CAUSAL and base.has_template is not True and look.runs_together
     notes += _said(source, named, together)
@@ -297,18 +299,23 @@ def _fit(place: str, row: Row, source: Source, base: _Base) -> tuple[str, Module
     tasks = [base.task] if base.task else tasks
     ways = [(task, source) for task in tasks]
     if not source.columns:
-        known = [(task, source.model_copy(update={"columns": guessed(row, task)})) for task in sorted(tasks)]
+        known = [(task, source.model_copy(update={"columns": guessed(row, _forms(task))})) for task in sorted(tasks)]
         ways += sorted(known, key=lambda way: set(way[1].columns) == {"text"})  # two columns say more than one
     for task, named in ways:
-        for form in fitting_formats(task, {*row, *named.columns}):
+        for form in fitting_formats(_forms(task), {*row, *named.columns}):
             return task, form, named
     Account(source).enter(place, row, None)  # refuses what no naming of columns helps
-    example = ",".join(f"{ours}={theirs}" for ours, theirs in example_for(row, tasks[0]).items())
+    example = ",".join(f"{ours}={theirs}" for ours, theirs in example_for(row, _forms(tasks[0])).items())
     way = f"say which is which, ours to theirs, such as --columns {shlex.quote(example)}"
     raise DataError(
         f"{place}: the columns {', '.join(sorted(row))} fit no format",
         way if example else "none of them holds a text; rows have prompt and completion, messages, or text",
     )
+
+
+def _forms(task: str) -> tuple[str, ...]:
+    """The neutral forms that a task learns from."""
+    return tuple(plugins.declared("tasks", task, "FORMS"))
 
 
 # -- rows to measure on ----------------------------------------------------------------------------------------------
@@ -324,7 +331,7 @@ def _beside(files: list[Path], rows: _Rows, base: _Base, notes: list[str]) -> li
                 look, account = _Look(base), Account(source)
                 for place, row in table.read():
                     named = renamed(row, source.columns, place)
-                    forms = fitting_formats(rows.task, set(named))
+                    forms = fitting_formats(_forms(rows.task), set(named))
                     if not forms or name_of(forms[0]) != rows.form:
                         raise DataError(f"{place}: its columns are not those of {rows.form} rows")
                     look.read(forms[0], place, named, account)

@@ -93,21 +93,17 @@ def rules(kind: str, name: str) -> list[Rule]:
 def conflicts(recipe: Settings) -> Iterator[Conflict]:
     """Settings, each valid alone, that do not go together."""
     model, data, rank, pruning = recipe.model, recipe.dataset, recipe.rank, recipe.pruning
-    classifier = model.task == "sequence-classification"
     if model.load_in_4bit and model.load_in_8bit:
         yield Conflict("model.load_in_8bit", "model.load_in_4bit", "4 and 8 bits exclude each other; set one to false")
     yield from _declared_conflicts(recipe, "variants")
     yield from _variant_conflicts(recipe)
     yield from _mode_conflicts(recipe)
-    if model.num_labels is not None and not classifier:
+    if model.num_labels is not None and not plugins.declared("tasks", model.task, "HAS_CLASSES"):
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
-    if data.packing and model.task != "causal-lm":
+    if data.packing and not plugins.declared("tasks", model.task, "PACKS"):
         yield Conflict("dataset.packing", "model.task", f"packing does not go with {model.task}")
-    if data.chat is True and model.task != "causal-lm":
+    if data.chat is True and "Turns" not in plugins.declared("tasks", model.task, "FORMS", ()):
         yield Conflict("dataset.chat", "model.task", f"{model.task} knows no turns; leave it at auto")
-    if data.train_on in ("assistant", "all") and model.task == "seq2seq-lm":
-        text = f"got {data.train_on}; a decoder writes the completion and nothing else, so leave it at auto"
-        yield Conflict("dataset.train_on", "model.task", text)
     yield from _declared_conflicts(recipe, "tasks")
     if not data.val and not data.val_size:
         for key in ("steps", "early_stopping_patience"):
@@ -193,10 +189,6 @@ def _start_conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("adapter.freeze_a", "adapter.init_weights", "PiSSA's start is subtracted, and A has to leave it")
     if recipe.rank.allocation != "uniform" and not plugins.declared("variants", variant, "has_components"):
         yield Conflict("rank.allocation", "adapter.variant", f"variant {variant} has no components to share out")
-    if recipe.model.task == "seq2seq-lm":
-        for key, value in (("adapter.init_weights", start), ("rank.allocation", recipe.rank.allocation)):
-            if value == "eva":
-                yield Conflict(key, "model.task", "eva looks at the tokens that carry loss, and an encoder has none")
     if start not in ("default", *(plugins.declared("variants", variant, "starts") or ())):
         text = f"variant {variant} does not start as {start}; write `init_weights: default`, or `variant: lora`"
         yield Conflict("adapter.init_weights", "adapter.variant", text)

@@ -46,7 +46,7 @@ class Model(Section):
     """A hub id, a folder, or `builtin:tiny`."""
     revision: Text | None = None
     """Branch, tag or commit on the hub."""
-    task: Annotated[str, PlugIn("tasks", also=("causal-lm", "seq2seq-lm", "sequence-classification"))] = "causal-lm"
+    task: Annotated[str, PlugIn("tasks")] = "causal-lm"
     """What the model is trained to do; seq2seq-lm: an encoder reads the prompt, a decoder writes the completion."""
     num_labels: Annotated[int, Field(ge=2), BeforeValidator(whole)] | None = None
     """Number of classes, for sequence-classification; null counts them in the data."""

@@ -17,18 +17,13 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from dynlora_cli.data.examples import IGNORED, Example
-
-if TYPE_CHECKING:
-    pass
 
 _WINDOW = 50  # rows are sorted by length within so many steps
 
@@ -86,7 +81,7 @@ class Batches:
         seed: of the order.
         max_length: capacity of a bin; no example may be longer.
         pad_id: token for padding, on the right, which carries no label and is masked.
-        packing: put several examples in one row; causal-lm only.
+        packing: put several examples in one row, where they are of a kind that packs.
         shuffle: False keeps the order of the examples, for evaluation.
         shards: number of ranks; a step's micro-batches are dealt to them in turn. A rank for which none is left gets
             one without targets and without rows, so that all ranks make the same number of forward passes.
@@ -97,7 +92,7 @@ class Batches:
             when packed, otherwise the longest row rounded up by at most an eighth.
 
     Raises:
-        ValueError: an example longer than `max_length`, no examples, or packing for another task than causal-lm.
+        ValueError: an example longer than `max_length`, no examples, or packing of examples that do not pack.
     """
 
     def __init__(
@@ -125,7 +120,7 @@ class Batches:
         self.lengths = [len(example.input_ids) for example in examples]
         if not examples or max(self.lengths) > max_length:
             raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
-        if packing and (isinstance(examples[0].labels, int) or examples[0].decoded):
+        if packing and not examples[0].packs:
             raise ValueError("packing serves causal language models only")
         self._bins = self._pack(max_length) if packing else [(index,) for index in range(len(examples))]
         self.steps_per_epoch = -(-len(self._bins) // self.step_size)
@@ -196,12 +191,13 @@ class Batches:
     def _batch(self, bins: list[Bin]) -> Batch:
         examples = [self.examples[index] for item in bins for index in item]
         width = self._width(max(self._length(item) for item in bins))
+        placed = [self._placed(item) for item in bins]
         ids = torch.full((len(bins), width), self.pad_id)
-        for line, item in enumerate(bins):
-            for start, example in self._placed(item):
+        for line, there in enumerate(placed):
+            for start, example in there:
                 ids[line, start : start + len(example.input_ids)] = _tensor(example.input_ids)
         inputs = {"input_ids": ids, **(self._packed if self.packing else self._padded)(bins, width)}
-        labels = self._labels(bins, width)
+        labels = torch.from_numpy(self.examples[0].targets(placed, width, self._width))
         tokens = sum(example.tokens for example in examples)
         rows = [example.row for example in examples]
         return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()))
@@ -220,24 +216,10 @@ class Batches:
             start += self.lengths[index]
         return placed
 
-    def _labels(self, bins: list[Bin], width: int) -> Tensor:
-        if isinstance(self.examples[0].labels, int):
-            return torch.tensor([self.examples[item[0]].labels for item in bins])
-        if self.examples[0].decoded:
-            texts: Any = [_tensor(self.examples[item[0]].labels) for item in bins]
-            padded = pad_sequence(texts, batch_first=True, padding_value=IGNORED).long()
-            return pad(padded, (0, self._width(padded.shape[1]) - padded.shape[1]), value=IGNORED)
-        labels = torch.full((len(bins), width), IGNORED)
-        for line, item in enumerate(bins):
-            for start, example in self._placed(item):
-                targets: Any = example.labels
-                labels[line, start : start + len(targets) - 1] = _tensor(targets)[1:]
-        return labels
-
     def _padded(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
         lengths = torch.tensor([self._length(item) for item in bins])
         inputs = {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
-        kinds = [self.examples[item[0]].token_type_ids for item in bins]
+        kinds = [self.examples[item[0]].token_types for item in bins]
         if any(kind is not None for kind in kinds):
             inputs["token_type_ids"] = torch.tensor(
                 [[*(kind or ()), *[0] * (width - len(kind or ()))] for kind in kinds]

@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.examples import Located
-from dynlora_cli.data.forms import BadRowError, name_of, refuse_half_characters
+from dynlora_cli.data.forms import BadRowError, Labelled, Plain, Turns, name_of, refuse_half_characters
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.errors import DataError
 
@@ -199,15 +199,15 @@ _COMPARED = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hyp
 _CLASSES = ("label", "labels", "class", "category", "sentiment", "intent")
 
 
-def guessed(row: Mapping[str, Any], task: str) -> dict[str, str]:
+def guessed(row: Mapping[str, Any], forms: Collection[str]) -> dict[str, str]:
     """Our names to a row's, where its columns have names that others use for the same; empty where they have not.
 
     Args:
         row: no format fits its columns as they are.
-        task: what the model is trained to do.
+        forms: names of those that the task learns from.
     """
     named = {name.casefold(): name for name in row}
-    if task == "sequence-classification":
+    if Labelled.__name__ in forms:
         label = named.get(_first(_CLASSES, named) or "")
         pair = next((pair for pair in _COMPARED if named.keys() >= set(pair)), None)
         text = pair[0] if pair else _first(("text", *_TEXTS), named)
@@ -218,10 +218,10 @@ def guessed(row: Mapping[str, Any], task: str) -> dict[str, str]:
     for asks, answers in ordered:
         if asks in named and answers in named:
             return _asked(named, asks, answers)
-    talk = _first(_TALKS, named) if task == "causal-lm" else None
+    talk = _first(_TALKS, named) if Turns.__name__ in forms else None
     if talk and _is_talk(row[named[talk]]):
         return {"messages": named[talk]}
-    text = _first(("text", *_TEXTS), named) if task == "causal-lm" else None
+    text = _first(("text", *_TEXTS), named) if Plain.__name__ in forms else None
     return {"text": named[text]} if text else {}
 
 
@@ -249,14 +249,14 @@ def _asked(named: Mapping[str, str], asks: str, answers: str) -> dict[str, str]:
     return {ours: theirs for ours, theirs in there.items() if ours != theirs}
 
 
-def example_for(row: Mapping[str, Any], task: str) -> dict[str, str]:
+def example_for(row: Mapping[str, Any], forms: Collection[str]) -> dict[str, str]:
     """Our names to some of a row's, to show how columns are named; empty where the row has no text."""
     texts = [name for name, value in row.items() if isinstance(value, str) and value and name]
-    if found := guessed(row, task):
+    if found := guessed(row, forms):
         return found
-    if task == "causal-lm" and len(texts) == 1:
+    if Plain.__name__ in forms and len(texts) == 1:
         return {"text": texts[0]}
-    ours = ("text", "label") if task == "sequence-classification" else ("prompt", "completion")
+    ours = ("text", "label") if Labelled.__name__ in forms else ("prompt", "completion")
     return dict(zip(ours, texts, strict=False)) if len(texts) > 1 else {}
 
 

@@ -1,95 +1,71 @@
-"""Neutral forms to token ids and labels.
+"""Neutral forms to token ids and labels: what every task needs for it.
 
-A label is the token itself where it is trained, -100 elsewhere, at the same position: the shift by one is made in
-`data/batches.py`. What is trained is decided by position, never by token id, so a pad token that equals the end-of-text
-token changes nothing.
+Encoder          tokens of texts, with the tokenizer's own opening and ending
+TwoTextEncoder   a prompt for an encoder, an answer for a decoder
+ClassEncoder     a text and its class
+TextEncoder      (encode_text.py) one text, of which some tokens are trained
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import unicodedata
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from dynlora_cli.data.chat_mask import Mask, closing_of
-from dynlora_cli.data.chat_template import Arguments, Unwritten, draws_at_random, write
-from dynlora_cli.data.examples import IGNORED, Draft, Located
-from dynlora_cli.data.forms import BadRowError, Form, Labelled, Pair, Plain, Turns
+from dynlora_cli.data.examples import Classified, Draft, Example, Located, TwoTexts
+from dynlora_cli.data.forms import Labelled, Pair
 from dynlora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Encoder:
-    """Turns neutral forms into drafts.
+class Encoder(ABC):
+    """Turns neutral forms into drafts, and drafts into examples.
 
     Args:
         tokenizer: of the model to be trained.
         train_on: auto | completion | assistant | all.
-        decoded: an encoder reads the prompt, and a decoder writes the answer.
-        max_length: length of the pieces of a text file, and of a classifier's text.
+        max_length: tokens of the longest example.
+
+    Attributes:
+        joins: a prompt and its completion become one text.
 
     Raises:
         DataError: the tokenizer cannot do what the rows need.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int, *, decoded: bool = False
-    ) -> None:
+    joins: ClassVar[bool] = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.max_length = max_length
-        self.decoded = decoded
         self.opening = self._opening()
         self.glue = self._glue()
-        self.unwritten = Unwritten(tokenizer)
-        self.arguments = Arguments(tokenizer)
 
+    @property
+    def closes_turns(self) -> bool:
+        """Whether conversations end with a token of their template, at which generation can stop."""
+        return True
+
+    @abstractmethod
     def encode(self, rows: list[Located]) -> list[Draft]:
         """Drafts of rows that all have the same form, in order."""
-        by_form: dict[type, Callable[[list[Located]], list[Draft]]] = {
-            Pair: self._pairs,
-            Plain: self._plain,
-            Turns: self._turns,
-            Labelled: self._labelled,
-        }
-        return by_form[type(rows[0].form)](rows) if rows else []
 
-    def notes(self, template: str) -> list[str]:
-        """What a person should know about the conversations that were read; `template` is their template in words."""
-        notes = []
-        if lost := self.unwritten.fields():
-            notes.append(f"{template} leaves out {', '.join(lost)}: nothing is learned from that")
-        if "mask" in self.__dict__ and self.mask.marks_itself:
-            notes.append(f"{template} says itself what the assistant writes ({{% generation %}}): the loss is on that")
-        if "mask" in self.__dict__ and self.mask.unlike_serving:
-            notes.append(
-                f"{template} asks for an answer with {self.mask.unlike_serving!r}, and writes answers without: "
-                "the model is asked in another form than it learns from"
-            )
-        return notes
+    @abstractmethod
+    def example(self, draft: Draft, row: int) -> Example:
+        """A draft as an example, cut to `max_length`; `row` is its number."""
 
-    def pieces(self, place: str, text: str) -> list[Draft]:
-        """A text file as consecutive pieces of `max_length` tokens, the end-of-text token after the last.
+    def pieces(self, place: str, text: str) -> list[Draft]:  # noqa: ARG002
+        """A text file as consecutive pieces; only asked of a task whose forms include `Plain`."""
+        raise DataError(f"{place}: this task does not learn from text files", "name a file of rows")
 
-        A piece begins with the last token of the piece before it, as context without a label, so every token of the
-        file is a target exactly once.
-        """
-        self._check_plain(place)
-        opening, room = self.opening, self.max_length - len(self.opening)
-        stream = [*self._ids([text])[0], self._end()]
-        drafts = []
-        for start in range(0, max(1, len(stream) - 1), room - 1):
-            piece = stream[start : start + room]
-            labels = piece if start == 0 else [IGNORED, *piece[1:]]
-            drafts.append(Draft(opening + piece, [IGNORED] * len(opening) + labels, prompt=repr(piece)))
-        return drafts
+    def notes(self, template: str) -> list[str]:  # noqa: ARG002
+        """What a person should know about the rows that were read; `template` is their chat template in words."""
+        return []
 
     def _ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         # verbose=False: a text longer than the model's context is cut later, and counted.
@@ -122,35 +98,6 @@ class Encoder:
         alone = self._ids(texts)
         return [ids[len(glue) :] if ids[: len(glue)] == glue else bare for ids, bare in zip(glued, alone, strict=True)]
 
-    def _pairs(self, rows: list[Located]) -> list[Draft]:
-        pairs = [row.form for row in rows if isinstance(row.form, Pair)]
-        if self.decoded:
-            return self._two_texts(pairs)
-        prompts = self._ids([pair.prompt for pair in pairs])
-        answers = self._continuations([pair.completion for pair in pairs])
-        drafts = []
-        for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
-            prompt, answer = self._opened(prompt), self._ended(answer)
-            given = prompt if self.train_on == "all" else [IGNORED] * len(prompt)
-            drafts.append(Draft(prompt + answer, given + answer, pair.prompt))
-        return drafts
-
-    def _two_texts(self, pairs: list[Pair]) -> list[Draft]:
-        """Prompts and answers each with the tokenizer's own special tokens, and cut by it: none of those is lost."""
-        drafts = [Draft([], [], pair.prompt) for pair in pairs]
-        prompts = self._cut([pair.prompt for pair in pairs], drafts)
-        answers = self._ids([pair.completion for pair in pairs], special=True)
-        for draft, prompt, answer in zip(drafts, prompts, answers, strict=True):
-            draft.ids, draft.labels = prompt, self._ended(answer)
-        return drafts
-
-    def _cut(self, texts: list[str], drafts: list[Draft]) -> list[list[int]]:
-        """Tokens of whole texts, no longer than `max_length`; a draft whose text is cut is told so."""
-        whole = self._ids(texts, special=True)
-        for draft, ids in zip(drafts, whole, strict=True):
-            draft.cut = len(ids) > self.max_length
-        return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-
     def _opened(self, ids: list[int]) -> list[int]:
         """With the opening token, unless the text spells it out itself."""
         return ids if ids[: len(self.opening)] == self.opening else self.opening + ids
@@ -159,121 +106,38 @@ class Encoder:
         """With the end-of-text token, unless the text spells it out itself."""
         return ids if ids[-1:] == [self._end()] else [*ids, self._end()]
 
-    def _plain(self, rows: list[Located]) -> list[Draft]:
-        self._check_plain(rows[0].place)
-        texts = [row.form.text for row in rows if isinstance(row.form, Plain)]
-        full = [self._ended(self._opened(ids)) for ids in self._ids(texts)]
-        return [Draft(ids, list(ids), text) for ids, text in zip(full, texts, strict=True)]
+    def _cut(self, texts: list[str], drafts: list[Draft]) -> list[list[int]]:
+        """Tokens of whole texts, no longer than `max_length`; a draft whose text is cut is told so."""
+        whole = self._ids(texts, special=True)
+        for draft, ids in zip(drafts, whole, strict=True):
+            draft.cut = len(ids) > self.max_length
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
-    def _check_plain(self, place: str) -> None:
-        if self.train_on not in ("auto", "all"):
-            raise DataError(
-                f"{place}: dataset.train_on is {self.train_on!r}, but plain text has no {self.train_on}",
-                "set dataset.train_on: all, or use a format with prompts and answers",
-            )
 
-    def _turns(self, rows: list[Located]) -> list[Draft]:
-        texts, spans, prompts = [], [], []
-        for row in rows:
-            assert isinstance(row.form, Turns)
-            form = self.arguments.wanted(row.form)
-            try:
-                text = write(self.tokenizer, form.messages, form.tools)
-                self.unwritten.look(form, text)
-                turns = self._spans(form, text)
-            except BadRowError as error:
-                raise DataError(f"{row.place}: {error}") from error
-            texts.append(text)
-            spans.append(turns)
-            prompts.append(_opening_messages(row.form.messages))
-        drafts = self._masked(texts, spans, prompts)
-        for row, draft, turns in zip(rows, drafts, spans, strict=True):
-            draft.untaught = "" if turns or not isinstance(row.form, Turns) else _untaught(row.form)
-        if spans[0] and self.train_on != "all":
-            self._check_mask(rows[0].place, texts[0], spans[0], drafts[0])
-        if not self.closes_turns:
-            for row, draft in zip(rows, drafts, strict=True):
-                self._close(row.form, draft)
+class TwoTextEncoder(Encoder):
+    """Prompts and answers each with the tokenizer's own special tokens, and cut by it: none of those is lost."""
+
+    def encode(self, rows: list[Located]) -> list[Draft]:
+        pairs = [row.form for row in rows if isinstance(row.form, Pair)]
+        drafts = [Draft([], [], pair.prompt) for pair in pairs]
+        prompts = self._cut([pair.prompt for pair in pairs], drafts)
+        answers = self._ids([pair.completion for pair in pairs], special=True)
+        for draft, prompt, answer in zip(drafts, prompts, answers, strict=True):
+            draft.ids, draft.labels = prompt, self._ended(answer)
         return drafts
 
-    def _spans(self, turns: Turns, text: str) -> list[tuple[int, int]]:
-        """Character spans to train on."""
-        if self.train_on != "all":
-            return self.mask.spans(turns, text, only_last=self.train_on == "completion")
-        if not turns.untrained:
-            return [(0, len(text))]
-        speaks = {number for number, message in enumerate(turns.messages) if message["role"] == "assistant"}
-        others = replace(turns, untrained=frozenset(speaks - turns.untrained))
-        edges = [0, *itertools.chain.from_iterable(self.mask.spans(others, text, only_last=False)), len(text)]
-        return list(zip(edges[::2], edges[1::2], strict=True))
+    def example(self, draft: Draft, row: int) -> TwoTexts:
+        ids, labels = draft.ids[: self.max_length], draft.labels[: self.max_length]
+        return TwoTexts(array("i", ids), array("i", labels), row)
 
-    @cached_property
-    def mask(self) -> Mask:
-        """Finds the assistant's turns."""
-        if draws_at_random(self.tokenizer.chat_template):
-            raise DataError(
-                "the chat template draws at random, so no row could be written twice alike",
-                "use another dataset.chat_template",
-            )
-        try:
-            closing = closing_of(self.tokenizer)
-        except BadRowError as error:
-            raise DataError(str(error)) from error
-        return Mask(self.tokenizer, closing, [decode(self.tokenizer, [index]) for index in sorted(self._special_ids)])
 
-    @property
-    def _special_ids(self) -> set[int]:
-        added = self.tokenizer.added_tokens_decoder
-        return {*self.tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+class ClassEncoder(Encoder):
+    """Texts of a classifier, cut by the tokenizer itself, which keeps its special tokens.
 
-    @cached_property
-    def closes_turns(self) -> bool:
-        """Whether the chat template ends an assistant turn with a special token, at which generation can stop."""
-        return bool(self._special_ids & set(self._ids([self.mask.closing])[0]))
+    The class is a number of the example's once all classes are known, and 0 until then.
+    """
 
-    def _close(self, form: Form, draft: Draft) -> None:
-        """End a conversation with the end-of-text token where its template has no token of its own for that."""
-        if not isinstance(form, Turns) or len(form.messages) - 1 in form.untrained:
-            return
-        if form.messages[-1]["role"] == "assistant":
-            while draft.labels and draft.labels[-1] == IGNORED:  # white space after the turn
-                draft.ids.pop()
-                draft.labels.pop()
-            draft.ids.append(self._end())
-            draft.labels.append(self._end())
-
-    def _masked(self, texts: list[str], spans: list[list[tuple[int, int]]], prompts: list[str]) -> list[Draft]:
-        """Tokens of rendered texts; those that overlap a span carry a label."""
-        if not self.tokenizer.is_fast:
-            raise DataError(
-                "conversations need a tokenizer that reports character offsets (a fast one), and this one does not",
-                "use a model that comes with a tokenizer.json",
-            )
-        coded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        drafts = []
-        for ids, offsets, turns, prompt in zip(
-            coded["input_ids"], coded["offset_mapping"], spans, prompts, strict=True
-        ):
-            firsts, lasts = [first for first, _ in offsets], [last for _, last in offsets]
-            labels = [IGNORED] * len(ids)
-            for start, end in turns:
-                inside = slice(bisect_right(lasts, start), bisect_left(firsts, end))
-                labels[inside] = ids[inside]
-            drafts.append(Draft(ids, labels, prompt))
-        return drafts
-
-    def _check_mask(self, place: str, text: str, spans: list[tuple[int, int]], draft: Draft) -> None:
-        """The tokens with a label spell what the spans say; a tokenizer with wrong offsets is found here."""
-        trained = [label for label in draft.labels if label != IGNORED]
-        expected = _letters("".join(text[start:end] for start, end in spans))
-        if expected not in _letters(decode(self.tokenizer, trained)):
-            raise DataError(
-                f"{place}: the assistant mask does not spell the assistant's words: the tokenizer's offsets are wrong",
-                "set dataset.train_on: all, or use a newer tokenizer file",
-            )
-
-    def _labelled(self, rows: list[Located]) -> list[Draft]:
-        """Texts of a classifier, cut by the tokenizer itself, which keeps its special tokens."""
+    def encode(self, rows: list[Located]) -> list[Draft]:
         forms = [row.form for row in rows if isinstance(row.form, Labelled)]
         drafts = [Draft([], [], json.dumps([form.text, form.text_pair]), label=form.label) for form in forms]
         for paired in (False, True):  # one call each: only a pair has token types
@@ -292,25 +156,11 @@ class Encoder:
             draft.ids, draft.cut = coded["input_ids"][number], len(whole[number]) > self.max_length
             draft.types = types[number] if types else None
 
-
-def _untaught(turns: Turns) -> str:
-    """Why nothing of a conversation trains."""
-    roles = sorted({message["role"] for message in turns.messages})
-    if "assistant" in roles:
-        return "with turns of the assistant only that are marked not to train"
-    return f"without a turn of the role assistant (roles there: {', '.join(roles)})"
-
-
-def _opening_messages(messages: list[dict[str, Any]]) -> str:
-    """The messages up to the first of the user: conversations that begin alike share answers."""
-    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
-    return json.dumps([[message["role"], message["content"]] for message in messages[: first + 1]])
+    def example(self, draft: Draft, row: int) -> Classified:
+        types = array("i", draft.types) if draft.types else None
+        return Classified(array("i", draft.ids[: self.max_length]), 0, row, types)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of tokens as it is, special tokens included."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _letters(text: str) -> str:
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))

@@ -1,55 +1,233 @@
-"""One row as the model sees it."""
+"""One row as the model sees it.
+
+    OneText      read and continued: tokens, and the token to be learned at each place
+    TwoTexts     one text to be read by an encoder, another to be written by a decoder
+    Classified   a text and the number of its class
+
+A task uses one of these, or brings a class of its own that is derived from `Example`: nobody else asks which it is.
+
+Dimensions: B rows of a batch, T tokens of the longest.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dynlora_cli.data.forms import Form
 
 IGNORED = -100
 
+Targets = NDArray[np.int64]
+Lines = Sequence[Sequence[tuple[int, Any]]]  # of each line of a batch: its examples, each with its first position
 
-@dataclass(slots=True)
-class Example:
-    """One row, ready for a model. Sequences are `array('i')`: four bytes a token.
 
-    Args:
-        input_ids: token ids; seq2seq-lm: what the encoder reads.
-        labels: causal-lm: the token where it is trained, -100 elsewhere, not shifted. seq2seq-lm: what the decoder
-            writes, of its own length. Classification: the class index.
+class Example(ABC):
+    """One row, ready for a model. Sequences of tokens are `array('i')`: four bytes a token.
+
+    Attributes:
+        input_ids: tokens that the model reads.
         row: number of the row, counted from 0 over all sources of its list in the recipe.
-        token_type_ids: classification of text pairs, where the tokenizer has them.
-        decoded: the row is one of seq2seq-lm.
+        packs: several of these can stand in one line of a batch.
     """
 
+    __slots__ = ()
     input_ids: Sequence[int]
-    labels: Sequence[int] | int
     row: int
-    token_type_ids: Sequence[int] | None = None
-    decoded: bool = False
+    packs: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def label_ids(self) -> Sequence[int]:
+        """What is to be learned, as numbers."""
+
+    @property
+    def texts(self) -> list[Sequence[int]]:
+        """The texts of the row, as tokens that a model reads or writes."""
+        return [self.input_ids]
 
     @property
     def tokens(self) -> int:
-        """Tokens that a model reads or writes."""
-        return len(self.input_ids) + (0 if isinstance(self.labels, int) or not self.decoded else len(self.labels))
+        """Number of tokens that a model reads or writes."""
+        return sum(len(text) for text in self.texts)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text of the row."""
-        return max(len(self.input_ids), len(self.labels) if not isinstance(self.labels, int) else 0)
+        """Number of tokens of the longest text."""
+        return max(len(text) for text in self.texts)
+
+    @property
+    def token_types(self) -> Sequence[int] | None:
+        """Which of two texts each token of `input_ids` belongs to, for models that are told so."""
+        return None
+
+    @abstractmethod
+    def supervised(self) -> int:
+        """Number of targets."""
+
+    @staticmethod
+    @abstractmethod
+    def targets(lines: Lines, width: int, even: Callable[[int], int]) -> Targets:
+        """The targets of a batch: [B, T], aligned with the logits, -100 where there is none; or one for each row, [B].
+
+        Args:
+            lines: of the batch.
+            width: of the batch's `input_ids`.
+            even: the width to be taken for so many tokens, for targets that are not as wide as `input_ids`.
+        """
+
+    @abstractmethod
+    def shown(self, decode: Callable[[Sequence[int]], str], classes: Sequence[str] | None) -> list[tuple[str, bool]]:
+        """The example as text in pieces, each with whether it is in the loss.
+
+        Args:
+            decode: makes text of tokens.
+            classes: their names, where the task has any.
+        """
+
+    def last_answer(self) -> tuple[Sequence[int], list[int]]:
+        """The last text that is to be written, and all that stands before it; both empty where nothing does."""
+        return (), []
+
+
+@dataclass(slots=True)
+class OneText(Example):
+    """A text that a causal language model reads and continues.
+
+    Args:
+        input_ids: its tokens.
+        labels: as long: the token where it is trained, -100 elsewhere, not shifted.
+        row: as of `Example`.
+    """
+
+    packs: ClassVar[bool] = True
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    row: int
+
+    @property
+    def label_ids(self) -> Sequence[int]:
+        return self.labels
 
     def supervised(self) -> int:
-        """Number of targets: tokens with a label but the first, which nothing precedes; 1 for a classifier.
-
-        A decoder's first token is a target as well: its start token precedes it.
-        """
-        if isinstance(self.labels, int):
-            return 1
-        if self.decoded:
-            return len(self.labels)
+        """Tokens with a label but the first, which nothing precedes."""
         return sum(label != IGNORED for label in itertools.islice(self.labels, 1, None))
+
+    @staticmethod
+    def targets(lines: Lines, width: int, even: Callable[[int], int]) -> Targets:  # noqa: ARG004
+        """[B, T]: at each token the one after it."""
+        targets = np.full((len(lines), width), IGNORED)
+        for line, placed in enumerate(lines):
+            for start, example in placed:
+                targets[line, start : start + len(example.labels) - 1] = example.labels[1:]
+        return targets
+
+    def shown(self, decode: Callable[[Sequence[int]], str], classes: Sequence[str] | None) -> list[tuple[str, bool]]:  # noqa: ARG002
+        ids = list(self.input_ids)
+        pieces, shown, end = [], "", 0
+        for flag, run in itertools.groupby(label != IGNORED for label in self.labels):
+            end += len(list(run))
+            text = decode(ids[:end])
+            if end < len(ids):
+                text = text.rstrip("\ufffd")  # a character whose bytes go on in the next piece is shown there
+            pieces.append((text[len(shown) :], flag))
+            shown = text
+        return pieces
+
+    def last_answer(self) -> tuple[Sequence[int], list[int]]:
+        """The last run of supervised tokens; both empty where the first token is supervised."""
+        supervised = [label != IGNORED for label in self.labels]
+        if supervised[0]:
+            return (), []
+        end = max(place for place, flag in enumerate(supervised) if flag) + 1
+        start = end
+        while supervised[start - 1]:
+            start -= 1
+        return self.input_ids[:start], list(self.input_ids[start:end])
+
+
+@dataclass(slots=True)
+class TwoTexts(Example):
+    """A text that an encoder reads, and another that a decoder writes.
+
+    Args:
+        input_ids: tokens of the first.
+        labels: tokens of the second. All are targets: a start token precedes the first of them.
+        row: as of `Example`.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    row: int
+
+    @property
+    def label_ids(self) -> Sequence[int]:
+        return self.labels
+
+    @property
+    def texts(self) -> list[Sequence[int]]:
+        return [self.input_ids, self.labels]
+
+    def supervised(self) -> int:
+        """All tokens of the second text."""
+        return len(self.labels)
+
+    @staticmethod
+    def targets(lines: Lines, width: int, even: Callable[[int], int]) -> Targets:  # noqa: ARG004
+        """[B, T] with T of the longest second text."""
+        written = [placed[0][1].labels for placed in lines]
+        targets = np.full((len(lines), even(max(map(len, written)))), IGNORED)
+        for line, labels in enumerate(written):
+            targets[line, : len(labels)] = labels
+        return targets
+
+    def shown(self, decode: Callable[[Sequence[int]], str], classes: Sequence[str] | None) -> list[tuple[str, bool]]:  # noqa: ARG002
+        return [(decode(self.input_ids), False), (decode(self.labels), True)]
+
+    def last_answer(self) -> tuple[Sequence[int], list[int]]:
+        """The second text, and the first."""
+        return self.input_ids, list(self.labels)
+
+
+@dataclass(slots=True)
+class Classified(Example):
+    """A text, or a pair of texts, and its class.
+
+    Args:
+        input_ids: tokens of all of it.
+        label: number of the class, from 0, in the order of the model's outputs.
+        row: as of `Example`.
+        token_types: of a pair, where the tokenizer has them.
+    """
+
+    input_ids: Sequence[int]
+    label: int
+    row: int
+    token_types: Sequence[int] | None = None
+
+    @property
+    def label_ids(self) -> Sequence[int]:
+        return [self.label]
+
+    def supervised(self) -> int:
+        """One."""
+        return 1
+
+    @staticmethod
+    def targets(lines: Lines, width: int, even: Callable[[int], int]) -> Targets:  # noqa: ARG004
+        """[B]"""
+        return np.array([placed[0][1].label for placed in lines])
+
+    def shown(self, decode: Callable[[Sequence[int]], str], classes: Sequence[str] | None) -> list[tuple[str, bool]]:
+        name = classes[self.label] if classes else str(self.label)
+        return [(decode(self.input_ids), False), ("  class: ", False), (name, True)]
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.data.batches import Batch, Batches
-from dynlora_cli.data.examples import Example
+from dynlora_cli.data.examples import OneText
 from dynlora_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def packed_mask_dtype(model: PreTrainedModel, max_length: int) -> torch.dtype:
 def _differences(model: PreTrainedModel, mask_dtype: torch.dtype) -> tuple[float, float, float]:
     """Largest difference from separate logits, as a share of the largest: of rows packed; in one batch with padding,
     which rounding makes; and read as one row."""
-    examples = [Example(ids, ids, number) for number, ids in enumerate([[7, 5, 3, 11, 2], [3, 2, 13]])]
+    examples = [OneText(ids, ids, number) for number, ids in enumerate([[7, 5, 3, 11, 2], [3, 2, 13]])]
     settings: dict[str, Any] = {"micro_batch_size": 1, "max_length": 8, "pad_id": 0, "shuffle": False}
     alone, both = Batches(examples, **settings), Batches(examples, **{**settings, "micro_batch_size": 2})
     training = model.training

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from dynlora_cli.data.examples import Example
+from dynlora_cli.data.examples import Classified, Example
 from dynlora_cli.errors import DataError
 from dynlora_cli.text import counted
 
@@ -156,7 +156,8 @@ def number_labels(rows: list[Kept], names: Sequence[str], notes: list[str]) -> N
         at = index.get(label, index.get(label.casefold()))
         if at is None:
             raise DataError(f"the class {row.label!r} is not among those of the training rows: {_listed(names)}")
-        row.example.labels = at
+        assert isinstance(row.example, Classified)
+        row.example.label = at
         if label in numbered:
             shown = ", ".join(f"{at} = {name}" for at, name in enumerate(names[:10]))
             numbered = {}

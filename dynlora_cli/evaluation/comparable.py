@@ -106,7 +106,7 @@ def base_has_rows(
         UsageError: the table of an adapter, its own or the base's, has not.
     """
     table = place.files.table_rows
-    texts = [ids for row in rows.examples for ids in (row.input_ids, row.labels) if not isinstance(ids, int)]
+    texts = [ids for example in rows.examples for ids in example.texts]
     needed = 1 + max((max(ids, default=0) for ids in texts), default=0)
     needed = max(needed, pad + 1) if rows.examples else 0
     if table is None or needed <= table:

@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from dynlora_cli.data.encode import decode
-from dynlora_cli.data.examples import IGNORED, Example
+from dynlora_cli.data.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def find_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     prompts: dict[tuple[int, ...], Prompt] = {}
     for example in examples:
-        question, answer = _last_answer(example)
+        question, answer = example.last_answer()
         key = tuple(question)
         if not key or (key not in prompts and len(prompts) == count):
             continue
@@ -79,21 +79,6 @@ def find_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
         prompt.end_ids |= special & {answer[-1]}
         prompt.longest = max(prompt.longest, len(answer))
     return list(prompts.values())
-
-
-def _last_answer(example: Example) -> tuple[Sequence[int], list[int]]:
-    """The last supervised tokens, and all that stands before them; nothing does where there is no prompt."""
-    assert not isinstance(example.labels, int), "classifiers write nothing"
-    if example.decoded:
-        return example.input_ids, list(example.labels)
-    supervised = [label != IGNORED for label in example.labels]
-    if supervised[0]:
-        return (), []
-    end = max(place for place, flag in enumerate(supervised) if flag) + 1
-    start = end
-    while supervised[start - 1]:
-        start -= 1
-    return example.input_ids[:start], list(example.input_ids[start:end])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

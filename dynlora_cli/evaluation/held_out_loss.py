@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.evaluation.scores import RowSums, perplexity
 from dynlora_cli.tasks.loss import evaluating, judged
+from dynlora_cli.tasks.scores import RowSums, perplexity
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
@@ -28,8 +28,8 @@ def held_out(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    classify: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    describe: Callable[[float, float], dict[str, float]] = lambda loss, accuracy: {"perplexity": perplexity(loss)},  # noqa: ARG005
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, float]:
     """Mean loss over all targets of the batches.
@@ -37,12 +37,12 @@ def held_out(
     Args:
         model: in any mode.
         batches: on the model's device.
-        classify: also report accuracy instead of perplexity.
         autocast: makes the context of the forward pass.
+        describe: what to tell beside the loss, of the loss and the share of targets that were the first choice.
         reduce: sums a tensor over processes.
 
     Returns:
-        loss (nats per target), tokens (number of targets), and perplexity or accuracy.
+        loss (nats per target), tokens (number of targets), and what `describe` tells.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), autocast():
@@ -52,16 +52,14 @@ def held_out(
             sums += torch.tensor(found, dtype=torch.float64)
     total, correct_total, targets = reduce(sums).tolist()
     loss = total / targets
-    if classify:
-        return {"loss": loss, "tokens": int(targets), "accuracy": correct_total / targets}
-    return {"loss": loss, "tokens": int(targets), "perplexity": perplexity(loss)}
+    return {"loss": loss, "tokens": int(targets), **describe(loss, correct_total / targets)}
 
 
 def row_sums(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    classify: bool = False,
+    choices: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> RowSums:
     """What the model does on every row; summed, it is what `held_out` finds.
@@ -69,7 +67,7 @@ def row_sums(
     Args:
         model: in any mode.
         batches: on the model's device, unpacked: one row a line.
-        classify: also tell the chosen classes.
+        choices: also tell what was chosen for each target.
         autocast: makes the context of the forward pass.
     """
     found: list[Tensor] = []  # for each batch: loss, targets, correct [3, B]
@@ -82,7 +80,7 @@ def row_sums(
             )
             sums_3B = torch.zeros(3, len(batch.labels), dtype=torch.float64, device=loss_N.device)
             found.append(sums_3B.index_add_(1, line_N, parts_3N).cpu())
-            chosen.append(choice_N.cpu() if classify else choice_N[:0].cpu())
+            chosen.append(choice_N.cpu() if choices else choice_N[:0].cpu())
     loss_R, targets_R, correct_R = torch.cat(found, 1).numpy()
-    predicted_R = torch.cat(chosen).numpy() if classify else None
+    predicted_R = torch.cat(chosen).numpy() if choices else None
     return RowSums(loss_R, targets_R.astype(np.int64), correct_R.astype(np.int64), predicted_R)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.evaluation import generation
@@ -14,8 +12,8 @@ from dynlora_cli.evaluation.held_out_loss import row_sums
 from dynlora_cli.evaluation.lm_eval import Harness
 from dynlora_cli.evaluation.report import Found
 from dynlora_cli.evaluation.rows import Rows
-from dynlora_cli.evaluation.scores import RowSums, classification, confusion
 from dynlora_cli.models.load import Base, precision_of
+from dynlora_cli.tasks.scores import RowSums
 
 if TYPE_CHECKING:
     from dynlora_cli.evaluation.generation import Prompt
@@ -39,7 +37,8 @@ class Measure:
         """
         base, rows, autocast = self.base, self.rows, precision_of(self.base)
         sums = self._sums(name) if rows.examples else None
-        metrics = self._metrics(sums) if sums else {}
+        classes = int(base.model.config.num_labels or 0)
+        metrics = rows.task.metrics(sums, rows.examples, classes) if sums else {}
         answers: list[str] = []
         tasks: dict[str, dict[str, float]] = {}
         with autocast():
@@ -60,17 +59,11 @@ class Measure:
 
     def _sums(self, name: str) -> RowSums:
         batches = self.rows.batches(int(self.base.tokenizer.pad_token_id), self.base.model.device)
-        classify = "Labelled" in self.rows.forms
-        sums = row_sums(self.base.model, batches, classify=classify, autocast=precision_of(self.base))
+        choices = self.rows.task.needs_choices
+        sums = row_sums(self.base.model, batches, choices=choices, autocast=precision_of(self.base))
         if not math.isfinite(sums.loss):
             raise MeasureError(f"the held-out loss of {name} is {sums.loss}", "look at its weights and its dtype")
         return sums
-
-    def _metrics(self, sums: RowSums) -> dict[str, Any]:
-        if sums.predicted_R is None:
-            return {"token_accuracy": sums.accuracy}
-        truth_R = np.array([example.labels for example in self.rows.examples])
-        return classification(confusion(truth_R, sums.predicted_R, int(self.base.model.config.num_labels or 0)))
 
 
 def has_answer(base: Base, notes: list[str]) -> bool:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.adapters.base import label_names
 from dynlora_cli.data.chat_template import Writing
-from dynlora_cli.evaluation.scores import RowSums, paired_difference, perplexity
+from dynlora_cli.evaluation.scores import paired_difference
+from dynlora_cli.tasks.scores import RowSums
 
 if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
@@ -92,11 +93,7 @@ def side_by_side(prompts: Sequence[Prompt], found: dict[str, Found]) -> list[dic
 def _numbers(found: Found) -> dict[str, Any]:
     if found.sums is None:
         return {"loss": None, "tokens": 0}
-    loss = found.sums.loss
-    numbers = {"loss": loss, "tokens": found.sums.targets}
-    if found.sums.predicted_R is None:
-        numbers["perplexity"] = perplexity(loss)
-    return numbers | found.metrics
+    return {"loss": found.sums.loss, "tokens": found.sums.targets} | found.metrics
 
 
 def _difference(found: dict[str, Found], name: str) -> dict[str, Any] | None:

@@ -28,12 +28,14 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault
 from dynlora_cli.models.place import Place, input_table, structure
 from dynlora_cli.runs.folder import RECORD
+from dynlora_cli.tasks import task as tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.data.examples import Example
+    from dynlora_cli.tasks.task import Task
 
 MICRO_BATCH = 8
 
@@ -54,6 +56,7 @@ class Rows:
         micro_batch_size: examples of one forward pass.
         notes: for the person.
         recipe: whose rows they are, where they are a recipe's.
+        task: what they are to teach.
         forms: the neutral forms they came in, by name: Turns, Pair, Plain, Labelled.
         is_file: all rows of a file, which nothing says were ever trained on.
     """
@@ -63,6 +66,7 @@ class Rows:
     sha256: str
     max_length: int
     micro_batch_size: int
+    task: Task
     notes: list[str] = field(default_factory=list)
     recipe: Recipe | None = None
     forms: set[str] = field(default_factory=set)
@@ -125,10 +129,11 @@ def held_out_rows(
     if is_file:
         train = _as_trained(Source(path=str(data)), own, notes)
         settings |= {"train": [train.model_dump()], "val": [], "val_size": 0.0, "packing": False}
+    task = tasks.of(place.options)
     read = load_data(
         Dataset.model_validate(settings),
         tokenizer,
-        task=adapter.task,
+        task=task,
         seed=recipe.seed if recipe else 0,
         max_length=place.files.context_length,
         num_labels=len(place.labels) if place.labels else None,
@@ -154,6 +159,7 @@ def held_out_rows(
         sha256=read.sha256,
         max_length=max(len(example.input_ids) for example in examples),
         micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,
+        task=task,
         notes=notes,
         recipe=recipe,
         forms=read.forms,

@@ -18,10 +18,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
+from dynlora_cli import plugins
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.text import show
 
@@ -202,6 +204,13 @@ class DataForm(BaseModel):
     turned: dict[str, bool] | None = None
 
 
+def _known_task(name: str) -> str:
+    names = [repr(known) for known in plugins.names("tasks")]
+    if repr(name) not in names:
+        raise PydanticCustomError("literal_error", f"Input should be {', '.join(names[:-1])} or {names[-1]}")
+    return name
+
+
 class BaseForm(BaseModel):
     """What dynlora.json says of the base."""
 
@@ -216,7 +225,7 @@ class RecordForm(BaseModel):
 
     model_config = ConfigDict(strict=True)
     name: str | None = None
-    task: Literal["causal-lm", "seq2seq-lm", "sequence-classification"] | None = None
+    task: Annotated[str, AfterValidator(_known_task)] | None = None
     dynlora_version: str | None = None
     chat_template_sha256: str | None = None
     recipe: dict[str, Any] | None = None

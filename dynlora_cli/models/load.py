@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dynlora_cli import plugins
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.find import ASKS_FOR_TRUST, needs_trust
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # What transformers calls the output layer of a classifier, and PEFT with it.
 HEAD_NAMES = ("classifier", "score")
+CAUSAL = "AutoModelForCausalLM"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -186,11 +188,13 @@ def _config(options: Model, folder: Path, labels: list[str] | None) -> transform
 
 def _auto(options: Model, config: transformers.PretrainedConfig) -> Any:
     """The class that makes the model; a vision-language model is a causal language model with more around it."""
-    return {
-        "causal-lm": transformers.AutoModelForImageTextToText if sees(config) else transformers.AutoModelForCausalLM,
-        "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
-        "sequence-classification": transformers.AutoModelForSequenceClassification,
-    }[options.task]
+    name = auto_name(options)
+    return transformers.AutoModelForImageTextToText if name == CAUSAL and sees(config) else getattr(transformers, name)
+
+
+def auto_name(options: Model) -> str:
+    """Which of transformers' classes loads models for the task of a recipe."""
+    return str(plugins.declared("tasks", options.task, "AUTO_MODEL"))
 
 
 def sees(config: transformers.PretrainedConfig) -> bool:
@@ -225,7 +229,7 @@ def _from_pretrained(
         if ASKS_FOR_TRUST in str(error):
             raise needs_trust(folder) from None
         reason = str(error).partition("\nModel type should be")[0]  # without the names of all other models
-        two = options.task == "causal-lm" and config.is_encoder_decoder
+        two = auto_name(options) == CAUSAL and config.is_encoder_decoder
         raise UsageError(
             f"the model in {folder} does not load as {options.task}: {reason}",
             "it is an encoder with a decoder: set model.task: seq2seq-lm" if two else None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynlora_cli.evaluation.scores import RowSums
+from dynlora_cli.tasks.scores import RowSums
 
 NEGLIGIBLE = 0.01  # of the loss: what all events together may cost
 

@@ -13,6 +13,7 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.mode import plan, without_long_runs
+from dynlora_cli.tasks import task as tasks
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.setup import make_accelerator, make_run
 
@@ -49,7 +50,7 @@ def heal(
     data = load_data(
         recipe.dataset,
         base.tokenizer,
-        task=adapter.task,
+        task=tasks.of(recipe.model.model_copy(update={"task": adapter.task})),
         seed=recipe.seed,
         max_length=base.files.context_length,
         num_labels=recipe.model.num_labels,

@@ -140,7 +140,7 @@ def held_out_loss(run: Run) -> dict[str, float]:
     result = held_out(
         run.model,
         batches,
-        classify=run.classify,
+        describe=run.task.held_out,
         autocast=run.accelerator.autocast,
         reduce=lambda sums: run.reduce(sums.to(device)).cpu(),
     )

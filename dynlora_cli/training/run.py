@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from dynlora_cli.tasks import task as tasks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from dynlora_cli.models.load import Base
     from dynlora_cli.models.randomness import Randomness
     from dynlora_cli.pruning.control import Control
+    from dynlora_cli.tasks.task import Task
 
 
 @dataclass
@@ -98,9 +102,10 @@ class Run:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    @property
-    def classify(self) -> bool:
-        return self.recipe.model.task == "sequence-classification"
+    @cached_property
+    def task(self) -> Task:
+        """What the model is trained to do."""
+        return tasks.of(self.recipe.model)
 
     def note(self, text: str) -> None:
         """Leave a note in the run's log."""

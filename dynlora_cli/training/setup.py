@@ -14,7 +14,7 @@ from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import plugins
 from dynlora_cli.data.chat_template import Writing
-from dynlora_cli.data.load import CLASSIFICATION, Data, load_data
+from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.splits import LEAST_SIZING_ROWS, sizing_rows
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
@@ -31,6 +31,7 @@ from dynlora_cli.models.targets import group_names, layers_left_out, text_part
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import EarlyStopping
+from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
 from dynlora_cli.training.batches import make_batches, on_device, total_steps
@@ -71,18 +72,18 @@ def make_accelerator(recipe: Recipe, folder: Path, modes: Modes) -> Accelerator:
 def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) -> Data:
     """The rows, for the tokenizer of a model and no longer than its context, written as the run began to."""
     files.refuse_fixed_lengths()
-    tokenizer, context = files.tokenizer, files.context_length
+    tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model)
     data = load_data(
         recipe.dataset,
         tokenizer,
-        task=recipe.model.task,
+        task=task,
         seed=recipe.seed,
         max_length=context,
         num_labels=recipe.model.num_labels,
         sizing=sizing_rows(recipe),
         writing=writing,
         table=files.table_rows,
-        own_classes=own_classes(recipe.model, files.folder) if recipe.model.task == CLASSIFICATION else None,
+        own_classes=own_classes(recipe.model, files.folder) if task.has_classes else None,
     )
     if len(data.train) == 1:
         raise DataError(

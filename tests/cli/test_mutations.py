@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import CHATML, byte_tokenizer, dataset
+from data_helpers import CHATML, byte_tokenizer, dataset, task_named
 from safetensors.torch import save
 
 from dynlora_cli.adapters.read import read_adapter
@@ -102,7 +102,7 @@ def test_rows(tmp_path: Path, name: str):
     path, tokenizer = tmp_path / name, byte_tokenizer(CHATML)
     for content in mutations(ROW, 2):
         path.write_bytes(b"[%s]" % content if name == "rows.json" else content + b"\n")
-        answered(partial(load_data, task="causal-lm", seed=0), dataset(path), tokenizer)
+        answered(partial(load_data, task=task_named(), seed=0), dataset(path), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "dynlora.json", "metrics.jsonl", "rank_events.jsonl"])

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dynlora_cli.adapters import base as base_module
 from dynlora_cli.commands import evaluate
 from dynlora_cli.data.batches import Batches
-from dynlora_cli.data.examples import Example
+from dynlora_cli.data.examples import OneText
 from dynlora_cli.evaluation import generation
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.kernels.linear_cross_entropy import Ending
@@ -157,7 +157,7 @@ def test_sums_of_rows_are_those_of_the_whole_from_fewer_logits_where_the_head_mu
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model = AutoModelForCausalLM.from_pretrained(model_folder(tmp_path, kind)).eval()
-    examples = [Example([0, *range(20, 40)], [-100] * (9 + n) + list(range(28 + n, 40)), n) for n in range(5)]
+    examples = [OneText([0, *range(20, 40)], [-100] * (9 + n) + list(range(28 + n, 40)), n) for n in range(5)]
     batches = [Batches.in_order(examples, micro_batch_size=2, max_length=32, pad_id=1).step(0, n)[0] for n in range(3)]
     whole = held_out(model, batches)
     monkeypatch.setattr(Ending, "fused", False)

@@ -14,24 +14,24 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dynlora_cli.data import packing_check
 from dynlora_cli.data.batches import Batch, Batches
-from dynlora_cli.data.examples import Example
+from dynlora_cli.data.examples import Classified, OneText
 from dynlora_cli.data.packing_check import packed_mask_dtype
 from dynlora_cli.errors import UsageError
 
 VOCABULARY = 64
 
 
-def examples(count: int, longest: int = 30) -> list[Example]:
+def examples(count: int, longest: int = 30) -> list[OneText]:
     """Rows of random length, the first two tokens a prompt."""
     chance = random.Random(0)
     made = []
     for row in range(count):
         ids = [chance.randrange(1, VOCABULARY) for _ in range(chance.randint(3, longest))]
-        made.append(Example(ids, [-100, -100, *ids[2:]], row))
+        made.append(OneText(ids, [-100, -100, *ids[2:]], row))
     return made
 
 
-def batches(made: list[Example], size: int = 4, accumulation: int = 1, **settings: Any) -> Batches:
+def batches(made: list[OneText], size: int = 4, accumulation: int = 1, **settings: Any) -> Batches:
     defaults: dict[str, Any] = {"max_length": 40, "pad_id": 0}
     return Batches(made, micro_batch_size=size, accumulation=accumulation, **(defaults | settings))
 
@@ -95,7 +95,7 @@ def test_steps_hold_rows_of_similar_length() -> None:
 
 
 def test_targets_are_aligned_with_logits_and_padding_is_masked_by_position() -> None:
-    made = [Example([5, 6, 7, 9], [-100, 6, 7, 9], 3), Example([8, 9], [-100, 9], 4)]
+    made = [OneText([5, 6, 7, 9], [-100, 6, 7, 9], 3), OneText([8, 9], [-100, 9], 4)]
     (batch,) = batches(made, pad_id=9, shuffle=False).step(0, 0)  # the pad token is also the last token of each row
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -104,7 +104,7 @@ def test_targets_are_aligned_with_logits_and_padding_is_masked_by_position() -> 
 
 
 def test_a_batch_knows_the_places_of_its_targets() -> None:
-    made = [Example([5, 6, 7, 9], [-100, 6, -100, 9], 3), Example([8, 9], [-100, 9], 4)]
+    made = [OneText([5, 6, 7, 9], [-100, 6, -100, 9], 3), OneText([8, 9], [-100, 9], 4)]
     (batch,) = batches(made, shuffle=False).step(0, 0)
     assert batch.places.tolist() == [0, 2, 4]
     assert batch.labels.flatten()[batch.places].tolist() == [6, 9, 9]
@@ -120,12 +120,12 @@ def test_in_order_is_for_evaluation() -> None:
 
 
 def test_classification() -> None:
-    made = [Example([5, 6, 7], 1, 0), Example([8], 0, 1)]
+    made = [Classified([5, 6, 7], 1, 0), Classified([8], 0, 1)]
     (batch,) = batches(made, shuffle=False).step(0, 0)
     assert batch.labels.tolist() == [1, 0]
     assert (batch.tokens, batch.supervised) == (4, 2)
     assert batch.inputs.keys() == {"input_ids", "attention_mask"}
-    paired = [Example([5, 6, 7], 1, 0, [0, 1, 1]), Example([8], 0, 1, [0])]
+    paired = [Classified([5, 6, 7], 1, 0, [0, 1, 1]), Classified([8], 0, 1, [0])]
     (batch,) = batches(paired, shuffle=False).step(0, 0)
     assert batch.inputs["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]]
     with pytest.raises(ValueError, match="causal language models only"):
@@ -232,7 +232,7 @@ def test_packed_loss_and_gradient_equal_the_unpacked(make: Any, attention: str) 
 
 
 def test_a_packed_mask_is_causal_in_a_row_and_closed_between_rows() -> None:
-    made = [Example(range(length), range(length), number) for number, length in enumerate([3, 2, 4])]
+    made = [OneText(range(length), range(length), number) for number, length in enumerate([3, 2, 4])]
     (batch,) = batches(made, 2, max_length=5, packing=True, shuffle=False).step(0, 0)
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
     mask = batch.inputs["attention_mask"].squeeze(1).int().tolist()

@@ -8,7 +8,19 @@ from typing import Any
 
 import chat_templates as templates
 import pytest
-from data_helpers import BARE, CHATML, FIXTURES, LLAMA3, MISTRAL, ROLE_TOKENS, THINKING, byte_tokenizer, dataset, source
+from data_helpers import (
+    BARE,
+    CHATML,
+    FIXTURES,
+    LLAMA3,
+    MISTRAL,
+    ROLE_TOKENS,
+    THINKING,
+    byte_tokenizer,
+    dataset,
+    source,
+    task_named,
+)
 from data_helpers import space_tokenizer as make_space_tokenizer
 
 from dynlora_cli.data.example_view import show_example
@@ -31,7 +43,7 @@ def trained(tmp_path: Path, messages: list[dict[str, Any]], template: str | None
     path = tmp_path / "talk.jsonl"
     path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
     tokenizer = settings.pop("tokenizer", None) or byte_tokenizer(template)
-    data = load_data(dataset(path, **settings), tokenizer, task="causal-lm", seed=0)
+    data = load_data(dataset(path, **settings), tokenizer, task=task_named(), seed=0)
     return [text for text, in_loss in show_example(data.train[0], tokenizer) if in_loss]
 
 
@@ -98,7 +110,7 @@ def test_sharegpt_rows_keep_their_system_and_train_on_calls(tmp_path: Path) -> N
     path = tmp_path / "talk.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     tokenizer = byte_tokenizer(template)
-    pieces = show_example(load_data(dataset(path), tokenizer, task="causal-lm", seed=0).train[0], tokenizer)
+    pieces = show_example(load_data(dataset(path), tokenizer, task=task_named(), seed=0).train[0], tokenizer)
     assert pieces[0][0].startswith("#jump <|im_start|>system\nthink<|im_end|>\n<|im_start|>user\na fox")
     assert [text for text, flag in pieces if flag] == ["jump()<|im_end|>", "the dog<|im_end|>"]
 
@@ -123,7 +135,7 @@ def test_a_template_without_end_token_gets_end_of_text(tmp_path: Path) -> None:
     path = tmp_path / "talk.jsonl"
     path.write_text(json.dumps({"messages": TALK}) + "\n", encoding="utf-8")
     tokenizer = byte_tokenizer(BARE)
-    data = load_data(dataset(path), tokenizer, task="causal-lm", seed=0)
+    data = load_data(dataset(path), tokenizer, task=task_named(), seed=0)
     pieces = show_example(data.train[0], tokenizer)
     assert pieces[-1] == (" the lazy dog 🐕\n</s>", True)  # the space belongs to the answer's first token
     assert any("without a special token" in note for note in data.notes)
@@ -173,7 +185,7 @@ def test_tokenizer_that_puts_a_space_before_texts(tmp_path: Path) -> None:
 
 def test_sharegpt_reads_as_messages() -> None:
     tokenizer = byte_tokenizer(CHATML)
-    data = load_data(dataset(FIXTURES / "sharegpt.json"), tokenizer, task="causal-lm", seed=0)
+    data = load_data(dataset(FIXTURES / "sharegpt.json"), tokenizer, task=task_named(), seed=0)
     assert show_example(data.train[1], tokenizer) == [
         ("<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n", False),
         ("on the mat<|im_end|>", True),
@@ -203,7 +215,7 @@ def test_builtin_tokenizer() -> None:
 
     folder = Path(dynlora_cli.__file__).parent / "assets" / "builtin_tiny"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = load_data(dataset(source(FIXTURES / "chat.jsonl")), tokenizer, task="causal-lm", seed=0)
+    data = load_data(dataset(source(FIXTURES / "chat.jsonl")), tokenizer, task=task_named(), seed=0)
     assert show_example(data.train[0], tokenizer) == [
         ("<s><|user|>hello</s><|assistant|>", False),
         ("the cat sat</s>", True),
@@ -271,7 +283,7 @@ def test_calls_and_turns_that_the_template_rewrites_are_found(
     rows = [{"messages": LONG[:ending], "tools": TOOLS}]
     path = tmp_path / "talk.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = load_data(dataset(path, max_length=1024), tokenizer, task="causal-lm", seed=0)
+    data = load_data(dataset(path, max_length=1024), tokenizer, task=task_named(), seed=0)
     pieces = show_example(data.train[0], tokenizer)
     turns = {6: 3, 4: 2, 2: 1}[ending]
     found = [text for text, in_loss in pieces if in_loss]
@@ -287,7 +299,7 @@ def test_calls_and_turns_that_the_template_rewrites_are_found(
 def test_a_prompt_that_no_row_shows_is_said(tmp_path: Path) -> None:
     tokenizer = marked_tokenizer(templates.DEEPSEEK_R1)
     assert trained(tmp_path, TALK, None, tokenizer=tokenizer) == ["a quick brown fox</s>", "the lazy dog 🐕</s>"]
-    data = load_data(dataset(tmp_path / "talk.jsonl"), tokenizer, task="causal-lm", seed=0)
+    data = load_data(dataset(tmp_path / "talk.jsonl"), tokenizer, task=task_named(), seed=0)
     assert [note for note in data.notes if "asks for an answer with '<|Assistant|><think>\\n'" in note]
 
 

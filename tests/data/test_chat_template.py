@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_helpers import CHATML, byte_tokenizer, dataset
+from data_helpers import CHATML, byte_tokenizer, dataset, task_named
 from pico import pico_recipe
 from tiny_run import train
 
@@ -30,7 +30,7 @@ def read(tmp_path: Path, rows: list[dict[str, Any]], template: str | None, **set
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokenizer = byte_tokenizer(template)
     writing = settings.pop("writing", None)
-    return load_data(dataset(path, **settings), tokenizer, task="causal-lm", seed=0, writing=writing), tokenizer
+    return load_data(dataset(path, **settings), tokenizer, task=task_named(), seed=0, writing=writing), tokenizer
 
 
 def talk(*turns: dict[str, Any], **more: Any) -> dict[str, Any]:

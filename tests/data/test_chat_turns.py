@@ -8,7 +8,7 @@ from typing import Any
 
 import chat_templates as templates
 import pytest
-from data_helpers import BARE, CHATML, LLAMA3, MISTRAL, byte_tokenizer, dataset
+from data_helpers import BARE, CHATML, LLAMA3, MISTRAL, byte_tokenizer, dataset, task_named
 from eval_helpers import Run
 from pico import pico_recipe
 from tiny_run import make_recipe, train
@@ -30,7 +30,7 @@ def read(tmp_path: Path, rows: list[dict[str, Any]], template: str | None, **set
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokenizer = byte_tokenizer(template)
     writing = settings.pop("writing", None)
-    data = load_data(dataset(path, **settings), tokenizer, task="causal-lm", seed=0, writing=writing)
+    data = load_data(dataset(path, **settings), tokenizer, task=task_named(), seed=0, writing=writing)
     return data, show_example(data.train[0], tokenizer)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import byte_tokenizer, dataset
+from data_helpers import byte_tokenizer, dataset, task_named
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from dynlora_cli.adapters.read import read_adapter
@@ -28,7 +28,7 @@ def load(path: Path, labels: list[Any], own: list[str] | None = None, num_labels
     rows = [{"text": f"the cat {number}", "label": label} for number, label in enumerate(labels)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_data(
-        dataset(path), byte_tokenizer(), task=TASK, seed=0, num_labels=num_labels, own_classes=own
+        dataset(path), byte_tokenizer(), task=task_named(TASK), seed=0, num_labels=num_labels, own_classes=own
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_the_models_order_is_kept_where_its_head_is(
 ) -> None:
     data = load(tmp_path / "a.jsonl", labels, own, num_labels)
     assert data.labels == names
-    assert [example.labels for example in data.train] == numbers
+    assert [example.label for example in data.train] == numbers
     new = any("a new head is trained" in note for note in data.notes)
     kept = own is not None and len(own) > 1 and len(names) == len(own) and labels != [1, 2, 3]
     assert new == (own is not None and not kept)
@@ -69,7 +69,7 @@ def test_a_number_on_a_scale_is_no_class_in_any_kind_of_file(tmp_path: Path, lab
         load(tmp_path / "a.jsonl", [1, label])
     (tmp_path / "a.csv").write_text(f"text,label\na,1\nb,{label}\n")
     with pytest.raises(DataError, match=r"a\.csv:3: .* a number on a scale"):
-        load_data(dataset(tmp_path / "a.csv"), byte_tokenizer(), task=TASK, seed=0)
+        load_data(dataset(tmp_path / "a.csv"), byte_tokenizer(), task=task_named(TASK), seed=0)
 
 
 # -- from training to the merged model ---------------------------------------------------------------------------------

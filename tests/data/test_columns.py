@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from chat_templates import MISTRAL3
-from data_helpers import CHATML, byte_tokenizer, dataset, source
+from data_helpers import CHATML, byte_tokenizer, dataset, source, task_named
 
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.formats.chat import to_example
@@ -23,14 +23,14 @@ def load(path: Path, *rows: Any, template: str | None = CHATML, task: str = "cau
     """The rows as JSON lines, read with settings of the source."""
     path = path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_data(dataset(source(path, **settings)), byte_tokenizer(template), task=task, seed=0)
+    return load_data(dataset(source(path, **settings)), byte_tokenizer(template), task=task_named(task), seed=0)
 
 
 def trained(path: Path, row: Any, template: str = CHATML, **settings: Any) -> list[str]:
     """The pieces of a row with a loss."""
     tokenizer = byte_tokenizer(template)
     (path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    data = load_data(dataset(path / "a.jsonl", **settings), tokenizer, task="causal-lm", seed=0)
+    data = load_data(dataset(path / "a.jsonl", **settings), tokenizer, task=task_named(), seed=0)
     return [text for text, in_loss in show_example(data.train[0], tokenizer) if in_loss]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_helpers import CHATML, FIXTURES, byte_tokenizer, dataset, source, space_tokenizer
+from data_helpers import CHATML, FIXTURES, byte_tokenizer, dataset, source, space_tokenizer, task_named
 
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data, load_data
@@ -20,7 +20,7 @@ PAIRS = FIXTURES / "completion.jsonl"
 
 
 def load(section: Any, tokenizer: Any = None, task: str = "causal-lm", **settings: Any) -> Data:
-    return load_data(section, tokenizer or byte_tokenizer(), task=task, **({"seed": 0} | settings))
+    return load_data(section, tokenizer or byte_tokenizer(), task=task_named(task), **({"seed": 0} | settings))
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -119,7 +119,7 @@ def test_classification_names_classes_and_keeps_special_tokens(tmp_path: Path) -
     task = "sequence-classification"
     data = load(dataset(FIXTURES / "classes.csv"), tokenizer, task, num_labels=2)
     assert data.labels == ["animal", "machine"]
-    assert [example.labels for example in data.train] == [0, 0, 0, 1, 1]
+    assert [example.label for example in data.train] == [0, 0, 0, 1, 1]
     assert tokenizer.decode(data.train[2].input_ids) == '<s>a "brown" dog'
     numbers = lines(tmp_path / "a.jsonl", *({"text": f"t{n}", "label": n} for n in (10, 9, 2)))
     assert load(dataset(numbers), tokenizer, task).labels == ["2", "9", "10"]
@@ -130,7 +130,7 @@ def test_text_pairs_carry_token_types_and_are_cut_by_the_tokenizer(tmp_path: Pat
     rows = ({"text": "the cat", "text_pair": "a fox " * n, "label": n % 2} for n in (1, 40))
     data = load(dataset(lines(tmp_path / "a.jsonl", *rows), max_length=24), tokenizer, "sequence-classification")
     assert tokenizer.decode(data.train[0].input_ids) == "<s>the cat</s>a fox "
-    assert set(data.train[0].token_type_ids or ()) == {0, 1}
+    assert set(data.train[0].token_types or ()) == {0, 1}
     assert len(data.train[1].input_ids) == 24
     assert data.counts["train"]["truncated"] == 1
 
@@ -270,7 +270,7 @@ def test_hub_sets_give_class_names_for_class_numbers(monkeypatch: pytest.MonkeyP
     data = load(section, None, "sequence-classification")
     assert asked == [("owner/set", "small", "train[:2]")]
     assert data.labels == ["bad", "good"]
-    assert [example.labels for example in data.train] == [0, 1]
+    assert [example.label for example in data.train] == [0, 1]
 
 
 def test_formats_that_do_not_serve() -> None:

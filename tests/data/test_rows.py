@@ -10,7 +10,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_helpers import CHATML, byte_tokenizer, dataset, source
+from data_helpers import CHATML, byte_tokenizer, dataset, source, task_named
 
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.sources import tables
@@ -23,7 +23,7 @@ CALLS = CHATML.replace(
 
 
 def load(*train: Any, task: str = "causal-lm", tokenizer: Any = None) -> Data:
-    return load_data(dataset(*train), tokenizer or byte_tokenizer(), task=task, seed=0)
+    return load_data(dataset(*train), tokenizer or byte_tokenizer(), task=task_named(task), seed=0)
 
 
 def lines(path: Path, *rows: str) -> Path:

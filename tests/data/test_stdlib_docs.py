@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import byte_tokenizer, dataset
+from data_helpers import byte_tokenizer, dataset, task_named
 
 from dynlora_cli.data import builtin as stdlib_docs
 from dynlora_cli.data.builtin import first_sentence
@@ -109,6 +109,6 @@ def test_training_on_it_holds_out_its_own_rows(cache: Any, tmp_path: Path) -> No
     made = [{"prompt": f"a.b{n}()\nWhat it does:", "completion": f" Number {n}."} for n in range(600)]
     cache.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache.setattr(stdlib_docs, "make", lambda _: made)
-    data = load_data(dataset("builtin:stdlib-docs"), byte_tokenizer(), task="causal-lm", seed=0)
+    data = load_data(dataset("builtin:stdlib-docs"), byte_tokenizer(), task=task_named(), seed=0)
     assert len(data.val) == len(stdlib_docs.rows("val")) > 0
     assert len(data.train) + len(data.val) == 600

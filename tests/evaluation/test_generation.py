@@ -13,18 +13,18 @@ from rouge_score.rouge_scorer import RougeScorer
 from tiny_run import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynlora_cli.data.encode import Encoder
-from dynlora_cli.data.examples import Example, Located
+from dynlora_cli.data.encode_text import TextEncoder
+from dynlora_cli.data.examples import Located, OneText
 from dynlora_cli.data.forms import Pair, Plain, Turns
 from dynlora_cli.evaluation.generation import MARGIN, Prompt, find_prompts, generate, metrics, unseen_by_rouge
 
 
-def examples(tokenizer: Any, *forms: Any, train_on: str = "auto") -> list[Example]:
-    encoder = Encoder(tokenizer, train_on, 128)
+def examples(tokenizer: Any, *forms: Any, train_on: str = "auto") -> list[OneText]:
+    encoder = TextEncoder(tokenizer, train_on, 128)
     found = []
     for number, form in enumerate(forms):
         (draft,) = encoder.encode([Located(f"row {number}", form)])
-        found.append(Example(draft.ids, draft.labels, number))
+        found.append(OneText(draft.ids, draft.labels, number))
     return found
 
 

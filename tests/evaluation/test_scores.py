@@ -11,8 +11,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews
 
 from dynlora_cli.cli.thresholds import read_thresholds
 from dynlora_cli.errors import UsageError
-from dynlora_cli.evaluation.scores import RowSums, classification, confusion, paired_difference
+from dynlora_cli.evaluation.scores import paired_difference
 from dynlora_cli.evaluation.thresholds import METRICS
+from dynlora_cli.tasks.scores import RowSums, classification, confusion
 
 
 def sums(loss_R, targets_R=None) -> RowSums:

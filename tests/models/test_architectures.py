@@ -19,6 +19,7 @@ from sweep_models import write_tiny
 from tiny_architectures import CASES, CLASSES, LANGUAGE, SEQ2SEQ, write_model
 from tiny_run import make_recipe, train, write_rows
 
+from dynlora_cli import plugins
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
@@ -28,7 +29,6 @@ from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.evaluation import peft_check
 from dynlora_cli.runs.folder import read_record
-from dynlora_cli.runs.report.card import AUTO_CLASS
 from dynlora_cli.training import outputs
 
 # Roundings on the way to a logit: in each of two blocks (or four, of two stacks), sums over up to 32 and 64 numbers.
@@ -66,7 +66,7 @@ def test_trained_pruned_saved_loaded_and_merged(folder, kind):
     notes = events[0]["notes"]
     of_experts = [note for note in notes if "experts (4 in each of 2 blocks) are not adapted" in note]
     assert len(of_experts) == ("num_experts_per_tok" in settings)
-    auto = getattr(transformers, AUTO_CLASS[task])
+    auto = getattr(transformers, plugins.declared("tasks", task, "AUTO_MODEL"))
     adapter = read_adapter(Path(recipe.output_dir))
     more = {"num_labels": 2} if task == CLASSES else {}
     untouched = logits(auto.from_pretrained(folder / kind, **more))
@@ -197,7 +197,7 @@ def test_other_commands_ask_peft_too(tmp_path):
 )
 def test_a_weight_of_several_places_is_merged_where_its_components_are(kind, task, targets, tmp_path):
     write_tiny(tmp_path / kind, kind, task)
-    auto = getattr(transformers, AUTO_CLASS[task])
+    auto = getattr(transformers, plugins.declared("tasks", task, "AUTO_MODEL"))
     kinds = {CLASSES: "SEQ_CLS", SEQ2SEQ: "SEQ_2_SEQ_LM", LANGUAGE: "CAUSAL_LM"}
     config = peft.LoraConfig(task_type=kinds[task], r=2, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(auto.from_pretrained(tmp_path / kind), config)

@@ -13,12 +13,12 @@ from tiny_run import assembled, lines, make_recipe, train, write_rows
 
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.errors import Interrupted, UsageError
-from dynlora_cli.evaluation.scores import RowSums
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.pruning.stopping import EarlyStopping, paired_change
+from dynlora_cli.tasks.scores import RowSums
 from dynlora_cli.training.setup import read_data
 
 AUTO = ("rank.budget=auto", "pruning.start=0.1", "pruning.end=0.9", "pruning.events=6")

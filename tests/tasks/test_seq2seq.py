@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import CHATML, byte_tokenizer, dataset
+from data_helpers import CHATML, byte_tokenizer, dataset, task_named
 from numeric import same_loss
 from tiny_architectures import write_model
 from tiny_run import make_recipe, train
@@ -42,7 +42,7 @@ def written(path: Path, *rows: Any) -> Path:
 
 
 def load(path: Path, tokenizer: Any = None, **settings: Any) -> Data:
-    return load_data(dataset(path, **settings), tokenizer or byte_tokenizer(), task=TASK, seed=0)
+    return load_data(dataset(path, **settings), tokenizer or byte_tokenizer(), task=task_named(TASK), seed=0)
 
 
 @pytest.fixture(scope="module", params=["t5", "bart"])

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dynlora_cli import plugins
 from dynlora_cli.cli.views.console import Console
 from dynlora_cli.cli.views.progress import middle_cut, printable
 from dynlora_cli.text import count, counted, number, percent
@@ -34,7 +35,7 @@ COLUMNS: Sequence[tuple[str, str, Callable[[float | None], str]]] = (
 
 def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     """The whole report, as `evaluate.run` returns it."""
-    unit = "row" if report["task"] == "sequence-classification" else "token"
+    unit = plugins.declared("tasks", report["task"], "TARGET") or "token"
     console.line()
     if report["rows"]:
         console.line(Text(_what(report), style="head"))

@@ -25,7 +25,7 @@ from dynlora_cli.data.forms import BadRowError, Pair, Turns, optional_text, text
 from dynlora_cli.files.strict_json import BadJsonError, loads
 
 COLUMNS = "instruction, output [input, system, history]"
-TASKS = ("causal-lm", "seq2seq-lm")
+FORMS = ("Turns", "Pair")
 PRECEDENCE = 1
 
 _TASK = "Below is an instruction that describes a task"

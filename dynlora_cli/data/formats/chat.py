@@ -29,7 +29,7 @@ from dynlora_cli.data.forms import BadRowError, Turns, as_text, optional_text
 from dynlora_cli.files.strict_json import BadJsonError, loads
 
 COLUMNS = "messages | conversations [system, tools, functions]"
-TASKS = ("causal-lm",)
+FORMS = ("Turns",)
 PRECEDENCE = 0
 
 _ROLES = dict.fromkeys(("human", "prompter"), "user")

@@ -23,7 +23,7 @@ from typing import Any
 from dynlora_cli.data.forms import BadRowError, Labelled, text_of
 
 COLUMNS = "text, label [text_pair]"
-TASKS = ("sequence-classification",)
+FORMS = ("Labelled",)
 PRECEDENCE = 0
 
 _DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?")

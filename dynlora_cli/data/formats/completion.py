@@ -25,7 +25,7 @@ from dynlora_cli import plugins
 from dynlora_cli.data.forms import BadRowError, Pair, Turns, text_of
 
 COLUMNS = "prompt, completion"
-TASKS = ("causal-lm", "seq2seq-lm")
+FORMS = ("Turns", "Pair")
 PRECEDENCE = 2
 
 

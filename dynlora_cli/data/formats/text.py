@@ -22,7 +22,7 @@ from typing import Any
 from dynlora_cli.data.forms import Plain, text_of
 
 COLUMNS = "text"
-TASKS = ("causal-lm",)
+FORMS = ("Plain",)
 PRECEDENCE = 9  # many data sets carry a rendered `text` beside their real columns
 
 

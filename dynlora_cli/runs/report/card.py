@@ -10,16 +10,11 @@ from typing import Any
 
 import yaml
 
+from dynlora_cli import plugins
 from dynlora_cli.errors import without_secrets
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.log import RunRecord
 from dynlora_cli.text import count, counted, duration, number, percent, size
-
-AUTO_CLASS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-}
 
 
 def model_card(record: RunRecord) -> str:
@@ -122,7 +117,7 @@ def _rank_table(record: RunRecord) -> str:
 def _loading(record: RunRecord) -> str:
     info, base = record.info, _base(record)
     own_class = (info.get("base_model") or {}).get("auto_class")
-    auto_class = own_class or AUTO_CLASS.get(info.get("task") or "causal-lm", "AutoModel")
+    auto_class = own_class or plugins.declared("tasks", info.get("task") or "causal-lm", "AUTO_MODEL")
     if _is_full(record):
         code = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained(".")  # this folder'
         return f"## Load it\n\n{_fenced(code, 'python')}"

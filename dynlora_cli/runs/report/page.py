@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynlora_cli import plugins
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
@@ -123,7 +124,8 @@ def _charts(record: RunRecord) -> str:
         Series("training, smoothed", svg.smooth(loss)),
         Series("held out", _column(record.evals, "loss"), "dots"),
     ]
-    unit = "nats per row" if record.info.get("task") == "sequence-classification" else "nats per token"
+    task = record.info.get("task") or "causal-lm"
+    unit = f"nats per {plugins.declared('tasks', task, 'TARGET') or 'token'}"
     accuracy = Series("held out", _column(record.evals, "accuracy"), "dots")
     chart = partial(svg.line_chart, marks=[event["step"] for event in prunes], last_step=record.last_step)
     small = partial(chart, y_text=svg.axis_number, from_zero=True)

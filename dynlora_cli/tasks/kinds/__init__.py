@@ -1,1 +1,1 @@
-"""What a model is for: one file per task, named as in the recipe (`model.task`)."""
+"""What a model is trained to do: one file per task, named as in the recipe (`model.task`). See tasks/task.py."""

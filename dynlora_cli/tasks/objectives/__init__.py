@@ -1,1 +1,1 @@
-"""What is learned from the rows: one file per objective, named as in the recipe (`train.objective`)."""
+"""What training lowers: one file per objective, named as in the recipe (`train.objective`). See tasks/objective.py."""

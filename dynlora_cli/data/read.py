@@ -1,0 +1,216 @@
+"""The rows of a recipe's sources, each as an example of its task, or dropped with a reason that is counted."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+from dynlora_cli import plugins
+from dynlora_cli.data.chat_template import Writing, on_date
+from dynlora_cli.data.chat_turns import as_turns
+from dynlora_cli.data.columns import Account, example_for, in_yaml, located, renamed
+from dynlora_cli.data.examples import IGNORED, Draft, Located
+from dynlora_cli.data.forms import Pair, Plain, Turns, name_of
+from dynlora_cli.data.row_files import Row
+from dynlora_cli.data.sources import Table, tables
+from dynlora_cli.data.splits import BEGINS, EMPTY, LONGER, Kept
+from dynlora_cli.data.vocabulary import Vocabulary
+from dynlora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.config.sections import Dataset, Source
+    from dynlora_cli.data.encode import Encoder
+
+_CHUNK = 1024  # rows tokenised in one call
+
+
+class TaskOfRows(Protocol):
+    """What is asked of a task (tasks/task.py) to read rows for it."""
+
+    name: str
+    forms: tuple[str, ...]
+    has_classes: bool
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> Encoder:
+        """Makes examples of rows in their neutral forms."""
+        ...
+
+
+@dataclass(slots=True)
+class Reader:
+    """What reading needs from source to source."""
+
+    dataset: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    task: TaskOfRows
+    max_length: int
+    encoder: Encoder
+    writing: Writing
+    vocabulary: Vocabulary
+    notes: list[str] = field(default_factory=list)
+    forms: set[str] = field(default_factory=set)
+    lost: dict[bool, Counter[str]] = field(default_factory=lambda: {False: Counter(), True: Counter()})  # held out
+    turned: dict[str, set[bool]] = field(default_factory=dict)
+    set_apart: bool = False  # rows have `dataset.separator` in them
+
+
+def read(reader: Reader, sources: Sequence[Source], *, held_out: bool) -> tuple[list[Kept], int]:
+    """Kept rows of some sources in order, and how many were dropped."""
+    kept: list[Kept] = []
+    numbers = itertools.count()
+    lost: Counter[str] = Counter()
+    with on_date(reader.writing.moment):
+        for source in sources:
+            account = Account(source)
+            for table in tables(source, reader.notes, held_out=held_out):
+                for place, draft in _drafts(reader, source, table, account):
+                    row = _fit(reader, place, draft, next(numbers))
+                    if isinstance(row, Kept):
+                        kept.append(row)
+                    else:
+                        lost[row] += 1
+            account.settle(reader.notes)
+    reader.lost[held_out] += lost
+    return kept, lost.total()
+
+
+def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> Iterator[tuple[str, Draft]]:
+    """Tokens of a table's rows, tokenised a thousand at a time."""
+    rows = ((place, renamed(row, source.columns, place)) for place, row in table.read())
+    place, first = next(rows)  # a table without rows has raised
+    form = _format(reader, source, table, place, first, account)
+    if table.whole_text:
+        account.enter(place, first, form)
+        reader.forms.add(Plain.__name__)
+        for number, draft in enumerate(reader.encoder.pieces(place, str(first["text"])), 1):
+            yield f"{place}, piece {number}", draft
+        return
+    opening = [(place, first), *itertools.islice(rows, _CHUNK - 1)]
+    has_template = _as_turns(reader, table, form, [row for _, row in opening])
+    read = (located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
+    while batch := [_apart(reader, form, row) for row in itertools.islice(read, _CHUNK)]:
+        drafts = reader.encoder.encode(batch)
+        yield from zip((row.place for row in batch), drafts, strict=True)
+        reader.forms.add(type(batch[0].form).__name__)
+        _note_form(reader, table, batch)
+
+
+def _as_turns(reader: Reader, table: Table, form: ModuleType, opening: list[Row]) -> bool:
+    """Whether the rows of a table become turns; kept for the record."""
+    if Turns.__name__ not in reader.task.forms:
+        if reader.dataset.chat is True:
+            able = [
+                name for name in plugins.names("tasks") if Turns.__name__ in plugins.declared("tasks", name, "FORMS")
+            ]
+            reader.notes.append(f"dataset.chat is not used: only {', '.join(able)} has turns")
+        return False
+    chat, recorded, name = reader.dataset.chat, reader.writing.turned, name_of(form)
+    turns, note = as_turns(reader.tokenizer, chat, name, opening, recorded)
+    if note:
+        reader.notes.append(f"{table.name}: {note}")
+    if reader.tokenizer.chat_template and name != "text":
+        reader.turned.setdefault(name, set()).add(turns)
+    return turns
+
+
+def _format(reader: Reader, source: Source, table: Table, place: str, row: Row, account: Account) -> ModuleType:
+    """The format named in the recipe, or the first that fits the columns and the task."""
+    if source.format != "auto":
+        form = plugins.load("formats", source.format)
+        serves = set(form.FORMS) & set(reader.task.forms)
+        if not serves or (table.whole_text and source.format != "text"):
+            kind = "a text file" if table.whole_text else f"model.task {reader.task.name}"
+            raise DataError(f"{table.name}: format {source.format!r} does not serve {kind}")
+        return form
+    columns = set(row)
+    fitting = fitting_formats(reader.task.forms, columns)
+    if not fitting:
+        account.enter(place, row, None)
+        raise _no_format(reader.task, place, row)
+    others = [name_of(form) for form in fitting[1:]]
+    note = f"{table.name}: format {name_of(fitting[0])}, chosen by its columns"
+    note += f" ({', '.join(others)} would fit too)" if others else ""
+    reader.notes.append(note)
+    return fitting[0]
+
+
+def _no_format(task: TaskOfRows, place: str, row: Row) -> DataError:
+    lines = "\n".join(f"  {name_of(form)}: {form.COLUMNS}" for form in _serving(task.forms))
+    named = in_yaml(example_for(row, task.forms))
+    hint = f"rename them in the recipe, ours to theirs, such as `columns: {{{named}}}`"
+    return DataError(
+        f"{place}: no format fits the columns {', '.join(sorted(row))}; for {task.name} there are\n{lines}",
+        hint if named else "give the rows the columns of one of them",
+    )
+
+
+def fitting_formats(forms: Collection[str], columns: Set[str]) -> list[ModuleType]:
+    """The formats whose rows have these columns and give one of some forms; the one to be chosen first."""
+    return [form for form in _serving(forms) if form.matches(columns)]
+
+
+def _serving(forms: Collection[str]) -> list[ModuleType]:
+    found = [plugins.load("formats", name) for name in plugins.names("formats")]
+    return sorted((form for form in found if set(form.FORMS) & set(forms)), key=lambda form: form.PRECEDENCE)
+
+
+def _note_form(reader: Reader, table: Table, batch: list[Located]) -> None:
+    """What a person should know about how these rows were put together."""
+    if isinstance(batch[0].form, Turns) and not reader.encoder.closes_turns:
+        reader.notes.append(
+            "the chat template ends assistant turns without a special token; the end-of-text token was added"
+        )
+    others = any(isinstance(row.form, Turns) and row.form.marks_others for row in batch)
+    if others and reader.dataset.train_on != "all":
+        reader.notes.append(
+            f"{table.name}: turns of others than the assistant are marked to train and do not: "
+            "dataset.train_on: all trains every turn that is not marked otherwise"
+        )
+    forms = [row.form for row in batch]
+    reader.notes += [f"{table.name}: {remark}" for form in forms if isinstance(form, Turns) for remark in form.remarks]
+    if any(isinstance(form, (Turns, Pair)) and form.is_empty for form in forms):
+        reader.notes.append(f"{table.name}: some answers are empty: the model learns to say nothing there")
+    pairs = [form for form in forms if isinstance(form, Pair)]
+    if reader.encoder.joins and any(pair.runs_on for pair in pairs):
+        reader.notes.append(
+            f"{table.name}: some completions follow their prompt with nothing between the two; "
+            "end prompts with a space or a newline if that is not meant, or set dataset.separator"
+        )
+
+
+def _apart(reader: Reader, form: ModuleType, row: Located) -> Located:
+    """The row with `dataset.separator` behind its prompt, where that is bare text."""
+    if not reader.encoder.joins or name_of(form) != "completion" or not isinstance(row.form, Pair):
+        return row
+    apart = row.form.apart(reader.dataset.separator)
+    reader.set_apart |= apart != row.form
+    return Located(row.place, apart)
+
+
+def _fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:
+    """A draft within the length limit, or why its row is dropped, to follow after `3 rows`."""
+    limit = reader.max_length
+    reader.vocabulary.check(place, draft.ids, draft.labels)
+    truncated = draft.cut or max(len(draft.ids), len(draft.labels)) > limit
+    if truncated and reader.dataset.overlong == "error":
+        raise DataError(
+            f"{place}: longer than max_length {limit}",
+            "raise dataset.max_length, or set dataset.overlong: truncate or drop",
+        )
+    if truncated and reader.dataset.overlong == "drop":
+        return f"{LONGER} {limit}"
+    cut_answer = any(label != IGNORED for label in draft.labels[limit:])
+    example = reader.encoder.example(draft, number)
+    if not example.input_ids:  # which no model reads
+        return EMPTY
+    if not example.supervised():
+        return draft.untaught or (f"with an answer that {BEGINS} {limit}" if truncated else EMPTY)
+    prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
+    return Kept(example, prompt, draft.label, truncated, cut_answer)

@@ -1,0 +1,104 @@
+"""What a task is: a file in tasks/kinds, whose name is the one in recipes (`model.task`), with these names.
+
+AUTO_MODEL = "AutoModelForCausalLM"
+    The class of transformers that loads the model.
+
+TASK_TYPE = "CAUSAL_LM"
+    What PEFT calls the task. Adapters of other tools with it are read as this task where OWNS_TASK_TYPE = True.
+
+FORMS = ("Turns", "Pair", "Plain")
+    The neutral forms (data/forms.py) that it learns from. Every format that gives one of them serves the task.
+
+HAS_CLASSES, PACKS
+    True where the model has a head for classes; where several examples can share a line of a batch.
+
+TARGET = "row"
+    What a loss is the mean over, in words; by default token.
+
+OPTIONS, CONFLICTS
+    Optional: keys of the recipe's `model` section that come with the task, and settings that it does not go with
+    (config/options.py, config/conflicts.py).
+
+Task
+    A class under the one below: how rows become tokens, and which numbers say how good a model is.
+
+The literals are read without importing the file, which may import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dynlora_cli import plugins
+from dynlora_cli.data.encode_text import TextEncoder
+from dynlora_cli.tasks.scores import RowSums, perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.config.sections import Model
+    from dynlora_cli.data.encode import Encoder
+    from dynlora_cli.data.examples import Example
+
+
+class Task:
+    """What a model is trained to do; by default to continue texts.
+
+    Args:
+        options: the recipe's `model` section, with the task's own keys.
+
+    Attributes:
+        name: in recipes.
+        forms: names of the neutral forms that it learns from.
+        has_classes: the model has a head for classes, which are numbered before training.
+        measured: the numbers that `metrics` gives, and the loss.
+        why_measured: why it is those and no others.
+        needs_choices: `metrics` looks at what the model chose for each target.
+    """
+
+    encodes_with: ClassVar[type[Encoder]] = TextEncoder
+    needs_choices: ClassVar[bool] = False
+    measured: ClassVar[frozenset[str]] = frozenset({"loss", "token_accuracy"})
+    why_measured: ClassVar[str] = "no answers are generated"
+
+    def __init__(self, options: Model) -> None:
+        self.options = options
+        self.name = options.task
+        self.forms: tuple[str, ...] = plugins.declared("tasks", self.name, "FORMS")
+        self.has_classes = bool(plugins.declared("tasks", self.name, "HAS_CLASSES"))
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> Encoder:
+        """Makes examples of rows in their neutral forms.
+
+        Args:
+            tokenizer: of the model.
+            train_on: the recipe's `dataset.train_on`.
+            max_length: tokens of the longest example.
+        """
+        return self.encodes_with(tokenizer, train_on, max_length)
+
+    def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002
+        """What is told beside the held-out loss while a model trains.
+
+        Args:
+            loss: nats per target.
+            accuracy: share of the targets that are the model's first choice.
+        """
+        return {"perplexity": perplexity(loss)}
+
+    def metrics(self, sums: RowSums, examples: Sequence[Example], classes: int) -> dict[str, Any]:  # noqa: ARG002
+        """What `dynlora eval` tells beside the loss and what is generated.
+
+        Args:
+            sums: of a model on every row.
+            examples: the rows, in the same order.
+            classes: of the model's head; 0 where it has none.
+        """
+        return {"perplexity": perplexity(sums.loss), "token_accuracy": sums.accuracy}
+
+
+def of(options: Model) -> Task:
+    """The task that a recipe's `model` section names."""
+    task: Task = plugins.load("tasks", options.task).Task(options)
+    return task
