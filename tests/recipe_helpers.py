@@ -1,4 +1,4 @@
-"""Loads recipes that are given as text, with drawers of known content."""
+"""Loads recipes that are given as text, with plug-ins of known content."""
 
 from __future__ import annotations
 

@@ -85,11 +85,11 @@ def test_it_is_the_wheel_that_runs(scripts: Path, tmp_path: Path):
     assert run(scripts / "dynlora", "--version", cwd=tmp_path) == f"dynlora {__version__}\n"
 
 
-def test_schema_knows_the_drawers(scripts: Path, tmp_path: Path):
+def test_schema_knows_the_plug_ins(scripts: Path, tmp_path: Path):
     schema = json.loads(run(scripts / "dynlora", "schema", cwd=tmp_path))
     assert schema["title"] == "Recipe"
     found = run(
-        scripts / "python", "-c", "from dynlora_cli import drawers; print(*drawers.names('policies'))", cwd=tmp_path
+        scripts / "python", "-c", "from dynlora_cli import plugins; print(*plugins.names('policies'))", cwd=tmp_path
     )
     assert found.split() == plugins.names("policies")
 
