@@ -187,7 +187,7 @@ def _names(train: Train) -> list[str]:
     """Names of the modes that are on, in their order."""
 
     def turn(name: str) -> tuple[int, str]:
-        return plugins.declared("modes", name, "ORDER") or LAST, name
+        return plugins.declared("modes", name, "ORDER", LAST), name
 
     names = sorted(plugins.names("modes"), key=turn)
     return [n for n in names if getattr(train, plugins.switch(n), False) or plugins.declared("modes", n, "ALWAYS")]
