@@ -134,7 +134,7 @@ def _refuse_another(adapter: Adapter, place: Place) -> None:
         return
     if place.chosen and _made_from(adapter, place):
         return
-    if what := changed_since(before, place.folder):
+    if what := changed_since(before, place.folder, place.files.config):
         raise UsageError(
             f"{place.folder} is not the model that {adapter.folder} was trained on: {what}",
             "name the right one with --base FOLDER" if place.chosen else "bring back the model as it was",
@@ -147,7 +147,7 @@ def stored_quantized(adapter: Adapter) -> Place | None:
     if not folder.is_dir() or not quantization_of(folder):
         return None
     before = (adapter.record.get("base_model") or {}).get("fingerprint")
-    if before and changed_since(before, folder.resolve()):
+    if before and changed_since(before, folder.resolve(), read_object(folder / "config.json")):
         return None
     update = {"name_or_path": str(folder), "task": adapter.task, "num_labels": None, "trust_remote_code": False}
     options = recorded_model(adapter).model_copy(update=update)

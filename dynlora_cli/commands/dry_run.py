@@ -19,7 +19,7 @@ from dynlora_cli.models.load import Base, resolve_dtype
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.training.batches import make_batches, total_steps
-from dynlora_cli.training.components import attach, plan_ranks
+from dynlora_cli.training.components import attach, left_out, plan_ranks
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
 from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_short
@@ -53,6 +53,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
     if not plugins.load("variants", recipe.adapter.variant).has_components:
         return found | _memory(recipe, base, data, modes)
+    data.notes += left_out(base, recipe.adapter)
     targets, start = plan_ranks(recipe.adapter, recipe.rank, base)
     if recipe.rank.allocation != "uniform":
         data.notes.append(f"rank.allocation: {recipe.rank.allocation} needs the model's data; shown is uniform")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynlora_cli.errors import UsageError
@@ -79,3 +79,10 @@ def plan_start(
             "raise rank.budget, or choose smaller layers in adapter.target_modules",
         )
     return Start(counts, parameters, limit, limit / per_rank)
+
+
+def with_counts(start: Start, counts: Mapping[str, int], costs: Mapping[str, int]) -> Start:
+    """The same start with other components; its budget stays."""
+    parameters = sum(counts[name] * cost for name, cost in costs.items())
+    average = start.average_rank * parameters / start.parameters if start.open else start.average_rank
+    return replace(start, counts=dict(counts), parameters=parameters, average_rank=average)

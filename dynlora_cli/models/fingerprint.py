@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli.files.foreign import read_object
 from dynlora_cli.models.weights import Weights, entries_of, read_header
 
 SAMPLED_BYTES = 64  # read from the middle of every tensor
 
 
-def fingerprint(folder: Path) -> dict[str, Any]:
+def fingerprint(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies the weights without reading them: config, headers and shard sizes, as SHA-256.
 
     `transformers_version` and the like are left out of the config, since they do not change the model. Two fine-tunes
@@ -28,25 +27,24 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     for file in files:
         header = _sample(file, sampled)
         shards[file.name] = {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": file.stat().st_size}
-    return _identity(folder, shards) | {"sampled_sha256": sampled.hexdigest(), "shards": shards}
+    return _identity(config, shards) | {"sampled_sha256": sampled.hexdigest(), "shards": shards}
 
 
-def _identity(folder: Path, shards: dict[str, Any]) -> dict[str, str]:
-    config = read_object(folder / "config.json")
-    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
-        config.pop(volatile, None)
-    return {"sha256": hashlib.sha256(json.dumps([config, shards], sort_keys=True).encode()).hexdigest()}
+def _identity(config: Mapping[str, Any], shards: dict[str, Any]) -> dict[str, str]:
+    volatile = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+    lasting = {key: value for key, value in config.items() if key not in volatile}
+    return {"sha256": hashlib.sha256(json.dumps([lasting, shards], sort_keys=True).encode()).hexdigest()}
 
 
-def changed_since(before: Mapping[str, Any], folder: Path) -> str | None:
+def changed_since(before: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> str | None:
     """How a model differs from the fingerprint on record, in words; None if it does not.
 
     Version 0.1 looked at safetensors alone, so its record of a base in pytorch_model.bin tells the config and no more.
     """
     if before.get("shards") == {}:
-        now: dict[str, Any] = _identity(folder, {})
+        now: dict[str, Any] = _identity(config, {})
     else:
-        now = fingerprint(folder)
+        now = fingerprint(folder, config)
     for key, what in (("sha256", "its config, tensors or sizes differ"), ("sampled_sha256", "its numbers differ")):
         if key in now and before.get(key) and now[key] != before[key]:
             return what

@@ -7,9 +7,6 @@ in_proportion  that worth, where nothing is known but a weight of each layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-from dynlora_cli.lora.start import Start
 
 
 def share_out(worth: Mapping[str, Sequence[float]], costs: Mapping[str, int], parameters: int) -> dict[str, int]:
@@ -41,10 +38,3 @@ def in_proportion(weights: Mapping[str, float], most: Mapping[str, int]) -> dict
         most: components that each layer may have.
     """
     return {name: [weight / (place + 0.5) for place in range(most[name])] for name, weight in weights.items()}
-
-
-def with_counts(start: Start, counts: Mapping[str, int], costs: Mapping[str, int]) -> Start:
-    """The same start with other components; its budget stays."""
-    parameters = sum(counts[name] * cost for name, cost in costs.items())
-    average = start.average_rank * parameters / start.parameters if start.open else start.average_rank
-    return replace(start, counts=dict(counts), parameters=parameters, average_rank=average)

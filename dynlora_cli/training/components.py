@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from dynlora_cli import plugins
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.directions import Directions
 from dynlora_cli.lora.init import write_start
+from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pissa import layer_kind
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.lora.start import Start, plan_start
+from dynlora_cli.lora.start import Start, plan_start, with_counts
 from dynlora_cli.lora.whole import WholeModel
-from dynlora_cli.models.experts import split
+from dynlora_cli.models.experts import fused_experts, split
 from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.models.randomness import seeded
-from dynlora_cli.models.targets import find_targets
-from dynlora_cli.pruning.allocation import in_proportion, share_out, with_counts
+from dynlora_cli.models.targets import find_targets, group_names, layers_left_out, text_part
+from dynlora_cli.pruning.allocation import in_proportion, share_out
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.batches import make_batches
 
@@ -53,62 +55,122 @@ def begin(
     Every process looks at the same batches, the first of the run; where rounding differs, the first process decides.
 
     Args:
+        recipe: of the run.
+        variant: the one that it names.
+        base: gets the components, or trains as a whole.
+        data: of the run.
+        accelerator: of the run.
         counts: of a run that is resumed: the components it began with. Their values come from its checkpoint.
 
     Raises:
         UsageError: loftq does not find a layer in the model's files.
     """
-    if counts is not None or not variant.has_components:
-        trained, planned = attach(base, recipe.adapter, recipe.rank, recipe.seed, counts)
-        return trained.to(accelerator.device), planned
+    if not variant.has_components:
+        return WholeModel(base.model), None
+    data.notes += left_out(base, recipe.adapter)
+    layers, start = plan_ranks(recipe.adapter, recipe.rank, base, counts)
+    inputs: Mapping[str, Directions] = {}
+    if counts is None:
+        with seeded(recipe.seed, accelerator.device):  # the base's own dropout
+            start, inputs = _measured(recipe, variant, base, data, accelerator, layers, start)
+    pool = variant.attach(base.model, layers, start, recipe.adapter, recipe.seed).to(accelerator.device)
+    if counts is None:
+        write_start(pool, recipe.adapter.init_weights, base, recipe.model, inputs, recipe.seed)
+        _from_the_first(pool.values.detach(), accelerator)
+    return pool, start
+
+
+def left_out(base: Base, options: Adapter) -> list[str]:
+    """Notes on what of the base gets no components, though a person may think that it does.
+
+    Args:
+        base: without components yet.
+        options: the recipe's `adapter` section.
+    """
+    notes = []
+    experts = fused_experts(base.model)
+    if experts and not options.names_experts:
+        notes.append(
+            f"the weights of the experts ({max(experts.values())} in each of {len(experts)} blocks) are not adapted, "
+            "nor are the routers: components are in the other linear layers only; "
+            "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
+        )
+    if text := text_part(base.model):
+        notes.append(f"the language model in {text} is adapted, on text; what sees or hears beside it stays as it is")
+    elif "text_config" in base.files.config and not base.model.config.is_encoder_decoder:
+        alone = type(base.model).__name__
+        notes.append(f"of the checkpoint, the language model alone is loaded and adapted, as {alone}")
+    layers = layers_left_out(base.model)
+    for why in dict.fromkeys(layers.values()):
+        names = ", ".join(group_names(name for name, reason in layers.items() if reason == why))
+        notes.append(f"{names}: not adapted: {why}")
+    return notes
+
+
+def _measured(
+    recipe: Recipe,
+    variant: Variant,
+    base: Base,
+    data: Data,
+    accelerator: Accelerator,
+    layers: Mapping[str, nn.Module],
+    start: Start,
+) -> tuple[Start, Mapping[str, Directions]]:
+    """What is found on the first batches of the run, where the recipe asks for it.
+
+    Returns:
+        The components of each layer by `rank.allocation`, and what went into each layer, for `init_weights: eva`.
+    """
 
     def batches() -> Iterator[Batch]:
         rows = make_batches(recipe, data.train, base, shuffle=True)
         steps = (rows.step(0, index) for index in range(rows.steps_per_epoch))
         return (batch.to(accelerator.device) for batch in islice(chain.from_iterable(steps), CALIBRATION_BATCHES))
 
-    layers, start = plan_ranks(recipe.adapter, recipe.rank, base)
-    inputs = {}
-    with seeded(recipe.seed, accelerator.device):  # the base's own dropout
-        if recipe.rank.allocation != "uniform":
-            counts = _shared_out(recipe, variant, base, layers, start, batches(), accelerator)
-            fewest, most = min(counts.values()), max(counts.values())
-            text = f"rank.allocation: {recipe.rank.allocation} gives the layers {fewest} to {most} components"
-            data.notes.append(text)
-        if recipe.adapter.init_weights == "eva":
-            wanted = start.counts if counts is None else counts
-            inputs = watch_inputs(base.model, batches(), layers, wanted, accelerator.autocast)
-    pool, planned = attach(base, recipe.adapter, recipe.rank, recipe.seed, counts)
-    assert isinstance(pool, Pool)
-    pool.to(accelerator.device)
-    write_start(pool, recipe.adapter.init_weights, base, recipe.model, inputs, recipe.seed)
-    _from_the_first(pool.values.detach(), accelerator)
-    return pool, planned
+    if (how := recipe.rank.allocation) != "uniform":
+        kind = layer_kind(recipe.adapter, variant.Layer)
+        counts = _shared_out(how, kind, base.model, layers, start, batches(), accelerator)
+        data.notes.append(
+            f"rank.allocation: {how} gives the layers {min(counts.values())} to {max(counts.values())} components"
+        )
+        start = with_counts(start, counts, _costs(kind, layers))
+    if recipe.adapter.init_weights != "eva":
+        return start, {}
+    return start, watch_inputs(base.model, batches(), layers, start.counts, accelerator.autocast)
 
 
 def _shared_out(
-    recipe: Recipe,
-    variant: Variant,
-    base: Base,
+    how: str,
+    kind: type[ComponentLinear],
+    model: nn.Module,
     layers: Mapping[str, nn.Module],
     start: Start,
     batches: Iterator[Batch],
     accelerator: Accelerator,
 ) -> dict[str, int]:
-    """Components of each layer, together as large as the uniform start within one component."""
-    kind, how = layer_kind(recipe.adapter, variant.Layer), recipe.rank.allocation
+    """Components of each layer, together as large as the uniform start within one component.
+
+    Args:
+        how: `rank.allocation`.
+        kind: the layers that will hold the components.
+        model: the base.
+        layers: those of its layers that will be replaced.
+        start: the uniform one.
+        batches: to measure on.
+        accelerator: of the run.
+    """
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     most = {name: kind.most(*shape) for name, shape in shapes.items()}
     if how == "eva":
         most = {name: min(count, EVA_SPREAD * start.counts[name]) for name, count in most.items()}
-        inputs = watch_inputs(base.model, batches, layers, most, accelerator.autocast)
+        inputs = watch_inputs(model, batches, layers, most, accelerator.autocast)
         worth = {name: inputs[name].explained()[: most[name]] for name in layers}
     else:
-        weights = weigh(base.model, batches, layers, MEASURES[how], accelerator.autocast)
+        weights = weigh(model, batches, layers, MEASURES[how], accelerator.autocast)
         if how == "gora":  # whose budget is of smoothed sizes: r = budget · share of the importance / √(d_in + d_out)
             weights = {name: weight / math.sqrt(sum(shapes[name])) for name, weight in weights.items()}
         worth = in_proportion(weights, most)
-    counts = share_out(worth, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}, start.parameters)
+    counts = share_out(worth, _costs(kind, layers), start.parameters)
     numbers = torch.tensor(list(counts.values()), device=accelerator.device)
     _from_the_first(numbers, accelerator)
     return dict(zip(counts, numbers.tolist(), strict=True))
@@ -118,6 +180,11 @@ def _from_the_first(tensor: Tensor, accelerator: Accelerator) -> None:
     """Make a tensor in every process what it is in the first."""
     if accelerator.num_processes > 1:
         torch.distributed.broadcast(tensor, 0)
+
+
+def _costs(kind: type[ComponentLinear], layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How many numbers one component holds in each layer."""
+    return {name: sum(kind.widths(*linear_shape(layer))) for name, layer in layers.items()}
 
 
 def plan_ranks(
@@ -155,24 +222,21 @@ def plan_ranks(
     kind = layer_kind(options, variant.Layer)
     start = plan_start(shapes, rank.parsed_budget(), rank.init, kind)
     if counts is not None:
-        start = with_counts(start, counts, {name: sum(kind.widths(*shape)) for name, shape in shapes.items()})
+        start = with_counts(start, counts, _costs(kind, targets))
     return targets, start
 
 
-def attach(
-    base: Base, options: Adapter, rank: Rank, seed: int, counts: Mapping[str, int] | None = None
-) -> tuple[Pool | WholeModel, Start | None]:
-    """Put components on the model, with the values of the default start, or make all of it train.
+def attach(base: Base, options: Adapter, rank: Rank, seed: int) -> tuple[Pool | WholeModel, Start | None]:
+    """`begin` without a look at data: as many components in every layer, with the values of the default start.
 
     Args:
         base: changed in place.
         options: the section `adapter` of the recipe.
         rank: its section `rank`.
         seed: of the values.
-        counts: components of each layer, where they are settled already.
     """
     variant = cast("Variant", plugins.load("variants", options.variant))
     if not variant.has_components:
         return WholeModel(base.model), None
-    targets, start = plan_ranks(options, rank, base, counts)
+    targets, start = plan_ranks(options, rank, base)
     return variant.attach(base.model, targets, start, options, seed), start

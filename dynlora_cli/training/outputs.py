@@ -232,7 +232,7 @@ def _base_on_record(options: Model, base: Base) -> records.BaseModel:
         revision=options.revision,
         model_type=base.model.config.model_type,
         auto_class="AutoModelForImageTextToText" if sees(base.model.config) else None,
-        fingerprint=fingerprint(base.folder),
+        fingerprint=fingerprint(base.folder, base.files.config),
         quantization=base.files.quantization,
     )
 

@@ -16,6 +16,7 @@ from dynlora_cli.data.load import Data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.surgery import swap
+from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
@@ -74,19 +75,19 @@ def writing(before: Mapping[str, Any] | None, accelerator: Accelerator) -> Writi
     return first[0]
 
 
-def same_inputs(folder: Path, before: Mapping[str, Any], data: Data, model: Path) -> None:
+def same_inputs(folder: Path, before: Mapping[str, Any], data: Data, files: BaseFiles) -> None:
     """Refuse to resume on other rows or weights: the steps already done would not be the ones on record.
 
     Args:
         folder: of the run that goes on.
         before: its record.
         data: its rows, as they are now.
-        model: the folder of its base model.
+        files: of its base model.
     """
     if before["data"]["sha256"] != data.sha256:
         raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
-    if changed_since(before["base_model"]["fingerprint"], model):
-        raise UsageError(f"the model in {model} has changed since the run in {folder} began", RESTART)
+    if changed_since(before["base_model"]["fingerprint"], files.folder, files.config):
+        raise UsageError(f"the model in {files.folder} has changed since the run in {folder} began", RESTART)
 
 
 def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) -> None:

@@ -133,7 +133,7 @@ class Session:
             UsageError: it does not.
         """
         if self.checkpoint and self.before is not None:
-            same_inputs(run_folder.run_of(self.checkpoint), self.before, data, files.folder)
+            same_inputs(run_folder.run_of(self.checkpoint), self.before, data, files)
 
     def save(self, run: Run) -> None:
         """Write a checkpoint; with the first one of a run, the run that it replaces is given up."""

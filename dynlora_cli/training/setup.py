@@ -24,10 +24,8 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.whole import Trained
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.experts import fused_experts
 from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
 from dynlora_cli.models.randomness import Randomness
-from dynlora_cli.models.targets import group_names, layers_left_out, text_part
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import EarlyStopping
@@ -96,7 +94,7 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
 
 
 def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device, modes: Modes) -> Base:
-    """The frozen model; on the device "meta" only its structure. What it leaves out is added to the data's notes."""
+    """The frozen model, ready for components; on the device "meta" only its structure."""
     base = load_base(
         recipe.model,
         files,
@@ -107,27 +105,6 @@ def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device
         computes=device,
     )
     modes.prepare(base.model)
-    experts = fused_experts(base.model)
-    adapts = plugins.load("variants", recipe.adapter.variant).has_components
-    if experts and adapts and not recipe.adapter.names_experts:
-        data.notes.append(
-            f"the weights of the experts ({max(experts.values())} in each of {len(experts)} blocks) are not adapted, "
-            "nor are the routers: components are in the other linear layers only; "
-            "for components in every expert write `adapter.target_modules: [all-linear, experts]`"
-        )
-    if adapts:
-        if text := text_part(base.model):
-            data.notes.append(
-                f"the language model in {text} is adapted, on text; what sees or hears beside it stays as it is"
-            )
-        elif "text_config" in files.config and not base.model.config.is_encoder_decoder:
-            data.notes.append(
-                f"of the checkpoint, the language model alone is loaded and adapted, as {type(base.model).__name__}"
-            )
-        left_out = layers_left_out(base.model)
-        for why in dict.fromkeys(left_out.values()):
-            names = ", ".join(group_names(name for name, reason in left_out.items() if reason == why))
-            data.notes.append(f"{names}: not adapted: {why}")
     return base
 
 

@@ -20,11 +20,11 @@ from dynlora_cli.errors import RecipeError
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.directions import leading, orthonormal_rows
 from dynlora_cli.lora.layer import ComponentLinear
-from dynlora_cli.lora.start import plan_start
+from dynlora_cli.lora.start import plan_start, with_counts
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import dense_weight
 from dynlora_cli.models.targets import find_targets
-from dynlora_cli.pruning.allocation import in_proportion, share_out, with_counts
+from dynlora_cli.pruning.allocation import in_proportion, share_out
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.components import begin
 from dynlora_cli.training.setup import make_accelerator, read_base, read_data

@@ -14,8 +14,17 @@ from safetensors.torch import load_file
 from tiny_run import make_recipe, train
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import read_object
 from dynlora_cli.models.fingerprint import changed_since, fingerprint
 from dynlora_cli.models.weights import Weights
+
+
+def config_of(folder: Path) -> dict:
+    return read_object(folder / "config.json")
+
+
+def fingerprint_of(folder: Path) -> dict:
+    return fingerprint(folder, config_of(folder))
 
 
 def pickled(folder: Path, *, shards: int = 1) -> Path:
@@ -78,14 +87,14 @@ def test_it_is_trained_on_merged_and_told_from_another(shards: int, tmp_path: Pa
 def test_the_record_of_version_0_1_still_fits(tmp_path: Path):
     make_recipe(tmp_path)
     base = tmp_path / "llama"
-    safetensors = fingerprint(base)
+    safetensors = fingerprint_of(base)
     pickled(base)
-    now = fingerprint(base)
-    assert changed_since(now, base) is None
-    assert changed_since(safetensors, base) is not None
+    now = fingerprint_of(base)
+    assert changed_since(now, base, config_of(base)) is None
+    assert changed_since(safetensors, base, config_of(base)) is not None
     (base / "pytorch_model.bin").rename(tmp_path / "aside")
     with pytest.raises(UsageError, match="holds no"):
-        fingerprint(base)
+        fingerprint_of(base)
     (tmp_path / "aside").rename(base / "pytorch_model.bin")
     # What version 0.1 wrote: over the config alone.
     import hashlib
@@ -98,7 +107,7 @@ def test_the_record_of_version_0_1_still_fits(tmp_path: Path):
         "sampled_sha256": hashlib.sha256().hexdigest(),
         "shards": {},
     }
-    assert changed_since(old, base) is None
+    assert changed_since(old, base, config_of(base)) is None
 
 
 class Code:
