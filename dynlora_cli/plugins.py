@@ -21,6 +21,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,8 +77,13 @@ def names(kind: str) -> list[str]:
 def _files(kind: str) -> dict[str, Path]:
     """Name to file, of every folder that belongs to the kind's package."""
     folders = importlib.import_module(f"dynlora_cli.{FOLDERS[kind]}").__path__
-    files = [path for folder in folders for path in Path(folder).glob("*.py") if not path.stem.startswith("_")]
+    files = [path for folder in map(Path, folders) for path in _in_folder(folder, folder.stat().st_mtime_ns)]
     return {path.stem.replace("_", "-"): path for path in files}
+
+
+@cache  # asked dozens of times for a recipe; the time says whether a file has come or gone
+def _in_folder(folder: Path, _changed: int) -> list[Path]:
+    return [path for path in folder.glob("*.py") if not path.stem.startswith("_")]
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -106,11 +112,7 @@ def declared(kind: str, name: str, constant: str, default: Any = None) -> Any:
     text = path.read_text(encoding="utf-8")
     if constant not in text:
         return default
-    try:
-        tree = ast.parse(text)
-    except SyntaxError as error:
-        raise UsageError(f"{path}:{error.lineno}: no Python: {error.msg}", "mend this plug-in, or remove it") from None
-    for target, value in _assignments(tree):
+    for target, value in _parsed(path, text):
         if target == constant:
             try:
                 return ast.literal_eval(value)
@@ -120,6 +122,14 @@ def declared(kind: str, name: str, constant: str, default: Any = None) -> Any:
                     "write a literal: texts, numbers, True, False, None, and lists, tuples and dicts of them",
                 ) from None
     return default
+
+
+@cache
+def _parsed(path: Path, text: str) -> list[tuple[str, ast.expr]]:
+    try:
+        return list(_assignments(ast.parse(text)))
+    except SyntaxError as error:
+        raise UsageError(f"{path}:{error.lineno}: no Python: {error.msg}", "mend this plug-in, or remove it") from None
 
 
 def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
