@@ -25,7 +25,7 @@ from torch import Tensor
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.svd_basis import to_svd_basis
-from dynlora_cli.pruning.policy import Observer, Policy, observer_of
+from dynlora_cli.pruning.policy import Observer, Policy, observer_of, scores_of
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.pruning.select import select_K
 from dynlora_cli.pruning.signals import GateGradients
@@ -145,7 +145,7 @@ class RankControl:
 
     def scores_K(self) -> Tensor:
         """What the policy thinks of the components now. [K]"""
-        return self.policy.scores(self.pool, self.observer, self.generator)
+        return scores_of(self.policy, self.pool, self.observer, self.generator)
 
     def _prune(self, step: int, target: int) -> dict[str, Any]:
         pool = self.pool

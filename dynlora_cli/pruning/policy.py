@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.pool import Pool
 
 
@@ -131,3 +132,18 @@ def observer_of(policy: Policy | ModuleType, options: Any, *, training: bool) ->
     """
     make = getattr(policy, "observer", None)
     return make(options, training) if make else None
+
+
+def scores_of(policy: Policy | ModuleType, pool: Pool, observed: Observer | None, generator: torch.Generator) -> Tensor:
+    """A policy's scores of the pool's components. [K]
+
+    Raises:
+        UsageError: they are not one number for each component.
+    """
+    scores_K = policy.scores(pool, observed, generator)
+    if scores_K.shape != (pool.components,) or scores_K.isnan().any():
+        name = str(getattr(policy, "__name__", "")).rpartition(".")[2]
+        raise UsageError(
+            f"policy {name} gives no score for some of the {pool.components} components", "mend it, or choose another"
+        )
+    return scores_K

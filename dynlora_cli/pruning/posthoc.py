@@ -27,7 +27,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.svd_basis import svd_factors
-from dynlora_cli.pruning.policy import Observer, Policy, observer_of
+from dynlora_cli.pruning.policy import Observer, Policy, observer_of, scores_of
 from dynlora_cli.pruning.select import select_K
 from dynlora_cli.tasks.loss import summed_loss
 
@@ -179,7 +179,7 @@ def _loose_pool(adapter: Adapter) -> Pool:
 
 def _scores(policy: Policy | ModuleType, adapter: Adapter, observer: Observer | None, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    scores_K = policy.scores(_loose_pool(adapter), observer, generator).double().cpu()
+    scores_K = scores_of(policy, _loose_pool(adapter), observer, generator).double().cpu()
     if adapter.keeps_one:  # a magnitude cannot be stored without a component, so each layer's best one stays
         for part in scores_K.split(list(adapter.ranks.values())):
             part[part.argmax()] = math.inf

@@ -14,7 +14,7 @@ from tutorials import code_of
 
 from dynlora_cli import plugins
 from dynlora_cli.config.options import given
-from dynlora_cli.errors import Interrupted
+from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.runs.folder import read_record
 
 from toy import make
@@ -102,3 +102,10 @@ def test_the_scores_are_those_of_the_signal():
         expected = 0.75 * expected + 0.25 * torch.stack(sizes)
     observer.select(pool, torch.tensor([True, False, True, True]))
     torch.testing.assert_close(observer.seen["size"].double(), expected[[0, 2, 3]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong", ["torch.ones(3)", "0 * pool.costs_K() / 0"])
+def test_scores_must_be_one_number_for_each_component(wrong: str, tmp_path: Path, plug_in: Callable[..., Path]):
+    plug_in("policies", "odd", f"import torch\n\n\ndef scores(pool, observed, generator):\n    return {wrong}\n")
+    with pytest.raises(UsageError, match=r"policy odd gives no score for some of the \d+ components"):
+        train(make_recipe(tmp_path, "pruning.policy=odd"))
