@@ -18,6 +18,8 @@ from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.config.options import given
+from dynlora_cli.config.types import Section
 from dynlora_cli.errors import MachineError, MeasureError
 from dynlora_cli.evaluation.agreement import agreement
 from dynlora_cli.evaluation.peft_check import check_files, tell
@@ -45,6 +47,7 @@ def run(
     base_name: str | None = None,
     trust_remote_code: bool = False,
     outtype: str = "f16",
+    options: Section | None = None,
     max_kl: float | None = None,
     overwrite: bool = False,
     emit: Emit = lambda event: None,  # noqa: ARG005
@@ -58,6 +61,7 @@ def run(
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
         outtype: f32 | f16 | q8_0, of a GGUF model.
+        options: those that the exporter itself brings; None: their defaults.
         max_kl: nats per token by which the export may differ; None: by its number format.
         overwrite: replace an earlier export.
         emit: takes notes.
@@ -76,29 +80,18 @@ def run(
         emit({"event": "note", "text": adapter.note})
     place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
     run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
-    job = _job(adapter, place, outtype)
+    job = _job(adapter, place, outtype, options or given("exporters", to, []))
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         facts = exporter.write(job, folder)
         checks = _check(job, exporter, place, folder, MAX_KL[outtype] if max_kl is None else max_kl)
         if getattr(exporter, "for_peft", False):
             checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         summary = {
-            "ok": True,
-            "command": "export",
-            "to": to,
-            "output_dir": str(out),
-            "adapter": str(adapter.folder),
-            "base_model": str(place.folder) if place else adapter.config.get("base_model_name_or_path"),
-            "parameters": adapter.parameters,
-            "ranks": adapter.ranks,
+            **_source(job, place, to, out),
             **facts,
             **checks,
             "notes": job.notes,
-            "files": {
-                str(file.relative_to(folder)): {"sha256": sha256_of(file), "bytes": file.stat().st_size}
-                for file in sorted(folder.rglob("*"))
-                if file.is_file()
-            },
+            "files": _files(folder),
             "dynlora_version": __version__,
             "seconds": time.monotonic() - started,
         }
@@ -106,6 +99,31 @@ def run(
     if "peft_check" in checks:
         tell(checks["peft_check"], out, emit)
     return summary
+
+
+def _source(job: Job, place: Place | None, to: str, out: Path) -> dict[str, Any]:
+    """What was exported and how, for the summary; options only of an exporter that has some."""
+    adapter, options = job.adapter, job.options.model_dump()
+    return {
+        "ok": True,
+        "command": "export",
+        "to": to,
+        "output_dir": str(out),
+        "adapter": str(adapter.folder),
+        "base_model": str(place.folder) if place else adapter.config.get("base_model_name_or_path"),
+        "parameters": adapter.parameters,
+        "ranks": adapter.ranks,
+        **({"options": options} if options else {}),
+    }
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Hash and size of every file, by its path in the folder."""
+    return {
+        str(file.relative_to(folder)): {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def _base(adapter: Adapter, base: tuple[str | None, bool], exporter: ModuleType, emit: Emit) -> Place | None:
@@ -119,7 +137,8 @@ def _base(adapter: Adapter, base: tuple[str | None, bool], exporter: ModuleType,
         return None
 
 
-def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
+def _job(adapter: Adapter, place: Place | None, outtype: str, options: Section) -> Job:
+    """What the exporter is given; what it may never ask for is made when it asks."""
     own = (adapter.folder / "tokenizer_config.json").is_file()
 
     @cache
@@ -139,6 +158,7 @@ def _job(adapter: Adapter, place: Place | None, outtype: str) -> Job:
         base_config=read_object(place.folder / "config.json") if place else None,
         linear_layers=_linear_layers(place) if place else None,
         merged=merged,
+        options=options,
         outtype=outtype,
     )
 

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,14 +22,16 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer, stored_quantized
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
+from dynlora_cli.config.options import given
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.agreement import Agreement, agreement, predictions
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.files import whole
-from dynlora_cli.merging.combine import Way, combine
+from dynlora_cli.merging.combine import combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
+from dynlora_cli.merging.method import Way
 from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
 from dynlora_cli.models.linear import dense_weight, is_transposed
 from dynlora_cli.models.load import DTYPES, Base, precision_of
@@ -45,17 +47,81 @@ MAX_CHANGED = 0.01  # share of positions
 MAX_KL = 0.01  # nats per token: far above what rounding to bf16 does, far below what a wrong merge does
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """How a merged model is written, and how far it may be from base + adapter.
+
+    Attributes:
+        base_weights: original | dequantized; of an adapter that was trained on a quantized base: add to the weights
+            as they were before, or as training saw them.
+        dtype: keep | float32 | bfloat16 | float16.
+        max_kl: nats per token; above it nothing is left.
+        max_changed: share of choices that may change beyond what rounding explains; above it nothing is left.
+    """
+
+    base_weights: str = "original"
+    dtype: str = "keep"
+    max_kl: float = MAX_KL
+    max_changed: float = MAX_CHANGED
+
+
+def run(
+    paths: Sequence[Path],
+    into: str,
+    out: Path | None,
+    way: Way,
+    wanted: Wanted,
+    *,
+    base_name: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Merge adapters into their base, or into one adapter.
+
+    Args:
+        paths: of the adapters.
+        into: base | adapter.
+        out: a new folder; None: `merged` inside the only adapter's.
+        way: how several adapters are combined.
+        wanted: how a model is written.
+        base_name, trust_remote_code, overwrite, emit: as of `into_base`.
+
+    Returns:
+        The summary, as data.
+    """
+    adapters = read_all(paths, emit, base_name)
+    if into == "adapter":
+        assert out is not None
+        return into_adapter(
+            adapters,
+            out,
+            way,
+            base_name=base_name,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            emit=emit,
+        )
+    return into_base(
+        adapters[0] if len(adapters) == 1 else combine(adapters, way).adapter,
+        out,
+        wanted,
+        base_name=base_name,
+        trust_remote_code=trust_remote_code,
+        inputs=[each.folder for each in adapters],
+        overwrite=overwrite,
+        emit=emit,
+    )
+
+
 @quiet
 def into_base(
     adapter: Adapter,
     out: Path | None,
+    wanted: Wanted = Wanted(),
     *,
     base_name: str | None = None,
     trust_remote_code: bool = False,
-    base_weights: str = "original",
-    dtype: str = "keep",
-    max_kl: float = MAX_KL,
-    max_changed: float = MAX_CHANGED,
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
     emit: Emit = lambda event: None,  # noqa: ARG005
@@ -65,13 +131,9 @@ def into_base(
     Args:
         adapter: to be merged.
         out: a new folder; None: `merged` inside the adapter's.
+        wanted: how the model is written, and how far it may be off.
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
-        base_weights: original | dequantized; of an adapter that was trained on a quantized base: add to the weights
-            as they were before, or as training saw them.
-        dtype: keep | float32 | bfloat16 | float16, of the merged model.
-        max_kl: nats per token; above it nothing is left.
-        max_changed: share of choices that may change beyond what rounding explains; above it nothing is left.
         inputs: folders of the adapters that it was combined from.
         overwrite: replace an earlier merge.
         emit: takes notes.
@@ -87,46 +149,20 @@ def into_base(
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     place = find_base(adapter, base_name, trust_remote_code)
     run_folder.refuse_inputs(out, [adapter.folder, *inputs, place.folder])
-    number = DTYPES.get(dtype)
-    quantized = _quantized_base(adapter, place, base_weights, emit)
+    quantized = _quantized_base(adapter, place, wanted.base_weights, emit)
     with TemporaryDirectory() as full, run_folder.replaced(out, overwrite=overwrite) as folder:
-        if base_weights == "dequantized" and place.files.quantization:
-            assert quantized is not None
-            place = write_dequantized(quantized, place, Path(full), number)
-            plan = plan_merge(adapter, place, dtype=number)
-        elif base_weights == "dequantized":
-            assert quantized is not None
-            plan = plan_merge(adapter, place, partial(_dequantized, quantized), number, quantized_layers(quantized))
-        else:
-            plan = plan_merge(adapter, place, dtype=number)
+        place, plan = _plan(adapter, place, quantized, wanted, Path(full))
         _refuse_full_disk(plan, out)
         writing = time.monotonic()
         size = write_merged(plan, adapter, place, folder)
         writing = time.monotonic() - writing
         emit({"event": "note", "text": f"merged {len(plan.modules)} of {len(adapter.layers)} modules; checking"})
-        checks, to_trained_base = _compare(adapter, place, folder, quantized, base_weights, _rounding(plan))
-        if math.isnan(max_kl) or checks.kl > max_kl:
-            raise MeasureError(
-                f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
-                "nothing was kept",
-                "raise --max-kl if that is meant, or report this",
-            )
-        if checks.changed > max_changed:
-            raise MeasureError(
-                f"the merged model chooses another token at {checks.changed:.1%} of the positions, more than "
-                f"{max_changed:.1%}, and rounding to the stored type does not explain it; nothing was kept",
-                "raise --max-changed if that is meant, or report this",
-            )
-        if to_trained_base and to_trained_base.kl > OF_ANOTHER_MODEL:
-            raise MeasureError(
-                f"the merged model is {to_trained_base.kl:.3g} nats per token away from what training saw, far more "
-                "than quantizing explains; nothing was kept",
-                "name the model that the quantized base was made from with --base FOLDER",
-            )
+        checks, to_trained_base = _compare(adapter, place, folder, quantized, wanted.base_weights, _rounding(plan))
+        _refuse_difference(checks, to_trained_base, wanted)
         summary = {
             **_facts(adapter, place, plan, out),
-            "base_weights": base_weights,
-            "dtype": dtype,
+            "base_weights": wanted.base_weights,
+            "dtype": wanted.dtype,
             "bytes": size,
             "check": checks.as_dict(),
             "trained_base": to_trained_base.as_dict() if to_trained_base else None,
@@ -135,6 +171,45 @@ def into_base(
         }
         whole.write_json(folder / run_folder.MERGE_RECORD, {**summary, "dynlora_version": __version__})
     return summary
+
+
+def _plan(adapter: Adapter, place: Place, quantized: Base | None, wanted: Wanted, full: Path) -> tuple[Place, Plan]:
+    """What will be written, and the base that it is made of: the one given, or its dequantized copy in `full`."""
+    number = DTYPES.get(wanted.dtype)
+    if wanted.base_weights == "original":
+        return place, plan_merge(adapter, place, dtype=number)
+    assert quantized is not None
+    if place.files.quantization:
+        place = write_dequantized(quantized, place, full, number)
+        return place, plan_merge(adapter, place, dtype=number)
+    original = partial(_dequantized, quantized)
+    return place, plan_merge(adapter, place, original, number, quantized_layers(quantized))
+
+
+def _refuse_difference(checks: Agreement, to_trained_base: Agreement | None, wanted: Wanted) -> None:
+    """Refuse a merged model that predicts something else than base + adapter.
+
+    Raises:
+        MeasureError: it does; the message has the number that is too large.
+    """
+    if math.isnan(wanted.max_kl) or checks.kl > wanted.max_kl:
+        raise MeasureError(
+            f"the merged model is {checks.kl:.3g} nats per token away from base + adapter, more than "
+            f"{wanted.max_kl:g}; nothing was kept",
+            "raise --max-kl if that is meant, or report this",
+        )
+    if checks.changed > wanted.max_changed:
+        raise MeasureError(
+            f"the merged model chooses another token at {checks.changed:.1%} of the positions, more than "
+            f"{wanted.max_changed:.1%}, and rounding to the stored type does not explain it; nothing was kept",
+            "raise --max-changed if that is meant, or report this",
+        )
+    if to_trained_base and to_trained_base.kl > OF_ANOTHER_MODEL:
+        raise MeasureError(
+            f"the merged model is {to_trained_base.kl:.3g} nats per token away from what training saw, far more "
+            "than quantizing explains; nothing was kept",
+            "name the model that the quantized base was made from with --base FOLDER",
+        )
 
 
 def _facts(adapter: Adapter, place: Place, plan: Plan, out: Path) -> dict[str, Any]:
@@ -249,7 +324,9 @@ def into_adapter(
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     run_folder.refuse_inputs(out, [adapter.folder for adapter in adapters])
+    way = replace(way, options=way.options or given("methods", way.method, []))
     combined = combine(adapters, way)
+    options = way.options.model_dump() if way.options else {}
     adapter = combined.adapter
     summary: dict[str, Any] = {
         "ok": True,
@@ -258,6 +335,7 @@ def into_adapter(
         "output_dir": str(out),
         "adapters": [str(each.folder) for each in adapters],
         "method": way.method,
+        **({"options": options} if options else {}),
         "weights": list(way.weights or [1.0] * len(adapters)),
         "parameters_start": sum(each.parameters for each in adapters),
         "parameters": adapter.parameters,

@@ -14,6 +14,9 @@
         names in the base, or the folder of a whole model. The command computes logits with it and compares them with
         those of the source.
 
+    OPTIONS
+        Optional: what `--set KEY=VALUE` may be, see config/options.py. They come as attributes of `job.options`.
+
 Dimensions: C components of a layer, I inputs, O outputs.
 """
 
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.config.types import Section
 from dynlora_cli.errors import UsageError
 
 Read = Callable[[str], Tensor]
@@ -62,6 +66,7 @@ class Job:
         base_folder, base_config: the base and its config.json; None where it is not here.
         linear_layers: names and (I, O) of all linear layers of the base, in order; None likewise.
         merged: base and adapter as one model, made when asked for.
+        options: those that the exporter itself brings.
         outtype: number format of a GGUF model: f32, f16 or q8_0.
         notes: for the person; exporters add to them.
     """
@@ -72,6 +77,7 @@ class Job:
     base_config: dict[str, Any] | None
     linear_layers: dict[str, tuple[int, int]] | None
     merged: Callable[[], Merged]
+    options: Section = field(default_factory=Section)
     outtype: str = "f16"
     notes: list[str] = field(default_factory=list)
 

@@ -19,7 +19,8 @@ from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.budget import Budget
 from dynlora_cli.errors import Interrupted, MeasureError
-from dynlora_cli.merging.combine import Way, combine
+from dynlora_cli.merging.combine import combine
+from dynlora_cli.merging.method import Way
 
 RANK = 8  # of the largest sum
 

@@ -25,8 +25,9 @@ from dynlora_cli.commands.merge import into_base
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation import options
-from dynlora_cli.merging.combine import Way, combine
+from dynlora_cli.merging.combine import combine
 from dynlora_cli.merging.fold import plan_merge, write_merged
+from dynlora_cli.merging.method import Way
 from dynlora_cli.models.experts import fused_experts, join, split
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.weights import Weights
