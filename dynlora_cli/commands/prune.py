@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -31,12 +30,13 @@ from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
+from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.events import Emit
 from dynlora_cli.text import counted
 from dynlora_cli.training.heal import heal
 
 CURVE_POINTS = 7
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     adapter = read_adapter(request.path, request.base_name)
     run_folder.refuse_inputs(out, [adapter.folder, *([request.data] if request.data else [])])
     if adapter.note:
-        emit({"event": "note", "text": adapter.note})
+        emit(run_events.note(adapter.note))
     bench = _bench(request, adapter, policy, emit)
     recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
     if request.heal_steps and recipe is None:
@@ -164,11 +164,11 @@ def _bench(request: Request, adapter: Adapter, policy: ModuleType, emit: Emit) -
     except (MachineError, UsageError) as error:
         if needed or request.base_name:
             raise
-        emit({"event": "note", "text": f"the loss is not measured: {error.message}"})
+        emit(run_events.note(f"the loss is not measured: {error.message}"))
         return None
-    emit({"event": "note", "text": f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"})
+    emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
     for note in rows.notes:
-        emit({"event": "note", "text": note})
+        emit(run_events.note(note))
     return Bench(place, base_in_memory(adapter, place, tokenizer), rows)
 
 
@@ -232,7 +232,7 @@ class Curve:
             "loss": self.bench.loss(self.order.cut(keep_K)) if self.bench else None,
         }
         if self.bench:
-            self.emit({"event": "point", **point})
+            self.emit(run_events.point(point))
         self.points.append(point)
         self.points.sort(key=lambda point: -point["parameters"])
         return point

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.streamed import streamed
+from dynlora_cli.runs.events import Emit, note
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
 ABSENT = f"{NOT_CHECKED}: PEFT is not installed"
@@ -122,14 +123,14 @@ def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: 
     return found | {"problem": _sentence(lost)}
 
 
-def tell(found: dict[str, Any], folder: Path, emit: Callable[[dict[str, Any]], None]) -> None:
+def tell(found: dict[str, Any], folder: Path, emit: Emit) -> None:
     """Say so if nothing was checked. Fail if PEFT reads the adapter otherwise; its files stay where they are.
 
     Raises:
         MeasureError: there is a problem.
     """
     if not found["checked"]:
-        emit({"event": "note", "text": found["reason"]})
+        emit(note(found["reason"]))
     if problem := found.get("problem"):
         raise MeasureError(
             f"stock PEFT does not compute what was written: {problem}",

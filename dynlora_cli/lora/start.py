@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dynlora_cli.errors import UsageError
@@ -23,6 +23,7 @@ class Start:
         parameters: numbers they hold.
         budget: numbers that may be alive at the end.
         average_rank: the budget, or where it is open the start, as an average rank: numbers / Σ(d_in + d_out).
+        costs: numbers that one component of each layer holds.
         open: the budget is only a floor, and the run decides where to stop (`rank.budget: auto`).
     """
 
@@ -31,6 +32,7 @@ class Start:
     budget: int
     average_rank: float
     open: bool = False
+    costs: dict[str, int] = field(default_factory=dict)
 
     @property
     def limit(self) -> int | None:
@@ -71,18 +73,18 @@ def plan_start(
     largest = max(costs.values())
     if budget.kind == "auto":
         floor = max(largest, math.floor(budget.value * per_rank))
-        return Start(counts, parameters, floor, parameters / per_rank, open=True)
+        return Start(counts, parameters, floor, parameters / per_rank, open=True, costs=costs)
     limit = math.floor(budget.value * parameters if asked is None else asked)
     if limit < largest:
         raise UsageError(
             f"rank.budget allows {limit:,} parameters, but one component of the target layers has up to {largest:,}",
             "raise rank.budget, or choose smaller layers in adapter.target_modules",
         )
-    return Start(counts, parameters, limit, limit / per_rank)
+    return Start(counts, parameters, limit, limit / per_rank, costs=costs)
 
 
-def with_counts(start: Start, counts: Mapping[str, int], costs: Mapping[str, int]) -> Start:
+def with_counts(start: Start, counts: Mapping[str, int]) -> Start:
     """The same start with other components; its budget stays."""
-    parameters = sum(counts[name] * cost for name, cost in costs.items())
+    parameters = sum(counts[name] * cost for name, cost in start.costs.items())
     average = start.average_rank * parameters / start.parameters if start.open else start.average_rank
     return replace(start, counts=dict(counts), parameters=parameters, average_rank=average)

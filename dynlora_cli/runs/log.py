@@ -22,14 +22,12 @@ from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import LineForm, RecordForm, first_fault, fits, read_object
 from dynlora_cli.files.strict_json import BadJsonError, loads
 from dynlora_cli.files.whole import write_text
+from dynlora_cli.runs.events import Event
 from dynlora_cli.runs.record import RECORD
 
 METRICS = "metrics.jsonl"
 RANK_EVENTS = "rank_events.jsonl"
 FILE_OF_EVENT = {"train": METRICS, "eval": METRICS, "gauge": RANK_EVENTS, "prune": RANK_EVENTS, "refused": RANK_EVENTS}
-
-
-Event = dict[str, Any]
 
 
 class RunLog:

@@ -133,7 +133,7 @@ def _measured(
         data.notes.append(
             f"rank.allocation: {how} gives the layers {min(counts.values())} to {max(counts.values())} components"
         )
-        start = with_counts(start, counts, _costs(kind, layers))
+        start = with_counts(start, counts)
     if recipe.adapter.init_weights != "eva":
         return start, {}
     return start, watch_inputs(base.model, batches(), layers, start.counts, accelerator.autocast)
@@ -170,7 +170,7 @@ def _shared_out(
         if how == "gora":  # whose budget is of smoothed sizes: r = budget · share of the importance / √(d_in + d_out)
             weights = {name: weight / math.sqrt(sum(shapes[name])) for name, weight in weights.items()}
         worth = in_proportion(weights, most)
-    counts = share_out(worth, _costs(kind, layers), start.parameters)
+    counts = share_out(worth, start.costs, start.parameters)
     numbers = torch.tensor(list(counts.values()), device=accelerator.device)
     _from_the_first(numbers, accelerator)
     return dict(zip(counts, numbers.tolist(), strict=True))
@@ -180,11 +180,6 @@ def _from_the_first(tensor: Tensor, accelerator: Accelerator) -> None:
     """Make a tensor in every process what it is in the first."""
     if accelerator.num_processes > 1:
         torch.distributed.broadcast(tensor, 0)
-
-
-def _costs(kind: type[ComponentLinear], layers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """How many numbers one component holds in each layer."""
-    return {name: sum(kind.widths(*linear_shape(layer))) for name, layer in layers.items()}
 
 
 def plan_ranks(
@@ -222,7 +217,7 @@ def plan_ranks(
     kind = layer_kind(options, variant.Layer)
     start = plan_start(shapes, rank.parsed_budget(), rank.init, kind)
     if counts is not None:
-        start = with_counts(start, counts, _costs(kind, targets))
+        start = with_counts(start, counts)
     return targets, start
 
 

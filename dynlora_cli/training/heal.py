@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.mode import plan, without_long_runs
+from dynlora_cli.runs.events import Emit, note
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.setup import make_accelerator, make_run
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from dynlora_cli.models.load import Base
 
 
-def heal(
-    adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path, emit: Callable[[dict[str, Any]], None]
-) -> Adapter:
+def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path, emit: Emit) -> Adapter:
     """Train the components that are left; their number stays. Heads and magnitudes stay as they are.
 
     Args:
@@ -46,7 +44,7 @@ def heal(
     variant, rate = recipe.adapter.variant, recipe.train.learning_rate
     if variant != adapter.form and rate != "auto":
         text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
-        emit({"event": "note", "text": text})
+        emit(note(text))
     data = load_data(
         recipe.dataset,
         base.tokenizer,

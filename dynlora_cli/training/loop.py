@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.execution.interrupt import interruptible
+from dynlora_cli.runs import events
 from dynlora_cli.training.metrics import Window, count_step, log_window
 from dynlora_cli.training.rate_search import choose, search
 from dynlora_cli.training.run import Run
@@ -65,7 +66,7 @@ def fit(run: Run) -> None:
                     "go on with --resume",
                 )
     if _out_of_patience(run):
-        run.emit({"event": "note", "text": f"no better for {progress.evaluations_since_best} evaluations: done"})
+        run.note(f"no better for {progress.evaluations_since_best} evaluations: done")
 
 
 def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
@@ -77,7 +78,7 @@ def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
     text += ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in run.progress.rates_tried)
     if min(tried.values()) >= untrained:
         text += f"; none ended below the {untrained:.3f} of no training, so a number may do better"
-    run.emit({"event": "note", "text": text})
+    run.note(text)
 
 
 def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:
@@ -122,7 +123,7 @@ def _evaluate_and_judge(run: Run) -> None:
 
 def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
     progress = run.progress
-    run.emit({"event": "eval", "step": progress.step, **result, "best": best, "seconds": progress.seconds})
+    run.emit(events.evaluation(progress.step, result, best=best, seconds=progress.seconds))
     run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=progress.step)
 
 

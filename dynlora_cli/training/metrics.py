@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from dynlora_cli.runs import events
 from dynlora_cli.training.run import Run
 
 
@@ -38,7 +39,7 @@ def count_step(run: Run, record: dict[str, Any], seconds: float) -> None:
     progress.seconds += seconds
     record["step_seconds"] = seconds
     shown = {key: record[key] for key in ("loss", "learning_rate")}
-    run.emit({"event": "tick", **shown, **_alive(run), "tokens_per_second": record["tokens"] / seconds})
+    run.emit(events.tick(shown, _alive(run), record["tokens"] / seconds))
 
 
 def _alive(run: Run) -> dict[str, int]:
@@ -67,7 +68,7 @@ def log_window(run: Run, window: Window) -> None:
         **held,
         "seconds": progress.seconds,
     }
-    run.emit({"event": "train", **_alive(run), **metrics})
+    run.emit(events.train(_alive(run), metrics))
     numbers = {**_alive(run), **metrics}
     run.accelerator.log({f"train/{k}": v for k, v in numbers.items() if v is not None}, step=progress.step)
 

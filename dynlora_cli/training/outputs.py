@@ -27,6 +27,7 @@ from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.linear import is_transposed
 from dynlora_cli.models.load import sees
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.runs import events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs import record as records
 from dynlora_cli.runs.record import Record
@@ -105,7 +106,7 @@ def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
             for old in run_folder.step_folders(folder)[:-2]:
                 if old != run_folder.pointed(folder, "best"):
                     remove(old)
-        training.emit({"event": "checkpoint", "step": progress.step, "path": str(path)})
+        training.emit(events.checkpoint(progress.step, path))
 
 
 def write_root(folder: Path, training: Run) -> str:
@@ -116,7 +117,7 @@ def write_root(folder: Path, training: Run) -> str:
     """
     best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
     if best is not None and (fault := fault_in(best, run_folder.read_record(folder))):
-        training.emit({"event": "note", "text": f"{best} {fault}; the adapter is that of the last step instead"})
+        training.note(f"{best} {fault}; the adapter is that of the last step instead")
         best = None
     if best is not None:
         position, tensors = read_state(best)
@@ -288,7 +289,7 @@ def start_event(training: Run) -> dict[str, Any]:
         for name, layer in trained.layers.items()
     ]
     example = show_example(data.train[0], base.tokenizer, data.labels)
-    return {"event": "start", "run": facts, "layers": layers, "notes": data.notes, "example": example}
+    return events.start(facts, layers, data.notes, example)
 
 
 def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dynlora_cli.lora.surgery import swap
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.runs import folder as run_folder
-from dynlora_cli.runs.events import Emit, send
+from dynlora_cli.runs.events import Emit, note, send
 from dynlora_cli.runs.record import Record
 from dynlora_cli.training.checkpoint import fault_in, read_state, restore
 from dynlora_cli.training.run import Progress, Run
@@ -60,7 +60,7 @@ def find_checkpoint(
         if fault is None:
             if faults:
                 text = f"{'; '.join(faults)}; {checkpoint.name} is the newest that can be gone on with"
-                send(listener, {"event": "note", "text": text})
+                send(listener, note(text))
             return checkpoint
         faults.append(f"{checkpoint} {fault}")
     lines = "".join(f"\n  {fault}" for fault in faults)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from dynlora_cli.runs import events
 from dynlora_cli.tasks import task as tasks
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Run:
     save: Callable[[Run], None]
     modes: Modes
     random: Randomness
-    emit: Callable[[dict[str, Any]], None] = lambda event: None  # noqa: ARG005
+    emit: events.Emit = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -109,7 +110,7 @@ class Run:
 
     def note(self, text: str) -> None:
         """Leave a note in the run's log."""
-        self.emit({"event": "note", "text": text})
+        self.emit(events.note(text))
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over processes, in place where there are several."""

@@ -21,6 +21,7 @@ from dynlora_cli.execution.mode import Modes, plan
 from dynlora_cli.files.place import OutputPlace
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.place import Place
+from dynlora_cli.runs import events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
 from dynlora_cli.runs.log import RunLog
@@ -155,7 +156,7 @@ class Session:
             outputs.write_record(self.folder, self.record, run)
             run.emit(outputs.start_event(run))
             if self.checkpoint:
-                run.emit({"event": "note", "text": f"resuming from {self.checkpoint}"})
+                run.note(f"resuming from {self.checkpoint}")
             self.accelerator.init_trackers(self.folder.name, config=_plain(self.recipe))
             yield
         self.accelerator.end_training()
@@ -170,7 +171,7 @@ class Session:
             return
         with RunLog(self.folder, keep_until_step=run.progress.step) as log:
 
-            def emit(event: dict[str, Any]) -> None:
+            def emit(event: events.Event) -> None:
                 log(event)
                 send(self.listener, event)
 
@@ -188,7 +189,7 @@ class Session:
         if run.trained.layers and self.accelerator.is_main_process:
             summary["peft_check"] = self._read_back(run)
         outputs.finish(self.folder, self.record, run, summary)
-        run.emit({"event": "end", "summary": summary})
+        run.emit(events.end(summary))
         return summary
 
     def _read_back(self, run: Run) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class Session:
             layers = [name for name, layer in run.trained.layers.items() if layer.count]
             found = read_back(place, run.model, run.base.tokenizer, self.folder, layers, self.accelerator.autocast)
         if not found["checked"]:
-            run.emit({"event": "note", "text": found["reason"]})
+            run.note(found["reason"])
         return found
 
 
@@ -215,7 +216,7 @@ class Finished:
         """The summary on record; what is missing of the report is made."""
         made = place and outputs.write_pages(folder)
         text = "what was missing of its report is made" if made else "nothing to do"
-        send(listener, {"event": "note", "text": f"{folder} is finished already; {text}"})
+        send(listener, events.note(f"{folder} is finished already; {text}"))
         return cls(run_folder.read_record(folder)["summary"])
 
 
@@ -224,7 +225,7 @@ def _tell_of_the_old(place: OutputPlace | None, folder: Path, listener: Emit | N
     if place and place.brought_back:
         place.brought_back = False
         text = f"{folder} is the earlier run again: the one that was to replace it ended before it had saved anything"
-        send(listener, {"event": "note", "text": text})
+        send(listener, events.note(text))
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

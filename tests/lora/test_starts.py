@@ -76,7 +76,7 @@ def test_ranks_are_in_proportion_to_the_weights():
 
 def test_an_open_budget_follows_what_the_start_became():
     start = plan_start({"one": (64, 32), "two": (16, 16)}, parse_budget("auto"), 4)
-    other = with_counts(start, {"one": 3, "two": 6}, {"one": 96, "two": 32})
+    other = with_counts(start, {"one": 3, "two": 6})
     assert other.parameters == 3 * 96 + 6 * 32
     assert other.budget == start.budget
     assert other.rank_of(other.parameters) == pytest.approx(other.parameters / (96 + 32))
