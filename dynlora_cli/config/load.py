@@ -121,7 +121,10 @@ def _validate(root: Node) -> tuple[Recipe | None, list[Problem]]:
 
 
 def _without(data: dict[str, Any], wrong: Iterable[Sequence[str | int]]) -> dict[str, Any]:
-    """The data without its wrong keys (a list with a wrong item goes whole), and with stand-ins for required ones."""
+    """The data without its wrong keys, so that the rest can be checked for conflicts.
+
+    A list with a wrong item is left out whole. Required keys that are missing get a stand-in.
+    """
     data = copy.deepcopy(data)
     for path in wrong:
         keys = [str(step) for step in itertools.takewhile(lambda step: isinstance(step, str), path)]

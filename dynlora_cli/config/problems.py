@@ -93,7 +93,7 @@ def _aliases_below(path: Path, value: object) -> Iterator[str]:
 
 
 def _of_a_plug_in(path: Path) -> str | None:
-    """Which plug-ins a key belongs to, that the recipe does not choose."""
+    """The answer to a key of plug-ins that the recipe does not choose; None where no plug-in has it."""
     owners = plug_in_keys.owners(path)
     if not owners:
         return None

@@ -25,10 +25,10 @@ from pydantic_core import PydanticCustomError
 
 from dynlora_cli import plugins
 from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.files.strict_json import DEEPEST, depth
 from dynlora_cli.text import show
 
 LARGEST_JSON = 1 << 28  # bytes; the largest tokenizers and indexes have a tenth of it
-DEEPEST_JSON = 200
 PATTERN_SECONDS = 5.0  # for all patterns of one file on all modules; honest ones take milliseconds
 LONGEST_PATTERN = 10_000
 LARGEST_RANK = 1 << 20
@@ -59,20 +59,9 @@ def read_object(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged: {str(error).partition(';')[0]}", COPY_AGAIN) from None
     if not isinstance(data, dict):
         raise UsageError(f"{path} is damaged: it holds {type(data).__name__}, not an object with keys", COPY_AGAIN)
-    if _deeper(data, DEEPEST_JSON):
+    if depth(data) > DEEPEST:
         raise UsageError(f"{path} is damaged: its values lie too deep inside each other", COPY_AGAIN)
     return data
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects lie in each other so deep; without recursion of its own."""
-    inside = [value]
-    for _ in range(levels):
-        parts = (part.values() if isinstance(part, dict) else part for part in inside)
-        inside = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
-        if not inside:
-            return False
-    return True
 
 
 def fits(form: type[_Form], data: Mapping[str, Any], path: Path) -> _Form:

@@ -1,4 +1,4 @@
-"""The place of an output folder: one writer at a time, and the old is kept until the new is there.
+"""Writing an output folder: one process at a time, and the old folder stays until the new one is complete.
 
 While somebody writes, a folder of ours stands beside it (inside it, where its parent takes nothing):
 
@@ -9,7 +9,8 @@ While somebody writes, a folder of ours stands beside it (inside it, where its p
       moving/      likewise, where entries must move one by one: the rest of the old is still in its place
       gone/        what is being removed
 
-Whatever moment a process is killed at, either the old or the new is whole; `claimed`, the next time, puts it in place.
+A process may be killed at any moment: either the old or the new folder is whole then, and the next `claimed` puts that
+one in place.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ _held: dict[Path, OutputPlace] = {}  # of this process, so that a command may as
 
 
 def is_workplace(folder: Path) -> bool:
-    """Whether this is a folder in which a new one is made, or an old one kept; nothing in it is for use."""
+    """Whether this is such a folder of ours beside an output folder; nothing in it is for use."""
     return folder.name.startswith(".") and folder.name.endswith(ENDING)
 
 
 @contextmanager
 def claimed(folder: Path, option: str, is_lost: Callable[[Path], bool]) -> Iterator[OutputPlace]:
-    """Hold the place of an output folder; what a killed process has left of one is put in order first.
+    """Hold the place of an output folder. If a killed process has left it half done, it is put in order first.
 
     Args:
         folder: absent or not. Parents that are missing are made, and go again if they stay empty.
@@ -167,7 +168,7 @@ class OutputPlace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the owner of the place; leaves nothing behind but what must be put in order."""
+        """Be the owner of the place. Afterwards our folder beside it is gone, unless it holds what is still needed."""
         made = [parent for parent in (self.work.parent, *self.work.parent.parents) if not parent.exists()]
         descriptor = self._open()
         try:
@@ -279,7 +280,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether a process of this host is the one that is written down, and not a later one of the same number."""
+    """Whether the process that is written down still runs on this host; numbers are used again by later processes."""
     if owner.get("host") != socket.gethostname():
         return False
     try:
@@ -292,14 +293,14 @@ def _lives(owner: dict[str, Any]) -> bool:
 
 
 def _boot() -> str | None:
-    """What names this start of the machine's kernel, in its containers too, whose host names come and go."""
+    """An id of this start of the machine; it is the same in all its containers, which host names are not."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return None
 
 
 def _began(process: int) -> str | None:
-    """When a process began, in ticks since the machine did; None where nobody says."""
+    """When a process began, in clock ticks since the machine started; None where the system does not say."""
     with suppress(OSError):
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
         return text.rpartition(")")[2].split()[19]

@@ -45,7 +45,7 @@ def loads(text: str) -> Any:
         run = max(re.finditer(r"\d+", text), key=lambda run: len(run[0]))
         reason = f"JSON with a whole number of {len(run[0])} digits, more than {sys.get_int_max_str_digits()}"
         raise BadJsonError(reason, text.count("\n", 0, run.start()) + 1) from None
-    if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
+    if text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST:
         raise BadJsonError(f"JSON nested more than {DEEPEST} deep")
     return value
 
@@ -59,10 +59,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _depth(value: Any) -> int:
+def depth(value: Any) -> int:
     """Levels of lists and objects, found without recursion."""
-    level, depth = [value], 0
+    level, levels = [value], 0
     while level := [part for part in level if isinstance(part, (list, dict))]:
         level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
-        depth += 1
-    return depth
+        levels += 1
+    return levels

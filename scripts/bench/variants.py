@@ -6,7 +6,7 @@
 Loss: the cells of quality.py (its design tasks e2e and svamp on a 3 M Llama, 200 steps, rate chosen on seed 0), in
 variants.jsonl; `lora` is the default, which prunes from twice the budget, and the others do too where they can hold that
 many. Time and memory: `dynlora train` as in cost.py, hidden size 512, the variants in turn, in variants_cost.jsonl.
-A variant that is a new file in the drawer is a new line.
+A variant that is a new file in its folder is a new line.
 """
 
 from __future__ import annotations

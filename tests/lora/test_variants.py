@@ -1,4 +1,4 @@
-"""Every file of the variants drawer keeps the promises of a variant; what PEFT has too computes what PEFT computes."""
+"""Every file of lora/variants keeps the promises of a variant; what PEFT has too computes what PEFT computes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def recipe_of(folder, name, *overrides):
 
 
 def one_layer(folder, name, count=4, dtype=torch.float64, d_in=10, d_out=12):
-    """A layer of the variant around a random base, by the drawer's own attach."""
+    """A layer of the variant around a random base, by its own attach."""
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(d_in, d_out)}).requires_grad_(False)
     shape = {"layer": count}

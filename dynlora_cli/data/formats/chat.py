@@ -99,7 +99,7 @@ def _calls_in(text: Any) -> Any:
 
 
 def _tie(turns: list[Any], messages: list[dict[str, Any]]) -> None:
-    """Give calls that were read from turns ids, and their results too: some templates ask for nine characters."""
+    """Give ids to calls that were read from turns, and to their results. Some templates ask for nine characters."""
     waiting: list[str] = []
     count = 0
     for turn, message in zip(turns, messages, strict=True):
@@ -129,7 +129,7 @@ def _json(what: str, value: Any) -> Any:
     """A value, or the JSON of it, as CSV and some Parquet files have it.
 
     Raises:
-        BadRowError: text that is none.
+        BadRowError: the text is no JSON.
     """
     if not isinstance(value, str):
         return value

@@ -2,7 +2,7 @@
 
 What it does
     ΔW = s·Σ λ_i p_i q_iᵀ with λ = 0 and p, q normal (0.02) at the start. A penalty on ‖PᵀP - 1‖ and ‖QQᵀ - 1‖ keeps
-    the directions apart. With `pruning.policy: sensitivity` components go by AdaLoRA's own score. Other than in PEFT,
+    the directions apart. With `pruning.policy: sensitivity` components are scored as in AdaLoRA. Other than in PEFT,
     what is pruned is gone from memory and from the step, s does not depend on the rank at the start, and the loss that
     is reported is the task's own.
 
@@ -48,7 +48,7 @@ class Layer(GatedLinear):
         b_OC.normal_(0, 0.02, generator=generator)
 
     def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:  # noqa: ARG002
-        """λ · dL/dλ, which is the same, and the only part of the gradient without the penalty in it."""
+        """λ · dL/dλ, which equals it. Other than the gradients of P and Q, that of λ holds nothing of the penalty."""
         assert self.a_CI.grad is not None
         return (a_CI * self.a_CI.grad)[:, -1]
 

@@ -1,4 +1,4 @@
-"""AutoLoRA: the components of a layer compete for one sum, which is learned on other rows than they are.
+"""AutoLoRA: the gates of a layer's components share a fixed sum, and are learned on other rows than the components.
 
 What it does
     ΔW = s·Σ g_i b_i a_iᵀ with g = k·softmax(β), k the components at the start, so that g = 1 there. Odd steps train A

@@ -1,9 +1,10 @@
 """DyLoRA: components in order, so that the first few of a layer are an adapter of their own.
 
 What it does
-    In every training step all layers use only their first ones, a share that is drawn anew each time; what stands early
-    is trained more often and comes to matter most. Pruning in training cuts each layer from its end. The first
-    components of each saved layer are an adapter of that rank (`dynlora prune` goes by its own scores, not by order).
+    In every training step all layers use only their first components; how large a share is drawn anew each time. What
+    stands early is trained more often and comes to matter most. Pruning in training cuts each layer from its end. The
+    first components of each saved layer are an adapter of that rank (`dynlora prune` goes by its own scores, not by
+    order).
 
 When to use it
     Where one training has to serve several sizes.
@@ -52,7 +53,7 @@ class Layer(ComponentLinear):
         return self.a_CI, self.b_OC * open_C
 
     def ranked(self, scores_C: Tensor) -> Tensor:
-        """The highest score of those that are not before it: so a component never goes before one behind it."""
+        """Each component gets the highest score among itself and those behind it, so the last one always goes first."""
         return scores_C.flip(0).cummax(0).values.flip(0)
 
     def begin_step(self, step: int, total_steps: int) -> None:  # noqa: ARG002

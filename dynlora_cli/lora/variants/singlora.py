@@ -1,13 +1,13 @@
 """SingLoRA: one matrix instead of two; each component is multiplied with itself.
 
 What it does
-    ΔW = s·u·Σ v_i v_iᵀ, both sides cut to the layer's shape, with u rising from 0 to 1 over the first tenth of the run;
-    that is what makes the start harmless, since v is random from the beginning. A component holds max(d_in, d_out)
+    ΔW = s·u·Σ v_i v_iᵀ, both sides cut to the layer's shape, with u rising from 0 to 1 over the first tenth of the run.
+    v is random from the beginning, so without u the start would not be the base. A component holds max(d_in, d_out)
     numbers, so the same budget holds about twice as many. Pruning removes v_i.
 
 When to use it
-    To compare with. On a square layer the update can only add in directions that it reads (it is symmetric and
-    positive), which LoRA's can choose freely.
+    To compare with. On a square layer the update is symmetric and positive: it writes in the directions that it reads,
+    where LoRA chooses the two apart.
 
 Reference
     SingLoRA, arXiv 2507.05566. Saved as the plain LoRA that it is.
