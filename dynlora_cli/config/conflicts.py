@@ -104,12 +104,14 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("dataset.packing", "model.task", f"packing does not go with {model.task}")
     if data.chat is True and "Turns" not in plugins.declared("tasks", model.task, "FORMS", ()):
         yield Conflict("dataset.chat", "model.task", f"{model.task} knows no turns; leave it at auto")
-    yield from _declared_conflicts(recipe, "tasks")
+    of_task = list(_declared_conflicts(recipe, "tasks"))
+    of_data = [conflict for conflict in of_task if conflict.key.startswith(("model.", "dataset."))]
+    yield from of_data
     if not data.val and not data.val_size:
         for key in ("steps", "early_stopping_patience"):
             if getattr(recipe.eval, key) is not None:
                 yield Conflict(f"eval.{key}", "dataset.val_size", "needs `dataset.val`, or `dataset.val_size` above 0")
-    yield from _start_conflicts(recipe)
+    yield from _start_conflicts(recipe, [conflict for conflict in of_task if conflict not in of_data])
     budget = rank.parsed_budget()
     saved = 2 if recipe.adapter.init_weights == "pissa" else 1  # rank of a component in the files
     if isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value:
@@ -175,8 +177,8 @@ def _variant_conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
 
 
-def _start_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    """Starts that the variant, the layers or the base do not allow."""
+def _start_conflicts(recipe: Settings, of_task: list[Conflict]) -> Iterator[Conflict]:
+    """Starts that the variant, the layers, the task (what it says itself is given) or the base do not allow."""
     variant, start = recipe.adapter.variant, recipe.adapter.init_weights
     if recipe.adapter.names_experts:
         if start not in ("default", "orthogonal"):
@@ -189,6 +191,7 @@ def _start_conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("adapter.freeze_a", "adapter.init_weights", "PiSSA's start is subtracted, and A has to leave it")
     if recipe.rank.allocation != "uniform" and not plugins.declared("variants", variant, "has_components"):
         yield Conflict("rank.allocation", "adapter.variant", f"variant {variant} has no components to share out")
+    yield from of_task
     if start not in ("default", *(plugins.declared("variants", variant, "starts") or ())):
         text = f"variant {variant} does not start as {start}; write `init_weights: default`, or `variant: lora`"
         yield Conflict("adapter.init_weights", "adapter.variant", text)
