@@ -59,6 +59,12 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tenso
     return head, states_ND, targets.flatten()[place_N], place_N // targets.shape[1]
 
 
+def logits_at_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """For objectives of their own: what the model says at the batch's targets, fp32 [N, V], and the targets [N]."""
+    head, states, targets_N, _ = _at_targets(model, batch)
+    return (states if head is None else head(states)).float(), targets_N
+
+
 def judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For every target [N]: its loss (nats, fp32), the model's choice, the target itself, and its row in the batch."""
     head, states, targets_N, line_N = _at_targets(model, batch)

@@ -21,7 +21,6 @@ import torch
 
 from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.lora.moments import forget_steps
-from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import backward, clip, finish_gradient, update
 
@@ -89,7 +88,7 @@ def _untrained(run: Run) -> float:
     for number in range(max(0, steps - JUDGED), steps):
         micro_batches = run.batches.step(*divmod(number, run.batches.steps_per_epoch))
         with run.accelerator.autocast():
-            sums = [summed_loss(run.model, batch.to(run.accelerator.device)).item() for batch in micro_batches]
+            sums = [run.objective.loss(run.model, batch.to(run.accelerator.device)).item() for batch in micro_batches]
         loss, supervised = run.total(sum(sums), sum(batch.supervised for batch in micro_batches))
         losses.append(loss / supervised)
     return sum(losses) / len(losses)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.runs import events
+from dynlora_cli.tasks import objective as objectives
 from dynlora_cli.tasks import task as tasks
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dynlora_cli.models.load import Base
     from dynlora_cli.models.randomness import Randomness
     from dynlora_cli.pruning.control import Control
+    from dynlora_cli.tasks.objective import Objective
     from dynlora_cli.tasks.task import Task
 
 
@@ -107,6 +109,11 @@ class Run:
     def task(self) -> Task:
         """What the model is trained to do."""
         return tasks.of(self.recipe.model)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What training lowers."""
+        return objectives.of(self.recipe.train)
 
     def note(self, text: str) -> None:
         """Leave a note in the run's log."""

@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dynlora_cli.errors import DynloraError, MeasureError
-from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training.lr_schedule import rate_share
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def backward(run: Run, batch: Batch, supervised: float) -> Tensor:
     """
     batch = batch.to(run.accelerator.device)
     with run.accelerator.autocast():
-        loss = summed_loss(run.model, batch) / supervised
+        loss = run.objective.loss(run.model, batch) / supervised
     run.accelerator.backward(loss)
     return loss.detach().double()
 

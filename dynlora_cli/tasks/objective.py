@@ -1,0 +1,40 @@
+"""What an objective is: a file in tasks/objectives, whose name is the one in recipes (`train.objective`).
+
+Its class `Objective`, under the one below, says what training lowers. What is held out is measured as the task says,
+whatever the objective is. OPTIONS and CONFLICTS (config/options.py, config/conflicts.py) may stand beside it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from dynlora_cli import plugins
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dynlora_cli.config.sections import Train
+    from dynlora_cli.data.batches import Batch
+
+
+class Objective(ABC):
+    """What training lowers.
+
+    Args:
+        options: the recipe's `train` section, with the objective's own keys.
+    """
+
+    def __init__(self, options: Train) -> None:
+        self.options = options
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed over the targets of a batch, a scalar in fp32: training divides it by the targets of the step."""
+
+
+def of(options: Train) -> Objective:
+    """The objective that a recipe's `train` section names."""
+    name = getattr(options, "objective", plugins.OBJECTIVE)
+    objective: Objective = plugins.load("objectives", name).Objective(options)
+    return objective
