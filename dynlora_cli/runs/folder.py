@@ -81,7 +81,7 @@ def refuse_occupied(folder: Path, *, overwrite: bool, option: str = "--output-di
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the content of a folder proves that dynlora made it: a record of ours, and what it is the record of."""
+    """Whether dynlora made what is in a folder: there must be a record of ours, and what that is the record of."""
     run, merge, export = (_object(folder / name) for name in (RECORD, MERGE_RECORD, EXPORT_RECORD))
     if {"schema_version", "dynlora_version"} <= run.keys() and any((folder / name).exists() for name in OF_A_RUN):
         return True
@@ -94,7 +94,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def _is_lost(folder: Path) -> bool:
-    """Whether this is a run that had saved nothing when it ended; or nothing at all."""
+    """Whether a folder is empty, or holds a run that ended before it had saved anything."""
     entries = {entry.name for entry in folder.iterdir() if not is_workplace(entry)}
     if not entries & {RECORD, METRICS}:
         return not entries
@@ -145,7 +145,7 @@ def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer and its chat template, if `source` has one; whether it has."""
+    """Copy the tokenizer and its chat template, if `source` has them; say whether it has."""
     if not (source / "tokenizer_config.json").is_file():
         return False
     for pattern in TOKENIZER_FILES:
@@ -216,7 +216,7 @@ def _seal_of(state: Mapping[str, Any]) -> str:
 
 
 def fault_of(checkpoint: Path, record: Mapping[str, Any] | None = None) -> str | None:
-    """Why nothing can go on with a checkpoint; None where it is as it was written.
+    """What is wrong with a checkpoint, in words; None where it is as it was written.
 
     Args:
         checkpoint: its folder. One of version 0.1 has no hashes: of it only the lengths of the files are known.

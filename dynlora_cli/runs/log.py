@@ -31,7 +31,7 @@ FILE_OF_EVENT = {"train": METRICS, "eval": METRICS, "gauge": RANK_EVENTS, "prune
 
 
 class RunLog:
-    """Appends the events of a run to `metrics.jsonl` and `rank_events.jsonl`; a context manager and a listener.
+    """Append the events of a run to `metrics.jsonl` and `rank_events.jsonl`; a context manager and a listener.
 
     Args:
         folder: the run folder; made if absent.
@@ -54,7 +54,7 @@ class RunLog:
             file.close()
 
     def __call__(self, event: Event) -> None:
-        """Writes one line, flushed, if the event is one of the state of record; NaN and infinity become null.
+        """Write the event as a line of its file, if it has one; NaN and infinity become null.
 
         With a checkpoint the lines before it are on the disk.
 
@@ -131,7 +131,7 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Reads a run folder; a last line that a crash has torn is left out.
+    """Read a run folder; a last line that a crash has torn is left out.
 
     Raises:
         UsageError: there is no such folder, it holds no record of a run, or a file of the record is damaged.
@@ -195,7 +195,7 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 
 def _trim(path: Path, last_step: int | None) -> None:
-    """Drops a torn last line, and the lines after `last_step`."""
+    """Drop a torn last line, and the lines after `last_step`."""
     if path.is_file():
         events = _read_lines(path)
         kept = [event for event in events if last_step is None or event["step"] <= last_step]

@@ -69,7 +69,10 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def fault_in(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """Why nothing can go on with a checkpoint, as `fault_of`; one of version 0.1, without hashes, is opened for it."""
+    """What is wrong with a checkpoint, in words, or None.
+
+    As `fault_of`, and one of version 0.1 is opened as well: it has no hashes that would tell.
+    """
     if fault := fault_of(folder, record):
         return fault
     try:

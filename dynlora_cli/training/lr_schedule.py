@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def rate_share(step: int, total_steps: int, options: Train) -> float:
-    """The scheduled rate of optimizer step `step` (from 1), as a share of the highest, before the coupling."""
+    """The scheduled rate of optimizer step `step` (from 1), as a share of the highest one."""
     warmup = max(1, round(options.warmup_ratio * total_steps)) if options.warmup_ratio else 0
     if step <= warmup:
         return step / warmup

@@ -50,7 +50,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "
 
 
 def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
-    """The adapter of this moment, as PEFT reads it, with what trains whole, such as a classifier's head."""
+    """Write the adapter as it is now, in PEFT's layout, and the modules that train whole, such as a new head."""
     base, experts = training.base, experts_of(pool)
     kind = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN)
     taken = taken_for_experts(base.model.config.model_type) if kind == PLAIN else frozenset()  # others stay
@@ -71,7 +71,7 @@ def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
 
 
 def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
-    """Write checkpoints/step-N and let `last`, and `best` where it is, name it.
+    """Write checkpoints/step-N, and let the file `last` name it; `best` too, where it is the best.
 
     Without `train.save_steps` only those two are kept, and the one before the last, should that be damaged.
 
@@ -176,7 +176,7 @@ def finish(folder: Path, record: Record, training: Run, summary: dict[str, Any])
 
 
 def write_pages(folder: Path) -> bool:
-    """Make the report and the model card of a finished run from its record, where one is missing; whether one was."""
+    """Make the report and the model card of a finished run, where one of them is missing; say whether one was."""
     missing = not all((folder / name).is_file() for name in FOR_PEOPLE)
     if missing:
         write_report(folder)
@@ -191,7 +191,7 @@ def write_record(folder: Path, record: Record, training: Run) -> None:
 
 
 def identity(before: Mapping[str, Any] | None) -> str | None:
-    """What names a run and its checkpoints: a new one, or that of the run that goes on; 0.1 gave its runs none."""
+    """The name that ties checkpoints to their run, a new one or that of the run that goes on; 0.1 gave none."""
     return uuid.uuid4().hex if before is None else before.get("run_id")
 
 
@@ -345,7 +345,7 @@ def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a tokenizer does, as text; of one in Python, such as ByT5's, the vocabulary alone."""
+    """All that a tokenizer does, as text; only the vocabulary of one that is Python code, such as ByT5's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 

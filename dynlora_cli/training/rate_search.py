@@ -1,6 +1,6 @@
-"""The learning rate: its course over a run, and the search for its height where the recipe says `auto`.
+"""`train.learning_rate: auto`: a learning-rate range test before the run.
 
-The search is a race of short trials. Each begins where the run begins, sees the run's own first batches, and is judged
+It is a race of short trials. Each begins where the run begins, sees the run's own first batches, and is judged
 by its mean training loss over the last of them; since all see the same rows in the same order, a few steps tell two
 rates apart. Rates lie a factor of 2 apart, and the search goes on until the best has a worse neighbour on both sides.
 A rate that leaves the loss no lower than it was before the trial is no candidate: of broken models one may well look
@@ -33,7 +33,10 @@ HARMLESS = 0.01  # a trial does no harm if it ends at most this share above the 
 
 
 def search(run: Run, interrupted: Callable[[], bool] = lambda: False) -> tuple[dict[float, float], float]:
-    """The rates tried, each with its loss in nats per target; and the loss of the model as it is.
+    """Try rates until the best has a worse neighbour on both sides.
+
+    Returns:
+        The rates that were tried, each with its loss in nats per target; and the loss of the model as it is.
 
     Raises:
         MeasureError: every rate down to the lowest one diverges.
@@ -83,7 +86,7 @@ def choose(losses: dict[float, float], untrained: float) -> float:
 
 @torch.no_grad()
 def _untrained(run: Run) -> float:
-    """Mean loss over the steps that a trial is judged by, of the model as it is."""
+    """The mean loss of the model as it is, on the steps that trials are judged by."""
     losses, steps = [], min(STEPS, run.total_steps)
     for number in range(max(0, steps - JUDGED), steps):
         micro_batches = run.batches.step(*divmod(number, run.batches.steps_per_epoch))

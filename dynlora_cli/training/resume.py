@@ -68,7 +68,7 @@ def find_checkpoint(
 
 
 def writing(before: Mapping[str, Any] | None, accelerator: Accelerator) -> Writing:
-    """How a run writes its rows: as its record says that it began to; in all processes alike."""
+    """How a run writes its rows, in all processes alike: as it began to, by its record."""
     first = [Writing() if before is None else Writing.of(before)]
     if accelerator.num_processes > 1:
         broadcast_object_list(first)
@@ -111,7 +111,7 @@ def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) ->
 
 
 def _best_so_far(checkpoint: Path, progress: Progress, record: Record) -> Path | None:
-    """The best checkpoint at the time of this one; where it is gone, the search for the best begins anew."""
+    """The best checkpoint up to this one; where its folder is gone, the search for the best begins anew."""
     if not progress.best:
         return None
     best = checkpoint.parent / f"step-{progress.best['step']}"

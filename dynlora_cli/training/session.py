@@ -1,4 +1,4 @@
-"""A run's place on this machine: its folder, held as the only writer; its devices; and what it goes on from.
+"""What a run holds on this machine: its folder, which nobody else may write to; its devices; its checkpoint.
 
 with Session.open(recipe, ...) as session:      the folder is ours, a checkpoint is found and the devices are ready
     with session.recording(run): ...            the run is on record, and its events go to files and listener

@@ -68,7 +68,13 @@ def make_accelerator(recipe: Recipe, folder: Path, modes: Modes) -> Accelerator:
 
 
 def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) -> Data:
-    """The rows, for the tokenizer of a model and no longer than its context, written as the run began to."""
+    """The rows of a run as tokens, none longer than the model's context.
+
+    Args:
+        recipe: of the run.
+        files: of its base model, whose tokenizer is used.
+        writing: how rows are written, of a run that goes on; None: as today.
+    """
     files.refuse_fixed_lengths()
     tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model)
     data = load_data(

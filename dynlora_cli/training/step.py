@@ -43,7 +43,11 @@ def not_finite(what: str, batches: list[Batch]) -> MeasureError:
 
 
 def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float | None:
-    """Add the variant's penalty, reduce over processes and unscale; the norm, or None where fp16 overflowed."""
+    """Add the variant's penalty, sum over processes and undo the scaling of fp16.
+
+    Returns:
+        The norm of the gradient; None where fp16 overflowed.
+    """
     penalty = run.trained.penalty()
     if penalty is not None:
         run.accelerator.backward(penalty / run.accelerator.num_processes)
