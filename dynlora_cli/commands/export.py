@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,8 +31,8 @@ from dynlora_cli.merging.fold import plan_merge, write_merged
 from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.place import Place, structure
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.events import Emit, note
 
-Emit = Callable[[dict[str, Any]], None]
 # The relative error of a number by rounding, in files of this type.
 ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "q8_0": 2.0**-6}
 MAX_KL = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1}  # nats per token
@@ -77,7 +76,7 @@ def run(
     exporter = plugins.load("exporters", to)
     adapter = read_adapter(path, base_name)
     if adapter.note:
-        emit({"event": "note", "text": adapter.note})
+        emit(note(adapter.note))
     place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
     run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
     job = _job(adapter, place, outtype, options or given("exporters", to, []))
@@ -133,7 +132,7 @@ def _base(adapter: Adapter, base: tuple[str | None, bool], exporter: ModuleType,
     except MachineError as error:
         if exporter.needs_base or base[0]:
             raise
-        emit({"event": "note", "text": f"weights are compared and logits are not: {error.message}"})
+        emit(note(f"weights are compared and logits are not: {error.message}"))
         return None
 
 
