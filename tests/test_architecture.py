@@ -180,6 +180,19 @@ def test_no_file_is_too_long(folder: str):
     assert not too_long, f"over {LONGEST_FILE} lines: split by what changes together"
 
 
+def test_functions_fit_a_screen():
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{module}.{node.name}")
+        for module in MODULES
+        for node in ast.walk(tree(module))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+    ]
+    lengths = sorted(length for length, _ in functions)
+    assert lengths[len(lengths) // 2] <= 8
+    assert lengths[len(lengths) * 9 // 10] <= 28
+    assert not [name for length, name in functions if length > 60]
+
+
 def test_no_folder_is_too_full():
     folders = [*PACKAGE.rglob("__init__.py"), *(REPOSITORY / "tests").rglob("conftest.py")]
     for folder in {path.parent for path in folders}:

@@ -116,22 +116,11 @@ def held_out_rows(
     Raises:
         UsageError: no rows are known, none are held out, or they cannot be read.
     """
-    own = own_recipe(adapter)
-    if data is None and own is None:
-        raise NothingHeldOutError(
-            f"{adapter.folder} does not say what it was trained on (it holds no dynlora.json)",
-            "name rows with --data FILE, or a recipe with --data RECIPE.yaml",
-        )
-    is_file = data is not None and data.suffix.lower() not in RECIPES
-    recipe = load_recipe(data) if data is not None and not is_file else own
     notes: list[str] = []
-    settings: dict[str, Any] = {} if recipe is None else recipe.dataset.model_dump()
-    if is_file:
-        train = _as_trained(Source(path=str(data)), own, notes)
-        settings |= {"train": [train.model_dump()], "val": [], "val_size": 0.0, "packing": False}
+    recipe, dataset, is_file = _what_to_read(adapter, data, notes)
     task = tasks.of(place.options)
     read = load_data(
-        Dataset.model_validate(settings),
+        dataset,
         tokenizer,
         task=task,
         seed=recipe.seed if recipe else 0,
@@ -165,6 +154,27 @@ def held_out_rows(
         forms=read.forms,
         is_file=is_file,
     )
+
+
+def _what_to_read(adapter: Adapter, data: Path | None, notes: list[str]) -> tuple[Recipe | None, Dataset, bool]:
+    """The recipe whose rows these are, where there is one; its data settings; and whether they are all rows of a file.
+
+    Raises:
+        NothingHeldOutError: nobody says which rows.
+    """
+    own = own_recipe(adapter)
+    if data is None and own is None:
+        raise NothingHeldOutError(
+            f"{adapter.folder} does not say what it was trained on (it holds no dynlora.json)",
+            "name rows with --data FILE, or a recipe with --data RECIPE.yaml",
+        )
+    is_file = data is not None and data.suffix.lower() not in RECIPES
+    recipe = load_recipe(data) if data is not None and not is_file else own
+    settings: dict[str, Any] = {} if recipe is None else recipe.dataset.model_dump()
+    if is_file:
+        train = _as_trained(Source(path=str(data)), own, notes)
+        settings |= {"train": [train.model_dump()], "val": [], "val_size": 0.0, "packing": False}
+    return recipe, Dataset.model_validate(settings), is_file
 
 
 def own_table(adapter: Adapter, place: Place) -> int | None:
