@@ -212,6 +212,16 @@ def test_what_the_page_says_is_there():
         assert name in defined, f"{ORDER_OF_PACKAGES.name} says that {name} is in {path}"
 
 
+def test_the_page_says_where_each_plug_in_goes():
+    page = ORDER_OF_PACKAGES.read_text(encoding="utf-8")
+    row = r"\| `dynlora_cli/([\w/]+)/` \| `dynlora_cli/([\w/]+)\.py` \| \[example\]\(extending/(\w+)\.md\) \|"
+    rows = re.findall(row, page)
+    assert {folder.replace("/", ".") for folder, _, _ in rows} == set(plugins.FOLDERS.values())
+    assert {contract.replace("/", ".") for _, contract, _ in rows} <= set(MODULES)
+    index = (ORDER_OF_PACKAGES.parent / "extending" / "index.md").read_text(encoding="utf-8")
+    assert {tutorial for _, _, tutorial in rows} == set(re.findall(r"\((\w+)\.md\):", index)) == set(plugins.FOLDERS)
+
+
 def test_the_environment_is_read_in_few_places():
     def reads(node: ast.AST) -> bool:
         names = {"environ", "environb", "getenv"}

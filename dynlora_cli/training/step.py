@@ -75,6 +75,20 @@ def clip(run: Run, norm: float) -> None:
                 parameter.grad.mul_(limit / (norm + 1e-6))
 
 
+def set_rate(run: Run, number: int) -> float:
+    """Give the optimizer the learning rate of this step; returns that of the components.
+
+    It is the run's rate, times the schedule's share. That of the components also rises as they become fewer; heads and
+    other parameters that train beside them go without.
+    """
+    assert run.progress.learning_rate is not None
+    rate = run.progress.learning_rate * rate_share(number, run.total_steps, run.recipe.train)
+    factor = run.control.rate_factor
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * (factor if group["coupled"] else 1.0)
+    return rate * factor
+
+
 def update(run: Run, *, skipped: bool) -> None:
     """Let the optimizer step, and the layers after it; `skipped` where fp16 overflowed and the scaler will not step."""
     scaler = run.accelerator.scaler
@@ -113,14 +127,10 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
         batches = zip(micro_batches, losses, strict=True)
         raise not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
     norm = finish_gradient(run, number, micro_batches)
-    assert run.progress.learning_rate is not None
-    rate = run.progress.learning_rate * rate_share(number, run.total_steps, run.recipe.train)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
         run.control.observe(number, supervised)
         clip(run, norm)
-    factor = run.control.rate_factor
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate * (factor if group["coupled"] else 1.0)
+    rate = set_rate(run, number)
     update(run, skipped=norm is None)
     event = run.control.apply(number)
     if event:
@@ -129,7 +139,7 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
     return {
         "loss": loss,
         "grad_norm": norm,
-        "learning_rate": rate * factor,
+        "learning_rate": rate,
         "tokens": int(tokens),
         "stop": stop_votes > 0,
     }
