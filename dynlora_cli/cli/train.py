@@ -15,6 +15,7 @@ import typer
 from dynlora_cli.cli.reporting import AsJson, console, reporting, typed
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
+from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from dynlora_cli.cli.views.console import Console
@@ -137,4 +138,11 @@ def _device_count(devices: str) -> int:
         return max(1, available)
     if available and int(devices) > available:
         raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
+    # On CPUs each process holds the model in the one memory; two are for trying out what several GPUs would do.
+    most = max(2, os.cpu_count() or 1)
+    if not available and int(devices) > most:
+        cores = counted(os.cpu_count() or 1, "CPU core")
+        raise MachineError(
+            f"--devices {devices}: this machine has no GPU and {cores}", f"use --devices {most} or fewer"
+        )
     return int(devices)

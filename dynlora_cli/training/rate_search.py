@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +22,6 @@ from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.lora.moments import forget_steps
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import backward, clip, finish_gradient, update
-
-if TYPE_CHECKING:
-    pass
 
 FIRST, LOWEST, HIGHEST = 2e-3, 1e-6, 0.5
 STEPS, WARMUP, JUDGED = 24, 6, 8

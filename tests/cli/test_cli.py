@@ -190,6 +190,24 @@ def test_wrong_recipe_reports_every_problem(dynlora: Callable[..., Answer], tmp_
 # -- the machine -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("cores", "most"), [(1, 2), (2, 2), (8, 8)])
+def test_no_more_processes_than_cores(
+    cores: int, most: int, train: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    launched: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("dynlora_cli.cli.train.launch", lambda arguments, count: launched.append(count))
+    answer = train("--devices", str(most + 1), "--json")
+    assert answer.code == answer.json["exit_code"] == 3
+    assert f"no GPU and {cores} CPU core" in answer.json["error"]
+    assert f"--devices {most}" in answer.json["hint"]
+    assert not (tmp_path / "out").exists()
+    assert launched == []
+    train("--devices", str(most))
+    assert launched == [most]
+
+
 def test_tracker_not_installed(train: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
     found = setup.importlib.util.find_spec
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name == "mlflow" else found(name))
