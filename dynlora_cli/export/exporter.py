@@ -1,10 +1,10 @@
 """What an exporter is: a file in export/targets/ with these names; `dynlora export --to` takes its file's name.
 
     needs_base: bool
-        Whether it writes or reads anything of the base model; the others work where the base is not at hand.
+        Whether it needs the base model. Exporters that do not also work where the base is not on this machine.
 
     for_peft = True
-        Optional: PEFT reads it, and is asked whether it finds every layer, where it is installed.
+        Optional: the files are for PEFT. Where PEFT is installed, it is asked whether it finds every layer in them.
 
     write(job, folder) -> dict
         Put the files into an empty folder. What it returns goes into export.json.
@@ -95,7 +95,7 @@ class Exporter(Protocol):
 
 
 def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapter:
-    """The adapter, where it is nothing but factors of linear layers.
+    """The adapter as it is; refused if it is more than factors of linear layers.
 
     Args:
         adapter: to be exported.
@@ -103,7 +103,7 @@ def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapt
         heads: whether it takes tensors that replace the base's own.
 
     Raises:
-        UsageError: it is more than that; the message says what would work.
+        UsageError: it has something that the consumer does not read; the message says what would work.
     """
     hint = "fold it into the base instead: --to merged, or `dynlora merge`"
     if adapter.kind != "LoRA":

@@ -53,7 +53,7 @@ def write_stacked(
 def read_stacked(
     job: Job, folder: Path, consumer: str, *, together: Together = (), rank_rule: RankRule = int
 ) -> Adapter:
-    """The folder by these rules.
+    """Read the folder as such a server does.
 
     Raises:
         DynloraError: it has more than one rank, or one that the server changes, or a block lacks a type that others

@@ -42,8 +42,8 @@ class Plan:
         config: of the merged model.
         changed: tensors of the base that become other ones.
         added: tensors that the base does not have.
-        new: names of `added` by their parameters'.
-        modules: adapted layers; each is in `changed` or `added`.
+        new: the names of `added`, by the names of their parameters in the model.
+        modules: the adapted layers; the weight of each is in `changed` or `added`.
         untied: input table and output head shared a weight, and no longer do.
     """
 
@@ -90,10 +90,10 @@ def plan_merge(
     Args:
         adapter: to be merged.
         place: its base.
-        original: gives a layer's weight by the layer's name, in fp32 and in its own layout, where it is not what the
-            files hold; by default it is.
+        original: gives the weight to add to, by the layer's name: fp32, in the layer's own layout. None: the weight in
+            the files.
         dtype: of the merged model; None: that of the base, tensor by tensor.
-        others: layers beside the adapted ones whose weight becomes the original.
+        others: layers that get the weight of `original`, too, whether or not they have components.
 
     Raises:
         UsageError: the base is another one, or stored in a form that cannot be added to.
@@ -235,9 +235,10 @@ class _Folding:
                 self._patch(f"{name}.weight", self._original(name), {0: None})
 
     def twins(self) -> None:
-        """Parameters that only share the numbers of one that changes, or whose sharing ends here, get their own.
+        """Give a parameter numbers of its own where it shared them with one that changes.
 
-        So do the blocks that Zamba runs at several places with the same weights: components differ from place to place.
+        Such are an input table and an output head, and the blocks that Zamba runs at several places with the same
+        weights: components differ from place to place.
         """
         for parameter in self.layout.shapes:
             if self.layout.holds(parameter) or parameter in self.plan.new:
