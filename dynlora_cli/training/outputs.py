@@ -121,7 +121,8 @@ def write_root(folder: Path, training: Run) -> str:
         best = None
     if best is not None:
         position, tensors = read_state(best)
-        restore(tensors, training.parameters, training.optimizer)
+        with training.random:  # a checkpoint holds random states, too
+            restore(tensors, training.parameters, training.optimizer)
         training.trained.stand_after(position["progress"]["step"], training.total_steps)
     if training.accelerator.is_main_process:
         training.base.tokenizer.save_pretrained(folder)
