@@ -6,7 +6,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,8 @@ from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs import record as records
+from dynlora_cli.runs.events import Emit
 
-Emit = Callable[[dict[str, Any]], None]
 # In nats per token. NF4 changes predictions by some tenths, by half a nat in tiny models. Another base is further away.
 OF_ANOTHER_MODEL = 2.0
 MAX_CHANGED = 0.01  # share of positions

@@ -267,11 +267,6 @@ def _by_tensor(parts: list[Part]) -> Mapping[str, list[Part]]:
     return found
 
 
-def count_of(rows: slice | Tensor) -> int:
-    """How many rows these are."""
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-
-
 def within(part: Part, first: int, last: int) -> Iterator[tuple[slice | Tensor, slice | Tensor]]:
     """The rows of a part that lie between two stored ones, counted from the first; and the parameter's own."""
     if isinstance(part.rows, slice):
