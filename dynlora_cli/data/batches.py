@@ -44,6 +44,7 @@ class Batch:
         supervised: targets.
         places: of the targets in the flattened labels, [N]; made here on the CPU: on a GPU, Python would have to
             wait to learn how many there are.
+        spans: packed, where each of `rows` stands: its line, its first token and the one after it.
     """
 
     inputs: dict[str, Tensor]
@@ -52,6 +53,7 @@ class Batch:
     tokens: int
     supervised: int
     places: Tensor | None = None
+    spans: Sequence[tuple[int, int, int]] = ()
 
     def __post_init__(self) -> None:
         if self.places is None:
@@ -200,7 +202,8 @@ class Batches:
         labels = torch.from_numpy(self.examples[0].targets(placed, width, self._width))
         tokens = sum(example.tokens for example in examples)
         rows = [example.row for example in examples]
-        return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()))
+        spans = self._spans(placed) if self.packing else ()
+        return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()), spans=spans)
 
     def _width(self, longest: int) -> int:
         if not self.even:
@@ -215,6 +218,11 @@ class Batches:
             placed.append((start, self.examples[index]))
             start += self.lengths[index]
         return placed
+
+    @staticmethod
+    def _spans(placed: list[list[tuple[int, Example]]]) -> list[tuple[int, int, int]]:
+        there = ((line, *item) for line, items in enumerate(placed) for item in items)
+        return [(line, start, start + len(example.input_ids)) for line, start, example in there]
 
     def _padded(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
         lengths = torch.tensor([self._length(item) for item in bins])
