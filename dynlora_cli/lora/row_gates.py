@@ -1,7 +1,7 @@
 """Gate gradients of single rows, from the backward pass of their whole batch.
 
-A component gate g_i scales a component: W' = W + s Σ g_i b_i a_iᵀ, with g = 1. `Pool.gate_gradient_K` reads dL/dg_i from
-gradients that are sums over the batch. Before the sum, each token t of a row adds its own share to that row's gradient:
+A component gate g_i scales a component: W' = W + s Σ g_i b_i a_iᵀ, with g = 1. `Pool.gate_gradient_K` reads dL/dg_i
+from gradients that are sums over the batch. Here each token t of a row adds its share to that row's own gradient:
 
     dL_row/dg_i = s Σ_t (a_i · x_t) (b_i · dL/dy_t)          x_t, y_t: the layer's input and output at token t
 
@@ -58,7 +58,7 @@ class RowGates:
 
     @torch.no_grad()
     def look(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
-        """Forward hook of a layer. Checkpointing runs it a second time, for an output that no gradient comes back to."""
+        """Forward hook of a layer. Checkpointing calls it again, for an output that no gradient comes back to."""
         assert isinstance(layer, ComponentLinear)
         if not layer.count or not y.requires_grad:
             return

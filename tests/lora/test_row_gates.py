@@ -6,12 +6,13 @@ import pytest
 import torch
 from numeric import assert_close_to_truth
 from tiny_run import assembled, in_double, make_recipe
-from toy import fill, make
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.row_gates import batch_gates, row_gates
 from dynlora_cli.tasks.loss import summed_loss
+
+from toy import fill, make
 
 
 def toy(seed=0):
