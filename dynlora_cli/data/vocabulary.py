@@ -5,6 +5,8 @@ A tokenizer that got tokens of its own knows more than a table that was not enla
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,3 +54,15 @@ class Vocabulary:
         name = self._tokenizer.convert_ids_to_tokens(token)
         where = f"number {token} of the tokenizer's {known}"
         return f"the token {name!r}, {where}, and the model's table has {self._table} rows"
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Over all that a tokenizer does; only over the vocabulary of one that is Python code, such as ByT5's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return sha256_of_text(known)
+
+
+def sha256_of_text(text: str) -> str:
+    """Over its UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()

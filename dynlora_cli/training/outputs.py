@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import platform
 import uuid
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
+from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
 from dynlora_cli.files.whole import remove, sync, whole_folder
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.fingerprint import fingerprint
@@ -37,8 +36,6 @@ from dynlora_cli.training.checkpoint import fault_in, read_state, restore, write
 from dynlora_cli.training.run import Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from dynlora_cli.config.sections import Model
     from dynlora_cli.data.load import Data
     from dynlora_cli.lora.start import Start
@@ -213,8 +210,8 @@ def start_record(training: Run, run: str | None) -> Record:
         recipe=recipe.model_dump(mode="json"),
         recipe_yaml=to_yaml(recipe),
         data=_data_on_record(data),
-        tokenizer_sha256=_sha256(_tokenizer_text(base.tokenizer)),
-        chat_template_sha256=_sha256(str(template)) if template else None,
+        tokenizer_sha256=tokenizer_sha256(base.tokenizer),
+        chat_template_sha256=sha256_of_text(str(template)) if template else None,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -343,16 +340,6 @@ def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
         "adapter": kind,
         "adapter_bytes": weights.stat().st_size if weights.is_file() else None,
     }
-
-
-def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that a tokenizer does, as text; only the vocabulary of one that is Python code, such as ByT5's."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _device_name(device: torch.device) -> str:
