@@ -15,8 +15,9 @@ Dimensions: C components of a layer, I inputs, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.births import births_of
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.runs.record import Birth
 
 PREFIX = "base_model.model."
 PLAIN = "lora"  # the kind of a layer whose ΔW is added, and which has nothing else
@@ -51,6 +54,7 @@ class Factors:
         kind: the file of adapters/kinds/ that knows this layer.
         own: tensors that the kind has beside the factors, fp32. Names end in their shape: `magnitude_O` has a number
             for each output.
+        born: components by birth, in the order of `Adapter.births` and of the rows of A. (): all of the last birth.
     """
 
     a_CI: Tensor
@@ -60,6 +64,7 @@ class Factors:
     experts: int = 0
     kind: str = PLAIN
     own: Mapping[str, Tensor] = field(default_factory=dict)
+    born: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -73,6 +78,25 @@ class Factors:
     @property
     def parameters(self) -> int:
         return self.rank * self.cost
+
+    def keep(self, keep_C: Tensor) -> Factors:
+        """The same with only these components. [C], boolean"""
+        born = tuple(int(part.sum()) for part in keep_C.split(list(self.born))) if self.born else ()
+        return replace(self, a_CI=self.a_CI[keep_C], b_OC=self.b_OC[:, keep_C], born=born)
+
+    def turned(self, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Factors:
+        """The same update in other components, those of each birth by themselves.
+
+        Args:
+            turn: makes other factors of a_CI and b_OC; perhaps fewer of them.
+        """
+        counts = list(self.born or (self.rank,))
+        parts = [
+            turn(a, b) if len(a) else (a, b)
+            for a, b in zip(self.a_CI.split(counts), self.b_OC.split(counts, 1), strict=True)
+        ]
+        born = tuple(len(a) for a, _ in parts) if self.born else ()
+        return replace(self, a_CI=torch.cat([a for a, _ in parts]), b_OC=torch.cat([b for _, b in parts], 1), born=born)
 
     def delta_OI(self) -> Tensor:
         """ΔW as a dense matrix."""
@@ -117,6 +141,11 @@ class Adapter:
     @property
     def name(self) -> str:
         return self.record.get("name") or self.folder.resolve().name
+
+    @cached_property
+    def births(self) -> tuple[Birth, ...]:
+        """The runs that its components began in, oldest first; never empty."""
+        return births_of(self.folder, self.record, self.name)
 
     @property
     def base_name(self) -> str:

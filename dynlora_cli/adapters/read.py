@@ -17,6 +17,7 @@ from torch import Tensor
 from dynlora_cli import plugins
 from dynlora_cli.adapters import mlx as mlx_adapter
 from dynlora_cli.adapters.adapter import Adapter
+from dynlora_cli.adapters.births import with_births
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.errors import MeasureError, UsageError
@@ -60,7 +61,9 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     notes = "; ".join(filter(None, [note, *found.notes])) or None
     adapter = Adapter(folder, {}, config, record, found.whole, notes)
     adapter = replace(adapter, model_type=_model_type(adapter, base))
-    return adapter.with_layers(plugins.load("kinds", config["peft_type"].lower()).read(adapter, parts, base))
+    layers = plugins.load("kinds", config["peft_type"].lower()).read(adapter, parts, base)
+    layers, fault = with_births(layers, folder, record)
+    return replace(adapter, note="; ".join(filter(None, [notes, fault])) or None).with_layers(layers)
 
 
 def _model_type(adapter: Adapter, base: str | None) -> str:

@@ -374,6 +374,7 @@ def _record(
                 importance=factors.energy(),
                 d_in=factors.a_CI.shape[1],
                 d_out=factors.b_OC.shape[0],
+                born=[factors.rank],
             )
             for name, factors in merged.layers.items()
         },

@@ -137,5 +137,5 @@ def padded(adapter: Adapter, empty: dict[str, tuple[int, int]] | None = None, ra
         a_CI = torch.zeros(largest, factors.a_CI.shape[1])
         b_OC = torch.zeros(factors.b_OC.shape[0], largest)
         a_CI[: factors.rank], b_OC[:, : factors.rank] = factors.a_CI, factors.b_OC
-        layers[name] = replace(factors, a_CI=a_CI, b_OC=b_OC)
+        layers[name] = replace(factors, a_CI=a_CI, b_OC=b_OC, born=())
     return adapter.with_layers(layers)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -123,6 +123,19 @@ class LayerForm(BaseModel):
     d_in: Annotated[int, Field(ge=1, lt=2**40)]
     d_out: Annotated[int, Field(ge=1, lt=2**40)]
     importance: float | None = None
+    born: list[Count] | None = None
+
+
+class BirthForm(BaseModel):
+    """One run of an adapter's lineage."""
+
+    model_config = ConfigDict(strict=True)
+    run: str
+    name: str
+    date: str | None
+    data_sha256: str | None
+    folder: str
+    old: Literal["tune", "freeze", "magnitudes"] | None
 
 
 class NumbersForm(BaseModel):
@@ -181,6 +194,7 @@ class BudgetForm(BaseModel):
     model_config = ConfigDict(strict=True)
     parameters: Count | None = None
     start_components: dict[str, Count] | None = None
+    start_born: dict[str, list[Count]] | None = None
 
 
 class DataForm(BaseModel):
@@ -213,8 +227,11 @@ class RecordForm(BaseModel):
     """The keys of dynlora.json that commands use; `recipe` is checked as a recipe where it is needed."""
 
     model_config = ConfigDict(strict=True)
+    run_id: str | None = None
     name: str | None = None
     task: Annotated[str, AfterValidator(_known_task)] | None = None
+    started: str | None = None
+    births: list[BirthForm] | None = None
     dynlora_version: str | None = None
     chat_template_sha256: str | None = None
     recipe: dict[str, Any] | None = None
@@ -245,6 +262,13 @@ class ResumeForm(BaseModel):
     data: _RowsForm
     base_model: _WeightsForm
     budget: BudgetForm | None
+
+
+class StateForm(BaseModel):
+    """What a checkpoint says of its adapter."""
+
+    model_config = ConfigDict(strict=True)
+    born: dict[str, list[Count]] | None = None
 
 
 def inside(folder: Path, name: str, said_by: Path) -> Path:

@@ -67,6 +67,8 @@ class ComponentLinear(nn.Module):
         self.b_OC = nn.Parameter(torch.empty(self.b_width, 0))
         # The components that are left, by their index at the start. [C]
         self.survivors_C = torch.empty(0, dtype=torch.long)
+        # At the start: components by birth, the run's own last; (): all are its own. See `born`.
+        self.born_at_start: tuple[int, ...] = ()
 
     # -- what a variant may change; see lora/variant.py ----------------------------------------------------------------
 
@@ -140,6 +142,20 @@ class ComponentLinear(nn.Module):
     def count(self) -> int:
         """Components alive in this layer (C)."""
         return self.a_CI.shape[0]
+
+    @property
+    def born(self) -> tuple[int, ...]:
+        """Components alive by birth: so many of each run of the lineage, in this order; the last are the run's own."""
+        if not self.born_at_start:
+            return (self.count,)
+        births = torch.tensor(self.born_at_start).cumsum(0)
+        owner_C = torch.bucketize(self.survivors_C, births, right=True)
+        return tuple(torch.bincount(owner_C, minlength=len(births)).tolist())
+
+    @property
+    def old(self) -> int:
+        """Leading components that came from `adapter.from`; 0 where the run began with none."""
+        return sum(self.born[:-1])
 
     @property
     def weight(self) -> Tensor:

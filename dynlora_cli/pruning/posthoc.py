@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,7 @@ class Order:
     def cut(self, keep_K: Tensor) -> Adapter:
         """The adapter with only these components."""
         layers = {
-            name: replace(self.adapter.layers[name], a_CI=factors.a_CI[kept], b_OC=factors.b_OC[:, kept])
+            name: factors.keep(kept)
             for (name, factors), kept in zip(self.adapter.layers.items(), self.split(keep_K).values(), strict=True)
         }
         return self.adapter.with_layers(layers)
@@ -155,12 +156,8 @@ def parameters_of(budget: Budget, adapters: Sequence[Adapter]) -> int:
 
 
 def _turned(adapter: Adapter, turn: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Adapter:
-    """The adapter with the components of every layer in another basis; `turn` makes it from name, a_CI and b_OC."""
-    layers = {}
-    for name, factors in adapter.layers.items():
-        a, b = turn(name, factors.a_CI, factors.b_OC)
-        layers[name] = replace(factors, a_CI=a, b_OC=b)
-    return adapter.with_layers(layers)
+    """The adapter in another basis, each birth by itself; `turn` makes it from name, a_CI and b_OC."""
+    return adapter.with_layers({name: f.turned(partial(turn, name)) for name, f in adapter.layers.items()})
 
 
 def _loose_pool(adapter: Adapter) -> Pool:

@@ -42,6 +42,7 @@ def write_record(
         variant="lora" if before.config.get("peft_type") == "VERA" else old.get("variant"),  # read as the LoRA it is
         layers=_layers(before, after),
         base_model=old.get("base_model") or records.BaseModel(name_or_path=summary["model"]),
+        births=list(after.births),
         budget=records.Budget(parameters=summary["budget_parameters"], start_parameters=before.parameters),
         prune=_pruning(summary, options, curve),
         trained=old.get("trained") or old.get("summary"),
@@ -72,11 +73,20 @@ def _layers(before: Adapter, after: Adapter) -> dict[str, records.Layer]:
             importance=after.layers[name].energy() if name in after.layers else 0.0,
             d_in=factors.a_CI.shape[1],
             d_out=factors.b_OC.shape[0],
+            born=_born(after, name),
         )
         for name, factors in before.layers.items()
     }
     trained = before.record.get("layers") or {}
-    return {name: layer | {"rank": 0, "importance": 0.0} for name, layer in trained.items()} | layers
+    gone = {"rank": 0, "importance": 0.0, "born": [0] * len(after.births)}
+    return {name: layer | gone for name, layer in trained.items()} | layers
+
+
+def _born(adapter: Adapter, name: str) -> list[int]:
+    """Components of a layer by birth."""
+    earlier = [0] * (len(adapter.births) - 1)
+    factors = adapter.layers.get(name)
+    return list(factors.born or (*earlier, factors.rank)) if factors else [*earlier, 0]
 
 
 def _event(before: Adapter, summary: dict[str, Any], threshold: float) -> dict[str, Any]:

@@ -19,6 +19,23 @@ SCHEMA_VERSION = 1
 _PruneFrom = TypedDict("_PruneFrom", {"from": str}, total=False)
 
 
+class Birth(TypedDict):
+    """A run in which components of an adapter began."""
+
+    run: str
+    """The run's `run_id`; for an adapter of another tool "sha256:" and the first 12 digits of its weights file's."""
+    name: str
+    """Of the run, or of the adapter's folder."""
+    date: str | None
+    """When the run started; None where nobody says."""
+    data_sha256: str | None
+    """Over the rows that it trained on, as in `Data`; None where nobody says."""
+    folder: str
+    """Where it was read from."""
+    old: str | None
+    """What the run did to the components it began with: "tune", "freeze" or "magnitudes"; None: there were none."""
+
+
 class BaseModel(TypedDict, total=False):
     """Which model was trained on."""
 
@@ -49,6 +66,8 @@ class Budget(TypedDict, total=False):
     """Numbers at the start."""
     start_components: dict[str, int]
     """Components of each layer at the start."""
+    start_born: dict[str, list[int]]
+    """The same by birth: how many of them each run of `births` brought."""
 
 
 class Data(TypedDict, total=False):
@@ -81,6 +100,8 @@ class Layer(TypedDict):
     """Inputs of the layer."""
     d_out: int
     """Outputs of the layer."""
+    born: list[int]
+    """Components by the run that they began in, as in `births`; the adapter's files hold them in this order."""
 
 
 class Prune(_PruneFrom, total=False):
@@ -112,6 +133,8 @@ class Record(TypedDict, total=False):
     variant: str | None
     """What was trained, as in the recipe."""
     base_model: BaseModel
+    births: list[Birth]
+    """The runs that components of this adapter began in, oldest first; the last one is this run."""
     budget: Budget | None
     """None where all weights trained."""
     history: list[tuple[int, int]]

@@ -91,6 +91,7 @@ def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
                 "run": run,
                 "progress": dataclasses.asdict(progress),
                 "counts": training.trained.counts,
+                "born": {name: list(layer.born) for name, layer in training.trained.layers.items()},
                 "parameters": training.trained.parameters,
                 "scaler": training.accelerator.scaler.state_dict() if training.accelerator.scaler else None,
             }
@@ -155,6 +156,7 @@ def finish(folder: Path, record: Record, training: Run, summary: dict[str, Any])
                 importance=layer.energy(),
                 d_in=layer.in_features,
                 d_out=layer.out_features,
+                born=list(layer.born),
             )
             for name, layer in layers.items()
         },
@@ -197,6 +199,7 @@ def start_record(training: Run, run: str | None) -> Record:
     """dynlora.json as far as it is known before training; `run` is the run's identity."""
     recipe, base, data = training.recipe, training.base, training.data
     template, schedule = base.tokenizer.chat_template, training.control.schedule
+    started = records.now()
     return Record(
         schema_version=records.SCHEMA_VERSION,
         dynlora_version=__version__,
@@ -205,7 +208,8 @@ def start_record(training: Run, run: str | None) -> Record:
         task=recipe.model.task,
         variant=recipe.adapter.variant,
         base_model=_base_on_record(recipe.model, base),
-        budget=_budget_on_record(recipe.rank.budget, training.start) if training.start else None,
+        births=[*training.lineage, _birth(training, run, started)] if run else [],
+        budget=_budget_on_record(training, training.start) if training.start else None,
         history=list(zip(schedule.steps, schedule.targets, strict=True)),
         recipe=recipe.model_dump(mode="json"),
         recipe_yaml=to_yaml(recipe),
@@ -220,7 +224,7 @@ def start_record(training: Run, run: str | None) -> Record:
         device=_device_name(training.accelerator.device),
         processes=training.accelerator.num_processes,
         dtype=str(base.dtype).removeprefix("torch."),
-        started=records.now(),
+        started=started,
     )
 
 
@@ -236,12 +240,22 @@ def _base_on_record(options: Model, base: Base) -> records.BaseModel:
     )
 
 
-def _budget_on_record(requested: str | float, start: Start) -> records.Budget:
+def _birth(training: Run, run: str, started: str) -> records.Birth:
+    """This run, as the last one of its lineage."""
+    folder = Path(training.recipe.output_dir).resolve()
+    return records.Birth(
+        run=run, name=folder.name, date=started, data_sha256=training.data.sha256, folder=str(folder), old=None
+    )
+
+
+def _budget_on_record(training: Run, start: Start) -> records.Budget:
+    layers = training.trained.layers
     return records.Budget(
-        requested=requested,
+        requested=training.recipe.rank.budget,
         parameters=start.limit,
         start_parameters=start.parameters,
         start_components=start.counts,
+        start_born={name: list(layers[name].born_at_start or (count,)) for name, count in start.counts.items()},
     )
 
 

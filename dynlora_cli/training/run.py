@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dynlora_cli.models.load import Base
     from dynlora_cli.models.randomness import Randomness
     from dynlora_cli.pruning.control import Control
+    from dynlora_cli.runs.record import Birth
     from dynlora_cli.tasks.objective import Objective
     from dynlora_cli.tasks.task import Task
 
@@ -78,6 +79,7 @@ class Run:
         save: writes a checkpoint of the present state.
         modes: how the steps are run: fused, compiled and so on.
         random: the random numbers of this process's part in the run.
+        lineage: the runs that the adapter which it goes on from came from, oldest first; none without `adapter.from`.
     """
 
     recipe: Recipe
@@ -96,6 +98,7 @@ class Run:
     random: Randomness
     emit: events.Emit = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
+    lineage: Sequence[Birth] = ()
 
     @property
     def model(self) -> PreTrainedModel:

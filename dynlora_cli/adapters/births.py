@@ -1,0 +1,79 @@
+"""Which runs an adapter's components began in: as dynlora.json says, or else as the files let one conclude."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.files.foreign import StateForm, fits, read_object
+from dynlora_cli.files.whole import sha256_of
+from dynlora_cli.runs.folder import RECORD, STATE
+from dynlora_cli.runs.record import Birth
+
+if TYPE_CHECKING:
+    from dynlora_cli.adapters.adapter import Factors
+
+DIGITS = 12  # of a hash, in the name of an adapter that no run names
+
+
+def births_of(folder: Path, record: Mapping[str, Any], name: str) -> tuple[Birth, ...]:
+    """The runs that an adapter's components began in, oldest first; the last one is where it was read.
+
+    An adapter of another tool, or of a dynlora that kept no lineage, has one birth: its own.
+
+    Args:
+        folder: of the adapter: a run's, or a checkpoint's in it.
+        record: dynlora.json; {} where there is none.
+        name: of the adapter.
+    """
+    run = folder if (folder / RECORD).is_file() or not record else folder.parent.parent
+    *earlier, last = record.get("births") or [_only(folder, record, name)]
+    return (*earlier, {**last, "folder": str(run.resolve())})
+
+
+def _only(folder: Path, record: Mapping[str, Any], name: str) -> Birth:
+    return Birth(
+        run=record.get("run_id") or f"sha256:{_hash(folder)[:DIGITS]}",
+        name=name,
+        date=record.get("started"),
+        data_sha256=(record.get("data") or {}).get("sha256"),
+        folder=str(folder),
+        old=None,
+    )
+
+
+def _hash(folder: Path) -> str:
+    return sha256_of(min(folder.glob("adapter*.safetensors")))  # PEFT's, or mlx-lm's adapters.safetensors
+
+
+def with_births(
+    layers: Mapping[str, Factors], folder: Path, record: Mapping[str, Any]
+) -> tuple[dict[str, Factors], str | None]:
+    """The layers, each with its components by birth; and a note where the files hold others than the record says.
+
+    Args:
+        layers: read from the files.
+        folder: that they were read from.
+        record: dynlora.json; {} where there is none.
+    """
+    births = record.get("births") or []
+    said = _said(folder, record)
+    if len(births) < 2 or not said:
+        return dict(layers), None
+    found = {name: tuple(said.get(name) or ()) for name in layers}
+    for name, born in found.items():
+        if len(born) != len(births) or sum(born) != layers[name].rank:
+            return dict(layers), (
+                f"{folder}: {name} has {layers[name].rank} components, and by the record {list(born)} of the runs in "
+                "its lineage; which component is whose is not known, and all count as the last run's"
+            )
+    return {name: replace(factors, born=found[name]) for name, factors in layers.items()}, None
+
+
+def _said(folder: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Components by birth, by the checkpoint or by the record."""
+    if (folder / STATE).is_file():
+        return fits(StateForm, read_object(folder / STATE), folder / STATE).born or {}
+    return {name: layer.get("born") for name, layer in (record.get("layers") or {}).items()}
