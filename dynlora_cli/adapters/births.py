@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dynlora_cli.files.foreign import StateForm, fits, read_object
 from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.runs.folder import RECORD, STATE
 from dynlora_cli.runs.record import Birth
-
-if TYPE_CHECKING:
-    from dynlora_cli.adapters.adapter import Factors
 
 DIGITS = 12  # of a hash, in the name of an adapter that no run names
 
@@ -48,28 +44,31 @@ def _hash(folder: Path) -> str:
     return sha256_of(min(folder.glob("adapter*.safetensors")))  # PEFT's, or mlx-lm's adapters.safetensors
 
 
-def with_births(
-    layers: Mapping[str, Factors], folder: Path, record: Mapping[str, Any]
-) -> tuple[dict[str, Factors], str | None]:
-    """The layers, each with its components by birth; and a note where the files hold others than the record says.
+def born_of(
+    ranks: Mapping[str, int], folder: Path, record: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int, ...]], str | None]:
+    """Components of every layer by birth; and a note where the files hold others than the record says.
 
     Args:
-        layers: read from the files.
-        folder: that they were read from.
+        ranks: of the layers in the files.
+        folder: of the files.
         record: dynlora.json; {} where there is none.
+
+    Returns:
+        () for every layer where all its components are of the last birth, or nobody knows.
     """
-    births = record.get("births") or []
+    births, unknown = record.get("births") or [], dict.fromkeys(ranks, ())
     said = _said(folder, record)
     if len(births) < 2 or not said:
-        return dict(layers), None
-    found = {name: tuple(said.get(name) or ()) for name in layers}
+        return unknown, None
+    found = {name: tuple(said.get(name) or ()) for name in ranks}
     for name, born in found.items():
-        if len(born) != len(births) or sum(born) != layers[name].rank:
-            return dict(layers), (
-                f"{folder}: {name} has {layers[name].rank} components, and by the record {list(born)} of the runs in "
-                "its lineage; which component is whose is not known, and all count as the last run's"
+        if len(born) != len(births) or sum(born) != ranks[name]:
+            return unknown, (
+                f"{folder}: {name} has {ranks[name]} components, and by the record {list(born)} of the runs in its "
+                "lineage; which component is whose is not known, and all count as the last run's"
             )
-    return {name: replace(factors, born=found[name]) for name, factors in layers.items()}, None
+    return found, None
 
 
 def _said(folder: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dynlora_cli import plugins
 from dynlora_cli.adapters import mlx as mlx_adapter
 from dynlora_cli.adapters.adapter import Adapter
-from dynlora_cli.adapters.births import with_births
+from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.errors import MeasureError, UsageError
@@ -62,7 +62,8 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     adapter = Adapter(folder, {}, config, record, found.whole, notes)
     adapter = replace(adapter, model_type=_model_type(adapter, base))
     layers = plugins.load("kinds", config["peft_type"].lower()).read(adapter, parts, base)
-    layers, fault = with_births(layers, folder, record)
+    born, fault = born_of({name: factors.rank for name, factors in layers.items()}, folder, record)
+    layers = {name: replace(factors, born=born[name]) for name, factors in layers.items()}
     return replace(adapter, note="; ".join(filter(None, [notes, fault])) or None).with_layers(layers)
 
 
