@@ -57,7 +57,8 @@ def born_of(
     Returns:
         () for every layer where all its components are of the last birth, or nobody knows.
     """
-    births, unknown = record.get("births") or [], dict.fromkeys(ranks, ())
+    births = record.get("births") or []
+    unknown: dict[str, tuple[int, ...]] = dict.fromkeys(ranks, ())
     said = _said(folder, record)
     if len(births) < 2 or not said:
         return unknown, None
