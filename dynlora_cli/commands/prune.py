@@ -30,6 +30,7 @@ from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
+from dynlora_cli.pruning.row_fisher import weights_note
 from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
@@ -167,7 +168,7 @@ def _bench(request: Request, adapter: Adapter, policy: ModuleType, emit: Emit) -
         emit(run_events.note(f"the loss is not measured: {error.message}"))
         return None
     emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
-    for note in rows.notes:
+    for note in [*rows.notes, *weights_note(request.policy, request.options, rows.examples)]:
         emit(run_events.note(note))
     return Bench(place, base_in_memory(adapter, place, tokenizer), rows)
 

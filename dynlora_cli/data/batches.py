@@ -44,6 +44,7 @@ class Batch:
         supervised: targets.
         places: of the targets in the flattened labels, [N]; made here on the CPU: on a GPU, Python would have to
             wait to learn how many there are.
+        confidence: `Example.confidence` of each of `rows`; by default 1.
         spans: packed, where each of `rows` stands: its line, its first token and the one after it.
     """
 
@@ -53,11 +54,14 @@ class Batch:
     tokens: int
     supervised: int
     places: Tensor | None = None
+    confidence: Sequence[float] = ()
     spans: Sequence[tuple[int, int, int]] = ()
 
     def __post_init__(self) -> None:
         if self.places is None:
             self.places = (self.labels.flatten() != IGNORED).nonzero()[:, 0]
+        if not self.confidence:
+            self.confidence = [1.0] * len(self.rows)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
@@ -203,7 +207,8 @@ class Batches:
         tokens = sum(example.tokens for example in examples)
         rows = [example.row for example in examples]
         spans = self._spans(placed) if self.packing else ()
-        return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()), spans=spans)
+        sure = [example.confidence for example in examples]
+        return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()), confidence=sure, spans=spans)
 
     def _width(self, longest: int) -> int:
         if not self.even:

@@ -84,6 +84,8 @@ _OFFERS = _Meaning("offers tools to the model", "write rows as `messages` with `
 _SHOWS = _Meaning("holds what a model of text does not see", "use rows of text alone", _always)
 _COVERS = _Meaning("says which tokens train", "mark turns of `messages` with `train: false` instead", _always)
 
+CONFIDENCE = "confidence"  # a column that every format may have beside its own; see `confidence_of`
+
 _MEANINGS = {
     name: meaning
     for names, meaning in (
@@ -127,7 +129,7 @@ class Account:
             DataError: a column that nothing reads says how the row is to be learned.
         """
         self._seen.update(row)
-        aside = {*self.source.columns.values(), *self.source.ignore}
+        aside = {*self.source.columns.values(), *self.source.ignore, CONFIDENCE}
         for name in row.keys() - aside - (columns_of(form) if form else set()):
             value = row[name]
             if value is None or value in ("", [], {}, "[]", "{}", "null"):
@@ -278,6 +280,24 @@ def renamed(row: Row, columns: dict[str, str], place: str) -> Row:
     return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
+def confidence_of(row: Row, ignored: Collection[str]) -> float | None:
+    """The row's own confidence, which must be from 0 to 1; None where it says nothing.
+
+    Raises:
+        BadRowError: it is no such number.
+    """
+    value = None if CONFIDENCE in ignored else row.get(CONFIDENCE)
+    if value in (None, ""):
+        return None
+    number = None if isinstance(value, bool) or _truth(value) else mark_of(value)
+    if number is None or not 0 <= number <= 1:
+        raise BadRowError(
+            f"column {CONFIDENCE!r} is {_short(repr(value))}, and must be from 0 to 1 "
+            f"(or write `ignore: [{CONFIDENCE}]` beside the path in the recipe to leave it aside)"
+        )
+    return number
+
+
 def located(form: ModuleType, place: str, row: Row, has_template: bool, account: Account) -> Located:
     """A row in its neutral form; with a template, one that can be turns is.
 
@@ -288,7 +308,7 @@ def located(form: ModuleType, place: str, row: Row, has_template: bool, account:
     try:
         example = form.to_example(row, has_template=has_template)
         refuse_half_characters([getattr(example, field.name) for field in fields(example)])
-        return Located(place, example)
+        return Located(place, example, confidence_of(row, account.source.ignore))
     except BadRowError as error:
         hint = f"columns found: {', '.join(map(str, row))}; a {name_of(form)} row has {form.COLUMNS}"
         raise DataError(f"{place}: {error}", hint) from error

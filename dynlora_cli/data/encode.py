@@ -128,7 +128,7 @@ class TwoTextEncoder(Encoder):
 
     def example(self, draft: Draft, row: int) -> TwoTexts:
         ids, labels = draft.ids[: self.max_length], draft.labels[: self.max_length]
-        return TwoTexts(array("i", ids), array("i", labels), row)
+        return TwoTexts(array("i", ids), array("i", labels), row, draft.confidence)
 
 
 class ClassEncoder(Encoder):
@@ -158,7 +158,7 @@ class ClassEncoder(Encoder):
 
     def example(self, draft: Draft, row: int) -> Classified:
         types = array("i", draft.types) if draft.types else None
-        return Classified(array("i", draft.ids[: self.max_length]), 0, row, types)
+        return Classified(array("i", draft.ids[: self.max_length]), 0, row, types, draft.confidence)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

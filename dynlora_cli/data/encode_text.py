@@ -48,7 +48,7 @@ class TextEncoder(Encoder):
 
     def example(self, draft: Draft, row: int) -> OneText:
         ids, labels = draft.ids[: self.max_length], draft.labels[: self.max_length]
-        return OneText(array("i", ids), array("i", labels), row)
+        return OneText(array("i", ids), array("i", labels), row, draft.confidence)
 
     def notes(self, template: str) -> list[str]:
         """What a person should know about the conversations that were read; `template` is their template in words."""

@@ -34,12 +34,14 @@ class Example(ABC):
     Attributes:
         input_ids: tokens that the model reads.
         row: number of the row, counted from 0 over all sources of its list in the recipe.
+        confidence: how sure its data are of it, from 0 to 1; for `pruning.policy: retrieval`.
         packs: several of these can stand in one line of a batch.
     """
 
     __slots__ = ()
     input_ids: Sequence[int]
     row: int
+    confidence: float = 1.0
     packs: ClassVar[bool] = False
 
     @property
@@ -103,7 +105,7 @@ class OneText(Example):
     Args:
         input_ids: its tokens.
         labels: as long: the token where it is trained, -100 elsewhere, not shifted.
-        row: as of `Example`.
+        row, confidence: as of `Example`.
     """
 
     packs: ClassVar[bool] = True
@@ -111,6 +113,7 @@ class OneText(Example):
     input_ids: Sequence[int]
     labels: Sequence[int]
     row: int
+    confidence: float = 1.0
 
     @property
     def label_ids(self) -> Sequence[int]:
@@ -160,12 +163,13 @@ class TwoTexts(Example):
     Args:
         input_ids: tokens of the first.
         labels: tokens of the second. All are targets: a start token precedes the first of them.
-        row: as of `Example`.
+        row, confidence: as of `Example`.
     """
 
     input_ids: Sequence[int]
     labels: Sequence[int]
     row: int
+    confidence: float = 1.0
 
     @property
     def label_ids(self) -> Sequence[int]:
@@ -205,12 +209,14 @@ class Classified(Example):
         label: number of the class, from 0, in the order of the model's outputs.
         row: as of `Example`.
         token_types: of a pair, where the tokenizer has them.
+        confidence: as of `Example`.
     """
 
     input_ids: Sequence[int]
     label: int
     row: int
     token_types: Sequence[int] | None = None
+    confidence: float = 1.0
 
     @property
     def label_ids(self) -> Sequence[int]:
@@ -242,6 +248,7 @@ class Draft:
         types: token type ids, for a classifier of text pairs.
         untaught: why nothing in it is trained, where that is known before it is cut.
         cut: the row was too long and has lost its end.
+        confidence: as of `Example`.
     """
 
     ids: list[int]
@@ -251,11 +258,19 @@ class Draft:
     types: list[int] | None = None
     cut: bool = False
     untaught: str = ""
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A row in its neutral form, and where it comes from (`data.jsonl:3`)."""
+    """A row in its neutral form, and where it comes from (`data.jsonl:3`).
+
+    Args:
+        place: in words.
+        form: what is learned.
+        confidence: how sure its data are of the row, from 0 to 1; None: they do not say.
+    """
 
     place: str
     form: Form
+    confidence: float | None = None

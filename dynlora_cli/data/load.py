@@ -56,6 +56,11 @@ class Data:
     forms: set[str] = field(default_factory=set)
     writing: Writing = field(default_factory=Writing)
 
+    @property
+    def confidence(self) -> dict[int, float]:
+        """How sure the data are of training rows, by `Example.row`; those that are not there count 1."""
+        return {example.row: example.confidence for example in self.train if example.confidence != 1}
+
 
 def load_data(
     dataset: Dataset,
@@ -183,4 +188,6 @@ def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
         for example in examples:
             for part in (example.input_ids, example.label_ids, example.token_types or ()):
                 digest.update(array("i", part).tobytes() + b"|")
+            if example.confidence != 1:
+                digest.update(array("d", [example.confidence]).tobytes())
     return digest.hexdigest()

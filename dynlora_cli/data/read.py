@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
@@ -97,6 +97,8 @@ def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> I
     read = (located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
     while batch := [_apart(reader, form, row) for row in itertools.islice(read, _CHUNK)]:
         drafts = reader.encoder.encode(batch)
+        for row, draft in zip(batch, drafts, strict=True):
+            draft.confidence = 1.0 if row.confidence is None else row.confidence
         yield from zip((row.place for row in batch), drafts, strict=True)
         reader.forms.add(type(batch[0].form).__name__)
         _note_form(reader, table, batch)
@@ -191,7 +193,7 @@ def _apart(reader: Reader, form: ModuleType, row: Located) -> Located:
         return row
     apart = row.form.apart(reader.dataset.separator)
     reader.set_apart |= apart != row.form
-    return Located(row.place, apart)
+    return replace(row, form=apart)
 
 
 def _fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from dynlora_cli.pruning.select import select_K
 from dynlora_cli.pruning.signals import GateGradients
 
 if TYPE_CHECKING:
+    from dynlora_cli.data.batches import Batch
     from dynlora_cli.pruning.stopping import EarlyStopping
 
 
@@ -98,15 +100,41 @@ class RankControl:
             return math.inf
         return min((at for at in self.schedule.steps if at >= step), default=math.inf)
 
-    def observe(self, step: int, targets: float = 1.0) -> None:
+    def _looks(self, step: int) -> bool:
+        return self.schedule.begin < step <= self.schedule.last and not self.ended
+
+    def watches(self, step: int) -> bool:
+        """Whether the policy wants to be around the passes of this optimizer step."""
+        return self.observer is not None and self.observer.watches_training and self._looks(step)
+
+    def watching(self, batch: Batch, divisor: float) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a micro-batch, if the policy `watches` this step.
+
+        Args:
+            batch: passes through the model.
+            divisor: the loss that is passed back is the sum over the batch's targets divided by this.
+        """
+        assert self.observer is not None
+        return self.observer.watching(self.pool, batch, divisor=divisor)
+
+    def observe(
+        self, step: int, targets: float = 1.0, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> None:
         """Look at the gradient of optimizer step `step` (from 1): accumulated, normalised, reduced, not yet clipped.
 
         Args:
             targets: supervised tokens (or rows) that the gradient is the mean of.
+            reduce: sums a tensor over processes, in place.
         """
-        if self.schedule.begin < step <= self.schedule.last and not self.ended:
+        if self._looks(step):
             for observer in self.observers:
+                observer.gather(reduce)
                 observer.observe(self.pool, targets)
+
+    def skip(self) -> None:
+        """The gradient of the step overflowed: nothing of it counts."""
+        for observer in self.observers:
+            observer.skip()
 
     def apply(self, step: int) -> dict[str, Any] | None:
         """Do what the schedule has for optimizer step `step`, just done; the event as data, if there was one."""
@@ -227,7 +255,16 @@ class NoControl:
     def next_change(self, step: int) -> float:  # noqa: ARG002
         return math.inf
 
-    def observe(self, step: int, targets: float = 1.0) -> None:
+    def watches(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def watching(self, batch: Batch, divisor: float) -> AbstractContextManager[None]:  # noqa: ARG002
+        return nullcontext()
+
+    def observe(self, step: int, targets: float = 1.0, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        pass
+
+    def skip(self) -> None:
         pass
 
     def apply(self, step: int) -> None:

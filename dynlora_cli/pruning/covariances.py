@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.pruning.policy import Observer
+
+if TYPE_CHECKING:
+    from dynlora_cli.data.batches import Batch
 
 # Smaller eigenvalues, as a share of the largest, are raised to it: no division by zero where nothing flows.
 SMALLEST = 1e-12
@@ -45,7 +48,14 @@ class Covariances(Observer):
         self._real_BT: Tensor | None = None
 
     @contextmanager
-    def watching(self, pool: Pool, real_BT: Tensor | None) -> Iterator[None]:
+    def watching(
+        self,
+        pool: Pool,
+        batch: Batch,  # noqa: ARG002
+        *,
+        real_BT: Tensor | None = None,
+        divisor: float = 1.0,  # noqa: ARG002
+    ) -> Iterator[None]:
         """Within the `with` block hooks collect the covariances of all layers."""
         self._real_BT = real_BT
         if not self.seen:

@@ -24,13 +24,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.pool import Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynlora_cli.data.batches import Batch
 
 
 class Observer:
@@ -41,6 +46,9 @@ class Observer:
     - Training calls `observe` once for each optimizer step.
     - `dynlora prune` passes held-out rows through the trained model and calls `observe` once for each batch of them.
 
+    Whoever has to see more than the gradient of the pool sets hooks in `watching`, which is around the passes of every
+    batch: in `dynlora prune`, and with `watches_training` in training, too.
+
     This class keeps its tensors in `seen`, with one number per component in each. An observer that needs no more than
     that only has to write `observe`.
 
@@ -48,11 +56,13 @@ class Observer:
         name: tells its tensors from others in a checkpoint.
         own_basis: after training, `turn` changes the components before they are scored. Otherwise they are turned into
             the SVD basis before anything is observed.
+        watches_training: `watching` is called in training as well.
         seen: tensors by name, each [K].
     """
 
     name: ClassVar[str] = "observed"
     own_basis: ClassVar[bool] = False
+    watches_training: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.restart()
@@ -62,14 +72,33 @@ class Observer:
         self.seen: dict[str, Tensor] = {}
 
     @contextmanager
-    def watching(self, pool: Pool, real_BT: Tensor | None) -> Iterator[None]:  # noqa: ARG002
-        """Around the forward and backward pass of each batch in `dynlora prune`: a place for hooks; not in training.
+    def watching(
+        self,
+        pool: Pool,  # noqa: ARG002
+        batch: Batch,  # noqa: ARG002
+        *,
+        real_BT: Tensor | None = None,  # noqa: ARG002
+        divisor: float = 1.0,  # noqa: ARG002
+    ) -> Iterator[None]:
+        """Around the forward and backward pass of each batch: a place for hooks.
 
         Args:
             pool: on the model.
+            batch: passes through it.
             real_BT: which tokens of the batch are no padding; None: all, or nobody knows.
+            divisor: the loss that is passed back is the sum over the batch's targets divided by this.
         """
         yield
+
+    def gather(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sum over processes what `watching` has collected since the last step, before `observe`.
+
+        Args:
+            reduce: sums a tensor over processes, in place.
+        """
+
+    def skip(self) -> None:
+        """Forget what `watching` has collected since the last step: its gradient overflowed in fp16."""
 
     def observe(self, pool: Pool, targets: float) -> None:
         """Look at the gradient at hand, `pool.values.grad`.

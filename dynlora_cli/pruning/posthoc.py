@@ -195,7 +195,7 @@ def _show(observer: Observer, adapter: Adapter, model: PreTrainedModel, batches:
     with attached(model, adapter) as pool:
         _refuse_others(adapter, pool)
         for batch in batches():
-            with observer.watching(pool, _real(batch, model)):
+            with observer.watching(pool, batch, real_BT=_real(batch, model)):
                 with autocast():
                     loss = summed_loss(model, batch)
                 loss.backward()  # of the sum: gradients of the mean would be too small for fp16

@@ -27,6 +27,7 @@ from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
 from dynlora_cli.models.randomness import Randomness
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
+from dynlora_cli.pruning.row_fisher import weights_note
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import EarlyStopping
 from dynlora_cli.tasks import task as tasks
@@ -94,6 +95,7 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
             "dataset.train: one row is all there is to learn from, which teaches a model no more than to repeat it",
             "add rows, or lower dataset.val_size" if data.val else "add rows",
         )
+    data.notes += weights_note(recipe.pruning.policy, recipe.pruning, data.train)
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
     return data

@@ -33,6 +33,18 @@ def backward(run: Run, batch: Batch, supervised: float) -> Tensor:
     return loss.detach().double()
 
 
+def _passed_back(run: Run, number: int, micro_batches: list[Batch], supervised: float) -> list[Tensor]:
+    """`backward` of each micro-batch of a step; the policy watches, where it wants to."""
+    if not run.control.watches(number):
+        return [backward(run, batch, supervised) for batch in micro_batches]
+    scaler = run.accelerator.scaler
+    divisor, losses = supervised / (1.0 if scaler is None else scaler.get_scale()), []
+    for batch in micro_batches:
+        with run.control.watching(batch, divisor):
+            losses.append(backward(run, batch, supervised))
+    return losses
+
+
 def not_finite(what: str, batches: list[Batch]) -> MeasureError:
     """The error, alike in all processes, with the rows of each."""
     rows = gather_object([row for batch in batches for row in batch.rows])
@@ -118,7 +130,7 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
     run.trained.begin_step(number, run.total_steps)
     last = min(run.total_steps, run.control.next_change(number))
     run.modes.before_step(number, int(last - number + 1) * len(micro_batches))
-    losses = [backward(run, batch, supervised) for batch in micro_batches]
+    losses = _passed_back(run, number, micro_batches, supervised)
     if number < run.total_steps:  # while the GPU still computes the gradient
         run.batches.prepare(*divmod(number, run.batches.steps_per_epoch))
     # Asked late, so that a Ctrl-C during the step still counts for it.
@@ -128,8 +140,10 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
         raise not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
     norm = finish_gradient(run, number, micro_batches)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
-        run.control.observe(number, supervised)
+        run.control.observe(number, supervised, run.reduce)
         clip(run, norm)
+    else:
+        run.control.skip()
     rate = set_rate(run, number)
     update(run, skipped=norm is None)
     event = run.control.apply(number)
