@@ -66,13 +66,17 @@ class Directions:
     Source: Ross et al. 2008, Incremental learning for robust visual tracking, section 2.1, as in EVA (arXiv
     2410.07170) and PEFT.
 
+    Args:
+        count: of the directions.
+        centered: they are those around the mean of the vectors; False: around 0, so that the mean counts as well.
+
     Attributes:
         scaled_CI: the directions, each as long as its singular value, largest first.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.vectors = count, 0
-        self.total = 0.0  # sum of squared distances from the mean
+    def __init__(self, count: int, *, centered: bool = True) -> None:
+        self.count, self.vectors, self.centered = count, 0, centered
+        self.total = 0.0  # sum of squared distances from the mean, or from 0
         self.mean_I = self.scaled_CI = torch.empty(0)
 
     def add(self, x_NI: Tensor) -> None:
@@ -80,9 +84,9 @@ class Directions:
         if len(x_NI) == 0:
             return
         x, before, new = x_NI.float(), self.vectors, len(x_NI)
-        mean_I = x.mean(0)
+        mean_I = x.mean(0) if self.centered else x.new_zeros(x.shape[1])
         rows = x - mean_I
-        if before:
+        if before and self.centered:
             shift = math.sqrt(before * new / (before + new)) * (self.mean_I - mean_I)
             rows = torch.cat([rows, shift[None]])
             mean_I = self.mean_I.lerp(mean_I, new / (before + new))

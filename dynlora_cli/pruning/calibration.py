@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Layers = Mapping[str, nn.Module]
 Autocast = Callable[[], AbstractContextManager[Any]]
+Change = Callable[[str, Tensor], Tensor]  # the inputs of a layer [N, I], by its name, to others of the same shape
 Measure = Callable[[Tensor, Tensor], Tensor]  # a number for a weight and its gradient, both [O, I] in fp32
 MEASURES: dict[str, Measure] = {
     # GoRA (arXiv 2502.12171): importance. Here each batch is measured; the paper first sums the gradients of many.
@@ -41,6 +42,10 @@ def watch_inputs(
     layers: Layers,
     counts: Mapping[str, int],
     autocast: Autocast = nullcontext,
+    *,
+    around_zero: bool = False,
+    change: Change | None = None,
+    found: dict[str, Directions] | None = None,
 ) -> dict[str, Directions]:
     """The principal directions of each layer's inputs, at the tokens that carry loss.
 
@@ -50,15 +55,18 @@ def watch_inputs(
         layers: of the model, by name.
         counts: directions wanted of each layer, at least.
         autocast: makes the context of the forward pass.
+        around_zero: instead, those of the inputs as they are, mean and all, at every token that is no padding.
+        change: what of the inputs is looked at; None: all.
+        found: of an earlier call, to go on with.
 
     Raises:
         UsageError: the model did not use one of the layers.
     """
-    inputs = _Inputs(layers, counts)
+    inputs = _Inputs(layers, counts, centered=not around_zero, change=change, found=found)
     hooked = _hooked(layers, lambda name, layer: layer.register_forward_pre_hook(partial(inputs.look, name)))
     with hooked, evaluating(model):
         for batch in batches:
-            inputs.tokens = _with_loss(batch)
+            inputs.tokens = _real(batch) if around_zero else _with_loss(batch)
             with autocast():
                 summed_loss(model, batch)
     for name in layers:
@@ -111,10 +119,19 @@ class _Inputs:
     """Collects the principal directions of what layers are given. Layers that get the same tensor right one after the
     other, as queries, keys and values do, share them."""
 
-    def __init__(self, layers: Layers, counts: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        counts: Mapping[str, int],
+        *,
+        centered: bool = True,
+        change: Change | None = None,
+        found: dict[str, Directions] | None = None,
+    ) -> None:
+        self.centered, self.change = centered, change
         widths = {name: linear_shape(layer)[0] for name, layer in layers.items()}
         self.wanted = {name: max(counts[other] for other in layers if widths[other] == widths[name]) for name in layers}
-        self.found: dict[str, Directions] = {}
+        self.found: dict[str, Directions] = {} if found is None else found
         self.tokens: Tensor | None = None  # of the batch in hand: which to look at, [B, T]; None: all
         self._last: tuple[Tensor | None, str] = (None, "")
 
@@ -124,9 +141,10 @@ class _Inputs:
             self.found[name] = self.found[self._last[1]]
             return
         self._last = x, name
-        directions = self.found.setdefault(name, Directions(self.wanted[name]))
+        directions = self.found.setdefault(name, Directions(self.wanted[name], centered=self.centered))
         chosen = self.tokens is not None and self.tokens.shape == x.shape[:-1]
-        directions.add(x[self.tokens] if chosen else x.flatten(0, -2))
+        x_NI = x[self.tokens] if chosen else x.flatten(0, -2)
+        directions.add(self.change(name, x_NI) if self.change else x_NI)
 
 
 class _Watched(torch.autograd.Function):
@@ -161,7 +179,10 @@ def _hooked(layers: Layers, hook: Callable[[str, nn.Module], Any]) -> Iterator[N
 
 def _with_loss(batch: Batch) -> Tensor | None:
     """Which tokens carry loss, [B, T]; of a classifier, which are no padding; None: all."""
-    if batch.labels.ndim == 2:
-        return batch.labels != IGNORE
+    return batch.labels != IGNORE if batch.labels.ndim == 2 else _real(batch)
+
+
+def _real(batch: Batch) -> Tensor | None:
+    """Which tokens are no padding, [B, T]; None: all, as in packed rows."""
     mask = batch.inputs.get("attention_mask")
-    return None if mask is None else mask.bool()
+    return mask.bool() if mask is not None and mask.ndim == 2 else None
