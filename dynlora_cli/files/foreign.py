@@ -138,6 +138,12 @@ class BirthForm(BaseModel):
     old: Literal["tune", "freeze", "magnitudes"] | None
 
 
+class RetiredForm(BirthForm):
+    """One update that was taken out of an adapter."""
+
+    began_with: Count
+
+
 class NumbersForm(BaseModel):
     """What a run measures, in the lines of its logs and in its summary."""
 
@@ -244,6 +250,8 @@ class RecordForm(BaseModel):
     peak_memory_bytes: Count | None = None
     versions: dict[str, Any] | None = None
     prune: dict[str, Any] | None = None
+    altered: list[str] | None = None
+    retired: list[RetiredForm] | None = None
 
 
 class _RowsForm(BaseModel):

@@ -44,7 +44,7 @@ class Covariances(Observer):
 
     def restart(self) -> None:
         super().restart()
-        self._energies: dict[str, Tensor] = {}
+        self._energies: dict[str, list[Tensor]] = {}
         self._real_BT: Tensor | None = None
 
     @contextmanager
@@ -99,14 +99,21 @@ class Covariances(Observer):
         return self.seen[f"inputs.{name}"] / tokens, self.seen[f"outputs.{name}"] / tokens
 
     def turn(self, name: str, a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's components in the basis of what flows through it, most important first."""
-        a, b, self._energies[name] = turn(a_CI, b_OC, *self.mean(name))
+        """The layer's components in the basis of what flows through it, most important first.
+
+        A layer with components of several births is turned birth by birth, in their order.
+        """
+        done = self._energies.setdefault(name, [])
+        first = sum(map(len, done))
+        part = slice(first, first + len(a_CI))
+        a, b, energies = turn(a_CI, b_OC, *(covariance[part, part] for covariance in self.mean(name)))
+        done.append(energies)
         return a, b
 
     @property
     def energies_K(self) -> Tensor:
         """The squared singular value of every turned component, ‖Γ^½ b_i a_iᵀ C^½‖². [K]"""
-        return torch.cat(list(self._energies.values()))
+        return torch.cat([energies for parts in self._energies.values() for energies in parts])
 
 
 def turn(a_CI: Tensor, b_OC: Tensor, inputs_CC: Tensor, outputs_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,7 +111,10 @@ class Observer:
         raise NotImplementedError
 
     def turn(self, name: str, a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
-        """The same update s·BA of a layer, as the components that are to be scored; where there is `own_basis`."""
+        """The same update s·BA of a layer, as the components that are to be scored; where there is `own_basis`.
+
+        Called once for each run that components of the layer began in, in their order, with the components of that run.
+        """
         raise NotImplementedError
 
     def get(self, key: str, pool: Pool) -> Tensor:

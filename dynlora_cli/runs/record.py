@@ -36,6 +36,13 @@ class Birth(TypedDict):
     """What the run did to the components it began with: "tune", "freeze" or "magnitudes"; None: there were none."""
 
 
+class Retired(Birth):
+    """An update whose components were taken out of an adapter by `dynlora prune --born`."""
+
+    began_with: int
+    """Of the adapter's births, the first so many were there when that run began."""
+
+
 class BaseModel(TypedDict, total=False):
     """Which model was trained on."""
 
@@ -113,6 +120,12 @@ class Prune(_PruneFrom, total=False):
     """Of the policy, where it has any."""
     curve: list[dict[str, Any]]
     """Loss against size: parameters, components, energy, loss."""
+    born: list[Birth]
+    """The updates that were retired, in place of a policy and a curve."""
+    exact: bool
+    """Whether what is left is what there was before them."""
+    why: list[str]
+    """If it is not, why."""
     heal_steps: int
     """Training steps after the cut."""
 
@@ -181,6 +194,10 @@ class Record(TypedDict, total=False):
     prune: Prune
     trained: dict[str, Any] | None
     """Of an adapter that was pruned: the summary of its training."""
+    altered: list[str]
+    """What was done to all components since their training: "pruned" (turned into another basis), "healed"."""
+    retired: list[Retired]
+    """All updates that were ever taken out of the adapter."""
     sha256: str
     """Of a merged adapter: over its tensors' file."""
 

@@ -1,0 +1,267 @@
+"""Retiring an update: taking out of an adapter what one run put into it.
+
+Every component knows the run that it began in, its birth. What is left stays number for number as it is. Whether it is
+also what there was before that run, is a question of history:
+
+    exact        the update was the last one, and its run held the earlier components as they were: what is left is
+                 the earlier adapter, less what the common budget has removed of it meanwhile
+    not exact    later updates were trained on top of it, or its own run trained the earlier components further, or
+                 all components were pruned or healed afterwards. Then what it did to them stays
+
+    retire       the adapter without an update
+    reasons      why it is not what there was before
+    compare      the components that are those of the earlier adapter, number for number
+
+Dimensions: C components of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.errors import UsageError
+from dynlora_cli.runs.folder import RECORD, read_record
+from dynlora_cli.runs.record import Birth, Retired
+from dynlora_cli.text import counted
+
+SHORTEST_ID = 4  # characters of a run's id that may stand for it
+HELD = ("freeze", None)  # what a run may have done to the components that it began with, so that they stayed
+TRAINED = {"tune": "trained the earlier components further", "magnitudes": "trained the earlier components' magnitudes"}
+PRUNED, HEALED = "pruned", "healed"
+ALTERED = {
+    PRUNED: "`dynlora prune --budget` turned the components into another basis since",
+    HEALED: "healing trained all components again since",
+}
+
+
+@dataclass(frozen=True)
+class Retirement:
+    """What goes and what stays.
+
+    Attributes:
+        gone: the births whose components go, oldest first.
+        births: those that stay.
+        left: the adapter that stays. Its record is that of the last run that stays, as far as that is known.
+        why: the reasons why it is not what there was before; empty where it is.
+        retired: all updates that were ever taken out of this adapter, these among them.
+    """
+
+    gone: list[Birth]
+    births: list[Birth]
+    left: Adapter
+    why: list[str]
+    retired: list[Retired]
+
+    @property
+    def exact(self) -> bool:
+        return not self.why
+
+
+def retire(adapter: Adapter, wanted: Sequence[str]) -> Retirement:
+    """Take the components of one update, or of several, out of an adapter.
+
+    Args:
+        adapter: with the births of its components.
+        wanted: of each update its run's name, the run's id or a beginning of it, or its folder.
+
+    Raises:
+        UsageError: there is no such update or more than one, nothing would be left, or nothing can be taken out.
+    """
+    births, gone = adapter.births, {index for text in wanted for index in find(adapter, text)}
+    if adapter.form != "lora":
+        raise UsageError(
+            f"{adapter.folder} is a {adapter.kind}, whose components are not added one by one",
+            "nothing can be taken out of it; train without that update",
+        )
+    layers = {name: _without(factors, len(births), gone) for name, factors in adapter.layers.items()}
+    left = adapter.with_layers(layers)
+    names = " and ".join(births[index]["name"] for index in sorted(gone))
+    if not left.layers:
+        raise UsageError(
+            f"nothing would be left of {adapter.folder}: all its components began in {names}",
+            "the base model is what is left: use it without an adapter",
+        )
+    if left.components == adapter.components:
+        raise UsageError(f"{adapter.folder} has no component left that began in {names}", "there is nothing to retire")
+    before: list[Retired] = adapter.record.get("retired") or []
+    stay = [birth for index, birth in enumerate(births) if index not in gone]
+    left = replace(left, record=_record_of(adapter, stay), note=None)
+    why = reasons(births, gone, before, adapter.record.get("altered") or (), has_head=bool(adapter.whole))
+    return Retirement([births[i] for i in sorted(gone)], stay, left, why, _history(births, gone, before))
+
+
+def find(adapter: Adapter, wanted: str) -> list[int]:
+    """The births that a text names: by name, by run id or its beginning, by folder. All of them are of one run.
+
+    Raises:
+        UsageError: none, or of several runs.
+    """
+    births = adapter.births
+    ways = (
+        lambda birth: wanted in (birth["name"], birth["run"]),
+        lambda birth: Path(wanted).expanduser().resolve() == Path(birth["folder"]).resolve(),
+        lambda birth: len(wanted) >= SHORTEST_ID and birth["run"].startswith(wanted),
+    )
+    found = next((hits for way in ways if (hits := [i for i, birth in enumerate(births) if way(birth)])), [])
+    runs = {births[index]["run"] for index in found}
+    if len(runs) == 1:
+        return found
+    problem = "several updates are called so" if runs else "no such update"
+    there = "; ".join(dict.fromkeys(_described(birth) for birth in births))
+    raise UsageError(f"--born {wanted}: {problem} in {adapter.folder}", f"name one by its run's id: {there}")
+
+
+def _described(birth: Birth) -> str:
+    date = f", {birth['date'][:10]}" if birth["date"] else ""
+    return f"{birth['name']} (run {birth['run']}{date})"
+
+
+def counts_of(factors: Factors, births: int) -> tuple[int, ...]:
+    """Components of a layer by birth; where nothing is said, all are of the last."""
+    return factors.born or (*[0] * (births - 1), factors.rank)
+
+
+def _without(factors: Factors, births: int, gone: Collection[int]) -> Factors:
+    """The layer without the components of some births; the others are the same numbers."""
+    counts = counts_of(factors, births)
+    stays_C = torch.tensor([i not in gone for i, count in enumerate(counts) for _ in range(count)], dtype=torch.bool)
+    born = tuple(count for index, count in enumerate(counts) if index not in gone)
+    return replace(replace(factors, born=counts).keep(stays_C), born=born)
+
+
+def _record_of(adapter: Adapter, stay: Sequence[Birth]) -> dict[str, Any]:
+    """The record of what is left: how to read its rows, and by what recipe to heal it.
+
+    That is the adapter's own, as long as its last run stays. Else it is that of the last run that does stay, if its
+    folder still holds it; else no more than what is said of the base.
+    """
+    last = stay[-1]
+    record = adapter.record
+    if last["run"] != adapter.births[-1]["run"]:
+        folder = Path(last["folder"])
+        found = read_record(folder) if (folder / RECORD).is_file() else {}
+        record = found if found.get("run_id") == last["run"] else base_on_record(adapter)
+    return {**record, "births": list(stay)}
+
+
+def base_on_record(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter's record says of its base and of how the base is loaded, and nothing of rows."""
+    kept = {key: adapter.record[key] for key in ("base_model", "task", "variant", "scale") if key in adapter.record}
+    options = (adapter.record.get("recipe") or {}).get("model")
+    return kept | ({"recipe": {"model": options}} if options else {})
+
+
+def reasons(
+    births: Sequence[Birth],
+    gone: Collection[int],
+    before: Sequence[Retired] = (),
+    altered: Sequence[str] = (),
+    *,
+    has_head: bool = False,
+) -> list[str]:
+    """Why what is left is not what there was before; empty where it is.
+
+    Args:
+        births: of the adapter, oldest first. One whose `old` is None began anew, with none of those before it.
+        gone: indices of those that go.
+        before: updates that were taken out of it earlier.
+        altered: what was done to all components since the last run: keys of ALTERED.
+        has_head: tensors of the base's own, such as a classifier's head, were trained along.
+    """
+    found = []
+    for index in sorted(gone):
+        found += _of_one(births, index, gone)
+    for each in before:
+        if each["old"] not in HELD and any(index not in gone for index in range(each["began_with"])):
+            found.append(f"{each['name']}, retired before, {TRAINED[str(each['old'])]}")
+    found += [text for key, text in ALTERED.items() if key in altered]
+    if has_head:
+        found.append("the head beside the components was trained along, and stays")
+    return found
+
+
+def _of_one(births: Sequence[Birth], index: int, gone: Collection[int]) -> list[str]:
+    """What an update left behind in those that stay: its run trained earlier ones, or later ones learned beside it."""
+    name, old = births[index]["name"], births[index]["old"]
+    found = []
+    if old not in HELD and any(i not in gone for i in range(_chain_start(births, index), index)):
+        found.append(f"{name} {TRAINED[str(old)]}")
+    later = [i for i in range(index + 1, len(births)) if i not in gone and _chain_start(births, i) <= index]
+    if later:
+        names = " and ".join(births[i]["name"] for i in later)
+        found.append(f"{names} {'was' if len(later) == 1 else 'were'} trained on top of {name}")
+    return found
+
+
+def _chain_start(births: Sequence[Birth], index: int) -> int:
+    """The first birth of the chain of runs, each going on from the one before, that a birth stands in."""
+    return max((i for i in range(index + 1) if births[i]["old"] is None), default=0)
+
+
+def _history(births: Sequence[Birth], gone: Collection[int], before: Sequence[Retired]) -> list[Retired]:
+    """All that was ever taken out, each with how many of the births that are left its run began with."""
+
+    def left(first: int) -> int:
+        return sum(index not in gone for index in range(first))
+
+    earlier: list[Retired] = [{**each, "began_with": left(each["began_with"])} for each in before]
+    return [*earlier, *(Retired(**births[index], began_with=left(index)) for index in sorted(gone))]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is left beside the adapter that there was before.
+
+    Attributes:
+        folder: of the earlier adapter.
+        components: of the earlier adapter.
+        left: components that are left.
+        same: of these, the ones that are in the earlier adapter number for number.
+    """
+
+    folder: str
+    components: int
+    left: int
+    same: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(left: Adapter, earlier: Adapter) -> Comparison:
+    """Count the components that are number for number those of the earlier adapter, in its order."""
+    pairs = [(factors, earlier.layers[name]) for name, factors in left.layers.items() if name in earlier.layers]
+    return Comparison(str(earlier.folder), earlier.components, left.components, sum(_shared(*pair) for pair in pairs))
+
+
+def _shared(left: Factors, earlier: Factors) -> int:
+    """Components of a layer that are also in the earlier one, bit for bit; its order is kept."""
+    if left.cost != earlier.cost or left.a_CI.shape[1] != earlier.a_CI.shape[1]:
+        return 0
+    ours, theirs = (torch.cat([factors.a_CI, factors.b_OC.T], 1) for factors in (left, earlier))
+    found = at = 0
+    for row in ours:
+        same = (theirs[at:] == row).all(1).nonzero()
+        if len(same):
+            found, at = found + 1, at + int(same[0]) + 1
+    return found
+
+
+def in_words(retirement: Retirement, comparison: Comparison | None) -> str:
+    """One sentence on whether what is left is what there was before."""
+    gone = " and ".join(birth["name"] for birth in retirement.gone)
+    if retirement.why:
+        return f"not exact: {'; '.join(retirement.why)}. What {gone} did to the others is still in them."
+    before = retirement.births[-1]["name"]
+    text = f"exact: the components beside {gone} were held as they were, so what is left is {before}"
+    if comparison is None:
+        return f"{text}, less what the budget has removed of it since (nothing is there to compare it with)."
+    less = comparison.components - comparison.left
+    since = f", less {counted(less, 'component')} that the budget has removed since" if less else ""
+    return f"{text}, number for number as in {comparison.folder}{since}."
