@@ -17,14 +17,14 @@ Dimensions: C components of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.adapter import PLAIN, Adapter, Factors
 from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.folder import RECORD, read_record
 from dynlora_cli.runs.record import Birth, Retired
@@ -34,6 +34,8 @@ SHORTEST_ID = 4  # characters of a run's id that may stand for it
 HELD = ("freeze", None)  # what a run may have done to the components that it began with, so that they stayed
 TRAINED = {"tune": "trained the earlier components further", "magnitudes": "trained the earlier components' magnitudes"}
 PRUNED, HEALED = "pruned", "healed"
+OF_THE_BASE = ("task", "variant", "base_model", "scale", "tokenizer_sha256", "chat_template_sha256")
+OF_THE_FORM = ("labels", "turned", "date")
 ALTERED = {
     PRUNED: "`dynlora prune --budget` turned the components into another basis since",
     HEALED: "healing trained all components again since",
@@ -74,7 +76,7 @@ def retire(adapter: Adapter, wanted: Sequence[str]) -> Retirement:
         UsageError: there is no such update or more than one, nothing would be left, or nothing can be taken out.
     """
     births, gone = adapter.births, {index for text in wanted for index in find(adapter, text)}
-    if adapter.form != "lora":
+    if adapter.form != PLAIN:
         raise UsageError(
             f"{adapter.folder} is a {adapter.kind}, whose components are not added one by one",
             "nothing can be taken out of it; train without that update",
@@ -146,15 +148,15 @@ def _record_of(adapter: Adapter, stay: Sequence[Birth]) -> dict[str, Any]:
     if last["run"] != adapter.births[-1]["run"]:
         folder = Path(last["folder"])
         found = read_record(folder) if (folder / RECORD).is_file() else {}
-        record = found if found.get("run_id") == last["run"] else base_on_record(adapter)
+        record = found if found.get("run_id") == last["run"] else _without_rows(adapter.record)
     return {**record, "births": list(stay)}
 
 
-def base_on_record(adapter: Adapter) -> dict[str, Any]:
-    """What an adapter's record says of its base and of how the base is loaded, and nothing of rows."""
-    kept = {key: adapter.record[key] for key in ("base_model", "task", "variant", "scale") if key in adapter.record}
-    options = (adapter.record.get("recipe") or {}).get("model")
-    return kept | ({"recipe": {"model": options}} if options else {})
+def _without_rows(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of the base and of how it is asked, and nothing of the rows that were trained on."""
+    kept = {key: record[key] for key in OF_THE_BASE if key in record}
+    data = {key: value for key, value in (record.get("data") or {}).items() if key in OF_THE_FORM}
+    return kept | ({"data": data} if data else {})
 
 
 def reasons(
