@@ -5,16 +5,13 @@ fits           that object, with every key that is used of the right type
 inside         the path of a file that an index names, which may not leave the folder
 refuse_links   nothing in a folder leads out of it
 limited        anything that runs, in bounded time
-PatternMap     values by regular expressions, as of `rank_pattern` in PEFT, in bounded time
 """
 
 from __future__ import annotations
 
 import json
-import re
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,15 +26,12 @@ from dynlora_cli.files.strict_json import DEEPEST, depth
 from dynlora_cli.text import show
 
 LARGEST_JSON = 1 << 28  # bytes; the largest tokenizers and indexes have a tenth of it
-PATTERN_SECONDS = 5.0  # for all patterns of one file on all modules; honest ones take milliseconds
-LONGEST_PATTERN = 10_000
 LARGEST_RANK = 1 << 20
 LARGEST_ALPHA = 1e9
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Length = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 WEIGHT_FILES = (".safetensors", ".bin")
 COPY_AGAIN = "copy the files again"
-_LITERAL = re.compile(r"(?:\\[^\w\s]|[\w|-])+")
 _Form = TypeVar("_Form", bound=BaseModel)
 
 
@@ -79,8 +73,8 @@ def fits(form: type[_Form], data: Mapping[str, Any], path: Path) -> _Form:
 def first_fault(error: ValidationError) -> str:
     """The first thing that a check has found, and where, in one line."""
     fault = error.errors(include_url=False)[0]
-    key = ".".join(_shown(str(step))[1:-1] for step in fault["loc"])
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}; found {_shown(show(fault['input']))[1:-1]}"
+    key = ".".join(shown(str(step))[1:-1] for step in fault["loc"])
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}; found {shown(show(fault['input']))[1:-1]}"
 
 
 class PeftForm(BaseModel):
@@ -340,67 +334,6 @@ def limited(seconds: float, refusal: DynloraError) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class PatternMap:
-    r"""The first value whose pattern matches the end of a module's name, from a full word on, as PEFT finds it.
-
-    PEFT runs `re.match(rf"(.*\.)?({pattern})$", name)`, in which a pattern of few characters can take forever. Names
-    that dynlora and PEFT write out are compared as texts, and anything else may take so long and no longer.
-
-    Args:
-        patterns: values by regular expressions.
-        source: where they stand, for messages.
-
-    Raises:
-        UsageError: a pattern is no regular expression.
-    """
-
-    def __init__(self, patterns: Mapping[str, Any], source: str) -> None:
-        self.source, self._left = source, PATTERN_SECONDS
-        self._rules = [(key, _literal(key) or _compiled(key, source), value) for key, value in patterns.items()]
-
-    def first(self, name: str, default: Any) -> Any:
-        """The value for a module, or the default where no pattern matches.
-
-        Raises:
-            UsageError: the patterns take too long.
-        """
-        ends = {name, *(name[at + 1 :] for at, letter in enumerate(name) if letter == ".")}
-        for key, rule, value in self._rules:
-            if not rule.isdisjoint(ends) if isinstance(rule, frozenset) else self._matches(rule, name, key):
-                return value
-        return default
-
-    def _matches(self, rule: re.Pattern[str], name: str, key: str) -> bool:
-        began = time.monotonic()
-        refusal = UsageError(
-            f"{self.source}: the pattern {_shown(key)} takes too long to compare with the names of the layers; it was "
-            f"stopped after {PATTERN_SECONDS:g} s",
-            "write the layers' names out instead",
-        )
-        with limited(max(self._left, 1e-3), refusal):
-            found = rule.match(name) is not None
-        self._left -= time.monotonic() - began
-        return found
-
-
-def _literal(pattern: str) -> frozenset[str]:
-    """The names in a pattern that is nothing but names with `|` between them; empty where it is more than that."""
-    if not _LITERAL.fullmatch(pattern):
-        return frozenset()
-    return frozenset(re.sub(r"\\(.)", r"\1", name) for name in pattern.split("|"))
-
-
-def _compiled(pattern: str, source: str) -> re.Pattern[str]:
-    try:
-        if len(pattern) > LONGEST_PATTERN:
-            raise re.error(f"it has more than {LONGEST_PATTERN:,} characters")
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UsageError(
-            f"{source}: the pattern {_shown(pattern)} is no regular expression that can be used: {error}",
-            "write the layers' names out instead",
-        ) from None
-
-
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """A text in quotes, the end of a long one left out."""
     return repr(text if len(text) <= 60 else f"{text[:56]}...")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from dynlora_cli import __version__
 from dynlora_cli.adapters.adapter import Adapter
+from dynlora_cli.pruning.retire import HEALED, PRUNED
 from dynlora_cli.runs import record as records
 from dynlora_cli.runs.log import RunLog
+from dynlora_cli.runs.record import Birth
 from dynlora_cli.runs.report.write import write_card, write_report
 
 
@@ -33,7 +36,46 @@ def write_record(
         threshold: highest score that was removed.
         events: of the loop, where the adapter was trained again after the cut.
     """
-    old = before.record
+    altered = [*(before.record.get("altered") or ()), PRUNED, *([HEALED] if events else [])]
+    after = replace(after, record={**after.record, "altered": list(dict.fromkeys(altered))})
+    _write(folder, before, after, summary, _pruning(summary, options, curve), threshold, events)
+
+
+def write_retired(
+    folder: Path,
+    before: Adapter,
+    after: Adapter,
+    summary: dict[str, Any],
+    born: list[Birth],
+    events: list[dict[str, Any]],
+) -> None:
+    """The same where an update was retired: what stays has the record of the last run that stays.
+
+    Args:
+        folder: the new one.
+        before, after: the adapter, as it was and as it is.
+        summary: of the command.
+        born: the updates that were retired.
+        events: of the loop, where the adapter was trained again after the cut.
+    """
+    if events:
+        altered = [*(after.record.get("altered") or ()), HEALED]
+        after = replace(after, record={**after.record, "altered": list(dict.fromkeys(altered))})
+    pruning: records.Prune = {"from": summary["from"], "born": born, "exact": summary["exact"], "why": summary["why"]}
+    pruning["heal_steps"] = summary.get("heal_steps", 0)
+    _write(folder, before, after, summary, pruning, None, events)
+
+
+def _write(
+    folder: Path,
+    before: Adapter,
+    after: Adapter,
+    summary: dict[str, Any],
+    pruning: records.Prune,
+    threshold: float | None,
+    events: list[dict[str, Any]],
+) -> None:
+    old = after.record
     changed = records.Record(
         schema_version=records.SCHEMA_VERSION,
         dynlora_version=__version__,
@@ -44,7 +86,7 @@ def write_record(
         base_model=old.get("base_model") or records.BaseModel(name_or_path=summary["model"]),
         births=list(after.births),
         budget=records.Budget(parameters=summary["budget_parameters"], start_parameters=before.parameters),
-        prune=_pruning(summary, options, curve),
+        prune=pruning,
         trained=old.get("trained") or old.get("summary"),
         summary=summary,
         finished=records.now(),
@@ -89,7 +131,7 @@ def _born(adapter: Adapter, name: str) -> list[int]:
     return list(factors.born or (*earlier, factors.rank)) if factors else [*earlier, 0]
 
 
-def _event(before: Adapter, summary: dict[str, Any], threshold: float) -> dict[str, Any]:
+def _event(before: Adapter, summary: dict[str, Any], threshold: float | None) -> dict[str, Any]:
     """The cut, in the form of an event of training."""
     ranks: dict[str, int] = summary["ranks"]
     losses = (summary["loss_before"], summary["loss_after"])

@@ -51,14 +51,12 @@ class Retirement:
         births: those that stay.
         left: the adapter that stays. Its record is that of the last run that stays, as far as that is known.
         why: the reasons why it is not what there was before; empty where it is.
-        retired: all updates that were ever taken out of this adapter, these among them.
     """
 
     gone: list[Birth]
     births: list[Birth]
     left: Adapter
     why: list[str]
-    retired: list[Retired]
 
     @property
     def exact(self) -> bool:
@@ -91,11 +89,10 @@ def retire(adapter: Adapter, wanted: Sequence[str]) -> Retirement:
         )
     if left.components == adapter.components:
         raise UsageError(f"{adapter.folder} has no component left that began in {names}", "there is nothing to retire")
-    before: list[Retired] = adapter.record.get("retired") or []
-    stay = [birth for index, birth in enumerate(births) if index not in gone]
-    left = replace(left, record=_record_of(adapter, stay), note=None)
-    why = reasons(births, gone, before, adapter.record.get("altered") or (), has_head=bool(adapter.whole))
-    return Retirement([births[i] for i in sorted(gone)], stay, left, why, _history(births, gone, before))
+    left = replace(left, record=_record_of(adapter, gone), note=None)
+    record = adapter.record
+    why = reasons(births, gone, record.get("retired") or (), record.get("altered") or (), has_head=bool(adapter.whole))
+    return Retirement([births[index] for index in sorted(gone)], left.record["births"], left, why)
 
 
 def find(adapter: Adapter, wanted: str) -> list[int]:
@@ -137,19 +134,29 @@ def _without(factors: Factors, births: int, gone: Collection[int]) -> Factors:
     return replace(replace(factors, born=counts).keep(stays_C), born=born)
 
 
-def _record_of(adapter: Adapter, stay: Sequence[Birth]) -> dict[str, Any]:
+def _record_of(adapter: Adapter, gone: Collection[int]) -> dict[str, Any]:
     """The record of what is left: how to read its rows, and by what recipe to heal it.
 
     That is the adapter's own, as long as its last run stays. Else it is that of the last run that does stay, if its
     folder still holds it; else no more than what is said of the base.
     """
-    last = stay[-1]
-    record = adapter.record
-    if last["run"] != adapter.births[-1]["run"]:
-        folder = Path(last["folder"])
-        found = read_record(folder) if (folder / RECORD).is_file() else {}
-        record = found if found.get("run_id") == last["run"] else _without_rows(adapter.record)
-    return {**record, "births": list(stay)}
+    births, record = adapter.births, adapter.record
+    stay = [birth for index, birth in enumerate(births) if index not in gone]
+    before: list[Retired] = record.get("retired") or []
+    altered = [*(record.get("altered") or ())]
+    if stay[-1]["run"] != births[-1]["run"]:
+        record = recorded(stay[-1]) or _without_rows(record)
+        before = [*(record.get("retired") or ()), *before]
+        altered = [*(record.get("altered") or ()), *altered]
+    history = {"retired": _history(births, gone, before), "altered": list(dict.fromkeys(altered))}
+    return {**record, "births": stay, **history}
+
+
+def recorded(birth: Birth) -> dict[str, Any] | None:
+    """The record of the run that a birth names; None where its folder is gone, or holds another run."""
+    folder = Path(birth["folder"])
+    record = read_record(folder) if (folder / RECORD).is_file() else {}
+    return record if record.get("run_id") == birth["run"] else None
 
 
 def _without_rows(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from tiny_run import make_recipe, train, write_rows
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files import foreign
-from dynlora_cli.files.foreign import PatternMap, read_object
+from dynlora_cli.files.foreign import read_object
+from dynlora_cli.files.patterns import PatternMap
 from dynlora_cli.models.find import find_model
 from dynlora_cli.models.weights import Weights
 from dynlora_cli.runs.report.write import write_card, write_report
@@ -217,7 +217,7 @@ def test_patterns_match_as_in_peft(patterns: dict[str, int]):
 
 @pytest.mark.parametrize("pattern", [r"(([a-z0-9_]+)+\.?)+!", r"(a|a?)+(.*)*!", r"((.*\.)*)*$x"])
 def test_a_pattern_without_end_is_stopped(pattern: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(foreign, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr("dynlora_cli.files.patterns.PATTERN_SECONDS", 0.2)
     ours, began = PatternMap({pattern: 3}, "adapter_config.json"), time.monotonic()
     with pytest.raises(UsageError, match="takes too long"):
         ours.first("model.layers.3.self_attn." + "a.b" * 30, None)

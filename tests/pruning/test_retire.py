@@ -128,15 +128,15 @@ def test_what_came_after_training_is_named():
 
 def test_an_update_that_was_retired_before_has_left_its_mark():
     first = retire(adapter(birth("law"), birth("tax", "tune"), birth("market", "freeze")), ["tax"])
-    assert [(each["name"], each["began_with"]) for each in first.retired] == [("tax", 1)]
-    again = adapter(*first.births, retired=first.retired)
+    assert [(each["name"], each["began_with"]) for each in first.left.record["retired"]] == [("tax", 1)]
+    again = adapter(*first.births, retired=first.left.record["retired"])
     found = retire(again, ["market"])
     assert found.why == ["tax, retired before, trained the earlier components further"]
-    assert [(each["name"], each["began_with"]) for each in found.retired] == [("tax", 1), ("market", 1)]
+    assert [(each["name"], each["began_with"]) for each in found.left.record["retired"]] == [("tax", 1), ("market", 1)]
     # that only law's components carry it: market's, which were born later, do not
     law = retire(again, ["law"])
     assert not any("retired before" in why for why in law.why)
-    assert [each["began_with"] for each in law.retired] == [0, 0]
+    assert [each["began_with"] for each in law.left.record["retired"]] == [0, 0]
 
 
 def test_the_record_of_what_is_left_does_not_speak_of_the_retired_rows():
@@ -145,7 +145,9 @@ def test_the_record_of_what_is_left_does_not_speak_of_the_retired_rows():
         "data": {"sha256": "1", "date": "d"},
     }
     last = retire(adapter(birth("law"), birth("tax", "freeze"), task="causal-lm", **recorded), ["tax"])
-    assert last.left.record.keys() == {"births", "task", "data"}, "its folder is not there to say more"
+    assert last.left.record.keys() == {"births", "task", "data", "retired", "altered"}, (
+        "its folder is not there to say more"
+    )
     assert last.left.record["data"] == {"date": "d"}
     first = retire(adapter(birth("law"), birth("tax", "freeze"), **recorded), ["law"])
     assert first.left.record["data"] == recorded["data"], "of tax, which stays"

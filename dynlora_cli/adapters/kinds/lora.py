@@ -15,7 +15,7 @@ from dynlora_cli.adapters.find import CONFIG, WEIGHTS
 from dynlora_cli.adapters.kind import Files, Own, Parts, Read
 from dynlora_cli.adapters.peft_parameters import WEIGHT, adapted_parameters
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import PatternMap
+from dynlora_cli.files.patterns import PatternMap
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.text import natural_order
 
