@@ -269,12 +269,19 @@ def refusals(*settings: tuple[str, Any]) -> list[str]:
 
 
 def command_reference() -> str:
-    group = typer.main.get_command(app)
     parts = [MADE, "# Every command and its options\n", "What `--help` prints, command by command.\n"]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in every_command(typer.main.get_command(app)):
         with command.make_context(f"dynlora {name}", [], resilient_parsing=True, terminal_width=100) as context:
             parts.append(f"## {name}\n\n```text\n{command.get_help(context).rstrip()}\n```\n")
     return "\n".join(parts)
+
+
+def every_command(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and commands, those of a group behind the group itself."""
+    for name, command in group.commands.items():
+        yield f"{before}{name}", command
+        if hasattr(command, "commands"):
+            yield from every_command(command, f"{before}{name} ")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dynlora_cli.cli.eval import evaluate
 from dynlora_cli.cli.export import export
 from dynlora_cli.cli.init import init
 from dynlora_cli.cli.inspect import inspect
+from dynlora_cli.cli.library import library
 from dynlora_cli.cli.merge import merge
 from dynlora_cli.cli.prune import prune
 from dynlora_cli.cli.schema import schema
@@ -55,6 +56,7 @@ app.command()(merge)
 app.command()(export)
 app.command()(inspect)
 app.command("eval")(evaluate)
+app.add_typer(library)
 app.command()(init)
 app.command()(doctor)
 app.command()(schema)

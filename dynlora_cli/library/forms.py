@@ -16,6 +16,7 @@ RESERVED = {"base", "con", "prn", "aux", "nul"}  # the model without an adapter;
 A_NAME = "letters, digits, dots, hyphens and underscores, at most 64, a letter or digit first"
 LARGEST_DIMENSION = 1 << 16
 MOST_ENTRIES = 4096
+LONGEST_TAG = 64
 
 
 def is_name(name: str) -> bool:
@@ -39,7 +40,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, AfterValidator(_name)]
 FileName = Annotated[str, AfterValidator(_file_name), Field(max_length=255)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-Tag = Annotated[str, Field(min_length=1, max_length=64)]
+Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
 
 
 class Form(BaseModel):

@@ -23,6 +23,7 @@ from dynlora_cli.files.whole import sha256_of, sync
 from dynlora_cli.library.forms import Part
 from dynlora_cli.library.library import Entry
 from dynlora_cli.library.space import Space
+from dynlora_cli.retrieval.encoders import BASE
 
 MOST_KEYS = 4096
 BLOCK = 1024  # keys compared at a time; they stay on the disk
@@ -67,7 +68,7 @@ class Keys:
         Raises:
             UsageError: the file is missing, or not what library.json says.
         """
-        path = entry.vectors_file
+        path = entry.paths.vectors
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -89,7 +90,7 @@ class Keys:
 
     @cached_property
     def _keys(self) -> list[Key]:
-        return read_lines(self.entry, self.entry.texts_file, self.entry.keys)
+        return read_lines(self.entry, self.entry.paths.texts, self.entry.keys)
 
 
 def read_lines(entry: Entry, path: Path, count: int) -> list[Key]:
@@ -123,6 +124,18 @@ def _way_out(entry: Entry) -> str:
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def space_of(encoder: str, keys: Sequence[Keys]) -> Space:
+    """Where keys are compared: the base's own vectors are evened out over the keys of some updates.
+
+    Args:
+        encoder: its name.
+        keys: of the updates that say what all have in common: those that the calibration has seen, so that one that is
+            added later changes no score of theirs.
+    """
+    vectors = [of.vectors for of in keys if len(of.vectors)]
+    return Space.of(vectors) if encoder == BASE else Space.plain(vectors[0].shape[1])
 
 
 def nearest(query_QD: Vectors, keys: Sequence[Keys], space: Space | None = None) -> tuple[Vectors, NDArray[np.int64]]:

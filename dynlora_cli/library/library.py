@@ -32,7 +32,40 @@ LIBRARY = "library.json"
 ADAPTERS, KEYS, HELD_OUT = "adapters", "keys", "held_out"
 CALIBRATION, REPORT = "calibration", "report.html"
 PENDING = "pending"
-EMPTY = LibraryForm(schema_version=SCHEMA_VERSION, base=None, encoder=None, entries=[], calibration=None)
+EMPTY = LibraryForm(schema_version=1, base=None, encoder=None, entries=[], calibration=None)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the files of one update are.
+
+    Attributes:
+        root: the library's folder.
+        name: of the update.
+    """
+
+    root: Path
+    name: str
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / ADAPTERS / self.name
+
+    @property
+    def vectors(self) -> Path:
+        return self.root / KEYS / f"{self.name}.npy"
+
+    @property
+    def texts(self) -> Path:
+        return self.root / KEYS / f"{self.name}.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        return self.root / HELD_OUT / f"{self.name}.jsonl"
+
+    def all(self) -> list[Path]:
+        """Everything that belongs to the update, and what a copy that was cut short leaves."""
+        return [self.adapter, self.adapter.with_name(f".{self.name}.tmp"), self.vectors, self.texts, self.held_out]
 
 
 @dataclass(frozen=True)
@@ -52,9 +85,13 @@ class Entry:
         return self.form.name
 
     @property
+    def paths(self) -> Paths:
+        return Paths(self.root, self.name)
+
+    @property
     def folder(self) -> Path:
         """Its adapter, as PEFT reads it."""
-        return self.root / ADAPTERS / self.name
+        return self.paths.adapter
 
     @property
     def date(self) -> str:
@@ -95,25 +132,13 @@ class Entry:
         return self.form.card
 
     @property
-    def vectors_file(self) -> Path:
-        return self.root / KEYS / f"{self.name}.npy"
-
-    @property
-    def texts_file(self) -> Path:
-        return self.root / KEYS / f"{self.name}.jsonl"
-
-    @property
-    def held_out_file(self) -> Path:
-        return self.root / HELD_OUT / f"{self.name}.jsonl"
-
-    @property
     def files(self) -> dict[Path, str]:
         """Every file of the update with its SHA-256."""
         own = {self.folder / name: digest for name, digest in self.form.files.items()}
         return own | {
-            self.vectors_file: self.form.vectors.sha256,
-            self.texts_file: self.form.texts.sha256,
-            self.held_out_file: self.form.held_out.sha256,
+            self.paths.vectors: self.form.vectors.sha256,
+            self.paths.texts: self.form.texts.sha256,
+            self.paths.held_out: self.form.held_out.sha256,
         }
 
     @property
@@ -195,6 +220,12 @@ class Library:
         """What `dynlora library calibrate` has learned; None where it has not run."""
         return self.form.calibration
 
+    @property
+    def seen(self) -> list[str]:
+        """The updates that the calibration has learned from; no other is ever activated."""
+        names = (self.calibration or {}).get("entries")
+        return names if isinstance(names, list) else []
+
     def entry(self, name: str) -> Entry:
         """The update of a name.
 
@@ -253,11 +284,13 @@ class WritableLibrary(Library):
             UsageError: there is none of that name.
         """
         self.entry(name)
-        seen = name in ((self.calibration or {}).get("entries") or [])
+        seen = name in self.seen
         rest = [form for form in self.form.entries if form.name != name]
         self._begin(name)
-        kept: dict[str, Any] = {"entries": rest, "calibration": None if seen else self.calibration}
-        self._write(**kept, **({} if rest else {"base": None, "encoder": None, "calibration": None}))
+        if rest:
+            self._write(entries=rest, calibration=None if seen else self.calibration)
+        else:  # the next update chooses base and encoder anew
+            self._write(**dict(EMPTY))
         self._sweep(name)
         return seen
 
@@ -284,11 +317,8 @@ class WritableLibrary(Library):
 
     def _sweep(self, name: str) -> None:
         """Remove all files of a name that library.json does not have, and what was learned where that was given up."""
-        entry = self.root / ADAPTERS / name
-        for path in (entry, entry.with_name(f".{name}.tmp"), self.root / KEYS / f"{name}.npy"):
+        for path in Paths(self.root, name).all():
             remove(path)
-        for folder in (KEYS, HELD_OUT):
-            remove(self.root / folder / f"{name}.jsonl")
         if self.calibration is None:
             remove(self.root / CALIBRATION)
             remove(self.root / REPORT)

