@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,7 @@ from dynlora_cli.library.library import Entry
 
 MOST_ROWS = 512
 LONGEST_LINE = 1 << 24  # characters
+FIELDS = ("row", "input_ids", "labels", "label", "token_types")
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (OneText, TwoTexts, Classified)}
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -78,9 +79,10 @@ def write_held_out(path: Path, rows: Sequence[HeldOut]) -> Part:
 
 
 def _line(row: HeldOut) -> dict[str, Any]:
-    data: Any = asdict(row.example)  # type: ignore[call-overload]
-    fields = {key: list(value) if isinstance(value, array) else value for key, value in data.items()}
-    return {"request": row.text, "kind": type(row.example).__name__, **fields}
+    """What a loss needs of an example."""
+    fields = {key: getattr(row.example, key, None) for key in FIELDS}
+    kept = {key: value if isinstance(value, int) else list(value) for key, value in fields.items() if value is not None}
+    return {"request": row.text, "kind": type(row.example).__name__, **kept}
 
 
 def read_held_out(entry: Entry) -> list[HeldOut]:
