@@ -90,6 +90,10 @@ def recipe_reference() -> str:
             source = schema["$defs"]["Source"]
             parts.append(f"### An item of dataset.train or dataset.val\n\n{source['description']}\n")
             parts.append(key_table(source))
+        if name == "eval":
+            also = schema["$defs"]["Also"]
+            parts.append(f"### An item of eval.also\n\n{also['description']}\n")
+            parts.append(key_table(also))
     parts.insert(3, "## At the top\n\n" + table(["key", "value", "default", "what it does"], map(row_of_top, top)))
     parts.append(conflict_section())
     return "\n".join(parts)
@@ -133,7 +137,7 @@ def kind(field: Schema) -> str:
     if "const" in field:
         return f"`{field['const']}`"
     if "$ref" in field:
-        return "source"
+        return "set of rows" if field["$ref"].endswith("/Also") else field["$ref"].rpartition("/")[2].lower()
     if field.get("type") == "array":
         return f"list of {kind(field['items'])}"
     if field.get("type") == "boolean":

@@ -6,7 +6,8 @@ name is misspelt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dynlora_cli.adapters.find import find_adapter
@@ -15,7 +16,7 @@ from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.config.sections import Model, Source
 from dynlora_cli.data.sources import is_local, tables
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.models.find import find_model, is_hub_name
 from dynlora_cli.runs import folder as run_folder
 
@@ -46,6 +47,20 @@ def training(
         for source in sources:
             if is_local(source.path):
                 tables(source, [], held_out=held_out)
+    for also in recipe.eval.also or ():
+        if is_local(also.path):
+            with _of_set(also.name):
+                tables(also.source, [], held_out=True)
+
+
+@contextmanager
+def _of_set(name: str) -> Iterator[None]:
+    """Errors of this block say which set of `eval.also` they are of."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        message = error.message.removeprefix("dataset: ")
+        raise type(error)(f"eval.also, {name}: {message}", error.hint) from None
 
 
 def adapters(folders: Iterable[Path], base_name: str | None = None, data: Path | None = None) -> list[Path]:

@@ -13,7 +13,7 @@ from dynlora_cli.runs.events import Emit
 from dynlora_cli.training.components import begin
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.session import Finished, Session
-from dynlora_cli.training.setup import make_run, read_base, read_data
+from dynlora_cli.training.setup import make_run, read_also, read_base, read_data
 
 if TYPE_CHECKING:
     from dynlora_cli.lora.variant import Variant
@@ -49,11 +49,14 @@ def run(
         modes, files = session.modes, BaseFiles.find(recipe.model)
         data = read_data(recipe, files, session.writing)
         session.refuse_other_inputs(data, files)
+        also = read_also(recipe, files, data)
         base = read_base(recipe, files, data, session.accelerator.device, modes)
         variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
         trained, start = begin(recipe, variant, base, data, session.accelerator, session.first_counts)
         modes.apply(base.model, trained)
-        training = make_run(recipe, session.accelerator, base, data, trained, start, modes, save=session.save)
+        training = make_run(
+            recipe, session.accelerator, base, data, trained, start, modes, save=session.save, also=also
+        )
         with session.recording(training):
             fit(training)
             for text in modes.report():

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dynlora_cli import plugins
 from dynlora_cli.config import foreign_names, plug_in_keys
-from dynlora_cli.config.schema import Path, Schema, allowed, at, resolve, sections
+from dynlora_cli.config.schema import Path, Schema, allowed, at, present, sections
 from dynlora_cli.config.strict_yaml import Node, Problem, dotted
 from dynlora_cli.text import did_you_mean, show
 
@@ -76,7 +76,7 @@ def _unknown(path: Path, value: object, schema: Schema) -> Iterator[str]:
     yield from below
     answer = foreign_names.hint(path)
     if not answer and not below:
-        choices = resolve(at(schema, path[:-1]), schema)["properties"]
+        choices = present(at(schema, path[:-1]), schema)["properties"]
         answer = _of_a_plug_in(path) or _belongs(path, schema)
         answer = answer or "unknown key" + did_you_mean(str(path[-1]), choices)
     if answer:

@@ -35,11 +35,11 @@ def sections(schema: Schema) -> dict[str, Collection[str]]:
     found: dict[str, Collection[str]] = {}
 
     def visit(name: str, section: Schema) -> None:
-        section = resolve(section, schema)
+        section = present(section, schema)
         if "properties" in section:
             found[name] = section["properties"]
             for key, child in section["properties"].items():
-                visit(f"{name}.{key}".lstrip("."), child.get("items", child))
+                visit(f"{name}.{key}".lstrip("."), present(child, schema).get("items", child))
 
     visit("", schema)
     return found
@@ -49,7 +49,7 @@ def at(schema: Schema, path: Path) -> Schema:
     """The schema of the value at a path."""
     here = schema
     for step in path:
-        section = resolve(here, schema)
+        section = present(here, schema)
         if isinstance(step, int):
             here = section["items"]
         else:
@@ -61,3 +61,10 @@ def resolve(here: Schema, schema: Schema) -> Schema:
     """The definition that a `$ref` names."""
     reference = here.get("$ref") or here.get("allOf", [{}])[0].get("$ref")
     return schema["$defs"][reference.rsplit("/", 1)[1]] if reference else here
+
+
+def present(here: Schema, schema: Schema) -> Schema:
+    """The definition of what stands at a place that may also be null."""
+    here = resolve(here, schema)
+    given = [choice for choice in here.get("anyOf", ()) if choice.get("type") != "null"]
+    return resolve(given[0], schema) if len(given) == 1 else here

@@ -26,6 +26,7 @@ from dynlora_cli.config.types import (
     Text,
     whole,
 )
+from dynlora_cli.text import show
 
 
 def _budget(value: object) -> object:
@@ -227,6 +228,40 @@ class Train(Section):
     """Trackers that also receive the metrics."""
 
 
+class Also(Section):
+    """Held-out rows of another kind, such as what the model could do before."""
+
+    name: Text
+    """What it is called in tables."""
+    path: PathText
+    """A file, a folder or a hub data set; all of its rows are for measuring."""
+    format: Annotated[str, PlugIn("formats", also=("auto",))] = "auto"
+    """How a row becomes an example; auto: as in training where that fits, else by the columns."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    config: Text | None = None
+    """Configuration of a hub data set."""
+    columns: dict[str, Text] = {}
+    """Our field name to the data's column."""
+    ignore: list[Text] = []
+    """Columns to leave aside though they say how rows are to be learned."""
+    rows: Count = 256
+    """Rows at most; the same ones each time, chosen by a hash of their text."""
+
+    @property
+    def source(self) -> Source:
+        """The same as a source of rows."""
+        same = {key: getattr(self, key) for key in ("path", "format", "split", "columns", "ignore")}
+        return Source(name=self.config, **same)
+
+
+def _names_differ(sets: list[Also]) -> list[Also]:
+    names = [one.name for one in sets]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"two sets are called {show(twice[0])}; give each a name of its own")
+    return sets
+
+
 class Eval(Section):
     """Measuring while training."""
 
@@ -236,6 +271,9 @@ class Eval(Section):
     """Held-out examples used at most; null: all."""
     early_stopping_patience: Count | None = None
     """Evaluations without a lower held-out loss after which training stops; null: never."""
+    also: Annotated[list[Also], AfterValidator(_names_differ)] | None = None
+    """Other rows, measured before and after: what is forgotten; null: rows of the earlier runs that this one goes on
+    from or replays; []: none."""
 
 
 class Settings(Section):

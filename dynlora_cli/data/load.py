@@ -44,6 +44,7 @@ class Data:
         sizing: examples held out from the training rows to choose the rank by; only where that is asked for.
         forms: the neutral forms that rows came in, by name: Turns, Pair, Plain, Labelled.
         writing: how the rows were written; the record of a run keeps it.
+        prompts: of `train` and `val`: a hash of each row's prompt, in the order of the rows.
     """
 
     train: list[Example]
@@ -55,6 +56,7 @@ class Data:
     sizing: list[Example] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
     writing: Writing = field(default_factory=Writing)
+    prompts: dict[str, list[bytes]] = field(default_factory=dict)
 
     @property
     def confidence(self) -> dict[int, float]:
@@ -116,6 +118,7 @@ def load_data(
     _note_writing(reader)
     training, measured, sized = ([kept.example for kept in part] for part in (train, val, sizing_rows))
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
+    data.prompts = {"train": [kept.prompt for kept in train], "val": [kept.prompt for kept in val]}
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
     data.notes = list(dict.fromkeys(reader.notes))
     return data

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from dynlora_cli.tasks.task import Task
 
 MICRO_BATCH = 8
+# Keys of `dataset` that say how a row becomes an example, and not which rows there are.
+OF_A_ROW = ("max_length", "train_on", "overlong", "chat", "separator", "chat_template")
 
 
 class NothingHeldOutError(UsageError):
@@ -170,11 +172,16 @@ def _what_to_read(adapter: Adapter, data: Path | None, notes: list[str]) -> tupl
         )
     is_file = data is not None and data.suffix.lower() not in RECIPES
     recipe = load_recipe(data) if data is not None and not is_file else own
-    settings: dict[str, Any] = {} if recipe is None else recipe.dataset.model_dump()
     if is_file:
-        train = _as_trained(Source(path=str(data)), own, notes)
-        settings |= {"train": [train.model_dump()], "val": [], "val_size": 0.0, "packing": False}
-    return recipe, Dataset.model_validate(settings), is_file
+        return recipe, of_file(as_trained(Source(path=str(data)), own, notes), own), True
+    assert recipe is not None
+    return recipe, recipe.dataset, False
+
+
+def of_file(file: Source, own: Recipe | None) -> Dataset:
+    """Data settings under which all rows of a file are read, each as the rows of a recipe are."""
+    kept = {} if own is None else {key: getattr(own.dataset, key) for key in OF_A_ROW}
+    return Dataset(train=[file], val_size=0.0, **kept)
 
 
 def own_table(adapter: Adapter, place: Place) -> int | None:
@@ -188,7 +195,7 @@ def own_table(adapter: Adapter, place: Place) -> int | None:
     return None if own is None else own.shape[0]
 
 
-def _as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:
+def as_trained(file: Source, own: Recipe | None, notes: list[str]) -> Source:
     """A file to be read as the training rows were: their columns and format, where all have the same and these fit."""
     ways = [] if own is None else [(s.columns, s.format, s.ignore) for s in own.dataset.train]
     if not ways or any(way != ways[0] for way in ways) or ways[0] == (file.columns, file.format, file.ignore):

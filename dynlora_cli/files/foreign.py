@@ -182,10 +182,24 @@ class LineForm(NumbersForm):
     step: Count
 
 
+class AlsoForm(BaseModel):
+    """What a run found on rows of another kind."""
+
+    model_config = ConfigDict(strict=True)
+    rows: Count
+    targets: Count
+    sha256: str
+    before: float
+    after: float
+    forgetting: float
+
+
 class SummaryForm(NumbersForm):
     """The end of a run."""
 
     steps: Count | None = None
+    also: dict[str, AlsoForm] | None = None
+    forgetting: float | None = None
 
 
 class BudgetForm(BaseModel):

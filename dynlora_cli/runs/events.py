@@ -59,6 +59,11 @@ def evaluation(step: int, result: Mapping[str, float], *, best: bool, seconds: f
     return {"event": "eval", "step": step, **result, "best": best, "seconds": seconds}
 
 
+def also(step: int, losses: Mapping[str, float]) -> Event:
+    """A look at the rows of other kinds (`eval.also`), before training and at the end: loss by name of the set."""
+    return {"event": "also", "step": step, "losses": dict(losses)}
+
+
 def checkpoint(step: int, path: Path) -> Event:
     """A checkpoint was written; the lines before it are on the disk."""
     return {"event": "checkpoint", "step": step, "path": str(path)}

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
+from dynlora_cli import plugins
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import LineForm, RecordForm, first_fault, fits, read_object
 from dynlora_cli.files.strict_json import BadJsonError, loads
@@ -27,7 +28,8 @@ from dynlora_cli.runs.record import RECORD
 
 METRICS = "metrics.jsonl"
 RANK_EVENTS = "rank_events.jsonl"
-FILE_OF_EVENT = {"train": METRICS, "eval": METRICS, "gauge": RANK_EVENTS, "prune": RANK_EVENTS, "refused": RANK_EVENTS}
+FILE_OF_EVENT = dict.fromkeys(("train", "eval", "also"), METRICS)
+FILE_OF_EVENT |= dict.fromkeys(("gauge", "prune", "refused"), RANK_EVENTS)
 
 
 class RunLog:
@@ -93,6 +95,11 @@ class RunRecord:
     def summary(self) -> dict[str, Any]:
         """The end summary; empty while the run goes on."""
         return self.info.get("summary") or {}
+
+    @property
+    def target(self) -> str:
+        """What a loss is the mean over: token, or row."""
+        return plugins.declared("tasks", self.info.get("task") or "causal-lm", "TARGET") or "token"
 
     @property
     def prunes(self) -> list[Event]:

@@ -9,18 +9,17 @@ fit ── step ── backward         the gradient of the token-normalised los
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
-from dynlora_cli.errors import Interrupted, MeasureError
-from dynlora_cli.evaluation.held_out_loss import held_out
+from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.runs import events
+from dynlora_cli.training.held_out import also_losses, held_out_loss
 from dynlora_cli.training.metrics import Window, count_step, log_window
 from dynlora_cli.training.rate_search import choose, search
 from dynlora_cli.training.run import Run
-from dynlora_cli.training.step import LOWER_RATE, step
+from dynlora_cli.training.step import step
 
 AUTOSAVE_SECONDS = 600.0
 
@@ -37,6 +36,8 @@ def fit(run: Run) -> None:
         if progress.first is None and run.val_batches:
             progress.first = progress.last = held_out_loss(run)
             _emit_evaluation(run, progress.first, best=False)
+        if progress.also is None and progress.step == 0 and run.also:
+            progress.also = also_losses(run)
         run.model.train()
         if progress.learning_rate is None:
             _find_rate(run, interrupted)
@@ -125,30 +126,3 @@ def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
     progress = run.progress
     run.emit(events.evaluation(progress.step, result, best=best, seconds=progress.seconds))
     run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=progress.step)
-
-
-def held_out_loss(run: Run) -> dict[str, float]:
-    """Loss over the validation rows, shared among processes.
-
-    Raises:
-        MeasureError: it is not finite.
-    """
-    assert run.val_batches is not None
-    device = run.accelerator.device
-    batches = (
-        batch.to(device) for index in range(run.val_batches.steps_per_epoch) for batch in run.val_batches.step(0, index)
-    )
-    result = held_out(
-        run.model,
-        batches,
-        describe=run.task.held_out,
-        autocast=run.accelerator.autocast,
-        reduce=lambda sums: run.reduce(sums.to(device)).cpu(),
-    )
-    if not math.isfinite(result["loss"]):
-        step = run.progress.step
-        raise MeasureError(
-            f"the held-out loss is {result['loss']} after step {step}",
-            f"{LOWER_RATE}, or look at the held-out rows" if step else "look at the model's weights and its dtype",
-        )
-    return result

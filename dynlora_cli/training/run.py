@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.data.batches import Batches
     from dynlora_cli.data.load import Data
+    from dynlora_cli.evaluation.also import Measured, RowSet
     from dynlora_cli.execution.mode import Modes
     from dynlora_cli.lora.start import Start
     from dynlora_cli.lora.whole import Trained
@@ -48,6 +49,7 @@ class Progress:
         last: newest held-out result.
         best: step and loss of the best evaluation after the budget was met.
         evaluations_since_best: for early stopping.
+        also: what was found on the rows of other kinds before training, by name of the set.
     """
 
     step: int = 0
@@ -63,6 +65,7 @@ class Progress:
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None
     evaluations_since_best: int = 0
+    also: dict[str, Measured] | None = None
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Run:
         modes: how the steps are run: fused, compiled and so on.
         random: the random numbers of this process's part in the run.
         lineage: the runs that the adapter which it goes on from came from, oldest first; none without `adapter.from`.
+        also: rows of other kinds, measured before and after.
     """
 
     recipe: Recipe
@@ -99,6 +103,7 @@ class Run:
     emit: events.Emit = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
     lineage: Sequence[Birth] = ()
+    also: Sequence[RowSet] = ()
 
     @property
     def model(self) -> PreTrainedModel:

@@ -27,6 +27,7 @@ from dynlora_cli.runs.events import Emit, send
 from dynlora_cli.runs.log import RunLog
 from dynlora_cli.runs.record import Record
 from dynlora_cli.training import outputs
+from dynlora_cli.training.held_out import forgotten
 from dynlora_cli.training.resume import find_checkpoint, go_back_to, same_inputs, writing
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.setup import make_accelerator
@@ -185,7 +186,7 @@ class Session:
             The summary.
         """
         kind = outputs.write_root(self.folder, run)
-        summary = outputs.summarize(run, self.folder, kind)
+        summary = outputs.summarize(run, self.folder, kind) | forgotten(run)
         if run.trained.layers and self.accelerator.is_main_process:
             summary["peft_check"] = self._read_back(run)
         outputs.finish(self.folder, self.record, run, summary)

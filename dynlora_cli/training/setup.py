@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,6 +17,7 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.splits import LEAST_SIZING_ROWS, sizing_rows
 from dynlora_cli.errors import DataError, MachineError, UsageError
+from dynlora_cli.evaluation.also import Reading, row_sets
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.execution.accelerator import RunAccelerator
 from dynlora_cli.execution.mode import Modes
@@ -39,6 +40,7 @@ from dynlora_cli.training.run import Progress, Run
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.evaluation.also import RowSet
     from dynlora_cli.pruning.policy import Policy
 
 MEASURED_ROWS = 8
@@ -101,6 +103,13 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
     return data
 
 
+def read_also(recipe: Recipe, files: BaseFiles, data: Data) -> list[RowSet]:
+    """The rows of `eval.also`; adds to the notes of the run's data what there is to say of them."""
+    task = tasks.of(recipe.model)
+    reading = Reading(files.tokenizer, task, data.writing, data.labels, files.table_rows, files.context_length)
+    return row_sets(recipe, reading, data.notes, trained=data.prompts["train"])
+
+
 def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device, modes: Modes) -> Base:
     """The frozen model, ready for components; on the device "meta" only its structure."""
     base = load_base(
@@ -150,8 +159,9 @@ def make_run(
     modes: Modes,
     *,
     save: Callable[[Run], None],
+    also: Sequence[RowSet] = (),
 ) -> Run:
-    """Optimizer, rank control and batches around the model."""
+    """Optimizer, rank control and batches around the model; `also` are rows of other kinds, to be measured on."""
     groups = trained.groups(base.model)
     optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
     batches = make_batches(recipe, data.train, base, shuffle=True, accelerator=accelerator)
@@ -190,6 +200,7 @@ def make_run(
         modes=modes,
         # Dropout is the one thing that differs between processes.
         random=Randomness(recipe.seed + accelerator.process_index, accelerator.device),
+        also=also,
     )
     modes.begin(base.model, trained, partial(_first_batch, run), run.note)
     return run

@@ -128,6 +128,8 @@ class Console:
     def show_summary(self, summary: dict[str, Any]) -> None:
         """What came out: numbers before and after, the rank map, where the adapter is, and what to type next."""
         parts: list[RenderableType] = [Text(), _headline(summary), Text(), _before_after(summary)]
+        if summary.get("also"):
+            parts += [Text(), also_table(summary["also"])]
         if summary.get("ranks"):
             ranks = summary["ranks"]
             start: float = (summary.get("components_start") or 0) / len(ranks) or max(ranks.values())
@@ -298,6 +300,15 @@ def _before_after(summary: dict[str, Any]) -> Table:
         if summary.get(key):
             beside = f"beside {size(summary['base_bytes'])} of the base" if key == "trained_bytes" else ""
             table.add_row(label, size(summary[f"{key}_start"]), size(summary[key]), beside)
+    return table
+
+
+def also_table(also: dict[str, dict[str, Any]]) -> Table:
+    """Losses on rows of other kinds before and after; what is above 0 was forgotten."""
+    table = plain_table("also measured", "rows", "before", "after", "forgetting")
+    for name, one in also.items():
+        lost = Text(f"{one['forgetting']:+.4f}", style="bad" if one["forgetting"] > 0 else "good")
+        table.add_row(printable(name), count(one["rows"]), number(one["before"]), number(one["after"]), lost)
     return table
 
 

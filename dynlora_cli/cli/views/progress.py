@@ -42,6 +42,8 @@ class Progress:
         elif kind == "eval":
             self._measured(event)
             self._clock = None  # do not count the time of an evaluation as that of a step
+        elif kind == "also":
+            self._clock = None
         elif kind in ("prune", "gauge"):
             # a new mapping each time: the display may be reading the old one in its own thread
             self.ranks = {**dict.fromkeys(self.ranks, 0), **event["ranks"]} if event.get("ranks") else self.ranks
@@ -73,6 +75,9 @@ class Progress:
                     duration(event.get("seconds")),
                 ]
             )
+        if kind == "also":
+            losses = [f"{printable(name)} {number(loss)}" for name, loss in event["losses"].items()]
+            return "  ".join([f"also  {self._at(event)}", *losses])
         if kind == "prune":
             return self._prune_line(event)
         if kind == "refused":

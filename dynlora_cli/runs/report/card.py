@@ -20,7 +20,7 @@ from dynlora_cli.text import count, counted, duration, number, percent, size
 def model_card(record: RunRecord) -> str:
     """The card of one run as Markdown; what the record lacks is left out."""
     name = record.info.get("name") or record.folder.resolve().name
-    parts = (_what_it_is(record), _numbers(record), _rank_table(record), _loading(record), _training(record))
+    parts = [part(record) for part in (_what_it_is, _numbers, _forgetting, _rank_table, _loading, _training)]
     body = "\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part)
     # The card goes where others see it: tokens in addresses do not, and one name is no more than one name.
     return without_secrets(f"{_front_matter(record)}\n{body}\n")
@@ -84,6 +84,19 @@ def _numbers(record: RunRecord) -> str:
         return ""
     table = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in rows)
     return f"## Results\n\n| | before | after |\n|---|---:|---:|\n{table}\n\n{_cost(summary)}".rstrip()
+
+
+def _forgetting(record: RunRecord) -> str:
+    """What became of rows of other kinds, as a table."""
+    also = record.summary.get("also") or {}
+    rows = "".join(
+        f"| {_plain(name)} | {count(one['rows'])} | {number(one['before'])} | {number(one['after'])} "
+        f"| {one['forgetting']:+.4f} |\n"
+        for name, one in also.items()
+    )
+    head = "| rows of | rows | loss before | after | forgetting |\n|---|---:|---:|---:|---:|\n"
+    lead = f"Losses on rows of other kinds, in nats per {record.target}. Above 0 is worse than before this run."
+    return f"## Forgetting\n\n{lead}\n\n{head}{rows}".rstrip() if also else ""
 
 
 def _cost(summary: dict[str, Any]) -> str:

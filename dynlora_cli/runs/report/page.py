@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli import plugins
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
@@ -22,7 +21,7 @@ def report_page(record: RunRecord) -> str:
     """The whole page for one run. Whatever the record lacks is left out, not shown as empty."""
     name = _name(record)
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    parts = (_header, _size_curve, _charts, _ranks, _layer_table, _run_record)
+    parts = (_header, _size_curve, _charts, _forgetting, _ranks, _layer_table, _run_record)
     sections = [part(record) for part in parts]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
@@ -124,8 +123,7 @@ def _charts(record: RunRecord) -> str:
         Series("training, smoothed", svg.smooth(loss)),
         Series("held out", _column(record.evals, "loss"), "dots"),
     ]
-    task = record.info.get("task") or "causal-lm"
-    unit = f"nats per {plugins.declared('tasks', task, 'TARGET') or 'token'}"
+    unit = f"nats per {record.target}"
     accuracy = Series("held out", _column(record.evals, "accuracy"), "dots")
     chart = partial(svg.line_chart, marks=[event["step"] for event in prunes], last_step=record.last_step)
     small = partial(chart, y_text=svg.axis_number, from_zero=True)
@@ -141,6 +139,20 @@ def _charts(record: RunRecord) -> str:
     )
     drawn = "".join(figures)
     return f'<h2>How it went</h2><div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _forgetting(record: RunRecord) -> str:
+    """What became of rows of other kinds."""
+    also = record.summary.get("also") or {}
+    rows = ""
+    for name, one in also.items():
+        cells = (count(one["rows"]), number(one["before"]), number(one["after"]), f"{one['forgetting']:+.4f}")
+        rows += f"<tr><td>{text(name)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"
+    heads = "".join(f'<th scope="col" class="n">{head}</th>' for head in ("rows", "before", "after", "forgetting"))
+    head = f'<thead><tr><th scope="col">rows of</th>{heads}</tr></thead>'
+    table = f'<table class="list">{head}<tbody>{rows}</tbody></table>'
+    lead = f"Losses on rows of other kinds, in nats per {record.target}. Above 0 is worse than before this run."
+    return f'<h2>Forgetting</h2><p class="muted">{lead}</p><div class="tablewrap">{table}</div>' if also else ""
 
 
 def _ranks(record: RunRecord) -> str:
