@@ -29,7 +29,8 @@ def test_every_alias_is_answered_in_its_own_words(nested: bool) -> None:
 
 
 def test_every_value_known_from_elsewhere_is_wrong_here_and_its_translation_right() -> None:
-    paths = {path.rsplit(".", 1)[-1]: path for path, _ in schema_keys(json_schema())}
+    keys = [path for path, _ in schema_keys(json_schema()) if not path.startswith("eval.also.")]
+    paths = {path.rsplit(".", 1)[-1]: path for path in keys}
     for (key, value), here in foreign_names.VALUES.items():
         path = paths[key].replace("dataset.val.", "dataset.train.0.")
         assert any("write " in problem for problem in problems(MINIMAL, f"{path}={value}")), (key, value)
