@@ -76,16 +76,13 @@ def add(
         words = _checked(name, date, tags)
         from dynlora_cli.commands import library as command
         from dynlora_cli.commands import preflight
-
-        command.refuse_early(folder, name, encoder)
-        for path, option in ((data, "--data"), (documents, "--documents")):
-            if path is not None and not path.exists():
-                raise UsageError(f"{option} {path} does not exist", "paths start at the current folder")
-        preflight.adapters([adapter], base, data)
-        from dynlora_cli.cli.views.library import LibraryView
-        from dynlora_cli.library.add import Addition
+        from dynlora_cli.library.addition import Addition
 
         wanted = Addition(adapter, name, date, words, data, documents, encoder, base, trust_remote_code)
+        command.refuse_early(folder, wanted)
+        preflight.adapters([adapter], base)
+        from dynlora_cli.cli.views.library import LibraryView
+
         view = LibraryView(console())
         result.update(command.add(folder, wanted, view.console.line))
         view.show_added(result)

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.config.load import RECIPES
+from dynlora_cli.config.sections import Source
+from dynlora_cli.data.sources import tables
 from dynlora_cli.errors import UsageError
-from dynlora_cli.library.library import Entry, Library, library_for_writing
+from dynlora_cli.library.library import LIBRARY, Entry, Library, library_for_writing
+from dynlora_cli.retrieval.encoders import BASE, encoder_folder, full_name
 
 if TYPE_CHECKING:
-    from dynlora_cli.library.add import Addition
+    from dynlora_cli.library.addition import Addition
 
 Tell = Callable[[str], None]
 
@@ -79,29 +83,34 @@ def remove(root: Path, name: str) -> dict[str, Any]:
     return found | {"left": left, "calibration_removed": seen, "notes": notes}
 
 
-def refuse_early(root: Path, name: str | None, encoder: str | None) -> None:
-    """What library.json alone can say against an update, before anything heavy loads.
-
-    Args:
-        root: of a library that may not be there yet.
-        name: as the person gave it.
-        encoder: likewise.
+def refuse_early(root: Path, wanted: Addition) -> None:
+    """What the disk alone can say against an update, before anything heavy loads.
 
     Raises:
-        UsageError: the name is taken, or the library has another encoder.
+        UsageError, MachineError, DataError: as `add` itself would.
     """
-    from dynlora_cli.library.library import LIBRARY
+    _refuse_known(root, wanted.name, wanted.encoder)
+    if wanted.data is not None and wanted.data.suffix.lower() in RECIPES:
+        raise UsageError(f"--data {wanted.data} is a recipe, not a file of rows", "name the rows themselves")
+    for path, option in ((wanted.data, "--data"), (wanted.documents, "--documents")):
+        if path is not None and not path.exists():
+            raise UsageError(f"{option} {path} does not exist", "paths start at the current folder")
+        if path is not None:
+            tables(Source(path=str(path)), [], held_out=False)
+    if wanted.encoder not in (None, BASE):
+        encoder_folder(str(wanted.encoder))
 
+
+def _refuse_known(root: Path, name: str | None, encoder: str | None) -> None:
+    """The same, of what is in the library already."""
     if root.exists() and not root.is_dir():
         raise UsageError(f"the library {root} is a file", "name a folder")
     if not (root / LIBRARY).is_file():
-        if root.is_dir() and any(not entry.name.startswith(".") for entry in root.iterdir()):
-            raise UsageError(f"{root} is no library, and not empty", "name a new folder, or that of a library")
         return
     library = Library.open(root)
     if name is not None:
         library.refuse_taken(name)
-    if encoder is not None and library.encoder and library.encoder.name != encoder:
+    if encoder is not None and library.encoder and library.encoder.name != full_name(encoder):
         raise UsageError(
             f"--encoder {encoder}: the keys of {root} are made by {library.encoder.name}",
             "leave --encoder out, or make a new library",

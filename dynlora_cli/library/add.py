@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from dynlora_cli.adapters.write import save
 from dynlora_cli.data.earlier import run_folder
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.whole import sha256_of, whole_folder
+from dynlora_cli.library.addition import Addition
 from dynlora_cli.library.forms import A_NAME, BaseOf, Card, EncoderOf, EntryForm, is_name
 from dynlora_cli.library.held_out import choose_held_out, write_held_out
 from dynlora_cli.library.keys import MOST_KEYS, Key, choose, write_texts, write_vectors
@@ -28,7 +28,7 @@ from dynlora_cli.library.library import ADAPTERS, Entry, Paths, WritableLibrary,
 from dynlora_cli.library.sources import Found, find_passages, find_rows
 from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.place import Place
-from dynlora_cli.retrieval.encoders import BASE, Encoder, base_encoder, model_encoder
+from dynlora_cli.retrieval.encoders import BASE, Encoder, full_name, make_encoder
 from dynlora_cli.runs.folder import RECORD, copy_tokenizer
 from dynlora_cli.text import counted
 
@@ -36,33 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Addition:
-    """What a person says of an update.
-
-    Attributes:
-        adapter: a run folder or any PEFT LoRA folder.
-        name: of the update; None: the run's or the folder's.
-        date: the day that it is about, YYYY-MM-DD; None: the day that the run ended, or today.
-        tags: words to find it by.
-        data: a file of rows, in place of the run's own.
-        documents: a file or folder of texts whose passages become keys too.
-        encoder: base, minilm, a folder or a hub id; None: the library's, `base` in a new one.
-        base: the base model, in place of the one on record.
-        trust_remote_code: code that comes with the base may run.
-    """
-
-    adapter: Path
-    name: str | None = None
-    date: str | None = None
-    tags: list[str] = field(default_factory=list)
-    data: Path | None = None
-    documents: Path | None = None
-    encoder: str | None = None
-    base: str | None = None
-    trust_remote_code: bool = False
 
 
 def add(root: Path, wanted: Addition, tell: Tell) -> tuple[Entry, list[str]]:
@@ -212,11 +185,9 @@ def _encoder(
     base: BaseOf,
 ) -> Encoder:
     """The library's encoder, or the one that a new library is to have; the base is loaded for its own alone."""
-    name = wanted.encoder or (library.encoder.name if library.encoder else BASE)
-    if name != BASE:
-        return model_encoder(name)
-    in_memory = base_in_memory(adapter, place, tokenizer)
-    return base_encoder(in_memory.model, tokenizer, base.fingerprint["sampled_sha256"])
+    name = full_name(wanted.encoder) if wanted.encoder else library.encoder.name if library.encoder else BASE
+    model = base_in_memory(adapter, place, tokenizer).model if name == BASE else None
+    return make_encoder(name, model, tokenizer, base.fingerprint["sampled_sha256"])
 
 
 def _write(

@@ -349,17 +349,18 @@ def library_for_writing(root: Path, *, new: bool = False) -> Iterator[WritableLi
     if not new:
         Library.open(root)
     with claimed(root, "the library", lambda _: False) as place:
-        made = new and not (root / LIBRARY).exists()
-        if made:
+        made, first = not root.exists(), new and not (root / LIBRARY).exists()
+        if first:
             _make_empty(root, place.work)
         library = WritableLibrary(root, Library.open(root).form)
         library.settle()
         try:
             yield library
         finally:
-            if made and not library.entries:
+            if first and not library.entries:
                 remove(root / LIBRARY)
-                root.rmdir()
+                if made:
+                    root.rmdir()
 
 
 def _make_empty(root: Path, work: Path) -> None:

@@ -108,19 +108,24 @@ def _masked_mean(hidden_NTD: Tensor, mask_NT: Tensor) -> Tensor:
     return (hidden_NTD.float() * weights_NT1).sum(1) / weights_NT1.sum(1)
 
 
-def make_encoder(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str) -> Encoder:
+def make_encoder(
+    name: str, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, identity: str
+) -> Encoder:
     """The encoder of a name.
 
     Args:
         name: base, minilm, a folder or a hub id.
-        model: the base, without an adapter; only `base` uses it.
+        model: the base, without an adapter; only `base` needs it.
         tokenizer: the base's.
         identity: what tells this base from others, such as the hash of its weights.
 
     Raises:
         UsageError, MachineError: as `model_encoder`.
     """
-    return base_encoder(model, tokenizer, identity) if name == BASE else model_encoder(name)
+    if name != BASE:
+        return model_encoder(name)
+    assert model is not None
+    return base_encoder(model, tokenizer, identity)
 
 
 def base_encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str) -> MeanEncoder:
@@ -164,6 +169,12 @@ def model_encoder(name: str) -> MeanEncoder:
     size = int(model.config.hidden_size)
     inner = model.get_encoder() if model.config.is_encoder_decoder else model
     return MeanEncoder(name, size, _identity(folder), inner, tokenizer, longest)
+
+
+def full_name(name: str) -> str:
+    """The name of an encoder that means the same wherever the command runs: a folder with its whole path."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if name not in (BASE, MINILM) and folder.is_dir() else name
 
 
 def encoder_folder(name: str) -> Path:

@@ -10,7 +10,8 @@ import pytest
 from eval_helpers import Run, foreign
 from library_helpers import Made, silent
 
-from dynlora_cli.library.add import Addition, add
+from dynlora_cli.library.add import add
+from dynlora_cli.library.addition import Addition
 from dynlora_cli.models.quiet import quiet
 
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.library import add as adding
-from dynlora_cli.library.add import Addition, add
+from dynlora_cli.library.add import add
+from dynlora_cli.library.addition import Addition
 from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.keys import Keys
 from dynlora_cli.library.library import PENDING, Library, library_for_writing
