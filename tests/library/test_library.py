@@ -17,7 +17,7 @@ from dynlora_cli.library.add import add
 from dynlora_cli.library.addition import Addition
 from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.keys import Keys
-from dynlora_cli.library.library import PENDING, Library, library_for_writing
+from dynlora_cli.library.library import EMPTY, PENDING, Library, library_for_writing
 
 
 def add_other(made: Made, **options: object) -> None:
@@ -101,6 +101,34 @@ def test_a_killed_addition_is_put_in_order(made: Made):
     with library_for_writing(made.root):
         pass
     assert contents(made.root) == before
+
+
+def test_a_killed_removal_is_put_in_order(made: Made):
+    with library_for_writing(made.root) as library:
+        library._begin("first")
+        library._write(**dict(EMPTY))
+    assert (made.root / "keys" / "first.npy").is_file()
+    with library_for_writing(made.root):
+        pass
+    assert list(contents(made.root)) == ["library.json"]
+
+
+def test_a_removal_killed_at_its_start_has_not_been(made: Made):
+    before = contents(made.root)
+    with library_for_writing(made.root) as library:
+        library._begin("first")
+    with library_for_writing(made.root):
+        pass
+    assert contents(made.root) == before
+
+
+def test_what_is_written_as_pending_is_no_path(made: Made):
+    (made.root.parent / "up.npy").write_text("mine")
+    (made.root / PENDING).write_text("../../up")
+    with library_for_writing(made.root):
+        pass
+    assert (made.root.parent / "up.npy").read_text() == "mine"
+    assert not (made.root / PENDING).exists()
 
 
 def test_the_same_adapter_twice_is_refused(made: Made):
