@@ -54,9 +54,21 @@ Tasks = Annotated[
 Limit = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Documents of each task at most.", show_default=False)
 ]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE",
+        help="Other rows: what was forgotten of them, against the base. Repeatable.",
+        show_default=False,
+    ),
+]
 FailAbove = Annotated[
-    float | None,
-    typer.Option(metavar="X", help="Exit 4 if an adapter's held-out loss is higher.", show_default=False),
+    list[str] | None,
+    typer.Option(
+        metavar="X",
+        help="Exit 4 if a held-out loss is higher; forgetting=X: if more is forgotten.",
+        show_default=False,
+    ),
 ]
 FailBelow = Annotated[
     list[str] | None,
@@ -87,6 +99,7 @@ def evaluate(
     recipe: RecipeFile = None,
     adapter: Adapters = None,
     data: Data = None,
+    also: Also = None,
     base: Base = None,
     trust_remote_code: Trust = False,
     no_base: NoBase = False,
@@ -108,11 +121,12 @@ def evaluate(
         from dynlora_cli.commands import preflight
 
         thresholds = read_thresholds(
-            fail_above=fail_above, fail_below=fail_below or (), baseline=baseline, max_regression=max_regression
+            fail_above=fail_above or (), fail_below=fail_below or (), baseline=baseline, max_regression=max_regression
         )
+        others = _other_rows(also or [], no_base)
         names = _task_names(tasks, limit)
         folders, rows = _what_is_meant(recipe, adapter or [], data)
-        preflight.adapters(folders, base, rows)
+        preflight.adapters(folders, base, rows, others)
         from dynlora_cli.cli.views.evaluation import show_evaluation
         from dynlora_cli.commands import evaluate as command
         from dynlora_cli.config.load import load_recipe
@@ -123,6 +137,7 @@ def evaluate(
             trust_remote_code=trust_remote_code or (load_recipe(recipe).model if recipe else False),
             with_base=not no_base,
             max_samples=max_samples,
+            also=others,
             generate=generate,
             samples=samples,
             tasks=names,
@@ -163,6 +178,25 @@ def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None)
             f"{recipe}: there is no run in {made} yet", f"dynlora train {recipe}, or name an adapter with --adapter"
         )
     return adapters or [made], data or recipe
+
+
+def _other_rows(texts: list[str], no_base: bool) -> dict[str, Path]:
+    """The files of `--also` by their names.
+
+    Raises:
+        UsageError: one is not written NAME=FILE, two have one name, or there is nothing to compare with.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = (part.strip() for part in text.partition("="))
+        if not (name and equals and file):
+            raise UsageError(f"--also {text} must be written NAME=FILE", "for example --also general=general.jsonl")
+        if name in found:
+            raise UsageError(f"--also: two sets are called {name}", "give each a name of its own")
+        found[name] = Path(file)
+    if found and no_base:
+        raise UsageError("--also compares with the base model, which --no-base leaves out", "leave one of them out")
+    return found
 
 
 def _task_names(tasks: str | None, limit: int | None) -> list[str]:

@@ -16,7 +16,7 @@ DEFAULT_REGRESSION = "1%"
 
 def read_thresholds(
     *,
-    fail_above: float | None = None,
+    fail_above: Iterable[str] = (),
     fail_below: Iterable[str] = (),
     baseline: Path | None = None,
     max_regression: str | None = None,
@@ -24,7 +24,7 @@ def read_thresholds(
     """Thresholds as a person writes them.
 
     Args:
-        fail_above: a loss.
+        fail_above: each a loss, as a number or `loss=X`; or `forgetting=X`, or `forgetting:SET=X`.
         fail_below: `METRIC=X` texts.
         baseline: a file made by --json.
         max_regression: `1%` or `0.01`; None: 1 %.
@@ -34,14 +34,30 @@ def read_thresholds(
     """
     if max_regression is not None and baseline is None:
         raise UsageError("--max-regression needs something to compare with", "add --baseline REPORT.json")
-    if fail_above is not None and not math.isfinite(fail_above):
-        raise UsageError(f"--fail-above {fail_above} is no loss", "for example --fail-above 2.1")
+    most = dict(_most(text) for text in fail_above)
     return Thresholds(
-        fail_above=fail_above,
+        fail_above=most.pop("loss", None),
+        forgetting={name.removeprefix("forgetting").removeprefix(":"): limit for name, limit in most.items()},
         fail_below=dict(_bound(text) for text in fail_below),
         baseline=Baseline.read(baseline) if baseline is not None else None,
         max_regression=_regression(max_regression or DEFAULT_REGRESSION),
     )
+
+
+def _most(text: str) -> tuple[str, float]:
+    """What `--fail-above` limits, and the limit; a bare number is of the loss."""
+    number, example = text.strip(), "for example --fail-above 2.1, or --fail-above forgetting=0.05"
+    what, equals, value = (part.strip() for part in number.rpartition("="))
+    what = what if equals else "loss"
+    if what not in ("loss", "forgetting") and not what.startswith("forgetting:"):
+        raise UsageError(f"--fail-above {text}: it limits loss or forgetting, not {what!r}", example)
+    try:
+        limit = float(value)
+    except ValueError:
+        raise UsageError(f"--fail-above {text}: {value!r} is no number", example) from None
+    if not math.isfinite(limit):
+        raise UsageError(f"--fail-above {text} is no {'loss' if what == 'loss' else 'limit'}", example)
+    return what, limit
 
 
 def _bound(text: str) -> tuple[str, float]:

@@ -15,6 +15,7 @@ from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.evaluation import generation
 from dynlora_cli.evaluation.comparable import base_has_rows, compare_templates, one_base, strangers
+from dynlora_cli.evaluation.forgetting import compare_with_base, find_sets, other_precision
 from dynlora_cli.evaluation.lm_eval import Harness
 from dynlora_cli.evaluation.measure import Measure, has_answer
 from dynlora_cli.evaluation.options import Options
@@ -63,31 +64,32 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     notes += strangers(adapters, names, rows, read_as, own=data is None)
     notes += other_forms(adapters, names)
     notes += compare_templates(adapters, names, tokenizer, rows, options.allow_template_mismatch)
-    with_base = base_has_rows(adapters, names, place, rows, int(tokenizer.pad_token_id), notes) and options.with_base
+    pad = int(tokenizer.pad_token_id)
+    with_base = base_has_rows(adapters, names, place, rows.examples, pad, notes) and options.with_base
+    sets = find_sets(adapters, names, place, tokenizer, options, notes)
     prompts, scored = _prompts(rows, tokenizer, options, notes)
     options.thresholds.refuse_unmeasured(*_measured(rows, scored))
     targets = sum(example.supervised() for example in rows.examples)
     options.thresholds.refuse_other_rows(len(rows.examples), targets, rows.sha256, names)
-    harness = None
-    if options.tasks:
-        if auto_name(place.options) != CAUSAL:
-            raise UsageError(
-                f"--tasks are for causal-lm, and {names[0]} is for {adapters[0].task}", "leave out --tasks"
-            )
-        harness = Harness(options.tasks, limit=options.limit, batch_size=rows.micro_batch_size)
+    harness = _harness(adapters[0], names[0], place, options, rows)
 
     tell(f"{counted(len(rows.examples), 'row')}, {counted(targets, 'target')}: {rows.source}")
     base = base_in_memory(adapters[0], place, tokenizer)
     measure = Measure(base, rows, prompts, scored, harness)
     found: dict[str, Found] = {}
-    if with_base and has_answer(base, notes):
+    answers = (with_base or options.also) and has_answer(base, notes)
+    if with_base and answers:
         tell("measuring the base model")
         found[BASE] = measure(BASE)
+    compare_with_base(sets, base, options.thresholds, answers=bool(answers))
+    forgotten: list[dict[str, Any]] = []
     for name, adapter in zip(names, adapters, strict=True):
         tell(f"measuring {name} ({adapter.folder})")
         with attached(base.model, adapter):
             found[name] = measure(name)
-    report = make_report(adapters, names, rows, found, notes)
+            forgotten.append(sets[name].compared(base))
+        notes += other_precision(adapter, name, sets[name], base)
+    report = make_report(adapters, names, rows, found, forgotten, notes)
     scored_references = sum(len(prompt.references) for prompt in prompts[:scored])
     report["generated"] = {"prompts": scored, "references": scored_references}
     report["samples"] = side_by_side(prompts[: options.samples], found)
@@ -121,6 +123,19 @@ def _rows(
             task=tasks.of(place.options),
             notes=[f"{error.message}, so only tasks are run; for a loss: --data"],
         )
+
+
+def _harness(adapter: Adapter, name: str, place: Place, options: Options, rows: Rows) -> Harness | None:
+    """What runs the tasks, if any are asked for.
+
+    Raises:
+        UsageError: the adapters are not for tasks.
+    """
+    if not options.tasks:
+        return None
+    if auto_name(place.options) != CAUSAL:
+        raise UsageError(f"--tasks are for causal-lm, and {name} is for {adapter.task}", "leave out --tasks")
+    return Harness(options.tasks, limit=options.limit, batch_size=rows.micro_batch_size)
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:

@@ -6,7 +6,7 @@ name is misspelt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,21 +49,26 @@ def training(
                 tables(source, [], held_out=held_out)
     for also in recipe.eval.also or ():
         if is_local(also.path):
-            with _of_set(also.name):
+            with _named(f"eval.also, {also.name}"):
                 tables(also.source, [], held_out=True)
 
 
 @contextmanager
-def _of_set(name: str) -> Iterator[None]:
-    """Errors of this block say which set of `eval.also` they are of."""
+def _named(what: str) -> Iterator[None]:
+    """Errors of this block say which rows they are of."""
     try:
         yield
     except (UsageError, DataError) as error:
         message = error.message.removeprefix("dataset: ")
-        raise type(error)(f"eval.also, {name}: {message}", error.hint) from None
+        raise type(error)(f"{what}: {message}", error.hint) from None
 
 
-def adapters(folders: Iterable[Path], base_name: str | None = None, data: Path | None = None) -> list[Path]:
+def adapters(
+    folders: Iterable[Path],
+    base_name: str | None = None,
+    data: Path | None = None,
+    also: Mapping[str, Path] | None = None,
+) -> list[Path]:
     """Check that adapters are there, and their base and the rows to look at where these are named.
 
     Returns:
@@ -77,6 +82,10 @@ def adapters(folders: Iterable[Path], base_name: str | None = None, data: Path |
         base(base_name)
     if data is not None and data.suffix.lower() not in RECIPES and is_local(str(data)):
         tables(Source(path=str(data)), [], held_out=True)
+    for name, file in (also or {}).items():
+        if file.suffix.lower() not in RECIPES and is_local(str(file)):
+            with _named(f"--also {name}"):
+                tables(Source(path=str(file)), [], held_out=True)
     return found
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from dynlora_cli.data.load import load_data
 from dynlora_cli.data.sources import BUILTIN
-from dynlora_cli.errors import DataError
+from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.evaluation.rows import as_trained, of_file
 from dynlora_cli.text import counted
 
@@ -102,13 +102,30 @@ def row_sets(recipe: Recipe, reading: Reading, notes: list[str], *, trained: Col
     """
     known, sets = set(trained), []
     for also in recipe.eval.also or ():
-        examples, prompts = _read(also, recipe, reading, notes)
-        picked = picks(examples, also.rows)
-        sets.append(RowSet.of(also.name, [examples[index] for index in picked]))
-        if shared := sum(prompts[index] in known for index in picked):
-            text = f"{also.name}: {shared} of {counted(len(picked), 'row')} have a prompt that is also trained on"
+        rows, prompts = _slice(also.name, *_read(also, recipe, reading, notes), also.rows)
+        sets.append(rows)
+        if shared := sum(prompt in known for prompt in prompts):
+            text = f"{also.name}: {shared} of {counted(len(prompts), 'row')} have a prompt that is also trained on"
             notes.append(f"{text}, so forgetting looks smaller than it is")
     return sets
+
+
+def row_set(name: str, recipe: Recipe, reading: Reading) -> RowSet:
+    """One of the sets of a run, as its rows are now.
+
+    Raises:
+        UsageError, DataError, MachineError: it cannot be read.
+    """
+    for also in recipe.eval.also or ():
+        if also.name == name:
+            return _slice(name, *_read(also, recipe, reading, []), also.rows)[0]
+    raise UsageError("its recipe has no such set")
+
+
+def _slice(name: str, examples: list[Example], prompts: list[bytes], most: int) -> tuple[RowSet, list[bytes]]:
+    """A set of at most so many of the rows, and their prompts."""
+    picked = picks(examples, most)
+    return RowSet.of(name, [examples[index] for index in picked]), [prompts[index] for index in picked]
 
 
 def picks(examples: Sequence[Example], most: int) -> list[int]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynlora_cli.adapters.adapter import Adapter
+    from dynlora_cli.data.examples import Example
 
 
 ONE_BASE = "evaluate them one by one; only numbers on one base compare"
@@ -98,7 +99,12 @@ def strangers(
 
 
 def base_has_rows(
-    adapters: Sequence[Adapter], names: Sequence[str], place: Place, rows: Rows, pad: int, notes: list[str]
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
+    place: Place,
+    examples: Sequence[Example],
+    pad: int,
+    notes: list[str],
 ) -> bool:
     """Whether the base's table has a row for every token of these rows; a note where only the adapters' own have.
 
@@ -106,9 +112,9 @@ def base_has_rows(
         UsageError: the table of an adapter, its own or the base's, has not.
     """
     table = place.files.table_rows
-    texts = [ids for example in rows.examples for ids in example.texts]
+    texts = [ids for example in examples for ids in example.texts]
     needed = 1 + max((max(ids, default=0) for ids in texts), default=0)
-    needed = max(needed, pad + 1) if rows.examples else 0
+    needed = max(needed, pad + 1) if examples else 0
     if table is None or needed <= table:
         return True
     hold = f"these texts hold tokens up to number {needed - 1}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynlora_cli.evaluation.thresholds import Thresholds
@@ -21,6 +22,7 @@ class Options:
         trust_remote_code: code that comes with the base may run; or the model of the person's recipe, see find_base.
         with_base: measure the base model too.
         max_samples: rows at most; None: as the recipe says of its own rows, and all of a file.
+        also: further files by name: what was forgotten of them, against the base model.
         generate: prompts to answer; 0: none; None: 32 where there are prompts and the packages for it.
         samples: generated answers to show.
         tasks: of lm-evaluation-harness: names, or paths of task files.
@@ -33,6 +35,7 @@ class Options:
     trust_remote_code: bool | Model = False
     with_base: bool = True
     max_samples: int | None = None
+    also: Mapping[str, Path] = field(default_factory=dict)
     generate: int | None = None
     samples: int = 0
     tasks: Sequence[str] = ()

@@ -30,7 +30,12 @@ class Found:
 
 
 def make_report(
-    adapters: Sequence[Adapter], names: Sequence[str], rows: Rows, found: dict[str, Found], notes: list[str]
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
+    rows: Rows,
+    found: dict[str, Found],
+    forgotten: Sequence[dict[str, Any]],
+    notes: list[str],
 ) -> dict[str, Any]:
     """All numbers, as --json prints them.
 
@@ -39,6 +44,7 @@ def make_report(
         names: of the adapters.
         rows: that the losses were measured on.
         found: by name, what differences are taken to first: `BASE`, or the first adapter.
+        forgotten: of each adapter: also and forgetting.
         notes: for the person.
     """
     tasks = sorted({task for each in found.values() for task in each.tasks})
@@ -56,8 +62,9 @@ def make_report(
                 "folder": str(adapter.folder),
                 **_numbers(found[name]),
                 "difference": _difference(found, name),
+                **lost,
             }
-            for name, adapter in zip(names, adapters, strict=True)
+            for name, adapter, lost in zip(names, adapters, forgotten, strict=True)
         ],
         "best": _best(found, names),
         "tasks": {task: {name: each.tasks[task] for name, each in found.items()} for task in tasks},

@@ -78,12 +78,14 @@ class Thresholds:
 
     Attributes:
         fail_above: highest held-out loss allowed, nats per target.
+        forgetting: most that may be forgotten, nats per target, by name of the set; "" stands for every set.
         fail_below: lowest value allowed, by metric.
         baseline: losses to compare with.
         max_regression: how much higher than there a loss may be, as a share of it.
     """
 
     fail_above: float | None = None
+    forgetting: dict[str, float] = field(default_factory=dict)
     fail_below: dict[str, float] = field(default_factory=dict)
     baseline: Baseline | None = None
     max_regression: float = 0.0
@@ -104,6 +106,24 @@ class Thresholds:
             if metric not in measured:
                 there = ", ".join(name for name in METRICS if name in measured) or "none"
                 raise UsageError(f"--fail-below {metric}: not measured here: {why}", f"measured here: {there}")
+
+    def refuse_unforgotten(self, measured: Mapping[str, Collection[str]]) -> None:
+        """Refuse a threshold for a set that will not be measured.
+
+        Args:
+            measured: by name of the adapter: names of its sets.
+
+        Raises:
+            UsageError: names the set and what there is.
+        """
+        for limit in self.forgetting:
+            for adapter, sets in measured.items():
+                if not sets or (limit and limit not in sets):
+                    raise UsageError(
+                        f"--fail-above {_gate(limit)}: not measured for {adapter}, which has "
+                        f"{'the sets ' + ', '.join(sets) if sets else 'no rows of other kinds'}",
+                        "name rows with --also NAME=FILE, or train with eval.also",
+                    )
 
     def refuse_other_rows(self, rows: int, tokens: int, data_sha256: str, names: Sequence[str]) -> None:
         """Refuse a baseline that was measured on something else.
@@ -135,6 +155,7 @@ class Thresholds:
             name, loss = adapter["name"], adapter["loss"]
             if self.fail_above is not None and not loss <= self.fail_above:
                 failed.append(f"{name}: held-out loss {number(loss)} is above --fail-above {self.fail_above:g}")
+            failed += self._forgotten(adapter)
             for metric, least in self.fail_below.items():
                 if not adapter[metric] >= least:
                     failed.append(f"{name}: {metric} {number(adapter[metric])} is below --fail-below {least:g}")
@@ -146,3 +167,18 @@ class Thresholds:
                         f"{number(then)}; --max-regression allows {percent(self.max_regression)}"
                     )
         return failed
+
+    def _forgotten(self, adapter: Mapping[str, Any]) -> list[str]:
+        """One sentence for each set of which an adapter has forgotten too much."""
+        who = adapter["name"]
+        return [
+            f"{who}: forgetting on {name} is {one['forgetting']:.4f}, above --fail-above {_gate(gate)}={most:g}"
+            for gate, most in self.forgetting.items()
+            for name, one in adapter["also"].items()
+            if gate in ("", name) and not one["forgetting"] <= most
+        ]
+
+
+def _gate(name: str) -> str:
+    """How the threshold of a set is written."""
+    return f"forgetting:{name}" if name else "forgetting"

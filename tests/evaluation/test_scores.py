@@ -111,7 +111,11 @@ def test_always_the_same_class_and_a_class_that_never_occurs():
         ({"fail_below": ["accuracy=high"]}, "no number"),
         ({"fail_below": ["accuracy=80"]}, "goes up to 1"),
         ({"fail_below": ["bleu=nan"]}, "goes up to 100"),
-        ({"fail_above": float("nan")}, "no loss"),
+        ({"fail_above": ["nan"]}, "no loss"),
+        ({"fail_above": ["high"]}, "no number"),
+        ({"fail_above": ["forgetting=much"]}, "no number"),
+        ({"fail_above": ["forgetting=inf"]}, "no limit"),
+        ({"fail_above": ["accuracy=0.5"]}, "not 'accuracy'"),
         ({"max_regression": "1%"}, "--baseline"),
     ],
 )
@@ -158,8 +162,8 @@ def test_a_baseline_of_other_rows_or_adapters(tmp_path: Path):
 
 def test_what_fails(tmp_path: Path):
     baseline = report(tmp_path / "a.json", a=2.0, b=2.0)
-    thresholds = read_thresholds(fail_above=2.05, fail_below=["f1=0.5"], baseline=baseline, max_regression="2%")
-    good, bad = {"name": "a", "loss": 2.03, "f1": 0.5}, {"name": "b", "loss": 2.1, "f1": 0.4}
+    thresholds = read_thresholds(fail_above=["2.05"], fail_below=["f1=0.5"], baseline=baseline, max_regression="2%")
+    good, bad = {"name": "a", "loss": 2.03, "f1": 0.5, "also": {}}, {"name": "b", "loss": 2.1, "f1": 0.4, "also": {}}
     assert thresholds.failures([good]) == []
     above, below, worse = thresholds.failures([good, bad])
     assert above == "b: held-out loss 2.1000 is above --fail-above 2.05"

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynlora_cli import plugins
-from dynlora_cli.cli.views.console import Console
+from dynlora_cli.cli.views.console import Console, plain_table
 from dynlora_cli.cli.views.progress import middle_cut, printable
 from dynlora_cli.text import count, counted, number, percent
 
@@ -53,6 +53,9 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     if report["best"] and len(report["adapters"]) > 1:
         best = report["best"]
         console.line(_verdict(best["name"], best["next"], best["difference"], unit))
+    if any(adapter["also"] for adapter in report["adapters"]):
+        console.line()
+        console.show(_forgetting(report))
     if report["tasks"]:
         console.line()
         console.show(_tasks(report))
@@ -132,6 +135,18 @@ def _verdict(name: str, other: str, difference: Mapping[str, float], unit: str) 
         f"{amount} ",
         (f"(95 % interval {interval})", "label"),
     )
+
+
+def _forgetting(report: Mapping[str, Any]) -> Table:
+    """What each adapter does on rows of other kinds; what is above 0 was forgotten."""
+    table = plain_table("", "also measured", "rows", "before", "after", "forgetting", "compared with")
+    for adapter in report["adapters"]:
+        for at, (name, one) in enumerate(adapter["also"].items()):
+            lost = Text(f"{one['forgetting']:+.4f}", style="bad" if one["forgetting"] > 0 else "good")
+            losses = number(one["before"]), number(one["after"])
+            who = "" if at else _short(adapter["name"])
+            table.add_row(who, _short(name), count(one["rows"]), *losses, lost, one["to"])
+    return table
 
 
 def _tasks(report: Mapping[str, Any]) -> Table:
