@@ -122,7 +122,9 @@ def test_rows_that_are_gone_or_others(trained: Run, copied: Path, dynlora_eval: 
 def test_a_pruned_adapter_is_compared_with_what_was_before_training(
     trained: Run, tmp_path: Path, dynlora_eval: Eval, dynlora: Eval
 ):
-    pruned = dynlora("prune", "--adapter", trained.folder, "--budget", "0.5", "--out", tmp_path / "small", "--no-measure")
+    pruned = dynlora(
+        "prune", "--adapter", trained.folder, "--budget", "0.5", "--out", tmp_path / "small", "--no-measure"
+    )
     assert pruned.code == 0, pruned.err
     answer = dynlora_eval("--adapter", tmp_path / "small", "--generate", 0, "--json")
     found = answer.json["adapters"][0]["also"]["sums"]
