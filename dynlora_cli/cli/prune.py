@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,10 +11,18 @@ from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 
 BudgetText = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="8|0.5|2M|auto",
         help="An average rank, a share of the parameters, a number of them, or as few as --tolerance allows.",
+        show_default=False,
+    ),
+]
+Born = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RUN",
+        help="Instead of a budget: take out what this run put in, by its name, its id or its folder. Repeatable.",
         show_default=False,
     ),
 ]
@@ -43,8 +51,9 @@ Seed = Annotated[int, typer.Option(help="Of policies that draw lots.")]
 
 def prune(
     adapter: AdapterPath,
-    budget: BudgetText,
     out: Out,
+    budget: BudgetText = None,
+    born: Born = None,
     policy: Policy = "magnitude",
     set_: PlugInOptions = None,
     data: Data = None,
@@ -58,39 +67,63 @@ def prune(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a trained adapter smaller."""
+    """Make a trained adapter smaller, or take one of its updates out again."""
     with reporting(as_json) as result:
-        from dynlora_cli import plugins
-        from dynlora_cli.cli.values import choice, share, size
         from dynlora_cli.commands import preflight
-        from dynlora_cli.config.options import given
         from dynlora_cli.runs.folder import refuse_occupied
 
-        wanted, rise = size(budget, "--budget"), share(tolerance, "--tolerance")
-        choice(policy, plugins.names("policies"), "--policy")
-        options = given("policies", policy, set_ or [])
+        _refuse_both(budget, born or [], choosing={"--policy": policy != "magnitude", "--set": bool(set_)})
+        cut = None if budget is None else _cut(budget, policy, set_ or [], tolerance)
         preflight.adapters([adapter], base, data)
         refuse_occupied(out, overwrite=overwrite, option="--out")
         from dynlora_cli.cli.views.adapters import AdapterView
-        from dynlora_cli.commands import prune as command
 
         view = AdapterView(console())
-        request = command.Request(
-            adapter,
-            wanted,
-            out,
-            policy=policy,
-            options=options,
-            data=data,
-            tolerance=rise,
-            heal_steps=heal,
-            base_name=base,
-            trust_remote_code=trust_remote_code,
-            max_samples=max_samples,
-            measure=measure,
-            overwrite=overwrite,
-            seed=seed,
-        )
-        summary = command.run(request, view)
+        common: dict[str, Any] = {
+            "data": data,
+            "heal_steps": heal,
+            "base_name": base,
+            "trust_remote_code": trust_remote_code,
+            "max_samples": max_samples,
+            "measure": measure,
+            "overwrite": overwrite,
+        }
+        if cut is None:
+            from dynlora_cli.commands import retire
+
+            summary = retire.run(retire.Request(adapter, born or [], out, **common), view)
+            view.show_retired(summary)
+        else:
+            from dynlora_cli.commands import prune as command
+
+            summary = command.run(command.Request(adapter, out=out, seed=seed, **cut, **common), view)
+            view.show_pruned(summary)
         result.update(summary)
-        view.show_pruned(summary)
+
+
+def _refuse_both(budget: str | None, born: list[str], choosing: dict[str, bool]) -> None:
+    """Refuse a command that says neither what goes nor how much, or both."""
+    from dynlora_cli.errors import UsageError
+
+    if not budget and not born:
+        raise UsageError(
+            "prune needs to know how much may stay, or whose components go", "give --budget 0.5, say, or --born RUN"
+        )
+    if budget and born:
+        raise UsageError(
+            "--born and --budget are two steps: one takes an update out, the other makes the adapter smaller",
+            "retire first, then prune the folder that --out named",
+        )
+    if born and (useless := [option for option, given in choosing.items() if given]):
+        raise UsageError(f"{useless[0]} chooses components for --budget; --born takes all that a run brought in")
+
+
+def _cut(budget: str, policy: str, options: list[str], tolerance: str) -> dict[str, Any]:
+    """What the options of a cut say, each checked."""
+    from dynlora_cli import plugins
+    from dynlora_cli.cli.values import choice, share, size
+    from dynlora_cli.config.options import given
+
+    wanted, rise = size(budget, "--budget"), share(tolerance, "--tolerance")
+    choice(policy, plugins.names("policies"), "--policy")
+    return {"budget": wanted, "tolerance": rise, "policy": policy, "options": given("policies", policy, options)}

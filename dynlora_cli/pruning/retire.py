@@ -101,10 +101,11 @@ def find(adapter: Adapter, wanted: str) -> list[int]:
     Raises:
         UsageError: none, or of several runs.
     """
-    births = adapter.births
+    births, folder = adapter.births, Path(wanted).expanduser()
+    there = read_record(folder).get("run_id") if wanted and (folder / RECORD).is_file() else None
     ways = (
         lambda birth: wanted in (birth["name"], birth["run"]),
-        lambda birth: Path(wanted).expanduser().resolve() == Path(birth["folder"]).resolve(),
+        lambda birth: birth["run"] == there or folder.resolve() == Path(birth["folder"]).resolve(),
         lambda birth: len(wanted) >= SHORTEST_ID and birth["run"].startswith(wanted),
     )
     found = next((hits for way in ways if (hits := [i for i, birth in enumerate(births) if way(birth)])), [])
@@ -112,8 +113,8 @@ def find(adapter: Adapter, wanted: str) -> list[int]:
     if len(runs) == 1:
         return found
     problem = "several updates are called so" if runs else "no such update"
-    there = "; ".join(dict.fromkeys(_described(birth) for birth in births))
-    raise UsageError(f"--born {wanted}: {problem} in {adapter.folder}", f"name one by its run's id: {there}")
+    known = "; ".join(dict.fromkeys(_described(birth) for birth in births))
+    raise UsageError(f"--born {wanted}: {problem} in {adapter.folder}", f"name one by its run's id: {known}")
 
 
 def _described(birth: Birth) -> str:

@@ -47,6 +47,27 @@ class AdapterView:
         parts += [Text(), Text.assemble(("adapter  ", "label"), summary["output_dir"])]
         self.console.show(Group(*parts))
 
+    def show_retired(self, summary: dict[str, Any]) -> None:
+        """Whether what is left is what there was before, and what changed on the rows of every run."""
+        names = " and ".join(birth["name"] for birth in summary["born"])
+        gone = counted(summary["components_start"] - summary["components"], "component")
+        head = Text.assemble(
+            ("Retired", "bold green"), (f" {names}: {gone}", "head"), (f"   {duration(summary['seconds'])}", "label")
+        )
+        parts: list[RenderableType] = [Text(), head, Text(), Text(printable(summary["words"]))]
+        if summary["rows_by_update"]:
+            parts += [Text(), Text("Held-out loss", style="head"), _by_update(summary["rows_by_update"])]
+        if summary["agreement"]:
+            same, kl = summary["agreement"]["same_choice"], summary["agreement"]["kl"]
+            unrelated = f"on unrelated text: the same choice at {same:.1%} of the positions, KL {kl:.1e} nats"
+            parts += [Text(), Text(unrelated, style="label")]
+        before = {**dict.fromkeys(summary["ranks"], 0), **summary["ranks_before"]}
+        parts += [Text(), rank_map(summary["ranks"], before, self.console.rich.width - 2, 40)]
+        parts += [Text(), Text.assemble(("adapter  ", "label"), summary["output_dir"])]
+        if summary["next"]:
+            parts.append(Text.assemble(("to train what is left for some steps  ", "label"), summary["next"]))
+        self.console.show(Group(*parts))
+
     def show_merged(self, summary: dict[str, Any]) -> None:
         """What was merged, and how well it agrees."""
         if summary["into"] == "adapter":
@@ -182,6 +203,16 @@ def _before_after(summary: dict[str, Any]) -> RenderableType:
     for key in ("parameters", "components"):
         table.add_row(key, count(summary[f"{key}_start"]), count(summary[key]), "")
     table.add_row("update kept", "", percent(summary["energy_kept"]), "of ‖ΔW‖²")
+    return table
+
+
+def _by_update(rows: Sequence[dict[str, Any]]) -> RenderableType:
+    table = plain_table("rows of", "rows", "before", "after", "")
+    for line in rows:
+        name = printable(line["update"]) + (" (retired)" if line["retired"] else "")
+        before, after = line["loss_before"], line["loss_after"]
+        moved = "" if after is None else change(before, after)
+        table.add_row(name, count(line["rows"]), number(before), number(after), moved)
     return table
 
 
