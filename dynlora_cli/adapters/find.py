@@ -5,25 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.place import is_workplace
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, STATE, fault_of, pointed, step_folders
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ORIGIN = "adapter.from"  # the key of a recipe that names an adapter to go on from
 
 
-def find_adapter(path: Path) -> tuple[Path, str | None]:
+def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]:
     """The adapter folder that `path` names, and a sentence about it where it was looked for.
 
     A run's own adapter comes first, then its best and its last checkpoint; a folder that holds no run means the newest
     one below it.
+
+    Args:
+        path: as a person names it.
+        said: the option or key that it was named in.
 
     Raises:
         UsageError: there is none, or several side by side of which none is newer in any sense.
     """
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
-        raise UsageError(f"--adapter {path} {problem}", "name a run folder, or any folder with adapter_config.json")
+        raise UsageError(f"{said} {path} {problem}", "name a run folder, or any folder with adapter_config.json")
     if found := _in_folder(path):
         others = _side_by_side(path)
         if found[1] is None and others and not (path / RECORD).is_file():
@@ -31,7 +37,7 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
         return found
     if len(others := _side_by_side(path)) > 1 and not any(path.rglob(RECORD)):
         raise UsageError(
-            f"{path} holds several adapters side by side: {_names(others)}", f"name one: --adapter {others[0]}"
+            f"{path} holds several adapters side by side: {_names(others)}", f"name one: {said} {others[0]}"
         )
     files = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
     records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
@@ -41,6 +47,37 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
         raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
     raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def find_origin(path: Path, out: Path) -> Path:
+    """The adapter folder that `adapter.from` names, where a run into `out` can go on from it, as far as JSON tells.
+
+    Args:
+        path: as in the recipe.
+        out: the run's output folder.
+
+    Raises:
+        UsageError: there is none, it lies in the folder that the run would replace, or it is no sum of components.
+    """
+    folder, _ = find_adapter(path, ORIGIN)
+    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UsageError(
+            f"{ORIGIN}: {folder} lies in the output folder {out}, which the new run would replace",
+            "name another folder in output_dir: both versions stay, and a later one can leave either of them out",
+        )
+    config = read_object(folder / CONFIG)
+    kind = str(config.get("peft_type")).upper()
+    if config.get("use_dora") or kind == "HIRA":
+        name = "DoRA" if config.get("use_dora") else "HiRA"
+        raise UsageError(
+            f"{ORIGIN}: {folder} is a {name}, whose components do not add up to its update", merge_first(folder)
+        )
+    return folder
+
+
+def merge_first(folder: Path) -> str:
+    """What to do with an adapter that a run cannot go on from."""
+    return f"merge it into the base first, and train on that: dynlora merge --adapter {folder} --out FOLDER"
 
 
 def _side_by_side(path: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from dynlora_cli.training.batches import make_batches, total_steps
 from dynlora_cli.training.components import attach, left_out, plan_ranks
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
+from dynlora_cli.training.origin import Begun, read_origin, tell
 from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_short
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if not plugins.load("variants", recipe.adapter.variant).has_components:
         return found | _memory(recipe, base, data, modes)
     data.notes += left_out(base, recipe.adapter)
-    targets, start = plan_ranks(recipe.adapter, recipe.rank, base)
+    begun = read_origin(recipe, base, data)
+    targets, start = plan_ranks(recipe.adapter, recipe.rank, base, begun)
+    data.notes += tell(begun, start, recipe) if begun else []
     if recipe.rank.allocation != "uniform":
         data.notes.append(f"rank.allocation: {recipe.rank.allocation} needs the model's data; shown is uniform")
     found["modules"] = [
@@ -66,10 +69,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found["parameters"].update(start=start.parameters, budget=start.limit)
     data.notes += too_short(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
-    return found | _memory(recipe, base, data, modes)
+    return found | _memory(recipe, base, data, modes, begun)
 
 
-def _memory(recipe: Recipe, base: Base, data: Data, modes: execution.Modes) -> dict[str, Any]:
+def _memory(
+    recipe: Recipe, base: Base, data: Data, modes: execution.Modes, begun: Begun | None = None
+) -> dict[str, Any]:
     """The memory that the run will need, or a note why nobody knows; `base` is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
@@ -77,7 +82,7 @@ def _memory(recipe: Recipe, base: Base, data: Data, modes: execution.Modes) -> d
     ids = (recipe.train.micro_batch_size, length)
 
     def trained() -> Trained:
-        what, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed)
+        what, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed, begun)
         modes.apply(base.model, what)
         return what
 

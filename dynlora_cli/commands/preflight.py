@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynlora_cli.adapters.find import find_adapter
+from dynlora_cli.adapters.find import find_adapter, find_origin
 from dynlora_cli.config.load import RECIPES
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
@@ -38,6 +38,8 @@ def training(
     if resume_from and not resume_from.is_dir():
         example = "name a folder such as out/name/checkpoints/step-100"
         raise UsageError(f"--resume-from: no complete checkpoint: there is no folder {resume_from}", example)
+    if recipe.adapter.origin and not (resume or resume_from):
+        find_origin(Path(recipe.adapter.origin), folder)
     if resume or resume_from:
         same_recipe(run_folder.run_of(resume_from) if resume_from else folder, recipe)
     elif writes:

@@ -52,7 +52,7 @@ def run(
         also = read_also(recipe, files, data)
         base = read_base(recipe, files, data, session.accelerator.device, modes)
         variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
-        trained, start = begin(recipe, variant, base, data, session.accelerator, session.first_counts)
+        trained, start = begin(recipe, variant, base, data, session.accelerator, session.begun)
         modes.apply(base.model, trained)
         training = make_run(
             recipe, session.accelerator, base, data, trained, start, modes, save=session.save, also=also

@@ -111,10 +111,12 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
         for key in ("steps", "early_stopping_patience"):
             if getattr(recipe.eval, key) is not None:
                 yield Conflict(f"eval.{key}", "dataset.val_size", "needs `dataset.val`, or `dataset.val_size` above 0")
+    yield from _origin_conflicts(recipe)
     yield from _start_conflicts(recipe, [conflict for conflict in of_task if conflict not in of_data])
     budget = rank.parsed_budget()
     saved = 2 if recipe.adapter.init_weights == "pissa" else 1  # rank of a component in the files
-    if isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value:
+    short = isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value
+    if short and recipe.adapter.origin is None:  # whose components may be more than rank.init
         yield Conflict(
             "rank.init", "rank.budget", f"got {rank.init}, below the budget {budget.value}; pruning only removes"
         )
@@ -175,6 +177,24 @@ def _variant_conflicts(recipe: Settings) -> Iterator[Conflict]:
             yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
     if adapter.scaling == "rslora" and adapter.alpha == "auto":
         yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
+
+
+def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What does not go with components that are there already, or with none."""
+    adapter = recipe.adapter
+    if adapter.origin is None:
+        if adapter.old != "tune":
+            yield Conflict("adapter.old", "adapter.from", "there are none; name their adapter in `adapter.from`")
+        return
+    if adapter.variant != "lora":
+        text = f"variant {adapter.variant} cannot begin with components of a LoRA; write `variant: lora`"
+        yield Conflict("adapter.variant", "adapter.from", text)
+    if adapter.init_weights in ("pissa", "loftq"):
+        text = f"{adapter.init_weights} is a start from the base alone; write `default`, `orthogonal` or `eva`"
+        yield Conflict("adapter.init_weights", "adapter.from", text)
+    if recipe.rank.allocation != "uniform":
+        text = "the layers have components already, which say where they are needed; write `allocation: uniform`"
+        yield Conflict("rank.allocation", "adapter.from", text)
 
 
 def _start_conflicts(recipe: Settings, of_task: list[Conflict]) -> Iterator[Conflict]:

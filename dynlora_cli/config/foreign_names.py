@@ -237,6 +237,9 @@ metric_for_best_model             transformers   -the best state is the one with
 load_best_model_at_end            transformers   -with `eval.early_stopping_patience` the best state is what is saved
 out_dir                           litgpt         output_dir
 adapter_path                      mlx-lm         output_dir
+resume_adapter_file               mlx-lm         adapter.from
+lora_model_dir                    axolotl        adapter.from
+adapter_name_or_path              LLaMA-Factory  adapter.from
 overwrite_output_dir              transformers   -give `--overwrite` on the command line
 resume_from_checkpoint            transformers   -give `--resume` on the command line
 auto_resume_from_checkpoints      axolotl        -give `--resume` on the command line

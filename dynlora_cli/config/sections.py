@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model
 
 from dynlora_cli import plugins
 from dynlora_cli.config.budget import MAX_RANK, Budget, parse_budget
@@ -109,8 +109,19 @@ class Dataset(Section):
     """A Jinja template or its file; null: the tokenizer's own."""
 
 
-class Adapter(Section):
+# `from` is a word of Python, so no class body can have it as a field.
+_AdapterFrom = create_model(
+    "_AdapterFrom",
+    __base__=Section,
+    **{"from": (HomePath | None, Field(default=None, description="An adapter to go on from: its folder; null: none."))},  # type: ignore[call-overload]
+)
+
+
+class Adapter(_AdapterFrom):
     """Where the components sit and how they act."""
+
+    old: Literal["tune", "freeze"] = "tune"
+    """What becomes of the components of `from`: they train on, or stay as they are; the budget is for old and new."""
 
     variant: Annotated[str, PlugIn("variants")] = "lora"
     """How a layer uses its components: a file name in dynlora_cli/lora/variants."""
@@ -130,6 +141,11 @@ class Adapter(Section):
     """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
     init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq"] = "default"
     """Start of A and B; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/lora/init.py."""
+
+    @property
+    def origin(self) -> str | None:
+        """The key `from`."""
+        return getattr(self, "from")
 
     @property
     def names_experts(self) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def write_start(pool: Pool, kind: str, base: Base, options: Model, inputs: Mapping[str, Directions], seed: int) -> None:
-    """Write the first values of the components into a new pool.
+    """Write the first values of the components into a new pool; those that came from an adapter stay.
 
     Args:
         pool: on the base, with the default's values.
@@ -50,9 +50,11 @@ def write_start(pool: Pool, kind: str, base: Base, options: Model, inputs: Mappi
     files = _files(options, base) if kind == "loftq" else None
     for name, layer in pool.layers.items():
         if kind == "orthogonal":
-            layer.a_CI.copy_(orthogonal_start(layer.count, layer.in_features, generator))
+            new_CI = layer.a_CI[layer.old :]
+            new_CI.copy_(orthogonal_start(len(new_CI), layer.in_features, generator))
         elif kind == "eva":
-            layer.a_CI.copy_(orthonormal_rows(inputs[name].scaled_CI[: layer.count], layer.count, generator))
+            new_CI = layer.a_CI[layer.old :]
+            new_CI.copy_(orthonormal_rows(inputs[name].scaled_CI[: len(new_CI)], len(new_CI), generator))
         elif isinstance(layer, RelativeLinear):
             layer.begin_at(*principal_factors(dense_weight(layer.base), layer.count, layer.scale))
         elif files is not None:

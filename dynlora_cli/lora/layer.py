@@ -123,6 +123,14 @@ class ComponentLinear(nn.Module):
         """The scores by which this layer's components compete, from those of a policy. [C]"""
         return scores_C
 
+    def mark_held(self, a_CI: Tensor, b_OC: Tensor) -> None:
+        """Mark the numbers that do not train where old components are held.
+
+        Args:
+            a_CI, b_OC: shaped as the leaves, boolean; false all over.
+        """
+        a_CI[: self.old], b_OC[:, : self.old] = True, True
+
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before optimizer step `step` (from 1)."""
 

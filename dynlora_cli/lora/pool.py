@@ -65,6 +65,7 @@ class Pool:
         values: the flat tensor [P], a parameter for the optimizer to step; its `.grad` is the flat gradient.
         counts: components alive in each layer, by name.
         a_frozen: no A trains (LoRA-FA).
+        holds_old: components that came from `adapter.from` do not train; see `held_P`.
         joined: compiled blocks train the cast copies instead of the leaves; see `cast_with`.
         copies_stay: the cast copies keep their memory address from pass to pass, for CUDA graphs.
         sharing: groups of layers that compute together; see lora/shared_inputs.py.
@@ -82,7 +83,8 @@ class Pool:
         device: torch.device | str = "cpu",
     ) -> None:
         self.layers = dict(layers)
-        self.a_frozen = False
+        self.a_frozen = self.holds_old = False
+        self._held_P: Tensor | None = None
         self.joined = False
         self.copies_stay = False
         self._copy_P: Tensor | None = None
@@ -139,7 +141,7 @@ class Pool:
         """
         self.refuse_live_graphs()
         self._forget_copies()
-        self._copy_P = None
+        self._copy_P = self._held_P = None
         self.counts = dict(counts)
         self.values = nn.Parameter(values_P)
         self.values.grad = torch.zeros_like(values_P)
@@ -180,16 +182,29 @@ class Pool:
         """Give A and B rates of their own for the optimizer's step inside the block: B `b_rate` times that of A.
 
         A and B are one tensor with one rate, so the step is scaled afterwards. That is the same, as a step of AdamW is
-        proportional to the learning rate, weight decay included. A frozen A is put back: it has no gradient, but weight
-        decay would move it.
+        proportional to the learning rate, weight decay included. A frozen A is put back, and so are the numbers of
+        `held_P`: they have no gradient, but weight decay would move them.
 
         Source: LoRA+, arXiv 2402.12354, which gives B the higher rate.
         """
+        held_P = self.held_P
+        all_before = None if held_P is None else self.values.detach().clone()
         rates = 0.0 if self.a_frozen else 1.0, b_rate
         changed = [(half, half.clone(), rate) for half, rate in zip(self.halves(), rates, strict=True) if rate != 1]
         yield
         for half, before, rate in changed:
             half.copy_(before.lerp(half, rate))
+        if held_P is not None and all_before is not None:
+            values = self.values.detach()
+            values.copy_(torch.where(held_P, all_before, values))
+
+    def let_go(self) -> bool:
+        """Set the gradient of the numbers in `held_P` to zero; whether there are any."""
+        held_P = self.held_P
+        if held_P is not None:
+            assert self.values.grad is not None
+            self.values.grad.masked_fill_(held_P, 0.0)
+        return held_P is not None
 
     def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the gradients to zero in place: those of all layers are views of one tensor."""
@@ -214,6 +229,19 @@ class Pool:
         self.a_frozen = True
         for layer in self.layers.values():
             layer.a_CI.requires_grad_(False)
+
+    @property
+    def held_P(self) -> Tensor | None:
+        """The pool's numbers that do not train, boolean; None where all do.
+
+        They are in every pass and get a gradient, by which they are scored and pruned like the others. After that their
+        gradient is set to zero, so that it is neither clipped nor stepped: see `let_go`.
+        """
+        if self.holds_old and self._held_P is None:
+            self._held_P = torch.zeros(self.parameters, dtype=torch.bool, device=self.values.device)
+            for layer, (a_CI, b_OC) in zip(self.layers.values(), self.views(self._held_P), strict=True):
+                layer.mark_held(a_CI, b_OC)
+        return self._held_P
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """All A as one flat tensor and all B as another: views of the pool's values."""
@@ -357,6 +385,7 @@ class Pool:
 
     def survive(self, survivors: Sequence[Tensor]) -> None:
         """Note for every layer which of its initial components are left, by their index at the start."""
+        self._held_P = None
         for layer, survivors_C in zip(self.layers.values(), survivors, strict=True):
             layer.survivors_C = survivors_C
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 
 if TYPE_CHECKING:
     from dynlora_cli.config.budget import Budget
+    from dynlora_cli.runs.record import Birth
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Start:
         average_rank: the budget, or where it is open the start, as an average rank: numbers / Σ(d_in + d_out).
         costs: numbers that one component of each layer holds.
         open: the budget is only a floor, and the run decides where to stop (`rank.budget: auto`).
+        born: `counts` by birth: so many from each run of `births`, then the run's own; empty where all are its own.
+        births: the runs that an adapter which the run goes on from came from, oldest first.
     """
 
     counts: dict[str, int]
@@ -33,6 +36,8 @@ class Start:
     average_rank: float
     open: bool = False
     costs: dict[str, int] = field(default_factory=dict)
+    born: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    births: tuple[Birth, ...] = ()
 
     @property
     def limit(self) -> int | None:
@@ -49,6 +54,8 @@ def plan_start(
     budget: Budget,
     init: int | str,
     kind: type[ComponentLinear] = ComponentLinear,
+    old: Mapping[str, int] | None = None,
+    grows: Collection[str] | None = None,
 ) -> Start:
     """Resolve `rank.budget` and `rank.init` for the layers at hand.
 
@@ -59,6 +66,8 @@ def plan_start(
         init: components per layer at the start, or "auto": 2x the budget's average rank, 32 where that is a share or
             auto.
             Never above half of min(d_in, d_out), where the kind has no other limit.
+        old: components that layers have already, of which none is left out.
+        grows: the layers that get new ones, as many as there are to `init`; None: all.
 
     Raises:
         UsageError: the budget is smaller than one component.
@@ -68,7 +77,10 @@ def plan_start(
     asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)
     if init == "auto":
         init = 32 // kind.terms if asked is None else max(1, math.ceil(2 * asked / sum(costs.values())))
-    counts = {name: min(int(init), kind.most(*shape)) for name, shape in shapes.items()}
+    counts = {
+        name: max((old or {}).get(name, 0), min(int(init), kind.most(*shape)) if grows is None or name in grows else 0)
+        for name, shape in shapes.items()
+    }
     parameters = sum(counts[name] * cost for name, cost in costs.items())
     largest = max(costs.values())
     if budget.kind == "auto":

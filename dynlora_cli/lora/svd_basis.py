@@ -8,6 +8,8 @@ of lower rank (Eckart-Young).
     A' = T A = c·Vᵀ        with c the mean row norm of the old A: A keeps its size, and so the learning rate its meaning
     B' = B T⁻¹ = U Σ / c
 
+The components of each birth are turned by themselves, so that each stays one run's; held ones are not turned.
+
 Adam's moments have to follow. A gradient transforms with the inverse transpose, and so does the first moment, its
 running mean: m_A' = T⁻ᵀ m_A and m_B' = m_B Tᵀ. The second moment is transformed with the squared entries of the same
 matrices, which is exact if the entries of the gradient are independent and an approximation otherwise.
@@ -20,11 +22,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlora_cli.lora.moments import read_moments, write_moments
+from dynlora_cli.lora.moments import MOMENTS, read_moments, write_moments
 from dynlora_cli.lora.pool import Pool
 
 # If rows of A are nearly linearly dependent, T is ill-conditioned, and the layer keeps its basis.
 MAX_CONDITION = 1e6
+Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
 
 
 def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
@@ -41,25 +44,34 @@ def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
         The number of layers turned.
     """
     moments = read_moments(optimizer, pool.values)
-    values = pool.views(pool.values.detach())
-    first = pool.views(moments["exp_avg"]) if moments else []
-    second = pool.views(moments["exp_avg_sq"]) if moments else []
+    flat = [pool.values.detach(), *(moments[key] for key in MOMENTS if moments)]
     turned = 0
-    for index, (layer, (a, b)) in enumerate(zip(pool.layers.values(), values, strict=True)):
-        if not layer.turns or a.shape[0] == 0 or not b.any():
-            continue
-        basis = svd_basis(a, b)
-        if basis is None:
-            continue
-        turned += 1
-        T, T_inv = basis
-        _transform(a, b, T, T_inv)
-        if moments:
-            _transform(*first[index], T_inv.T, T.T)
-            _transform(*second[index], T_inv.T.square(), T.T.square())
+    for layer, *parts in zip(pool.layers.values(), *map(pool.views, flat), strict=True):
+        if layer.turns:
+            births = list(zip(*(_by_birth(a, b, layer.born) for a, b in parts), strict=True))
+            done = [_turn(*birth) for birth in (births[-1:] if pool.holds_old else births)]
+            turned += any(done)
     if turned and moments:
         write_moments(optimizer, pool.values, moments)
     return turned
+
+
+def _by_birth(a_CI: Tensor, b_OC: Tensor, born: tuple[int, ...]) -> list[Factors]:
+    """Views of the components of each birth."""
+    return list(zip(a_CI.split(list(born)), b_OC.split(list(born), 1), strict=True))
+
+
+def _turn(factors: Factors, first: Factors | None = None, second: Factors | None = None) -> bool:
+    """Rewrite components in their SVD basis, in place, with their moments; whether that could be done."""
+    basis = svd_basis(*factors) if len(factors[0]) and factors[1].any() else None
+    if basis is None:
+        return False
+    T, T_inv = basis
+    _transform(*factors, T, T_inv)
+    if first is not None and second is not None:
+        _transform(*first, T_inv.T, T.T)
+        _transform(*second, T_inv.T.square(), T.T.square())
+    return True
 
 
 def svd_basis(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -110,6 +110,9 @@ def put(
         layers[name] = make(base, scale, options.dropout)
         setattr(model.get_submodule(parent), leaf, layers[name])
     pool = Pool(layers, start.counts, seed=seed, device=next(model.parameters()).device)
+    for name, born in start.born.items():
+        pool.layers[name].born_at_start = born
+    pool.holds_old = options.old != "tune"
     pool.cast_with(model)
     if options.freeze_a:
         pool.freeze_a()

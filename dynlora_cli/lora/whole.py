@@ -51,6 +51,9 @@ class Trained(Protocol):
     def settle_gradient(self) -> None:
         """Called when the gradient of an optimizer step is complete, before it is clipped."""
 
+    def let_go(self) -> bool:
+        """Set the gradient of what does not train to zero; whether there is any such."""
+
     def alive(self) -> dict[str, int]:
         """How many components and numbers there are now, for metrics and events; empty where the whole model trains."""
 
@@ -97,6 +100,9 @@ class WholeModel:
 
     def settle_gradient(self) -> None:
         pass
+
+    def let_go(self) -> bool:
+        return False
 
     def alive(self) -> dict[str, int]:
         return {}

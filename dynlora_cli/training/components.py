@@ -30,6 +30,7 @@ from dynlora_cli.models.targets import find_targets, group_names, layers_left_ou
 from dynlora_cli.pruning.allocation import in_proportion, share_out
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.origin import Begun, put_origin, read_origin, settle, tell
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
@@ -48,7 +49,7 @@ def begin(
     base: Base,
     data: Data,
     accelerator: Accelerator,
-    counts: Mapping[str, int] | None = None,
+    goes_on: Begun | None = None,
 ) -> tuple[Pool | WholeModel, Start | None]:
     """Put components on the model, as many and with such values as the recipe says.
 
@@ -60,22 +61,30 @@ def begin(
         base: gets the components, or trains as a whole.
         data: of the run.
         accelerator: of the run.
-        counts: of a run that is resumed: the components it began with. Their values come from its checkpoint.
+        goes_on: of a run that is resumed: the components it began with. Their values come from its checkpoint.
 
     Raises:
-        UsageError: loftq does not find a layer in the model's files.
+        UsageError: loftq does not find a layer in the model's files, or the run cannot go on from `adapter.from`.
     """
     if not variant.has_components:
         return WholeModel(base.model), None
     data.notes += left_out(base, recipe.adapter)
-    layers, start = plan_ranks(recipe.adapter, recipe.rank, base, counts)
+    begun = goes_on or read_origin(recipe, base, data)
+    layers, start = plan_ranks(recipe.adapter, recipe.rank, base, begun)
     inputs: Mapping[str, Directions] = {}
-    if counts is None:
+    if begun is None:
         with seeded(recipe.seed, accelerator.device):  # the base's own dropout
             start, inputs = _measured(recipe, variant, base, data, accelerator, layers, start)
     pool = variant.attach(base.model, layers, start, recipe.adapter, recipe.seed).to(accelerator.device)
-    if counts is None:
+    if begun and not goes_on:
+        data.notes += tell(begun, start, recipe)
+        put_origin(pool, begun)
+        with seeded(recipe.seed, accelerator.device):  # what goes into the layers is known with the old components only
+            _, inputs = _measured(recipe, variant, base, data, accelerator, pool.layers, start)
+    if not goes_on:
         write_start(pool, recipe.adapter.init_weights, base, recipe.model, inputs, recipe.seed)
+        if begun:
+            settle(pool, recipe, data)
         _from_the_first(pool.values.detach(), accelerator)
     return pool, start
 
@@ -183,15 +192,15 @@ def _from_the_first(tensor: Tensor, accelerator: Accelerator) -> None:
 
 
 def plan_ranks(
-    options: Adapter, rank: Rank, base: Base, counts: Mapping[str, int] | None = None
+    options: Adapter, rank: Rank, base: Base, begun: Begun | None = None
 ) -> tuple[dict[str, nn.Module], Start]:
-    """The target layers, and how many components each starts with: as many everywhere, or `counts`.
+    """The layers that hold components, and how many each starts with: as many everywhere, or what is settled already.
 
     Args:
         options: the section `adapter` of the recipe.
         rank: its section `rank`.
         base: whose layers they are; experts in it are split where they are targets.
-        counts: components of each layer, where they are settled already.
+        begun: components that are there already; all of them, where the run is resumed.
 
     Raises:
         UsageError: PEFT has no such adapter for one of the layers, or the budget is smaller than one component.
@@ -213,15 +222,17 @@ def plan_ranks(
             f"experts in a model of type {base.model.config.model_type}",
             "write `adapter.target_modules: attention`, or `variant: lora`",
         )
-    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    old = begun.old if begun else {}
+    layers = {name: module for name, module in base.model.named_modules() if name in targets or name in old}
+    shapes = {name: linear_shape(module) for name, module in layers.items()}
     kind = layer_kind(options, variant.Layer)
-    start = plan_start(shapes, rank.parsed_budget(), rank.init, kind)
-    if counts is not None:
-        start = with_counts(start, counts)
-    return targets, start
+    start = plan_start(shapes, rank.parsed_budget(), rank.init, kind, old=old, grows=targets)
+    return layers, begun.at(start) if begun else start
 
 
-def attach(base: Base, options: Adapter, rank: Rank, seed: int) -> tuple[Pool | WholeModel, Start | None]:
+def attach(
+    base: Base, options: Adapter, rank: Rank, seed: int, begun: Begun | None = None
+) -> tuple[Pool | WholeModel, Start | None]:
     """`begin` without a look at data: as many components in every layer, with the values of the default start.
 
     Args:
@@ -229,9 +240,10 @@ def attach(base: Base, options: Adapter, rank: Rank, seed: int) -> tuple[Pool | 
         options: the section `adapter` of the recipe.
         rank: its section `rank`.
         seed: of the values.
+        begun: components that are there already; their values are not written.
     """
     variant = cast("Variant", plugins.load("variants", options.variant))
     if not variant.has_components:
         return WholeModel(base.model), None
-    targets, start = plan_ranks(options, rank, base)
+    targets, start = plan_ranks(options, rank, base, begun)
     return variant.attach(base.model, targets, start, options, seed), start

@@ -208,7 +208,7 @@ def start_record(training: Run, run: str | None) -> Record:
         task=recipe.model.task,
         variant=recipe.adapter.variant,
         base_model=_base_on_record(recipe.model, base),
-        births=[*training.lineage, _birth(training, run, started)] if run else [],
+        births=[*(training.start.births if training.start else ()), _birth(training, run, started)] if run else [],
         budget=_budget_on_record(training, training.start) if training.start else None,
         history=list(zip(schedule.steps, schedule.targets, strict=True)),
         recipe=recipe.model_dump(mode="json"),
@@ -244,18 +244,22 @@ def _birth(training: Run, run: str, started: str) -> records.Birth:
     """This run, as the last one of its lineage."""
     folder = Path(training.recipe.output_dir).resolve()
     return records.Birth(
-        run=run, name=folder.name, date=started, data_sha256=training.data.sha256, folder=str(folder), old=None
+        run=run,
+        name=folder.name,
+        date=started,
+        data_sha256=training.data.sha256,
+        folder=str(folder),
+        old=training.recipe.adapter.old if training.recipe.adapter.origin else None,
     )
 
 
 def _budget_on_record(training: Run, start: Start) -> records.Budget:
-    layers = training.trained.layers
     return records.Budget(
         requested=training.recipe.rank.budget,
         parameters=start.limit,
         start_parameters=start.parameters,
         start_components=start.counts,
-        start_born={name: list(layers[name].born_at_start or (count,)) for name, count in start.counts.items()},
+        start_born={name: list(start.born.get(name) or (count,)) for name, count in start.counts.items()},
     )
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from dynlora_cli.models.load import Base
     from dynlora_cli.models.randomness import Randomness
     from dynlora_cli.pruning.control import Control
-    from dynlora_cli.runs.record import Birth
     from dynlora_cli.tasks.objective import Objective
     from dynlora_cli.tasks.task import Task
 
@@ -82,7 +81,6 @@ class Run:
         save: writes a checkpoint of the present state.
         modes: how the steps are run: fused, compiled and so on.
         random: the random numbers of this process's part in the run.
-        lineage: the runs that the adapter which it goes on from came from, oldest first; none without `adapter.from`.
         also: rows of other kinds, measured before and after.
     """
 
@@ -102,7 +100,6 @@ class Run:
     random: Randomness
     emit: events.Emit = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
-    lineage: Sequence[Birth] = ()
     also: Sequence[RowSet] = ()
 
     @property

@@ -28,6 +28,7 @@ from dynlora_cli.runs.log import RunLog
 from dynlora_cli.runs.record import Record
 from dynlora_cli.training import outputs
 from dynlora_cli.training.held_out import forgotten
+from dynlora_cli.training.origin import Begun
 from dynlora_cli.training.resume import find_checkpoint, go_back_to, same_inputs, writing
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.setup import make_accelerator
@@ -122,11 +123,11 @@ class Session:
         return writing(self.before, self.accelerator)
 
     @property
-    def first_counts(self) -> dict[str, int] | None:
+    def begun(self) -> Begun | None:
         """The components that a run began with, for one that goes on; None for a new one."""
         if self.before is None or self.before["budget"] is None:
             return None
-        return self.before["budget"]["start_components"]
+        return Begun.on_record(self.before)
 
     def refuse_other_inputs(self, data: Data, files: BaseFiles) -> None:
         """Check that a run which goes on sees the rows and the model that it began with.

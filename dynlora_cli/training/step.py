@@ -70,8 +70,7 @@ def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float 
     if scaler is not None:
         scaler.unscale_(run.optimizer)
     run.trained.settle_gradient()
-    gradients = [p.grad for p in run.parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).item()
+    norm = gradient_norm(run)
     if math.isfinite(norm):
         return norm
     if scaler is not None:
@@ -79,12 +78,21 @@ def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float 
     raise not_finite(f"the gradient of step {number} is {norm}", micro_batches)
 
 
-def clip(run: Run, norm: float) -> None:
+def gradient_norm(run: Run) -> float:
+    """The norm of the gradient of everything that trains."""
+    return torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None]).item()
+
+
+def clip(run: Run, norm: float) -> float:
+    """Take what does not train out of the gradient, and clip the rest; returns its norm before that."""
+    if run.trained.let_go():
+        norm = gradient_norm(run)
     limit = run.recipe.train.max_grad_norm
     if limit and norm > limit:
         for parameter in run.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(limit / (norm + 1e-6))
+    return norm
 
 
 def set_rate(run: Run, number: int) -> float:
@@ -141,7 +149,7 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
     norm = finish_gradient(run, number, micro_batches)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
         run.control.observe(number, supervised, run.reduce)
-        clip(run, norm)
+        norm = clip(run, norm)
     else:
         run.control.skip()
     rate = set_rate(run, number)
