@@ -25,31 +25,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dynlora_cli.errors import DynloraError
+from dynlora_cli.lora.cast_into import CastInto
 from dynlora_cli.lora.layer import ComponentLinear, Graph
 
 if TYPE_CHECKING:
     from dynlora_cli.lora.shared_inputs import SharedInput
-
-
-class CastInto(torch.autograd.Function):
-    """`values.to(dtype)`, written into memory that exists already: CUDA graphs need it at a fixed address.
-
-    `place` is a tuple so that autograd does not take the tensor in it for an input.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values_P: Tensor, place: tuple[Tensor]) -> Tensor:
-        ctx.dtype = values_P.dtype
-        place[0].copy_(values_P)
-        return place[0].detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None]:
-        return grad_P.to(ctx.dtype), None
 
 
 class Pool:
