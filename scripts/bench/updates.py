@@ -157,6 +157,10 @@ def jobs(stream: Stream, methods: Sequence[str], seeds: Sequence[int], orders: S
                     yield Job(stream, method, order, seed)
 
 
+def numbers(text: str | None) -> list[int]:
+    return [int(number) for number in text.split(",")] if text else []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["rates", *STREAMS, "retirement", "table"])
@@ -186,9 +190,7 @@ def measure_all(options: argparse.Namespace, bench: Bench) -> None:
         if not options.model:
             raise SystemExit("real: --model FOLDER")
         stream = replace(stream, model=options.model)
-    numbers = partial(map, int)
-    seeds = list(numbers(options.seeds.split(","))) if options.seeds else list(stream.seeds)
-    orders = list(numbers(options.orders.split(","))) if options.orders else list(stream.orders)
+    seeds, orders = numbers(options.seeds) or stream.seeds, numbers(options.orders) or stream.orders
     bench.base(stream)
     for seed in seeds:
         bench.joint(stream, seed)
