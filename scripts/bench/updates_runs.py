@@ -79,6 +79,7 @@ METHODS = {
     "sequential": Method(grows=False),
     "sequential, replay 5 %": Method(grows=False, replay=REPLAY),
     "O-LoRA": Method(grows=True, later={"adapter.old": "freeze", "adapter.orthogonality": 0.5}),
+    "growth, freeze, unpruned": Method(grows=True, later={"adapter.old": "freeze"}),
     "growth, freeze": Method(grows=True, over=2, later={"adapter.old": "freeze"}),
     "growth, tune": Method(grows=True, over=2),
     "growth, tune, replay 5 %": Method(grows=True, over=2, replay=REPLAY),
