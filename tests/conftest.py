@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from cli_helpers import Dynlora
     from eval_helpers import Run
+    from library_helpers import Made
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,6 +81,20 @@ def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     from eval_helpers import finished_chat_run
 
     return finished_chat_run(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory, runs: Callable[[str], Run]) -> Made:
+    """A library with one update, for the tests of tests/library; not to be changed."""
+    from library_helpers import make_library
+
+    return make_library(tmp_path_factory.mktemp("library"), runs("llama").folder)
+
+
+@pytest.fixture
+def made(made_once: Made, tmp_path: Path) -> Made:
+    """A copy that a test may change."""
+    return made_once._replace(root=Path(shutil.copytree(made_once.root, tmp_path / "lib")))
 
 
 @pytest.fixture

@@ -33,7 +33,15 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 GENERATED = {DOCS / name for name in ("recipe-reference.md", "commands.md", "models.md")}
 WRITTEN = [page for page in PAGES if page not in GENERATED]
 # Pages whose commands are run in this order, in one folder.
-WALK = ["quickstart.md", "howto/data.md", "howto/eval.md", "howto/prune.md", "howto/merge.md", "howto/export.md"]
+WALK = [
+    "quickstart.md",
+    "howto/data.md",
+    "howto/eval.md",
+    "howto/prune.md",
+    "howto/merge.md",
+    "howto/export.md",
+    "howto/library.md",
+]
 BASE = {"model": {"name_or_path": "builtin:tiny"}, "dataset": {"train": [{"path": "builtin:stdlib-docs"}]}}
 OF_OTHER_TOOLS = {"--max-lora-rank"}
 SECTIONS = "model|dataset|adapter|rank|pruning|train|eval"
@@ -200,15 +208,21 @@ def test_commands_parse(page: Path):
             assert (Path(targets.__path__[0]) / f"{target}.py").is_file(), words
 
 
+def options_of(command: Any) -> set[str]:
+    """Of a command, and of those of a group."""
+    own = {option for one in command.params for option in one.opts}
+    return own.union(*(options_of(each) for each in getattr(command, "commands", {}).values()))
+
+
 @each_written_page
 def test_commands_in_sentences_exist(page: Path):
     group: Any = typer.main.get_command(app)
-    known = {option for command in group.commands.values() for one in command.params for option in one.opts}
+    known = options_of(group)
     for code in inline(page):
         words = shlex.split(code) if code.startswith(("dynlora ", "--")) else []
         if words[:1] == ["dynlora"]:
             assert words[1] in group.commands, code
-            options = {option for one in group.commands[words[1]].params for option in one.opts}
+            options = options_of(group.commands[words[1]])
             unknown = [word for word in words if word.startswith("--") and word not in options]
         else:
             unknown = [word for word in words[:1] if word.rstrip(":") not in known | OF_OTHER_TOOLS]

@@ -18,6 +18,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from dynlora_cli.retrieval.encoders import MINILM, Encoder, base_encoder, model_
 
 DATA = Path(os.environ["DYNLORA_SHARED"]) / "data"
 SETS = ("covidqa", "qed_nq", "xquad_en")
+AS_THEY_ARE, CENTRED, EVENED_OUT = "as they are", "mean subtracted", "evened out"
 QUESTIONS, PASSAGES, TOPICS, SEEDS = 400, 240, 8, 5
 
 
@@ -69,20 +71,27 @@ def topics_of(texts: list[str]) -> np.ndarray:
     return KMeans(TOPICS, n_init=10, random_state=0).fit_predict(words)
 
 
-def split(vectors: np.ndarray, owner: np.ndarray, share: float, even: bool) -> str:
+def space_for(how: str, groups: list[np.ndarray]) -> Space:
+    """Where keys are compared: as they are, with their mean subtracted, or evened out as a library does it."""
+    if how == AS_THEY_ARE:
+        return Space.plain(groups[0].shape[1])
+    space = Space.of(groups)
+    return space if how == EVENED_OUT else replace(space, gains_R=np.zeros_like(space.gains_R))
+
+
+def split(vectors: np.ndarray, owner: np.ndarray, share: float, how: str) -> str:
     """The share of requests whose nearest key is of the right kind, over splits by seed."""
     found = []
     for seed in range(SEEDS):
         order = np.random.default_rng(seed).permutation(len(vectors))
         key, asked = order[: int(share * len(order))], order[int(share * len(order)) :]
         groups = [vectors[key][owner[key] == kind] for kind in np.unique(owner[key])]
-        space = Space.of(groups) if even else Space.plain(vectors.shape[1])
-        nearest = space.requests(vectors[asked]).cosines(vectors[key]).argmax(1)
+        nearest = space_for(how, groups).requests(vectors[asked]).cosines(vectors[key]).argmax(1)
         found.append(100 * float((owner[key][nearest] == owner[asked]).mean()))
     return f"{np.mean(found):.1f} ± {np.std(found):.1f}"
 
 
-def measure(encoder: Encoder) -> Callable[[bool], list[str]]:
+def measure(encoder: Encoder) -> Callable[[str], list[str]]:
     texts, owner = questions()
     vectors = encoder.encode(texts)
     chat = [text for text, of in zip(texts, owner, strict=True) if of == 0]
@@ -90,12 +99,12 @@ def measure(encoder: Encoder) -> Callable[[bool], list[str]]:
     about, asked, wanted = passages()
     keys, requests = encoder.encode(about), encoder.encode(asked)
 
-    def row(even: bool) -> list[str]:
-        space = Space.of([keys]) if even else Space.plain(keys.shape[1])
+    def row(how: str) -> list[str]:
+        space = space_for(how, [keys])
         passage = 100 * float((space.requests(requests).cosines(keys).argmax(1) == wanted).mean())
         return [
-            split(vectors, owner, 0.8, even),
-            split(vectors[: len(chat)], topics, 0.7, even),
+            split(vectors, owner, 0.8, how),
+            split(vectors[: len(chat)], topics, 0.7, how),
             f"{passage:.1f}",
         ]
 
@@ -114,8 +123,8 @@ def main() -> None:
     print("| encoder | compared | sets, % | topics, % | passages, % |\n|---|---|---:|---:|---:|")
     for name in sys.argv[1:]:
         row = measure(load(name))
-        for even, how in ((False, "as they are"), (True, "evened out")):
-            print(f"| {Path(name).name} | {how} | {' | '.join(row(even))} |", flush=True)
+        for how in (AS_THEY_ARE, CENTRED, EVENED_OUT):
+            print(f"| {Path(name).name} | {how} | {' | '.join(row(how))} |", flush=True)
 
 
 if __name__ == "__main__":
