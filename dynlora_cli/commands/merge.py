@@ -328,6 +328,9 @@ def into_adapter(
     combined = combine(adapters, way)
     options = way.options.model_dump() if way.options else {}
     adapter = combined.adapter
+    if "births" not in adapter.record and any(len(each.births) > 1 for each in adapters):
+        text = "which run a component began in is known no more: merging has mixed them, or cannot tell"
+        emit({"event": "note", "text": text})
     summary: dict[str, Any] = {
         "ok": True,
         "command": "merge",
@@ -342,6 +345,7 @@ def into_adapter(
         "components": adapter.components,
         "energy_kept": combined.energy_kept,
         "ranks": adapter.ranks,
+        "births": [birth["name"] for birth in adapter.record.get("births") or []],
         "seconds": time.monotonic() - started,
     }
     with run_folder.replaced(out, overwrite=overwrite) as folder:
@@ -366,6 +370,7 @@ def _record(
         variant="lora",
         base_model=first.get("base_model")
         or records.BaseModel(name_or_path=merged.config.get("base_model_name_or_path")),
+        **({"births": merged.record["births"]} if "births" in merged.record else {}),
         chat_template_sha256=first.get("chat_template_sha256"),
         data=cast("records.Data", asdict(Writing.of(first))),
         layers={
@@ -374,7 +379,7 @@ def _record(
                 importance=factors.energy(),
                 d_in=factors.a_CI.shape[1],
                 d_out=factors.b_OC.shape[0],
-                born=[factors.rank],
+                born=list(factors.born) or [factors.rank],
             )
             for name, factors in merged.layers.items()
         },

@@ -24,7 +24,7 @@ from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.pruned_folder import write_retired
-from dynlora_cli.pruning.retire import Comparison, Retirement, compare, in_words, recorded, retire
+from dynlora_cli.pruning.retire import Comparison, Retirement, compare, folder_of, in_words, retire
 from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
@@ -142,11 +142,11 @@ class Bench:
         Raises:
             DynloraError: its folder has gone, its rows have changed, or it held none out.
         """
-        folder, files = Path(birth["folder"]), self.place.files
+        folder, files = folder_of(birth, adapter), self.place.files
         if birth["run"].startswith("sha256:"):
             raise UsageError("another tool made it, and nobody says of which rows")
-        if recorded(birth) is None:
-            raise UsageError(f"{folder} does not hold that run any more")
+        if folder is None:
+            raise UsageError(f"{birth['folder']} does not hold that run any more")
         table = own_table(adapter, self.place) or files.table_rows
         task = tasks.of(self.place.options)
         data = earlier_data(folder, self.base.tokenizer, task, table=table, context=files.context_length)

@@ -66,6 +66,8 @@ def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
     together = replace(adapters[0], layers=layers, record=_record_of_base(adapters[0]), note=None)
     if (way.budget or not getattr(method, "lossless", False)) and together.parameters > wanted:
         together = _cut(together, wanted)
+    elif getattr(method, "lossless", False):
+        together = _with_births(together, adapters)
     kept = sum(factors.energy() ** 2 for factors in together.layers.values())
     return Combined(together, min(1.0, kept / energy) if energy else 1.0)
 
@@ -85,6 +87,29 @@ def _cut(adapter: Adapter, wanted: int) -> Adapter:
     if wanted < order.least:
         raise UsageError(f"--budget allows {wanted:,} parameters, one component needs {order.least:,}", "allow more")
     return order.cut(order.keep(wanted)[0])
+
+
+def _with_births(together: Adapter, adapters: Sequence[Adapter]) -> Adapter:
+    """With the births of components that stand side by side as they were; as it is, where any of them were changed.
+
+    Histories that do not begin with a run of their own, or that an update was taken out of, are not put together.
+    """
+    if any(each.record.get("retired") or each.record.get("altered") or each.births[0]["old"] for each in adapters):
+        return together
+    layers = {}
+    for name, factors in together.layers.items():
+        born = tuple(count for adapter in adapters for count in _born(adapter, name))
+        if sum(born) != factors.rank:  # turned, since there were more components than dimensions
+            return together
+        layers[name] = replace(factors, born=born)
+    births = [birth for adapter in adapters for birth in adapter.births]
+    return replace(together, layers=layers, record={**together.record, "births": births})
+
+
+def _born(adapter: Adapter, name: str) -> tuple[int, ...]:
+    """Components of a layer by birth; where the adapter has no such layer, 0 of each."""
+    births, factors = len(adapter.births), adapter.layers.get(name)
+    return factors.born or (*[0] * (births - 1), factors.rank) if factors else (0,) * births
 
 
 def _record_of_base(adapter: Adapter) -> dict[str, Any]:

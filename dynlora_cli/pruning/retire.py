@@ -160,6 +160,16 @@ def recorded(birth: Birth) -> dict[str, Any] | None:
     return record if record.get("run_id") == birth["run"] else None
 
 
+def folder_of(birth: Birth, adapter: Adapter) -> Path | None:
+    """The folder of the run that a birth names, if it still holds that run.
+
+    The last birth of an adapter is said to lie where the adapter does. Of one that several were merged into, where that
+    run really lies is on record.
+    """
+    on_record = [each for each in adapter.record.get("births") or [] if each["run"] == birth["run"]]
+    return next((Path(each["folder"]) for each in [birth, *on_record] if recorded(each) is not None), None)
+
+
 def _without_rows(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record says of the base and of how it is asked, and nothing of the rows that were trained on."""
     kept = {key: record[key] for key in OF_THE_BASE if key in record}

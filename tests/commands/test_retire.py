@@ -210,3 +210,32 @@ def test_what_is_refused(options, message, chain, tmp_path: Path, dynlora: Dynlo
     assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err
     assert answer.json["ok"] is False
     assert not list(tmp_path.iterdir())
+
+
+def test_one_of_two_adapters_that_were_merged_is_taken_out_again(chain, tmp_path: Path, dynlora: Dynlora):
+    other = make_recipe(tmp_path, "train.learning_rate=2e-2", "seed=3", out="other")
+    train(other)
+    both = tmp_path / "both"
+    merge = ["merge", "--adapter", chain["tax"], "--adapter", other.output_dir, "--into", "adapter"]
+    answer = dynlora(*merge, "--out", both, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["births"] == ["law", "tax", "other"]
+    summary = retired(dynlora, both, tmp_path / "out", "--born", "other")
+    assert (summary["exact"], summary["compared"]["same"]) == (True, summary["components"])
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == (
+        chain["tax"] / "adapter_model.safetensors"
+    ).read_bytes()
+    assert all(line["rows"] for line in summary["rows_by_update"])
+    left = retired(dynlora, both, tmp_path / "left", "--born", "law", "--born", "tax")
+    assert left["exact"]
+    assert left["components"] == read_adapter(Path(other.output_dir)).components
+
+
+@pytest.mark.parametrize("options", [["--method", "svd"], ["--budget", "0.3"]])
+def test_where_merging_mixes_components_their_births_are_not_kept(options, chain, tmp_path: Path, dynlora: Dynlora):
+    merge = ["merge", "--adapter", chain["tax"], "--adapter", chain["crop"], "--into", "adapter", *options]
+    answer = dynlora(*merge, "--out", tmp_path / "both", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["births"] == []
+    assert "is known no more" in answer.err
+    assert len(read_adapter(tmp_path / "both").births) == 1
