@@ -29,7 +29,7 @@ from dynlora_cli.evaluation.agreement import Agreement, agreement, predictions
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.files import whole
-from dynlora_cli.merging.combine import combine
+from dynlora_cli.merging.combine import Combined, combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
 from dynlora_cli.merging.method import Way
 from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
@@ -326,12 +326,24 @@ def into_adapter(
     run_folder.refuse_inputs(out, [adapter.folder for adapter in adapters])
     way = replace(way, options=way.options or given("methods", way.method, []))
     combined = combine(adapters, way)
-    options = way.options.model_dump() if way.options else {}
     adapter = combined.adapter
     if "births" not in adapter.record and any(len(each.births) > 1 for each in adapters):
         text = "which run a component began in is known no more: merging has mixed them, or cannot tell"
         emit({"event": "note", "text": text})
-    summary: dict[str, Any] = {
+    summary = _of_adapters(adapters, combined, out, way) | {"seconds": time.monotonic() - started}
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
+        save(adapter, folder)
+        summary["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
+        run_folder.copy_tokenizer(adapters[0].folder, folder)
+        records.write(folder, _record(adapters, adapter, out, summary, folder))
+    tell(summary["peft_check"], out, emit)
+    return summary
+
+
+def _of_adapters(adapters: Sequence[Adapter], combined: Combined, out: Path, way: Way) -> dict[str, Any]:
+    """The summary of several adapters that became one."""
+    options = way.options.model_dump() if way.options else {}
+    return {
         "ok": True,
         "command": "merge",
         "into": "adapter",
@@ -341,20 +353,12 @@ def into_adapter(
         **({"options": options} if options else {}),
         "weights": list(way.weights or [1.0] * len(adapters)),
         "parameters_start": sum(each.parameters for each in adapters),
-        "parameters": adapter.parameters,
-        "components": adapter.components,
+        "parameters": combined.adapter.parameters,
+        "components": combined.adapter.components,
         "energy_kept": combined.energy_kept,
-        "ranks": adapter.ranks,
-        "births": [birth["name"] for birth in adapter.record.get("births") or []],
-        "seconds": time.monotonic() - started,
+        "ranks": combined.adapter.ranks,
+        "births": [birth["name"] for birth in combined.adapter.record.get("births") or []],
     }
-    with run_folder.replaced(out, overwrite=overwrite) as folder:
-        save(adapter, folder)
-        summary["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
-        run_folder.copy_tokenizer(adapters[0].folder, folder)
-        records.write(folder, _record(adapters, adapter, out, summary, folder))
-    tell(summary["peft_check"], out, emit)
-    return summary
 
 
 def _record(
