@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +22,14 @@ from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer,
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.options import given
-from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.agreement import Agreement, agreement, predictions
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.files import whole
-from dynlora_cli.merging.combine import Combined, combine
+from dynlora_cli.merging.combine import combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
+from dynlora_cli.merging.merged_folder import record_of, summary_of
 from dynlora_cli.merging.method import Way
 from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
 from dynlora_cli.models.linear import dense_weight, is_transposed
@@ -330,67 +329,14 @@ def into_adapter(
     if "births" not in adapter.record and any(len(each.births) > 1 for each in adapters):
         text = "which run a component began in is known no more: merging has mixed them, or cannot tell"
         emit({"event": "note", "text": text})
-    summary = _of_adapters(adapters, combined, out, way) | {"seconds": time.monotonic() - started}
+    summary = summary_of(adapters, combined, out, way) | {"seconds": time.monotonic() - started}
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         save(adapter, folder)
         summary["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         run_folder.copy_tokenizer(adapters[0].folder, folder)
-        records.write(folder, _record(adapters, adapter, out, summary, folder))
+        records.write(folder, record_of(adapters, adapter, out, summary, folder))
     tell(summary["peft_check"], out, emit)
     return summary
-
-
-def _of_adapters(adapters: Sequence[Adapter], combined: Combined, out: Path, way: Way) -> dict[str, Any]:
-    """The summary of several adapters that became one."""
-    options = way.options.model_dump() if way.options else {}
-    return {
-        "ok": True,
-        "command": "merge",
-        "into": "adapter",
-        "output_dir": str(out),
-        "adapters": [str(each.folder) for each in adapters],
-        "method": way.method,
-        **({"options": options} if options else {}),
-        "weights": list(way.weights or [1.0] * len(adapters)),
-        "parameters_start": sum(each.parameters for each in adapters),
-        "parameters": combined.adapter.parameters,
-        "components": combined.adapter.components,
-        "energy_kept": combined.energy_kept,
-        "ranks": combined.adapter.ranks,
-        "births": [birth["name"] for birth in combined.adapter.record.get("births") or []],
-    }
-
-
-def _record(
-    adapters: Sequence[Adapter], merged: Adapter, out: Path, summary: dict[str, Any], folder: Path
-) -> records.Record:
-    first = adapters[0].record
-    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return records.Record(
-        schema_version=records.SCHEMA_VERSION,
-        dynlora_version=__version__,
-        name=out.name,
-        task=merged.task,
-        variant="lora",
-        base_model=first.get("base_model")
-        or records.BaseModel(name_or_path=merged.config.get("base_model_name_or_path")),
-        **({"births": merged.record["births"]} if "births" in merged.record else {}),
-        chat_template_sha256=first.get("chat_template_sha256"),
-        data=cast("records.Data", asdict(Writing.of(first))),
-        layers={
-            name: records.Layer(
-                rank=factors.rank,
-                importance=factors.energy(),
-                d_in=factors.a_CI.shape[1],
-                d_out=factors.b_OC.shape[0],
-                born=list(factors.born) or [factors.rank],
-            )
-            for name, factors in merged.layers.items()
-        },
-        sha256=digest,
-        finished=records.now(),
-        summary=summary,
-    )
 
 
 def read_all(paths: Sequence[Path], emit: Emit, base_name: str | None = None) -> list[Adapter]:
