@@ -235,9 +235,11 @@ def _day(wanted: Addition, record: Mapping[str, Any], notes: list[str]) -> str:
 
 def _card(adapter: Adapter) -> Card:
     """What the run measured, as far as it says."""
-    summary = adapter.record.get("summary") or {}
-    losses = {key: summary.get(key) for key in ("loss_before", "loss_after")}
-    known = {key: loss for key, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    summary, trained = adapter.record.get("summary") or {}, adapter.record.get("trained")
+    # Of an adapter that was pruned, the summary is of the cut, and `trained` that of the training before it.
+    before = trained if isinstance(trained, dict) else summary
+    losses = {"loss_before": before.get("loss_before"), "loss_after": summary.get("loss_after")}
+    known = {key: loss for key, loss in losses.items() if isinstance(loss, float) and math.isfinite(loss)}
     rows = (adapter.record.get("data") or {}).get("val_rows")
     rows = rows if type(rows) is int and rows >= 0 else None
     return Card(rows=rows, parameters=adapter.parameters, **known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from cli_helpers import contents
 from library_helpers import Made, silent
 from safetensors.numpy import load_file
 
+from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.library import add as adding
 from dynlora_cli.library.add import add
@@ -155,3 +157,18 @@ def test_an_adapter_that_nothing_finds_is_refused(made: Made, tmp_path: Path):
     with pytest.raises(UsageError, match="does not say what it was trained on"):
         add(tmp_path / "new", Addition(made.other), silent)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_card_of_a_cut_adapter_begins_before_its_training(made: Made, tmp_path: Path):
+    adapter = replace(
+        read_adapter(made.run),
+        record={"summary": {"loss_before": 3.0, "loss_after": 3.5}, "trained": {"loss_before": 6.0}},
+    )
+    card = adding._card(adapter)
+    assert (card.loss_before, card.loss_after) == (6.0, 3.5)
+    for odd in (
+        {"summary": {}, "trained": "no"},
+        {"summary": {"loss_after": float("nan")}},
+        {"data": {"val_rows": -1}},
+    ):
+        assert adding._card(replace(adapter, record=odd)).loss_after is None
