@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from also_helpers import with_also
 from numeric import same_curve, same_loss
 from safetensors.torch import load_file, save_file
 from tiny_run import lines, make_recipe, train
@@ -93,6 +94,24 @@ def test_two_processes_train_as_one(tmp_path, more):
     assert [(line["event"], line["step"]) for line in written] == [(line["event"], line["step"]) for line in expected]
     pruned, as_one = lines(folder / "rank_events.jsonl"), lines(tmp_path / "one" / "rank_events.jsonl")
     assert [event["ranks"] for event in pruned] == [event["ranks"] for event in as_one]
+
+
+def test_two_processes_measure_forgetting_as_one(tmp_path):
+    """Five rows, dealt unevenly."""
+    settings = [*SETTINGS, "train.max_grad_norm=null"]
+    one, _ = train(with_also(tmp_path, *settings, f"output_dir={tmp_path / 'one'}", rows=5))
+    folder, also = tmp_path / "two", [{"name": "sums", "path": str(tmp_path / "sums.jsonl"), "rows": 5}]
+    more = sets(*settings, "train.learning_rate=2e-2", f"eval.also={json.dumps(also)}")
+    arguments = command(tmp_path, *more, "--output-dir", str(folder), "--json", devices=2)
+    with start(arguments) as process:
+        out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    found, expected = json.loads(out)["also"]["sums"], one["also"]["sums"]
+    assert {key: found[key] for key in ("rows", "targets", "sha256")} == {
+        key: expected[key] for key in ("rows", "targets", "sha256")
+    }
+    assert found["before"] == same_loss(expected["before"])
+    assert found["after"] == same_curve(expected["after"])
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("llama", "true"), ("bert", "false")])
