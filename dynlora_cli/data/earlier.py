@@ -83,8 +83,12 @@ def earlier_data(
     return found
 
 
-def lineage(folder: Path) -> list[Path]:
+def lineage(folder: Path, missing: dict[str, str] | None = None) -> list[Path]:
     """Folders of a run and of the runs that it came from, oldest first; adapters of other tools have none.
+
+    Args:
+        folder: of the run.
+        missing: told, by the name of a run that it came from, why that one is left out; None: it may not be.
 
     Raises:
         UsageError: one of them is no longer there, or another run is.
@@ -92,7 +96,15 @@ def lineage(folder: Path) -> list[Path]:
     record = read_record(folder) if (folder / RECORD).exists() else _refuse_unrecorded(folder)
     births = record.get("births")
     before = births[:-1] if isinstance(births, list) else []
-    found = [_found(birth, folder) for birth in before if isinstance(birth, dict) and birth.get("data_sha256")]
+    found = []
+    for birth in before:
+        if isinstance(birth, dict) and birth.get("data_sha256"):
+            try:
+                found.append(_found(birth, folder))
+            except UsageError as error:
+                if missing is None:
+                    raise
+                missing[str(birth.get("name"))] = error.message
     return [*found, folder]
 
 

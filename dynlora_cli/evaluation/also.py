@@ -1,6 +1,7 @@
 """Rows of other kinds than a run trains on: what it may forget.
 
-    row_sets    the sets of a recipe, `eval.also`, read as the run's own rows are
+    row_sets    the sets of a recipe, `eval.also`, read as the run's own rows are; by default what earlier runs held out
+    read_again  the same later on, where they can still be read
     forgotten   what became worse on them: the loss after, less the loss before
 
 Both losses are of the same rows, in nats per target; a negative difference means that the model got better there.
@@ -11,13 +12,18 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from dynlora_cli.data.load import load_data
+from dynlora_cli.adapters.find import find_adapter
+from dynlora_cli.data.earlier import earlier_data, lineage, run_folder
+from dynlora_cli.data.examples import Classified, Example
+from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.sources import BUILTIN
-from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.errors import DataError, DynloraError, UsageError
 from dynlora_cli.evaluation.rows import as_trained, of_file
+from dynlora_cli.runs.folder import read_record
 from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
@@ -26,8 +32,10 @@ if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.config.sections import Also
     from dynlora_cli.data.chat_template import Writing
-    from dynlora_cli.data.examples import Example
     from dynlora_cli.tasks.task import Task
+
+
+EARLIER_ROWS = 64  # of each earlier run
 
 
 class Measured(TypedDict):
@@ -68,6 +76,9 @@ class RowSet:
         return Measured(rows=len(self.examples), targets=targets, sha256=self.sha256, loss=loss)
 
 
+Read = tuple[RowSet, list[bytes]]  # a set, and the hash of each row's prompt
+
+
 @dataclass(frozen=True)
 class Reading:
     """How rows become tokens: as those of a run did.
@@ -89,7 +100,7 @@ class Reading:
 
 
 def row_sets(recipe: Recipe, reading: Reading, notes: list[str], *, trained: Collection[bytes] = ()) -> list[RowSet]:
-    """The sets that a run is measured on beside its own held-out rows.
+    """The sets that a run is measured on beside its own held-out rows: those of its recipe, or of the earlier runs.
 
     Args:
         recipe: of the run.
@@ -100,29 +111,107 @@ def row_sets(recipe: Recipe, reading: Reading, notes: list[str], *, trained: Col
     Raises:
         UsageError, DataError, MachineError: a set of the recipe cannot be read.
     """
-    known, sets = set(trained), []
-    for also in recipe.eval.also or ():
-        rows, prompts = _slice(also.name, *_read(also, recipe, reading, notes), also.rows)
-        sets.append(rows)
+    if recipe.eval.also is None:
+        read, missing = _earlier(recipe, reading)
+        notes += [f"forgetting on {name} is not measured: {why}" for name, why in missing.items()]
+    else:
+        read = [_asked(also, recipe, reading, notes) for also in recipe.eval.also]
+    known = set(trained)
+    for rows, prompts in read:
         if shared := sum(prompt in known for prompt in prompts):
-            text = f"{also.name}: {shared} of {counted(len(prompts), 'row')} have a prompt that is also trained on"
+            text = f"{rows.name}: {shared} of {counted(len(prompts), 'row')} have a prompt that is also trained on"
             notes.append(f"{text}, so forgetting looks smaller than it is")
-    return sets
+    return [rows for rows, _ in read]
 
 
-def row_set(name: str, recipe: Recipe, reading: Reading) -> RowSet:
-    """One of the sets of a run, as its rows are now.
+def read_again(names: Collection[str], recipe: Recipe, reading: Reading) -> tuple[list[RowSet], dict[str, str]]:
+    """Sets of a run that has ended, as their rows are now.
+
+    Args:
+        names: of the sets.
+        recipe: of the run.
+        reading: makes tokens of rows, as in the run.
+
+    Returns:
+        The sets that can be read, and by name why others cannot.
+    """
+    if recipe.eval.also is None:
+        read, missing = _earlier(recipe, reading)
+    else:
+        read, missing = [], {}
+        for also in recipe.eval.also:
+            if also.name in names:
+                try:
+                    read.append(_asked(also, recipe, reading, []))
+                except DynloraError as error:
+                    missing[also.name] = error.message
+    found = [rows for rows, _ in read if rows.name in names]
+    unknown = set(names) - {rows.name for rows in found} - missing.keys()
+    return found, missing | dict.fromkeys(unknown, "nothing says where its rows are from")
+
+
+def _asked(also: Also, recipe: Recipe, reading: Reading, notes: list[str]) -> Read:
+    return _slice(also.name, *_read(also, recipe, reading, notes), also.rows)
+
+
+def _earlier(recipe: Recipe, reading: Reading) -> tuple[list[Read], dict[str, str]]:
+    """A slice of the rows that each earlier run held out, and by the run's name why there is none."""
+    read: list[Read] = []
+    missing: dict[str, str] = {}
+    for name, folder in _earlier_runs(recipe, missing).items():
+        try:
+            data = earlier_data(folder, reading.tokenizer, reading.task, table=reading.table, context=reading.context)
+            if data.val:
+                read.append(_slice(name, _renumbered(data, reading.labels), data.prompts["val"], EARLIER_ROWS))
+            else:
+                missing[name] = f"the run in {folder} held no rows out"
+        except DynloraError as error:
+            missing[name] = error.message
+    return read, missing
+
+
+def _earlier_runs(recipe: Recipe, missing: dict[str, str]) -> dict[str, Path]:
+    """The runs that a run goes on from or replays, and those that these came from: folders by name, oldest first.
+
+    Args:
+        recipe: of the run.
+        missing: told which are not there, and why.
+    """
+    folders: dict[Path, Path] = {}
+    for named, is_adapter in _origins(recipe).items():
+        try:
+            folder = find_adapter(Path(named), "adapter.from")[0] if is_adapter else Path(named).expanduser()
+            for run in lineage(run_folder(folder), missing):
+                folders.setdefault(run.resolve(), run)
+        except UsageError as error:
+            missing[Path(named).name] = error.message
+    found: dict[str, Path] = {}
+    for folder in folders.values():
+        name = str(read_record(folder).get("name") or folder.resolve().name)
+        found[name if name not in found else f"{folder.resolve().parent.name}/{name}"] = folder
+    return found
+
+
+def _origins(recipe: Recipe) -> dict[str, bool]:
+    """Folders that a recipe names, and whether it goes on from an adapter there or only replays rows."""
+    named = {recipe.adapter.origin: True}
+    return {name: is_adapter for name, is_adapter in named.items() if name}
+
+
+def _renumbered(data: Data, labels: Sequence[str] | None) -> list[Example]:
+    """The held-out rows of an earlier run, with the numbers that their classes have now.
 
     Raises:
-        UsageError, DataError, MachineError: it cannot be read.
+        UsageError: it had other classes.
     """
-    for also in recipe.eval.also or ():
-        if also.name == name:
-            return _slice(name, *_read(also, recipe, reading, []), also.rows)[0]
-    raise UsageError("its recipe has no such set")
+    if not labels or not data.labels or list(labels) == data.labels:
+        return data.val
+    if not set(data.labels) <= set(labels):
+        raise UsageError(f"it has other classes: {', '.join(data.labels)}")
+    return [replace(row, label=labels.index(data.labels[row.label])) for row in data.val if isinstance(row, Classified)]
 
 
-def _slice(name: str, examples: list[Example], prompts: list[bytes], most: int) -> tuple[RowSet, list[bytes]]:
+def _slice(name: str, examples: list[Example], prompts: list[bytes], most: int) -> Read:
     """A set of at most so many of the rows, and their prompts."""
     picked = picks(examples, most)
     return RowSet.of(name, [examples[index] for index in picked]), [prompts[index] for index in picked]

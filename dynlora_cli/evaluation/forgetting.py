@@ -7,14 +7,14 @@ person names are compared with the base model, which is measured now.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.adapters.base import read_tokenizer
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.chat_template import Writing
-from dynlora_cli.errors import DynloraError, MeasureError, UsageError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.evaluation import also
 from dynlora_cli.evaluation.also import Measured, Reading, RowSet
 from dynlora_cli.evaluation.comparable import base_has_rows
@@ -139,17 +139,10 @@ def _sets_of(adapter: Adapter, name: str, place: Place, named: Sequence[RowSet],
         if rows.name in recorded:
             text = f"--also {rows.name}: {name} has a set of that name from its training"
             raise UsageError(text, "give yours another name")
-    own: list[RowSet] = []
-    for set_name, then in recorded.items():
-        try:
-            rows = _read_again(adapter, place, set_name)
-        except DynloraError as error:
-            notes.append(f"{name}: forgetting on {set_name} is not measured: {error.message}")
-            continue
-        if rows.sha256 == then["sha256"]:
-            own.append(rows)
-        else:
-            notes.append(f"{name}: forgetting on {set_name} is not measured: its rows are others than in training")
+    found, missing = _read_again(adapter, place, recorded)
+    own = [rows for rows in found if rows.sha256 == recorded[rows.name]["sha256"]]
+    missing |= {rows.name: "its rows are others than in training" for rows in found if rows not in own}
+    notes += [f"{name}: forgetting on {one} is not measured: {why}" for one, why in missing.items()]
     return Sets(own, list(named), {rows.name: recorded[rows.name] for rows in own})
 
 
@@ -190,15 +183,11 @@ def _before(one: AlsoForm) -> Measured:
     return Measured(rows=one.rows, targets=one.targets, sha256=one.sha256, loss=one.before)
 
 
-def _read_again(adapter: Adapter, place: Place, name: str) -> RowSet:
-    """A set of an adapter's run, as it is now.
-
-    Raises:
-        DynloraError: it cannot be read, or nobody knows where it is from.
-    """
-    recipe = own_recipe(adapter)
+def _read_again(adapter: Adapter, place: Place, names: Collection[str]) -> tuple[list[RowSet], dict[str, str]]:
+    """Sets of an adapter's run, as they are now, and by name why one cannot be read."""
+    recipe = own_recipe(adapter) if names else None
     if recipe is None:
-        raise UsageError(f"{adapter.folder} does not say where these rows are from")
+        return [], dict.fromkeys(names, f"{adapter.folder} does not say where its rows are from")
     reading = Reading(
         tokenizer=read_tokenizer(adapter, place),
         task=tasks.of(place.options),
@@ -207,4 +196,4 @@ def _read_again(adapter: Adapter, place: Place, name: str) -> RowSet:
         table=own_table(adapter, place) or place.files.table_rows,
         context=place.files.context_length,
     )
-    return also.row_set(name, recipe, reading)
+    return also.read_again(names, recipe, reading)

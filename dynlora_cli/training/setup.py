@@ -107,7 +107,8 @@ def read_also(recipe: Recipe, files: BaseFiles, data: Data) -> list[RowSet]:
     """The rows of `eval.also`; adds to the notes of the run's data what there is to say of them."""
     task = tasks.of(recipe.model)
     reading = Reading(files.tokenizer, task, data.writing, data.labels, files.table_rows, files.context_length)
-    return row_sets(recipe, reading, data.notes, trained=data.prompts["train"])
+    trained = [prompt for part in ("train", "replayed") for prompt in data.prompts.get(part, ())]
+    return row_sets(recipe, reading, data.notes, trained=trained)
 
 
 def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device, modes: Modes) -> Base:
