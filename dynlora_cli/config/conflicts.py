@@ -189,6 +189,9 @@ def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if adapter.variant != "lora":
         text = f"variant {adapter.variant} cannot begin with components of a LoRA; write `variant: lora`"
         yield Conflict("adapter.variant", "adapter.from", text)
+    if adapter.old == "magnitudes" and adapter.freeze_a:
+        text = "the magnitudes of old components are kept in A; write `old: freeze`, or leave freeze_a out"
+        yield Conflict("adapter.freeze_a", "adapter.old", text)
     if adapter.init_weights in ("pissa", "loftq"):
         text = f"{adapter.init_weights} is a start from the base alone; write `default`, `orthogonal` or `eva`"
         yield Conflict("adapter.init_weights", "adapter.from", text)

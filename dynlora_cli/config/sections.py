@@ -120,8 +120,8 @@ _AdapterFrom = create_model(
 class Adapter(_AdapterFrom):
     """Where the components sit and how they act."""
 
-    old: Literal["tune", "freeze"] = "tune"
-    """What becomes of the components of `from`: they train on, or stay as they are; the budget is for old and new."""
+    old: Literal["tune", "freeze", "magnitudes"] = "tune"
+    """What the components of `from` do: train on, stay as they are, or train their size alone. One budget for all."""
 
     variant: Annotated[str, PlugIn("variants")] = "lora"
     """How a layer uses its components: a file name in dynlora_cli/lora/variants."""

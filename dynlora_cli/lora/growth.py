@@ -31,7 +31,7 @@ def write_old(pool: Pool, old: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """
     for name, (a_CI, b_OC) in old.items():
         layer = pool.layers[name]
-        layer.a_CI[: len(a_CI)].copy_(a_CI)
+        layer.a_CI[: len(a_CI), : layer.in_features].copy_(a_CI)
         layer.b_OC[:, : len(a_CI)].copy_(b_OC / layer.scale)
 
 
@@ -49,8 +49,9 @@ def turn_from_old(pool: Pool, *, orthonormal: bool) -> list[str]:
     full = []
     for name, layer in pool.layers.items():
         if 0 < layer.old < layer.count:
-            new_CI = layer.a_CI[layer.old :]
-            turned = orthogonal_to(layer.a_CI[: layer.old], new_CI, orthonormal=orthonormal)
+            a_CI = layer.a_CI[:, : layer.in_features]  # without a magnitude in the last column
+            new_CI = a_CI[layer.old :]
+            turned = orthogonal_to(a_CI[: layer.old], new_CI, orthonormal=orthonormal)
             if turned is None:
                 full.append(name)
             else:

@@ -50,10 +50,10 @@ def write_start(pool: Pool, kind: str, base: Base, options: Model, inputs: Mappi
     files = _files(options, base) if kind == "loftq" else None
     for name, layer in pool.layers.items():
         if kind == "orthogonal":
-            new_CI = layer.a_CI[layer.old :]
+            new_CI = layer.a_CI[layer.old :, : layer.in_features]
             new_CI.copy_(orthogonal_start(len(new_CI), layer.in_features, generator))
         elif kind == "eva":
-            new_CI = layer.a_CI[layer.old :]
+            new_CI = layer.a_CI[layer.old :, : layer.in_features]
             new_CI.copy_(orthonormal_rows(inputs[name].scaled_CI[: len(new_CI)], len(new_CI), generator))
         elif isinstance(layer, RelativeLinear):
             layer.begin_at(*principal_factors(dense_weight(layer.base), layer.count, layer.scale))

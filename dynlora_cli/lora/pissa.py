@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.magnitudes import MagnitudeLinear
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Adapter
@@ -82,5 +83,7 @@ class RelativeLinear(ComponentLinear):
 
 
 def layer_kind(options: Adapter, kind: type[ComponentLinear]) -> type[ComponentLinear]:
-    """The layer that goes with `adapter.init_weights`, where another would be of this kind."""
+    """The layer that goes with `adapter.init_weights` and `adapter.old`, where another would be of this kind."""
+    if options.old == "magnitudes":
+        return MagnitudeLinear
     return RelativeLinear if options.init_weights == "pissa" else kind

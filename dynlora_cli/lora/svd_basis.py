@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.moments import MOMENTS, read_moments, write_moments
 from dynlora_cli.lora.pool import Pool
 
@@ -48,7 +49,7 @@ def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
     turned = 0
     for layer, *parts in zip(pool.layers.values(), *map(pool.views, flat), strict=True):
         if layer.turns:
-            births = list(zip(*(_by_birth(a, b, layer.born) for a, b in parts), strict=True))
+            births = list(zip(*(_by_birth(layer, a, b) for a, b in parts), strict=True))
             done = [_turn(*birth) for birth in (births[-1:] if pool.holds_old else births)]
             turned += any(done)
     if turned and moments:
@@ -56,9 +57,10 @@ def to_svd_basis(pool: Pool, optimizer: torch.optim.Optimizer) -> int:
     return turned
 
 
-def _by_birth(a_CI: Tensor, b_OC: Tensor, born: tuple[int, ...]) -> list[Factors]:
-    """Views of the components of each birth."""
-    return list(zip(a_CI.split(list(born)), b_OC.split(list(born), 1), strict=True))
+def _by_birth(layer: ComponentLinear, a_CI: Tensor, b_OC: Tensor) -> list[Factors]:
+    """Views of the components of each birth; of a's, only what the inputs are multiplied with."""
+    counts = list(layer.born)
+    return list(zip(a_CI[:, : layer.in_features].split(counts), b_OC.split(counts, 1), strict=True))
 
 
 def _turn(factors: Factors, first: Factors | None = None, second: Factors | None = None) -> bool:

@@ -28,6 +28,12 @@ from dynlora_cli.text import counted
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
 
+# What becomes of them, by `adapter.old`.
+OLD = {
+    "tune": "which train on",
+    "freeze": "which stay as they are",
+    "magnitudes": "whose directions stay as they are and whose magnitudes train",
+}
 ORTHONORMAL = ("orthogonal", "eva")  # starts whose rows are orthogonal to each other
 
 
@@ -120,9 +126,9 @@ def settle(pool: Pool, recipe: Recipe, data: Data) -> None:
             "ones there cannot be orthogonal to them"
         )
     scale = next(iter(pool.layers.values())).scale
-    if pool.holds_old and not exact(scale):
+    if recipe.adapter.old == "freeze" and not exact(scale):
         data.notes.append(
-            f"adapter.old: {recipe.adapter.old}: the scale {scale:g} is no power of two, so dividing by it and "
+            f"adapter.old: freeze: the scale {scale:g} is no power of two, so dividing by it and "
             "multiplying again may change the last bit of old numbers; leave `adapter.alpha` out for a scale of 2"
         )
 
@@ -132,7 +138,7 @@ def tell(begun: Begun, start: Start, recipe: Recipe) -> list[str]:
     old, folder = begun.old, recipe.adapter.origin
     new = sum(start.counts.values()) - sum(old.values())
     names = " -> ".join(birth["name"] for birth in begun.births)
-    what = {"tune": "which train on", "freeze": "which stay as they are"}[recipe.adapter.old]
+    what = OLD[recipe.adapter.old]
     notes = [
         f"adapter.from: {folder} ({names}): {counted(sum(old.values()), 'component')} in {counted(len(old), 'layer')}, "
         f"{what}; {counted(new, 'new component')} beside them"

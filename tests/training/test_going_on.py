@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- the start -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("old", ["tune", "freeze"])
+@pytest.mark.parametrize("old", ["tune", "freeze", "magnitudes"])
 @pytest.mark.parametrize("form", ["plain", "rslora", "patterns"])
 @torch.no_grad()
 def test_the_start_computes_what_peft_computes(tmp_path: Path, form: str, old: str) -> None:
@@ -184,6 +184,24 @@ def test_frozen_components_stay_bit_for_bit(folder: Path, optimizer: str) -> Non
     assert summary["peft_check"]["checked"]
 
 
+def test_of_old_components_the_magnitude_alone_trains(folder: Path) -> None:
+    recipe = second(folder, "adapter.old=magnitudes", "train.weight_decay=0.1", out="sized")
+    summary, _ = train(recipe)
+    assert summary["parameters"] <= summary["budget_parameters"]
+    before, after = read_adapter(folder / "v1").layers, read_adapter(folder / "sized").layers
+    sizes = []
+    for name, factors in after.items():
+        count = factors.born[0]
+        for a, b in zip(factors.a_CI[:count], factors.b_OC.T[:count], strict=True):
+            (place,) = (before[name].a_CI == a).all(1).nonzero().flatten()  # A is bit for bit what it was
+            was = before[name].b_OC[:, place].double()
+            sizes.append((was @ b.double() / (was @ was)).item())
+            assert_close_to_truth(b, sizes[-1] * was, terms=8)
+    assert sizes
+    assert all(size != 1 for size in sizes)
+    assert summary["peft_check"]["checked"]
+
+
 def test_the_first_loss_is_the_old_adapters(folder: Path) -> None:
     before = json.loads((folder / "v1" / "dynlora.json").read_text())["summary"]
     summary, _ = train(second(folder, "train.max_steps=2", out="loss"))
@@ -211,7 +229,7 @@ def test_every_policy_judges_held_components_too(folder: Path, policy: str) -> N
     assert all(set(after[name][: f.born[0]]) <= set(before.get(name, ())) for name, f in left.items())
 
 
-@pytest.mark.parametrize("old", ["tune", "freeze"])
+@pytest.mark.parametrize("old", ["tune", "freeze", "magnitudes"])
 def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(tmp_path: Path, old: str) -> None:
     train(make_recipe(tmp_path, out="v1"))
     train(second(tmp_path, f"adapter.old={old}", out="whole"))
