@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dynlora_cli.cli.eval_library import evaluate_library, one_file
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
 
@@ -25,13 +26,24 @@ Adapters = Annotated[
     typer.Option("--adapter", metavar="FOLDER", help="A run folder or any PEFT LoRA. Repeatable.", show_default=False),
 ]
 Data = Annotated[
-    Path | None,
+    list[str] | None,
     typer.Option(
         metavar="FILE|RECIPE",
-        help="Other rows: all of a file, or a recipe's held-out ones.",
+        help="Other rows: all of a file, or a recipe's held-out ones. With --library repeatable, and UPDATE=FILE or "
+        "unrelated=FILE where it is known what they belong to.",
         show_default=False,
     ),
 ]
+LibraryFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--library",
+        metavar="LIB",
+        help="A calibrated library, which decides on each row by its prompt what is active.",
+        show_default=False,
+    ),
+]
+Explain = Annotated[bool, typer.Option("--explain", help="With --library: each decision and its reason.")]
 Base = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="The base model, where it was moved.", show_default=False)
 ]
@@ -96,8 +108,11 @@ AllowTemplateMismatch = Annotated[
 
 
 def evaluate(
+    context: typer.Context,
     recipe: RecipeFile = None,
     adapter: Adapters = None,
+    library: LibraryFolder = None,
+    explain: Explain = False,
     data: Data = None,
     also: Also = None,
     base: Base = None,
@@ -117,6 +132,9 @@ def evaluate(
 ) -> None:
     """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""
     with reporting(as_json) as result:
+        if library is not None:
+            result.update(evaluate_library(context))
+            return
         from dynlora_cli.cli.thresholds import read_thresholds
         from dynlora_cli.commands import preflight
 
@@ -125,7 +143,7 @@ def evaluate(
         )
         others = _other_rows(also or [], no_base)
         names = _task_names(tasks, limit)
-        folders, rows = _what_is_meant(recipe, adapter or [], data)
+        folders, rows = _what_is_meant(recipe, adapter or [], one_file(data, explain))
         preflight.adapters(folders, base, rows, others)
         from dynlora_cli.cli.views.evaluation import show_evaluation
         from dynlora_cli.commands import evaluate as command

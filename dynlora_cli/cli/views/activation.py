@@ -1,0 +1,99 @@
+"""What a person sees of a calibrated library: how good the confidence is, what was activated, and what that gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from dynlora_cli.cli.views.console import Console
+from dynlora_cli.cli.views.progress import middle_cut, printable
+from dynlora_cli.library.learn import Calibration
+from dynlora_cli.library.library import REPORT
+from dynlora_cli.library.report import tiles
+from dynlora_cli.text import counted, number, percent
+
+LONGEST_TEXT = 100  # characters of a request or a key
+
+
+def show_calibration(console: Console, root: Path, calibration: Calibration, notes: Sequence[str]) -> None:
+    """The numbers of a calibration, and where its pictures are."""
+    console.line()
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for label, value, note in tiles(calibration):
+        table.add_row(Text(label, style="label"), Text(value, style="head"), printable(note))
+    console.show(table)
+    for note in notes:
+        console.note(note)
+    console.line(f"pictures: {root / REPORT}")
+
+
+def show_library_evaluation(console: Console, report: Mapping[str, Any], *, explain: bool) -> None:
+    """Losses by set of rows, what was active, and with `explain` a line for every decision."""
+    if explain:
+        console.line()
+        for decision in report["decisions"]:
+            _explain(console, decision)
+    console.line()
+    console.line(Text("loss in nats per target", style="head"))
+    console.show(_losses(report))
+    _active(console, report)
+    for note in report["notes"]:
+        console.note(note)
+
+
+def _explain(console: Console, decision: Mapping[str, Any]) -> None:
+    """The request, what is active on it and why, and the key that it was found by."""
+    chosen = " + ".join(decision["chosen"]) or "base"
+    request = middle_cut(printable(" ".join(decision["request"].split())), LONGEST_TEXT)
+    style = "accent" if decision["chosen"] else "label"
+    console.line(Text.assemble((printable(chosen), style), f"  “{request}”  ", printable(_why(decision))))
+
+
+def _why(decision: Mapping[str, Any]) -> str:
+    key = decision["key"]
+    if key is None:
+        return str(decision["reason"])
+    text = middle_cut(" ".join(key["text"].split()), LONGEST_TEXT)
+    return f"{decision['reason']}; nearest key “{text}” ({key['source']})"
+
+
+def _losses(report: Mapping[str, Any]) -> Table:
+    """A line for each set of rows, and one for all."""
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="label")
+    for head in ("rows", "", "base", f"always {report['newest']}", "library", "best choice", "activated", "false"):
+        table.add_column(printable(head), justify="left" if head == "rows" else "right", no_wrap=True)
+    sets = [*report["sets"], {"source": "all", **report["all"], "false_activations": report["false_activations"]}]
+    for one in sets if len(report["sets"]) > 1 else sets[:1]:
+        losses = one["losses"]
+        table.add_row(
+            printable(one["source"]),
+            str(one["rows"]),
+            number(losses["base"]),
+            number(losses[report["newest"]]),
+            Text(number(losses["library"]), style="head"),
+            number(one["oracle"]),
+            percent(1 - one["active"].get("base", 0.0)),
+            percent(one["false_activations"]),
+        )
+    return table
+
+
+def _active(console: Console, report: Mapping[str, Any]) -> None:
+    """Which update was active how often, and what the library is worth."""
+    console.line()
+    shares = (f"{name} {percent(share)}" for name, share in report["all"]["active"].items())
+    console.line(f"active on {counted(report['all']['rows'], 'row')}: {printable(', '.join(shares))}")
+    best = min(
+        ((loss, name) for name, loss in report["all"]["losses"].items() if name not in ("base", "library")),
+    )
+    console.line(f"the best single update for all of these rows is {printable(best[1])}: {number(best[0])}")
+    difference = report["all"]["difference"]
+    interval = f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}"
+    console.line(f"library against base: {difference['loss']:+.4f} nats per target ({interval})")
+    if report["false_activations"] is not None:
+        share = percent(report["false_activations"])
+        console.line(f"activated on {share} of the unrelated rows; {percent(report['rate'])} was wanted")

@@ -1,0 +1,30 @@
+"""Score, margin and overlap of requests with updates, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dynlora_cli.library.features import Overlap, features, words
+
+
+def test_words_are_letters_and_digits_in_lower_case():
+    assert words("Who won Super-Bowl LIX, in 2025?") == {"who", "won", "super", "bowl", "lix", "in", "2025"}
+    assert words("東京の weather") == {"東", "京", "の", "weather"}
+
+
+def test_margin_is_to_the_best_of_the_others():
+    made = features(np.array([[0.9, 0.5, 0.6], [0.4, 0.4, 0.1]]), np.zeros((2, 3)))
+    assert made[..., 1] == pytest.approx(np.array([[0.3, -0.4, -0.3], [0.0, 0.0, -0.3]]))
+    assert features(np.array([[0.7]]), np.zeros((1, 1)))[0, 0].tolist() == [0.7, 0, 0]
+
+
+def test_overlap_weighs_rare_words_more():
+    overlap = Overlap([["the eagles won", "the chiefs lost"], ["the virus spread"]])
+    (row,) = overlap.of(["the eagles virus"])
+    weights = {"the": math.log(4 / 4), "eagles": math.log(4 / 2), "virus": math.log(4 / 2)}
+    assert row == pytest.approx([weights["eagles"] / sum(weights.values())] * 2)
+    assert overlap.of(["the unheard eagles"])[0] == pytest.approx([math.log(2) / (math.log(2) + math.log(4)), 0])
+    assert overlap.of(["", "the", "..."]).tolist() == [[0, 0]] * 3
