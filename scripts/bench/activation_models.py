@@ -121,7 +121,7 @@ def measure(work: Path, runs: dict[str, Path], rows: Sequence[Row]) -> dict[str,
     found = {}
     found[BASE], found["targets"] = losses.of(examples, None)
     own = [adapter for name, adapter in adapters.items() if name != JOINT]
-    for name, adapter in adapters.items() | {SUM: together(own, 1.0), MEAN: together(own, 1 / len(own))}.items():
+    for name, adapter in (adapters | {SUM: together(own, 1.0), MEAN: together(own, 1 / len(own))}).items():
         found[name], _ = losses.of(examples, adapter)
         print(f"  {name}: {found[name].sum() / found['targets'].sum():.4f}", flush=True)
     np.savez(kept, **found)
