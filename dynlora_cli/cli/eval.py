@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynlora_cli.cli.eval_library import evaluate_library, one_file
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
+
+if TYPE_CHECKING:
+    from dynlora_cli.evaluation.options import Options
+    from dynlora_cli.evaluation.thresholds import Thresholds
 
 NEWEST_BELOW = Path("out")
 
@@ -147,22 +151,8 @@ def evaluate(
         preflight.adapters(folders, base, rows, others)
         from dynlora_cli.cli.views.evaluation import show_evaluation
         from dynlora_cli.commands import evaluate as command
-        from dynlora_cli.config.load import load_recipe
-        from dynlora_cli.evaluation import options as options_module
 
-        options = options_module.Options(
-            base=base,
-            trust_remote_code=trust_remote_code or (load_recipe(recipe).model if recipe else False),
-            with_base=not no_base,
-            max_samples=max_samples,
-            also=others,
-            generate=generate,
-            samples=samples,
-            tasks=names,
-            limit=limit,
-            allow_template_mismatch=allow_template_mismatch,
-            thresholds=thresholds,
-        )
+        options = _options(context.params, thresholds, names, others)
         view = console()
         result.update(command.run(folders, rows, options, view.line))
         show_evaluation(view, result)
@@ -170,6 +160,27 @@ def evaluate(
             view.error(MeasureError(result["error"]))
     if result["failed"]:  # not an exception: the report is the result, also where a threshold is missed
         raise typer.Exit(MeasureError.exit_code)
+
+
+def _options(given: dict[str, Any], thresholds: Thresholds, tasks: list[str], also: dict[str, Path]) -> Options:
+    """What to measure, of the options as they were typed."""
+    from dynlora_cli.config.load import load_recipe
+    from dynlora_cli.evaluation.options import Options
+
+    recipe = given["recipe"]
+    return Options(
+        base=given["base"],
+        trust_remote_code=given["trust_remote_code"] or (load_recipe(recipe).model if recipe else False),
+        with_base=not given["no_base"],
+        max_samples=given["max_samples"],
+        generate=given["generate"],
+        samples=given["samples"],
+        tasks=tasks,
+        limit=given["limit"],
+        allow_template_mismatch=given["allow_template_mismatch"],
+        thresholds=thresholds,
+        also=also,
+    )
 
 
 def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None) -> tuple[list[Path], Path | None]:

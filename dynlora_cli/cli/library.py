@@ -57,6 +57,28 @@ EncoderName = Annotated[
 ]
 
 
+Unrelated = Annotated[
+    Path | None,
+    typer.Option(
+        "--unrelated",
+        metavar="FILE",
+        help="Requests that no update is about: rows, or a .txt file with one on each line. By default rows about "
+        "Python's standard library, and the requests of other updates.",
+        show_default=False,
+    ),
+]
+FalseActivation = Annotated[
+    str,
+    typer.Option("--false-activation", metavar="1%", help="Share of unrelated requests that may activate an update."),
+]
+AtMost = Annotated[
+    int, typer.Option("--at-most", metavar="K", min=1, help="Updates that are active on one request at most.")
+]
+Rows = Annotated[
+    int, typer.Option("--rows", metavar="N", min=2, help="Rows of each update, and unrelated ones, at most.")
+]
+
+
 @library.command()
 def add(
     folder: Folder,
@@ -118,6 +140,43 @@ def remove(folder: Folder, name: Update, as_json: AsJson = False) -> None:
 
         result.update(command.remove(folder, name))
         LibraryView(console()).show_removed(result)
+
+
+@library.command()
+def calibrate(
+    folder: Folder,
+    unrelated: Unrelated = None,
+    false_activation: FalseActivation = "1%",
+    at_most: AtMost = 1,
+    rows: Rows = 200,
+    base: Base = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from held-out rows which update helps on what, and how sure one must be to activate it."""
+    with reporting(as_json) as result:
+        from dynlora_cli.cli.values import share
+
+        rate = share(false_activation, "--false-activation")
+        if not 0 < rate < 1:
+            raise UsageError(f"--false-activation {false_activation}: it must be above 0 and below 100 %", "try 1%")
+        if unrelated is not None and not unrelated.is_file():
+            raise UsageError(f"--unrelated {unrelated} is no file", "paths start at the current folder")
+        from dynlora_cli.library.calibration import require
+        from dynlora_cli.library.library import Library
+
+        Library.open(folder)
+        require()
+        from dynlora_cli.cli.views.activation import show_calibration
+        from dynlora_cli.commands import library as command
+        from dynlora_cli.library.calibrate import Wanted
+
+        view = console()
+        wanted = Wanted(unrelated, rate, at_most, rows, base, trust_remote_code)
+        summary, learned = command.calibrate(folder, wanted, view.line)
+        result.update(summary)
+        show_calibration(view, folder, learned, summary["notes"])
+        view.show_next([typed("eval", "--library", str(folder), "--explain")])
 
 
 def _checked(name: str | None, date: str | None, tags: str | None) -> list[str]:

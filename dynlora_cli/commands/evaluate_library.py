@@ -9,7 +9,7 @@ Dimensions: R rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import numpy as np
 
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.data.examples import Example, OneText
+from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.report import BASE
 from dynlora_cli.evaluation.rows import MICRO_BATCH, held_out_rows
 from dynlora_cli.evaluation.scores import paired_difference
-from dynlora_cli.library.activation import Activator, Decision
+from dynlora_cli.library.activation import Activator, Decision, calibration_of
 from dynlora_cli.library.held_out import read_held_out
+from dynlora_cli.library.library import Library
 from dynlora_cli.library.loaded import Loaded, load
 from dynlora_cli.library.losses import Floats, RowLosses
 from dynlora_cli.library.requests import RequestTexts
@@ -107,6 +109,7 @@ def run(root: Path, wanted: Wanted, tell: Tell) -> dict[str, Any]:
         DynloraError: with the exit code that fits.
     """
     named = [_origin_of(text) for text in wanted.data]
+    _check(Library.open(root), named)
     loaded = load(root, wanted.base, wanted.trust_remote_code)
     activator = Activator(loaded.library, loaded.encoder)
     notes = list(activator.notes)
@@ -136,6 +139,24 @@ def _origin_of(text: str) -> tuple[str | None, Path]:
     return (name, Path(path)) if equals and not Path(text).exists() else (None, Path(text))
 
 
+def _check(library: Library, named: Sequence[tuple[str | None, Path]]) -> None:
+    """What can be said before anything heavy loads.
+
+    Raises:
+        UsageError: the library is not calibrated, rows belong to an update that it has not, or their file is missing.
+    """
+    calibration_of(library)
+    names = [UNRELATED, *(entry.name for entry in library.entries)]
+    for origin, path in named:
+        if origin is not None and origin not in names:
+            raise UsageError(
+                f"--data {origin}={path}: {library.root} has no update {origin!r}{did_you_mean(origin, names)}",
+                f"name one of: {', '.join(names)}; or --data FILE where nobody knows",
+            )
+        if not path.exists() and str(path) != BUILTIN:
+            raise UsageError(f"--data {path} does not exist", "paths start at the current folder")
+
+
 def _row_sets(
     loaded: Loaded, named: Sequence[tuple[str | None, Path]], most: int | None, notes: list[str]
 ) -> list[RowSet]:
@@ -155,12 +176,6 @@ def _row_sets(
 
 
 def _from_file(loaded: Loaded, origin: str | None, path: Path, most: int | None, notes: list[str]) -> RowSet:
-    names = [UNRELATED, *(entry.name for entry in loaded.library.entries)]
-    if origin is not None and origin not in names:
-        raise UsageError(
-            f"--data {origin}=...: {loaded.library.root} has no update {origin!r}{did_you_mean(origin, names)}",
-            f"name one of: {', '.join(names)}; or --data FILE where nobody knows",
-        )
     rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path, max_samples=most)
     notes += rows.notes
     texts = RequestTexts(loaded.tokenizer)
@@ -248,7 +263,7 @@ def _decisions(outcome: Outcome) -> list[dict[str, Any]]:
     return [_decision(outcome, number, request, decision) for number, (request, decision) in enumerate(rows)]
 
 
-def _decision(outcome: Outcome, row: int, request: str, decision: Decision) -> Mapping[str, Any]:
+def _decision(outcome: Outcome, row: int, request: str, decision: Decision) -> dict[str, Any]:
     return {
         "source": outcome.rows.source,
         "row": row,

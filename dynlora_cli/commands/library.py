@@ -15,6 +15,8 @@ from dynlora_cli.retrieval.encoders import BASE, encoder_folder, full_name
 
 if TYPE_CHECKING:
     from dynlora_cli.library.addition import Addition
+    from dynlora_cli.library.calibrate import Wanted
+    from dynlora_cli.library.learn import Calibration
 
 Tell = Callable[[str], None]
 
@@ -81,6 +83,24 @@ def remove(root: Path, name: str) -> dict[str, Any]:
     )
     found = {"ok": True, "command": "library remove", "library": str(root), "removed": name, "bytes": size}
     return found | {"left": left, "calibration_removed": seen, "notes": notes}
+
+
+def calibrate(root: Path, wanted: Wanted, tell: Tell) -> tuple[dict[str, Any], Calibration]:
+    """Learn which update helps on what; library.json and report.html get it.
+
+    Returns:
+        The summary, as --json prints it, and the calibration.
+
+    Raises:
+        DynloraError: with the exit code that fits; the library is as it was.
+    """
+    from dynlora_cli.library.calibrate import calibrate as learn
+    from dynlora_cli.models.quiet import quiet
+
+    with quiet:
+        learned, notes = learn(root, wanted, tell)
+    found = {"ok": True, "command": "library calibrate", "library": str(root)}
+    return found | {"calibration": learned.as_dict(), "notes": notes}, learned
 
 
 def refuse_early(root: Path, wanted: Addition) -> None:

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynlora_cli.library.features import Floats, Overlap, features
-from dynlora_cli.library.keys import Keys, nearest
+from dynlora_cli.library.keys import Keys, nearest, space_of
 from dynlora_cli.library.library import Entry
-from dynlora_cli.library.space import Space
-from dynlora_cli.retrieval.encoders import BASE, Encoder
+from dynlora_cli.retrieval.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Finder:
     def __init__(self, entries: Sequence[Entry], encoder: Encoder) -> None:
         self.entries, self.encoder = list(entries), encoder
         self.keys = [Keys.of(entry, encoder.dimension) for entry in entries]
-        uneven = encoder.name == BASE and any(len(own.vectors) for own in self.keys)
-        self.space = Space.of([own.vectors for own in self.keys]) if uneven else Space.plain(encoder.dimension)
+        self.space = space_of(encoder.name, self.keys)
         self.overlap = Overlap([own.texts for own in self.keys])
 
     def find(self, texts: Sequence[str]) -> Found:

@@ -66,7 +66,9 @@ def kept(order_RK: np.ndarray, share: float) -> np.ndarray:
     return (place_RK < round(share * order_RK.shape[1])).astype(np.float64)
 
 
-def measure(work: Path, name: str, folder: Path, parts: dict[str, list[Row]], embed: Embed, losses: Losses) -> dict[str, float]:
+def measure(
+    work: Path, name: str, folder: Path, parts: dict[str, list[Row]], embed: Embed, losses: Losses
+) -> dict[str, float]:
     """Loss per token on test rows of an update, by what is active."""
     train, test = parts["train"][:TRAIN_ROWS], parts["test"][:TEST_ROWS]
     of_train, of_test = (losses.examples(work / name / f"{p}.part", r) for p, r in (("train", train), ("test", test)))
