@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +12,7 @@ from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
 
 if TYPE_CHECKING:
-    from dynlora_cli.evaluation.options import Options
-    from dynlora_cli.evaluation.thresholds import Thresholds
+    from dynlora_cli.config.sections import Model
 
 NEWEST_BELOW = Path("out")
 
@@ -142,17 +141,28 @@ def evaluate(
         from dynlora_cli.cli.thresholds import read_thresholds
         from dynlora_cli.commands import preflight
 
-        thresholds = read_thresholds(
-            fail_above=fail_above or (), fail_below=fail_below or (), baseline=baseline, max_regression=max_regression
-        )
-        others = _other_rows(also or [], no_base)
-        names = _task_names(tasks, limit)
+        above, below = fail_above or (), fail_below or ()
+        limits = read_thresholds(fail_above=above, fail_below=below, baseline=baseline, max_regression=max_regression)
+        others, names = _other_rows(also or [], no_base), _task_names(tasks, limit)
         folders, rows = _what_is_meant(recipe, adapter or [], one_file(data, explain))
         preflight.adapters(folders, base, rows, others)
         from dynlora_cli.cli.views.evaluation import show_evaluation
         from dynlora_cli.commands import evaluate as command
+        from dynlora_cli.evaluation.options import Options
 
-        options = _options(context.params, thresholds, names, others)
+        options = Options(
+            base=base,
+            trust_remote_code=_trusted(recipe, trust_remote_code),
+            with_base=not no_base,
+            max_samples=max_samples,
+            also=others,
+            generate=generate,
+            samples=samples,
+            tasks=names,
+            limit=limit,
+            allow_template_mismatch=allow_template_mismatch,
+            thresholds=limits,
+        )
         view = console()
         result.update(command.run(folders, rows, options, view.line))
         show_evaluation(view, result)
@@ -162,25 +172,11 @@ def evaluate(
         raise typer.Exit(MeasureError.exit_code)
 
 
-def _options(given: dict[str, Any], thresholds: Thresholds, tasks: list[str], also: dict[str, Path]) -> Options:
-    """What to measure, of the options as they were typed."""
+def _trusted(recipe: Path | None, everything: bool) -> bool | Model:
+    """Whose code may run: that of any base, that of a recipe's own model, or nobody's."""
     from dynlora_cli.config.load import load_recipe
-    from dynlora_cli.evaluation.options import Options
 
-    recipe = given["recipe"]
-    return Options(
-        base=given["base"],
-        trust_remote_code=given["trust_remote_code"] or (load_recipe(recipe).model if recipe else False),
-        with_base=not given["no_base"],
-        max_samples=given["max_samples"],
-        generate=given["generate"],
-        samples=given["samples"],
-        tasks=tasks,
-        limit=given["limit"],
-        allow_template_mismatch=given["allow_template_mismatch"],
-        thresholds=thresholds,
-        also=also,
-    )
+    return everything or (load_recipe(recipe).model if recipe else False)
 
 
 def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None) -> tuple[list[Path], Path | None]:

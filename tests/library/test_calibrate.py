@@ -18,7 +18,8 @@ from dynlora_cli.commands.evaluate_library import Wanted as Asked
 from dynlora_cli.commands.evaluate_library import run as evaluate
 from dynlora_cli.evaluation.generation import find_prompts, generate
 from dynlora_cli.library.activation import Activator
-from dynlora_cli.library.add import Addition, add
+from dynlora_cli.library.add import add
+from dynlora_cli.library.addition import Addition
 from dynlora_cli.library.calibrate import Wanted, calibrate
 from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.library import Library, library_for_writing
