@@ -87,13 +87,18 @@ def recipe_reference() -> str:
         parts.append(f"## {name}\n\n{field['description']}\n")
         parts.append(key_table(section))
         if name == "dataset":
-            source = schema["$defs"]["Source"]
+            source, added = schema["$defs"]["Source"], schema["$defs"]["TrainSource"]["properties"]["weight"]
             parts.append(f"### An item of dataset.train or dataset.val\n\n{source['description']}\n")
-            parts.append(key_table(source))
+            weighed = {**source, "properties": {**source["properties"], "weight": added}}
+            parts.append(key_table(weighed) + "\n`weight` is a key of `dataset.train` alone.\n")
         if name == "eval":
             also = schema["$defs"]["Also"]
             parts.append(f"### An item of eval.also\n\n{also['description']}\n")
             parts.append(key_table(also))
+        for key, value in section["properties"].items():
+            if "anyOf" in value and (inner := section_of(schema, value)):
+                parts.append(f"### {name}.{key}\n\n{inner['description']}\n")
+                parts.append(key_table(inner))
     parts.insert(3, "## At the top\n\n" + table(["key", "value", "default", "what it does"], map(row_of_top, top)))
     parts.append(conflict_section())
     return "\n".join(parts)
@@ -137,7 +142,8 @@ def kind(field: Schema) -> str:
     if "const" in field:
         return f"`{field['const']}`"
     if "$ref" in field:
-        return "set of rows" if field["$ref"].endswith("/Also") else field["$ref"].rpartition("/")[2].lower()
+        name = field["$ref"].rpartition("/")[2]
+        return {"Also": "set of rows", "Source": "source", "TrainSource": "source"}.get(name, "keys below")
     if field.get("type") == "array":
         return f"list of {kind(field['items'])}"
     if field.get("type") == "boolean":
@@ -149,7 +155,7 @@ def kind(field: Schema) -> str:
 def bounds(field: Schema) -> str:
     """`, at least 1` and the like."""
     if "pattern" in field:
-        return " such as `2M`, or `auto`"
+        return " such as `5%`" if "%" in field["pattern"] else " such as `2M`, or `auto`"
     words = {
         "minimum": "at least",
         "exclusiveMinimum": "above",

@@ -18,7 +18,7 @@ from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base, resolve_dtype
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.schedule import Schedule
-from dynlora_cli.training.batches import make_batches, total_steps
+from dynlora_cli.training.batches import total_steps, training_batches
 from dynlora_cli.training.components import attach, left_out, plan_ranks
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
@@ -41,7 +41,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     files = BaseFiles.find(recipe.model)
     data = read_data(recipe, files)
     base = read_base(recipe, files, data, torch.device("meta"), modes)
-    steps = total_steps(recipe, make_batches(recipe, data.train, base, shuffle=True))
+    steps = total_steps(recipe, training_batches(recipe, data, base))
     found: dict[str, Any] = {
         "recipe_yaml": to_yaml(recipe),
         "example": show_example(data.train[0], files.tokenizer, data.labels),
@@ -78,7 +78,7 @@ def _memory(
     """The memory that the run will need, or a note why nobody knows; `base` is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
-    length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train)
+    length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train + data.replayed)
     ids = (recipe.train.micro_batch_size, length)
 
     def trained() -> Trained:

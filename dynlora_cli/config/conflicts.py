@@ -104,6 +104,12 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("dataset.packing", "model.task", f"packing does not go with {model.task}")
     if data.chat is True and "Turns" not in plugins.declared("tasks", model.task, "FORMS", ()):
         yield Conflict("dataset.chat", "model.task", f"{model.task} knows no turns; leave it at auto")
+    if data.packing and not data.shuffle:
+        text = "packing puts rows together by their lengths, which leaves no order; set one of the two to its default"
+        yield Conflict("dataset.shuffle", "dataset.packing", text)
+    if data.replay and data.replay.origin is None and getattr(recipe.adapter, "from", None) is None:
+        text = "of which run? write `from: FOLDER` under it, or name one as `adapter.from`"
+        yield Conflict("dataset.replay.from", "adapter.from", text)
     of_task = list(_declared_conflicts(recipe, "tasks"))
     of_data = [conflict for conflict in of_task if conflict.key.startswith(("model.", "dataset."))]
     yield from of_data

@@ -11,13 +11,13 @@ Schema = dict[str, Any]
 
 def allowed(schema: Schema, whole: Schema) -> str:
     """What a value must be, in words, from its JSON schema; `whole` holds the definitions."""
+    if "anyOf" in schema:
+        return " or ".join(allowed(choice, whole) for choice in schema["anyOf"])
     schema = resolve(schema, whole)
     if "enum" in schema:
         return f"one of: {', '.join(map(str, schema['enum']))}"
     if "const" in schema:
         return str(schema["const"])
-    if "anyOf" in schema:
-        return " or ".join(allowed(choice, whole) for choice in schema["anyOf"])
     if "properties" in schema:
         return f"a section with the keys {', '.join(schema['properties'])}"
     if schema["type"] == "array":
@@ -58,8 +58,9 @@ def at(schema: Schema, path: Path) -> Schema:
 
 
 def resolve(here: Schema, schema: Schema) -> Schema:
-    """The definition that a `$ref` names."""
-    reference = here.get("$ref") or here.get("allOf", [{}])[0].get("$ref")
+    """The definition that a `$ref` names, which may be one of a choice, as of a section that may be null."""
+    choices = [here, *here.get("allOf", ()), *here.get("anyOf", ())]
+    reference = next((choice["$ref"] for choice in choices if "$ref" in choice), None)
     return schema["$defs"][reference.rsplit("/", 1)[1]] if reference else here
 
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, cre
 from dynlora_cli import plugins
 from dynlora_cli.config.budget import MAX_RANK, Budget, parse_budget
 from dynlora_cli.config.types import (
+    PART,
     Count,
     HomePath,
     NotForeign,
@@ -24,6 +25,7 @@ from dynlora_cli.config.types import (
     Section,
     Share,
     Text,
+    part,
     whole,
 )
 from dynlora_cli.text import show
@@ -82,12 +84,41 @@ class Source(Section):
     """Our field name to the data's column, such as `{prompt: question}`."""
     ignore: list[Text] = []
     """Columns to leave aside though they say how rows are to be learned, such as `[score]`."""
+    rows: Count | None = None
+    """At most so many of its rows, chosen by the seed; rows with the same prompt stay together. null: all."""
+
+
+class TrainSource(Source):
+    """A file, folder or hub data set to train on."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often its rows come up in an epoch: 2 is each of them twice, 0.5 one half, and the other half in the next."""
+
+
+# A word of Python, so no class body can have it as a field.
+_ReplayFrom = create_model(
+    "_ReplayFrom",
+    __base__=Section,
+    **{"from": (PathText | None, Field(default=None, description="The folder of a run; null: that of adapter.from."))},  # type: ignore[call-overload]
+)
+
+
+class Replay(_ReplayFrom):
+    """Rows of an earlier run, and of all that it came from, which come up again so that they are not forgotten."""
+
+    share: Annotated[float, BeforeValidator(part), Field(gt=0, lt=1), WithJsonSchema(PART)] = 0.05
+    """Share of the rows of an epoch, such as 5%, evenly from each of the runs; other ones in the next epoch."""
+
+    @property
+    def origin(self) -> str | None:
+        """The key `from`."""
+        return getattr(self, "from")
 
 
 class Dataset(Section):
     """Rows to train on and rows to measure on."""
 
-    train: Annotated[list[Source], Field(min_length=1)]
+    train: Annotated[list[TrainSource], Field(min_length=1)]
     """Sources to train on; an item may be just a path."""
     val: list[Source] = []
     """Sources to measure on; where there are any, `val_size` is not used."""
@@ -97,6 +128,10 @@ class Dataset(Section):
     """Longest example, in tokens."""
     packing: bool = False
     """Put several examples in one row, none of which sees another."""
+    shuffle: bool = True
+    """Rows in an order of the seed, another one in each epoch; false: as they stand, source after source."""
+    replay: Replay | None = None
+    """Rows of an earlier run to train on as well, against forgetting."""
     train_on: Literal["auto", "completion", "assistant", "all"] = "auto"
     """Tokens that carry loss; auto chooses by format."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,23 @@ class PlugIn:
         return value
 
 
+def part(value: object) -> object:
+    """A share that is neither nothing nor all, also as `5%`."""
+    number = value
+    if isinstance(value, str) and (percent := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) ?%", value)):
+        number = float(percent[1]) / 100
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1:
+        raise ValueError(f"got {show(value)}, must be a share above 0 and below 1, such as 5% or 0.05")
+    return number
+
+
+# What `part` takes, for a schema.
+PART = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+        {"type": "string", "pattern": r"^(\d+(\.\d+)?|\.\d+) ?%$"},
+    ]
+}
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(path_text)]  # where it is used, ~ is the home folder
 HomePath = Annotated[Text, AfterValidator(at_home)]

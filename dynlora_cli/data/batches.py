@@ -8,6 +8,9 @@ depend on micro_batch_size x accumulation only, so 1 x 8 and 8 x 1 see the same 
 Unpacked, rows of similar length share a step: an epoch is shuffled, sorted by length inside windows of 50 steps, cut
 into steps, and the steps are shuffled. Packed, the rows are put into bins of `max_length` tokens once (best fit,
 longest first); an epoch shuffles the bins. Positions start at 0 in each row of a bin, and no row sees another.
+
+Where sources have weights, or rows of earlier runs are replayed, an epoch takes so many rows of each (data/mix.py), or
+so many bins, which then hold rows of one source alone. All epochs have the same number of steps.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.data.examples import IGNORED, Example
+from dynlora_cli.data.mix import Span, drawn, each_once, evenly
 
 _WINDOW = 50  # rows are sorted by length within so many steps
 
@@ -77,6 +81,15 @@ class Batch:
         return replace(self, inputs=inputs, labels=change(self.labels), places=change(self.places))
 
 
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Bins of which an epoch takes so many."""
+
+    bins: list[Bin]
+    draws: int
+    replayed: bool
+
+
 class Batches:
     """The micro-batches of every step of every epoch.
 
@@ -88,7 +101,9 @@ class Batches:
         max_length: capacity of a bin; no example may be longer.
         pad_id: token for padding, on the right, which carries no label and is masked.
         packing: put several examples in one row, where they are of a kind that packs.
-        shuffle: False keeps the order of the examples, for evaluation.
+        shuffle: False keeps the order of the examples, for evaluation and where a recipe asks for it. Replayed ones
+            are then spread evenly between the others.
+        spans: how many of the examples an epoch takes, source by source; none: all of them once.
         shards: number of ranks; a step's micro-batches are dealt to them in turn. A rank for which none is left gets
             one without targets and without rows, so that all ranks make the same number of forward passes.
         shard: this rank.
@@ -112,6 +127,7 @@ class Batches:
         pad_id: int,
         packing: bool = False,
         shuffle: bool = True,
+        spans: Sequence[Span] = (),
         shards: int = 1,
         shard: int = 0,
         mask_dtype: torch.dtype = torch.bool,
@@ -128,8 +144,8 @@ class Batches:
             raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
         if packing and not examples[0].packs:
             raise ValueError("packing serves causal language models only")
-        self._bins = self._pack(max_length) if packing else [(index,) for index in range(len(examples))]
-        self.steps_per_epoch = -(-len(self._bins) // self.step_size)
+        self._pools = self._pooled(spans)
+        self.steps_per_epoch = -(-sum(pool.draws for pool in self._pools) // self.step_size)
         self._plan = lru_cache(maxsize=2)(self._make_plan)  # an epoch's order is made once, not at every step
 
     @classmethod
@@ -160,7 +176,7 @@ class Batches:
 
     def _make_plan(self, epoch: int) -> list[list[Bin]]:
         """The bins of every step of an epoch."""
-        bins, size = list(self._bins), self.step_size
+        bins, size = self._drawn(epoch), self.step_size
         if not self.shuffle:
             return [bins[at : at + size] for at in range(0, len(bins), size)]
         # Text seeds are hashed by the standard library with SHA-512: the same order on every machine.
@@ -173,12 +189,38 @@ class Batches:
         chance.shuffle(steps)
         return steps
 
+    def _drawn(self, epoch: int) -> list[Bin]:
+        """The bins of an epoch: those of each source in turn; replayed ones, where the order stays, between them."""
+        parts = [
+            (pool, drawn(pool.bins, pool.draws, epoch, f"{self.seed} walk {number}" if self.shuffle else None))
+            for number, pool in enumerate(self._pools)
+        ]
+        own = [item for pool, items in parts if not pool.replayed for item in items]
+        return evenly([own, *(items for pool, items in parts if pool.replayed)])
+
+    def _pooled(self, spans: Sequence[Span]) -> list[_Pool]:
+        """The bins of each source, and how many of them an epoch takes."""
+        if each_once(spans):
+            bins = self._binned(
+                0, len(self.examples)
+            )  # where each row comes up once, packed rows of all stand together
+            return [_Pool(bins, len(bins), False)]
+        pools, start = [], 0
+        for span in spans:
+            bins = self._binned(start, start + span.rows)
+            pools.append(_Pool(bins, max(1, round(len(bins) * span.draws / span.rows)), span.replayed))
+            start += span.rows
+        return pools
+
+    def _binned(self, start: int, stop: int) -> list[Bin]:
+        return self._pack(start, stop) if self.packing else [(index,) for index in range(start, stop)]
+
     def _length(self, item: Bin) -> int:
         return sum(self.lengths[index] for index in item)
 
-    def _pack(self, capacity: int) -> list[Bin]:
+    def _pack(self, start: int, stop: int) -> list[Bin]:
         """Best fit decreasing: each row, longest first, goes where it leaves the least room."""
-        order = list(range(len(self.examples)))
+        order, capacity = list(range(start, stop)), self.max_length
         if self.shuffle:
             random.Random(f"{self.seed} bins").shuffle(order)  # so that rows of equal length are combined at random
         order.sort(key=lambda index: -self.lengths[index])

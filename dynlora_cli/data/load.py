@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from dynlora_cli.data.chat_template import Writing, date_note, read_template, template_name
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import Turns
+from dynlora_cli.data.mix import Span, each_once, mix_note, spans_of
 from dynlora_cli.data.read import Reader, TaskOfRows, read
 from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.data.splits import Kept, advice_for, class_names, note_shared, number_labels, reasons_of, split
@@ -45,6 +46,8 @@ class Data:
         forms: the neutral forms that rows came in, by name: Turns, Pair, Plain, Labelled.
         writing: how the rows were written; the record of a run keeps it.
         prompts: of `train` and `val`: a hash of each row's prompt, in the order of the rows.
+        spans: how many rows of each source an epoch takes, in the order of `train`, and then of `replayed`.
+        replayed: examples of earlier runs to train on as well, see data/replay.py.
     """
 
     train: list[Example]
@@ -57,6 +60,8 @@ class Data:
     forms: set[str] = field(default_factory=set)
     writing: Writing = field(default_factory=Writing)
     prompts: dict[str, list[bytes]] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    replayed: list[Example] = field(default_factory=list)
 
     @property
     def confidence(self) -> dict[int, float]:
@@ -104,7 +109,7 @@ def load_data(
     limit = min(dataset.max_length, max_length or dataset.max_length)
     encoder = task.encoder(tokenizer, dataset.train_on, limit)
     vocabulary = Vocabulary(tokenizer, table)
-    reader = Reader(dataset, tokenizer, task, limit, encoder, writing or Writing(), vocabulary)
+    reader = Reader(dataset, tokenizer, task, limit, encoder, writing or Writing(), vocabulary, seed)
     train, dropped = read(reader, dataset.train, held_out=False)
     if task.has_classes:
         known = labels or list(reader.writing.labels)
@@ -120,6 +125,9 @@ def load_data(
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
     data.prompts = {"train": [kept.prompt for kept in train], "val": [kept.prompt for kept in val]}
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
+    data.spans = spans_of(train, dataset.train)
+    if not each_once(data.spans):
+        reader.notes.append(mix_note(data.spans))
     data.notes = list(dict.fromkeys(reader.notes))
     return data
 
@@ -131,7 +139,7 @@ def _held_out(reader: Reader, train: list[Kept], seed: int) -> tuple[list[Kept],
     if dataset.val:
         note_shared(reader.notes, train, val)
     elif all(source.path == BUILTIN for source in dataset.train):
-        val, dropped = read(reader, dataset.train[:1], held_out=True)
+        val, dropped = read(reader, dataset.train[:1], held_out=True, limited=False)
     else:
         train, val = split(train, dataset.val_size, seed, reader.notes)
     return train, val, dropped

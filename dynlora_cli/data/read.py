@@ -16,11 +16,13 @@ from dynlora_cli.data.chat_turns import as_turns
 from dynlora_cli.data.columns import Account, example_for, in_yaml, located, renamed
 from dynlora_cli.data.examples import IGNORED, Draft, Located
 from dynlora_cli.data.forms import Pair, Plain, Turns, name_of
+from dynlora_cli.data.mix import chosen
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import Table, tables
 from dynlora_cli.data.splits import BEGINS, EMPTY, LONGER, Kept
 from dynlora_cli.data.vocabulary import Vocabulary
 from dynlora_cli.errors import DataError
+from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +56,7 @@ class Reader:
     encoder: Encoder
     writing: Writing
     vocabulary: Vocabulary
+    seed: int = 0
     notes: list[str] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
     lost: dict[bool, Counter[str]] = field(default_factory=lambda: {False: Counter(), True: Counter()})  # held out
@@ -61,24 +64,36 @@ class Reader:
     set_apart: bool = False  # rows have `dataset.separator` in them
 
 
-def read(reader: Reader, sources: Sequence[Source], *, held_out: bool) -> tuple[list[Kept], int]:
-    """Kept rows of some sources in order, and how many were dropped."""
+def read(reader: Reader, sources: Sequence[Source], *, held_out: bool, limited: bool = True) -> tuple[list[Kept], int]:
+    """Kept rows of some sources in order, where `limited` no more than they say, and how many were dropped."""
     kept: list[Kept] = []
     numbers = itertools.count()
     lost: Counter[str] = Counter()
     with on_date(reader.writing.moment):
-        for source in sources:
-            account = Account(source)
+        for number, source in enumerate(sources):
+            account, own = Account(source), list[Kept]()
             for table in tables(source, reader.notes, held_out=held_out):
                 for place, draft in _drafts(reader, source, table, account):
                     row = _fit(reader, place, draft, next(numbers))
                     if isinstance(row, Kept):
-                        kept.append(row)
+                        row.source = number
+                        own.append(row)
                     else:
                         lost[row] += 1
             account.settle(reader.notes)
+            kept += _limited(reader, source, own) if limited else own
     reader.lost[held_out] += lost
     return kept, lost.total()
+
+
+def _limited(reader: Reader, source: Source, rows: list[Kept]) -> list[Kept]:
+    """No more rows of a source than the recipe asks for."""
+    if source.rows is None or len(rows) <= source.rows:
+        if source.rows is not None and len(rows) < source.rows:
+            reader.notes.append(f"{source.path}: it has {counted(len(rows), 'row')}, fewer than `rows: {source.rows}`")
+        return rows
+    reader.notes.append(f"{source.path}: {source.rows} of {counted(len(rows), 'row')}, chosen by seed {reader.seed}")
+    return chosen(rows, source.rows, reader.seed)
 
 
 def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> Iterator[tuple[str, Draft]]:

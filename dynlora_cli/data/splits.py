@@ -23,13 +23,14 @@ LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "wi
 
 @dataclass(slots=True)
 class Kept:
-    """An example before the split, with what the counts need."""
+    """An example before the split, with what the counts need; `source` is its number in the recipe."""
 
     example: Example
     prompt: bytes
     label: str | int | None
     truncated: bool
     cut_answer: bool
+    source: int = 0
 
 
 def reasons_of(lost: Counter[str]) -> list[str]:

@@ -14,13 +14,38 @@ from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.load import Base
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.data.load import Data
+    from dynlora_cli.data.mix import Span
+
+
+def training_batches(recipe: Recipe, data: Data, base: Base, accelerator: Accelerator | None = None) -> Batches:
+    """The batches that a run trains on: its own rows by their weights, and those of earlier runs."""
+    examples = data.train + data.replayed
+    return make_batches(recipe, examples, base, shuffle=True, accelerator=accelerator, spans=data.spans)
 
 
 def make_batches(
-    recipe: Recipe, examples: list[Example], base: Base, *, shuffle: bool, accelerator: Accelerator | None = None
+    recipe: Recipe,
+    examples: list[Example],
+    base: Base,
+    *,
+    shuffle: bool,
+    accelerator: Accelerator | None = None,
+    spans: Sequence[Span] = (),
 ) -> Batches:
-    """Batches of the recipe's size, of this process's share where there is an accelerator."""
+    """Batches of the recipe's size, of this process's share where there is an accelerator.
+
+    Args:
+        recipe: says the size, and whether training keeps the order of the rows.
+        examples: all of one task.
+        base: pads, and says how packed rows are masked.
+        shuffle: they are trained on, not measured.
+        accelerator: of the run.
+        spans: how many of them an epoch takes, source by source; none: all of them once.
+    """
     longest = max(len(example.input_ids) for example in examples)
     packing = recipe.dataset.packing
     capacity = max(longest, min(recipe.dataset.max_length, base.files.context_length or recipe.dataset.max_length))
@@ -33,7 +58,8 @@ def make_batches(
         max_length=capacity,
         pad_id=base.tokenizer.pad_token_id,
         packing=packing,
-        shuffle=shuffle,
+        shuffle=shuffle and recipe.dataset.shuffle,
+        spans=spans,
         shards=accelerator.num_processes if accelerator else 1,
         shard=accelerator.process_index if accelerator else 0,
         mask_dtype=packed_mask_dtype(base.model, capacity) if packing and kind != "meta" else torch.bool,

@@ -29,7 +29,7 @@ from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.targets import find_targets, group_names, layers_left_out, text_part
 from dynlora_cli.pruning.allocation import in_proportion, share_out
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
-from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.batches import training_batches
 from dynlora_cli.training.origin import Begun, put_origin, read_origin, settle, tell
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _measured(
     """
 
     def batches() -> Iterator[Batch]:
-        rows = make_batches(recipe, data.train, base, shuffle=True)
+        rows = training_batches(recipe, data, base)
         steps = (rows.step(0, index) for index in range(rows.steps_per_epoch))
         return (batch.to(accelerator.device) for batch in islice(chain.from_iterable(steps), CALIBRATION_BATCHES))
 

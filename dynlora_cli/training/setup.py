@@ -34,7 +34,7 @@ from dynlora_cli.pruning.stopping import EarlyStopping
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
-from dynlora_cli.training.batches import make_batches, on_device, total_steps
+from dynlora_cli.training.batches import make_batches, on_device, total_steps, training_batches
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.run import Progress, Run
 
@@ -165,7 +165,7 @@ def make_run(
     """Optimizer, rank control and batches around the model; `also` are rows of other kinds, to be measured on."""
     groups = trained.groups(base.model)
     optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
-    batches = make_batches(recipe, data.train, base, shuffle=True, accelerator=accelerator)
+    batches = training_batches(recipe, data, base, accelerator)
     steps = total_steps(recipe, batches)
     control: Control = NoControl()
     if start and isinstance(trained, Pool):

@@ -14,7 +14,7 @@ from dynlora_cli import plugins
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.config.load import json_schema, to_yaml
 from dynlora_cli.config.recipe import Recipe
-from dynlora_cli.config.sections import Dataset, Model, Source
+from dynlora_cli.config.sections import Dataset, Model, TrainSource
 from dynlora_cli.config.types import Section
 
 from recipe_helpers import MINIMAL, load, problems, schema_keys
@@ -69,7 +69,7 @@ seed: 0
 def test_the_design_recipe_holds_the_defaults() -> None:
     expected = Recipe(
         model=Model(name_or_path="builtin:tiny"),
-        dataset=Dataset(train=[Source(path="rows.jsonl")]),
+        dataset=Dataset(train=[TrainSource(path="rows.jsonl")]),
         output_dir="out/name",
     )
     assert load(DESIGN) == expected
@@ -79,9 +79,9 @@ def test_the_design_recipe_holds_the_defaults() -> None:
 def test_shorthands_and_the_default_folder() -> None:
     recipe = load("model: some/name\ndataset: rows.jsonl\ntrain:\n")
     assert recipe.model == Model(name_or_path="some/name")
-    assert recipe.dataset == Dataset(train=[Source(path="rows.jsonl")])
+    assert recipe.dataset == Dataset(train=[TrainSource(path="rows.jsonl")])
     assert recipe.output_dir == "out/recipe"
-    assert load("model: x\ndataset: {train: [a, {path: b, split: c}]}\n").dataset.train[0] == Source(path="a")
+    assert load("model: x\ndataset: {train: [a, {path: b, split: c}]}\n").dataset.train[0] == TrainSource(path="a")
 
 
 @pytest.mark.parametrize("value", ["1e300", "1" + "0" * 30, "1" + "0" * 400, "9007199254740992"])
@@ -159,7 +159,7 @@ def test_set_a_shorthand_keeps_the_rest_of_its_section() -> None:
     text = "model: {name_or_path: a, dtype: float32}\ndataset: {train: [a], max_length: 64}\n"
     recipe = load(text, "model=b", "dataset=b.jsonl")
     assert recipe.model == Model(name_or_path="b", dtype="float32")
-    assert recipe.dataset == Dataset(train=[Source(path="b.jsonl")], max_length=64)
+    assert recipe.dataset == Dataset(train=[TrainSource(path="b.jsonl")], max_length=64)
 
 
 def test_the_last_set_wins_and_the_output_dir_option_over_all() -> None:
@@ -214,11 +214,14 @@ def test_schema_describes_every_key_and_allows_no_other() -> None:
             or path.endswith(".path")
         )
     sections = [schema, *schema["$defs"].values()]
-    written = [section for section in Section.__subclasses__() if section.__module__ == Dataset.__module__]
+    below = [Section, *Section.__subclasses__()]
+    below += [section for parent in below[1:] for section in parent.__subclasses__()]
+    names = {section.__name__ for section in below if section.__module__ == Dataset.__module__}
+    written = [name for name in names if not name.startswith("_") and name not in ("Section", "Recipe")]
     assert len(sections) == len(written)  # of which `Settings` is the schema itself
     assert all(section["additionalProperties"] is False for section in sections)
     assert schema["$defs"]["Adapter"]["properties"]["variant"]["enum"] == plugins.names("variants")
-    assert schema["$defs"]["Source"]["properties"]["format"]["enum"] == ["auto", *plugins.names("formats")]
+    assert schema["$defs"]["TrainSource"]["properties"]["format"]["enum"] == ["auto", *plugins.names("formats")]
     assert schema["properties"]["model"]["anyOf"] == [{"$ref": "#/$defs/Model"}, {"type": "string", "minLength": 1}]
     assert schema["required"] == ["model", "dataset"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynlora_cli.config.recipe import Recipe
-from dynlora_cli.config.sections import Dataset, Model, Source
+from dynlora_cli.config.sections import Dataset, Model, TrainSource
 
 from recipe_helpers import MINIMAL, load, problems
 
@@ -186,7 +186,7 @@ def test_python_callers_meet_the_conflicts_too() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         Recipe(
             model=Model(name_or_path="x", load_in_4bit=True, load_in_8bit=True),
-            dataset=Dataset(train=[Source(path="x")]),
+            dataset=Dataset(train=[TrainSource(path="x")]),
         )
 
 
