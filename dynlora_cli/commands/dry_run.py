@@ -11,6 +11,7 @@ from dynlora_cli import plugins
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
+from dynlora_cli.data.mix import each_once, mix_on_record
 from dynlora_cli.execution import mode as execution
 from dynlora_cli.lora.start import Start
 from dynlora_cli.models.base_files import BaseFiles
@@ -49,7 +50,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "modules": [],
         "schedule": [],
         "steps": steps,
-        "data": {"counts": data.counts, "sha256": data.sha256},
+        "data": {"counts": data.counts, "sha256": data.sha256, **_mix(data)},
         "notes": data.notes,
     }
     if not plugins.load("variants", recipe.adapter.variant).has_components:
@@ -70,6 +71,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     data.notes += too_short(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
     return found | _memory(recipe, base, data, modes, begun)
+
+
+def _mix(data: Data) -> dict[str, Any]:
+    """What an epoch is made of, where it has not every row once."""
+    found: dict[str, Any] = {} if each_once(data.spans) else {"mix": mix_on_record(data.spans)}
+    return found | ({"replay": data.replay} if data.replay else {})
 
 
 def _memory(

@@ -15,6 +15,7 @@ from dynlora_cli.config.load import RECIPES
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.config.sections import Model, Source
+from dynlora_cli.data.replay import runs_to_replay
 from dynlora_cli.data.sources import is_local, tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.models.find import find_model, is_hub_name
@@ -53,6 +54,7 @@ def training(
         if is_local(also.path):
             with _named(f"eval.also, {also.name}"):
                 tables(also.source, [], held_out=True)
+    runs_to_replay(recipe)
 
 
 @contextmanager

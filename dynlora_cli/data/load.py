@@ -12,7 +12,7 @@ import hashlib
 import json
 from array import array
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.chat_template import Writing, date_note, read_template, template_name
 from dynlora_cli.data.examples import Example
@@ -45,9 +45,10 @@ class Data:
         sizing: examples held out from the training rows to choose the rank by; only where that is asked for.
         forms: the neutral forms that rows came in, by name: Turns, Pair, Plain, Labelled.
         writing: how the rows were written; the record of a run keeps it.
-        prompts: of `train` and `val`: a hash of each row's prompt, in the order of the rows.
+        prompts: of `train`, `val` and `replayed`: a hash of each row's prompt, in the order of the rows.
         spans: how many rows of each source an epoch takes, in the order of `train`, and then of `replayed`.
         replayed: examples of earlier runs to train on as well, see data/replay.py.
+        replay: of which runs they are, how many of each and their hashes, for the record.
     """
 
     train: list[Example]
@@ -62,6 +63,7 @@ class Data:
     prompts: dict[str, list[bytes]] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     replayed: list[Example] = field(default_factory=list)
+    replay: dict[str, Any] | None = None
 
     @property
     def confidence(self) -> dict[int, float]:

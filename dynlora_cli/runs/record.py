@@ -94,6 +94,10 @@ class Data(TypedDict, total=False):
     """Of each format that could be written as turns, whether it was."""
     labels: list[str] | None
     """Names of the classes, in the order of the classifier's outputs."""
+    mix: list[dict[str, Any]]
+    """Where an epoch has not every row once: of each source, its rows and how many an epoch draws."""
+    replay: dict[str, Any]
+    """Where rows of earlier runs are replayed: the share, and of each run its folder, rows, draws and sha256."""
 
 
 class Layer(TypedDict):

@@ -19,6 +19,7 @@ from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.write import lora_config, write_adapter
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
+from dynlora_cli.data.mix import each_once, mix_on_record
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
 from dynlora_cli.files.whole import remove, sync, whole_folder
 from dynlora_cli.lora.pool import Pool
@@ -264,7 +265,7 @@ def _budget_on_record(training: Run, start: Start) -> records.Budget:
 
 
 def _data_on_record(data: Data) -> records.Data:
-    return records.Data(
+    found = records.Data(
         counts=data.counts,
         train_rows=len(data.train),
         val_rows=len(data.val),
@@ -273,6 +274,11 @@ def _data_on_record(data: Data) -> records.Data:
         turned=dict(data.writing.turned),
         labels=data.labels,
     )
+    if not each_once(data.spans):
+        found["mix"] = mix_on_record(data.spans)
+    if data.replay:
+        found["replay"] = data.replay
+    return found
 
 
 def start_event(training: Run) -> dict[str, Any]:
@@ -346,6 +352,8 @@ def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
             "ranks": dict(trained.counts),
             "importance": {name: layer.energy() for name, layer in trained.layers.items()},
         }
+    if not each_once(training.data.spans):
+        summary["mix"] = mix_on_record(training.data.spans)
     return summary | {
         "seconds": progress.seconds,
         "tokens": progress.tokens,

@@ -86,8 +86,15 @@ def same_inputs(folder: Path, before: Mapping[str, Any], data: Data, files: Base
     """
     if before["data"]["sha256"] != data.sha256:
         raise UsageError(f"the rows, or how they are read, have changed since the run in {folder} began", RESTART)
+    if _replayed(before["data"].get("replay")) != _replayed(data.replay):
+        raise UsageError(f"the rows that the run in {folder} replays are other ones than when it began", RESTART)
     if changed_since(before["base_model"]["fingerprint"], files.folder, files.config):
         raise UsageError(f"the model in {files.folder} has changed since the run in {folder} began", RESTART)
+
+
+def _replayed(replay: Mapping[str, Any] | None) -> list[tuple[Any, Any]]:
+    """What identifies replayed rows: how many of each run, and their hash."""
+    return [(run.get("draws"), run.get("sha256")) for run in (replay or {}).get("runs") or ()]
 
 
 def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) -> None:

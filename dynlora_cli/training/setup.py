@@ -14,7 +14,9 @@ from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import plugins
 from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.earlier import earlier_data
 from dynlora_cli.data.load import Data, load_data
+from dynlora_cli.data.replay import Earlier, add_replay, runs_to_replay
 from dynlora_cli.data.splits import LEAST_SIZING_ROWS, sizing_rows
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.evaluation.also import Reading, row_sets
@@ -25,12 +27,14 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.whole import Trained
 from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
 from dynlora_cli.models.randomness import Randomness
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.row_fisher import weights_note
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import EarlyStopping
+from dynlora_cli.runs.folder import read_record
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.evaluation.also import RowSet
     from dynlora_cli.pruning.policy import Policy
+    from dynlora_cli.tasks.task import Task
 
 MEASURED_ROWS = 8
 
@@ -80,6 +85,7 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
     """
     files.refuse_fixed_lengths()
     tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model)
+    earlier = [_earlier(folder, files, task) for folder in runs_to_replay(recipe)]
     data = load_data(
         recipe.dataset,
         tokenizer,
@@ -97,7 +103,9 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
             "dataset.train: one row is all there is to learn from, which teaches a model no more than to repeat it",
             "add rows, or lower dataset.val_size" if data.val else "add rows",
         )
-    data.notes += weights_note(recipe.pruning.policy, recipe.pruning, data.train)
+    if recipe.dataset.replay:
+        add_replay(data, earlier, recipe.dataset.replay.share)
+    data.notes += weights_note(recipe.pruning.policy, recipe.pruning, data.train + data.replayed)
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
     return data
@@ -109,6 +117,23 @@ def read_also(recipe: Recipe, files: BaseFiles, data: Data) -> list[RowSet]:
     reading = Reading(files.tokenizer, task, data.writing, data.labels, files.table_rows, files.context_length)
     trained = [prompt for part in ("train", "replayed") for prompt in data.prompts.get(part, ())]
     return row_sets(recipe, reading, data.notes, trained=trained)
+
+
+def _earlier(folder: Path, files: BaseFiles, task: Task) -> Earlier:
+    """An earlier run on the same base, with its rows.
+
+    Raises:
+        UsageError: its base was another model, or its rows cannot be read again.
+    """
+    before = (read_record(folder).get("base_model") or {}).get("fingerprint")
+    if before and (what := changed_since(before, files.folder, files.config)):
+        raise UsageError(
+            f"dataset.replay: the run in {folder} was trained on another model than {files.folder}: {what}",
+            "name a run on the same model, or leave dataset.replay out",
+        )
+    return Earlier(
+        folder, earlier_data(folder, files.tokenizer, task, table=files.table_rows, context=files.context_length)
+    )
 
 
 def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device, modes: Modes) -> Base:
