@@ -18,7 +18,7 @@ from dynlora_cli.adapters.base import recorded_model
 from dynlora_cli.config.load import RECIPES, load_recipe
 from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.recipe import Recipe
-from dynlora_cli.config.sections import Dataset, Source
+from dynlora_cli.config.sections import Dataset, Source, TrainSource
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
@@ -181,7 +181,7 @@ def _what_to_read(adapter: Adapter, data: Path | None, notes: list[str]) -> tupl
 def of_file(file: Source, own: Recipe | None) -> Dataset:
     """Data settings under which all rows of a file are read, each as the rows of a recipe are."""
     kept = {} if own is None else {key: getattr(own.dataset, key) for key in OF_A_ROW}
-    return Dataset(train=[file], val_size=0.0, **kept)
+    return Dataset(train=[TrainSource(**file.model_dump())], val_size=0.0, **kept)
 
 
 def own_table(adapter: Adapter, place: Place) -> int | None:
