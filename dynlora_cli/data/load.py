@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dynlora_cli.data.chat_template import Writing, date_note, read_template, template_name
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import Turns
-from dynlora_cli.data.mix import Span, each_once, mix_note, spans_of
+from dynlora_cli.data.mix import Span, mix_notes, spans_of
 from dynlora_cli.data.read import Reader, TaskOfRows, read
 from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.data.splits import Kept, advice_for, class_names, note_shared, number_labels, reasons_of, split
@@ -128,9 +128,7 @@ def load_data(
     data.prompts = {"train": [kept.prompt for kept in train], "val": [kept.prompt for kept in val]}
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
     data.spans = spans_of(train, dataset.train)
-    if not each_once(data.spans):
-        reader.notes.append(mix_note(data.spans))
-    data.notes = list(dict.fromkeys(reader.notes))
+    data.notes = list(dict.fromkeys([*reader.notes, *mix_notes(data.spans)]))
     return data
 
 

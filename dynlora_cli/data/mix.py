@@ -110,10 +110,12 @@ def mix_on_record(spans: Sequence[Span]) -> list[dict[str, Any]]:
     ]
 
 
-def mix_note(spans: Sequence[Span]) -> str:
-    """What an epoch is made of, in words: `an epoch has 30 rows: 20 of a.jsonl (10 rows, each 2 times), ...`."""
+def mix_notes(spans: Sequence[Span]) -> list[str]:
+    """What an epoch is made of, where it has not every row once: `an epoch has 30 rows: 20 of a.jsonl (10 rows, ...`."""
+    if each_once(spans):
+        return []
     parts = [f"{span.draws} of {span.name} ({_how_often(span)})" for span in spans]
-    return f"an epoch has {counted(sum(span.draws for span in spans), 'row')}: {', '.join(parts)}"
+    return [f"an epoch has {counted(sum(span.draws for span in spans), 'row')}: {', '.join(parts)}"]
 
 
 def _how_often(span: Span) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dynlora_cli.data.earlier import lineage, run_folder
 from dynlora_cli.data.examples import Classified, Example
 from dynlora_cli.data.load import Data
-from dynlora_cli.data.mix import Span, mix_note
+from dynlora_cli.data.mix import Span, mix_notes
 from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.folder import read_record
 from dynlora_cli.text import counted, percent
@@ -65,7 +65,7 @@ def add_replay(data: Data, earlier: Sequence[Earlier], share: float) -> None:
     draws = _dealt(max(len(earlier), round(own * share / (1 - share))), len(earlier))
     read = (*data.train, *data.val, *data.sizing)
     numbers = itertools.count(1 + max(example.row for example in read))
-    old_note, own_tokens = mix_note(data.spans), _tokens(data)
+    before, own_tokens = mix_notes(data.spans), _tokens(data)
     runs = []
     for run, count in zip(earlier, draws, strict=True):
         examples = [_renumbered(example, next(numbers)) for example in _learned(run, data.labels)]
@@ -75,13 +75,13 @@ def add_replay(data: Data, earlier: Sequence[Earlier], share: float) -> None:
         runs.append(_on_record(run, count))
     tokens = sum(run["tokens"] for run in runs)
     data.replay = {"share": share, "runs": runs}
-    data.notes = [note for note in data.notes if note != old_note]
+    data.notes = [note for note in data.notes if note not in before]
     known, held_out = set(data.prompts.get("replayed", ())), data.prompts.get("val", [])
     if shared := sum(prompt in known for prompt in held_out):
         data.notes.append(
             f"{shared} of {len(held_out)} validation rows have a prompt that is also in the replayed rows"
         )
-    data.notes += [_note(runs, sum(draws) / (own + sum(draws)), tokens / (own_tokens + tokens)), mix_note(data.spans)]
+    data.notes += [_note(runs, sum(draws) / (own + sum(draws)), tokens / (own_tokens + tokens)), *mix_notes(data.spans)]
 
 
 def _dealt(rows: int, runs: int) -> list[int]:

@@ -13,7 +13,7 @@ from data_helpers import byte_tokenizer, dataset, source, task_named
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.examples import OneText
 from dynlora_cli.data.load import Data, load_data
-from dynlora_cli.data.mix import Span, drawn, evenly, mix_note
+from dynlora_cli.data.mix import Span, drawn, evenly, mix_notes
 
 from recipe_helpers import MINIMAL, load, problems
 
@@ -115,8 +115,9 @@ def test_sources_are_drawn_from_by_weight_after_the_split(tmp_path: Path) -> Non
     data = read(source(one, weight=2), source(two, weight=0.5), val_size=0.25)
     assert sum(span.rows for span in data.spans) == len(data.train) == 30
     assert [round(span.draws / span.rows, 1) for span in data.spans] == [2.0, 0.5]
-    assert mix_note(data.spans) in data.notes
-    assert f"({data.spans[0].rows} rows, each 2 times)" in mix_note(data.spans)
+    (note,) = mix_notes(data.spans)
+    assert note in data.notes
+    assert f"({data.spans[0].rows} rows, each 2 times)" in note
     assert not any(note.startswith("an epoch") for note in read(one, two).notes)
 
 
