@@ -111,7 +111,7 @@ def mix_on_record(spans: Sequence[Span]) -> list[dict[str, Any]]:
 
 
 def mix_notes(spans: Sequence[Span]) -> list[str]:
-    """What an epoch is made of, where it has not every row once: `an epoch has 30 rows: 20 of a.jsonl (10 rows, ...`."""
+    """What an epoch is made of, where it has not every row once: `an epoch has 30 rows: 20 of a.jsonl (...`."""
     if each_once(spans):
         return []
     parts = [f"{span.draws} of {span.name} ({_how_often(span)})" for span in spans]
