@@ -15,11 +15,11 @@ from dynlora_cli.config.load import RECIPES
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.config.sections import Model, Source
-from dynlora_cli.data.replay import runs_to_replay
 from dynlora_cli.data.sources import is_local, tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.models.find import find_model, is_hub_name
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.training.replay import runs_to_replay
 
 
 def training(

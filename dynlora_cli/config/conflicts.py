@@ -107,7 +107,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     if data.packing and not data.shuffle:
         text = "packing puts rows together by their lengths, which leaves no order; set one of the two to its default"
         yield Conflict("dataset.shuffle", "dataset.packing", text)
-    if data.replay and data.replay.origin is None and getattr(recipe.adapter, "from", None) is None:
+    if data.replay and data.replay.origin is None and recipe.adapter.origin is None:
         text = "of which run? write `from: FOLDER` under it, or name one as `adapter.from`"
         yield Conflict("dataset.replay.from", "adapter.from", text)
     of_task = list(_declared_conflicts(recipe, "tasks"))

@@ -95,11 +95,11 @@ class TrainSource(Source):
     """How often its rows come up in an epoch: 2 is each of them twice, 0.5 one half, and the other half in the next."""
 
 
-# A word of Python, so no class body can have it as a field.
+# `from` is a word of Python, so no class body can have it as a field.
 _ReplayFrom = create_model(
     "_ReplayFrom",
     __base__=Section,
-    **{"from": (PathText | None, Field(default=None, description="The folder of a run; null: that of adapter.from."))},  # type: ignore[call-overload]
+    **{"from": (HomePath | None, Field(default=None, description="The folder of a run; null: that of adapter.from."))},  # type: ignore[call-overload]
 )
 
 

@@ -10,18 +10,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dynlora_cli.data.earlier import lineage, run_folder
 from dynlora_cli.data.examples import Classified, Example
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.mix import Span, mix_notes
 from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.folder import read_record
 from dynlora_cli.text import counted, percent
-
-if TYPE_CHECKING:
-    from dynlora_cli.config.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -35,19 +31,6 @@ class Earlier:
     def name(self) -> str:
         """Of the folder, for people."""
         return self.folder.resolve().name
-
-
-def runs_to_replay(recipe: Recipe) -> list[Path]:
-    """Folders of the run that `dataset.replay` names and of those that it came from, oldest first.
-
-    Raises:
-        UsageError: one of them is not there, or nobody knows its rows.
-    """
-    replay = recipe.dataset.replay
-    if replay is None:
-        return []
-    named = replay.origin or getattr(recipe.adapter, "from")
-    return lineage(run_folder(Path(named).expanduser()))
 
 
 def add_replay(data: Data, earlier: Sequence[Earlier], share: float) -> None:

@@ -16,7 +16,7 @@ from dynlora_cli import plugins
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.earlier import earlier_data
 from dynlora_cli.data.load import Data, load_data
-from dynlora_cli.data.replay import Earlier, add_replay, runs_to_replay
+from dynlora_cli.data.replay import Earlier, add_replay
 from dynlora_cli.data.splits import LEAST_SIZING_ROWS, sizing_rows
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.evaluation.also import Reading, row_sets
@@ -40,6 +40,7 @@ from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
 from dynlora_cli.training.batches import make_batches, on_device, total_steps, training_batches
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
+from dynlora_cli.training.replay import runs_to_replay
 from dynlora_cli.training.run import Progress, Run
 
 if TYPE_CHECKING:

@@ -82,6 +82,17 @@ def test_a_run_with_replay_can_be_replayed(tmp_path: Path) -> None:
     assert len(data.replayed) == 32  # its own rows; those that it replayed are v1's
 
 
+def test_going_on_from_an_adapter_replays_its_rows_and_those_before(tmp_path: Path) -> None:
+    earlier(tmp_path)
+    second = make_recipe(tmp_path, f"adapter.from={tmp_path / 'v1'}", "dataset.replay.share=20%", out="v2")
+    _, events = train(second)
+    assert any("of the 24 rows of v1" in note for note in events[0]["notes"])
+    third = read(make_recipe(tmp_path, f"adapter.from={tmp_path / 'v2'}", "dataset.replay.share=20%", out="v3"))
+    assert [span.name for span in third.spans[1:]] == ["v1, replayed", "v2, replayed"]
+    checkpoint = tmp_path / "v2" / "checkpoints" / "step-12"
+    assert read(later(tmp_path, f"dataset.replay.from={checkpoint}", out="v4")).replay == third.replay
+
+
 def test_a_dry_run_counts_the_replayed_rows(tmp_path: Path) -> None:
     earlier(tmp_path)
     plan = dry_run.plan(later(tmp_path, "train.max_steps=null"))
@@ -124,8 +135,11 @@ def test_another_base_or_missing_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"v1 was trained on another model than .*gpt2"):
         read(later(tmp_path, f"model.name_or_path={model_folder(tmp_path, 'gpt2')}"))
     nowhere = make_recipe(tmp_path, f"dataset.replay.from={tmp_path / 'nowhere'}")
-    with pytest.raises(UsageError, match="there is no folder"):
+    with pytest.raises(UsageError, match=r"dataset.replay.from .*nowhere does not exist"):
         preflight.training(nowhere, writes=True)
+    inside = make_recipe(tmp_path, f"dataset.replay.from={tmp_path / 'v1'}", out="v1")
+    with pytest.raises(UsageError, match="which the new run would replace"):
+        preflight.training(inside, writes=True, overwrite=True)
 
 
 def test_classes_must_agree(tmp_path: Path) -> None:
