@@ -98,7 +98,10 @@ def test_adapters_without_known_rows_are_refused(tmp_path: Path) -> None:
 def record(folder: Path, sha256: str | None, *before: tuple[Path, str | None]) -> Path:
     """A run's folder with a record that says what it came from."""
     folder.mkdir()
-    births = [{"run": name.name, "folder": str(name), "data_sha256": sha} for name, sha in (*before, (folder, sha256))]
+    births = [
+        {"run": path.name, "name": path.name, "date": None, "data_sha256": sha, "folder": str(path), "old": None}
+        for path, sha in (*before, (folder, sha256))
+    ]
     (folder / "dynlora.json").write_text(json.dumps({"data": {"sha256": sha256}, "births": births}))
     return folder
 
