@@ -195,6 +195,8 @@ def _earlier_runs(recipe: Recipe, missing: dict[str, str]) -> dict[str, Path]:
 def _origins(recipe: Recipe) -> dict[str, bool]:
     """Folders that a recipe names, and whether it goes on from an adapter there or only replays rows."""
     named = {recipe.adapter.origin: True}
+    if recipe.dataset.replay:
+        named.setdefault(recipe.dataset.replay.origin, False)
     return {name: is_adapter for name, is_adapter in named.items() if name}
 
 

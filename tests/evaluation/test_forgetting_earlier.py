@@ -118,3 +118,21 @@ def test_the_number_is_that_of_peft_in_fp64(v2: Path):
     assert found["before"] == pytest.approx(before, abs=1e-5)
     assert found["after"] == pytest.approx(after, abs=1e-5)
     assert found["forgetting"] == pytest.approx(after - before, abs=2e-5)
+
+
+def test_a_run_that_only_replays_rows_is_measured_on_what_was_held_out(v2: Path):
+    folder = v2.parent
+    replay = json.dumps({"from": str(folder / "v1"), "share": 0.2})
+    summary, _ = train(version(folder, "replayed", f"dataset.replay={replay}"))
+    assert list(summary["also"]) == ["v1"]
+    # Without adapter.from the base is what it begins with.
+    assert summary["also"]["v1"]["before"] == pytest.approx(
+        read_record(folder / "v1")["summary"]["loss_before"], rel=1e-5
+    )
+    assert summary["forgetting"] < 0
+
+
+def test_a_run_that_replays_the_rows_of_its_own_adapter_has_each_set_once(v2: Path):
+    folder = v2.parent
+    summary, _ = train(version(folder, "again", 'dataset.replay={"share": 0.2}', before="v2"))
+    assert list(summary["also"]) == ["v1", "v2"]
