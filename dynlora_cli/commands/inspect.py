@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,11 @@ def run(paths: Sequence[Path]) -> dict[str, Any]:
 def describe(adapter: Adapter) -> dict[str, Any]:
     """Ranks, sizes, energies, spectra and where it comes from."""
     values = {name: factors.singular_values_C() for name, factors in adapter.layers.items()}
-    layers = {name: _layer(factors, values[name]) for name, factors in adapter.layers.items()}
+    layers = {name: _layer(factors, values[name], _born(adapter, factors)) for name, factors in adapter.layers.items()}
     recorded = adapter.record.get("layers") or {}
+    nothing = [0] * len(adapter.births)
     gone = {
-        name: _layer(_none(layer["d_in"], layer["d_out"]), torch.zeros(0))
+        name: _layer(_none(layer["d_in"], layer["d_out"]), torch.zeros(0), nothing)
         for name, layer in recorded.items()
         if name not in layers
     }
@@ -63,14 +65,41 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in adapter.folder.glob("adapter*.safetensors")),
         "whole_tensors": {name: list(tensor.shape) for name, tensor in adapter.whole.items()},
         "directions": _directions(list(values.values())),
+        "births": _births(adapter),
         "layers": dict(sorted((layers | gone).items(), key=lambda item: natural_order(item[0]))),
         "provenance": _provenance(adapter),
     }
 
 
-def _layer(factors: Factors, values: Tensor) -> dict[str, Any]:
+def _born(adapter: Adapter, factors: Factors) -> list[int]:
+    """Components of a layer by birth."""
+    return list(factors.born or ([0] * (len(adapter.births) - 1) + [factors.rank]))
+
+
+def _births(adapter: Adapter) -> list[dict[str, Any]]:
+    """The runs that the components began in, oldest first, and how much is left of each."""
+    found = []
+    for index, birth in enumerate(adapter.births):
+        parts = [_of_birth(factors, _born(adapter, factors), index) for factors in adapter.layers.values()]
+        size = {
+            "components": sum(part.rank for part in parts),
+            "parameters": sum(part.parameters for part in parts),
+            "energy": math.sqrt(sum(part.energy() ** 2 for part in parts)),
+        }
+        found.append({**birth, **size})
+    return found
+
+
+def _of_birth(factors: Factors, born: list[int], index: int) -> Factors:
+    first = sum(born[:index])
+    place = torch.arange(factors.rank)
+    return factors.keep((place >= first) & (place < first + born[index]))
+
+
+def _layer(factors: Factors, values: Tensor, born: list[int]) -> dict[str, Any]:
     return {
         "rank": factors.rank,
+        "born": born,
         "d_in": factors.a_CI.shape[1],
         "d_out": factors.b_OC.shape[0],
         "parameters": factors.parameters,

@@ -11,6 +11,7 @@ from rich.text import Text
 from dynlora_cli.cli.views.console import Console, pairs, plain_table
 from dynlora_cli.cli.views.progress import printable
 from dynlora_cli.cli.views.rank_map import rank_map
+from dynlora_cli.runs.lineage import DID, day
 from dynlora_cli.runs.log import Event
 from dynlora_cli.text import change, count, counted, duration, number, percent, size
 
@@ -137,6 +138,7 @@ class AdapterView:
                 Text(),
                 Text(printable(adapter["name"]), style="head"),
                 pairs(rows),
+                *([Text(), _births(adapter["births"])] if len(adapter["births"]) > 1 else []),
                 Text(),
                 map_,
                 Text(),
@@ -156,14 +158,24 @@ def _agreement(check: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _births(births: Sequence[dict[str, Any]]) -> RenderableType:
+    """The runs that the components began in, and what is left of each."""
+    table = plain_table("born in", "date", "components", "parameters", "energy", "")
+    for birth in births:
+        cells = (count(birth["components"]), count(birth["parameters"]), f"{birth['energy']:.3g}")
+        table.add_row(printable(birth["name"]), printable(day(birth["date"])), *cells, Text(DID[birth["old"]], "label"))
+    return table
+
+
 def _layer_table(layers: dict[str, Any]) -> RenderableType:
-    """Rank, energy and spectrum of every layer, the spectrum as bars from its largest value down."""
+    """Rank (by birth, where there are several), energy and spectrum of every layer, as bars from its largest value."""
     table = plain_table("layer", "out x in", "rank", "energy", "")
     highest = max((layer["energy"] for layer in layers.values()), default=0.0) or 1.0
     for name, layer in layers.items():
         spectrum = _bars(layer["spectrum"])
         style = "accent" if layer["energy"] > 0.5 * highest else "label"
-        cells = (f"{layer['d_out']} x {layer['d_in']}", count(layer["rank"]), f"{layer['energy']:.3g}")
+        ranks = " + ".join(map(count, layer["born"])) if len(layer["born"]) > 1 else count(layer["rank"])
+        cells = (f"{layer['d_out']} x {layer['d_in']}", ranks, f"{layer['energy']:.3g}")
         table.add_row(name, *cells, Text(spectrum, style=style))
     return table
 

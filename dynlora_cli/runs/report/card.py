@@ -13,6 +13,7 @@ import yaml
 from dynlora_cli import plugins
 from dynlora_cli.errors import without_secrets
 from dynlora_cli.runs.layer_grid import layer_grid
+from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import RunRecord
 from dynlora_cli.text import count, counted, duration, number, percent, size
 
@@ -20,7 +21,7 @@ from dynlora_cli.text import count, counted, duration, number, percent, size
 def model_card(record: RunRecord) -> str:
     """The card of one run as Markdown; what the record lacks is left out."""
     name = record.info.get("name") or record.folder.resolve().name
-    parts = [part(record) for part in (_what_it_is, _numbers, _forgetting, _rank_table, _loading, _training)]
+    parts = [part(record) for part in (_what_it_is, _numbers, _forgetting, _lineage, _rank_table, _loading, _training)]
     body = "\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part)
     # The card goes where others see it: tokens in addresses do not, and one name is no more than one name.
     return without_secrets(f"{_front_matter(record)}\n{body}\n")
@@ -174,6 +175,17 @@ def _asking(info: dict[str, Any]) -> str:
     if any(turned.values()):
         return "\n\nAsk it by turns, through the chat template of this folder's tokenizer: so it was trained."
     return "\n\nAsk it with bare text, without the tokenizer's chat template: so it was trained."
+
+
+def _lineage(record: RunRecord) -> str:
+    """The runs that its components began in, where there are several."""
+    runs = lineage(record.info)
+    lines = [
+        f"| {_plain(run['name'])} | {_plain(day(run['date']))} | {_plain(run['did'])} | {count(run['components'])} |"
+        for run in runs
+    ]
+    head = ["| run | date | what it did | components left |", "| --- | --- | --- | ---: |"]
+    return "\n".join(["## Where its components come from", "", *head, *lines]) if runs else ""
 
 
 def _training(record: RunRecord) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.runs.layer_grid import layer_grid
+from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
 from dynlora_cli.runs.report.svg import Series, text
@@ -21,7 +22,7 @@ def report_page(record: RunRecord) -> str:
     """The whole page for one run. Whatever the record lacks is left out, not shown as empty."""
     name = _name(record)
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    parts = (_header, _size_curve, _charts, _forgetting, _ranks, _layer_table, _run_record)
+    parts = (_header, _size_curve, _charts, _forgetting, _lineage, _ranks, _layer_table, _run_record)
     sections = [part(record) for part in parts]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
@@ -153,6 +154,19 @@ def _forgetting(record: RunRecord) -> str:
     table = f'<table class="list">{head}<tbody>{rows}</tbody></table>'
     lead = f"Losses on rows of other kinds, in nats per {record.target}. Above 0 is worse than before this run."
     return f'<h2>Forgetting</h2><p class="muted">{lead}</p><div class="tablewrap">{table}</div>' if also else ""
+
+
+def _lineage(record: RunRecord) -> str:
+    """The runs that its components began in, where there are several."""
+    rows = "".join(
+        f"<tr><td>{text(run['name'])}</td><td>{text(day(run['date']))}</td><td>{text(run['did'])}</td>"
+        f'<td class="n">{count(run["components"])}</td></tr>'
+        for run in lineage(record.info)
+    )
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("run", "date", "what it did"))
+    head = f'<thead><tr>{heads}<th scope="col" class="n">components left</th></tr></thead>'
+    table = f'<table class="list">{head}<tbody>{rows}</tbody></table>'
+    return f'<h2>Where its components come from</h2><div class="tablewrap">{table}</div>' if rows else ""
 
 
 def _ranks(record: RunRecord) -> str:
