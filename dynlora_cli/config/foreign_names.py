@@ -63,6 +63,16 @@ dataset.train.type                axolotl        dataset.train; as `format` of a
 dataset.train.ds_type             axolotl        dataset.train; the file's ending tells
 dataset.train.data_files          axolotl        dataset.train; as `path` of an item
 dataset.train.field_messages      axolotl        dataset.train; as `columns: {messages: NAME}` of an item
+dataset.train.num_samples         LLaMA-Factory  dataset.train; as `rows` of an item
+interleave_probs                  LLaMA-Factory  dataset.train; as `weight` of an item: how often its rows come up
+interleave_prob                   ms-swift       dataset.train; as `weight` of an item: how often its rows come up
+mix_strategy                      LLaMA-Factory  dataset.train; as `weight` of an item: how often its rows come up
+stopping_strategy                 ms-swift       dataset.train; as `weight` of an item: how often its rows come up
+shuffle_merged_datasets           axolotl        dataset.shuffle
+curriculum_sampling               axolotl        dataset.shuffle: false
+disable_shuffling                 LLaMA-Factory  dataset.shuffle: false
+dataset_shuffle                   ms-swift       dataset.shuffle
+train_dataloader_shuffle          ms-swift       dataset.shuffle
 val_set_size                      axolotl        dataset.val_size
 test_split_size                   TRL            dataset.val_size
 split_dataset_ratio               ms-swift       dataset.val_size
