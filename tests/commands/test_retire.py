@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import Dynlora, contents
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_run import make_recipe, train
+from transformers import AutoModelForCausalLM
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.runs.folder import read_record
+
+BASE = "base_model_name_or_path"
 
 
 def grown(folder: Path, earlier: Path, old: str = "freeze") -> Path:
@@ -239,3 +243,46 @@ def test_where_merging_mixes_components_their_births_are_not_kept(options, chain
     assert answer.json["births"] == []
     assert "is known no more" in answer.err
     assert len(read_adapter(tmp_path / "both").births) == 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v1, and on top of it, both really trained, v2 with everything kept and v2cut with a budget for both."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(make_recipe(folder, "train.learning_rate=2e-2", out="v1"))
+    grow = [f"adapter.from={folder / 'v1'}", "adapter.old=freeze", "train.learning_rate=2e-2", "seed=1"]
+    train(make_recipe(folder, *grow, "rank.budget=8", out="v2"))
+    train(make_recipe(folder, *grow, "rank.budget=3", out="v2cut"))
+    return folder
+
+
+def test_a_trained_update_beside_frozen_components_is_retired_to_the_bit(trained, tmp_path: Path, dynlora: Dynlora):
+    summary = retired(dynlora, trained / "v2", tmp_path / "back", "--born", "v2")
+    assert (summary["exact"], summary["left"]) == (True, ["v1"])
+    v1 = trained / "v1"
+    assert (tmp_path / "back" / "adapter_model.safetensors").read_bytes() == (
+        v1 / "adapter_model.safetensors"
+    ).read_bytes()
+    logits = [_logits(folder) for folder in (v1, tmp_path / "back", trained / "v2")]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+    own, gone = summary["rows_by_update"]
+    assert own["loss_after"] == pytest.approx(read_record(v1)["summary"]["loss_after"], abs=1e-6)
+    assert gone["loss_after"] > gone["loss_before"], "what it had learned is gone"
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    """What PEFT computes with the adapter in a folder."""
+    base = AutoModelForCausalLM.from_pretrained(json.loads((folder / "adapter_config.json").read_text())[BASE])
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, folder).eval()(input_ids=torch.arange(5, 25)[None]).logits
+
+
+def test_what_the_common_budget_has_removed_of_the_earlier_ones_is_counted(trained, tmp_path: Path, dynlora: Dynlora):
+    summary = retired(dynlora, trained / "v2cut", tmp_path / "back", "--born", "v2cut", "--no-measure")
+    assert summary["exact"]
+    found = summary["compared"]
+    assert found["components"] == read_adapter(trained / "v1").components
+    assert found["same"] == found["left"] == summary["components"] < found["components"]
+    less = f"{found['components'] - found['left']} component"
+    assert f"less {less}" in summary["words"]
