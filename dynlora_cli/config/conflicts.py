@@ -191,6 +191,12 @@ def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if adapter.origin is None:
         if adapter.old != "tune":
             yield Conflict("adapter.old", "adapter.from", "there are none; name their adapter in `adapter.from`")
+        if adapter.orthogonality:
+            text = "there are no old components to be orthogonal to; name their adapter in `adapter.from`"
+            yield Conflict("adapter.orthogonality", "adapter.from", text)
+        if adapter.init_weights == "inflora":
+            text = "inflora begins beside old components; name their adapter in `adapter.from`, or choose another start"
+            yield Conflict("adapter.init_weights", "adapter.from", text)
         return
     if adapter.variant != "lora":
         text = f"variant {adapter.variant} cannot begin with components of a LoRA; write `variant: lora`"
@@ -201,6 +207,12 @@ def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if adapter.init_weights in ("pissa", "loftq"):
         text = f"{adapter.init_weights} is a start from the base alone; write `default`, `orthogonal` or `eva`"
         yield Conflict("adapter.init_weights", "adapter.from", text)
+    if adapter.orthogonality and adapter.freeze_a:
+        text = "the penalty turns A, which does not train; set one of the two to 0 or false"
+        yield Conflict("adapter.orthogonality", "adapter.freeze_a", text)
+    if adapter.init_weights == "inflora" and not adapter.freeze_a:
+        text = "inflora keeps A as it begins, or new components would hear earlier rows again; write `freeze_a: true`"
+        yield Conflict("adapter.freeze_a", "adapter.init_weights", text)
     if recipe.rank.allocation != "uniform":
         text = "the layers have components already, which say where they are needed; write `allocation: uniform`"
         yield Conflict("rank.allocation", "adapter.from", text)

@@ -174,7 +174,9 @@ class Adapter(_AdapterFrom):
     """Train B alone (LoRA-FA): layers keep no inputs for the backward pass, which saves memory."""
     penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
-    init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq"] = "default"
+    orthogonality: Annotated[float, Field(ge=0)] = 0.0
+    """With `from`: weight of O-LoRA's penalty, Σ |cos| between old and new rows of A; 0.5 is a strong one."""
+    init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq", "inflora"] = "default"
     """Start of A and B; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/lora/init.py."""
 
     @property

@@ -4,6 +4,7 @@
     default        uniform                                    0                    0
     orthogonal     orthonormal rows of the default's size     0                    0
     eva            principal directions of the inputs         0                    0
+    inflora        those that earlier rows did not have       0                    0: lora/complement.py
     pissa          principal triplets of W: √S Vᵀ / √s        U √S / √s            0: lora/pissa.py subtracts it
     loftq          the same of W - Q, Q the 4-bit base        the same             the best of this rank for W - Q
 

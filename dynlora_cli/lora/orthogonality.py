@@ -29,7 +29,7 @@ def overlap(a_CI: Tensor, old: int) -> Tensor:
     return (unit_CI[:old] @ unit_CI[old:].T).abs().sum()
 
 
-def penalty(layers: list[tuple[Tensor, int]], weight: float) -> Tensor | None:
+def overlap_penalty(layers: list[tuple[Tensor, int]], weight: float) -> Tensor | None:
     """`weight` times the overlap of all layers; None where no layer has both old and new components.
 
     Args:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.lora.cast_into import CastInto
 from dynlora_cli.lora.layer import ComponentLinear, Graph
+from dynlora_cli.lora.orthogonality import overlap_penalty
 
 if TYPE_CHECKING:
     from dynlora_cli.lora.shared_inputs import SharedInput
@@ -50,6 +51,7 @@ class Pool:
         holds_old: components that came from `adapter.from` do not train; see `held_P`.
         joined: compiled blocks train the cast copies instead of the leaves; see `cast_with`.
         copies_stay: the cast copies keep their memory address from pass to pass, for CUDA graphs.
+        orthogonality: weight of the penalty on overlap of old and new components; see lora/orthogonality.py.
         sharing: groups of layers that compute together; see lora/shared_inputs.py.
         gradients_stay: gradients are zeroed in place between steps, never dropped: all are views of one tensor.
     """
@@ -67,6 +69,7 @@ class Pool:
         self.layers = dict(layers)
         self.a_frozen = self.holds_old = False
         self._held_P: Tensor | None = None
+        self.orthogonality = 0.0
         self.joined = False
         self.copies_stay = False
         self._copy_P: Tensor | None = None
@@ -354,6 +357,9 @@ class Pool:
     def penalty(self) -> Tensor | None:
         """The sum of what the layers add to the loss of an optimizer step; None if they add nothing."""
         parts = [part for layer in self.layers.values() if (part := layer.penalty()) is not None]
+        if self.orthogonality:
+            between = overlap_penalty([(layer.a_CI, layer.old) for layer in self.layers.values()], self.orthogonality)
+            parts += [] if between is None else [between]
         return torch.stack(parts).sum() if parts else None
 
     def numbers_P(self, chosen_K: Tensor) -> Tensor:

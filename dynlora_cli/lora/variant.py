@@ -113,6 +113,7 @@ def put(
     for name, born in start.born.items():
         pool.layers[name].born_at_start = born
     pool.holds_old = options.old != "tune"
+    pool.orthogonality = options.orthogonality
     pool.cast_with(model)
     if options.freeze_a:
         pool.freeze_a()

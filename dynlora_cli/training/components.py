@@ -31,6 +31,7 @@ from dynlora_cli.pruning.allocation import in_proportion, share_out
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.batches import training_batches
 from dynlora_cli.training.origin import Begun, put_origin, read_origin, settle, tell
+from dynlora_cli.training.silent_start import write_silent
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
@@ -83,7 +84,9 @@ def begin(
             _, inputs = _measured(recipe, variant, base, data, accelerator, pool.layers, start)
     if not goes_on:
         write_start(pool, recipe.adapter.init_weights, base, recipe.model, inputs, recipe.seed)
-        if begun:
+        if begun and begun.adapter:
+            if recipe.adapter.init_weights == "inflora":
+                write_silent(pool, recipe, base, data, accelerator, begun.adapter.folder)
             settle(pool, recipe, data)
         _from_the_first(pool.values.detach(), accelerator)
     return pool, start

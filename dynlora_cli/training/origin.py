@@ -119,7 +119,8 @@ def put_origin(pool: Pool, begun: Begun) -> None:
 
 def settle(pool: Pool, recipe: Recipe, data: Data) -> None:
     """Turn the new components away from the old ones, once both are written; notes say what could not be."""
-    full = turn_from_old(pool, orthonormal=recipe.adapter.init_weights in ORTHONORMAL)
+    start = recipe.adapter.init_weights  # inflora's directions are chosen by rows, and turned they would be others
+    full = [] if start == "inflora" else turn_from_old(pool, orthonormal=start in ORTHONORMAL)
     if full:
         data.notes.append(
             f"the old components of {counted(len(full), 'layer')} ({full[0]} ...) read all of their inputs, so the new "

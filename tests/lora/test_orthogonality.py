@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dynlora_cli.lora.orthogonality import overlap, penalty
+from dynlora_cli.lora.orthogonality import overlap, overlap_penalty
 
 
 def drawn(rows, width, seed=0):
@@ -45,14 +45,14 @@ def test_its_gradient_turns_the_new_rows_away_from_the_old_ones():
 
 def test_layers_without_old_or_without_new_components_add_nothing():
     both, old_only, none = (drawn(4, 6), 3), (drawn(3, 6), 3), (drawn(0, 6), 0)
-    assert penalty([old_only, none, (drawn(2, 6), 0)], 0.5) is None
-    found = penalty([both, old_only, none], 0.5)
+    assert overlap_penalty([old_only, none, (drawn(2, 6), 0)], 0.5) is None
+    found = overlap_penalty([both, old_only, none], 0.5)
     assert found.item() == pytest.approx(0.5 * overlap(*both).item())
 
 
 def test_a_row_of_zeros_is_no_fault():
     a_CI = torch.zeros(2, 3, requires_grad=True)
-    found = penalty([(a_CI, 1)], 1.0)
+    found = overlap_penalty([(a_CI, 1)], 1.0)
     found.backward()
     assert found.item() == 0.0
     assert math.isfinite(a_CI.grad.abs().sum().item())

@@ -42,7 +42,7 @@ CONFLICTS = [
     {"with": "train.compile", "why": "blocks in parts are not compiled", "hint": "set one of the two to false"},
     {
         "with": "adapter.init_weights",
-        "is": "eva",
+        "is": ["eva", "inflora"],
         "why": "it looks at the model before there are parts",
         "hint": "leave one of the two out",
     },

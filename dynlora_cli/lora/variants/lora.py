@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 has_components = True
 takes = ("alpha", "dropout", "freeze_a", "lora_plus_ratio")
-starts = ("orthogonal", "eva", "pissa", "loftq")
+starts = ("orthogonal", "eva", "pissa", "loftq", "inflora")
 Layer = ComponentLinear
 
 
