@@ -17,6 +17,7 @@ from dynlora_cli.lora.orthogonality import overlap
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.training import components
+from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.setup import make_accelerator, read_base, read_data
 
 INFLORA = ("adapter.init_weights=inflora", "adapter.freeze_a=true")
@@ -94,7 +95,7 @@ def heard(begun_run, rows) -> float:
         sums.add_(torch.stack([(x @ unit_CI.T).square().sum() / len(unit_CI), x.square().sum()]))
 
     handles = [layer.register_forward_pre_hook(look) for layer in pool.layers.values()]
-    batches = components.make_batches(recipe, rows, base, shuffle=False)
+    batches = make_batches(recipe, rows, base, shuffle=False)
     with torch.no_grad():
         for index in range(batches.steps_per_epoch):
             for batch in batches.step(0, index):
