@@ -358,7 +358,8 @@ class Pool:
         """The sum of what the layers add to the loss of an optimizer step; None if they add nothing."""
         parts = [part for layer in self.layers.values() if (part := layer.penalty()) is not None]
         if self.orthogonality:
-            between = overlap_penalty([(layer.a_CI, layer.old) for layer in self.layers.values()], self.orthogonality)
+            old_and_new = [(layer.factors()[0], layer.old) for layer in self.layers.values()]
+            between = overlap_penalty(old_and_new, self.orthogonality)
             parts += [] if between is None else [between]
         return torch.stack(parts).sum() if parts else None
 

@@ -67,6 +67,16 @@ def test_the_penalty_is_no_part_of_what_components_are_scored_by(folder: Path):
     assert pool.gate_gradient_K().abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("old", ["tune", "freeze", "magnitudes"])
+def test_the_penalty_is_of_directions_whatever_becomes_of_the_old_components(old: str, folder: Path):
+    pool = begun(second(folder, "adapter.orthogonality=0.5", f"adapter.old={old}", out="old"))[1]
+    with torch.no_grad():
+        for layer in pool.layers.values():
+            layer.a_CI[layer.old :, : layer.in_features] += 0.1
+    rows = [(layer.a_CI[:, : layer.in_features], layer.old) for layer in pool.layers.values()]
+    assert pool.penalty().item() == pytest.approx(0.5 * sum(overlap(*each).item() for each in rows), rel=1e-5) != 0
+
+
 def test_without_old_components_there_is_no_penalty(folder: Path):
     assert assembled(make_recipe(folder, out="alone")).trained.penalty() is None
 
