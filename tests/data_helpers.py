@@ -94,7 +94,7 @@ def source(path: Path | str, **settings: Any) -> SimpleNamespace:
 
 def dataset(*train: Any, **settings: Any) -> Any:
     defaults: dict[str, Any] = {"val": [], "val_size": 0.0, "max_length": 128, "packing": False, "train_on": "auto"}
-    defaults |= {"overlong": "truncate", "chat_template": None, "chat": "auto", "separator": ""}
+    defaults |= {"overlong": "truncate", "chat_template": None, "chat": "auto", "separator": "", "retrieve": None}
     sources = [item if isinstance(item, SimpleNamespace) else source(item) for item in train]
     return SimpleNamespace(**(defaults | settings), train=sources)
 

@@ -15,6 +15,7 @@ from dynlora_cli.config.load import RECIPES
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.config.sections import Model, Source
+from dynlora_cli.data.corpus import files_of
 from dynlora_cli.data.sources import is_local, tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.models.find import find_model, is_hub_name
@@ -50,6 +51,8 @@ def training(
         for source in sources:
             if is_local(source.path):
                 tables(source, [], held_out=held_out)
+    if recipe.dataset.retrieve:
+        files_of(recipe.dataset.retrieve.corpus)
     for also in recipe.eval.also or ():
         if is_local(also.path):
             with _named(f"eval.also, {also.name}"):

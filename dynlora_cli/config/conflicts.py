@@ -110,6 +110,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     if data.replay and data.replay.origin is None and recipe.adapter.origin is None:
         text = "of which run? write `from: FOLDER` under it, or name one as `adapter.from`"
         yield Conflict("dataset.replay.from", "adapter.from", text)
+    yield from _retrieve_conflicts(recipe)
     of_task = list(_declared_conflicts(recipe, "tasks"))
     of_data = [conflict for conflict in of_task if conflict.key.startswith(("model.", "dataset."))]
     yield from of_data
@@ -216,6 +217,22 @@ def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if recipe.rank.allocation != "uniform":
         text = "the layers have components already, which say where they are needed; write `allocation: uniform`"
         yield Conflict("rank.allocation", "adapter.from", text)
+
+
+def _retrieve_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What passages in prompts do not go with."""
+    retrieve, task = recipe.dataset.retrieve, recipe.model.task
+    if retrieve is None:
+        return
+    if "Pair" not in plugins.declared("tasks", task, "FORMS", ()):
+        yield Conflict("dataset.retrieve", "model.task", f"passages are put into prompts, and {task} has none")
+    if retrieve.retriever == "bm25" and retrieve.encoder != "minilm":
+        yield Conflict(
+            "dataset.retrieve.encoder", "dataset.retrieve.retriever", "bm25 has no encoder; write `retriever: dense`"
+        )
+    if retrieve.encoder == "base":
+        text = "rows are read before the base is there; write minilm, or the folder of an encoder"
+        yield Conflict("dataset.retrieve.encoder", "model.name_or_path", text)
 
 
 def _start_conflicts(recipe: Settings, of_task: list[Conflict]) -> Iterator[Conflict]:

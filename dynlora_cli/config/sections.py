@@ -115,6 +115,34 @@ class Replay(_ReplayFrom):
         return getattr(self, "from")
 
 
+def _layout(value: str) -> str:
+    """Refuses a layout in which one of the placeholders is missing, or there twice."""
+    for name in ("{passages}", "{prompt}"):
+        if value.count(name) != 1:
+            found = f"{name} is there {value.count(name)} times"
+            raise ValueError(f"must hold {{passages}} and {{prompt}}, each once; {found}")
+    return value
+
+
+class Retrieve(Section):
+    """Passages of a corpus that are looked for and put before the prompt of every row."""
+
+    corpus: PathText
+    """A file of rows with the column `text` (and `title` and `id`), a text file, or a folder of these."""
+    retriever: Literal["bm25", "dense"] = "bm25"
+    """How passages are found; bm25: by common words; dense: by what an encoder makes of the texts."""
+    encoder: Text = "minilm"
+    """Of the retriever dense: minilm, the folder of an encoder, or its hub id."""
+    top_k: Count = 3
+    """Passages in the prompt of a row that is measured on, the best first."""
+    distractors: Annotated[int, Field(ge=0), BeforeValidator(whole)] | None = None
+    """Passages beside the right one in training; null: top_k - 1."""
+    oracle_share: Share = 0.8
+    """Share of the training rows that show the right passage; the others show one more distractor in its place."""
+    layout: Annotated[str, AfterValidator(_layout)] = "{passages}\n\n{prompt}"
+    """How a prompt is put together, of {passages} and {prompt}."""
+
+
 class Dataset(Section):
     """Rows to train on and rows to measure on."""
 
@@ -142,6 +170,8 @@ class Dataset(Section):
     """Text behind a prompt of completion rows that stay bare text and that does not end in white space; "\\n", say."""
     chat_template: Text | None = None
     """A Jinja template or its file; null: the tokenizer's own."""
+    retrieve: Retrieve | None = None
+    """Passages to be looked for and put into the prompts; null: none."""
 
 
 # `from` is a word of Python, so no class body can have it as a field.

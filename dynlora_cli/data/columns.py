@@ -16,9 +16,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.examples import Located
-from dynlora_cli.data.forms import BadRowError, Labelled, Plain, Turns, name_of, refuse_half_characters
+from dynlora_cli.data.forms import (
+    BadRowError,
+    Labelled,
+    Plain,
+    Turns,
+    as_text,
+    first_answer,
+    name_of,
+    refuse_half_characters,
+)
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.errors import DataError
+from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Source
@@ -85,6 +95,7 @@ _SHOWS = _Meaning("holds what a model of text does not see", "use rows of text a
 _COVERS = _Meaning("says which tokens train", "mark turns of `messages` with `train: false` instead", _always)
 
 CONFIDENCE = "confidence"  # a column that every format may have beside its own; see `confidence_of`
+PASSAGE = "passage_id"  # another, which `dataset.retrieve` alone reads
 
 _MEANINGS = {
     name: meaning
@@ -111,11 +122,14 @@ class Account:
 
     Args:
         source: says what is renamed, and what is ignored.
+        retrieves: passages are looked for (`dataset.retrieve`).
     """
 
     source: Source
+    retrieves: bool = False
     _unread: dict[str, Any] = field(default_factory=dict)  # the first value of each
     _seen: set[str] = field(default_factory=set)
+    _choices: int = 0  # rows with several right answers
 
     def enter(self, place: str, row: Mapping[str, Any], form: ModuleType | None) -> None:
         """Look at a row.
@@ -129,7 +143,8 @@ class Account:
             DataError: a column that nothing reads says how the row is to be learned.
         """
         self._seen.update(row)
-        aside = {*self.source.columns.values(), *self.source.ignore, CONFIDENCE}
+        self._choices += first_answer(row) is not row and len(row["completion"]) > 1
+        aside = {*self.source.columns.values(), *self.source.ignore, CONFIDENCE, *([PASSAGE] if self.retrieves else [])}
         for name in row.keys() - aside - (columns_of(form) if form else set()):
             value = row[name]
             if value is None or value in ("", [], {}, "[]", "{}", "null"):
@@ -155,6 +170,9 @@ class Account:
                 raise DataError(
                     f"{self.source.path}: no column {name!r}, which `ignore` names", f"columns there: {there}"
                 )
+        if self._choices:
+            several = f"{counted(self._choices, 'row')} with several right answers"
+            notes.append(f"{self.source.path}: {several}, of which the first is learned")
         names = [_short(name) or "one without a name" for name in self._unread]
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -298,6 +316,11 @@ def confidence_of(row: Row, ignored: Collection[str]) -> float | None:
     return number
 
 
+def _passage_of(row: Row, account: Account) -> str | None:
+    value = row.get(PASSAGE) if account.retrieves and PASSAGE not in account.source.ignore else None
+    return None if value in (None, "") else str(as_text(value))
+
+
 def located(form: ModuleType, place: str, row: Row, has_template: bool, account: Account) -> Located:
     """A row in its neutral form; with a template, one that can be turns is.
 
@@ -308,7 +331,7 @@ def located(form: ModuleType, place: str, row: Row, has_template: bool, account:
     try:
         example = form.to_example(row, has_template=has_template)
         refuse_half_characters([getattr(example, field.name) for field in fields(example)])
-        return Located(place, example, confidence_of(row, account.source.ignore))
+        return Located(place, example, confidence_of(row, account.source.ignore), _passage_of(row, account))
     except BadRowError as error:
         hint = f"columns found: {', '.join(map(str, row))}; a {name_of(form)} row has {form.COLUMNS}"
         raise DataError(f"{place}: {error}", hint) from error

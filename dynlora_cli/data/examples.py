@@ -249,6 +249,7 @@ class Draft:
         untaught: why nothing in it is trained, where that is known before it is cut.
         cut: the row was too long and has lost its end.
         confidence: as of `Example`.
+        located: the row that it was made of, where passages are still to come into it.
     """
 
     ids: list[int]
@@ -259,6 +260,7 @@ class Draft:
     cut: bool = False
     untaught: str = ""
     confidence: float = 1.0
+    located: Located | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +271,10 @@ class Located:
         place: in words.
         form: what is learned.
         confidence: how sure its data are of the row, from 0 to 1; None: they do not say.
+        passage: id of the passage that answers it, where its data name one; for `dataset.retrieve`.
     """
 
     place: str
     form: Form
     confidence: float | None = None
+    passage: str | None = None

@@ -98,6 +98,14 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     return value
 
 
+def first_answer(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the first of several right answers as its completion, where that is a list of texts."""
+    answers = row.get("completion")
+    if isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers):
+        return {**row, "completion": answers[0]}
+    return row
+
+
 def as_text(value: object) -> object:
     """A number as its digits, and anything else as it is; no number (NaN) is none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -19,6 +19,7 @@ from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.mix import Span, mix_notes, spans_of
 from dynlora_cli.data.read import Reader, TaskOfRows, read
+from dynlora_cli.data.retrieve import put_passages
 from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.data.splits import Kept, advice_for, class_names, note_shared, number_labels, reasons_of, split
 from dynlora_cli.data.vocabulary import Vocabulary
@@ -49,6 +50,7 @@ class Data:
         spans: how many rows of each source an epoch takes, in the order of `train`, and then of `replayed`.
         replayed: examples of earlier runs to train on as well, see data/replay.py.
         replay: of which runs they are, how many of each and their hashes, for the record.
+        retrieval: what was looked for and found; None without `dataset.retrieve`.
     """
 
     train: list[Example]
@@ -64,6 +66,7 @@ class Data:
     spans: list[Span] = field(default_factory=list)
     replayed: list[Example] = field(default_factory=list)
     replay: dict[str, Any] | None = None
+    retrieval: dict[str, Any] | None = None
 
     @property
     def confidence(self) -> dict[int, float]:
@@ -84,10 +87,11 @@ def load_data(
     writing: Writing | None = None,
     table: int | None = None,
     own_classes: list[str] | None = None,
+    to_measure: bool = False,
 ) -> Data:
     """Read, tokenise, split and count the rows of a recipe.
 
-    A `chat_template` in the recipe is set on the tokenizer, so that it is saved with the run.
+    A `chat_template` in the recipe is set on the tokenizer, to be saved with the run.
 
     Args:
         dataset: the recipe's `dataset` section.
@@ -101,35 +105,50 @@ def load_data(
         writing: how the run that they belong to writes its rows; None: a run that begins now.
         table: tokens that the model has rows for; None: nobody knows.
         own_classes: those that the model has a head for, in its order, if it has one.
+        to_measure: all rows are to be measured on, so with `dataset.retrieve` none is told its right passage.
 
     Raises:
         DataError: rows that cannot be trained on; names the place and what to change.
         UsageError: a missing file. MachineError: a hub data set that cannot be reached.
     """
+    reader = _reader(dataset, tokenizer, task, max_length, writing or Writing(), table, seed)
+    train, dropped = read(reader, dataset.train, held_out=False)
+    if task.has_classes:
+        labels = labels or list(reader.writing.labels)
+        labels = labels or class_names(train, num_labels, own_classes, reader.notes)
+    train, val, val_dropped = _held_out(reader, train, seed)
+    train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
+    parts, lost = {"train": train, "val": val, "sizing": sizing_rows}, {"train": dropped, "val": val_dropped}
+    retrieval = put_passages(reader, seed, parts, lost, told=not to_measure)
+    if labels is not None:
+        number_labels([kept for part in parts.values() for kept in part], labels, reader.notes)
+    counts = {part: _counts(parts[part], lost[part]) for part in lost}
+    _check_supervised(counts, reader)
+    _note_writing(reader)
+    training, measured, sized = ([kept.example for kept in part] for part in parts.values())
+    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
+    data.prompts = {part: [kept.prompt for kept in parts[part]] for part in lost}
+    data.retrieval = retrieval
+    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), reader.max_length)
+    data.spans = spans_of(parts["train"], dataset.train)
+    data.notes = list(dict.fromkeys([*reader.notes, *mix_notes(data.spans)]))
+    return data
+
+
+def _reader(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskOfRows,
+    max_length: int | None,
+    writing: Writing,
+    table: int | None,
+    seed: int,
+) -> Reader:
     if dataset.chat_template:
         tokenizer.chat_template = read_template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
     encoder = task.encoder(tokenizer, dataset.train_on, limit)
-    vocabulary = Vocabulary(tokenizer, table)
-    reader = Reader(dataset, tokenizer, task, limit, encoder, writing or Writing(), vocabulary, seed)
-    train, dropped = read(reader, dataset.train, held_out=False)
-    if task.has_classes:
-        known = labels or list(reader.writing.labels)
-        labels = known or class_names(train, num_labels, own_classes, reader.notes)
-    train, val, val_dropped = _held_out(reader, train, seed)
-    train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
-    if labels is not None:
-        number_labels(train + val + sizing_rows, labels, reader.notes)
-    counts = {"train": _counts(train, dropped), "val": _counts(val, val_dropped)}
-    _check_supervised(counts, reader)
-    _note_writing(reader)
-    training, measured, sized = ([kept.example for kept in part] for part in (train, val, sizing_rows))
-    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
-    data.prompts = {"train": [kept.prompt for kept in train], "val": [kept.prompt for kept in val]}
-    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), limit)
-    data.spans = spans_of(train, dataset.train)
-    data.notes = list(dict.fromkeys([*reader.notes, *mix_notes(data.spans)]))
-    return data
+    return Reader(dataset, tokenizer, task, limit, encoder, writing, Vocabulary(tokenizer, table), seed)
 
 
 def _held_out(reader: Reader, train: list[Kept], seed: int) -> tuple[list[Kept], list[Kept], int]:

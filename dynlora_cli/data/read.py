@@ -71,10 +71,10 @@ def read(reader: Reader, sources: Sequence[Source], *, held_out: bool, limited: 
     lost: Counter[str] = Counter()
     with on_date(reader.writing.moment):
         for number, source in enumerate(sources):
-            account, own = Account(source), list[Kept]()
+            account, own = Account(source, reader.dataset.retrieve is not None), list[Kept]()
             for table in tables(source, reader.notes, held_out=held_out):
                 for place, draft in _drafts(reader, source, table, account):
-                    row = _fit(reader, place, draft, next(numbers))
+                    row = fit(reader, place, draft, next(numbers))
                     if isinstance(row, Kept):
                         row.source = number
                         own.append(row)
@@ -114,6 +114,7 @@ def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> I
         drafts = reader.encoder.encode(batch)
         for row, draft in zip(batch, drafts, strict=True):
             draft.confidence = 1.0 if row.confidence is None else row.confidence
+            draft.located = row if reader.dataset.retrieve else None
         yield from zip((row.place for row in batch), drafts, strict=True)
         reader.forms.add(type(batch[0].form).__name__)
         _note_form(reader, table, batch)
@@ -211,7 +212,7 @@ def _apart(reader: Reader, form: ModuleType, row: Located) -> Located:
     return replace(row, form=apart)
 
 
-def _fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:
+def fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:
     """A draft within the length limit, or why its row is dropped, to follow after `3 rows`."""
     limit = reader.max_length
     reader.vocabulary.check(place, draft.ids, draft.labels)
@@ -230,4 +231,4 @@ def _fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:
     if not example.supervised():
         return draft.untaught or (f"with an answer that {BEGINS} {limit}" if truncated else EMPTY)
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
-    return Kept(example, prompt, draft.label, truncated, cut_answer)
+    return Kept(example, prompt, draft.label, truncated, cut_answer, located=draft.located)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from dynlora_cli.data.examples import Classified, Example
+from dynlora_cli.data.examples import Classified, Example, Located
 from dynlora_cli.errors import DataError
 from dynlora_cli.text import counted
 
@@ -23,7 +23,10 @@ LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "wi
 
 @dataclass(slots=True)
 class Kept:
-    """An example before the split, with what the counts need; `source` is its number in the recipe."""
+    """An example before the split, with what the counts need.
+
+    `source` is its number in the recipe, `located` as of `Draft`.
+    """
 
     example: Example
     prompt: bytes
@@ -31,6 +34,7 @@ class Kept:
     truncated: bool
     cut_answer: bool
     source: int = 0
+    located: Located | None = None
 
 
 def reasons_of(lost: Counter[str]) -> list[str]:

@@ -268,6 +268,7 @@ def _read(also: Also, recipe: Recipe, reading: Reading, notes: list[str]) -> tup
             labels=reading.labels,
             writing=reading.writing,
             table=reading.table,
+            to_measure=True,
         )
     except DataError as error:
         raise DataError(f"eval.also, {also.name}: {error.message}", error.hint) from None

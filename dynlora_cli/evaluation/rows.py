@@ -132,9 +132,9 @@ def held_out_rows(
         sizing=sizing_rows(recipe) if recipe and not is_file else 0,  # as in training, or the hash would be another
         writing=writing or Writing.of(adapter.record),
         table=own_table(adapter, place) or place.files.table_rows,
+        to_measure=is_file,
     )
-    examples = read.train if is_file else read.val
-    if not examples:
+    if not (examples := read.train if is_file else read.val):
         raise NothingHeldOutError(
             f"{data or adapter.folder}: the recipe holds no rows out",
             "name rows with --data FILE, all of which are used",

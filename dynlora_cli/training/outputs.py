@@ -273,6 +273,7 @@ def _data_on_record(data: Data) -> records.Data:
         date=data.writing.date,
         turned=dict(data.writing.turned),
         labels=data.labels,
+        retrieval=data.retrieval,
     )
     if not each_once(data.spans):
         found["mix"] = mix_on_record(data.spans)

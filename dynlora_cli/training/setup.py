@@ -106,7 +106,8 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
         )
     if recipe.dataset.replay:
         add_replay(data, earlier, recipe.dataset.replay.share)
-    data.notes += weights_note(recipe.pruning.policy, recipe.pruning, data.train + data.replayed)
+    if recipe.dataset.retrieve is None or recipe.pruning.policy == "retrieval":  # whose confidences nobody asked for
+        data.notes += weights_note(recipe.pruning.policy, recipe.pruning, data.train + data.replayed)
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
     return data

@@ -210,7 +210,8 @@ def test_schema_describes_every_key_and_allows_no_other() -> None:
         assert node.get("description", "").strip(), path
         assert (
             "default" in node
-            or path in ("model", "dataset", "model.name_or_path", "dataset.train", "eval.also.name")
+            or path
+            in ("model", "dataset", "model.name_or_path", "dataset.train", "eval.also.name", "dataset.retrieve.corpus")
             or path.endswith(".path")
         )
     sections = [schema, *schema["$defs"].values()]

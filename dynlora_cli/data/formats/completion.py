@@ -9,7 +9,8 @@ When to use it
     For questions and answers; with `dataset.chat: false` wherever you want full control of the text.
 
 Columns
-    `prompt`, `completion`: two texts; or two lists of messages, as TRL has them, of which the second trains.
+    `prompt`, `completion`: two texts; of several right answers in a list the first is learned. Or two lists of
+    messages, as TRL has them, of which the second trains.
 
 Reference
     The prompt/completion form of OpenAI's first fine-tuning API, also read by TRL and mlx-lm.
@@ -22,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from dynlora_cli import plugins
-from dynlora_cli.data.forms import BadRowError, Pair, Turns, text_of
+from dynlora_cli.data.forms import BadRowError, Pair, Turns, first_answer, text_of
 
 COLUMNS = "prompt, completion"
 FORMS = ("Turns", "Pair")
@@ -46,7 +47,7 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Turns | Pair:
     """
     if isinstance(row.get("prompt"), list):
         return _conversation(row["prompt"], row.get("completion"), has_template)
-    prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+    prompt, completion = text_of(row, "prompt"), text_of(first_answer(row), "completion")
     if has_template:
         return Turns([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
     return Pair(prompt, completion)
