@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,7 +89,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if request.heal_steps:
         assert bench is not None
         recipe = _recipe(left, bench)
-        left = heal(left, bench.base, recipe, request.heal_steps, out, events.append)
+        left = heal(left, bench.base, recipe, request.heal_steps, out, partial(_keep, events, emit))
     summary = _summary(request, adapter, retirement, left, comparison)
     summary |= _measured(bench, adapter, retirement, left, emit) if bench else {}
     summary["seconds"] = time.monotonic() - started
@@ -99,6 +100,13 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
         write_retired(folder, adapter, left, summary, retirement.gone, events)
     tell(summary["peft_check"], out, emit)
     return summary
+
+
+def _keep(events: list[dict[str, Any]], emit: Emit, event: dict[str, Any]) -> None:
+    """Keep an event of the healing for the log; notes are for the person as well."""
+    events.append(event)
+    if event["event"] == "note":
+        emit(event)
 
 
 def _compared(retirement: Retirement, base_name: str | None) -> tuple[Retirement, Comparison | None]:

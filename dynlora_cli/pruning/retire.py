@@ -92,7 +92,9 @@ def retire(adapter: Adapter, wanted: Sequence[str]) -> Retirement:
     left = replace(left, record=_record_of(adapter, gone), note=None)
     record = adapter.record
     why = reasons(births, gone, record.get("retired") or (), record.get("altered") or (), has_head=bool(adapter.whole))
-    return Retirement([births[index] for index in sorted(gone)], left.record["births"], left, why)
+    went = [births[index] for index in sorted(gone)]
+    why += [text for birth in left.record["births"] if (text := _replayed(birth, adapter, went))]
+    return Retirement(went, left.record["births"], left, why)
 
 
 def find(adapter: Adapter, wanted: str) -> list[int]:
@@ -168,6 +170,16 @@ def folder_of(birth: Birth, adapter: Adapter) -> Path | None:
     """
     on_record = [each for each in adapter.record.get("births") or [] if each["run"] == birth["run"]]
     return next((Path(each["folder"]) for each in [birth, *on_record] if recorded(each) is not None), None)
+
+
+def _replayed(birth: Birth, adapter: Adapter, gone: Sequence[Birth]) -> str | None:
+    """A sentence where a run that stays has trained on rows of those that go; None where it has not, or has gone."""
+    folder = folder_of(birth, adapter)
+    replay = (read_record(folder).get("data") or {}).get("replay") if folder else None
+    runs = replay.get("runs") if isinstance(replay, dict) else None
+    seen = [run.get("run") for run in runs or [] if isinstance(run, dict)]
+    names = " and ".join(each["name"] for each in gone if each["run"] in seen)
+    return f"{birth['name']} replayed rows of {names}" if names else None
 
 
 def _without_rows(record: Mapping[str, Any]) -> dict[str, Any]:

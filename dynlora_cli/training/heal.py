@@ -45,6 +45,8 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
     if variant != adapter.form and rate != "auto":
         text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
         emit(note(text))
+    if recipe.dataset.replay:
+        emit(note("healing trains on the recipe's own rows alone; those of earlier runs are not replayed"))
     data = load_data(
         recipe.dataset,
         base.tokenizer,

@@ -286,3 +286,19 @@ def test_what_the_common_budget_has_removed_of_the_earlier_ones_is_counted(train
     assert found["same"] == found["left"] == summary["components"] < found["components"]
     less = f"{found['components'] - found['left']} component"
     assert f"less {less}" in summary["words"]
+
+
+def test_rows_that_a_later_run_replayed_are_named(trained, tmp_path: Path, dynlora: Dynlora):
+    grow = [f"adapter.from={trained / 'v2'}", "dataset.replay={share: 20%}", "rank.budget=10", "rank.init=10"]
+    also = "eval.also=[{name: own, path: " + str(trained / "llama.jsonl") + "}]"
+    train(make_recipe(trained, *grow, also, "adapter.old=freeze", out="v3"))
+    summary = retired(dynlora, trained / "v3", tmp_path / "out", "--born", "v2", "--no-measure")
+    assert summary["why"] == ["v3 was trained on top of v2", "v3 replayed rows of v2"]
+    answer = dynlora("prune", "--adapter", trained / "v3", "--born", "v2", "--heal", "2", "--out", tmp_path / "healed")
+    assert answer.code == 0, answer.err
+    assert "are not replayed" in answer.err
+    last = retired(dynlora, trained / "v3", tmp_path / "last", "--born", "v3", "--no-measure")
+    assert last["exact"]
+    assert (tmp_path / "last" / "adapter_model.safetensors").read_bytes() == (
+        trained / "v2" / "adapter_model.safetensors"
+    ).read_bytes()
