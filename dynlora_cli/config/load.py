@@ -2,7 +2,7 @@
 
 Two shorthands: `model: NAME` stands for `model: {name_or_path: NAME}`, and `dataset: FILE` for
 `dataset: {train: [{path: FILE}]}`. They also work after `--set`, where the section's other keys stay as they are. An
-item of `dataset.train` and `dataset.val` may be just a path.
+item of `dataset.train` and `dataset.val` may be just a path, and so may the whole list.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def _spell_out(root: Node) -> None:
     if dataset and isinstance(dataset.value, dict):
         for key in ("train", "val"):
             sources = dataset.value.get(key)
+            if sources and isinstance(sources.value, str):
+                sources.value = [Node(sources.value, sources.place)]
             for item in sources.value if sources and isinstance(sources.value, list) else ():
                 if isinstance(item.value, str):
                     item.value = {"path": Node(item.value, item.place)}
@@ -152,6 +154,8 @@ def json_schema() -> dict[str, Any]:
     for sources in ("train", "val"):
         items = schema["$defs"]["Dataset"]["properties"][sources]
         items["items"] = {"anyOf": [items["items"], text]}
+        whole = {key: items.pop(key) for key in ("type", "items", "minItems") if key in items}
+        items["anyOf"] = [whole, text]
     return schema
 
 

@@ -147,7 +147,7 @@ class Dataset(Section):
     """Rows to train on and rows to measure on."""
 
     train: Annotated[list[TrainSource], Field(min_length=1)]
-    """Sources to train on; an item may be just a path."""
+    """Sources to train on; an item may be just a path, and so may the whole list."""
     val: list[Source] = []
     """Sources to measure on; where there are any, `val_size` is not used."""
     val_size: Annotated[float, Field(ge=0, lt=1)] = 0.05

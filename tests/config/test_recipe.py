@@ -14,7 +14,7 @@ from dynlora_cli import plugins
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.config.load import json_schema, to_yaml
 from dynlora_cli.config.recipe import Recipe
-from dynlora_cli.config.sections import Dataset, Model, TrainSource
+from dynlora_cli.config.sections import Dataset, Model, Source, TrainSource
 from dynlora_cli.config.types import Section
 
 from recipe_helpers import MINIMAL, load, problems, schema_keys
@@ -82,6 +82,8 @@ def test_shorthands_and_the_default_folder() -> None:
     assert recipe.dataset == Dataset(train=[TrainSource(path="rows.jsonl")])
     assert recipe.output_dir == "out/recipe"
     assert load("model: x\ndataset: {train: [a, {path: b, split: c}]}\n").dataset.train[0] == TrainSource(path="a")
+    written = load("model: x\ndataset: {train: a, val: b}\n", "dataset.train=c").dataset
+    assert (written.train, written.val) == ([TrainSource(path="c")], [Source(path="b")])
 
 
 @pytest.mark.parametrize("value", ["1e300", "1" + "0" * 30, "1" + "0" * 400, "9007199254740992"])
