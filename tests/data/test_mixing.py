@@ -13,7 +13,8 @@ from data_helpers import byte_tokenizer, dataset, source, task_named
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.examples import OneText
 from dynlora_cli.data.load import Data, load_data
-from dynlora_cli.data.mix import Span, drawn, evenly, mix_notes
+from dynlora_cli.data.mix import Span, drawn, evenly, mix_notes, mix_on_record
+from dynlora_cli.runs.report.page import _flat
 
 from recipe_helpers import MINIMAL, load, problems
 
@@ -175,3 +176,11 @@ def test_other_shares_are_refused(value: str) -> None:
 def test_replay_needs_a_run() -> None:
     (found,) = problems(MINIMAL, "dataset.replay.share=0.1")
     assert "dataset.replay.from: of which run?" in found
+
+
+def test_a_report_lists_what_an_epoch_is_made_of() -> None:
+    record = {"data": {"mix": mix_on_record([Span("a.jsonl", 10, 20), Span("v1, replayed", 5, 2, replayed=True)])}}
+    assert dict(_flat(record)) == {
+        "data.mix.0": "source a.jsonl, rows 10, draws 20",
+        "data.mix.1": "source v1, replayed, rows 5, draws 2, replayed True",
+    }

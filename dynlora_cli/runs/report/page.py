@@ -264,6 +264,9 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _flat(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        for number, item in enumerate(tree):
+            yield f"{path}.{number}", ", ".join(f"{key} {value}" for key, value in _flat(item))
     elif tree is not None:
         yield path, tree
 
