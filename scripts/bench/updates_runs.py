@@ -83,6 +83,11 @@ METHODS = {
     "growth, freeze": Method(grows=True, over=2, later={"adapter.old": "freeze"}),
     "growth, tune": Method(grows=True, over=2),
     "growth, tune, replay 5 %": Method(grows=True, over=2, replay=REPLAY),
+    # Attempts at forgetting less than replay does:
+    "growth, freeze, replay 5 %": Method(grows=True, over=2, later={"adapter.old": "freeze"}, replay=REPLAY),
+    "growth, tune, replay 5 %, half rate": Method(
+        grows=True, over=2, later={"train.learning_rate": 2e-3}, replay=REPLAY
+    ),
     "an adapter for each": Method(grows=True, over=2, goes_on=False),
 }
 JOINT = "joint"  # one run on the rows of all tasks, of as many steps as a stream has in all
