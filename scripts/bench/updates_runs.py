@@ -57,6 +57,7 @@ class Method:
     Attributes:
         grows: each update brings components of its own; otherwise all are there from the first update on.
         over: how many times its share an update starts with; what is too much is pruned.
+        new: components that a later update begins with beside those of the final size, where methods do not grow.
         goes_on: from the adapter of the update before; otherwise each task has an adapter of its own.
         later: settings of the second update and those after it.
         replay: share of rows of the earlier updates.
@@ -64,6 +65,7 @@ class Method:
 
     grows: bool
     over: int = 1
+    new: int = 0
     goes_on: bool = True
     later: Settings = field(default_factory=dict)
     replay: str = ""
@@ -88,6 +90,7 @@ METHODS = {
     "growth, tune, replay 5 %, half rate": Method(
         grows=True, over=2, later={"train.learning_rate": 2e-3}, replay=REPLAY
     ),
+    "whole size at once, 4 new, tune, replay 5 %": Method(grows=False, new=4, replay=REPLAY),
     "an adapter for each": Method(grows=True, over=2, goes_on=False),
 }
 JOINT = "joint"  # one run on the rows of all tasks, of as many steps as a stream has in all
@@ -100,7 +103,7 @@ def ranks(method: Method, stream: Stream, stage: int) -> Settings:
     """Components at the start and at the end of an update."""
     if not method.grows:
         whole = stream.share * len(stream.tasks)
-        return {"rank.init": whole, "rank.budget": whole}
+        return {"rank.init": whole + (method.new if stage else 0), "rank.budget": whole}
     before = stream.share * stage if method.goes_on else 0
     return {"rank.init": before + method.over * stream.share, "rank.budget": before + stream.share}
 
