@@ -121,9 +121,9 @@ class Bench:
             settings |= ranks(Method(grows=False), stream, 0)
             self.record(job, 0, "all", rate, trained(settings, self.work), stream.tasks)
 
-    def retirement(self) -> None:
-        """What a retired update leaves behind, with every seed of the stream of domains."""
-        for seed in STREAMS["domains"].seeds:
+    def retirement(self, seeds: Sequence[int]) -> None:
+        """What a retired update leaves behind."""
+        for seed in seeds:
             for method in updates_retirement.KINDS:
                 key = ("retirement", method, seed)
                 if not any((line["part"], line.get("method"), line.get("seed")) == key for line in self.lines):
@@ -183,7 +183,7 @@ def measure_all(options: argparse.Namespace, bench: Bench) -> None:
         bench.search()
         return
     if options.what == "retirement":
-        bench.retirement()
+        bench.retirement(numbers(options.seeds) or STREAMS["domains"].seeds)
         return
     stream = STREAMS[options.what]
     if options.what == "real":
