@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from updates_runs import METHODS, STREAMS, Record, later_settings, measure, ranks, run_settings, trained
+from updates_runs import METHODS, STREAMS, Record, Stream, later_settings, measure, ranks, run_settings, trained
 
 CHAIN = 3
 HEAL = 20
-KINDS = ("growth, freeze", "growth, tune")
+KINDS = ("growth, freeze, unpruned", "growth, freeze", "growth, tune")
 
 
 def chain(method: str, seed: int, rate: float, work: Path, stages: tuple[int, ...] = (0, 1, 2)) -> list[Path]:
@@ -47,14 +47,15 @@ def leaves_behind(method: str, seed: int, rate: float, work: Path) -> Record:
     first, second, third = chain(method, seed, rate, work)
     never = chain(method, seed, rate, work, (0, 2))[-1]
     folders = {"before": first, "with": second, "all": third, "never": never}
+    said = {}
     for name, adapter, heal in (("undone", second, 0), ("retired", third, 0), ("healed", third, HEAL)):
         folders[name] = third.with_name(f"{third.name}-{name}")
-        retire(adapter, second, folders[name], heal)
+        said[name] = retire(adapter, second, folders[name], heal)["exact"]
     losses = {name: measure(stream, folder, stream.tasks[:CHAIN], work)["loss"] for name, folder in folders.items()}
-    return {"loss": losses, "same_to_the_bit": _equal(stream, first, folders["undone"], work)}
+    return {"loss": losses, "said_exact": said, "same_to_the_bit": _equal(stream, first, folders["undone"], work)}
 
 
-def _equal(stream, one: Path, other: Path, work: Path) -> bool:
+def _equal(stream: Stream, one: Path, other: Path, work: Path) -> bool:
     """Whether two adapters give the same logits on test rows, bit for bit."""
     import torch
     from updates_runs import base_of, rows_of

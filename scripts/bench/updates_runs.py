@@ -25,6 +25,7 @@ class Stream:
     Attributes:
         general: text that is measured as well and never trained on.
         share: average rank that each task adds to the final size.
+        rows: test rows of each task.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stream:
     seeds: tuple[int, ...] = (0,)
     orders: tuple[int, ...] = (0,)
     batch: int = 8
+    rows: int = 64
     model: str = str(SHARED / "models" / "stories3M")
 
     def order(self, number: int) -> list[str]:
@@ -46,7 +48,9 @@ class Stream:
 STREAMS = {
     "domains": Stream("domains", DOMAINS, "stories", steps=40, share=2, max_length=160, seeds=(0, 1, 2)),
     "tasks": Stream("tasks", TASKS, "stories", steps=30, share=1, max_length=192, orders=(1, 2, 3)),
-    "real": Stream("real", ("law", "finance", "arithmetic"), "wikitext", steps=25, share=2, max_length=96),
+    "real": Stream(
+        "real", ("law", "finance", "arithmetic"), "wikitext", steps=16, share=2, max_length=96, batch=4, rows=16
+    ),
 }
 
 
@@ -189,7 +193,7 @@ def rows_of(stream: Stream, task: str, part: str, work: Path) -> list[Any]:
 
     recipe = test_recipe(stream, task, part, work)
     data = read_data(recipe, BaseFiles.find(recipe.model))
-    batches = make_batches(recipe, data.val, base_of(stream, work), shuffle=False)
+    batches = make_batches(recipe, data.val[: stream.rows], base_of(stream, work), shuffle=False)
     return [batch for index in range(batches.steps_per_epoch) for batch in batches.step(0, index)]
 
 
