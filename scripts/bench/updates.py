@@ -111,7 +111,7 @@ class Bench:
             before = trained(settings, self.work)
             if not self.has(job.key(stage)):
                 seen = tasks[: stage + 1] if method.goes_on else [task]
-                self.record(job, stage, task, rate, before, seen)
+                self.record(job, stage, task, settings["train.learning_rate"], before, seen)
 
     def joint(self, stream: Stream, seed: int) -> None:
         """All rows at once: what could be had if nothing came later."""
