@@ -85,6 +85,11 @@ METHODS = {
     "sequential": Method(grows=False),
     "sequential, replay 5 %": Method(grows=False, replay=REPLAY),
     "O-LoRA": Method(grows=True, later={"adapter.old": "freeze", "adapter.orthogonality": 0.5}),
+    "InfLoRA": Method(
+        grows=True,
+        later={"adapter.old": "freeze", "adapter.init_weights": "inflora", "adapter.freeze_a": True},
+    ),
+    "SD-LoRA": Method(grows=True, later={"adapter.old": "magnitudes"}),
     "growth, freeze, unpruned": Method(grows=True, later={"adapter.old": "freeze"}),
     "growth, freeze": Method(grows=True, over=2, later={"adapter.old": "freeze"}),
     "growth, tune": Method(grows=True, over=2),
