@@ -144,7 +144,7 @@ def run_settings(stream: Stream, tasks: Sequence[str], rate: float, seed: int, w
 def later_settings(method: Method, before: Path) -> Settings:
     """What makes an update go on from the one before."""
     replay = {"dataset.replay": {"from": str(before), "share": method.replay}} if method.replay else {}
-    return {"adapter.from": str(before), **method.later, **replay}
+    return {"adapter.from": str(before), "eval.also": [], **method.later, **replay}  # also: measured here anyway
 
 
 def trained(settings: Settings, work: Path) -> Path:
