@@ -20,7 +20,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import fits
 from dynlora_cli.library.features import Floats
 from dynlora_cli.library.find import Finder, Found
-from dynlora_cli.library.learn import CANDIDATES, Calibration, CalibrationForm, candidates
+from dynlora_cli.library.learn import CANDIDATES, Calibration, CalibrationForm
 from dynlora_cli.library.library import LIBRARY, Library
 from dynlora_cli.retrieval.encoders import Encoder
 
@@ -74,9 +74,9 @@ class Activator:
         if not texts:
             return []
         found = self.finder.find(texts)
-        evidence_QE = self.calibration.confidence.evidence(found.features())
         most = max(CANDIDATES, self.calibration.at_most)
-        evidence_QE[~candidates(found.scores_QE, most) | (found.nearest_QE < 0)] = -math.inf
+        evidence_QE = self.calibration.judge.evidence(found.scores_QE, found.overlap_QE, most)
+        evidence_QE[found.nearest_QE < 0] = -math.inf
         silent = Decision((), {}, "base: there is no request to go by")
         return [
             self._decide(found, row, evidence_E) if texts[row].strip() else silent
@@ -86,7 +86,7 @@ class Activator:
     def _decide(self, found: Found, row: int, evidence_E: Floats) -> Decision:
         order = [int(update) for update in (-evidence_E).argsort(kind="stable") if evidence_E[update] > -math.inf]
         names = self.calibration.entries
-        chances = self.calibration.confidence.probability(evidence_E)
+        chances = self.calibration.judge.confidence.probability(evidence_E)
         confidence = {names[update]: float(chances[update]) for update in order}
         if not order:
             return Decision((), confidence, "base: no update has a key that this could be compared with")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dynlora_cli.data.builtin import rows as stdlib_docs
 from dynlora_cli.data.examples import Example
+from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.rows import held_out_rows
 from dynlora_cli.files.whole import write_text
@@ -31,8 +32,6 @@ from dynlora_cli.text import counted, percent
 
 Tell = Callable[[str], None]
 T = TypeVar("T")
-
-BUILT_IN = "builtin:stdlib-docs"
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,14 @@ class Requests:
     Attributes:
         texts: of the requests.
         origins: the update that each belongs to, by number; -1: none.
-        examples: whole rows, with the answer; None where there is none to measure on.
+        examples: whole rows of the updates, which come first.
         notes: for the person.
     """
 
     texts: list[str] = field(default_factory=list)
     origins: list[int] = field(default_factory=list)
-    examples: list[Example | None] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def add(self, text: str, origin: int, example: Example | None) -> None:
-        """One more."""
-        self.texts.append(text)
-        self.origins.append(origin)
-        self.examples.append(example)
 
     def groups(self) -> NDArray[np.int64]:
         """[Q]: the same number for requests with the same text."""
@@ -126,51 +119,43 @@ def _requests(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted) -> Reque
     for number, entry in enumerate(entries):
         rows = read_held_out(entry)
         for row in rows[: wanted.rows]:
-            requests.add(row.text, number, row.example)
+            requests.texts.append(row.text)
+            requests.origins.append(number)
+            requests.examples.append(row.example)
         if len(rows) > wanted.rows:
             requests.notes.append(f"{entry.name}: {wanted.rows} of its {len(rows)} held-out rows were used")
     own = {*requests.texts, *(text for entry in entries for text in Keys.of(entry).texts)}
     strangers = _unrelated(loaded, entries, wanted, requests.notes)
-    kept = [(text, example) for text, example in strangers if text.strip() and text not in own]
+    kept = [text for text in strangers if text.strip() and text not in own]
     if len(kept) < len(strangers):
         requests.notes.append(
             f"{counted(len(strangers) - len(kept), 'unrelated request')} left out: empty or an update's"
         )
     if not kept and (wanted.unrelated or len(entries) < 2):
         raise UsageError("there is no unrelated request to learn from", "name a file of some with --unrelated FILE")
-    for text, example in kept:
-        requests.add(text, UNRELATED, example)
+    requests.texts += kept
+    requests.origins += [UNRELATED] * len(kept)
     return requests
 
 
-def _unrelated(
-    loaded: Loaded, entries: Sequence[Entry], wanted: Wanted, notes: list[str]
-) -> list[tuple[str, Example | None]]:
-    """Requests that no update is about; with their answers where these are known and fit the task."""
+def _unrelated(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted, notes: list[str]) -> list[str]:
+    """Requests that no update is about; their answers are of no use here."""
     path = wanted.unrelated
     if path is None:
-        trained_on = any(origin.path == BUILT_IN for entry in entries for origin in entry.sources)
-        sets = ["requests of other updates", *([] if trained_on else [f"rows of {BUILT_IN}"])]
+        trained_on = any(origin.path == BUILTIN for entry in entries for origin in entry.sources)
+        sets = ["requests of other updates", *([] if trained_on else [f"rows of {BUILTIN}"])]
         notes.append(
             f"unrelated requests are {' and '.join(sets)}: the rate of false activations is a promise for such "
             "requests; --unrelated FILE makes it one for yours"
         )
-        if trained_on:
-            return []
-        path = Path(BUILT_IN)
-    if path.suffix.lower() == ".txt" or (loaded.place.labels and path == Path(BUILT_IN)):
-        return [(text, None) for text in _drawn(_bare(path), wanted.rows)]
+        return [] if trained_on else _drawn([row["prompt"] for row in stdlib_docs("train")], wanted.rows)
+    if path.suffix.lower() == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return _drawn([line.strip() for line in lines if line.strip()], wanted.rows)
     rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path)
     notes += rows.notes
     texts = RequestTexts(loaded.tokenizer)
-    return [(texts.of(example), example) for example in _drawn(rows.examples, wanted.rows)]
-
-
-def _bare(path: Path) -> list[str]:
-    """Requests without answers: the lines of a text file, or the prompts of the built-in set."""
-    if path == Path(BUILT_IN):
-        return [row["prompt"] for row in stdlib_docs("train")]
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [texts.of(example) for example in _drawn(rows.examples, wanted.rows)]
 
 
 def _drawn(items: Sequence[T], most: int) -> list[T]:
@@ -182,15 +167,15 @@ def _gains(
     loaded: Loaded, entries: Sequence[Entry], requests: Requests, wanted_QE: NDArray[np.bool_], tell: Tell
 ) -> Floats:
     """[Q, E]: by how much each wanted update lowers the loss of each request, nats; NaN where it was not measured."""
-    known = [(number, example) for number, example in enumerate(requests.examples) if example is not None]
-    at = np.array([number for number, _ in known])
-    losses = RowLosses(loaded.base, [example for _, example in known])
+    measured = len(requests.examples)
+    losses = RowLosses(loaded.base, requests.examples)
     gain_QE = np.full(wanted_QE.shape, np.nan)
     tell("measuring the base")
     base_R = losses.of(None, "the base")
     for column, entry in enumerate(entries):
         tell(f"measuring {entry.name} ({column + 1} of {len(entries)})")
-        gain_QE[at, column] = base_R - losses.of(loaded.adapter(entry.name), entry.name, wanted_QE[at, column])
+        own_R = losses.of(loaded.adapter(entry.name), entry.name, wanted_QE[:measured, column])
+        gain_QE[:measured, column] = base_R - own_R
     return gain_QE
 
 

@@ -1,12 +1,13 @@
 """Retrieval confidence: the calibrated probability that an update lowers the loss on a request.
 
-What we call confidence is learned, not felt: for many requests that no update was trained on, and for requests that no
-update is about, the loss of the base and of an update were both measured. A pair (request, update) has three features
-that cost no forward pass, and an outcome: did the update lower the loss?
+What we call confidence is learned, not felt. For many requests that no update was trained on, the loss of the base and
+of an update were both measured; of other requests it is known that no update is about them. A pair (request, update)
+has three features that cost no forward pass, and an outcome: did the update lower the loss? On a request that no update
+is about the answer is no, whatever an update happens to do there: nobody wants it there.
 
     features     score, margin and overlap of every pair (features.py)
     fit          a logistic model of the outcome, and a curve over it: isotonic from 200 pairs on, Platt's below
-    cross_fit    the same for pairs that the model has not seen: all that is reported is made of these
+    folds_of     requests in parts, each judged by a model of the others: all that is reported is made of these
     threshold    how much evidence an activation needs, so that unrelated requests are rarely activated on
 
 Deciding needs numpy only; scikit-learn fits.
@@ -158,42 +159,23 @@ def platt(evidence_N: Floats, helped_N: Bools) -> tuple[float, float]:
     return float(line[0]), float(line[1])
 
 
-@dataclass(frozen=True)
-class CrossFit:
-    """Every request is judged by a model that has seen neither it nor any other request with the same prompt.
-
-    Attributes:
-        models: one for each fold.
-        fold_of: the fold of each group that one of them has seen.
-    """
-
-    models: tuple[Confidence, ...]
-    fold_of: dict[int, int]
-
-    def of(self, group: int) -> Confidence:
-        """The model that has not seen a group."""
-        return self.models[self.fold_of.get(group, 0)]
-
-
-def cross_fit(features_NF: Floats, helped_N: Bools, groups_N: Sequence[int], folds: int = FOLDS) -> CrossFit:
-    """Models for out-of-fold judgements; the folds depend on the groups alone.
+def folds_of(groups_Q: Sequence[int], folds: int = FOLDS) -> NDArray[np.int64]:
+    """[Q]: the fold of each request, so that it can be judged by a model that has seen neither it nor its like.
 
     Args:
-        features_NF, helped_N: of the pairs.
-        groups_N: of the pairs' requests: those with the same prompt have the same.
+        groups_Q: requests with the same prompt have the same.
         folds: at most so many.
 
     Raises:
         ValueError: fewer than two groups.
     """
-    order = sorted(set(groups_N))
+    order = sorted(set(groups_Q))
     if len(order) < 2:
         raise ValueError("a confidence cannot be tested on fewer than two different requests")
     folds = min(folds, len(order))
     shuffled = np.random.default_rng(0).permutation(len(order))
     fold_of = {order[number]: place % folds for place, number in enumerate(shuffled)}
-    fold_N = np.array([fold_of[group] for group in groups_N])
-    return CrossFit(tuple(fit(features_NF[fold_N != fold], helped_N[fold_N != fold]) for fold in range(folds)), fold_of)
+    return np.array([fold_of[group] for group in groups_Q])
 
 
 # -- how good it is --------------------------------------------------------------------------------------------------

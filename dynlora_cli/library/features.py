@@ -1,8 +1,12 @@
 """What is known of a request and an update before anything is run: score, margin and overlap.
 
-    score      largest cosine of the request to a key of the update
+    score      the largest cosine of the request to a key of the update, in standard deviations above what unrelated
+               requests have with that update: an update of many keys is near to everything
     margin     how much that is above the best score of any other update; below 0 for all but the best
     overlap    share of the request's words, rare ones weighing more, that stand in some key text of the update
+
+The first is what speaker verification calls Z-norm (Auckenthaler et al., Score normalization for text-independent speaker
+verification systems, 2000).
 
 Dimensions: Q requests, E updates, F features.
 """
@@ -13,10 +17,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST_SPREAD = 1e-3  # of cosines
 NAMES = ("score", "margin", "overlap")
 # A run of letters and digits; a Chinese character or a kana, of which no spaces make words, is one alone.
 WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\W぀-ヿ㐀-鿿豈-﫿]+")
@@ -55,6 +61,36 @@ class Overlap:
                 held = sum(weight for word, weight in weights.items() if word in vocabulary)
                 shares[row, column] = held / total if total else 0.0
         return shares
+
+
+@dataclass(frozen=True)
+class Background:
+    """What cosines unrelated requests have with the nearest keys of each update.
+
+    Attributes:
+        mean: by update.
+        spread: standard deviation, by update.
+    """
+
+    mean: tuple[float, ...]
+    spread: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scores_QE: Floats) -> Background:
+        """Of unrelated requests; with fewer than two of them, cosines stay as they are."""
+        if len(scores_QE) < 2:
+            return cls((0.0,) * scores_QE.shape[1], (1.0,) * scores_QE.shape[1])
+        spread_E = np.maximum(scores_QE.std(0), LEAST_SPREAD)
+        return cls(tuple(map(float, scores_QE.mean(0))), tuple(map(float, spread_E)))
+
+    def some(self, which_E: NDArray[np.bool_]) -> Background:
+        """Of some of the updates."""
+        mean, spread = (np.asarray(part)[which_E].tolist() for part in (self.mean, self.spread))
+        return Background(tuple(mean), tuple(spread))
+
+    def scores(self, cosines_QE: Floats) -> Floats:
+        """[Q, E]: in standard deviations above the mean."""
+        return (np.asarray(cosines_QE, dtype=np.float64) - np.asarray(self.mean)) / np.asarray(self.spread)
 
 
 def features(scores_QE: Floats, overlap_QE: Floats) -> Floats:

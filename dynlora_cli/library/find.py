@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dynlora_cli.library.features import Floats, Overlap, features
+from dynlora_cli.library.features import Floats, Overlap
 from dynlora_cli.library.keys import Keys, nearest, space_of
 from dynlora_cli.library.library import Entry
 from dynlora_cli.retrieval.encoders import Encoder
@@ -30,10 +30,6 @@ class Found:
     scores_QE: Floats
     nearest_QE: NDArray[np.int64]
     overlap_QE: Floats
-
-    def features(self) -> Floats:
-        """[Q, E, F]"""
-        return features(self.scores_QE, self.overlap_QE)
 
 
 class Finder:

@@ -2,6 +2,7 @@
 
     Measured      requests of known origin, their features with every update, and what each update changed
     learn         the confidence model, the threshold, and numbers on requests that the models had not seen
+    Judge         the confidence model with what it needs beside the features
     Calibration   the result; plain numbers
 
 Only the best few updates by score are candidates for a request: the others are neither measured nor activated.
@@ -11,28 +12,29 @@ Dimensions: Q requests, E updates, N pairs of both, F features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from dynlora_cli.errors import DataError
 from dynlora_cli.library.calibration import (
     Bools,
     Confidence,
-    CrossFit,
     Floats,
     Threshold,
     brier,
     calibration_error,
-    cross_fit,
     fit,
+    folds_of,
     reliability,
     threshold,
 )
-from dynlora_cli.library.features import NAMES, features
+from dynlora_cli.library.features import NAMES, Background, features
 
 CANDIDATES = 3  # updates looked at for a request, the best by score
 UNRELATED = -1  # as an origin
@@ -47,7 +49,8 @@ class Measured:
         names: of the updates.
         origin_Q: the update that a request belongs to, by number; -1: none.
         group_Q: requests with the same prompt have the same number.
-        scores_QE, overlap_QE: features.py.
+        scores_QE: cosine with the nearest key of the update.
+        overlap_QE: features.py.
         gain_QE: by how much the update lowers the summed loss of the answer, nats; NaN where it was not measured.
     """
 
@@ -58,20 +61,28 @@ class Measured:
     overlap_QE: Floats
     gain_QE: Floats
 
-    def features(self) -> Floats:
-        """[Q, E, F]"""
-        return features(self.scores_QE, self.overlap_QE)
+    def some(self, which_Q: Bools) -> Measured:
+        """Some of the requests."""
+        origin_Q, group_Q = self.origin_Q[which_Q], self.group_Q[which_Q]
+        scores_QE, overlap_QE, gain_QE = self.scores_QE[which_Q], self.overlap_QE[which_Q], self.gain_QE[which_Q]
+        return Measured(self.names, origin_Q, group_Q, scores_QE, overlap_QE, gain_QE)
 
-    def without_own(self) -> Measured:
-        """The requests of updates as a library without their own update sees them, as unrelated ones; E is one less."""
-        related_Q = self.origin_Q != UNRELATED
-        others_QE = np.arange(len(self.names)) != self.origin_Q[related_Q, None]
-        shape = (int(related_Q.sum()), len(self.names) - 1)
-        scores, overlap, gain = (
-            array[related_Q][others_QE].reshape(shape) for array in (self.scores_QE, self.overlap_QE, self.gain_QE)
-        )
-        origin_Q = np.full(shape[0], UNRELATED)
-        return Measured(self.names[1:], origin_Q, self.group_Q[related_Q], scores, overlap, gain)
+    def each(self, fold_Q: NDArray[np.int64]) -> Iterator[tuple[int, Floats, Floats]]:
+        """Of each request its fold, its cosines [E] and its overlaps [E]."""
+        yield from zip(fold_Q.tolist(), self.scores_QE, self.overlap_QE, strict=True)
+
+    def background(self) -> Background:
+        """Of the unrelated requests."""
+        return Background.of(self.scores_QE[self.origin_Q == UNRELATED])
+
+    def pairs(self) -> Bools:
+        """[Q, E]: candidates whose outcome is known; of an unrelated request it always is."""
+        known_QE = np.isfinite(self.gain_QE) | (self.origin_Q == UNRELATED)[:, None]
+        return candidates(self.scores_QE) & known_QE
+
+    def helped(self) -> Bools:
+        """[Q, E]: the update lowers the loss, on a request that some update is about."""
+        return (np.nan_to_num(self.gain_QE) > 0) & (self.origin_Q != UNRELATED)[:, None]
 
 
 def candidates(scores_QE: Floats, most: int = CANDIDATES) -> Bools:
@@ -81,8 +92,8 @@ def candidates(scores_QE: Floats, most: int = CANDIDATES) -> Bools:
 
 
 def to_measure(scores_QE: Floats, origin_Q: NDArray[np.int64]) -> Bools:
-    """[Q, E]: the pairs whose loss is wanted: candidates, the own update, and candidates where the own is not there."""
-    wanted_QE = candidates(scores_QE)
+    """[Q, E]: pairs to measure, of updates' requests: candidates, the own update, candidates without it."""
+    wanted_QE = candidates(scores_QE) & (origin_Q != UNRELATED)[:, None]
     related = np.flatnonzero(origin_Q != UNRELATED)
     without_own = scores_QE[related].copy()
     without_own[np.arange(len(related)), origin_Q[related]] = -np.inf
@@ -92,19 +103,45 @@ def to_measure(scores_QE: Floats, origin_Q: NDArray[np.int64]) -> Bools:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Makes evidence of cosines and overlaps.
+
+    Attributes:
+        confidence: the model.
+        background: by which cosines become scores.
+    """
+
+    confidence: Confidence
+    background: Background
+
+    @classmethod
+    def learn(cls, measured: Measured) -> Judge:
+        """From requests of known outcome."""
+        background = measured.background()
+        features_QEF = features(background.scores(measured.scores_QE), measured.overlap_QE)
+        pairs_QE = measured.pairs()
+        return cls(fit(features_QEF[pairs_QE], measured.helped()[pairs_QE]), background)
+
+    def evidence(self, cosines_QE: Floats, overlap_QE: Floats, most: int = CANDIDATES) -> Floats:
+        """[Q, E]: log-odds; -inf for updates that are none of the best `most` by cosine."""
+        evidence_QE = self.confidence.evidence(features(self.background.scores(cosines_QE), overlap_QE))
+        return np.where(candidates(cosines_QE, most), evidence_QE, -np.inf)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What a library knows about its updates' worth.
 
     Attributes:
         entries: names of the updates that it has seen; others are never activated.
-        confidence: the model.
+        judge: the model.
         threshold: evidence that an activation needs.
         at_most: updates active for one request.
         quality: numbers for people, all on requests that the models had not seen.
     """
 
     entries: tuple[str, ...]
-    confidence: Confidence
+    judge: Judge
     threshold: Threshold
     at_most: int
     quality: dict[str, Any]
@@ -115,7 +152,13 @@ class Calibration:
         return {
             "entries": list(self.entries),
             "features": list(NAMES),
-            "model": self.confidence.as_dict(),
+            "background": {
+                name: list(pair)
+                for name, *pair in zip(
+                    self.entries, self.judge.background.mean, self.judge.background.spread, strict=True
+                )
+            },
+            "model": self.judge.confidence.as_dict(),
             "threshold": {
                 "evidence": limit.evidence if np.isfinite(limit.evidence) else None,
                 "rate": limit.rate,
@@ -143,21 +186,33 @@ class _ThresholdForm(BaseModel):
     promised: bool
 
 
+_Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class CalibrationForm(BaseModel):
     """What library.json may hold of a calibration; anybody may have written it."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     entries: tuple[str, ...]
+    background: dict[str, tuple[float, _Spread]]
     model: _ModelForm
     threshold: _ThresholdForm
     at_most: int = Field(ge=1)
     quality: dict[str, Any]
 
+    @model_validator(mode="after")
+    def _whole(self) -> CalibrationForm:
+        if not self.entries or set(self.background) != set(self.entries):
+            raise PydanticCustomError("background", "Input should have one background for each of its entries")
+        return self
+
     def calibration(self) -> Calibration:
         """The calibration that it says."""
         limit = self.threshold.model_dump()
         evidence = np.inf if limit["evidence"] is None else limit["evidence"]
-        model = Confidence(**self.model.model_dump())
-        return Calibration(self.entries, model, Threshold(**limit | {"evidence": evidence}), self.at_most, self.quality)
+        mean, spread = zip(*(self.background[name] for name in self.entries), strict=True)
+        judge = Judge(Confidence(**self.model.model_dump()), Background(mean, spread))
+        return Calibration(self.entries, judge, Threshold(**limit | {"evidence": evidence}), self.at_most, self.quality)
 
 
 # -- learning --------------------------------------------------------------------------------------------------------
@@ -176,71 +231,53 @@ def learn(measured: Measured, *, rate: float, at_most: int = 1, others_count: bo
     Raises:
         DataError: fewer than two different requests.
     """
-    chosen = _Pairs.of(measured)
-    if len(set(chosen.groups_N)) < 2:
+    if len(set(measured.group_Q.tolist())) < 2:
         raise DataError("a calibration needs at least two different requests", "add updates with held-out rows")
-    fitted = cross_fit(chosen.features_NF, chosen.helped_N, chosen.groups_N)
-    evidence_QE = _unseen_evidence(measured, fitted)
+    fold_Q = folds_of(measured.group_Q.tolist())
+    judges = [Judge.learn(measured.some(fold_Q != fold)) for fold in range(int(fold_Q.max()) + 1)]
+    evidence_QE = np.stack([judges[f].evidence(c[None], o[None])[0] for f, c, o in measured.each(fold_Q)])
     strangers_M = evidence_QE[measured.origin_Q == UNRELATED].max(1)
-    if others_count:
-        strangers_M = np.concatenate([strangers_M, _from_others(measured, fitted)])
+    if others_count and len(measured.names) > 1:
+        strangers_M = np.concatenate([strangers_M, _from_others(measured, judges, fold_Q)])
     limit = threshold(strangers_M, rate)
-    quality = _quality(measured, chosen, fitted, evidence_QE, limit)
-    return Calibration(measured.names, fit(chosen.features_NF, chosen.helped_N), limit, at_most, quality)
+    quality = _quality(measured, judges, fold_Q, evidence_QE, limit)
+    return Calibration(measured.names, Judge.learn(measured), limit, at_most, quality)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs whose outcome is known."""
-
-    features_NF: Floats
-    helped_N: Bools
-    groups_N: list[int]
-
-    @classmethod
-    def of(cls, measured: Measured) -> _Pairs:
-        known_QE = candidates(measured.scores_QE) & np.isfinite(measured.gain_QE)
-        groups_N = np.broadcast_to(measured.group_Q[:, None], known_QE.shape)[known_QE]
-        return cls(measured.features()[known_QE], measured.gain_QE[known_QE] > 0, groups_N.tolist())
-
-
-def _unseen_evidence(measured: Measured, fitted: CrossFit) -> Floats:
-    """[Q, E], of every request by the model that has not seen it; -inf for those that are no candidates."""
-    features_QEF = measured.features()
-    rows = [fitted.of(int(group)).evidence(own) for own, group in zip(features_QEF, measured.group_Q, strict=True)]
-    return np.where(candidates(measured.scores_QE), np.array(rows), -np.inf)
-
-
-def _from_others(measured: Measured, fitted: CrossFit) -> Floats:
+def _from_others(measured: Measured, judges: Sequence[Judge], fold_Q: NDArray[np.int64]) -> Floats:
     """The most evidence on requests of updates in a library without their own, where what it speaks for is no help."""
-    if len(measured.names) < 2:
-        return np.zeros(0)
-    alone = measured.without_own()
-    evidence_QE = _unseen_evidence(alone, fitted)
-    gain_Q = np.take_along_axis(alone.gain_QE, evidence_QE.argmax(1)[:, None], 1)[:, 0]
-    return evidence_QE.max(1)[gain_Q <= 0]
+    found = []
+    for row in np.flatnonzero(measured.origin_Q != UNRELATED):
+        others = np.arange(len(measured.names)) != measured.origin_Q[row]
+        judge = judges[fold_Q[row]]
+        alone = Judge(judge.confidence, judge.background.some(others))
+        evidence_E = alone.evidence(
+            measured.scores_QE[row : row + 1, others], measured.overlap_QE[row : row + 1, others]
+        )[0]
+        if measured.gain_QE[row, others][evidence_E.argmax()] <= 0:
+            found.append(evidence_E.max())
+    return np.array(found)
 
 
 def _quality(
-    measured: Measured, pairs: _Pairs, fitted: CrossFit, evidence_QE: Floats, limit: Threshold
+    measured: Measured, judges: Sequence[Judge], fold_Q: NDArray[np.int64], evidence_QE: Floats, limit: Threshold
 ) -> dict[str, Any]:
     """How good confidence and threshold are on requests that the models had not seen."""
-    judges = [fitted.of(group) for group in pairs.groups_N]
-    evidence_N = [judge.evidence(own) for own, judge in zip(pairs.features_NF, judges, strict=True)]
-    confidence_N = np.array([float(j.probability(e)) for e, j in zip(evidence_N, judges, strict=True)])
-    bins = reliability(confidence_N, pairs.helped_N)
-    curve = activation_curve(measured, evidence_QE)
+    chances = [judges[fold].confidence.probability(own) for fold, own in zip(fold_Q, evidence_QE, strict=True)]
+    pairs_QE = measured.pairs()
+    confidence_N, helped_N = np.stack(chances)[pairs_QE], measured.helped()[pairs_QE]
+    bins = reliability(confidence_N, helped_N)
     return {
         "pairs": len(confidence_N),
-        "helped": float(pairs.helped_N.mean()),
+        "helped": float(helped_N.mean()),
         "requests": {name: int((measured.origin_Q == at).sum()) for at, name in enumerate(measured.names)},
         "unrelated": int((measured.origin_Q == UNRELATED).sum()),
         "calibration_error": calibration_error(bins),
-        "brier": brier(confidence_N, pairs.helped_N),
-        "brier_of_constant": brier(np.full(len(confidence_N), pairs.helped_N.mean()), pairs.helped_N),
+        "brier": brier(confidence_N, helped_N),
+        "brier_of_constant": brier(np.full(len(confidence_N), helped_N.mean()), helped_N),
         "reliability": [[one.pairs, one.confidence, one.helped] for one in bins],
         "at_threshold": activation(measured, evidence_QE, limit.evidence),
-        "curve": curve,
+        "curve": activation_curve(measured, evidence_QE),
     }
 
 

@@ -35,7 +35,7 @@ def tiles(calibration: Calibration) -> list[tuple[str, str, str]]:
     """(label, value, note) of the numbers that a reader wants first."""
     quality, limit = calibration.quality, calibration.threshold
     at = quality["at_threshold"]
-    kind = "isotonic" if calibration.confidence.curve else "Platt"
+    kind = "isotonic" if calibration.judge.confidence.curve else "Platt"
     promise = f"{percent(limit.rate)} wanted" if limit.promised else f"{percent(limit.rate)} cannot be promised"
     return [
         ("calibration error", number(quality["calibration_error"], 3), f"{count(quality['pairs'])} pairs, {kind}"),

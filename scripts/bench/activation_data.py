@@ -1,8 +1,8 @@
 """The updates and requests of activation.py: real questions, cut into parts, each prompt in one part alone.
 
 An update is a subject with rows to train on, rows to calibrate on and rows to test on. The chat about one event is cut
-into eight topics, by k-means over MiniLM's embeddings of its prompts. All rows, unrelated ones too, have one form, so that
-the form tells nothing about the subject.
+into eight topics, by k-means over MiniLM's embeddings of its prompts. All rows, unrelated ones too, have one form: a
+question, and its answer behind a space. So the form tells nothing about the subject.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
-FORM = "{}"
 TOPICS = 8
 LONGEST_QUESTION, LONGEST_ANSWER = 160, 200  # characters; a longer answer is cut at a space
 ROWS = {"train": 500, "calibrate": 60, "test": 80}  # of an update
@@ -27,7 +26,7 @@ SEEN = ("tinystories", "gsm8k", "dolly")  # unrelated sources whose rows both ca
 KEPT_BACK = ("e2e", "legal", "shakespeare")  # unrelated sources that only test
 
 Row = dict[str, str]
-Embed = Callable[[Sequence[str]], np.ndarray]
+Embed = Callable[[Sequence[str]], "np.ndarray"]
 
 
 def lines(path: str) -> Iterator[dict[str, Any]]:
@@ -42,7 +41,7 @@ def row(question: str, answer: str) -> Row | None:
         answer = answer[:LONGEST_ANSWER].rsplit(" ", 1)[0]
     if not 3 <= len(question) <= LONGEST_QUESTION or not answer:
         return None
-    return {"question": question, "prompt": FORM.format(question), "completion": f" {answer}"}
+    return {"question": question, "prompt": question, "completion": f" {answer}"}
 
 
 def part_of(question: str) -> str:
@@ -105,6 +104,19 @@ def unrelated(seed: int) -> dict[str, dict[str, list[Row]]]:
             random.Random(f"{seed} {part}").shuffle(rows_of_part)
             del rows_of_part[UNRELATED[part] :]
         found[name] = parts
+    return found
+
+
+def passages(name: str) -> list[str]:
+    """Passages of a set's documents: pieces of 100 words, from one to four of each, evenly spread; none of a topic."""
+    if name.startswith("chat"):
+        return []
+    most = {"covidqa": 4, "xquad_en": 2}.get(name, 1)  # articles are the longest
+    found = []
+    for document in lines(f"{name}/corpus.jsonl"):
+        words = document["text"].split()
+        pieces = [" ".join(words[at : at + 100]) for at in range(0, len(words), 100)]
+        found += pieces[:: max(1, len(pieces) // most)][:most]
     return found
 
 

@@ -14,10 +14,11 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.library.activation import Activator
 from dynlora_cli.library.calibration import Confidence, Threshold
+from dynlora_cli.library.features import Background
 from dynlora_cli.library.forms import BaseOf, Card, EncoderOf, EntryForm, LibraryForm
 from dynlora_cli.library.held_out import write_held_out
 from dynlora_cli.library.keys import Key, write_texts, write_vectors
-from dynlora_cli.library.learn import Calibration
+from dynlora_cli.library.learn import Calibration, Judge
 from dynlora_cli.library.library import LIBRARY, Library, Paths
 
 HASH = "0" * 64
@@ -56,7 +57,8 @@ def library(
     """A library whose evidence for an update is 10 x score - 5, and needs to be above `above`."""
     root.mkdir()
     names = tuple(updates if seen is None else seen)
-    learned = Calibration(names, SCORE_ALONE, Threshold(above, 0.01, 100, True), at_most, {})
+    background = Background((0.0,) * len(names), (1.0,) * len(names))
+    learned = Calibration(names, Judge(SCORE_ALONE, background), Threshold(above, 0.01, 100, True), at_most, {})
     form = LibraryForm(
         schema_version=1,
         base=BaseOf(name="base", model_type="llama", fingerprint={"sha256": HASH, "sampled_sha256": HASH}),
@@ -164,7 +166,7 @@ def test_one_decision_does_not_depend_on_the_others(tmp_path: Path):
     ("change", "said"),
     [
         ({"calibration": None}, "is not calibrated"),
-        ({"calibration": {"entries": ["law"]}}, "is damaged: model"),
+        ({"calibration": {"entries": ["law"]}}, "is damaged: background"),
         ({"entries": []}, "has seen law, news, which is not there"),
     ],
 )

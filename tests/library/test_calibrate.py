@@ -100,8 +100,9 @@ def test_an_update_that_helps_is_active_on_its_rows(two: Made):
 def test_each_row_has_the_loss_of_what_was_chosen_to_the_bit(two: Made, loaded: Loaded):
     held_out = read_held_out(loaded.library.entry("first"))
     activator = Activator(loaded.library, loaded.encoder)
-    features = activator.finder.find([row.text for row in held_out]).features()
-    set_threshold(two.root, float(np.median(activator.calibration.confidence.evidence(features).max(1))))
+    found = activator.finder.find([row.text for row in held_out])
+    evidence = activator.calibration.judge.evidence(found.scores_QE, found.overlap_QE)
+    set_threshold(two.root, float(np.median(evidence.max(1))))
     report = evaluate(two.root, Asked(), silent)
     rows = [row.example for row in held_out]
     measure = RowLosses(loaded.base, rows)
@@ -179,7 +180,7 @@ def test_bare_requests_set_the_threshold_alone(two: Made, tmp_path: Path):
     with quiet:
         learned, _ = calibrate(two.root, Wanted(tmp_path / "asked.txt", rate=0.1), silent)
     assert learned.threshold.requests == learned.quality["unrelated"] == 15
-    assert learned.quality["pairs"] == 2 * sum(learned.quality["requests"].values())
+    assert learned.quality["pairs"] == 2 * (15 + sum(learned.quality["requests"].values()))
 
 
 def test_the_commands(two: Made, strangers: Path, dynlora: Dynlora):

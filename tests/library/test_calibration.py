@@ -13,8 +13,8 @@ from dynlora_cli.library.calibration import (
     Confidence,
     brier,
     calibration_error,
-    cross_fit,
     fit,
+    folds_of,
     isotonic,
     platt,
     reliability,
@@ -102,26 +102,23 @@ def test_perfect_and_hopeless_scores():
     assert calibration_error(reliability(np.full(100, 0.5), helped)) == 0
 
 
-def test_a_group_is_judged_by_a_model_that_has_not_seen_it():
-    """The outcome of a group is its number's parity, which a model that has seen the group would tell."""
-    groups = np.repeat(np.arange(40), 5)
-    features = np.eye(40)[groups]
-    helped = groups % 2 == 0
-    fitted = cross_fit(features, helped, groups.tolist())
-    unseen = np.array([fitted.of(g).weights[g] for g in range(40)])
-    seen = np.array([fit(features, helped).weights[g] for g in range(40)])
-    assert (unseen == 0).all()
-    assert (np.sign(seen) == np.where(np.arange(40) % 2 == 0, 1, -1)).all()
+def test_requests_with_one_prompt_are_in_one_fold():
+    groups = np.random.default_rng(0).integers(0, 40, 300)
+    fold = folds_of(groups.tolist())
+    assert all(len(set(fold[groups == group])) == 1 for group in range(40))
+    assert sorted(np.bincount([fold[groups == group][0] for group in range(40)])) == [8] * 5
+    assert (folds_of(groups.tolist()) == fold).all()
+    assert set(folds_of([7, 7, 9])) == {0, 1}
+    with pytest.raises(ValueError, match="fewer than two different requests"):
+        folds_of([7, 7])
 
 
-def test_confidence_is_calibrated_out_of_fold():
+def test_confidence_is_calibrated_on_requests_that_it_has_not_seen():
     features, helped = drawn(2000)
-    fitted = cross_fit(features, helped, list(range(2000)))
-    confidence = np.array(
-        [m.probability(m.evidence(f)) for f, m in zip(features, map(fitted.of, range(2000)), strict=True)]
-    )
-    assert calibration_error(reliability(confidence, helped)) < 0.04
-    assert brier(confidence, helped) < 0.5 * brier(np.full(2000, helped.mean()), helped)
+    model = fit(features[:1000], helped[:1000])
+    confidence = model.probability(model.evidence(features[1000:]))
+    assert calibration_error(reliability(confidence, helped[1000:])) < 0.05
+    assert brier(confidence, helped[1000:]) < 0.6 * brier(np.full(1000, helped.mean()), helped[1000:])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dynlora_cli.library.features import Overlap, features, words
+from dynlora_cli.library.features import Background, Overlap, features, words
 
 
 def test_words_are_letters_and_digits_in_lower_case():
@@ -28,3 +28,12 @@ def test_overlap_weighs_rare_words_more():
     assert row == pytest.approx([weights["eagles"] / sum(weights.values())] * 2)
     assert overlap.of(["the unheard eagles"])[0] == pytest.approx([math.log(2) / (math.log(2) + math.log(4)), 0])
     assert overlap.of(["", "the", "..."]).tolist() == [[0, 0]] * 3
+
+
+def test_scores_are_in_standard_deviations_above_what_unrelated_requests_have():
+    background = Background.of(np.array([[0.2, 0.5], [0.4, 0.5]]))
+    assert background.mean == pytest.approx((0.3, 0.5))
+    assert background.spread == pytest.approx((0.1, 0.001)), "a spread of 0 would make every request stand out"
+    assert background.scores(np.array([[0.5, 0.5]])) == pytest.approx(np.array([[2, 0]]))
+    assert Background.of(np.zeros((1, 2))) == Background((0.0, 0.0), (1.0, 1.0))
+    assert background.some(np.array([False, True])) == Background((0.5,), (0.001,))

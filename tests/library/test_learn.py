@@ -40,19 +40,10 @@ def test_candidates_are_the_best_by_score():
 
 
 def test_what_is_measured():
-    """The three best, the own, and the three best of a library without the own."""
+    """The three best, the own, and the three best of a library without the own; of unrelated requests nothing."""
     scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5], [0.9, 0.8, 0.7, 0.6, 0.5], [0.9, 0.8, 0.7, 0.6, 0.5]])
     wanted = to_measure(scores, np.array([0, 4, UNRELATED]))
-    assert wanted.astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 1], [1, 1, 1, 0, 0]]
-
-
-def test_a_library_without_the_own_update():
-    scores = np.array([[0.9, 0.5, 0.1], [0.3, 0.2, 0.8], [0.1, 0.2, 0.3]])
-    measured = Measured(("a", "b", "c"), np.array([0, 2, UNRELATED]), np.arange(3), scores, scores, -scores)
-    alone = measured.without_own()
-    assert alone.scores_QE.tolist() == [[0.5, 0.1], [0.3, 0.2]]
-    assert alone.gain_QE.tolist() == [[-0.5, -0.1], [-0.3, -0.2]]
-    assert alone.features()[:, :, 1] == pytest.approx(np.array([[0.4, -0.4], [0.1, -0.1]]))
+    assert wanted.astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 1], [0, 0, 0, 0, 0]]
 
 
 def test_good_features_give_the_oracles_gain_without_false_activations():
