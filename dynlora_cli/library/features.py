@@ -5,8 +5,8 @@
     margin     how much that is above the best score of any other update; below 0 for all but the best
     overlap    share of the request's words, rare ones weighing more, that stand in some key text of the update
 
-The first is what speaker verification calls Z-norm (Auckenthaler et al., Score normalization for text-independent speaker
-verification systems, 2000).
+The first is what speaker verification calls Z-norm (Auckenthaler et al., Score normalization for text-independent
+speaker verification systems, 2000).
 
 Dimensions: Q requests, E updates, F features.
 """
