@@ -257,3 +257,21 @@ def test_processes_whose_launcher_was_killed_save_and_end(tmp_path):
     assert run_folder.step_folders(folder), "what was trained is saved"
     with run_folder.place_of(folder):
         pass  # and the folder is free
+
+
+def test_old_components_stay_in_all_processes(tmp_path):
+    train(make_recipe(tmp_path, out="v1"))
+    origin = [f"adapter.from={tmp_path / 'v1'}", "adapter.old=freeze", f"output_dir={tmp_path / 'v2'}"]
+    make_recipe(tmp_path, *SETTINGS)
+    with start(command(tmp_path, *sets(*SETTINGS, *origin), devices=2)) as process:
+        _, told = process.communicate(timeout=180)
+    assert process.returncode == 0, told
+    before, after = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("v1", "v2"))
+    layers = json.loads((tmp_path / "v2" / "dynlora.json").read_text())["layers"]
+    held = 0
+    for name, layer in layers.items():
+        key = f"base_model.model.{name}.lora_A.weight"
+        for row in after[key][: layer["born"][0]] if layer["born"][0] else ():
+            assert (before[key] == row).all(1).any(), name
+            held += 1
+    assert held

@@ -6,12 +6,14 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from numeric import assert_close_to_truth
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_adapters import make
 from tiny_run import lines, make_recipe, model_folder, train
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +26,7 @@ from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.training.components import begin
+from dynlora_cli.training.origin import read_origin
 from dynlora_cli.training.setup import make_accelerator, read_base, read_data
 
 # PEFT's forms of a scale and of ranks.
@@ -313,6 +316,14 @@ def test_a_dora_is_refused_with_the_way_out(tmp_path: Path) -> None:
     foreign(tmp_path, "dora")
     with pytest.raises(UsageError, match="is a DoRA") as refused:
         train(second(tmp_path, origin="dora"))
+    assert "dynlora merge" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("embedding", "adapts the embedding"), ("hira", "is a HiRA")])
+def test_what_is_no_sum_of_linear_components_is_refused(tmp_path: Path, kind: str, what: str) -> None:
+    base, origin = make(kind, tmp_path)
+    with pytest.raises(UsageError, match=what) as refused:
+        read_origin(second(tmp_path, origin=origin.name), SimpleNamespace(folder=base), SimpleNamespace(notes=[]))
     assert "dynlora merge" in str(refused.value.hint)
 
 
