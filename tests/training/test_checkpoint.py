@@ -17,7 +17,7 @@ from dynlora_cli.kernels import linear_cross_entropy
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.tasks import loss as task_loss
 from dynlora_cli.training import checkpoint as checkpoint_module
-from dynlora_cli.training import loop, outputs
+from dynlora_cli.training import held_out, loop, outputs
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -350,7 +350,7 @@ def test_a_held_out_loss_that_is_not_a_number_is_no_result(tmp_path, monkeypatch
         result = honest(model, batches, **options)
         return result | {"loss": float("nan")} if run_folder.pointed(tmp_path / "out", "last") else result
 
-    monkeypatch.setattr(loop, "held_out", poisoned)
+    monkeypatch.setattr(held_out, "held_out", poisoned)
     with pytest.raises(MeasureError, match="held-out loss is nan after step 8"):
         train(make_recipe(tmp_path))
     assert steps_on_disk(tmp_path / "out") == ["step-4"]
