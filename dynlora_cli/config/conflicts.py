@@ -120,6 +120,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
                 yield Conflict(f"eval.{key}", "dataset.val_size", "needs `dataset.val`, or `dataset.val_size` above 0")
     yield from _origin_conflicts(recipe)
     yield from _start_conflicts(recipe, [conflict for conflict in of_task if conflict not in of_data])
+    yield from _elastic_conflicts(recipe)
     budget = rank.parsed_budget()
     saved = 2 if recipe.adapter.init_weights == "pissa" else 1  # rank of a component in the files
     short = isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value
@@ -184,6 +185,22 @@ def _variant_conflicts(recipe: Settings) -> Iterator[Conflict]:
             yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
     if adapter.scaling == "rslora" and adapter.alpha == "auto":
         yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
+
+
+def _elastic_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What does not go with components in an order of their own."""
+    adapter = recipe.adapter
+    if not recipe.rank.elastic:
+        return
+    if adapter.variant != "lora":
+        is_so = "is elastic already" if adapter.variant == "dylora" else "has components without an order"
+        yield Conflict("rank.elastic", "adapter.variant", f"variant {adapter.variant} {is_so}; write `elastic: false`")
+    if adapter.origin is not None:
+        text = "old components stand before new ones, whatever they are worth; leave one of the two out"
+        yield Conflict("rank.elastic", "adapter.from", text)
+    if adapter.init_weights == "pissa":
+        text = "PiSSA's start is subtracted whole, so a part of it is no adapter; write `init_weights: default`"
+        yield Conflict("adapter.init_weights", "rank.elastic", text)
 
 
 def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:

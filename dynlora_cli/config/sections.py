@@ -243,6 +243,9 @@ class Rank(Section):
     ] = 8
     """What may live at the end: an average rank (8), a share of the start (0.5), a parameter count (2M), or auto."""
 
+    elastic: bool = False
+    """Each step trains a first part of all components, of a length drawn anew, so that any first part is an adapter."""
+
     def parsed_budget(self) -> Budget:
         """The budget as its kind and value."""
         return parse_budget(self.budget)

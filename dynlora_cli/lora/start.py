@@ -27,6 +27,7 @@ class Start:
         costs: numbers that one component of each layer holds.
         open: the budget is only a floor, and the run decides where to stop (`rank.budget: auto`).
         born: `counts` by birth: so many from each run of `births`, then the run's own; empty where all are its own.
+        elastic: any first part of the components is to be an adapter of its own, see lora/nested.py.
         births: the runs that an adapter which the run goes on from came from, oldest first.
     """
 
@@ -38,6 +39,7 @@ class Start:
     costs: dict[str, int] = field(default_factory=dict)
     born: dict[str, tuple[int, ...]] = field(default_factory=dict)
     births: tuple[Birth, ...] = ()
+    elastic: bool = False
 
     @property
     def limit(self) -> int | None:

@@ -12,6 +12,9 @@ observer(options, training) -> Observer
 after_training_only = True
     Optional: only `dynlora prune` can use the policy.
 
+as_they_stand = True
+    Optional: `dynlora prune` does not turn the components into the SVD basis before it scores them.
+
 OPTIONS and CONFLICTS
     Optional: keys that the policy adds to the section `pruning` of recipes, see config/options.py, and other keys that
     it cannot be used with.

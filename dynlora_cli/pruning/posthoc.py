@@ -93,7 +93,7 @@ class Order:
                     f"{adapter.folder} is a HiRA, through whose factors nothing flows that this policy could look at",
                     "use --policy fisher or magnitude",
                 )
-        if not own_basis:
+        if not own_basis and not getattr(policy, "as_they_stand", False):
             adapter = _turned(adapter, lambda _, a_CI, b_OC: svd_factors(a_CI, b_OC))
         if observer is not None and model is not None and batches is not None:
             _show(observer, adapter, model, batches, autocast)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, cast
 
@@ -230,6 +231,7 @@ def plan_ranks(
     shapes = {name: linear_shape(module) for name, module in layers.items()}
     kind = layer_kind(options, variant.Layer)
     start = plan_start(shapes, rank.parsed_budget(), rank.init, kind, old=old, grows=targets)
+    start = replace(start, elastic=rank.elastic)
     return layers, begun.at(start) if begun else start
 
 

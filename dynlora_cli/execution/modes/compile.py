@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 ORDER = 40
 CONFLICTS = [
+    {"with": "rank.elastic", "why": "each step would be compiled anew", "hint": "set one to false"},
     {
         "with": "train.gradient_checkpointing",
         "is": "offload",
         "at": "train.compile",
         "why": "compiled blocks keep their inputs themselves",
         "hint": "leave one of the two out",
-    }
+    },
 ]
 # Compiled versions of one function. All blocks of a kind share one, and beyond this limit torch.compile would silently
 # run the rest uncompiled.

@@ -52,6 +52,11 @@ ORDER = 50
 # What does not run the same kernels on the same memory in every pass.
 CONFLICTS = [
     {
+        "with": "rank.elastic",
+        "why": "a recorded pass uses the same components each time",
+        "hint": "set one of the two back",
+    },
+    {
         "with": "adapter.variant",
         "is_not": "lora",
         "why": "variant lora alone is recorded",

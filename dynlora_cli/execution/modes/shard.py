@@ -32,6 +32,11 @@ from dynlora_cli.models.patched import Held, ignore_warnings
 KEY, ORDER = "shard_base", 30
 CONFLICTS = [
     {
+        "with": "rank.elastic",
+        "why": "layers in parts have no order of their own yet",
+        "hint": "set one of the two back",
+    },
+    {
         "with": "adapter.variant",
         "is_not": "lora",
         "why": "a sharded base goes with variant lora alone",

@@ -15,11 +15,13 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.nested import NestedLinear
 from dynlora_cli.lora.pissa import layer_kind
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
@@ -36,4 +38,5 @@ Layer = ComponentLinear
 
 def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, options: Adapter, seed: int) -> Pool:
     """Replace every target by a layer that holds it."""
-    return put(model, targets, start, options, seed, layer_kind(options, Layer))
+    nested = partial(NestedLinear, seed=seed) if start.elastic else None
+    return put(model, targets, start, options, seed, nested or layer_kind(options, Layer))
