@@ -1,11 +1,14 @@
-"""Passages to retrieve from: a file of rows with a column `text`, text files cut in pieces, or a folder of both."""
+"""Passages to retrieve from: a file of rows with a column `text`, text files cut in pieces, or a folder of both.
+
+`written_with` is how they stand in a prompt.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,3 +148,17 @@ def _parts(text: str) -> Iterator[str]:
             words = sentence.split()
             for start in range(0, len(words), PIECE):
                 yield " ".join(words[start : start + PIECE])
+
+
+def written_with(layout: str, prompt: str, passages: Sequence[Passage]) -> str:
+    """A prompt with passages, numbered from 1.
+
+    Args:
+        layout: with `{passages}` and `{prompt}`, each once.
+        prompt: of the row.
+        passages: in the order in which they are shown.
+    """
+    titled = (f"{passage.title}: {passage.text}" if passage.title else passage.text for passage in passages)
+    texts = "\n".join(f"[{number}] {text}" for number, text in enumerate(titled, 1))
+    filled = {"{passages}": texts, "{prompt}": prompt}
+    return "".join(filled.get(piece, piece) for piece in re.split(r"(\{passages\}|\{prompt\})", layout))

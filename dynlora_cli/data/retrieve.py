@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,18 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynlora_cli.data.chat_template import on_date
-from dynlora_cli.data.corpus import Corpus, Passage, read_corpus
+from dynlora_cli.data.corpus import Corpus, Passage, read_corpus, written_with
 from dynlora_cli.data.examples import Draft, Located
 from dynlora_cli.data.forms import Form, Pair, Turns
 from dynlora_cli.data.read import Reader, fit
 from dynlora_cli.data.splits import Kept
-from dynlora_cli.errors import DataError
+from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.retrieval.certainty import certainty
 from dynlora_cli.retrieval.lexical import Lexical, best
 from dynlora_cli.text import counted, percent
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Retrieve
+    from dynlora_cli.retrieval.encoders import Encoder
 
 CHUNK = 1024  # rows tokenised in one call
 LEAST = 8  # tokens of a passage, below which none is shown
@@ -181,9 +181,7 @@ class Retrieval:
             index = Lexical(texts)
             yield from (index.scores(text) for text in questions)
             return
-        from dynlora_cli.retrieval.encoders import model_encoder
-
-        encoder = model_encoder(self.options.encoder)
+        encoder = _encoder(self.options.encoder)
         vectors_ND = encoder.encode(texts)
         yield from (vectors_ND @ query_D for query_D in encoder.encode(questions))
 
@@ -332,6 +330,16 @@ class Retrieval:
         }
 
 
+def _encoder(name: str) -> Encoder:
+    from dynlora_cli.retrieval.encoders import model_encoder
+
+    try:
+        return model_encoder(name)
+    except (UsageError, MachineError) as error:  # which speak of the command line
+        message = error.message.replace("--encoder", "dataset.retrieve.encoder")
+        raise type(error)(message, error.hint) from None
+
+
 def question(located: Located) -> str:
     """What is asked: the prompt, or the last turn of the user; empty where nothing is."""
     form: Form = located.form
@@ -350,20 +358,6 @@ def _last_of_user(form: Turns) -> int:
 def _in_place_of(row: Kept, again: Kept) -> Kept:
     """The row as it is written now, which stays the row that it was."""
     return replace(row, example=again.example, truncated=again.truncated, cut_answer=again.cut_answer, located=None)
-
-
-def written_with(layout: str, prompt: str, passages: Sequence[Passage]) -> str:
-    """A prompt with passages, numbered from 1.
-
-    Args:
-        layout: with `{passages}` and `{prompt}`, each once.
-        prompt: of the row.
-        passages: in the order in which they are shown.
-    """
-    titled = (f"{passage.title}: {passage.text}" if passage.title else passage.text for passage in passages)
-    texts = "\n".join(f"[{number}] {text}" for number, text in enumerate(titled, 1))
-    filled = {"{passages}": texts, "{prompt}": prompt}
-    return "".join(filled.get(piece, piece) for piece in re.split(r"(\{passages\}|\{prompt\})", layout))
 
 
 def _fraction(text: str) -> float:

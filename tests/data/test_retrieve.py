@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from data_helpers import CHATML, byte_tokenizer, dataset, task_named
 from numeric import same_loss
@@ -17,6 +19,7 @@ from dynlora_cli.data.corpus import cut, read_corpus
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.evaluation.options import Options
+from dynlora_cli.retrieval import encoders
 
 from recipe_helpers import problems
 
@@ -143,6 +146,26 @@ def test_an_encoder_of_two_texts_keeps_its_question_too(tmp_path):
     for text in texts(data.train, tokenizer):
         assert shown(text)
         assert asked(text)
+
+
+def test_an_encoder_finds_passages_by_its_vectors(tmp_path, monkeypatch):
+    def letters(texts):
+        counts = np.array([[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
+        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+    monkeypatch.setattr(encoders, "model_encoder", lambda name: SimpleNamespace(encode=letters))
+    settings = {"to_measure": True}
+    data, tokenizer = load(tmp_path, retriever="dense", top_k=2, settings=settings)
+    asked_texts = [row["prompt"] for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())]
+    passages = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    cosines = letters(asked_texts) @ letters([f"{p['title']} {p['text']}" for p in passages]).T
+    expected = [[passages[number]["id"] for number in np.argsort(-row, kind="stable")[:2]] for row in cosines]
+    assert [shown(text) for text in texts(data.train, tokenizer)] == expected
+
+
+def test_an_encoder_that_is_not_there_is_named_by_its_key(tmp_path):
+    with pytest.raises(UsageError, match=r"dataset\.retrieve\.encoder: there is no folder ./nowhere"):
+        load(tmp_path, retriever="dense", encoder="./nowhere")
 
 
 def test_passages_stand_in_the_last_turn_of_the_user(tmp_path):
