@@ -11,7 +11,7 @@ import typer
 from dynlora_cli.cli.reporting import console
 from dynlora_cli.errors import UsageError
 
-GOES_WITH_IT = {"library", "explain", "data", "max_samples", "base", "trust_remote_code", "as_json"}
+GOES_WITH_IT = {"library", "explain", "data", "max_samples", "samples", "base", "trust_remote_code", "as_json"}
 
 
 def one_file(data: Sequence[str] | None, explain: bool) -> Path | None:
@@ -48,6 +48,7 @@ def evaluate_library(context: typer.Context) -> dict[str, Any]:
     wanted = command.Wanted(
         tuple(given["data"] or ()),
         max_samples=given["max_samples"],
+        answers=given["samples"],
         base=given["base"],
         trust_remote_code=given["trust_remote_code"],
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dynlora_cli.evaluation.report import BASE
 from dynlora_cli.evaluation.rows import MICRO_BATCH, held_out_rows
 from dynlora_cli.evaluation.scores import paired_difference
 from dynlora_cli.library.activation import Activator, Decision, calibration_of
+from dynlora_cli.library.answers import answers
 from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.library import Library
 from dynlora_cli.library.loaded import Loaded, load
@@ -47,12 +49,14 @@ class Wanted:
         data: files or recipes, each `FILE` or `NAME=FILE`: NAME is the update that the rows belong to, or `unrelated`.
             None: the held-out rows of all updates.
         max_samples: rows of each at most.
+        answers: prompts to answer, at most.
         base: the base model, in place of the one on record.
         trust_remote_code: code that comes with the base may run.
     """
 
     data: Sequence[str] = ()
     max_samples: int | None = None
+    answers: int = 0
     base: str | None = None
     trust_remote_code: bool = False
 
@@ -126,6 +130,7 @@ def run(root: Path, wanted: Wanted, tell: Tell) -> dict[str, Any]:
         "false_activations": _share_active([o for o in outcomes if o.rows.origin == UNRELATED]),
         "rate": activator.calibration.threshold.rate,
         "decisions": [one for outcome in outcomes for one in _decisions(outcome)],
+        "samples": _answers(loaded, outcomes, wanted.answers),
         "notes": list(dict.fromkeys(notes)),
     }
 
@@ -217,8 +222,17 @@ def _chosen(loaded: Loaded, measure: RowLosses, outcome: Outcome) -> Floats:
     return loss_R
 
 
+def _answers(loaded: Loaded, outcomes: Sequence[Outcome], count: int) -> list[dict[str, Any]]:
+    """What the library answers to the first prompts, and what the base does."""
+    examples = [example for outcome in outcomes for example in outcome.rows.examples]
+    decisions = [decision for outcome in outcomes for decision in outcome.decisions]
+    return answers(loaded.base, examples, decisions, partial(_sum, loaded), count)
+
+
 def _sum(loaded: Loaded, names: Sequence[str]) -> Adapter:
     """The sum of several updates, exactly: their components side by side."""
+    if len(names) == 1:
+        return loaded.adapter(names[0])
     return combine([loaded.adapter(name) for name in names], Way(method="exact")).adapter
 
 

@@ -14,9 +14,11 @@ from cli_helpers import Dynlora, contents
 from library_helpers import Made, silent
 from tiny_run import write_rows
 
+from dynlora_cli.adapters.attach import attached
 from dynlora_cli.commands.evaluate_library import Wanted as Asked
 from dynlora_cli.commands.evaluate_library import run as evaluate
 from dynlora_cli.evaluation.generation import find_prompts, generate
+from dynlora_cli.evaluation.rows import held_out_rows
 from dynlora_cli.library.activation import Activator
 from dynlora_cli.library.add import add
 from dynlora_cli.library.addition import Addition
@@ -163,6 +165,28 @@ def test_the_sum_of_several_updates(two: Made):
     assert chosen == ("first", "other"), "the newest first"
     singles = report["all"]["losses"]
     assert report["all"]["losses"]["library"] not in (singles["first"], singles["other"], singles["base"])
+
+
+def test_answers_are_those_of_the_chosen(two: Made):
+    set_threshold(two.root, -1e9, at_most=1)
+    report = evaluate(two.root, Asked((f"first={two.rows}",), max_samples=6, answers=3), silent)
+    assert len(report["samples"]) == 3
+    with quiet:
+        loaded = load(two.root)
+    prompts = find_prompts(
+        held_out_rows(loaded.first, loaded.place, loaded.tokenizer, two.rows).examples, loaded.tokenizer, 3
+    )
+    longest = max(prompt.longest for prompt in prompts)
+    for sample, prompt in zip(report["samples"], prompts, strict=True):
+        prompt.longest = longest
+        (name,) = sample["chosen"]
+        plain = generate(loaded.base.model, loaded.tokenizer, [prompt], batch_size=1, context=128)
+        with attached(loaded.base.model, loaded.adapter(name)):
+            spoken = generate(loaded.base.model, loaded.tokenizer, [prompt], batch_size=1, context=128)
+        assert sample["prompt"] == prompt.text
+        assert sample["references"] == prompt.references
+        assert sample["answers"] == {"base": plain[0], "library": spoken[0]}
+        assert plain != spoken
 
 
 def test_without_a_file_other_updates_and_the_standard_library_are_unrelated(two: Made):

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynlora_cli.cli.views.console import Console
+from dynlora_cli.cli.views.evaluation import shown_sample
 from dynlora_cli.cli.views.progress import middle_cut, printable
 from dynlora_cli.library.learn import Calibration
 from dynlora_cli.library.library import REPORT
@@ -41,6 +42,13 @@ def show_library_evaluation(console: Console, report: Mapping[str, Any], *, expl
     console.line(Text("loss in nats per target", style="head"))
     console.show(_losses(report))
     _active(console, report)
+    for sample in report["samples"]:
+        console.line()
+        speaker = " + ".join(sample["chosen"])
+        named = {"base": sample["answers"]["base"]} | ({speaker: sample["answers"]["library"]} if speaker else {})
+        console.show(shown_sample(sample | {"answers": named}))
+    if report["samples"]:
+        console.line()
     for note in report["notes"]:
         console.note(note)
 

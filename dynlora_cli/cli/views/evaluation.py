@@ -61,7 +61,7 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
         console.show(_tasks(report))
     for sample in report["samples"]:
         console.line()
-        console.show(_sample(sample))
+        console.show(shown_sample(sample))
     if report["notes"]:
         console.line()
     for note in report["notes"]:
@@ -170,7 +170,7 @@ def _with_error(values: Mapping[str, float], metric: str) -> str:
     return number(values[metric]) + (f" ± {error:.4f}" if error is not None else "")
 
 
-def _sample(sample: Mapping[str, Any]) -> Padding:
+def shown_sample(sample: Mapping[str, Any]) -> Padding:
     grid = Table.grid(padding=(0, 3, 0, 0))
     grid.add_column(style="label", no_wrap=True)
     grid.add_column(overflow="fold")
