@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from dynlora_cli import __version__
+from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.pruning.retire import HEALED, PRUNED
 from dynlora_cli.runs import record as records
@@ -36,7 +36,9 @@ def write_record(
         threshold: highest score that was removed.
         events: of the loop, where the adapter was trained again after the cut.
     """
-    altered = [*(before.record.get("altered") or ()), PRUNED, *([HEALED] if events else [])]
+    turned = not getattr(plugins.load("policies", summary["policy"]), "as_they_stand", False)
+    now = [*([PRUNED] if turned else []), *([HEALED] if events else [])]
+    altered = [*(before.record.get("altered") or ()), *now]
     after = replace(after, record={**after.record, "altered": list(dict.fromkeys(altered))})
     _write(folder, before, after, summary, _pruning(summary, options, curve), threshold, events)
 

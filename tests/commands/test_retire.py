@@ -167,6 +167,15 @@ def test_a_cut_by_budget_keeps_births_and_is_not_exact_afterwards(chain, tmp_pat
     assert "another basis" in summary["why"][0]
 
 
+def test_a_cut_that_turns_nothing_leaves_retirement_exact(chain, tmp_path: Path, dynlora: Dynlora):
+    small = tmp_path / "small"
+    retired(dynlora, chain["market"], small, "--budget", "0.8", "--policy", "prefix", "--no-measure")
+    assert read_record(small)["altered"] == []
+    summary = retired(dynlora, small, tmp_path / "out", "--born", "tax", "--born", "market", "--no-measure")
+    assert summary["exact"]
+    assert summary["compared"]["same"] == summary["components"]
+
+
 def test_without_the_earlier_folder_it_says_what_it_does_not_know(chain, tmp_path: Path, dynlora: Dynlora):
     law = tmp_path / "law"
     law.mkdir()
