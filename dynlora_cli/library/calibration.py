@@ -96,7 +96,7 @@ def require() -> None:
 
 
 def fit(features_NF: Floats, helped_N: Bools) -> Confidence:
-    """The confidence model of pairs.
+    """The confidence model of pairs: evidence by a logistic model, and a curve over it.
 
     Where all outcomes are alike there is nothing to tell them apart by: evidence is then the first feature, and the
     probability the same for all, (k + 1) / (n + 2) by Laplace's rule.
@@ -114,17 +114,34 @@ def fit(features_NF: Floats, helped_N: Bools) -> Confidence:
     if helpful in (0, pairs):
         alike = math.log((helpful + 1) / (pairs - helpful + 1))
         return Confidence((1.0, *[0.0] * (features_NF.shape[1] - 1)), 0.0, platt=(0.0, alike))
-    from sklearn.linear_model import LogisticRegression
-
-    mean, spread = features_NF.mean(0), features_NF.std(0)
-    spread = np.where(spread > 1e-9, spread, 1.0)  # a feature that is the same for all pairs gets no weight
-    model = LogisticRegression().fit((features_NF - mean) / spread, helped_N)
-    weights = model.coef_[0] / spread
-    plain = Confidence(tuple(map(float, weights)), float(model.intercept_[0] - mean @ weights))
+    plain = logistic(features_NF, helped_N)
     evidence_N = plain.evidence(features_NF)
     if pairs < ISOTONIC_FROM:
         return Confidence(plain.weights, plain.intercept, platt=platt(evidence_N, helped_N))
     return Confidence(plain.weights, plain.intercept, curve=isotonic(evidence_N, helped_N))
+
+
+def logistic(features_NF: Floats, helped_N: Bools) -> Confidence:
+    """A logistic model in which no feature speaks against an update.
+
+    More score, margin or overlap can be worth nothing, but not less than nothing: a feature with a weight below 0 is
+    left out, and the others are fitted again. The curve is none yet.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = features_NF.mean(0), features_NF.std(0)
+    spread = np.where(spread > 1e-9, spread, 1.0)  # a feature that is the same for all pairs gets no weight
+    scaled_NF, used = (features_NF - mean) / spread, list(range(features_NF.shape[1]))
+    weights = np.zeros(len(used))
+    chance = helped_N.mean()
+    intercept = float(np.log(chance / (1 - chance)))
+    while used:
+        model = LogisticRegression().fit(scaled_NF[:, used], helped_N)
+        if (model.coef_[0] >= 0).all():
+            weights[used], intercept = model.coef_[0] / spread[used], float(model.intercept_[0])
+            break
+        used = [feature for feature, weight in zip(used, model.coef_[0], strict=True) if weight >= 0]
+    return Confidence(tuple(map(float, weights)), intercept - float(mean @ weights))
 
 
 def isotonic(evidence_N: Floats, helped_N: Bools) -> tuple[tuple[float, float], ...]:
@@ -191,12 +208,15 @@ class Bin:
 
 
 def reliability(confidence_N: Floats, helped_N: Bools, bins: int = 10) -> list[Bin]:
-    """Pairs by rising confidence in bins of equally many (equal mass)."""
-    order = np.argsort(confidence_N, kind="stable")
+    """Pairs by rising confidence in bins of about equally many (equal mass); equal confidences share a bin."""
+    _, value_N, count_V = np.unique(confidence_N, return_inverse=True, return_counts=True)
+    middle_V = np.cumsum(count_V) - count_V / 2
+    bin_N = np.minimum((middle_V * bins / len(confidence_N)).astype(int), bins - 1)[value_N]
+    parts = [bin_N == number for number in range(bins)]
     return [
-        Bin(len(part), float(confidence_N[part].mean()), float(helped_N[part].mean()))
-        for part in np.array_split(order, min(bins, len(order)))
-        if len(part)
+        Bin(int(part.sum()), float(confidence_N[part].mean()), float(helped_N[part].mean()))
+        for part in parts
+        if part.any()
     ]
 
 

@@ -16,6 +16,7 @@ from dynlora_cli.library.calibration import (
     fit,
     folds_of,
     isotonic,
+    logistic,
     platt,
     reliability,
     sigmoid,
@@ -76,6 +77,19 @@ def test_deciding_needs_the_plain_numbers_only():
     assert (again.probability(again.evidence(features)) == model.probability(model.evidence(features))).all()
 
 
+def test_no_feature_speaks_against_an_update():
+    features, helped = drawn(500)
+    turned = features * [1, -1, 1]
+    turned[:, 1] -= 2 * features[:, 0]  # falls where updates help
+    model = fit(turned, helped)
+    assert model.weights[1] == 0
+    assert min(model.weights) == 0 < model.weights[0]
+    assert model.weights[0] == pytest.approx(logistic(np.delete(turned, 1, 1), helped).weights[0])
+    nothing = fit(-np.abs(features[:, :1]) * helped[:, None], helped)
+    assert nothing.weights == (0.0,)
+    assert nothing.intercept == pytest.approx(math.log(helped.mean() / (1 - helped.mean())))
+
+
 @pytest.mark.parametrize(("always", "expected"), [(True, 31 / 32), (False, 1 / 32)])
 def test_outcomes_that_are_all_alike_give_one_confidence(always: bool, expected: float):
     features = np.random.default_rng(0).normal(size=(30, 3))
@@ -91,6 +105,12 @@ def test_bins_error_and_brier_by_hand():
     assert [(one.pairs, one.confidence, one.helped) for one in bins] == [(2, 0.1, 0.5), (2, 0.9, 1.0)]
     assert calibration_error(bins) == pytest.approx((2 * 0.4 + 2 * 0.1) / 4)
     assert brier(confidence, helped) == pytest.approx((0.01 + 0.81 + 0.01 + 0.01) / 4)
+
+
+def test_equal_confidences_share_a_bin():
+    """Or their order would decide, and an honest constant would seem wrong."""
+    (only,) = reliability(np.full(100, 0.5), np.arange(100) < 50)
+    assert (only.pairs, only.confidence, only.helped) == (100, 0.5, 0.5)
 
 
 def test_perfect_and_hopeless_scores():
