@@ -23,7 +23,8 @@ from dynlora_cli.lora.row_gates import batch_gates
 from dynlora_cli.tasks.loss import summed_loss
 
 SHARES = (0.75, 0.5)
-TEST_ROWS, TRAIN_ROWS = 40, 150
+TEST_ROWS, TRAIN_ROWS = 24, 80
+UPDATES = ("chat0", "chat3", "covidqa", "pubmedqa")
 
 
 def batches(losses: Losses, examples: list[Any], size: int) -> list[Any]:

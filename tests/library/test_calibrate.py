@@ -23,6 +23,7 @@ from dynlora_cli.library.activation import Activator
 from dynlora_cli.library.add import add
 from dynlora_cli.library.addition import Addition
 from dynlora_cli.library.calibrate import Wanted, calibrate
+from dynlora_cli.library.calibration import Confidence
 from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.library import Library, library_for_writing
 from dynlora_cli.library.loaded import Loaded, load
@@ -84,7 +85,8 @@ def test_what_is_learned_is_written(two: Made, strangers: Path):
 def set_threshold(root: Path, evidence: float, at_most: int = 1) -> None:
     with library_for_writing(root) as library:
         kept = dict(library.calibration or {})
-        kept |= {"at_most": at_most, "threshold": kept["threshold"] | {"evidence": evidence}}
+        by_score = Confidence((1.0, 0.0, 0.0), 0.0).as_dict()  # a random model has no words to tell requests apart by
+        kept |= {"at_most": at_most, "model": by_score, "threshold": kept["threshold"] | {"evidence": evidence}}
         library.put_calibration(kept)
 
 
@@ -103,8 +105,7 @@ def test_each_row_has_the_loss_of_what_was_chosen_to_the_bit(two: Made, loaded: 
     held_out = read_held_out(loaded.library.entry("first"))
     activator = Activator(loaded.library, loaded.encoder)
     found = activator.finder.find([row.text for row in held_out])
-    evidence = activator.calibration.judge.evidence(found.scores_QE, found.overlap_QE)
-    set_threshold(two.root, float(np.median(evidence.max(1))))
+    set_threshold(two.root, float(np.median(activator.calibration.judge.background.scores(found.scores_QE).max(1))))
     report = evaluate(two.root, Asked(), silent)
     rows = [row.example for row in held_out]
     measure = RowLosses(loaded.base, rows)
