@@ -20,7 +20,7 @@ from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.commands import train as train_command
 from dynlora_cli.config.load import load_recipe
-from dynlora_cli.config.sections import Dataset, Source
+from dynlora_cli.config.sections import Dataset
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.load import load_data
 from dynlora_cli.evaluation.held_out_loss import row_sums
@@ -87,7 +87,8 @@ class Losses:
         self.base = base_in_memory(adapter, self.place, self.tokenizer)
 
     def examples(self, path: Path, rows: Sequence[Row]) -> list[Any]:
-        dataset = Dataset(train=[Source(path=str(write_rows(path, rows)))], val_size=0.0, max_length=LONGEST)
+        own = {"train": [{"path": str(write_rows(path, rows))}], "val_size": 0.0, "max_length": LONGEST}
+        dataset = Dataset.model_validate(own)
         data = load_data(dataset, self.tokenizer, task=tasks.of(self.place.options), seed=0)
         assert [one.row for one in data.train] == list(range(len(rows))), "a row was dropped"
         return data.train
