@@ -72,7 +72,9 @@ def measure(
 ) -> dict[str, float]:
     """Loss per token on test rows of an update, by what is active."""
     train, test = parts["train"][:TRAIN_ROWS], parts["test"][:TEST_ROWS]
-    of_train, of_test = (losses.examples(work / name / f"{p}_part.jsonl", r) for p, r in (("train", train), ("test", test)))
+    of_train, of_test = (
+        losses.examples(work / name / f"{p}_part.jsonl", r) for p, r in (("train", train), ("test", test))
+    )
     targets = sum(one.supervised() for one in of_test)
     with attached(losses.base.model, read_adapter(folder)) as pool:
         weight_RK = mattered(losses, pool, of_train)
