@@ -101,7 +101,7 @@ class Bench:
     def run(self, job: Job) -> None:
         """All stages of a job."""
         stream, method = job.stream, METHODS[job.method]
-        tasks, rate, before = stream.order(job.order), self.rate(method.family), None
+        tasks, rate, before = stream.order(job.order), stream.rate or self.rate(method.family), None
         if all(self.has(job.key(stage)) for stage in range(len(tasks))):
             return
         for stage, task in enumerate(tasks):
@@ -192,7 +192,7 @@ def measure_all(options: argparse.Namespace, bench: Bench) -> None:
         stream = replace(stream, model=options.model)
     seeds, orders = numbers(options.seeds) or stream.seeds, numbers(options.orders) or stream.orders
     bench.base(stream)
-    for seed in seeds:
+    for seed in seeds if stream.joint else ():
         bench.joint(stream, seed)
     for job in jobs(stream, [name.strip() for name in options.methods.split(";")], seeds, orders):
         bench.run(job)

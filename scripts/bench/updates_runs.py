@@ -26,6 +26,8 @@ class Stream:
         general: text that is measured as well and never trained on.
         share: average rank that each task adds to the final size.
         rows: test rows of each task.
+        rate: the learning rate of all methods; None: that of the method's family, found on stories3M.
+        joint: also train on all rows at once.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Stream:
     orders: tuple[int, ...] = (0,)
     batch: int = 8
     rows: int = 64
+    rate: float | None = None
+    joint: bool = True
     model: str = str(SHARED / "models" / "stories3M")
 
     def order(self, number: int) -> list[str]:
@@ -49,7 +53,16 @@ STREAMS = {
     "domains": Stream("domains", DOMAINS, "stories", steps=40, share=2, max_length=160, seeds=(0, 1, 2)),
     "tasks": Stream("tasks", TASKS, "stories", steps=30, share=1, max_length=192, orders=(1, 2, 3)),
     "real": Stream(
-        "real", ("law", "finance", "arithmetic"), "wikitext", steps=16, share=2, max_length=96, batch=4, rows=16
+        "real",
+        ("law", "finance", "arithmetic"),
+        "wikitext",
+        steps=16,
+        share=2,
+        max_length=96,
+        batch=4,
+        rows=16,
+        rate=1e-3,
+        joint=False,
     ),
 }
 
@@ -102,6 +115,7 @@ METHODS = {
     "growth, freeze, replay 5 %, half rate": Method(
         grows=True, over=2, later={"adapter.old": "freeze", "train.learning_rate": 2e-3}, replay=REPLAY
     ),
+    "growth, freeze, replay 20 %": Method(grows=True, over=2, later={"adapter.old": "freeze"}, replay="20%"),
     "sequential, replay 20 %": Method(grows=False, replay="20%"),
     "whole size at once, 4 new, tune, replay 5 %": Method(grows=False, new=4, replay=REPLAY),
     "an adapter for each": Method(grows=True, over=2, goes_on=False),
