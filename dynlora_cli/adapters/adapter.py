@@ -215,6 +215,12 @@ class Adapter:
         """Its kind in words, such as DoRA: what its factors do to a weight."""
         return str(plugins.load("kinds", self.form).title)
 
+    def born(self, name: str) -> tuple[int, ...]:
+        """Components of a layer by birth: all of the last where nothing is said, 0 of each where there is no layer."""
+        factors = self.layers.get(name)
+        known = factors.born if factors else ()
+        return known or (*[0] * (len(self.births) - 1), factors.rank if factors else 0)
+
     def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
         """The same adapter with other factors; layers without components are left out."""
         return replace(self, layers={name: f for name, f in layers.items() if f.rank})

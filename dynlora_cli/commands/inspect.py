@@ -46,7 +46,7 @@ def run(paths: Sequence[Path]) -> dict[str, Any]:
 def describe(adapter: Adapter) -> dict[str, Any]:
     """Ranks, sizes, energies, spectra and where it comes from."""
     values = {name: factors.singular_values_C() for name, factors in adapter.layers.items()}
-    layers = {name: _layer(factors, values[name], _born(adapter, factors)) for name, factors in adapter.layers.items()}
+    layers = {name: _layer(factors, values[name], list(adapter.born(name))) for name, factors in adapter.layers.items()}
     recorded = adapter.record.get("layers") or {}
     nothing = [0] * len(adapter.births)
     gone = {
@@ -71,16 +71,11 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _born(adapter: Adapter, factors: Factors) -> list[int]:
-    """Components of a layer by birth."""
-    return list(factors.born or ([0] * (len(adapter.births) - 1) + [factors.rank]))
-
-
 def _births(adapter: Adapter) -> list[dict[str, Any]]:
     """The runs that the components began in, oldest first, and how much is left of each."""
     found = []
     for index, birth in enumerate(adapter.births):
-        parts = [_of_birth(factors, _born(adapter, factors), index) for factors in adapter.layers.values()]
+        parts = [_of_birth(factors, adapter.born(name), index) for name, factors in adapter.layers.items()]
         size = {
             "components": sum(part.rank for part in parts),
             "parameters": sum(part.parameters for part in parts),
@@ -90,7 +85,7 @@ def _births(adapter: Adapter) -> list[dict[str, Any]]:
     return found
 
 
-def _of_birth(factors: Factors, born: list[int], index: int) -> Factors:
+def _of_birth(factors: Factors, born: tuple[int, ...], index: int) -> Factors:
     first = sum(born[:index])
     place = torch.arange(factors.rank)
     return factors.keep((place >= first) & (place < first + born[index]))

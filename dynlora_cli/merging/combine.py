@@ -98,18 +98,12 @@ def _with_births(together: Adapter, adapters: Sequence[Adapter]) -> Adapter:
         return together
     layers = {}
     for name, factors in together.layers.items():
-        born = tuple(count for adapter in adapters for count in _born(adapter, name))
+        born = tuple(count for adapter in adapters for count in adapter.born(name))
         if sum(born) != factors.rank:  # turned, since there were more components than dimensions
             return together
         layers[name] = replace(factors, born=born)
     births = [birth for adapter in adapters for birth in adapter.births]
     return replace(together, layers=layers, record={**together.record, "births": births})
-
-
-def _born(adapter: Adapter, name: str) -> tuple[int, ...]:
-    """Components of a layer by birth; where the adapter has no such layer, 0 of each."""
-    births, factors = len(adapter.births), adapter.layers.get(name)
-    return factors.born or (*[0] * (births - 1), factors.rank) if factors else (0,) * births
 
 
 def _record_of_base(adapter: Adapter) -> dict[str, Any]:

@@ -117,20 +117,13 @@ def _layers(before: Adapter, after: Adapter) -> dict[str, records.Layer]:
             importance=after.layers[name].energy() if name in after.layers else 0.0,
             d_in=factors.a_CI.shape[1],
             d_out=factors.b_OC.shape[0],
-            born=_born(after, name),
+            born=list(after.born(name)),
         )
         for name, factors in before.layers.items()
     }
     trained = before.record.get("layers") or {}
     gone = {"rank": 0, "importance": 0.0, "born": [0] * len(after.births)}
     return {name: layer | gone for name, layer in trained.items()} | layers
-
-
-def _born(adapter: Adapter, name: str) -> list[int]:
-    """Components of a layer by birth."""
-    earlier = [0] * (len(adapter.births) - 1)
-    factors = adapter.layers.get(name)
-    return list(factors.born or (*earlier, factors.rank)) if factors else [*earlier, 0]
 
 
 def _event(before: Adapter, summary: dict[str, Any], threshold: float | None) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def retire(adapter: Adapter, wanted: Sequence[str]) -> Retirement:
             f"{adapter.folder} is a {adapter.kind}, whose components are not added one by one",
             "nothing can be taken out of it; train without that update",
         )
-    layers = {name: _without(factors, len(births), gone) for name, factors in adapter.layers.items()}
+    layers = {name: _without(factors, adapter.born(name), gone) for name, factors in adapter.layers.items()}
     left = adapter.with_layers(layers)
     names = " and ".join(births[index]["name"] for index in sorted(gone))
     if not left.layers:
@@ -124,14 +124,8 @@ def _described(birth: Birth) -> str:
     return f"{birth['name']} (run {birth['run']}{date})"
 
 
-def counts_of(factors: Factors, births: int) -> tuple[int, ...]:
-    """Components of a layer by birth; where nothing is said, all are of the last."""
-    return factors.born or (*[0] * (births - 1), factors.rank)
-
-
-def _without(factors: Factors, births: int, gone: Collection[int]) -> Factors:
-    """The layer without the components of some births; the others are the same numbers."""
-    counts = counts_of(factors, births)
+def _without(factors: Factors, counts: tuple[int, ...], gone: Collection[int]) -> Factors:
+    """The layer, with so many components of each birth, without those of some; the others are the same numbers."""
     stays_C = torch.tensor([i not in gone for i, count in enumerate(counts) for _ in range(count)], dtype=torch.bool)
     born = tuple(count for index, count in enumerate(counts) if index not in gone)
     return replace(replace(factors, born=counts).keep(stays_C), born=born)

@@ -80,9 +80,7 @@ class Begun:
     @classmethod
     def from_adapter(cls, adapter: Adapter) -> Begun:
         """Of a new run that goes on from an adapter."""
-        earlier = (0,) * (len(adapter.births) - 1)
-        born = {name: factors.born or (*earlier, factors.rank) for name, factors in adapter.layers.items()}
-        return cls(born, adapter.births, adapter=adapter)
+        return cls({name: adapter.born(name) for name in adapter.layers}, adapter.births, adapter=adapter)
 
 
 def read_origin(recipe: Recipe, base: Base, data: Data) -> Begun | None:
