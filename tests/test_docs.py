@@ -41,6 +41,7 @@ WALK = [
     "howto/merge.md",
     "howto/export.md",
     "howto/library.md",
+    "updates.md",
 ]
 BASE = {"model": {"name_or_path": "builtin:tiny"}, "dataset": {"train": [{"path": "builtin:stdlib-docs"}]}}
 OF_OTHER_TOOLS = {"--max-lora-rank"}
@@ -278,6 +279,8 @@ def test_walk_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynlora: 
                     ">"
                 )
                 name, *arguments = shlex.split(words, comments=True) or [""]
+                if name == "python":
+                    subprocess.run([sys.executable, *arguments], check=True)
                 if name == "dynlora":
                     answer = dynlora(*shorter(arguments))
                     assert answer.code == 0, (page, line, answer.err)
@@ -302,6 +305,8 @@ def shorter(words: list[str]) -> list[str]:
     less = {"eval": ["--max-samples", "24", "--generate", "2"], "prune": ["--max-samples", "24"]}.get(words[0], [])
     if words[0] == "train" and "--dry-run" not in words:
         return [*words, "--set", "train.max_steps=12", "--set", "eval.max_samples=24"]
+    if "--library" in words:
+        less = less[:2]
     given = {word for word in words if word.startswith("--")}
     pairs = zip(less[::2], less[1::2], strict=True)
     return words + [word for pair in pairs if pair[0] not in given for word in pair]
