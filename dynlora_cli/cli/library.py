@@ -72,7 +72,7 @@ FalseActivation = Annotated[
     typer.Option("--false-activation", metavar="1%", help="Share of unrelated requests that may activate an update."),
 ]
 AtMost = Annotated[
-    int, typer.Option("--at-most", metavar="K", min=1, help="Updates that are active on one request at most.")
+    int, typer.Option("--at-most", metavar="K", min=1, max=3, help="Updates that are active on one request at most.")
 ]
 Rows = Annotated[
     int, typer.Option("--rows", metavar="N", min=2, help="Rows of each update, and unrelated ones, at most.")
@@ -189,7 +189,7 @@ def _checked(name: str | None, date: str | None, tags: str | None) -> list[str]:
 
     if name is not None and not is_name(name):
         raise UsageError(
-            f"--name {name!r} cannot be the name of an update", f"take {A_NAME}; base, con and nul are taken"
+            f"--name {name!r} cannot be the name of an update", f"take {A_NAME}; base, library and unrelated are taken"
         )
     if date is not None:
         try:

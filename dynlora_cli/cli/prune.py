@@ -10,6 +10,8 @@ import typer
 from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 
+POLICY, TOLERANCE = "magnitude", "0.5%"
+
 BudgetText = Annotated[
     str | None,
     typer.Option(
@@ -54,10 +56,10 @@ def prune(
     out: Out,
     budget: BudgetText = None,
     born: Born = None,
-    policy: Policy = "magnitude",
+    policy: Policy = POLICY,
     set_: PlugInOptions = None,
     data: Data = None,
-    tolerance: Tolerance = "0.5%",
+    tolerance: Tolerance = TOLERANCE,
     heal: Heal = 0,
     base: Base = None,
     trust_remote_code: Trust = False,
@@ -72,7 +74,8 @@ def prune(
         from dynlora_cli.commands import preflight
         from dynlora_cli.runs.folder import refuse_occupied
 
-        _refuse_both(budget, born or [], choosing={"--policy": policy != "magnitude", "--set": bool(set_)})
+        choosing = {"--policy": policy != POLICY, "--set": set_, "--tolerance": tolerance != TOLERANCE, "--seed": seed}
+        _refuse_both(budget, born or [], [option for option, is_given in choosing.items() if is_given])
         cut = None if budget is None else _cut(budget, policy, set_ or [], tolerance)
         preflight.adapters([adapter], base, data)
         refuse_occupied(out, overwrite=overwrite, option="--out")
@@ -101,7 +104,7 @@ def prune(
         result.update(summary)
 
 
-def _refuse_both(budget: str | None, born: list[str], choosing: dict[str, bool]) -> None:
+def _refuse_both(budget: str | None, born: list[str], choosing: list[str]) -> None:
     """Refuse a command that says neither what goes nor how much, or both."""
     from dynlora_cli.errors import UsageError
 
@@ -114,8 +117,11 @@ def _refuse_both(budget: str | None, born: list[str], choosing: dict[str, bool])
             "--born and --budget are two steps: one takes an update out, the other makes the adapter smaller",
             "retire first, then prune the folder that --out named",
         )
-    if born and (useless := [option for option, given in choosing.items() if given]):
-        raise UsageError(f"{useless[0]} chooses components for --budget; --born takes all that a run brought in")
+    if born and choosing:
+        raise UsageError(
+            f"{choosing[0]} chooses components for --budget; --born takes all that a run brought in",
+            f"leave {choosing[0]} out",
+        )
 
 
 def _cut(budget: str, policy: str, options: list[str], tolerance: str) -> dict[str, Any]:

@@ -201,9 +201,8 @@ class Batches:
     def _pooled(self, spans: Sequence[Span]) -> list[_Pool]:
         """The bins of each source, and how many of them an epoch takes."""
         if each_once(spans):
-            bins = self._binned(
-                0, len(self.examples)
-            )  # where each row comes up once, packed rows of all stand together
+            # Packed, rows of all sources then stand together.
+            bins = self._binned(0, len(self.examples))
             return [_Pool(bins, len(bins), False)]
         pools, start = [], 0
         for span in spans:

@@ -126,8 +126,10 @@ def _found(birth: Mapping[str, Any], child: Path) -> Path:
 
 
 def _refuse_unrecorded(folder: Path) -> dict[str, Any]:
-    """Raises:
-    UsageError: always.
+    """Say why a folder has no rows that can be read again.
+
+    Raises:
+        UsageError: always.
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}", "name the folder of a run")

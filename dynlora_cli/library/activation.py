@@ -20,12 +20,11 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import fits
 from dynlora_cli.library.features import Floats
 from dynlora_cli.library.find import Finder, Found
-from dynlora_cli.library.learn import CANDIDATES, Calibration, CalibrationForm
+from dynlora_cli.library.learn import Calibration, CalibrationForm
 from dynlora_cli.library.library import LIBRARY, Library
 from dynlora_cli.retrieval.encoders import Encoder
 
 SAME_KEY = 0.9  # cosine from which two keys are taken to speak of one thing
-LONGEST_KEY = 120  # characters of a key that are shown
 AGAIN = "dynlora library calibrate"
 
 
@@ -74,8 +73,7 @@ class Activator:
         if not texts:
             return []
         found = self.finder.find(texts)
-        most = max(CANDIDATES, self.calibration.at_most)
-        evidence_QE = self.calibration.judge.evidence(found.scores_QE, found.overlap_QE, most)
+        evidence_QE = self.calibration.judge.evidence(found.scores_QE, found.overlap_QE)
         evidence_QE[found.nearest_QE < 0] = -math.inf
         silent = Decision((), {}, "base: there is no request to go by")
         return [
@@ -86,8 +84,8 @@ class Activator:
     def _decide(self, found: Found, row: int, evidence_E: Floats) -> Decision:
         order = [int(update) for update in (-evidence_E).argsort(kind="stable") if evidence_E[update] > -math.inf]
         names = self.calibration.entries
-        chances = self.calibration.judge.confidence.probability(evidence_E)
-        confidence = {names[update]: float(chances[update]) for update in order}
+        chances = self.calibration.judge.confidence.probability(evidence_E[order])
+        confidence = {names[update]: float(chance) for update, chance in zip(order, chances, strict=True)}
         if not order:
             return Decision((), confidence, "base: no update has a key that this could be compared with")
         passing = [update for update in order if evidence_E[update] > self.calibration.threshold.evidence]
@@ -152,9 +150,3 @@ def calibration_of(library: Library) -> Calibration:
         what = f"has seen {', '.join(sorted(gone))}, which is not there" if gone else "has seen no update"
         raise UsageError(f"the calibration of {library.root} {what}", f"{AGAIN} {library.root}")
     return calibration
-
-
-def shown_key(key: tuple[str, str]) -> str:
-    """A key for people: its text, shortened, and its source."""
-    text, source = " ".join(key[0].split()), key[1]
-    return f"“{text if len(text) <= LONGEST_KEY else text[: LONGEST_KEY - 1] + '…'}” ({source})"

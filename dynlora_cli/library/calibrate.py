@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dynlora_cli.data.builtin import rows as stdlib_docs
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.sources import BUILTIN
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.evaluation.rows import held_out_rows
 from dynlora_cli.files.whole import write_text
 from dynlora_cli.library.calibration import require
@@ -150,12 +150,20 @@ def _unrelated(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted, notes: 
         )
         return [] if trained_on else _drawn([row["prompt"] for row in stdlib_docs("train")], wanted.rows)
     if path.suffix.lower() == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return _drawn([line.strip() for line in lines if line.strip()], wanted.rows)
+        return _drawn(_lines(path), wanted.rows)
     rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path)
     notes += rows.notes
     texts = RequestTexts(loaded.tokenizer)
     return [texts.of(example) for example in _drawn(rows.examples, wanted.rows)]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"--unrelated {path} cannot be read: {error}", "save it as UTF-8 text") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _drawn(items: Sequence[T], most: int) -> list[T]:

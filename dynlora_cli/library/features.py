@@ -55,7 +55,7 @@ class Overlap:
         """[Q, E], each from 0 to 1; 0 for a request without words."""
         shares = np.zeros((len(requests), len(self.vocabularies)))
         for row, request in enumerate(requests):
-            weights = {word: math.log((self.texts + 1) / (self.seen[word] + 1)) for word in words(request)}
+            weights = {word: math.log((self.texts + 1) / (self.seen[word] + 1)) for word in sorted(words(request))}
             total = sum(weights.values())
             for column, vocabulary in enumerate(self.vocabularies):
                 held = sum(weight for word, weight in weights.items() if word in vocabulary)

@@ -12,7 +12,7 @@ from dynlora_cli.files.foreign import Count
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RESERVED = {"base", "con", "prn", "aux", "nul"}  # the model without an adapter; and what Windows has files of
+RESERVED = {"base", "library", "unrelated", "con", "prn", "aux", "nul"}  # words of reports; what Windows has files of
 A_NAME = "letters, digits, dots, hyphens and underscores, at most 64, a letter or digit first"
 LARGEST_DIMENSION = 1 << 16
 MOST_ENTRIES = 4096

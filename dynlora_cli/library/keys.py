@@ -164,11 +164,6 @@ def nearest(query_QD: Vectors, keys: Sequence[Keys], space: Space | None = None)
     return score_QE, index_QE
 
 
-def scores(query_QD: Vectors, keys: Sequence[Keys], space: Space | None = None) -> Vectors:
-    """[Q, E]: the cosine of each request with the nearest key of each update."""
-    return nearest(query_QD, keys, space)[0]
-
-
 # -- making ----------------------------------------------------------------------------------------------------------
 
 

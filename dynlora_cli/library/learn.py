@@ -122,10 +122,10 @@ class Judge:
         pairs_QE = measured.pairs()
         return cls(fit(features_QEF[pairs_QE], measured.helped()[pairs_QE]), background)
 
-    def evidence(self, cosines_QE: Floats, overlap_QE: Floats, most: int = CANDIDATES) -> Floats:
-        """[Q, E]: log-odds; -inf for updates that are none of the best `most` by cosine."""
+    def evidence(self, cosines_QE: Floats, overlap_QE: Floats) -> Floats:
+        """[Q, E]: log-odds; -inf for updates that are no candidates."""
         evidence_QE = self.confidence.evidence(features(self.background.scores(cosines_QE), overlap_QE))
-        return np.where(candidates(cosines_QE, most), evidence_QE, -np.inf)
+        return np.where(candidates(cosines_QE), evidence_QE, -np.inf)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class CalibrationForm(BaseModel):
     background: dict[str, tuple[float, _Spread]]
     model: _ModelForm
     threshold: _ThresholdForm
-    at_most: int = Field(ge=1)
+    at_most: int = Field(ge=1, le=CANDIDATES)
     quality: dict[str, Any]
 
     @model_validator(mode="after")
@@ -221,10 +221,13 @@ class CalibrationForm(BaseModel):
 def learn(measured: Measured, *, rate: float, at_most: int = 1, others_count: bool = False) -> Calibration:
     """The calibration of a library.
 
+    Threshold and quality are made of requests that were judged by models of the others (`folds_of`). The model that is
+    kept has learned from all of them, so the rate that the threshold promises holds as far as it judges as those do.
+
     Args:
         measured: requests of all updates, held out from training, and unrelated ones.
         rate: of false activations that is wanted.
-        at_most: updates active for one request.
+        at_most: updates active for one request, at most as many as there are candidates.
         others_count: a request of an update is also taken as unrelated to all others, where the best of them does
             not help on it.
 
@@ -263,9 +266,10 @@ def _quality(
     measured: Measured, judges: Sequence[Judge], fold_Q: NDArray[np.int64], evidence_QE: Floats, limit: Threshold
 ) -> dict[str, Any]:
     """How good confidence and threshold are on requests that the models had not seen."""
-    chances = [judges[fold].confidence.probability(own) for fold, own in zip(fold_Q, evidence_QE, strict=True)]
     pairs_QE = measured.pairs()
-    confidence_N, helped_N = np.stack(chances)[pairs_QE], measured.helped()[pairs_QE]
+    each = zip(fold_Q, evidence_QE, pairs_QE, strict=True)
+    confidence_N = np.concatenate([judges[fold].confidence.probability(own[pairs]) for fold, own, pairs in each])
+    helped_N = measured.helped()[pairs_QE]
     bins = reliability(confidence_N, helped_N)
     return {
         "pairs": len(confidence_N),

@@ -15,7 +15,7 @@ from dynlora_cli.library.add import describe_base
 from dynlora_cli.library.library import Entry, Library
 from dynlora_cli.models.load import Base
 from dynlora_cli.models.place import Place
-from dynlora_cli.retrieval.encoders import BASE, Encoder, base_encoder, model_encoder
+from dynlora_cli.retrieval.encoders import Encoder, make_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,8 +85,7 @@ def load(root: Path, base: str | None = None, trust_remote_code: bool = False) -
     tokenizer = read_tokenizer(first, place)
     in_memory = base_in_memory(first, place, tokenizer)
     identity = found.fingerprint["sampled_sha256"]
-    own = library.encoder.name == BASE
-    encoder = base_encoder(in_memory.model, tokenizer, identity) if own else model_encoder(library.encoder.name)
+    encoder = make_encoder(library.encoder.name, in_memory.model, tokenizer, identity)
     if encoder.fingerprint != library.encoder.fingerprint:
         raise UsageError(
             f"the keys of {root} were made by another {library.encoder.name} than this one",

@@ -51,11 +51,6 @@ class RowGates:
     def gradient_RK(self) -> Tensor:
         return torch.cat(list(self._found.values()), 1)
 
-    @property
-    def gradient_BK(self) -> Tensor:
-        """The same, where every row has a line of the batch for itself. [B, K]"""
-        return self.gradient_RK
-
     @torch.no_grad()
     def look(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
         """Forward hook of a layer. Checkpointing calls it again, for an output that no gradient comes back to."""

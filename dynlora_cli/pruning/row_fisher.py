@@ -69,15 +69,16 @@ class RowFisher(Observer):
         divisor: float = 1.0,
     ) -> Iterator[None]:
         """Within the `with` block hooks collect the gate gradients of the batch's rows."""
-        if not batch.rows:  # a process for which no rows were left
+        if self._squares is None:
+            self._squares = pool.values.new_zeros(pool.components, requires_grad=False)
+        if not batch.rows:  # a process for which no rows were left; it takes part in the sum all the same
             yield
             return
         with batch_gates(pool, batch) as gates:
             yield
         weights = [c if self.weigh == CONFIDENCE else 1 - c for c in batch.confidence]
         weight_R = torch.tensor(weights, dtype=pool.values.dtype, device=pool.values.device)
-        squares_K = weight_R @ (gates.gradient_RK * divisor).square()
-        self._squares = squares_K if self._squares is None else self._squares + squares_K
+        self._squares += weight_R @ (gates.gradient_RK * divisor).square()
         self._weight += sum(weights)
 
     def gather(self, reduce: Callable[[Tensor], Tensor]) -> None:

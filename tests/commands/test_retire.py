@@ -212,6 +212,8 @@ REFUSED = [
     ([], "give --budget 0.5, say, or --born RUN"),
     (["--born", "tax", "--budget", "0.5"], "two steps"),
     (["--born", "tax", "--policy", "fisher"], "--policy chooses"),
+    (["--born", "tax", "--tolerance", "1%"], "--tolerance chooses"),
+    (["--born", "tax", "--seed", "3"], "--seed chooses"),
     (["--born", "finance"], "no such update"),
     (["--born", "law", "--born", "tax"], "nothing would be left"),
 ]

@@ -100,6 +100,7 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("no update", ["remove", "lib", "frist"], "did you mean 'first'?"),
     ("no day", ["add", "lib", "--adapter", "run", "--date", "2026-02-30"], "is no day"),
     ("no name", ["add", "lib", "--adapter", "run", "--name", "../up"], "cannot be the name"),
+    ("a word of reports", ["add", "lib", "--adapter", "run", "--name", "library"], "library and unrelated are taken"),
     ("name taken", ["add", "lib", "--adapter", "run", "--name", "FIRST"], "remove it first: dynlora library remove"),
     ("no rows", ["add", "lib", "--adapter", "run", "--data", "none.jsonl"], "--data none.jsonl does not exist"),
     ("a recipe", ["add", "lib", "--adapter", "run", "--data", "llama.yaml"], "is a recipe"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_candidates_are_the_best_by_score():
         [False, True, True, False],
         [True, True, False, False],
     ]
+
+
+def test_updates_that_always_help_are_learned_without_a_warning():
+    few = made_up(own=10, unrelated=0)
+    twice = [np.tile(part, 2) for part in (few.scores_QE, few.overlap_QE)]
+    always = Measured(tuple("abcdef"), few.origin_Q, few.group_Q, *twice, np.ones((30, 6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert learn(always, rate=0.1, others_count=True).quality["helped"] == 1
 
 
 def test_what_is_measured():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dynlora_cli.library.keys import BLOCK, Key, Keys, choose, nearest, scores, space_of
+from dynlora_cli.library.keys import BLOCK, Key, Keys, choose, nearest, space_of
 from dynlora_cli.library.space import RIDGE, Space
 
 
@@ -64,7 +64,6 @@ def test_the_nearest_key_of_each_update():
     assert (index[:, 0] == cosine.argmax(1)).all()
     assert (score[:, 2] == -1).all()
     assert (index[:, 2] == -1).all()
-    assert (scores(asked, keys) == score).all()
     assert space_of("base", keys).axes_RD.size
     assert not space_of("minilm", keys).axes_RD.size
 

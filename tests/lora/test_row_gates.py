@@ -52,7 +52,7 @@ def test_equals_autograd_through_a_gate_for_each_row():
         layer.gate = None
     with row_gates(pool, rows=5) as found:
         net(x).cos().sum().backward()
-    torch.testing.assert_close(found.gradient_BK, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.gradient_RK, truth, rtol=1e-12, atol=1e-12)
     assert truth.abs().min() > 0
 
 
@@ -60,7 +60,7 @@ def test_rows_add_up_to_the_gradient_of_the_batch():
     net, pool, x = toy()
     with row_gates(pool, rows=5) as found:
         net(x).cos().sum().backward()
-    torch.testing.assert_close(found.gradient_BK.sum(0), pool.gate_gradient_K(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.gradient_RK.sum(0), pool.gate_gradient_K(), rtol=1e-12, atol=1e-12)
 
 
 def test_no_hook_stays():
@@ -68,7 +68,7 @@ def test_no_hook_stays():
     with row_gates(pool, rows=5) as found:
         pass
     net(x).sum().backward()
-    assert not found.gradient_BK.any()
+    assert not found.gradient_RK.any()
     assert not any(layer._forward_hooks for layer in net.layers().values())
 
 
@@ -112,7 +112,7 @@ def test_layers_whose_rows_cannot_be_told_apart_are_refused():
         net(x.flatten(0, 1))
     with row_gates(pool, rows=5, width=7) as found:
         net(x.flatten(0, 1)).cos().sum().backward()
-    assert found.gradient_BK.abs().min() > 0
+    assert found.gradient_RK.abs().min() > 0
 
     class Other(ComponentLinear):
         def update(self, x, a_CI, b_OC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ def test_equal_confidences_are_the_exact_fisher_information(tmp_path):
         observer.gather(lambda tensor: tensor)
         observer.observe(run.trained, 1.0)
     torch.testing.assert_close(observer.mean(run.trained), truth, rtol=1e-5, atol=1e-8 * truth.max().item())
+
+
+def test_a_process_without_rows_takes_part_in_the_sum(tmp_path):
+    run, observer, asked = assembled(recipe_with(tmp_path, None)), RowFisher(), []
+    (batch,) = run.batches.step(0, 0)[:1]
+    with observer.watching(run.trained, replace(batch, rows=[], confidence=())):
+        pass
+    observer.gather(lambda tensor: asked.append(tensor) or tensor)
+    assert [len(tensor) for tensor in asked] == [run.trained.components + 1], "the others would wait for it"
 
 
 def test_without_confidences_it_says_that_it_is_fisher(tmp_path):
