@@ -62,7 +62,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class RowSet:
+class AskedRows:
     """Rows that are measured together.
 
     Attributes:
@@ -91,7 +91,7 @@ class Outcome:
         losses: [R] by `base`, by update, and `library`.
     """
 
-    rows: RowSet
+    rows: AskedRows
     targets_R: np.ndarray
     decisions: list[Decision]
     losses: dict[str, Floats] = field(default_factory=dict)
@@ -164,7 +164,7 @@ def _check(library: Library, named: Sequence[tuple[str | None, Path]]) -> None:
 
 def _row_sets(
     loaded: Loaded, named: Sequence[tuple[str | None, Path]], most: int | None, notes: list[str]
-) -> list[RowSet]:
+) -> list[AskedRows]:
     """The rows that the person names, or the held-out rows of every update."""
     if named:
         return [_from_file(loaded, origin, path, most, notes) for origin, path in named]
@@ -174,20 +174,20 @@ def _row_sets(
         rows = read_held_out(entry)[:most]
         if rows:
             examples, texts = [row.example for row in rows], [row.text for row in rows]
-            sets.append(RowSet(f"held-out rows of {entry.name}", entry.name, examples, texts))
+            sets.append(AskedRows(f"held-out rows of {entry.name}", entry.name, examples, texts))
     if not sets:
         raise UsageError(f"no update of {loaded.library.root} has held-out rows", "name rows with --data FILE")
     return sets
 
 
-def _from_file(loaded: Loaded, origin: str | None, path: Path, most: int | None, notes: list[str]) -> RowSet:
+def _from_file(loaded: Loaded, origin: str | None, path: Path, most: int | None, notes: list[str]) -> AskedRows:
     rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path, max_samples=most)
     notes += rows.notes
     texts = RequestTexts(loaded.tokenizer)
     asked = ["" if _is_all_answer(example) else texts.of(example) for example in rows.examples]
     if silent := asked.count(""):
         notes.append(f"{path}: {counted(silent, 'row')} without a prompt: there is nothing to decide by but the answer")
-    return RowSet(str(path), origin, rows.examples, asked, rows.micro_batch_size)
+    return AskedRows(str(path), origin, rows.examples, asked, rows.micro_batch_size)
 
 
 def _is_all_answer(example: Example) -> bool:
@@ -198,7 +198,7 @@ def _is_all_answer(example: Example) -> bool:
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _outcome(loaded: Loaded, activator: Activator, rows: RowSet, tell: Tell) -> Outcome:
+def _outcome(loaded: Loaded, activator: Activator, rows: AskedRows, tell: Tell) -> Outcome:
     """Decisions on rows, and all losses."""
     tell(f"{counted(len(rows.examples), 'row')}: {rows.source}")
     decisions = activator.decide(rows.texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -271,5 +272,6 @@ def _summary(
 
 def _to_heal(request: Request) -> str:
     """The command that also trains what is left for some steps."""
-    born = " ".join(f"--born {text}" for text in request.born)
-    return f"dynlora prune --adapter {request.path} {born} --heal 50 --out {request.out}-healed"
+    born = [word for text in request.born for word in ("--born", text)]
+    out = f"{request.out}-healed"
+    return shlex.join(["dynlora", "prune", "--adapter", str(request.path), *born, "--heal", "50", "--out", out])

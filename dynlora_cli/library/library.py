@@ -6,7 +6,7 @@
       keys/NAME.npy        its keys: [N, D] fp32, rows of length 1
       keys/NAME.jsonl      the texts of the keys
       held_out/NAME.jsonl  rows that its training never saw, for calibration
-      calibration/  report.html   of `dynlora library calibrate`
+      report.html          of `dynlora library calibrate`
       pending              the update that is being added or removed, while that goes on
 
 Files come first and library.json last when an update is added, the other way round when it is removed. Should the
@@ -30,7 +30,7 @@ from dynlora_cli.text import did_you_mean
 
 LIBRARY = "library.json"
 ADAPTERS, KEYS, HELD_OUT = "adapters", "keys", "held_out"
-CALIBRATION, REPORT = "calibration", "report.html"
+REPORT = "report.html"
 PENDING = "pending"
 EMPTY = LibraryForm(schema_version=1, base=None, encoder=None, entries=[], calibration=None)
 
@@ -320,7 +320,6 @@ class WritableLibrary(Library):
         for path in Paths(self.root, name).all():
             remove(path)
         if self.calibration is None:
-            remove(self.root / CALIBRATION)
             remove(self.root / REPORT)
         for folder in (ADAPTERS, KEYS, HELD_OUT):
             if (self.root / folder).is_dir():

@@ -3,7 +3,8 @@
 The paper adds λ·Σ over layers of Σ_ij |⟨a_i, a_j⟩| to the loss, i over the old components and j over the new ones, with
 the rows of A as they are; λ is 0.5 in its scripts. A product of two rows grows with their lengths, so the same λ means
 another thing in another width, or after another start. Here both rows have unit length: each pair adds |cos| of the
-angle between its rows, from 0 to 1, whatever the width.
+angle between its rows, from 0 to 1, whatever the width. As in the paper, where old rows are frozen, it moves the new
+rows alone: old ones that train on are not turned out of their way.
 
 Source: O-LoRA, EMNLP Findings 2023 (arXiv 2310.14152), equation 8.
 
@@ -26,7 +27,7 @@ def overlap(a_CI: Tensor, old: int) -> Tensor:
         old: how many are old.
     """
     unit_CI = a_CI / a_CI.norm(dim=1, keepdim=True).clamp_min(SMALLEST)
-    return (unit_CI[:old] @ unit_CI[old:].T).abs().sum()
+    return (unit_CI[:old].detach() @ unit_CI[old:].T).abs().sum()
 
 
 def overlap_penalty(layers: list[tuple[Tensor, int]], weight: float) -> Tensor | None:
