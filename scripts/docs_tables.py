@@ -28,6 +28,18 @@ EQUAL = {
 }
 LARGER = {"LoRA of twice the size, at": "LoRA of twice the size"}
 RANKS = (1, 2, 4)
+# Methods of updates.md, and what they are called in the documentation.
+UPDATES = {
+    "sequential": "going on with `adapter.from`",
+    "sequential, replay 5 %": "the same, `replay` with a share of 5 %",
+    "sequential, replay 20 %": "the same, `replay` with a share of 20 %",
+    "growth, tune": "new components beside the old, `old: tune`",
+    "growth, freeze": "new components beside the old, `old: freeze`",
+    "O-LoRA": "`old: freeze`, `orthogonality: 0.5` (O-LoRA)",
+    "growth, freeze, replay 5 %": "`old: freeze`, `replay` with a share of 5 %",
+    "an adapter for each": "an adapter for each update, the right one chosen",
+    "joint": "all rows at once, nothing comes later",
+}
 
 
 def speed() -> str:
@@ -70,6 +82,17 @@ def afterwards() -> str:
     return table(["parameters left", "loss with PEFT", "`magnitude`, no data", "`activation`, 100 rows"], lines)
 
 
+def updates() -> str:
+    """What is forgotten over five updates, by method."""
+    page = (BENCH / "updates.md").read_text(encoding="utf-8")
+    section = page.split("## Five domains")[1].split("\n\n")
+    rows = {row["method"]: row for row in rows_of(next(part for part in section if part.startswith("|")))}
+    lines = (
+        [shown, rows[name]["average"], rows[name]["forgetting"], rows[name]["runs"]] for name, shown in UPDATES.items()
+    )
+    return table(["method", "loss in the end", "forgotten", "seeds"], lines)
+
+
 def three(text: str) -> str:
     """Every number of a text with three digits behind the point, its sign kept."""
     return re.sub(
@@ -83,6 +106,7 @@ BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("benchmarks.md", "equal"): lambda: against(EQUAL),
     ("benchmarks.md", "larger"): lambda: against(LARGER),
     ("benchmarks.md", "afterwards"): afterwards,
+    ("benchmarks.md", "updates"): updates,
 }
 
 
