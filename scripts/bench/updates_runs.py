@@ -115,7 +115,9 @@ METHODS = {
     "growth, freeze, replay 5 %, half rate": Method(
         grows=True, over=2, later={"adapter.old": "freeze", "train.learning_rate": 2e-3}, replay=REPLAY
     ),
-    "growth, freeze, replay 20 %": Method(grows=True, over=2, later={"adapter.old": "freeze"}, replay="20%"),
+    "growth, freeze, replay 20 %, half rate": Method(
+        grows=True, over=2, later={"adapter.old": "freeze", "train.learning_rate": 2e-3}, replay="20%"
+    ),
     "sequential, replay 20 %": Method(grows=False, replay="20%"),
     "whole size at once, 4 new, tune, replay 5 %": Method(grows=False, new=4, replay=REPLAY),
     "an adapter for each": Method(grows=True, over=2, goes_on=False),
