@@ -209,7 +209,7 @@ def section(lines: list[Record], stream: Any, methods: Sequence[str]) -> str:
         "real": "Three domains on SmolLM2-135M-Instruct",
     }[stream.name]
     known = [name for name in (BASE, *methods, JOINT) if results(lines, stream, name, LOSS)]
-    if not known:
+    if not set(known) - {BASE}:
         return ""
     orders = "; ".join(", ".join(stream.order(number)) for number in stream.orders)
     text = f"## {title}\n\n{'Order' if len(stream.orders) == 1 else 'Orders'}: {orders}. "
