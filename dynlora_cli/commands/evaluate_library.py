@@ -181,7 +181,7 @@ def _row_sets(
 
 
 def _from_file(loaded: Loaded, origin: str | None, path: Path, most: int | None, notes: list[str]) -> AskedRows:
-    rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path, max_samples=most)
+    rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path, max_samples=most, passages=False)
     notes += rows.notes
     texts = RequestTexts(loaded.tokenizer)
     asked = ["" if _is_all_answer(example) else texts.of(example) for example in rows.examples]

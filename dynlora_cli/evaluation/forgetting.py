@@ -108,7 +108,8 @@ def find_sets(
     """
     named = []
     for name, file in options.also.items():
-        rows = held_out_rows(adapters[0], place, tokenizer, file, max_samples=options.max_samples)
+        most = options.max_samples
+        rows = held_out_rows(adapters[0], place, tokenizer, file, max_samples=most, passages=False)
         notes += [f"{name}: {note}" for note in rows.notes]
         if base_has_rows(adapters, names, place, rows.examples, int(tokenizer.pad_token_id), notes):
             named.append(RowSet.of(name, rows.examples))

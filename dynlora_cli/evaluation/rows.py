@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dynlora_cli.tasks.task import Task
 
 MICRO_BATCH = 8
+ALL_OF_A_FILE = "name rows with --data FILE, all of which are used"
 # Keys of `dataset` that say how a row becomes an example, and not which rows there are.
 OF_A_ROW = ("max_length", "train_on", "overlong", "chat", "separator", "chat_template")
 
@@ -104,6 +105,7 @@ def held_out_rows(
     *,
     max_samples: int | None = None,
     writing: Writing | None = None,
+    passages: bool = True,
 ) -> Rows:
     """The rows to measure on.
 
@@ -114,12 +116,13 @@ def held_out_rows(
         data: a recipe, whose held-out rows are taken, or a file, all of whose rows are; None: the run's own.
         max_samples: at most so many; None: as the recipe says of its own rows, and all of a file.
         writing: how rows are written; None: as the adapter's own run did.
+        passages: rows of a file get passages in their prompts, where the adapter was trained so (`dataset.retrieve`).
 
     Raises:
         UsageError: no rows are known, none are held out, or they cannot be read.
     """
     notes: list[str] = []
-    recipe, dataset, is_file = _what_to_read(adapter, data, notes)
+    recipe, dataset, is_file = _what_to_read(adapter, data, notes, passages=passages)
     task = tasks.of(place.options)
     read = load_data(
         dataset,
@@ -135,10 +138,7 @@ def held_out_rows(
         to_measure=is_file,
     )
     if not (examples := read.train if is_file else read.val):
-        raise NothingHeldOutError(
-            f"{data or adapter.folder}: the recipe holds no rows out",
-            "name rows with --data FILE, all of which are used",
-        )
+        raise NothingHeldOutError(f"{data or adapter.folder}: the recipe holds no rows out", ALL_OF_A_FILE)
     recorded = adapter.record.get("data") or {}
     notes += read.notes
     if data is None and recorded.get("sha256") != read.sha256:
@@ -158,7 +158,9 @@ def held_out_rows(
     )
 
 
-def _what_to_read(adapter: Adapter, data: Path | None, notes: list[str]) -> tuple[Recipe | None, Dataset, bool]:
+def _what_to_read(
+    adapter: Adapter, data: Path | None, notes: list[str], *, passages: bool
+) -> tuple[Recipe | None, Dataset, bool]:
     """The recipe whose rows these are, where there is one; its data settings; and whether they are all rows of a file.
 
     Raises:
@@ -173,7 +175,9 @@ def _what_to_read(adapter: Adapter, data: Path | None, notes: list[str]) -> tupl
     is_file = data is not None and data.suffix.lower() not in RECIPES
     recipe = load_recipe(data) if data is not None and not is_file else own
     if is_file:
-        return recipe, of_file(as_trained(Source(path=str(data)), own, notes), own), True
+        dataset = of_file(as_trained(Source(path=str(data)), own, notes), own)
+        retrieve = own.dataset.retrieve if own and passages else None
+        return recipe, dataset.model_copy(update={"retrieve": retrieve}), True
     assert recipe is not None
     return recipe, recipe.dataset, False
 

@@ -66,7 +66,7 @@ def find_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase
     """
     if data is None:
         return _own_rows(adapter, place, tokenizer)
-    rows = held_out_rows(adapter, place, tokenizer, data)
+    rows = held_out_rows(adapter, place, tokenizer, data, passages=False)
     requests = [(text, example) for text, example in _requests(rows.examples, tokenizer) if text]
     held = [(text, example) for text, example in requests if _is_held_out(text)]
     notes = [f"{data}: {note}" if not note.startswith(str(data)) else note for note in rows.notes]

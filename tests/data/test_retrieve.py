@@ -269,3 +269,17 @@ def test_a_run_is_measured_as_it_was_trained(tmp_path):
     assert found["adapters"][0]["loss"] == same_loss(summary["loss_after"])
     assert any("found by bm25" in note for note in found["notes"])
     assert not any("have changed" in note for note in found["notes"])
+
+
+def test_a_file_is_measured_with_passages_and_rows_of_other_kinds_without(tmp_path):
+    make_recipe(tmp_path)
+    rows(tmp_path).rename(tmp_path / "llama.jsonl")
+    settings = [f"dataset.retrieve={{corpus: {corpus(tmp_path)}, top_k: 2}}", "train.max_steps=2"]
+    train(load_recipe(tmp_path / "llama.yaml", settings))
+    file = rows(tmp_path)
+    found = evaluate([tmp_path / "out"], file, Options(generate=0, also={"other": file}), lambda _: None)
+    (adapter,) = found["adapters"]
+    assert found["rows"] == adapter["also"]["other"]["rows"]
+    assert adapter["loss"] != same_loss(adapter["also"]["other"]["after"]), "the same rows, in other prompts"
+    assert any("found by bm25" in note for note in found["notes"])
+    assert not any(note.startswith("other: ") and "bm25" in note for note in found["notes"])
