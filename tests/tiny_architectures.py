@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from data_helpers import byte_tokenizer
@@ -55,6 +56,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "bart": ("Bart", BART, SEQ2SEQ, 32),
     "modernbert": ("ModernBert", {**SMALL, "global_attn_every_n_layers": 2}, CLASSES, 9),
 }
+
+
+def some_fast(*fast: str) -> list[Any]:
+    """Every architecture as a parameter of a test, all but these marked slow."""
+    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in CASES]
 
 
 def write_model(path: Path, kind: str) -> None:

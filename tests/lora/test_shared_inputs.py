@@ -241,7 +241,7 @@ FOUND = {  # how many layers compute together in the first block of each archite
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("checkpointing", ["false", pytest.param("true", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", CASES)
 def test_every_architecture_learns_the_same(kind, checkpointing, tmp_path, monkeypatch):
     """Through the loop, with its events."""
