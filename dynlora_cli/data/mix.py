@@ -114,7 +114,7 @@ def mix_notes(spans: Sequence[Span]) -> list[str]:
     """What an epoch is made of, where it has not every row once: `an epoch has 30 rows: 20 of a.jsonl (...`."""
     if each_once(spans):
         return []
-    parts = [f"{span.draws} of {span.name} ({_how_often(span)})" for span in spans]
+    parts = [f"{span.draws:,} of {span.name} ({_how_often(span)})" for span in spans]
     return [f"an epoch has {counted(sum(span.draws for span in spans), 'row')}: {', '.join(parts)}"]
 
 
@@ -122,4 +122,5 @@ def _how_often(span: Span) -> str:
     rows = counted(span.rows, "row")
     if span.draws == span.rows:
         return f"{rows}, each once"
-    return f"{rows}, each {span.draws / span.rows:.3g} times"
+    times = span.draws / span.rows
+    return f"{rows}, each {f'{times:,.0f}' if times >= 100 else f'{times:.3g}'} times"

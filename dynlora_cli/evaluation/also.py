@@ -187,8 +187,9 @@ def _earlier_runs(recipe: Recipe, missing: dict[str, str]) -> dict[str, Path]:
             missing[Path(named).name] = error.message
     found: dict[str, Path] = {}
     for folder in folders.values():
-        name = str(read_record(folder).get("name") or folder.resolve().name)
-        found[name if name not in found else f"{folder.resolve().parent.name}/{name}"] = folder
+        name, path = str(read_record(folder).get("name") or folder.resolve().name), folder.resolve()
+        names = (name, f"{path.parent.name}/{name}", str(path))
+        found[next(each for each in names if each not in found)] = folder
     return found
 
 

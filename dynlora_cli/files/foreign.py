@@ -260,6 +260,7 @@ class RecordForm(BaseModel):
     prune: dict[str, Any] | None = None
     altered: list[str] | None = None
     retired: list[RetiredForm] | None = None
+    altered_births: Count | None = None
 
 
 class _RowsForm(BaseModel):

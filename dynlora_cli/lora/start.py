@@ -29,6 +29,7 @@ class Start:
         born: `counts` by birth: so many from each run of `births`, then the run's own; empty where all are its own.
         elastic: any first part of the components is to be an adapter of its own, see lora/nested.py.
         births: the runs that an adapter which the run goes on from came from, oldest first.
+        altered_births: of these, the first so many were altered after their runs, as `Record.altered_births`.
     """
 
     counts: dict[str, int]
@@ -39,6 +40,7 @@ class Start:
     costs: dict[str, int] = field(default_factory=dict)
     born: dict[str, tuple[int, ...]] = field(default_factory=dict)
     births: tuple[Birth, ...] = ()
+    altered_births: int = 0
     elastic: bool = False
 
     @property

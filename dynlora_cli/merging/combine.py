@@ -94,7 +94,8 @@ def _with_births(together: Adapter, adapters: Sequence[Adapter]) -> Adapter:
 
     Histories that do not begin with a run of their own, or that an update was taken out of, are not put together.
     """
-    if any(each.record.get("retired") or each.record.get("altered") or each.births[0]["old"] for each in adapters):
+    changes = ("retired", "altered", "altered_births")
+    if any(each.births[0]["old"] or any(each.record.get(key) for key in changes) for each in adapters):
         return together
     layers = {}
     for name, factors in together.layers.items():

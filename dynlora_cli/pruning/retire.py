@@ -91,7 +91,8 @@ def retire(adapter: Adapter, wanted: Sequence[str]) -> Retirement:
         raise UsageError(f"{adapter.folder} has no component left that began in {names}", "there is nothing to retire")
     left = replace(left, record=_record_of(adapter, gone), note=None)
     record = adapter.record
-    why = reasons(births, gone, record.get("retired") or (), record.get("altered") or (), has_head=bool(adapter.whole))
+    altered, earlier = record.get("altered") or (), record.get("altered_births") or 0
+    why = reasons(births, gone, record.get("retired") or (), altered, earlier, has_head=bool(adapter.whole))
     went = [births[index] for index in sorted(gone)]
     why += [text for birth in left.record["births"] if (text := _replayed(birth, adapter, went))]
     return Retirement(went, left.record["births"], left, why)
@@ -141,12 +142,23 @@ def _record_of(adapter: Adapter, gone: Collection[int]) -> dict[str, Any]:
     stay = [birth for index, birth in enumerate(births) if index not in gone]
     before: list[Retired] = record.get("retired") or []
     altered = [*(record.get("altered") or ())]
+    first = sum(index not in gone for index in range(record.get("altered_births") or 0))
     if stay[-1]["run"] != births[-1]["run"]:
         record = recorded(stay[-1]) or _without_rows(record)
         before = [*(record.get("retired") or ()), *before]
         altered = [*(record.get("altered") or ()), *altered]
-    history = {"retired": _history(births, gone, before), "altered": list(dict.fromkeys(altered))}
+        first = max(first, min(record.get("altered_births") or 0, len(stay)))
+    history: dict[str, Any] = {"retired": _history(births, gone, before), "altered": list(dict.fromkeys(altered))}
+    if first or "altered_births" in record:
+        history["altered_births"] = first
     return {**record, "births": stay, **history}
+
+
+def altered_births(adapter: Adapter) -> int:
+    """How many of its births a run that goes on from an adapter finds altered, see `Record.altered_births`."""
+    record = adapter.record
+    trained = any(each["old"] not in HELD for each in record.get("retired") or ())
+    return len(adapter.births) if trained or record.get("altered") else record.get("altered_births") or 0
 
 
 def recorded(birth: Birth) -> dict[str, Any] | None:
@@ -188,6 +200,7 @@ def reasons(
     gone: Collection[int],
     before: Sequence[Retired] = (),
     altered: Sequence[str] = (),
+    altered_births: int = 0,
     *,
     has_head: bool = False,
 ) -> list[str]:
@@ -198,6 +211,7 @@ def reasons(
         gone: indices of those that go.
         before: updates that were taken out of it earlier.
         altered: what was done to all components since the last run: keys of ALTERED.
+        altered_births: the first so many were altered before the later ones began.
         has_head: tensors of the base's own, such as a classifier's head, were trained along.
     """
     found = []
@@ -207,6 +221,9 @@ def reasons(
         if each["old"] not in HELD and any(index not in gone for index in range(each["began_with"])):
             found.append(f"{each['name']}, retired before, {TRAINED[str(each['old'])]}")
     found += [text for key, text in ALTERED.items() if key in altered]
+    if any(index < altered_births for index in gone) and any(index not in gone for index in range(altered_births)):
+        last = births[altered_births - 1]["name"]
+        found.append(f"what began up to {last} was pruned, healed, or left by another update before later runs began")
     if has_head:
         found.append("the head beside the components was trained along, and stays")
     return found

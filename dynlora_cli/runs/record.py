@@ -204,6 +204,8 @@ class Record(TypedDict, total=False):
     """What was done to all components since their training: "pruned" (turned into another basis), "healed"."""
     retired: list[Retired]
     """All updates that were ever taken out of the adapter."""
+    altered_births: int
+    """Of `births`, the first so many were altered, or had an update taken out, before the later ones began."""
     sha256: str
     """Of a merged adapter: over its tensors' file."""
 

@@ -22,6 +22,7 @@ from dynlora_cli.lora.svd_basis import svd_factors
 from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.load import Base
+from dynlora_cli.pruning.retire import altered_births
 from dynlora_cli.runs.record import Birth
 from dynlora_cli.text import counted
 
@@ -46,12 +47,14 @@ class Begun:
         births: the runs that they began in, oldest first.
         counts: all components of each layer, of a run that goes on; None for a new run.
         adapter: that holds them, for a new run; None for one that goes on, whose checkpoint has the values.
+        altered_births: of `births`, the first so many were altered after their runs, as `Record.altered_births`.
     """
 
     born: Mapping[str, tuple[int, ...]]
     births: tuple[Birth, ...]
     counts: Mapping[str, int] | None = None
     adapter: Adapter | None = None
+    altered_births: int = 0
 
     @property
     def old(self) -> dict[str, int]:
@@ -67,7 +70,7 @@ class Begun:
         none = (0,) * len(self.births)
         earlier = {name: tuple(self.born.get(name) or none) for name in start.counts}
         born = {name: (*earlier[name], count - sum(earlier[name])) for name, count in start.counts.items()}
-        return replace(start, born=born, births=self.births)
+        return replace(start, born=born, births=self.births, altered_births=self.altered_births)
 
     @classmethod
     def on_record(cls, record: Mapping[str, Any]) -> Begun:
@@ -75,12 +78,14 @@ class Begun:
         budget, births = record["budget"], tuple(record.get("births") or ())
         by_birth = budget.get("start_born") or {}
         born = {name: tuple(counts[:-1]) for name, counts in by_birth.items()}
-        return cls(born, births[:-1], counts=budget["start_components"])
+        altered = record.get("altered_births") or 0
+        return cls(born, births[:-1], counts=budget["start_components"], altered_births=altered)
 
     @classmethod
     def from_adapter(cls, adapter: Adapter) -> Begun:
         """Of a new run that goes on from an adapter."""
-        return cls({name: adapter.born(name) for name in adapter.layers}, adapter.births, adapter=adapter)
+        born = {name: adapter.born(name) for name in adapter.layers}
+        return cls(born, adapter.births, adapter=adapter, altered_births=altered_births(adapter))
 
 
 def read_origin(recipe: Recipe, base: Base, data: Data) -> Begun | None:
@@ -133,9 +138,19 @@ def settle(pool: Pool, recipe: Recipe, data: Data) -> None:
 
 
 def tell(begun: Begun, start: Start, recipe: Recipe) -> list[str]:
-    """Notes on what the run begins with."""
+    """Notes on what the run begins with.
+
+    Raises:
+        UsageError: the old components stay as they are, and there is no new one: nothing would be learned.
+    """
     old, folder = begun.old, recipe.adapter.origin
     new = sum(start.counts.values()) - sum(old.values())
+    if not new and recipe.adapter.old == "freeze":
+        raise UsageError(
+            f"adapter.old: freeze holds all {counted(sum(old.values()), 'component')} of {folder}, and no layer gets a "
+            "new one, so there is none to train",
+            f"set rank.init above {max(old.values())}, the components that its largest layer has; or write `old: tune`",
+        )
     names = " -> ".join(birth["name"] for birth in begun.births)
     what = OLD[recipe.adapter.old]
     notes = [
@@ -145,8 +160,9 @@ def tell(begun: Begun, start: Start, recipe: Recipe) -> list[str]:
     more = [name for name, count in old.items() if count == start.counts[name]]
     if more:
         least, most = (pick(old[name] for name in more) for pick in (min, max))
+        size = counted(most, "component") if least == most else f"{least} to {most} components"
         notes.append(
-            f"{counted(len(more), 'layer')} of the adapter ({least} to {most} components) get no new ones: they have "
+            f"{counted(len(more), 'layer')} of the adapter ({size}) get no new ones: they have "
             "rank.init already, or are not in adapter.target_modules"
         )
     return notes

@@ -201,7 +201,8 @@ def start_record(training: Run, run: str | None) -> Record:
     recipe, base, data = training.recipe, training.base, training.data
     template, schedule = base.tokenizer.chat_template, training.control.schedule
     started = records.now()
-    return Record(
+    altered = training.start.altered_births if training.start else 0
+    record = Record(
         schema_version=records.SCHEMA_VERSION,
         dynlora_version=__version__,
         run_id=run,
@@ -227,6 +228,9 @@ def start_record(training: Run, run: str | None) -> Record:
         dtype=str(base.dtype).removeprefix("torch."),
         started=started,
     )
+    if altered:
+        record["altered_births"] = altered
+    return record
 
 
 def _base_on_record(options: Model, base: Base) -> records.BaseModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from also_helpers import loss_in_double, sums
@@ -14,6 +15,7 @@ from tiny_run import make_recipe, train
 from transformers import AutoTokenizer
 
 from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.evaluation.also import _earlier_runs
 from dynlora_cli.runs.folder import read_record
 
 
@@ -38,6 +40,23 @@ def two_versions(folder: Path, steps: int) -> Path:
     train(version(folder, "v1", *on_sums(folder), f"train.max_steps={steps}"))
     train(version(folder, "v2", f"train.max_steps={steps}", before="v1"))
     return folder / "v2"
+
+
+def test_runs_of_one_name_are_all_measured(tmp_path: Path):
+    births, folders = [], [tmp_path / each / "out/v" for each in "abc"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        births.append(
+            {"run": str(folder), "name": "v", "date": None, "data_sha256": "1", "folder": str(folder), "old": None}
+        )
+        record = {"run_id": str(folder), "name": "v", "data": {"sha256": "1"}, "births": births}
+        (folder / "dynlora.json").write_text(json.dumps(record))
+    origin = SimpleNamespace(
+        adapter=SimpleNamespace(origin=None), dataset=SimpleNamespace(replay=SimpleNamespace(origin=folders[2]))
+    )
+    found = _earlier_runs(origin, {})
+    assert list(found.values()) == folders
+    assert list(found) == ["v", "out/v", str(folders[2])]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.errors import UsageError
 from dynlora_cli.pruning.covariances import Covariances
-from dynlora_cli.pruning.retire import compare, find, in_words, reasons, retire
+from dynlora_cli.pruning.retire import altered_births, compare, find, in_words, reasons, retire
 
 WIDTHS = {"up": (6, 9), "down": (9, 6)}
 
@@ -192,3 +192,29 @@ def test_covariances_turn_each_birth_by_itself():
     assert len(energies) == 5
     assert energies[0] >= energies[1]
     assert energies[2] >= energies[3] >= energies[4]
+
+
+def test_what_was_done_before_a_later_run_began_is_still_known():
+    chain = *CHAIN, birth("news", "freeze")
+    assert names(*chain, gone=["news", "market"], altered_births=2) == ""
+    assert "up to tax was pruned, healed" in names(*chain, gone=["news", "market", "tax"], altered_births=2)
+
+
+@pytest.mark.parametrize(("gone", "left"), [(["news"], 2), (["news", "tax"], 1), (["law"], 1)])
+def test_it_is_known_after_a_retirement_too(gone, left):
+    chain = adapter(*CHAIN, birth("news", "freeze"), altered_births=2)
+    assert retire(chain, gone).left.record["altered_births"] == left
+
+
+@pytest.mark.parametrize(
+    ("record", "count"),
+    [
+        ({}, 0),
+        ({"altered": ["pruned"]}, 3),
+        ({"altered_births": 1}, 1),
+        ({"retired": [{**birth("old", "freeze"), "began_with": 1}]}, 0),
+        ({"retired": [{**birth("old", "tune"), "began_with": 1}]}, 3),
+    ],
+)
+def test_a_run_that_goes_on_finds_births_altered(record, count):
+    assert altered_births(adapter(*CHAIN, **record)) == count

@@ -286,6 +286,17 @@ def test_the_rate_is_found_with_the_old_components_held(folder: Path) -> None:
     assert all(set(after[name][: f.born[0]]) <= set(before.get(name, ())) for name, f in left.items())
 
 
+def test_that_an_adapter_was_pruned_stays_on_record(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "v1", tmp_path / "v1")
+    path = tmp_path / "v1/dynlora.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "altered": ["pruned"]}))
+    recipe = second(tmp_path, "train.max_steps=4")
+    with pytest.raises(Interrupted):
+        train(recipe, interrupt_at=3)
+    train(recipe, resume=True)
+    assert read_adapter(tmp_path / "v2").record["altered_births"] == 1
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +306,15 @@ def test_the_adapter_that_would_be_replaced_is_refused(folder: Path) -> None:
         with pytest.raises(UsageError, match="would replace"):
             train(second(folder, origin=origin, out=out), overwrite=True)
         assert before == {path: path.stat().st_mtime_ns for path in (folder / "v1").rglob("*")}
+
+
+def test_a_run_in_which_nothing_would_train_is_refused(folder: Path) -> None:
+    few = ("rank.init=1", f"adapter.target_modules=[{next(iter(read_adapter(folder / 'v1').layers))}]")
+    with pytest.raises(UsageError, match="there is none to train") as error:
+        train(second(folder, "adapter.old=freeze", *few, out="idle"))
+    assert f"rank.init above {max(read_adapter(folder / 'v1').ranks.values())}" in error.value.hint
+    with pytest.raises(UsageError, match="there is none to train"):
+        dry_run(second(folder, "adapter.old=freeze", *few, out="idle"))
 
 
 def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
