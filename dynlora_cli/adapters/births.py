@@ -60,8 +60,10 @@ def born_of(
     births = record.get("births") or []
     unknown: dict[str, tuple[int, ...]] = dict.fromkeys(ranks, ())
     said = _said(folder, record)
-    if len(births) < 2 or not said:
+    if len(births) < 2:
         return unknown, None
+    if not said:
+        return unknown, f"{folder}: which component is of which run is not on record, and all count as the last run's"
     found = {name: tuple(said.get(name) or ()) for name in ranks}
     for name, born in found.items():
         if len(born) != len(births) or sum(born) != ranks[name]:

@@ -130,6 +130,7 @@ class BirthForm(BaseModel):
     data_sha256: str | None
     folder: str
     old: Literal["tune", "freeze", "magnitudes"] | None
+    runs_before: Count | None = None
 
 
 class RetiredForm(BirthForm):

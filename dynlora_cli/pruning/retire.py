@@ -139,7 +139,7 @@ def _record_of(adapter: Adapter, gone: Collection[int]) -> dict[str, Any]:
     folder still holds it; else no more than what is said of the base.
     """
     births, record = adapter.births, adapter.record
-    stay = [birth for index, birth in enumerate(births) if index not in gone]
+    stay = _staying(births, gone)
     before: list[Retired] = record.get("retired") or []
     altered = [*(record.get("altered") or ())]
     first = sum(index not in gone for index in range(record.get("altered_births") or 0))
@@ -159,6 +159,17 @@ def altered_births(adapter: Adapter) -> int:
     record = adapter.record
     trained = any(each["old"] not in HELD for each in record.get("retired") or ())
     return len(adapter.births) if trained or record.get("altered") else record.get("altered_births") or 0
+
+
+def _staying(births: Sequence[Birth], gone: Collection[int]) -> list[Birth]:
+    """The births that are left, each with how many of those that it began with are."""
+    stay = []
+    for index, birth in enumerate(births):
+        if index not in gone and "runs_before" in birth:
+            birth = {**birth, "runs_before": sum(i not in gone for i in range(_chain_start(births, index), index))}
+        if index not in gone:
+            stay.append(birth)
+    return stay
 
 
 def recorded(birth: Birth) -> dict[str, Any] | None:
@@ -221,6 +232,7 @@ def reasons(
         if each["old"] not in HELD and any(index not in gone for index in range(each["began_with"])):
             found.append(f"{each['name']}, retired before, {TRAINED[str(each['old'])]}")
     found += [text for key, text in ALTERED.items() if key in altered]
+    altered_births = min(altered_births, len(births))
     if any(index < altered_births for index in gone) and any(index not in gone for index in range(altered_births)):
         last = births[altered_births - 1]["name"]
         found.append(f"what began up to {last} was pruned, healed, or left by another update before later runs began")
@@ -244,6 +256,8 @@ def _of_one(births: Sequence[Birth], index: int, gone: Collection[int]) -> list[
 
 def _chain_start(births: Sequence[Birth], index: int) -> int:
     """The first birth of the chain of runs, each going on from the one before, that a birth stands in."""
+    if "runs_before" in births[index]:
+        return max(0, index - births[index]["runs_before"])
     return max((i for i in range(index + 1) if births[i]["old"] is None), default=0)
 
 

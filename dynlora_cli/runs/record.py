@@ -19,7 +19,13 @@ SCHEMA_VERSION = 1
 _PruneFrom = TypedDict("_PruneFrom", {"from": str}, total=False)
 
 
-class Birth(TypedDict):
+class _Chain(TypedDict, total=False):
+    runs_before: int
+    """The run began with what so many births right before it had brought; absent: with those back to the last one whose
+    `old` is None. Both are the same but where adapters were merged and trained on."""
+
+
+class Birth(_Chain):
     """A run in which components of an adapter began."""
 
     run: str

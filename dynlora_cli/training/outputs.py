@@ -248,7 +248,8 @@ def _base_on_record(options: Model, base: Base) -> records.BaseModel:
 def _birth(training: Run, run: str, started: str) -> records.Birth:
     """This run, as the last one of its lineage."""
     folder = Path(training.recipe.output_dir).resolve()
-    return records.Birth(
+    before = training.start.births if training.start else ()
+    birth = records.Birth(
         run=run,
         name=folder.name,
         date=started,
@@ -256,6 +257,9 @@ def _birth(training: Run, run: str, started: str) -> records.Birth:
         folder=str(folder),
         old=training.recipe.adapter.old if training.recipe.adapter.origin else None,
     )
+    if any(each["old"] is None for each in before[1:]):  # of adapters that were merged
+        birth["runs_before"] = len(before)
+    return birth
 
 
 def _budget_on_record(training: Run, start: Start) -> records.Budget:

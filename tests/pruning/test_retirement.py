@@ -218,3 +218,16 @@ def test_it_is_known_after_a_retirement_too(gone, left):
 )
 def test_a_run_that_goes_on_finds_births_altered(record, count):
     assert altered_births(adapter(*CHAIN, **record)) == count
+
+
+def test_a_run_on_top_of_merged_adapters_stands_on_all_of_them():
+    merged = birth("law"), birth("tax", "freeze"), birth("med"), {**birth("news", "freeze"), "runs_before": 3}
+    assert names(*merged, gone=["tax"]) == "news was trained on top of tax"
+    assert names(*merged, gone=["news"]) == ""
+    left = retire(adapter(*merged), ["law"]).left
+    assert left.record["births"][-1]["runs_before"] == 2
+    assert retire(left, ["tax"]).why[0] == "news was trained on top of tax"
+
+
+def test_a_count_of_births_beyond_their_number_is_all_of_them():
+    assert "up to market" in names(*CHAIN, gone=["market"], altered_births=99)
