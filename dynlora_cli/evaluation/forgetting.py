@@ -45,11 +45,13 @@ class Sets:
         own: its run's, if they are what they were.
         named: those of `--also`.
         before: what was found on a set, by its name: in training, or of the base model.
+        missing: its run's that cannot be measured any more, by name, and why.
     """
 
     own: list[RowSet] = field(default_factory=list)
     named: list[RowSet] = field(default_factory=list)
     before: dict[str, Measured] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -119,7 +121,8 @@ def find_sets(
 
 
 def _refuse_unmeasured(thresholds: Thresholds, sets: Mapping[str, Sets]) -> None:
-    thresholds.refuse_unforgotten({name: each.names for name, each in sets.items()})
+    missing = {name: each.missing for name, each in sets.items()}
+    thresholds.refuse_unforgotten({name: each.names for name, each in sets.items()}, missing)
 
 
 def _sets_of(adapter: Adapter, name: str, place: Place, named: Sequence[RowSet], notes: list[str]) -> Sets:
@@ -144,7 +147,7 @@ def _sets_of(adapter: Adapter, name: str, place: Place, named: Sequence[RowSet],
     own = [rows for rows in found if rows.sha256 == recorded[rows.name]["sha256"]]
     missing |= {rows.name: "its rows are others than in training" for rows in found if rows not in own}
     notes += [f"{name}: forgetting on {one} is not measured: {why}" for one, why in missing.items()]
-    return Sets(own, list(named), {rows.name: recorded[rows.name] for rows in own})
+    return Sets(own, list(named), {rows.name: recorded[rows.name] for rows in own}, missing)
 
 
 def compare_with_base(sets: Mapping[str, Sets], base: Base, thresholds: Thresholds, *, answers: bool) -> None:

@@ -107,11 +107,14 @@ class Thresholds:
                 there = ", ".join(name for name in METRICS if name in measured) or "none"
                 raise UsageError(f"--fail-below {metric}: not measured here: {why}", f"measured here: {there}")
 
-    def refuse_unforgotten(self, measured: Mapping[str, Collection[str]]) -> None:
+    def refuse_unforgotten(
+        self, measured: Mapping[str, Collection[str]], missing: Mapping[str, Mapping[str, str]]
+    ) -> None:
         """Refuse a threshold for a set that will not be measured.
 
         Args:
             measured: by name of the adapter: names of its sets.
+            missing: the same: sets that it had, and why they are not measured.
 
         Raises:
             UsageError: names the set and what there is.
@@ -119,9 +122,10 @@ class Thresholds:
         for limit in self.forgetting:
             for adapter, sets in measured.items():
                 if not sets or (limit and limit not in sets):
+                    known = f"the sets {', '.join(sets)}" if sets else "no rows of other kinds"
+                    gone = "".join(f"; {name} is left out: {why}" for name, why in missing[adapter].items())
                     raise UsageError(
-                        f"--fail-above {_gate(limit)}: not measured for {adapter}, which has "
-                        f"{'the sets ' + ', '.join(sets) if sets else 'no rows of other kinds'}",
+                        f"--fail-above {_gate(limit)}: not measured for {adapter}, which has {known}{gone}",
                         "name rows with --also NAME=FILE, or train with eval.also",
                     )
 

@@ -117,6 +117,10 @@ def test_rows_that_are_gone_or_others(trained: Run, copied: Path, dynlora_eval: 
         (note,) = [note for note in answer.json["notes"] if "forgetting" in note]
         assert note.startswith("out: forgetting on sums is not measured: ")
         assert said in note
+        gate = dynlora_eval("--adapter", copied, "--generate", 0, "--fail-above", "forgetting=1")
+        assert gate.code == 2
+        assert "sums is left out: " in gate.err
+        assert said in " ".join(gate.err.split())
 
 
 def test_a_pruned_adapter_is_compared_with_what_was_before_training(
