@@ -36,7 +36,7 @@ UPDATES = {
     "growth, tune": "new components beside the old, `old: tune`",
     "growth, freeze": "new components beside the old, `old: freeze`",
     "O-LoRA": "`old: freeze`, `orthogonality: 0.5` (O-LoRA)",
-    "growth, freeze, replay 5 %": "`old: freeze`, `replay` with a share of 5 %",
+    "growth, freeze, replay 5 %, half rate": "`old: freeze`, `replay` with a share of 5 %, half the rate",
     "an adapter for each": "an adapter for each update, the right one chosen",
     "joint": "all rows at once, nothing comes later",
 }
