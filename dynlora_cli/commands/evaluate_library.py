@@ -26,7 +26,6 @@ from dynlora_cli.evaluation.rows import MICRO_BATCH, held_out_rows
 from dynlora_cli.evaluation.scores import paired_difference
 from dynlora_cli.library.activation import Activator, Decision, calibration_of
 from dynlora_cli.library.answers import answers
-from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.library import Library
 from dynlora_cli.library.loaded import Loaded, load
 from dynlora_cli.library.losses import Floats, RowLosses
@@ -171,7 +170,7 @@ def _row_sets(
     notes.append("these rows calibrated the library too; for numbers that owe nothing to that, name others with --data")
     sets = []
     for entry in loaded.library.entries:
-        rows = read_held_out(entry)[:most]
+        rows = loaded.held_out(entry)[:most]
         if rows:
             examples, texts = [row.example for row in rows], [row.text for row in rows]
             sets.append(AskedRows(f"held-out rows of {entry.name}", entry.name, examples, texts))

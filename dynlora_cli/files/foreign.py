@@ -74,7 +74,8 @@ def first_fault(error: ValidationError) -> str:
     """The first thing that a check has found, and where, in one line."""
     fault = error.errors(include_url=False)[0]
     key = ".".join(shown(str(step))[1:-1] for step in fault["loc"])
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}; found {shown(show(fault['input']))[1:-1]}"
+    key = f"{key}: " if key else ""  # of the whole object no key is named
+    return f"{key}{fault['msg'][0].lower()}{fault['msg'][1:]}; found {shown(show(fault['input']))[1:-1]}"
 
 
 class PeftForm(BaseModel):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
-from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
+from dynlora_cli.adapters.base import base_in_memory, find_base, label_names, read_tokenizer
 from dynlora_cli.adapters.find import WEIGHTS
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
@@ -59,6 +59,8 @@ def add(root: Path, wanted: Addition, tell: Tell) -> tuple[Entry, list[str]]:
     tokenizer = read_tokenizer(adapter, place)
     with library_for_writing(root, new=True) as library, library.adding(name):
         _refuse_other_base(library, base)
+        if library.entries:
+            refuse_other_kind(library.root, read_adapter(library.entries[0].folder, wanted.base), adapter)
         files = _copy(library, adapter, name, wanted.base)
         found = _texts(adapter, place, tokenizer, wanted)
         keys = _chosen(found, adapter)
@@ -101,6 +103,23 @@ def _refuse_other_base(library: WritableLibrary, base: BaseOf) -> None:
             "another model by its fingerprint",
             "put it into a library of its own: a library has one base",
         )
+
+
+def refuse_other_kind(root: Path, first: Adapter, other: Adapter) -> None:
+    """Check that two adapters can be measured on the same rows.
+
+    Raises:
+        UsageError: they are for different tasks, or classify into different classes.
+    """
+    if first.task != other.task:
+        differ = f"{first.task}, and {other.name} is one for {other.task}"
+    elif label_names(first) != label_names(other):
+        differ = f"other classes than those of {other.name}"
+    else:
+        return
+    raise UsageError(
+        f"{root} holds updates for {differ}", "put it into a library of its own: a library has one task and one head"
+    )
 
 
 def _refuse_other_encoder(library: WritableLibrary, made_by: EncoderOf) -> None:

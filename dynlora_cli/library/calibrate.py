@@ -20,7 +20,6 @@ from dynlora_cli.files.whole import write_text
 from dynlora_cli.library.calibration import require
 from dynlora_cli.library.features import Floats
 from dynlora_cli.library.find import Finder
-from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.keys import Keys
 from dynlora_cli.library.learn import UNRELATED, Calibration, Measured, learn, to_measure
 from dynlora_cli.library.library import REPORT, Entry, library_for_writing
@@ -117,7 +116,7 @@ def _requests(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted) -> Reque
     """Held-out rows of all updates, and requests that are about none of them."""
     requests = Requests()
     for number, entry in enumerate(entries):
-        rows = read_held_out(entry)
+        rows = loaded.held_out(entry)
         for row in rows[: wanted.rows]:
             requests.texts.append(row.text)
             requests.origins.append(number)
@@ -132,7 +131,11 @@ def _requests(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted) -> Reque
             f"{counted(len(strangers) - len(kept), 'unrelated request')} left out: empty or an update's"
         )
     if not kept and (wanted.unrelated or len(entries) < 2):
-        raise UsageError("there is no unrelated request to learn from", "name a file of some with --unrelated FILE")
+        where = f" in {wanted.unrelated}" if wanted.unrelated else ""
+        why = f": all {len(strangers)} are empty or an update's own" if strangers else ""
+        raise UsageError(
+            f"there is no unrelated request to learn from{where}{why}", "name a file of some with --unrelated FILE"
+        )
     requests.texts += kept
     requests.origins += [UNRELATED] * len(kept)
     return requests
@@ -160,7 +163,7 @@ def _unrelated(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted, notes: 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
         raise DataError(f"--unrelated {path} cannot be read: {error}", "save it as UTF-8 text") from None
     return [line.strip() for line in lines if line.strip()]

@@ -103,6 +103,24 @@ def read_held_out(entry: Entry) -> list[HeldOut]:
     return rows
 
 
+def unreadable(row: HeldOut, known: int, context: int | None) -> str | None:
+    """Why a model cannot be measured on a row; None where it can.
+
+    Args:
+        row: of a library, which anybody may have written.
+        known: tokens that the model knows.
+        context: tokens that it reads; None: nobody says.
+    """
+    example = row.example
+    if max(map(max, filter(None, example.texts)), default=0) >= known:
+        return f"a row has a token that the base does not know, of which it has {known:,}"
+    if context is not None and example.longest > context:
+        return f"a row has {example.longest:,} tokens, and the base reads {context:,}"
+    if not example.supervised():
+        return "a row has no target"
+    return None
+
+
 def _row(data: Any, path: Path) -> HeldOut:
     if not isinstance(data, dict):
         raise BadJsonError("a line that is no object")

@@ -73,7 +73,7 @@ class Keys:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read: {error}", _way_out(entry)) from None
-        wanted = (entry.keys, dimension or vectors.shape[-1])
+        wanted = (entry.keys, dimension or vectors.shape[-1]) if vectors.ndim else None
         if vectors.dtype != np.float32 or vectors.shape != wanted:
             raise UsageError(f"{path} is damaged: it holds {vectors.dtype} {vectors.shape}", _way_out(entry))
         return cls(entry, vectors)

@@ -204,6 +204,9 @@ class CalibrationForm(BaseModel):
     def _whole(self) -> CalibrationForm:
         if not self.entries or set(self.background) != set(self.entries):
             raise PydanticCustomError("background", "Input should have one background for each of its entries")
+        at, value = zip(*self.model.curve or [(0.0, 0.0)], strict=True)
+        if list(at) != sorted(at) or list(value) != sorted(value) or not 0 <= value[0] <= value[-1] <= 1:
+            raise PydanticCustomError("curve", "Input should have a curve that rises, from 0 to 1 at most")
         return self
 
     def calibration(self) -> Calibration:

@@ -11,7 +11,9 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.errors import UsageError
-from dynlora_cli.library.add import describe_base
+from dynlora_cli.files.foreign import COPY_AGAIN
+from dynlora_cli.library.add import describe_base, refuse_other_kind
+from dynlora_cli.library.held_out import HeldOut, read_held_out, unreadable
 from dynlora_cli.library.library import Entry, Library
 from dynlora_cli.models.load import Base
 from dynlora_cli.models.place import Place
@@ -45,6 +47,19 @@ class Loaded:
         """The adapter of an update."""
         return read_adapter(self.library.entry(name).folder, self.place.options.name_or_path)
 
+    def held_out(self, entry: Entry) -> list[HeldOut]:
+        """The held-out rows of an update, all of which the base can read.
+
+        Raises:
+            UsageError: the file is damaged, or a row is none of this base.
+        """
+        known = self.base.model.get_input_embeddings().num_embeddings
+        rows = read_held_out(entry)
+        fault = next((fault for row in rows if (fault := unreadable(row, known, self.base.files.context_length))), None)
+        if fault:
+            raise UsageError(f"{entry.paths.held_out} is damaged: {fault}", COPY_AGAIN)
+        return rows
+
 
 def check_all(library: Library) -> list[Entry]:
     """The updates of a library, none of which is damaged.
@@ -74,6 +89,8 @@ def load(root: Path, base: str | None = None, trust_remote_code: bool = False) -
     library = Library.open(root)
     entries = check_all(library)
     first = read_adapter(entries[0].folder, base)
+    for entry in entries[1:]:
+        refuse_other_kind(root, first, read_adapter(entry.folder, base))
     place = find_base(first, base, trust_remote_code)
     found = describe_base(first, place)
     assert library.base is not None
