@@ -53,7 +53,7 @@ class Loaded:
         Raises:
             UsageError: the file is damaged, or a row is none of this base.
         """
-        known = self.base.model.get_input_embeddings().num_embeddings
+        known = int(self.base.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         rows = read_held_out(entry)
         fault = next((fault for row in rows if (fault := unreadable(row, known, self.base.files.context_length))), None)
         if fault:
