@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dynlora_cli.config.load import load_recipe
+
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))
 
@@ -81,3 +83,12 @@ def test_the_table_is_what_the_lines_say():
     lines = updates.read_lines(updates.RESULTS)
     fresh = tables.page(lines, runs.STREAMS, runs.METHODS)
     assert updates.RESULTS.with_suffix(".md").read_text(encoding="utf-8") == fresh
+
+
+@pytest.mark.parametrize("name", runs.METHODS)
+def test_a_later_update_is_a_recipe_without_problems(name, tmp_path):
+    method, stream = runs.METHODS[name], runs.STREAMS["domains"]
+    (tmp_path / "blank.yaml").write_text("model: builtin:tiny\ndataset: none.jsonl\n", encoding="utf-8")
+    settings = {**runs.ranks(method, stream, 1), **runs.later_settings(method, tmp_path / "v1")}
+    recipe = load_recipe(tmp_path / "blank.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    assert recipe.adapter.origin == str(tmp_path / "v1")
