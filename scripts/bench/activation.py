@@ -207,6 +207,18 @@ class Bench:
             if name in components.UPDATES
         ]
 
+    def prefixes(self) -> list[Record]:
+        """Whether updates of which a first part is active want to be trained for that, by update."""
+        return [
+            {
+                "method": "prefixes",
+                "update": name,
+                **components.prefixes(self.work, name, self.runs[name], parts, self.measuring, self.seed),
+            }
+            for name, parts in self.subjects.items()
+            if name in components.UPDATES
+        ]
+
 
 def per_token(loss_Q: np.ndarray, targets_Q: np.ndarray, which_Q: np.ndarray) -> float:
     return float(loss_Q[which_Q].sum() / targets_Q[which_Q].sum())
@@ -227,7 +239,7 @@ def done() -> set[tuple[int, str]]:
 def measure(work: Path, seeds: Sequence[int]) -> None:
     """Every job that has no line yet."""
     settings = [(MINILM, QUESTIONS), (MINILM, DOCUMENTS), (BASE, QUESTIONS)]
-    jobs = ["no choice", *(f"{encoder}, {keys}" for encoder, keys in settings), "components"]
+    jobs = ["no choice", *(f"{encoder}, {keys}" for encoder, keys in settings), "components", "prefixes"]
     for seed in seeds:
         missing = [job for job in jobs if (seed, job) not in done()]
         if not missing:
@@ -238,6 +250,8 @@ def measure(work: Path, seeds: Sequence[int]) -> None:
                 records = bench.without_choice()
             elif job == "components":
                 records = bench.parts()
+            elif job == "prefixes":
+                records = bench.prefixes()
             else:
                 records = bench.with_choice(*settings[jobs.index(job) - 1])
             append(records, seed, job)

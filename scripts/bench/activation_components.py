@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from activation_data import Embed, Row
-from activation_models import Losses
+from activation_models import RANK, Losses, steps_of, train
 
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
@@ -65,6 +65,23 @@ def kept(order_RK: np.ndarray, share: float) -> np.ndarray:
     """1 for the best share of components of each row, 0 for the others."""
     place_RK = np.argsort(np.argsort(-order_RK, axis=1, kind="stable"), axis=1, kind="stable")
     return (place_RK < round(share * order_RK.shape[1])).astype(np.float64)
+
+
+def prefixes(
+    work: Path, name: str, plain: Path, parts: dict[str, list[Row]], losses: Losses, seed: int
+) -> dict[str, float]:
+    """Loss per token on test rows of an update, by how many of each layer's first components are active."""
+    nested = train(work / f"{name}_elastic", parts["train"], RANK, steps_of(parts["train"]), seed, elastic=True)
+    examples = losses.examples(work / name / "test_part.jsonl", parts["test"][:TEST_ROWS])
+    targets = sum(one.supervised() for one in examples)
+    found = {}
+    for how, folder in (("plain", plain), ("elastic", nested)):
+        with attached(losses.base.model, read_adapter(folder)) as pool:
+            for share in (1.0, *SHARES):
+                first = [np.arange(count) < round(share * count) for count in pool.counts.values()]
+                gates = np.broadcast_to(np.concatenate(first).astype(np.float64), (len(examples), pool.components))
+                found[f"{how}, first {share:.0%}"] = row_losses(losses, pool, examples, gates) / targets
+    return found
 
 
 def measure(

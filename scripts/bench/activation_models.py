@@ -44,7 +44,7 @@ def steps_of(rows: Sequence[Row]) -> int:
     return min(MOST_STEPS, max(1, len(rows) * EPOCHS // BATCH))
 
 
-def train(folder: Path, rows: Sequence[Row], rank: int, steps: int, seed: int) -> Path:
+def train(folder: Path, rows: Sequence[Row], rank: int, steps: int, seed: int, *, elastic: bool = False) -> Path:
     """A run of dynlora; one that is there already is left as it is."""
     out = folder / "run"
     if (out / "adapter_model.safetensors").is_file():
@@ -56,7 +56,7 @@ def train(folder: Path, rows: Sequence[Row], rank: int, steps: int, seed: int) -
             "val_size": 0.0,
             "max_length": MAX_LENGTH,
         },
-        "rank": {"init": 2 * rank, "budget": rank},
+        "rank": {"init": 2 * rank, "budget": rank, "elastic": elastic},
         "train": {"max_steps": steps, "micro_batch_size": BATCH, "learning_rate": RATE, "save_steps": 10_000},
         "output_dir": str(out),
         "seed": seed,

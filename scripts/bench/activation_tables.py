@@ -35,7 +35,10 @@ def write_table() -> None:
         "## How good the confidence is",
         confidence(records),
         "## Only some components of an update",
-        components(records),
+        by_update(records, "components"),
+        "## The first components of an update",
+        "Of each layer. `elastic` is trained with `rank.elastic: true`, `plain` without.",
+        by_update(records, "prefixes"),
     ]
     TABLE.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
@@ -60,7 +63,7 @@ def alike(records: Sequence[Record], **wanted: Any) -> list[Record]:
 
 def kinds(records: Sequence[Record]) -> list[tuple[str, str | None, str | None]]:
     """Methods that are in the main table, with encoder and keys, in the order of the file."""
-    shown = [r for r in records if r["job"] != "components" and r.get("rate", RATE) == RATE]
+    shown = [r for r in records if r["job"] not in ("components", "prefixes") and r.get("rate", RATE) == RATE]
     return list(dict.fromkeys((r["method"], r.get("encoder"), r.get("keys")) for r in shown))
 
 
@@ -102,12 +105,13 @@ def confidence(records: Sequence[Record]) -> str:
     return table(["keys", "calibration error", "Brier", "Brier of one answer for all", "pairs"], rows)
 
 
-def components(records: Sequence[Record]) -> str:
-    found = [r for r in records if r["job"] == "components"]
+def by_update(records: Sequence[Record], job: str) -> str:
+    """Losses of one job, a line for each update and one for their mean."""
+    found = alike(records, job=job)
     if not found:
         return "Not measured."
     ways = [key for key in found[0] if key not in ("seed", "job", "method", "update")]
-    by_update = dict.fromkeys(r["update"] for r in found)
-    rows = [[name, *(loss([r[way] for r in alike(found, update=name)]) for way in ways)] for name in by_update]
+    names = dict.fromkeys(r["update"] for r in found)
+    rows = [[name, *(loss([r[way] for r in alike(found, update=name)]) for way in ways)] for name in names]
     rows.append(["mean", *(loss([r[way] for r in found]) for way in ways)])
     return table(["update", *ways], rows)
