@@ -63,6 +63,7 @@ class LibraryView:
                 Text(state, style=style),
                 Text(printable(", ".join(update["tags"])), style="label"),
             )
+        table.columns[-1].no_wrap = False  # tags take a second line before anything else is cut
         self.console.show(
             Group(Text(printable(result["library"]), style="head"), Text(printable(of), style="label"), Text(), table)
         )
