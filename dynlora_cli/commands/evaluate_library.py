@@ -27,7 +27,7 @@ from dynlora_cli.evaluation.scores import paired_difference
 from dynlora_cli.library.activation import Activator, Decision, calibration_of
 from dynlora_cli.library.answers import answers
 from dynlora_cli.library.library import Library
-from dynlora_cli.library.loaded import Loaded, load
+from dynlora_cli.library.loaded import Loaded, load, refuse_empty
 from dynlora_cli.library.losses import Floats, RowLosses
 from dynlora_cli.library.requests import RequestTexts
 from dynlora_cli.merging.combine import combine
@@ -147,8 +147,9 @@ def _check(library: Library, named: Sequence[tuple[str | None, Path]]) -> None:
     """What can be said before anything heavy loads.
 
     Raises:
-        UsageError: the library is not calibrated, rows belong to an update that it has not, or their file is missing.
+        UsageError: it is empty or not calibrated, rows belong to an update that it has not, or their file is missing.
     """
+    refuse_empty(library)
     calibration_of(library)
     names = [UNRELATED, *(entry.name for entry in library.entries)]
     for origin, path in named:

@@ -61,7 +61,17 @@ def show(root: Path) -> dict[str, Any]:
         "encoder": form["encoder"],
         "calibrated": library.calibration is not None,
         "updates": updates,
+        "notes": _unsettled(library),
     }
+
+
+def _unsettled(library: Library) -> list[str]:
+    if (name := library.pending) is None:
+        return []
+    return [
+        f"{name or 'an update'} is being added or removed, or was when a process was killed: then the next command "
+        "that writes puts that in order"
+    ]
 
 
 def remove(root: Path, name: str) -> dict[str, Any]:

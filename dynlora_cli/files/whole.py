@@ -18,13 +18,18 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: beside its name, then renamed into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file or folder is until it is whole; what a killed process leaves there is of no use."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -66,7 +71,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     For folders inside one that this process writes; files/place.py is for what a person names.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished(path)
     remove(temporary)
     try:
         temporary.mkdir(parents=True)

@@ -146,7 +146,8 @@ def _unrelated(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted, notes: 
     path = wanted.unrelated
     if path is None:
         trained_on = any(origin.path == BUILTIN for entry in entries for origin in entry.sources)
-        sets = ["requests of other updates", *([] if trained_on else [f"rows of {BUILTIN}"])]
+        others = ["requests of other updates"] if len(entries) > 1 else []
+        sets = [*others, *([] if trained_on else [f"rows of {BUILTIN}"])]
         notes.append(
             f"unrelated requests are {' and '.join(sets)}: the rate of false activations is a promise for such "
             "requests; --unrelated FILE makes it one for yours"

@@ -24,7 +24,7 @@ from typing import Any
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import fits, read_object, refuse_links
 from dynlora_cli.files.place import claimed
-from dynlora_cli.files.whole import remove, sha256_of, sync, write_json, write_text
+from dynlora_cli.files.whole import remove, sha256_of, sync, unfinished, write_json, write_text
 from dynlora_cli.library.forms import SCHEMA_VERSION, BaseOf, Card, EncoderOf, EntryForm, LibraryForm, Origin, is_name
 from dynlora_cli.text import did_you_mean
 
@@ -65,7 +65,7 @@ class Paths:
 
     def all(self) -> list[Path]:
         """Everything that belongs to the update, and what a copy that was cut short leaves."""
-        return [self.adapter, self.adapter.with_name(f".{self.name}.tmp"), self.vectors, self.texts, self.held_out]
+        return [self.adapter, unfinished(self.adapter), self.vectors, self.texts, self.held_out]
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,15 @@ class Library:
         names = (self.calibration or {}).get("entries")
         return names if isinstance(names, list) else []
 
+    @property
+    def pending(self) -> str | None:
+        """The update that a process adds or removes, or did when it was killed; anybody may have written this."""
+        path = self.root / PENDING
+        if not path.is_file() or path.is_symlink():
+            return None
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(100).strip()
+
     def entry(self, name: str) -> Entry:
         """The update of a name.
 
@@ -300,10 +309,10 @@ class WritableLibrary(Library):
 
     def settle(self) -> None:
         """End what a killed process began."""
-        path = self.root / PENDING
-        if not path.is_file() or path.is_symlink():
+        for name in (PENDING, LIBRARY, REPORT):
+            remove(unfinished(self.root / name))
+        if (name := self.pending) is None:
             return
-        name = path.read_text(encoding="utf-8", errors="replace")[:100].strip()
         if is_name(name) and name not in {entry.name for entry in self.entries}:
             self._sweep(name)
         else:

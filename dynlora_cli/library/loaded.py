@@ -61,14 +61,23 @@ class Loaded:
         return rows
 
 
+def refuse_empty(library: Library) -> None:
+    """Check that there is an update at all.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not library.entries:
+        raise UsageError(f"the library {library.root} is empty", f"dynlora library add {library.root} --adapter FOLDER")
+
+
 def check_all(library: Library) -> list[Entry]:
     """The updates of a library, none of which is damaged.
 
     Raises:
         UsageError: there are none, or files have changed.
     """
-    if not library.entries:
-        raise UsageError(f"the library {library.root} is empty", f"dynlora library add {library.root} --adapter FOLDER")
+    refuse_empty(library)
     for entry in library.entries:
         entry.check()
     return library.entries

@@ -200,6 +200,12 @@ def test_without_a_file_other_updates_and_the_standard_library_are_unrelated(two
     assert any("cannot be promised" in note for note in notes)
 
 
+def test_of_one_update_no_other_updates_are_told(made: Made):
+    with quiet:
+        _, notes = calibrate(made.root, Wanted(rows=12), silent)
+    assert any(note.startswith("unrelated requests are rows of builtin:stdlib-docs:") for note in notes)
+
+
 def test_bare_requests_set_the_threshold_alone(two: Made, tmp_path: Path):
     (tmp_path / "asked.txt").write_text("".join(f"What is {n}?\n\n" for n in range(15)))
     with quiet:

@@ -202,6 +202,26 @@ def test_two_do_not_write_at_once(made: Made, tmp_path: Path):
     assert [entry.name for entry in Library.open(made.root).entries] == ["first"]
 
 
+def test_an_addition_that_was_cut_short_is_told(made: Made, dynlora: Dynlora):
+    assert dynlora("library", "list", made.root, "--json").json["notes"] == []
+    (made.root / "pending").write_text("law\n")
+    shown = dynlora("library", "list", made.root, "--json")
+    assert shown.code == 0
+    assert "law is being added or removed, or was when a process was killed" in shown.json["notes"][0]
+    assert "law is being added" in shown.err
+    assert (made.root / "pending").is_file(), "looking changes nothing"
+    dynlora("library", "remove", made.root, "first")
+    (made.root / "pending").write_text("law")
+    assert "law is being added" in dynlora("library", "list", made.root).err, "of an empty library as well"
+
+
+def test_an_empty_library_says_so(made: Made, dynlora: Dynlora):
+    dynlora("library", "remove", made.root, "first")
+    for command in (("library", "calibrate", made.root), ("eval", "--library", made.root)):
+        answer = dynlora(*command)
+        assert (answer.code, f"the library {made.root} is empty" in answer.err) == (2, True)
+
+
 def test_a_folder_that_is_no_library_is_left_alone(made: Made, tmp_path: Path, dynlora: Dynlora):
     mine = tmp_path / "mine"
     mine.mkdir()

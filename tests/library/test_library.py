@@ -124,6 +124,16 @@ def test_a_removal_killed_at_its_start_has_not_been(made: Made):
     assert contents(made.root) == before
 
 
+def test_what_a_killed_write_leaves_goes(made: Made):
+    """A torn library.json holds the record of an update that is to leave no trace."""
+    before = contents(made.root)
+    for name in ("library.json", "pending", "report.html"):
+        (made.root / f".{name}.tmp").write_text("half")
+    with library_for_writing(made.root):
+        pass
+    assert contents(made.root) == before
+
+
 def test_what_is_written_as_pending_is_no_path(made: Made):
     (made.root.parent / "up.npy").write_text("mine")
     (made.root / PENDING).write_text("../../up")

@@ -42,6 +42,7 @@ class LibraryView:
         base, encoder = result["base"], result["encoder"]
         if not result["updates"]:
             self.console.line(f"{result['library']} is empty")
+            self._notes(result)
             return
         state = "calibrated" if result["calibrated"] else "not calibrated"
         of = f"base {base['name']}, encoder {encoder['name']}, {state}"
@@ -67,6 +68,7 @@ class LibraryView:
         self.console.show(
             Group(Text(printable(result["library"]), style="head"), Text(printable(of), style="label"), Text(), table)
         )
+        self._notes(result)
 
     def show_removed(self, result: dict[str, Any]) -> None:
         """What is gone, and what is left."""
