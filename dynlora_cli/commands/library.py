@@ -104,6 +104,8 @@ def calibrate(root: Path, wanted: Wanted, tell: Tell) -> tuple[dict[str, Any], C
     Raises:
         DynloraError: with the exit code that fits; the library is as it was.
     """
+    with library_for_writing(root):  # that the result could not be kept is said before minutes of work
+        pass
     from dynlora_cli.library.calibrate import calibrate as learn
     from dynlora_cli.models.quiet import quiet
 

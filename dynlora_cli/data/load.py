@@ -123,7 +123,7 @@ def load_data(
     if labels is not None:
         number_labels([kept for part in parts.values() for kept in part], labels, reader.notes)
     counts = {part: _counts(parts[part], lost[part]) for part in lost}
-    _check_supervised(counts, reader)
+    _check_supervised(counts, reader, to_measure)
     _note_writing(reader)
     training, measured, sized = ([kept.example for kept in part] for part in parts.values())
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
@@ -194,7 +194,7 @@ def _counts(rows: list[Kept], dropped: int) -> dict[str, int]:
     }
 
 
-def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader) -> None:
+def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader, to_measure: bool) -> None:
     """Refuse a run that could learn nothing; tell what was lost."""
     train, notes, limit = counts["train"], reader.notes, reader.max_length
     if not train["supervised"]:
@@ -203,11 +203,12 @@ def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader) -> None
     if train["supervised"] < 0.01 * train["tokens"] and train["supervised"] != train["rows"]:
         notes.append(f"only {train['supervised'] / train['tokens']:.2%} of the training tokens carry a loss")
     for part, count in counts.items():
+        where = "rows to measure" if to_measure else part
         if count["cut_answers"]:
-            notes.append(f"{part}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
+            notes.append(f"{where}: {count['cut_answers']} of {count['rows']} answers were cut at max_length {limit}")
         if count["dropped"]:
             reasons = "; ".join(reasons_of(reader.lost[part == "val"]))
-            notes.append(f"{part}: {counted(count['dropped'], 'row')} dropped: {reasons}")
+            notes.append(f"{where}: {counted(count['dropped'], 'row')} dropped: {reasons}")
 
 
 def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:

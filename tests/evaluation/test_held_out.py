@@ -87,6 +87,16 @@ def test_a_file_is_read_as_the_training_rows_were(
     assert said is ("?" in expected)
 
 
+def test_rows_that_do_not_fit_are_not_said_to_be_training_rows(llama: Run, tmp_path: Path):
+    run = trained_by(llama, tmp_path)
+    path = write_rows(tmp_path / "other.jsonl", 3)
+    with path.open("a", encoding="utf-8") as file:
+        print(json.dumps(json.loads(path.read_text().splitlines()[0]) | {"prompt": "word " * 2000}), file=file)
+    rows = rows_of(run, path)
+    assert len(rows.examples) == 3
+    assert any(note.startswith("rows to measure: 1 row dropped") for note in rows.notes)
+
+
 def test_a_file_of_another_form_than_the_training_rows(llama: Run, tmp_path: Path):
     run = trained_by(llama, tmp_path, train=[{"path": "gone.jsonl", "format": "alpaca"}])
     rows = rows_of(run, write_rows(tmp_path / "other.jsonl", 5))

@@ -195,10 +195,12 @@ def test_a_library_of_a_later_version(made: Made, dynlora: Dynlora):
 
 def test_two_do_not_write_at_once(made: Made, tmp_path: Path):
     with library_for_writing(made.root):
-        command = [sys.executable, "-m", "dynlora_cli", "library", "remove", str(made.root), "first"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "is in use by process" in done.stderr
+        for words in (["remove", str(made.root), "first"], ["calibrate", str(made.root)]):
+            command = [sys.executable, "-m", "dynlora_cli", "library", *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 2
+            assert "is in use by process" in done.stderr
+            assert "measuring" not in done.stderr, "it is said before the work"
     assert [entry.name for entry in Library.open(made.root).entries] == ["first"]
 
 
