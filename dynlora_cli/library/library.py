@@ -309,8 +309,8 @@ class WritableLibrary(Library):
 
     def settle(self) -> None:
         """End what a killed process began."""
-        for name in (PENDING, LIBRARY, REPORT):
-            remove(unfinished(self.root / name))
+        for file in (PENDING, LIBRARY, REPORT):
+            remove(unfinished(self.root / file))
         if (name := self.pending) is None:
             return
         if is_name(name) and name not in {entry.name for entry in self.entries}:
