@@ -16,7 +16,7 @@ from dynlora_cli.data.examples import Example
 from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.evaluation.rows import held_out_rows
-from dynlora_cli.files.whole import write_text
+from dynlora_cli.files.whole import remove, write_text
 from dynlora_cli.library.calibration import require
 from dynlora_cli.library.features import Floats
 from dynlora_cli.library.find import Finder
@@ -216,5 +216,7 @@ def _keep(root: Path, loaded: Loaded, learned: Calibration, notes: Sequence[str]
     with library_for_writing(root) as library:
         if library.entries != loaded.library.entries:
             raise UsageError(f"{root} was changed while it was calibrated", "calibrate again")
+        report = page(root.resolve().name, learned, notes)
+        remove(root / REPORT)  # that of an earlier calibration is never beside this one
         library.put_calibration(learned.as_dict())
-        write_text(root / REPORT, page(root.resolve().name, learned, notes))
+        write_text(root / REPORT, report)

@@ -33,6 +33,10 @@ WORDS = 128  # of a passage
 CHARACTERS = 1200  # of a passage, for languages that put no spaces between words
 LONGEST_REQUEST = 2000  # characters
 HELD_OUT_SHARE = 0.2  # of a file of rows that nobody has split
+BRING_BACK = (
+    "add it from the folder in which it was trained, where its paths start; or bring the rows back as they were, or "
+    "name rows with --data FILE"
+)
 
 
 @dataclass
@@ -93,7 +97,7 @@ def _own_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase
             context=place.files.context_length,
         )
     except UsageError as error:
-        raise UsageError(error.message, "bring the rows back, or name rows with --data FILE") from None
+        raise UsageError(error.message, BRING_BACK) from None
     return Found(
         keys=[Key(text, f"row {example.row + 1}") for text, example in _requests(read.train, tokenizer)],
         held_out=[HeldOut(text, example) for text, example in _requests(read.val, tokenizer)],

@@ -19,6 +19,7 @@ from dynlora_cli.commands.evaluate_library import Wanted as Asked
 from dynlora_cli.commands.evaluate_library import run as evaluate
 from dynlora_cli.evaluation.generation import find_prompts, generate
 from dynlora_cli.evaluation.rows import held_out_rows
+from dynlora_cli.library import calibrate as calibrating
 from dynlora_cli.library.activation import Activator
 from dynlora_cli.library.add import add
 from dynlora_cli.library.addition import Addition
@@ -80,6 +81,20 @@ def test_what_is_learned_is_written(two: Made, strangers: Path):
     page = (two.root / "report.html").read_text()
     assert "Reliability: what was said, and what was true" in page
     assert "Gain against false activations" in page
+
+
+def test_a_report_is_of_the_calibration_beside_it(two: Made, strangers: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where the process ends between the two."""
+    before = Library.open(two.root).calibration
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrating, "write_text", end)
+    with quiet, pytest.raises(KeyboardInterrupt):
+        calibrate(two.root, Wanted(strangers, rate=0.5), silent)
+    assert Library.open(two.root).calibration != before
+    assert not (two.root / "report.html").exists()
 
 
 def set_threshold(root: Path, evidence: float, at_most: int = 1) -> None:

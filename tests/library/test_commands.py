@@ -81,7 +81,8 @@ def test_rows_that_have_changed_are_refused(made: Made, tmp_path: Path, dynlora:
     (run / "dynlora.json").write_text(json.dumps(record))
     answer = dynlora("library", "add", tmp_path / "new", "--adapter", run)
     assert answer.code == 2
-    assert "name rows with --data FILE" in answer.err
+    assert "name rows with --data FILE" in " ".join(answer.err.split())
+    assert "add it from the folder in which it was trained" in answer.err
     assert not (tmp_path / "new").exists()
 
 
