@@ -79,7 +79,7 @@ def prefixes(
         with attached(losses.base.model, read_adapter(folder)) as pool:
             for share in (1.0, *SHARES):
                 first = [np.arange(count) < round(share * count) for count in pool.counts.values()]
-                gates = np.broadcast_to(np.concatenate(first).astype(np.float64), (len(examples), pool.components))
+                gates = np.tile(np.concatenate(first).astype(np.float64), (len(examples), 1))
                 found[f"{how}, first {share:.0%}"] = row_losses(losses, pool, examples, gates) / targets
     return found
 
