@@ -37,6 +37,7 @@ UPDATES = {
     "growth, freeze": "new components beside the old, `old: freeze`",
     "O-LoRA": "`old: freeze`, `orthogonality: 0.5` (O-LoRA)",
     "growth, freeze, replay 5 %, half rate": "`old: freeze`, `replay` with a share of 5 %, half the rate",
+    "growth, freeze, replay 20 %, half rate": "`old: freeze`, `replay` with a share of 20 %, half the rate",
     "an adapter for each": "an adapter for each update, the right one chosen",
     "joint": "all rows at once, nothing comes later",
 }
