@@ -23,6 +23,7 @@ from transformers import (
 from dynlora_cli.adapters import kind as kinds
 from dynlora_cli.adapters.adapter import PREFIX
 from dynlora_cli.adapters.write import lora_config, write_adapter
+from dynlora_cli.config.sections import Adapter
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.variants import lora
@@ -59,7 +60,7 @@ def pruned(kind, folder, *, scale_alpha=16.0, seed=0):
     targets = find_targets(model, "all-linear", whole=[head] if head else [])
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     start = plan_start(shapes, SimpleNamespace(kind="rank", value=4), 6)
-    options = SimpleNamespace(alpha=scale_alpha, scaling="rslora", dropout=0.0, init_weights="default", freeze_a=False)
+    options = Adapter(alpha=scale_alpha, scaling="rslora")
     pool = lora.attach(model, targets, start, options, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
