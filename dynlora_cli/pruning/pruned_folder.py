@@ -38,8 +38,7 @@ def write_record(
     """
     turned = not getattr(plugins.load("policies", summary["policy"]), "as_they_stand", False)
     now = [*([PRUNED] if turned else []), *([HEALED] if events else [])]
-    altered = [*(before.record.get("altered") or ()), *now]
-    after = replace(after, record={**after.record, "altered": list(dict.fromkeys(altered))})
+    after = _altered(after, [*(before.record.get("altered") or ()), *now])
     _write(folder, before, after, summary, _pruning(summary, options, curve), threshold, events)
 
 
@@ -61,11 +60,15 @@ def write_retired(
         events: of the loop, where the adapter was trained again after the cut.
     """
     if events:
-        altered = [*(after.record.get("altered") or ()), HEALED]
-        after = replace(after, record={**after.record, "altered": list(dict.fromkeys(altered))})
+        after = _altered(after, [*(after.record.get("altered") or ()), HEALED])
     pruning: records.Prune = {"from": summary["from"], "born": born, "exact": summary["exact"], "why": summary["why"]}
     pruning["heal_steps"] = summary.get("heal_steps", 0)
     _write(folder, before, after, summary, pruning, None, events)
+
+
+def _altered(adapter: Adapter, ways: list[str]) -> Adapter:
+    """The adapter with what was done to its components on record, each way once."""
+    return replace(adapter, record={**adapter.record, "altered": list(dict.fromkeys(ways))})
 
 
 def _write(

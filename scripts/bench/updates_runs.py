@@ -193,14 +193,14 @@ def base_of(stream: Stream, work: Path) -> Any:
     from dynlora_cli.models.base_files import BaseFiles
     from dynlora_cli.training.setup import read_base, read_data
 
-    recipe = test_recipe(stream, stream.general, "test", work)
+    recipe = measuring_recipe(stream, stream.general, "test", work)
     files = BaseFiles.find(recipe.model)
     base = read_base(recipe, files, read_data(recipe, files), torch.device("cpu"), plan(recipe.train))
     base.model.requires_grad_(False)
     return base
 
 
-def test_recipe(stream: Stream, task: str, part: str, work: Path) -> Any:
+def measuring_recipe(stream: Stream, task: str, part: str, work: Path) -> Any:
     from dynlora_cli.config.load import load_recipe
 
     settings = run_settings(stream, [task], 1e-3, 0, work)
@@ -216,7 +216,7 @@ def rows_of(stream: Stream, task: str, part: str, work: Path) -> list[Any]:
     from dynlora_cli.training.batches import make_batches
     from dynlora_cli.training.setup import read_data
 
-    recipe = test_recipe(stream, task, part, work)
+    recipe = measuring_recipe(stream, task, part, work)
     data = read_data(recipe, BaseFiles.find(recipe.model))
     batches = make_batches(recipe, data.val[: stream.rows], base_of(stream, work), shuffle=False)
     return [batch for index in range(batches.steps_per_epoch) for batch in batches.step(0, index)]
