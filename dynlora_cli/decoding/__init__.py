@@ -1,0 +1,1 @@
+"""Tokens that a model writes, one after the other."""

@@ -1,0 +1,1 @@
+"""A base with its adapters in memory, which answers requests."""

@@ -1,0 +1,1 @@
+"""Which adapter answers a request, or a token."""
