@@ -97,6 +97,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("model.load_in_8bit", "model.load_in_4bit", "4 and 8 bits exclude each other; set one to false")
     yield from _declared_conflicts(recipe, "variants")
     yield from _variant_conflicts(recipe)
+    yield from _router_conflicts(recipe)
     yield from _mode_conflicts(recipe)
     if model.num_labels is not None and not plugins.declared("tasks", model.task, "HAS_CLASSES"):
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
@@ -185,6 +186,30 @@ def _variant_conflicts(recipe: Settings) -> Iterator[Conflict]:
             yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
     if adapter.scaling == "rslora" and adapter.alpha == "auto":
         yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
+
+
+def _router_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What does not go with a variant that learns to choose among adapters, and with one that does not."""
+    adapter, variant = recipe.adapter, recipe.adapter.variant
+    if not plugins.declared("variants", variant, "routes"):
+        if adapter.library is not None:
+            text = f"variant {variant} does not choose among adapters; leave it out, or choose a variant that does"
+            yield Conflict("adapter.library", "adapter.variant", text)
+        return
+    if adapter.library is None:
+        text = f"variant {variant} learns to choose among adapters; name their folders, or that of a library"
+        yield Conflict("adapter.library", "adapter.variant", text)
+    unused = {
+        "adapter": ("from", "old", "target_modules", "scaling", "orthogonality", "init_weights"),
+        "rank": tuple(type(recipe.rank).model_fields),
+        "pruning": tuple(type(recipe.pruning).model_fields),
+    }
+    for section, keys in unused.items():
+        values = getattr(recipe, section)
+        for key in keys:
+            if getattr(values, key) != type(values).model_fields[key].get_default(call_default_factory=True):
+                text = f"the adapters of a library stay as they are, so variant {variant} has no use for it"
+                yield Conflict(f"{section}.{key}", "adapter.variant", text)
 
 
 def _elastic_conflicts(recipe: Settings) -> Iterator[Conflict]:

@@ -7,12 +7,12 @@ The sentence under a field is its description in `dynlora schema`. Reading a fil
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model
 
 from dynlora_cli import plugins
+from dynlora_cli.config.adapter_section import Adapter
 from dynlora_cli.config.budget import MAX_RANK, Budget, parse_budget
 from dynlora_cli.config.types import (
     PART,
@@ -172,53 +172,6 @@ class Dataset(Section):
     """A Jinja template or its file; null: the tokenizer's own."""
     retrieve: Retrieve | None = None
     """Passages to be looked for and put into the prompts; null: none."""
-
-
-# `from` is a word of Python, so no class body can have it as a field.
-_AdapterFrom = create_model(
-    "_AdapterFrom",
-    __base__=Section,
-    **{"from": (HomePath | None, Field(default=None, description="An adapter to go on from: its folder; null: none."))},  # type: ignore[call-overload]
-)
-
-
-class Adapter(_AdapterFrom):
-    """Where the components sit and how they act."""
-
-    old: Literal["tune", "freeze", "magnitudes"] = "tune"
-    """What the components of `from` do: train on, stay as they are, or train their size alone. One budget for all."""
-
-    variant: Annotated[str, PlugIn("variants")] = "lora"
-    """How a layer uses its components: a file name in dynlora_cli/lora/variants."""
-    target_modules: (
-        Annotated[Text, AfterValidator(NotForeign("target_modules"))] | Annotated[list[Text], Field(min_length=1)]
-    ) = "all-linear"
-    """all-linear (every linear layer but the output head), attention, qv, experts, or module names and globs."""
-    scaling: Literal["lora", "rslora"] = "lora"
-    """lora: alpha / r; rslora: alpha / sqrt(r); r is the budget's average rank, constant for the run."""
-    alpha: Positive | Literal["auto"] = "auto"
-    """Numerator of the scale; auto: so that the scale is 2, which for lora is the customary alpha = 2 r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the input of the adapters."""
-    freeze_a: bool = False
-    """Train B alone (LoRA-FA): layers keep no inputs for the backward pass, which saves memory."""
-    penalty: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Weight of the variant's own penalty (adalora: orthogonality, sora: threshold, ard: L1); others have none."""
-    orthogonality: Annotated[float, Field(ge=0)] = 0.0
-    """With `from`: weight of O-LoRA's penalty, Σ |cos| between old and new rows of A; 0.5 is a strong one."""
-    init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq", "inflora"] = "default"
-    """Start of A and B; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/lora/init.py."""
-
-    @property
-    def origin(self) -> str | None:
-        """The key `from`."""
-        return getattr(self, "from")
-
-    @property
-    def names_experts(self) -> bool:
-        """Whether every expert of a mixture gets components of its own."""
-        wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        return any(re.search(r"(^|\W)experts(\W|$)", pattern) for pattern in wanted)
 
 
 class Rank(Section):

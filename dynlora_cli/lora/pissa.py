@@ -20,7 +20,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.magnitudes import MagnitudeLinear
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.sections import Adapter
+    from dynlora_cli.config.adapter_section import Adapter
 
 
 class RelativeLinear(ComponentLinear):

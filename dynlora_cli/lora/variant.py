@@ -47,7 +47,7 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.sections import Adapter
+    from dynlora_cli.config.adapter_section import Adapter
 
 DEFAULT_SCALE = 2.0  # measured at ranks 1 and 4: scripts/bench/NOTES.md
 

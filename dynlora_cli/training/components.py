@@ -35,8 +35,9 @@ from dynlora_cli.training.origin import Begun, put_origin, read_origin, settle, 
 from dynlora_cli.training.silent_start import write_silent
 
 if TYPE_CHECKING:
+    from dynlora_cli.config.adapter_section import Adapter
     from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.config.sections import Adapter, Rank
+    from dynlora_cli.config.sections import Rank
     from dynlora_cli.data.batches import Batch
     from dynlora_cli.lora.variant import Variant
 

@@ -23,7 +23,7 @@ from transformers import (
 from dynlora_cli.adapters import kind as kinds
 from dynlora_cli.adapters.adapter import PREFIX
 from dynlora_cli.adapters.write import lora_config, write_adapter
-from dynlora_cli.config.sections import Adapter
+from dynlora_cli.config.adapter_section import Adapter
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.surgery import shrink
 from dynlora_cli.lora.variants import lora

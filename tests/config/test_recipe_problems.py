@@ -228,3 +228,9 @@ def test_unknown_keys_are_led_home(override: str, answer: str) -> None:
     (problem,) = problems(MINIMAL, override)
     assert problem.startswith(f"--set {override}: ")
     assert problem.endswith(answer)
+
+
+def test_a_library_is_for_a_variant_that_chooses() -> None:
+    found = "\n".join(problems(MINIMAL, "adapter.library=[out/a]"))
+    assert "adapter.library" in found
+    assert "variant lora does not choose among adapters" in found

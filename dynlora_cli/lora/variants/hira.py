@@ -30,7 +30,7 @@ from dynlora_cli.lora.variant import put
 from dynlora_cli.models.linear import dense_weight
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.sections import Adapter
+    from dynlora_cli.config.adapter_section import Adapter
 
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio")

@@ -29,7 +29,7 @@ from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.variant import penalty_weight, put
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.sections import Adapter
+    from dynlora_cli.config.adapter_section import Adapter
 
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")

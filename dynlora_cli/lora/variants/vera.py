@@ -31,7 +31,7 @@ from dynlora_cli.lora.vera import VeraLinear
 from dynlora_cli.models.linear import linear_shape
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.sections import Adapter
+    from dynlora_cli.config.adapter_section import Adapter
 
 has_components = True
 takes = ("dropout",)
