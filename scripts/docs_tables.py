@@ -28,7 +28,7 @@ EQUAL = {
 }
 LARGER = {"LoRA of twice the size, at": "LoRA of twice the size"}
 RANKS = (1, 2, 4)
-# Methods of updates.md, and what they are called in the documentation.
+# Methods of updates/updates.md, and what they are called in the documentation.
 UPDATES = {
     "sequential": "going on with `adapter.from`",
     "sequential, replay 5 %": "the same, `replay` with a share of 5 %",
@@ -45,7 +45,7 @@ UPDATES = {
 
 def speed() -> str:
     """The first table of each machine."""
-    page = (BENCH / "speed.md").read_text(encoding="utf-8")
+    page = (BENCH / "speed" / "speed.md").read_text(encoding="utf-8")
     parts = []
     for machine, body in re.findall(r"^(\S[^|\n]*):\n\n((?:\|.*\n)+)", page, flags=re.MULTILINE):
         rows = rows_of(body)
@@ -58,7 +58,7 @@ def speed() -> str:
 
 def memory() -> str:
     """The table of memory.md; its head has two columns of one name."""
-    page = (BENCH / "memory.md").read_text(encoding="utf-8")
+    page = (BENCH / "speed" / "memory.md").read_text(encoding="utf-8")
     lines = "".join(re.findall(r"^\|.*\n", page, flags=re.MULTILINE))
     return lines.replace("| shape | base | optimizer |", "| model | base in | optimizer |")
 
@@ -85,7 +85,7 @@ def afterwards() -> str:
 
 def updates() -> str:
     """What is forgotten over five updates, by method."""
-    page = (BENCH / "updates.md").read_text(encoding="utf-8")
+    page = (BENCH / "updates" / "updates.md").read_text(encoding="utf-8")
     section = page.split("## Five domains")[1].split("\n\n")
     rows = {row["method"]: row for row in rows_of(next(part for part in section if part.startswith("|")))}
     lines = (

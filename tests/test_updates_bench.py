@@ -1,4 +1,4 @@
-"""scripts/bench/updates.py: what it calls forgetting, equal sizes, rows kept apart, and that its table is fresh."""
+"""scripts/bench/updates/updates.py: what it calls forgetting, equal sizes, rows kept apart, and that its table is fresh."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from dynlora_cli.config.load import load_recipe
 
-BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+BENCH = Path(__file__).parents[1] / "scripts" / "bench" / "updates"
 sys.path.insert(0, str(BENCH))
 
 

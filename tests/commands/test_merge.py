@@ -196,7 +196,7 @@ def test_the_bare_form(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path):
     """A model of many shards, larger than the bound; the script fails where the peak is above it."""
-    script = Path(__file__).parents[2] / "scripts" / "bench" / "merge_memory.py"
+    script = Path(__file__).parents[2] / "scripts" / "bench" / "speed" / "merge_memory.py"
     command = [
         sys.executable,
         script,

@@ -1,10 +1,10 @@
 """How near does a training step come to the frozen model's own cost? Against that floor and stock PEFT, in one run.
 
-    python scripts/bench/speed.py                          # all shapes that fit a CPU, appended to speed.jsonl, then speed.md
-    python scripts/bench/speed.py --models 512x8 --ranks 16 --tokens 1024 --rounds 9
-    python scripts/bench/speed.py --models llama-3.2-1b,llama-3.1-8b --base plain,nf4 --tokens 4096   # on a GPU
-    python scripts/bench/speed.py --models llama-3.2-1b --tokens 4096 --compile   # every method's blocks compiled
-    python scripts/bench/speed.py --table                  # only write speed.md again
+    python scripts/bench/speed/speed.py                          # all shapes that fit a CPU, appended to speed.jsonl, then speed.md
+    python scripts/bench/speed/speed.py --models 512x8 --ranks 16 --tokens 1024 --rounds 9
+    python scripts/bench/speed/speed.py --models llama-3.2-1b,llama-3.1-8b --base plain,nf4 --tokens 4096   # on a GPU
+    python scripts/bench/speed/speed.py --models llama-3.2-1b --tokens 4096 --compile   # every method's blocks compiled
+    python scripts/bench/speed/speed.py --table                  # only write speed.md again
 
 The floor is the forward pass of a frozen Llama with random weights and the backward pass to its embeddings, as
 transformers runs them: what every adapter method has to do. Ours does some of it in fewer passes (execution/lean_blocks.py); the

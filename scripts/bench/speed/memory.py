@@ -1,6 +1,6 @@
 """What does a run need of memory, on the plain base, on 8 bits and on NF4? Told by `--dry-run` for published shapes.
 
-    python scripts/bench/memory.py               # Llama-3.2-1B and Llama-3.1-8B, table to memory.md
+    python scripts/bench/speed/memory.py               # Llama-3.2-1B and Llama-3.1-8B, table to memory.md
 
 There are no weights: a dry run computes one step whose tensors have shapes and no numbers, and counts them (tests hold
 it to 15 % of the measured peak). LoRA at twice a budget of 16, one row of 1024 tokens, gradient checkpointing, bf16.
@@ -55,7 +55,7 @@ def need(work: Path, shape: str, base: str, optimizer: str) -> dict[str, Any]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    lines = ["# Memory that a run needs, GiB\n", "Made by `scripts/bench/memory.py`; how: its first lines.\n"]
+    lines = ["# Memory that a run needs, GiB\n", "Made by `scripts/bench/speed/memory.py`; how: its first lines.\n"]
     lines += ["| shape | base | optimizer | " + " | ".join(PARTS) + " |", "|---" * (3 + len(PARTS)) + "|"]
     with tempfile.TemporaryDirectory() as folder:
         for shape in PUBLISHED:

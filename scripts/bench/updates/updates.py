@@ -1,11 +1,11 @@
 """Constant updates: what does a model forget when it is updated again and again, and what helps?
 
-    python scripts/bench/updates.py rates        # learning rates, on validation rows of one domain; first
-    python scripts/bench/updates.py domains      # law, finance, medicine, arithmetic, code; 3 seeds
-    python scripts/bench/updates.py tasks        # ten tasks of continual learning, three orders
-    python scripts/bench/updates.py real --model FOLDER   # three domains on a real model, such as SmolLM2-135M
-    python scripts/bench/updates.py retirement   # what an update that is taken out again leaves behind
-    python scripts/bench/updates.py table        # only write updates.md again
+    python scripts/bench/updates/updates.py rates        # learning rates, on validation rows of one domain; first
+    python scripts/bench/updates/updates.py domains      # law, finance, medicine, arithmetic, code; 3 seeds
+    python scripts/bench/updates/updates.py tasks        # ten tasks of continual learning, three orders
+    python scripts/bench/updates/updates.py real --model FOLDER   # three domains on a real model, such as SmolLM2-135M
+    python scripts/bench/updates/updates.py retirement   # what an update that is taken out again leaves behind
+    python scripts/bench/updates/updates.py table        # only write updates.md again
 
 A stream is a list of tasks; a method learns one after the other, each in a run of `dynlora train`, and is measured on
 the test rows of every task seen so far. All methods end with the same number of parameters: SHARE of average rank for
@@ -95,7 +95,7 @@ class Bench:
     def rate(self, family: str) -> float:
         tried = [line for line in self.lines if line.get("family") == family]
         if not tried:
-            raise SystemExit("no learning rate yet: python scripts/bench/updates.py rates")
+            raise SystemExit("no learning rate yet: python scripts/bench/updates/updates.py rates")
         return float(min(tried, key=lambda line: line["loss"][SEARCHED_ON])["rate"])
 
     def run(self, job: Job) -> None:

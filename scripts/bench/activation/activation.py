@@ -1,7 +1,7 @@
 """Which update speaks when: what calibrated activation gives, against one adapter for all, merged ones, and an oracle.
 
-    python scripts/bench/activation.py --work FOLDER            # what is missing in activation.jsonl, then activation.md
-    python scripts/bench/activation.py --table                  # only writes activation.md again
+    python scripts/bench/activation/activation.py --work FOLDER            # what is missing in activation.jsonl, then activation.md
+    python scripts/bench/activation/activation.py --table                  # only writes activation.md again
 
 Twelve updates of stories3M: eight topics of a chat about one event (k-means over its prompts), and the questions of four
 sets. Each is trained as a small adapter. Requests of held-out prompts, and requests that no update is about, are then

@@ -1,6 +1,6 @@
 """Does merging need more memory than the largest tensor? Measured on a model of several GB in many shards.
 
-    python scripts/bench/merge_memory.py [--gigabytes 4]     # appended to scripts/bench/merge_memory.jsonl
+    python scripts/bench/speed/merge_memory.py [--gigabytes 4]     # appended to scripts/bench/speed/merge_memory.jsonl
 
 Makes a Llama of random bf16 weights shard by shard (it never is in memory as a whole either), a random adapter of mixed
 rank on all its linear layers, and runs `dynlora merge` on them in a process of its own. The peak is that process's

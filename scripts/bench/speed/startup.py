@@ -1,7 +1,7 @@
 """How long until something happens? Against Python importing typer, in rounds; appended to startup.jsonl.
 
-python scripts/bench/startup.py              # 7 rounds, table to stdout
-python scripts/bench/startup.py --table      # only the table of what is there
+python scripts/bench/speed/startup.py              # 7 rounds, table to stdout
+python scripts/bench/speed/startup.py --table      # only the table of what is there
 
 typer         python -c "import typer", the floor of any command line made with it
 --help        dynlora --help
@@ -37,7 +37,7 @@ def listen(event):
         raise SystemExit
 train.run(load_recipe(Path(sys.argv[1]), ["output_dir=" + sys.argv[2]]), listener=listen)
 """
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def seconds_of(*command: str, exit_code: int = 0) -> float:

@@ -1,7 +1,7 @@
 """Do passages in the prompt help a small model, does RAFT, and does policy `retrieval`? At equal tokens.
 
-    python scripts/bench/retrieval.py --work FOLDER            # measures what is missing, writes retrieval.md
-    python scripts/bench/retrieval.py --work FOLDER --table    # only writes retrieval.md again
+    python scripts/bench/retrieval/retrieval.py --work FOLDER            # measures what is missing, writes retrieval.md
+    python scripts/bench/retrieval/retrieval.py --work FOLDER --table    # only writes retrieval.md again
 
 Questions of XQuAD (English) and of Natural Questions (QED) with short answers, a Llama of 3 M parameters. Every run sees
 about the same number of tokens, so the arm without passages makes many more steps. Held-out rows get what a user would

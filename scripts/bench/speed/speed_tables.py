@@ -9,7 +9,7 @@ from typing import Any
 SHAPE = ("model", "rank", "tokens", "base", "compiled")
 HEADER = """# Speed: a step against the frozen model's own cost
 
-Made by `scripts/bench/speed.py` from speed.jsonl; how: its first lines. Median (min to max) over rounds.
+Made by `scripts/bench/speed/speed.py` from speed.jsonl; how: its first lines. Median (min to max) over rounds.
 """
 SCALING = """Time of a step against layers, tokens and rank (512 wide, the others fixed; ms, median): the frozen model alone (its lean
 floor), and what the components add, in all and for each of what is varied.

@@ -1,6 +1,6 @@
 """How many tokens of a batch are padding? In random order, in dynlora's batches, and packed.
 
-    python scripts/bench/padding.py          # writes padding.md; takes half a minute and trains nothing
+    python scripts/bench/speed/padding.py          # writes padding.md; takes half a minute and trains nothing
 
 Tokens that are computed, padding included, for each real one, over an epoch. dynlora's own batches put rows of similar length
 together (data/batches.py). Data and the tokenizer's model are in DYNLORA_SHARED (../shared).
@@ -59,7 +59,7 @@ def main() -> None:
         "dynlora",
         "packed, a quarter as many rows",
     ]
-    lines = ["# Padding: tokens computed for each real one\n", "Made by `scripts/bench/padding.py`.\n"]
+    lines = ["# Padding: tokens computed for each real one\n", "Made by `scripts/bench/speed/padding.py`.\n"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += [line(name, length, rows) for name in SETS for length in (256, 512) for rows in (4, 16)]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Which encoder finds the right update: top-1 over sets, topics and passages, for a base's own states and for MiniLM.
 
-    python scripts/bench/encoders.py FOLDER... minilm > scripts/bench/encoders.md
+    python scripts/bench/retrieval/encoders.py FOLDER... minilm > scripts/bench/retrieval/encoders.md
 
 Each FOLDER is a language model. Data: DYNLORA_SHARED/data, chat_mlx_wwdc, covidqa, qed_nq, xquad_en. No training.
 
@@ -119,7 +119,7 @@ def load(name: str) -> Encoder:
 
 
 def main() -> None:
-    print("<!-- made by scripts/bench/encoders.py -->\n")
+    print("<!-- made by scripts/bench/retrieval/encoders.py -->\n")
     print("| encoder | compared | sets, % | topics, % | passages, % |\n|---|---|---:|---:|---:|")
     for name in sys.argv[1:]:
         row = measure(load(name))
