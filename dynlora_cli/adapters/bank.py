@@ -1,0 +1,246 @@
+"""Several adapters on one base in memory: every row of a batch uses the base, one of them, or a mix of several.
+
+The base's weights are there once, and an adapter costs what its components cost. An adapter that is more than
+components of linear layers (a DoRA, one with a head of its own ...) cannot share a batch with others. It goes alone:
+the others are off while it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynlora_cli.adapters.adapter import PLAIN, Adapter
+from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.base import holds_weight, module_of
+from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.multi import Choice, MultiLinear, TokenGates
+from dynlora_cli.text import did_you_mean
+
+Mix = Mapping[str, float]  # weights by the names of adapters; {} is the base
+
+
+class Bank:
+    """Adapters on a model, which is changed in place until `close`.
+
+    Args:
+        model: the base, on its device.
+        adapters: by name. The bank copies their components; those that go alone are kept.
+
+    Attributes:
+        names: of all adapters; the columns of a batch's weights.
+        alone: the adapters that cannot share a batch with others, and why, in words.
+        layers: the layers that any of the others adapts, by name.
+
+    Raises:
+        UsageError: a layer of an adapter does not fit the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> None:
+        self.model = model
+        self.choice = Choice()
+        self.names: list[str] = []
+        self.alone: dict[str, str] = {}
+        self.layers: dict[str, MultiLinear] = {}
+        self._alone: dict[str, Adapter] = {}
+        self._off = False  # the model is the plain base at the moment, for an adapter that is alone
+        self._active = 0
+        try:
+            for name, adapter in adapters.items():
+                self.add(name, adapter)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Bank:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def bytes(self) -> int:
+        """Of all components in the layers."""
+        return sum(buffer.nbytes for layer in self.layers.values() for buffer in layer.buffers(recurse=False))
+
+    # -- adapters come and go ------------------------------------------------------------------------------------------
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter on the model, too.
+
+        Raises:
+            UsageError: there is one of that name, or it does not fit the model.
+        """
+        self._refuse_use("added")
+        if name in self.names:
+            raise UsageError(f"there is an adapter {name} already", "give this one another name, or remove that one")
+        with self._plain():
+            reason = why_alone(self.model, adapter)
+        column = len(self.names)
+        self.names.append(name)
+        if reason:
+            self.alone[name], self._alone[name] = reason, adapter
+            return
+        for layer, factors in adapter.layers.items():
+            if factors.rank:
+                self._put(layer).hold([*_parts(self._put(layer)), (column, factors.a_CI, factors.b_OC)])
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the model.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        self._refuse_use("removed")
+        gone = self._column(name)
+        self.names.remove(name)
+        self.alone.pop(name, None)
+        self._alone.pop(name, None)
+        for layer_name, layer in list(self.layers.items()):
+            parts = _parts(layer)
+            left = [(column - (column > gone), a, b) for column, a, b in parts if column != gone]
+            if not left:
+                self._set(layer_name, layer.base)
+                del self.layers[layer_name]
+            elif len(left) < len(parts):
+                layer.hold(left)
+            else:
+                layer.adapters = [column for column, _, _ in left]
+
+    def close(self) -> None:
+        """Take everything off: the model is as it was."""
+        if not self._off:
+            self._take_off()
+        self.layers.clear()
+        self.names.clear()
+        self.alone.clear()
+        self._alone.clear()
+
+    # -- who uses what -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def active(self, mixes: Sequence[Mix]) -> Iterator[None]:
+        """The model computes row i of a batch with mix i inside the block.
+
+        Each request's rows follow one another: a batch of k times as many rows gives k to each request.
+
+        Args:
+            mixes: one for each request. An adapter that goes alone: `{name: 1.0}` in all of them.
+
+        Raises:
+            UsageError: a name that is not there, or an adapter that goes alone and is asked for beside others.
+        """
+        alone = self._alone_in(mixes)
+        weights_BE = torch.zeros(len(mixes), len(self.names))
+        for row, mix in enumerate(mixes):
+            for name, weight in mix.items():
+                weights_BE[row, self._column(name)] = weight
+        with self._using(weights_BE, None), ExitStack() as stack:
+            if alone is not None:
+                stack.enter_context(self._plain())
+                stack.enter_context(attached(self.model, self._alone[alone]))
+            yield
+
+    @contextmanager
+    def routed(self, gates: TokenGates) -> Iterator[None]:
+        """The model asks `gates` at every token, in every layer, inside the block."""
+        with self._using(None, gates):
+            yield
+
+    @contextmanager
+    def _using(self, weights_BE: Tensor | None, gates: TokenGates | None) -> Iterator[None]:
+        if self._off:
+            raise RuntimeError("an adapter that goes alone is in use")
+        before = self.choice.weights_BE, self.choice.gates
+        self.choice.weights_BE, self.choice.gates = weights_BE, gates
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
+            self.choice.weights_BE, self.choice.gates = before
+
+    def _alone_in(self, mixes: Sequence[Mix]) -> str | None:
+        """The adapter of this batch that goes alone."""
+        for mix in mixes:
+            for name in mix:
+                if name in self.alone and any(dict(other) != {name: 1.0} for other in mixes):
+                    raise UsageError(
+                        f"{name} cannot be blended or share a batch with others: {self.alone[name]}",
+                        f"use {name} by itself",
+                    )
+                if name in self.alone:
+                    return name
+        return None
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """The model without any layer of the bank."""
+        self._take_off()
+        self._off = True
+        try:
+            yield
+        finally:
+            self._off = False
+            for name, layer in self.layers.items():
+                self._set(name, layer)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _refuse_use(self, done: str) -> None:
+        if self._active:
+            raise RuntimeError(f"an adapter cannot be {done} while the bank is in use")
+
+    def _column(self, name: str) -> int:
+        if name not in self.names:
+            there_are = f"there are: {', '.join(self.names)}" if self.names else "there are none"
+            raise UsageError(f"there is no adapter {name}{did_you_mean(name, self.names)}", there_are)
+        return self.names.index(name)
+
+    def _put(self, name: str) -> MultiLinear:
+        """The layer, put on the model where it is not there yet."""
+        if name not in self.layers:
+            module = self.model.get_submodule(name)
+            self.layers[name] = MultiLinear(module, name, self.choice).train(module.training)
+            self._set(name, self.layers[name])
+        return self.layers[name]
+
+    def _take_off(self) -> None:
+        for name, layer in self.layers.items():
+            self._set(name, layer.base)
+
+    def _set(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, module)
+
+
+def why_alone(model: PreTrainedModel, adapter: Adapter) -> str | None:
+    """Why an adapter cannot share a batch with others, in words; None where it can.
+
+    Raises:
+        UsageError: a layer does not fit the model.
+    """
+    if adapter.whole:
+        return f"it has its own {next(iter(adapter.whole)).rpartition('.')[0]}, in place of the base's"
+    for name, factors in adapter.layers.items():
+        if factors.kind != PLAIN:
+            return f"it is a {adapter.kind}, which does more than add to the base's weights"
+        if factors.embedding:
+            return f"it changes a table of tokens, {name}"
+        if factors.experts:
+            return f"it changes single experts, such as {name}"
+        module = module_of(model, name, factors, adapter)
+        if holds_weight(module):
+            return f"it changes {name}, a {type(module).__name__} and no linear layer"
+    return None
+
+
+def _parts(layer: MultiLinear) -> list[tuple[int, Tensor, Tensor]]:
+    """The components that a layer holds, as `MultiLinear.hold` takes them."""
+    places = zip(layer.adapters, layer.slices, strict=True)
+    return [(column, layer.a_RI[part], layer.b_OR[:, part]) for column, part in places]
