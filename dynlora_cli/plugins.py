@@ -10,6 +10,7 @@ adapters/kinds/      how an adapter's files are written        a variant's `save
 models/linears/      what is asked of a base's linear layers   found by the layer's class
 merging/methods/     how several adapters become one           dynlora merge --method
 export/targets/      files that other tools read               dynlora export --to
+routing/routers/     which adapter answers a request           --router
 
 Nobody imports a plug-in: `load` finds it by its name. What the command line has to know of it before that, such as its
 own options (config/options.py), it writes as a literal, which `declared` reads from the text of the file.
@@ -40,6 +41,7 @@ FOLDERS = {
     "methods": "merging.methods",
     "linears": "models.linears",
     "exporters": "export.targets",
+    "routers": "routing.routers",
 }
 # What one plug-in of a kind is called in messages.
 WORDS = {
@@ -53,6 +55,7 @@ WORDS = {
     "methods": "merge method",
     "linears": "kind of linear layer",
     "exporters": "exporter",
+    "routers": "router",
 }
 # Section and key of a recipe that choose a plug-in. A mode is switched on by a key of its own: see `switch`.
 CHOSEN = {

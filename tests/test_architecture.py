@@ -234,7 +234,9 @@ def test_the_environment_is_read_in_few_places():
 
 
 # What people choose from; the others are described in the file that says what they must hold.
-CHOICES = tuple(plugins.FOLDERS[kind] for kind in ("variants", "policies", "formats", "methods", "exporters"))
+CHOICES = tuple(
+    plugins.FOLDERS[kind] for kind in ("variants", "policies", "formats", "methods", "exporters", "routers")
+)
 
 
 @pytest.mark.parametrize("module", [name for name in PLUG_INS if name.startswith(CHOICES)])

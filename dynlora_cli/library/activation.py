@@ -13,8 +13,8 @@ keys and the calibration, and on nothing else. An update that the calibration ha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import fits
@@ -34,15 +34,35 @@ class Decision:
 
     Attributes:
         chosen: names of the active updates, the newest first; none: the base.
-        confidence: by candidate, the best first.
+        confidence: by candidate, the best first: the calibrated probability that it helps, and of a router that knows
+            no such thing what it goes by (routing/).
         reason: one sentence.
         key: text of the nearest key of the first candidate, and where it comes from; None where it has none.
+        weights: of each chosen one; by default 1.
+        by_token: the chosen ones may speak, and how much each does is decided on every token, in every layer.
     """
 
     chosen: tuple[str, ...]
     confidence: dict[str, float]
     reason: str
     key: tuple[str, str] | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    by_token: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            object.__setattr__(self, "weights", dict.fromkeys(self.chosen, 1.0))
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """Weights by name; {} is the base.
+
+        Raises:
+            ValueError: it is decided by token, so there is no one mix.
+        """
+        if self.by_token:
+            raise ValueError("this is decided on every token: there is no one mix for the request")
+        return dict(self.weights)
 
 
 class Activator:
