@@ -59,6 +59,10 @@ class Encoder(ABC):
     def example(self, draft: Draft, row: int) -> Example:
         """A draft as an example, cut to `max_length`; `row` is its number."""
 
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of a prompt that is bare text, as they stand before its completion in training."""
+        return self._opened(self._ids([text])[0])
+
     def pieces(self, place: str, text: str) -> list[Draft]:  # noqa: ARG002
         """A text file as consecutive pieces; only asked of a task whose forms include `Plain`."""
         raise DataError(f"{place}: this task does not learn from text files", "name a file of rows")
@@ -125,6 +129,9 @@ class TwoTextEncoder(Encoder):
         for draft, prompt, answer in zip(drafts, prompts, answers, strict=True):
             draft.ids, draft.labels = prompt, self._ended(answer)
         return drafts
+
+    def prompt(self, text: str) -> list[int]:
+        return self._ids([text], special=True)[0]
 
     def example(self, draft: Draft, row: int) -> TwoTexts:
         ids, labels = draft.ids[: self.max_length], draft.labels[: self.max_length]

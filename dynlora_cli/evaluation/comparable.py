@@ -41,7 +41,7 @@ def one_base(adapters: Sequence[Adapter], options: Options) -> Place:
                 f"{adapter.folder} to {place.folder}",
                 ONE_BASE,
             )
-        if adapter.record and (differing := _stored_otherwise(first, place)):
+        if adapter.record and (differing := stored_otherwise(first, place)):
             raise UsageError(
                 f"{adapters[0].folder} and {adapter.folder} were not trained on the same base model: {differing}",
                 ONE_BASE,
@@ -55,7 +55,7 @@ def one_base(adapters: Sequence[Adapter], options: Options) -> Place:
     return first
 
 
-def _stored_otherwise(one: Place, other: Place) -> str:
+def stored_otherwise(one: Place, other: Place) -> str:
     """How the weights of two bases are stored differently in memory, as a sentence; empty if they are not.
 
     Another tool's adapter does not say how its base was stored, so it may be measured on any.

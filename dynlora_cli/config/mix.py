@@ -1,0 +1,107 @@
+"""A mix: which adapters speak together, each with its weight. One grammar for the command line, chat and the server.
+
+base             the model alone
+a                one adapter
+a+b              their sum, weight 1 each
+0.7*a-0.3*b      with weights; `-` is a sign
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.text import did_you_mean
+
+BASE = "base"
+AUTO = "auto"  # not a mix: a router decides
+RESERVED = (BASE, AUTO)
+EXAMPLE = "write base, NAME, NAME+NAME or 0.7*NAME+0.3*NAME"
+_SIGN = re.compile(r"\s*([+-])\s*")
+_WEIGHT = re.compile(r"([0-9.]+(?:[eE][+-]?[0-9]+)?|nan|inf)\s*\*\s*", re.IGNORECASE)
+_WORD = re.compile(r"[^+]*")
+
+
+def parse_mix(text: str, names: Sequence[str]) -> dict[str, float]:
+    """The weight of each adapter that a text names; {} is the base.
+
+    Args:
+        text: as above. A name may hold any character, signs too: the longest name that fits is taken.
+        names: of the adapters that there are.
+
+    Raises:
+        UsageError: it is no mix, names an adapter that there is not, or one twice, or a weight is no finite number.
+    """
+    whole = text.strip()
+    if whole in names:
+        return {whole: 1.0}
+    if whole == BASE:
+        return {}
+    found: dict[str, float] = {}
+    at, sign = 0, 1.0
+    if (first := _SIGN.match(whole)) and first[1]:
+        at, sign = first.end(), -1.0 if first[1] == "-" else 1.0
+    while True:
+        name, weight, at = _term(whole, at, names)
+        if name in found:
+            raise UsageError(f"{text!r}: {name} is there twice", "add its weights up and name it once")
+        found[name] = sign * weight
+        if at == len(whole):
+            return {name: weight for name, weight in found.items() if weight}
+        between = _SIGN.match(whole, at)
+        assert between is not None  # a term ends at a sign or at the end
+        sign, at = -1.0 if between[1] == "-" else 1.0, between.end()
+
+
+def mix_text(mix: Mapping[str, float]) -> str:
+    """A mix as a text that `parse_mix` reads back."""
+    terms = []
+    for name, weight in mix.items():
+        size = abs(weight)
+        sign = "-" if weight < 0 else "+" if terms else ""
+        terms.append(f"{sign}{name}" if size == 1 else f"{sign}{_number(size)}*{name}")
+    return "".join(terms) or BASE
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) and value < 1e15 else repr(float(value))
+
+
+def _term(text: str, at: int, names: Sequence[str]) -> tuple[str, float, int]:
+    """The name and the weight of the term that begins at a place, and where it ends."""
+    if name := _name(text, at, names):
+        return name, 1.0, at + len(name)
+    weight = 1.0
+    if match := _WEIGHT.match(text, at):
+        try:
+            weight = float(match[1])
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise UsageError(f"{text!r}: {match[1]} is no weight", "a weight is a finite number, such as 0.7*NAME")
+        at = match.end()
+    if name := _name(text, at, names):
+        return name, weight, at + len(name)
+    raise _unknown(text, text[at:], names)
+
+
+def _name(text: str, at: int, names: Sequence[str]) -> str:
+    """The longest name that stands at a place, with a sign or nothing behind it."""
+    fitting = [name for name in names if text.startswith(name, at)]
+    ends = (name for name in fitting if at + len(name) == len(text) or _SIGN.match(text, at + len(name)))
+    return max(ends, key=len, default="")
+
+
+def _unknown(text: str, rest: str, names: Sequence[str]) -> UsageError:
+    word = (_WORD.match(rest) or [""])[0].strip()
+    there = f"there are: {', '.join(names)}" if names else "no adapter is loaded"
+    if not word:
+        return UsageError(f"{text!r} is no mix: a name is missing", f"{EXAMPLE}; {there}")
+    if word in RESERVED:
+        alone = "the model alone" if word == BASE else "the router's choice"
+        return UsageError(f"{text!r}: {word} is {alone}, and has no weight beside adapters", EXAMPLE)
+    near = did_you_mean(word, [*names, *RESERVED]) or did_you_mean(re.split(r"[*\s]", word)[-1], names)
+    said = f"{text!r}: " if word != text.strip() else ""
+    return UsageError(f"{said}there is no adapter {word!r}{near}", f"{EXAMPLE}; {there}")

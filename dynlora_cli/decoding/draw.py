@@ -1,0 +1,99 @@
+"""The choice of the next token, each row by its own wishes and from its own random numbers.
+
+What shapes the distribution are transformers' own processors, in its order. A row's number is drawn from its own
+generator, so its text depends on its seed and not on the rows beside it.
+
+Dimensions: B rows, T tokens so far, V words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dynlora_cli.decoding.sampling import Sampling
+from dynlora_cli.errors import MeasureError
+
+
+class Draw(LogitsProcessor):
+    """Leaves a greedy row as it is, and of a drawn one the chosen token alone: the most likely one is taken in the end.
+
+    Args:
+        samplings: one for each row.
+        starts_B: where each row's own tokens begin, behind its padding.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], starts_B: Sequence[int]) -> None:
+        self.penalized = [
+            (row, starts_B[row], RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            for row, sampling in enumerate(samplings)
+            if sampling.repetition_penalty != 1
+        ]
+        alike: dict[tuple[float | None, ...], list[int]] = {}
+        for row, sampling in enumerate(samplings):
+            if sampling.do_sample:
+                shape = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+                alike.setdefault(shape, []).append(row)
+        self.drawn = [(torch.tensor(rows), _warpers(samplings[rows[0]])) for rows in alike.values()]
+        self.generators = {row: _generator(samplings[row]) for rows in alike.values() for row in rows}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores for the next token. input_ids [B, T], scores [B, V], fp32
+
+        Raises:
+            MeasureError: a logit is not a number.
+        """
+        if scores.amax().isnan():
+            raise MeasureError("the model's logits are NaN", "look at its weights and its dtype")
+        for row, start, penalty in self.penalized:
+            scores[row : row + 1] = penalty(input_ids[row : row + 1, start:], scores[row : row + 1])
+        for rows, warpers in self.drawn:
+            rows_B = rows.to(scores.device)
+            scores_BV = scores[rows_B]
+            for warper in warpers:
+                scores_BV = warper(input_ids, scores_BV)
+            tokens_B = self._choose(rows.tolist(), scores_BV)
+            scores[rows_B] = -torch.inf
+            scores[rows_B, tokens_B] = 0.0
+        return scores
+
+    def _choose(self, rows: Sequence[int], scores_BV: Tensor) -> Tensor:
+        """A token for each of some rows: where its random number falls among the summed probabilities. [B]"""
+        numbers = [torch.rand((), generator=self.generators[row], dtype=torch.float64) for row in rows]
+        summed_BV = scores_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
+        drawn_B1 = torch.stack(numbers).to(scores_BV.device)[:, None] * summed_BV[:, -1:]
+        # The first whose sum is above the number: one without any probability never is.
+        return torch.searchsorted(summed_BV, drawn_B1, right=True)[:, 0]
+
+
+def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    """What transformers would apply, in its order."""
+    found: list[LogitsProcessor] = []
+    if sampling.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k is not None:
+        found.append(TopKLogitsWarper(top_k=sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(top_p=float(sampling.top_p)))
+    if sampling.min_p is not None:
+        found.append(MinPLogitsWarper(min_p=float(sampling.min_p)))
+    return found
+
+
+def _generator(sampling: Sampling) -> torch.Generator:
+    generator = torch.Generator()
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return generator
