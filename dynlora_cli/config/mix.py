@@ -57,10 +57,11 @@ def parse_mix(text: str, names: Sequence[str]) -> dict[str, float]:
 
 def mix_text(mix: Mapping[str, float]) -> str:
     """A mix as a text that `parse_mix` reads back."""
-    terms = []
+    terms: list[str] = []
     for name, weight in mix.items():
         size = abs(weight)
-        sign = "-" if weight < 0 else "+" if terms else ""
+        # With spaces around a minus, since names have hyphens: `my - run` is a difference, `my-run` may be a name.
+        sign = (" - " if terms else "-") if weight < 0 else "+" if terms else ""
         terms.append(f"{sign}{name}" if size == 1 else f"{sign}{_number(size)}*{name}")
     return "".join(terms) or BASE
 
@@ -102,6 +103,8 @@ def _unknown(text: str, rest: str, names: Sequence[str]) -> UsageError:
     if word in RESERVED:
         alone = "the model alone" if word == BASE else "the router's choice"
         return UsageError(f"{text!r}: {word} is {alone}, and has no weight beside adapters", EXAMPLE)
+    if did_you_mean(text.strip(), names):  # a name with a hyphen, misspelt, rather than a difference
+        word = text.strip()
     near = did_you_mean(word, [*names, *RESERVED]) or did_you_mean(re.split(r"[*\s]", word)[-1], names)
     said = f"{text!r}: " if word != text.strip() else ""
     return UsageError(f"{said}there is no adapter {word!r}{near}", f"{EXAMPLE}; {there}")

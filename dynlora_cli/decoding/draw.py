@@ -8,7 +8,7 @@ Dimensions: B rows, T tokens so far, V words of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,9 +31,13 @@ class Draw(LogitsProcessor):
     Args:
         samplings: one for each row.
         starts_B: where each row's own tokens begin, behind its padding.
+        chances: give the random number for each row's next token, fp64 from 0 to 1.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], starts_B: Sequence[int]) -> None:
+    def __init__(
+        self, samplings: Sequence[Sampling], starts_B: Sequence[int], chances: Sequence[Callable[[], Tensor]]
+    ) -> None:
+        self.chances = chances
         self.penalized = [
             (row, starts_B[row], RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
             for row, sampling in enumerate(samplings)
@@ -45,7 +49,6 @@ class Draw(LogitsProcessor):
                 shape = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
                 alike.setdefault(shape, []).append(row)
         self.drawn = [(torch.tensor(rows), _warpers(samplings[rows[0]])) for rows in alike.values()]
-        self.generators = {row: _generator(samplings[row]) for rows in alike.values() for row in rows}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores for the next token. input_ids [B, T], scores [B, V], fp32
@@ -69,9 +72,9 @@ class Draw(LogitsProcessor):
 
     def _choose(self, rows: Sequence[int], scores_BV: Tensor) -> Tensor:
         """A token for each of some rows: where its random number falls among the summed probabilities. [B]"""
-        numbers = [torch.rand((), generator=self.generators[row], dtype=torch.float64) for row in rows]
+        chances_B = torch.stack([self.chances[row]() for row in rows]).to(scores_BV.device)
         summed_BV = scores_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
-        drawn_B1 = torch.stack(numbers).to(scores_BV.device)[:, None] * summed_BV[:, -1:]
+        drawn_B1 = chances_B[:, None] * summed_BV[:, -1:]
         # The first whose sum is above the number: one without any probability never is.
         return torch.searchsorted(summed_BV, drawn_B1, right=True)[:, 0]
 
@@ -88,12 +91,3 @@ def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
     if sampling.min_p is not None:
         found.append(MinPLogitsWarper(min_p=float(sampling.min_p)))
     return found
-
-
-def _generator(sampling: Sampling) -> torch.Generator:
-    generator = torch.Generator()
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    return generator

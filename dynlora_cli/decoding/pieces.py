@@ -61,10 +61,8 @@ class Pieces:
 
     def _take(self, grown: str) -> str:
         """What is new in the text of the last tokens."""
-        if grown.startswith(self._old):
-            new = grown[len(self._old) :]
-        else:  # the decoder reads old bytes anew; what was given out stays
-            new = self._decoded(self._ids[self._known :])
+        goes_on = grown.startswith(self._old)  # else the decoder reads old bytes anew; what was given out stays
+        new = grown[len(self._old) :] if goes_on else self._decoded(self._ids[self._known :])
         self._start, self._known = self._known, len(self._ids)
         self._old = self._decoded(self._ids[self._start :])
         return self._given(new)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,9 +25,7 @@ from dynlora_cli.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Reason = Literal["stop", "length", "cancelled"]
-OnPiece = Callable[[int, str], None]
-Cancelled = Callable[[int], bool]
+Reason = Literal["stop", "length", "cancelled", "paused"]
 
 
 @dataclass(frozen=True)
@@ -37,68 +35,140 @@ class Written:
     Attributes:
         ids: its tokens, without the one that ended it.
         text: of these, without special tokens, up to a stop string.
-        finish_reason: an end or a stop string came, no room was left, or nobody waits any more.
+        finish_reason: an end or a stop string came, no room was left, nobody waits any more; or it is to go on later.
         prompt_tokens: how long the prompt was.
+        row: of an answer that is to go on: give it to `write` again.
     """
 
     ids: tuple[int, ...]
     text: str
     finish_reason: Reason
     prompt_tokens: int
+    row: Row | None = None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears of answers while they are written. Rows have the numbers of their places in the call.
+
+    Attributes:
+        piece: takes a row and a piece of its text, as it comes; the pieces of a row are its text.
+        done: takes a row and its whole answer, at once when that has ended.
+        cancelled: asked after each token whether a row's answer has become unwanted.
+        paused: asked after each token of the batch whether to stop here and go on later.
+    """
+
+    piece: Callable[[int, str], None] | None = None
+    done: Callable[[int, Written], None] | None = None
+    cancelled: Callable[[int], bool] | None = None
+    paused: Callable[[], bool] | None = None
+
+
+class Row:
+    """A prompt, and its answer as far as it goes.
+
+    Args:
+        tokenizer: of the answer.
+        prompt: token ids.
+        sampling: how the answer is written.
+        ends: tokens at which it ends.
+        continues: it goes on in the middle of the prompt's text, so that a space between the two is part of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        ends: Collection[int],
+        *,
+        continues: bool = False,
+    ) -> None:
+        self.prompt, self.sampling, self.ends = list(prompt), sampling, frozenset(ends)
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+        self._chance: Tensor | None = None
+        self.pieces = Pieces(tokenizer, sampling.stop_strings, self.prompt if continues else ())
+        self.ids: list[int] = []
+        self.reason: Reason | None = None
+
+    def written(self) -> Written:
+        """The answer so far."""
+        unfinished = self.reason is None
+        return Written(
+            tuple(self.ids),
+            self.pieces.text,
+            self.reason or "paused",
+            len(self.prompt),
+            self if unfinished else None,
+        )
+
+    def chance(self) -> Tensor:
+        """The random number for the next token, the same until that has come."""
+        if self._chance is None:
+            self._chance = torch.rand((), generator=self._generator, dtype=torch.float64)
+        return self._chance
+
+    def take(self, token: int, room: int) -> str:
+        """The next token; gives the piece of text that it brings.
+
+        Args:
+            room: tokens that the answer may have.
+        """
+        self._chance = None
+        if token in self.ends:
+            return self.end("stop")
+        self.ids.append(token)
+        piece = self.pieces.push(token)
+        if self.pieces.stopped:
+            return piece + self.end("stop")
+        return piece + self.end("length") if len(self.ids) >= room else piece
+
+    def end(self, reason: Reason) -> str:
+        """No more tokens; gives the text that was held back."""
+        piece = self.pieces.finish()
+        self.reason = "stop" if self.pieces.stopped else reason  # what was held back may end in a stop string after all
+        return piece
 
 
 @torch.no_grad()
 def write(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    samplings: Sequence[Sampling],
-    ends: Sequence[Collection[int]],
+    rows: Sequence[Row],
     *,
+    pad_id: int,
     context: int | None,
-    continues: Sequence[bool] = (),
-    on_piece: OnPiece | None = None,
-    cancelled: Cancelled | None = None,
+    listener: Listener = Listener(),
 ) -> list[Written]:
-    """Write an answer to each prompt.
+    """Write an answer to each prompt, or go on with one.
 
     Args:
         model: in evaluation mode, with whatever is attached to it.
-        tokenizer: of the answers, with a pad token.
-        prompts: token ids, none of them empty.
-        samplings: one for each prompt.
-        ends: for each prompt the tokens that end its answer.
+        rows: each a prompt, and perhaps the beginning of its answer.
+        pad_id: any token id of the model.
         context: tokens that prompt and answer may have together (of an encoder-decoder: each); None where nobody knows.
-        continues: for each prompt whether the answer goes on in the middle of its text, so that a space between the two
-            is part of the answer; by default no.
-        on_piece: takes the number of a prompt and a piece of text, as it comes. The pieces of a prompt are its text.
-        cancelled: asked after each token whether a prompt's answer is still wanted.
+        listener: hears of the answers while they are written. Encoder-decoders do not pause.
 
     Returns:
-        The answers in the order of the prompts. Each is what it would be alone, as far as the model's own rounding
-        allows: padding and batch size change sums in their last bits.
+        The answers in the order of the rows. Each is what it would be alone, as far as the model's own rounding allows:
+        padding and batch size change sums in their last bits.
 
     Raises:
-        UsageError: a prompt leaves no room in the context.
+        UsageError: a prompt is empty, or leaves no room in the context.
         MeasureError: the model's logits are NaN.
     """
     two = bool(model.config.is_encoder_decoder)
-    rows = [
-        _Row(
-            number,
-            tuple(prompt),
-            samplings[number],
-            frozenset(ends[number]),
-            _room(prompt, samplings[number], context, two),
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-    for row in rows:
-        goes_on = bool(continues) and continues[row.number] and not two
-        row.pieces = Pieces(tokenizer, row.sampling.stop_strings, row.prompt if goes_on else ())
-    pad = tokenizer.pad_token_id
-    for batch in _batches(rows, None if two else context):
-        _write_batch(model, batch, 0 if pad is None else int(pad), on_piece, cancelled)
+    rooms = [_room(row, context, two) for row in rows]
+    if two:  # its answer could not go on: what it has written is no part of its prompt
+        listener = replace(listener, paused=None)
+    for batch, steps in _batches(rows, rooms, None if two else context):
+        watch = _Watch(rows, rooms, batch, listener)
+        _write_batch(model, [rows[number] for number in batch], steps, pad_id, watch)
+        if watch.has_paused:
+            break
     return [row.written() for row in rows]
 
 
@@ -109,121 +179,109 @@ def own_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return {int(end) for end in found if end is not None}
 
 
-@dataclass(eq=False)
-class _Row:
-    """A prompt, and its answer as far as it goes."""
+class _Watch(StoppingCriteria):
+    """Hands each row its new token, tells the listener, and says which rows have come to their end.
 
-    number: int
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    ends: frozenset[int]
-    room: int
-    ids: list[int] = field(default_factory=list)
-    reason: Reason | None = None
-    pieces: Pieces = field(init=False)
+    Args:
+        rows, rooms: of the whole call.
+        batch: numbers of those that are written now, in the order of the batch.
+    """
 
-    def take(self, token: int, on_piece: OnPiece | None, cancelled: Cancelled | None) -> None:
-        """The next token."""
-        if token in self.ends:
-            self._end("stop", on_piece)
-            return
-        self.ids.append(token)
-        self._show(self.pieces.push(token), on_piece)
-        if self.pieces.stopped:
-            self._end("stop", on_piece)
-        elif len(self.ids) >= self.room:
-            self._end("length", on_piece)
-        elif cancelled is not None and cancelled(self.number):
-            self._end("cancelled", on_piece)
-
-    def written(self) -> Written:
-        assert self.reason is not None
-        return Written(tuple(self.ids), self.pieces.text, self.reason, len(self.prompt))
-
-    def _end(self, reason: Reason, on_piece: OnPiece | None) -> None:
-        self._show(self.pieces.finish(), on_piece)
-        # What was held back at the last token may be a stop string after all.
-        self.reason = "stop" if self.pieces.stopped else reason
-
-    def _show(self, piece: str, on_piece: OnPiece | None) -> None:
-        if piece and on_piece is not None:
-            on_piece(self.number, piece)
-
-
-class _Rows(StoppingCriteria):
-    """Hands each row its new token, and says which rows have come to their end."""
-
-    def __init__(self, rows: Sequence[_Row], on_piece: OnPiece | None, cancelled: Cancelled | None) -> None:
-        self.rows, self.on_piece, self.cancelled = rows, on_piece, cancelled
+    def __init__(self, rows: Sequence[Row], rooms: Sequence[int], batch: Sequence[int], listener: Listener) -> None:
+        self.rows, self.rooms, self.batch, self.listener = rows, rooms, batch, listener
+        self.has_paused = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **_others: Any) -> Any:  # noqa: ARG002 - transformers' signature
         """[B], boolean"""
-        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-            if row.reason is None:
-                row.take(token, self.on_piece, self.cancelled)
-        return torch.tensor([row.reason is not None for row in self.rows], device=input_ids.device)
+        if not self.has_paused:  # on some devices one more step has begun by then
+            for number, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
+                if self.rows[number].reason is None:
+                    self._take(number, token)
+            paused = self.listener.paused
+            self.has_paused = paused is not None and any(self._is_open) and paused()
+        ended = [self.has_paused or not is_open for is_open in self._is_open]
+        return torch.tensor(ended, device=input_ids.device)
+
+    @property
+    def _is_open(self) -> list[bool]:
+        return [self.rows[number].reason is None for number in self.batch]
+
+    def _take(self, number: int, token: int) -> None:
+        row, listener = self.rows[number], self.listener
+        piece = row.take(token, self.rooms[number])
+        if row.reason is None and listener.cancelled is not None and listener.cancelled(number):
+            piece += row.end("cancelled")
+        if piece and listener.piece is not None:
+            listener.piece(number, piece)
+        if row.reason is not None and listener.done is not None:
+            listener.done(number, row.written())
 
 
-def _room(prompt: Sequence[int], sampling: Sampling, context: int | None, two: bool) -> int:
+def _room(row: Row, context: int | None, two: bool) -> int:
     """Tokens that an answer may have.
 
     Raises:
         UsageError: none.
     """
+    prompt, wanted = len(row.prompt), row.sampling.max_new_tokens
     if not prompt:
         raise UsageError("a prompt without a single token cannot be answered", "write something")
-    left = sampling.max_new_tokens if context is None else context - (0 if two else len(prompt))
-    if left < 1 or (two and context is not None and len(prompt) > context):
+    if context is None:
+        return wanted
+    if two:
+        if prompt > context:
+            raise UsageError(f"the prompt has {prompt:,} tokens, and the model's context {context:,}", "shorten it")
+        return min(context, wanted)
+    if prompt >= context:
         raise UsageError(
-            f"the prompt has {len(prompt):,} tokens, and the model's context {context:,}"
-            + ("" if two else ": no room is left for an answer"),
+            f"the prompt has {prompt:,} tokens, and the model's context {context:,}: no room is left for an answer",
             "shorten it",
         )
-    return min(left, sampling.max_new_tokens)
+    return min(context - prompt, wanted)
 
 
-def _batches(rows: Sequence[_Row], context: int | None) -> Iterator[list[_Row]]:
-    """Rows that are written together.
+def _batches(rows: Sequence[Row], rooms: Sequence[int], context: int | None) -> Iterator[tuple[list[int], int]]:
+    """Numbers of rows that are written together, and how many tokens that may take.
 
     A row whose answer has ended stays in its batch until the last one has, and must not leave the context meanwhile:
     some models have no positions there. So one that would is written in a later batch.
     """
-    waiting = list(rows)
+    waiting = [number for number, row in enumerate(rows) if row.reason is None]
     while waiting:
-        longest = max(row.room for row in waiting)
-        now = [row for row in waiting if context is None or len(row.prompt) + longest <= context]
-        yield now
-        waiting = [row for row in waiting if row not in now]
+        longest = max(rooms[number] - len(rows[number].ids) for number in waiting)
+        used = {number: len(rows[number].prompt) + len(rows[number].ids) for number in waiting}
+        now = [number for number in waiting if context is None or used[number] + longest <= context]
+        yield now, longest
+        waiting = [number for number in waiting if number not in now]
 
 
-def _write_batch(
-    model: PreTrainedModel, rows: Sequence[_Row], pad: int, on_piece: OnPiece | None, cancelled: Cancelled | None
-) -> None:
+def _write_batch(model: PreTrainedModel, rows: Sequence[Row], steps: int, pad_id: int, watch: _Watch) -> None:
+    """Rows of one batch. A decoder is padded on the left, an encoder on the right."""
     two = bool(model.config.is_encoder_decoder)
-    width = max(len(row.prompt) for row in rows)
-    ids_BT = torch.full((len(rows), width), pad)
+    texts = [row.prompt if two else row.prompt + row.ids for row in rows]
+    width = max(map(len, texts))
+    ids_BT = torch.full((len(rows), width), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
-    for line, row in enumerate(rows):
-        length = len(row.prompt)
-        place = slice(0, length) if two else slice(width - length, width)
-        ids_BT[line, place] = torch.tensor(row.prompt)
+    for line, text in enumerate(texts):
+        place = slice(0, len(text)) if two else slice(width - len(text), width)
+        ids_BT[line, place] = torch.tensor(text)
         mask_BT[line, place] = 1
-    starts = [0 if two else width - len(row.prompt) for row in rows]  # a decoder's tokens have no padding
-    draw: Any = LogitsProcessorList([Draw([row.sampling for row in rows], starts)])
+    starts = [0 if two else width - len(text) for text in texts]  # what a decoder has written has no padding
+    draw = Draw([row.sampling for row in rows], starts, [row.chance for row in rows])
     generate: Any = model.generate
     with _without_own_wishes(model):
         generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             generation_config=GenerationConfig(
-                max_new_tokens=max(row.room for row in rows),
+                max_new_tokens=steps,
                 do_sample=False,
                 use_cache=True,
-                pad_token_id=pad,
+                pad_token_id=pad_id,
                 decoder_start_token_id=_start(model),
             ),
-            logits_processor=draw,
-            stopping_criteria=StoppingCriteriaList([_Rows(rows, on_piece, cancelled)]),
+            logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList([watch]),
         )
 
 

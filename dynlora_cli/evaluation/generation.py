@@ -14,15 +14,13 @@ import importlib.util
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import GenerationConfig
-
 from dynlora_cli.data.encode import decode
 from dynlora_cli.data.examples import Example
+from dynlora_cli.decoding.sampling import Sampling
+from dynlora_cli.decoding.write import Row, own_ends, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +87,6 @@ def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return decode(tokenizer, ids[1:] if ids[0] == tokenizer.bos_token_id else ids)
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -111,76 +108,19 @@ def generate(
         Texts without special tokens and without white space around them, in the order of the prompts.
     """
     longest = max((prompt.longest for prompt in prompts), default=0) + MARGIN
-    ends = {int(end) for prompt in prompts for end in prompt.end_ids} | _own_ends(model, tokenizer)
+    ends = {int(end) for prompt in prompts for end in prompt.end_ids} | own_ends(model, tokenizer)
     answers = [""] * len(prompts)
-    two = bool(model.config.is_encoder_decoder)
-    if two and context is not None:
-        longest, context = min(longest, context), None
-    start = _start(model)
-    for room, numbers in _batches(prompts, longest, batch_size, context):
-        width = max(len(prompts[number].ids) for number in numbers)
-        ids = torch.full((len(numbers), width), int(tokenizer.pad_token_id))  # [B, T]
-        mask = torch.zeros_like(ids)
-        for line, number in enumerate(numbers):
-            prompt = torch.tensor(prompts[number].ids)
-            place = slice(0, len(prompt)) if two else slice(width - len(prompt), width)
-            ids[line, place] = prompt
-            mask[line, place] = 1
-        write: Any = model.generate
-        with _without_own_wishes(model):
-            written = write(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=_greedy(room, ends, int(tokenizer.pad_token_id), start),
-            )
-        for line, number in enumerate(numbers):
-            answer = itertools.takewhile(lambda token: token not in ends, written[line, 1 if two else width :].tolist())
-            answers[number] = _text(tokenizer, list(answer))
+    sampling = Sampling(max_new_tokens=longest)
+    for numbers in _batches(prompts, longest, batch_size, None if model.config.is_encoder_decoder else context):
+        rows = [Row(tokenizer, prompts[number].ids, sampling, ends) for number in numbers]
+        written = write(model, rows, pad_id=int(tokenizer.pad_token_id), context=context)
+        for number, answer in zip(numbers, written, strict=True):
+            answers[number] = _text(tokenizer, answer.ids)
     return answers
 
 
-def _own_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Where the base model itself stops: the tokenizer's end of text, and what its generation config adds."""
-    own: Any = getattr(model.generation_config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
-    return {int(end) for end in found if end is not None}
-
-
-def _start(model: PreTrainedModel) -> int | None:
-    """The token that a decoder begins with."""
-    if not model.config.is_encoder_decoder:
-        return None
-    start = getattr(model.config, "decoder_start_token_id", None)
-    return getattr(model.generation_config, "decoder_start_token_id", None) if start is None else start
-
-
-@contextmanager
-def _without_own_wishes(model: PreTrainedModel) -> Iterator[None]:
-    """Hide the model's own generation config: `generate` would take from it what ours leaves open (forced tokens)."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _greedy(room: int, ends: set[int], pad_id: int, start_id: int | None) -> GenerationConfig:
-    """Greedy, with a cache."""
-    return GenerationConfig(
-        max_new_tokens=room,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_id,
-        decoder_start_token_id=start_id,
-    )
-
-
-def _batches(
-    prompts: Sequence[Prompt], longest: int, batch_size: int, context: int | None
-) -> Iterator[tuple[int, list[int]]]:
-    """Numbers of prompts that are answered together, with the tokens that an answer may have.
+def _batches(prompts: Sequence[Prompt], longest: int, batch_size: int, context: int | None) -> Iterator[list[int]]:
+    """Numbers of prompts that are answered together.
 
     Prompts with equally little room left are answered together, so that no answer is cut because of another prompt.
     """
@@ -189,10 +129,10 @@ def _batches(
         return longest if context is None else min(longest, context - len(prompts[number].ids))
 
     order = sorted(range(len(prompts)), key=lambda number: (room(number), len(prompts[number].ids)))
-    for size, group in itertools.groupby(order, room):
+    for _, group in itertools.groupby(order, room):
         numbers = list(group)
         for at in range(0, len(numbers), batch_size):
-            yield size, numbers[at : at + batch_size]
+            yield numbers[at : at + batch_size]
 
 
 def unseen_by_rouge(prompts: Sequence[Prompt]) -> int:

@@ -9,26 +9,23 @@ One thread at a time generates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.bank import Bank
 from dynlora_cli.adapters.base import read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.mix import AUTO, BASE, mix_text, parse_mix
 from dynlora_cli.decoding.sampling import Sampling
-from dynlora_cli.decoding.write import Reason, Written, own_ends, write
+from dynlora_cli.decoding.write import Listener, Row, Written, own_ends, write
 from dynlora_cli.errors import UsageError
 from dynlora_cli.generation.opening import Opened, Wanted, admit, open_all
+from dynlora_cli.generation.requests import Answer, Request, Use, answer_of
 from dynlora_cli.generation.voice import Messages, Voice, voice_of
-from dynlora_cli.library.activation import Decision
-from dynlora_cli.merging.combine import combine
-from dynlora_cli.merging.method import Way
 from dynlora_cli.models.load import precision_of
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.text import did_you_mean
@@ -40,80 +37,19 @@ Tell = Callable[[str], None]
 __all__ = ["Answer", "Engine", "Request", "Use", "Wanted"]
 
 
-@dataclass(frozen=True)
-class Use:
-    """What is to speak.
-
-    Attributes:
-        text: as a person writes it.
-        mix: weights by adapter; {} is the base. None: a router decides on each request.
-    """
-
-    text: str
-    mix: Mapping[str, float] | None
-
-    @property
-    def auto(self) -> bool:
-        return self.mix is None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt in tokens, and who answers it.
-
-    Attributes:
-        ids: the prompt.
-        use: what was asked for.
-        mix: what speaks: weights by adapter, {} is the base.
-        sampling: how the answer is written.
-        ends: tokens at which it ends.
-        voice: whose form the prompt has.
-        continues: the answer goes on in the middle of a text, so that a space before it is part of it.
-        router: that decided, by name; None where nobody had to.
-        decision: of that router.
-    """
-
-    ids: tuple[int, ...]
-    use: Use
-    mix: Mapping[str, float]
-    sampling: Sampling
-    ends: frozenset[int]
-    voice: Voice
-    continues: bool = False
-    router: str | None = None
-    decision: Decision | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was written.
-
-    Attributes:
-        text: without special tokens, up to a stop string.
-        ids: its tokens, without the one that ended it.
-        prompt_tokens: how long the prompt was.
-        finish_reason: stop, length or cancelled.
-        mix: what spoke.
-        decision: of the router, where one decided.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    prompt_tokens: int
-    finish_reason: Reason
-    mix: Mapping[str, float]
-    decision: Decision | None = None
-
-
 class Engine:
     """A base with adapters in memory. Made by `Engine.open`; a context manager.
 
     Attributes:
+        names: of the adapters; another list after each `add` and `remove`, so that other threads may read it.
+        bank: the adapters on the base.
         notes: what a person should know, each once; new ones come with requests.
     """
 
     def __init__(self, opened: Opened, wanted: Wanted) -> None:
         self._opened, self._wanted = opened, wanted
+        self.bank = Bank(opened.base.model, opened.adapters)
+        self.names: list[str] = list(opened.adapters)
         self.notes: list[str] = []
         self._voices: dict[str, Voice] = {}
         self._note(*opened.notes)
@@ -146,6 +82,7 @@ class Engine:
 
     def close(self) -> None:
         """Take everything off the base."""
+        self.bank.close()
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
@@ -153,11 +90,6 @@ class Engine:
     def base_name(self) -> str:
         """Folder or hub id of the base."""
         return str(self._opened.place.options.name_or_path)
-
-    @property
-    def names(self) -> list[str]:
-        """Of the adapters."""
-        return list(self._opened.adapters)
 
     @cached_property
     def context(self) -> int | None:
@@ -183,6 +115,8 @@ class Engine:
         """
         with quiet:
             admit(self._opened, name, read_adapter(folder, self._wanted.base), self._wanted)
+            self.bank.add(name, self._opened.adapters[name])
+        self.names = list(self._opened.adapters)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; requests that name it must have been answered.
@@ -191,8 +125,10 @@ class Engine:
             UsageError: there is none of that name.
         """
         self.adapter(name)
+        self.bank.remove(name)
         del self._opened.adapters[name]
         self._voices.pop(name, None)
+        self.names = list(self._opened.adapters)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -205,9 +141,10 @@ class Engine:
         if text.strip() == AUTO and AUTO not in self.names:
             raise UsageError("auto: no router can decide here yet", "name a mix, such as NAME or NAME+NAME")
         mix = parse_mix(text, self.names)
-        if len(mix) > 1:
-            with quiet:
-                self._blend(mix)  # refused now where they cannot be added
+        for name in mix:
+            if name in self.bank.alone and mix != {name: 1.0}:
+                reason = self.bank.alone[name]
+                raise UsageError(f"{name} cannot be blended: {reason}", f"use {name} by itself, with weight 1")
         return Use(text.strip(), mix)
 
     def voice(self, mix: Mapping[str, float]) -> Voice:
@@ -226,7 +163,7 @@ class Engine:
         *,
         system: str | None = None,
         tools: list[Any] | None = None,
-        bare: bool = False,
+        raw: bool = False,
     ) -> Request:
         """A prompt as tokens.
 
@@ -236,14 +173,14 @@ class Engine:
             sampling: how the answer is written.
             system: a system message before it.
             tools: as the chat template takes them.
-            bare: `content` is a text to go on with as it is, whatever the run learned from.
+            raw: `content` is a text to go on with as it is, whatever the run learned from.
 
         Raises:
             UsageError: it cannot be asked so, or leaves no room in the context.
         """
         assert use.mix is not None
         with quiet:
-            return self._request(use, content, sampling, system=system, tools=tools, bare=bare)
+            return self._request(use, content, sampling, system=system, tools=tools, raw=raw)
 
     def _request(
         self,
@@ -253,7 +190,7 @@ class Engine:
         *,
         system: str | None,
         tools: list[Any] | None,
-        bare: bool,
+        raw: bool,
     ) -> Request:
         mix = use.mix or {}
         voice = self.voice(mix)
@@ -261,9 +198,9 @@ class Engine:
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        continues = bare or not voice.chat
+        continues = raw or not voice.chat
         if continues:
-            ids = self._bare(voice, messages, tools, exact=bare)
+            ids = self._bare(voice, messages, tools, exact=raw)
         else:
             if not any(str(message.get("content") or "").strip() for message in messages):
                 raise UsageError("the prompt is empty", "write something")
@@ -298,7 +235,8 @@ class Engine:
 
     def group(self, request: Request) -> Hashable:
         """Requests of one group can be written in one batch."""
-        return tuple(request.mix.items()), request.voice.words
+        alone = next((name for name in request.mix if name in self.bank.alone), None)
+        return alone, request.voice.words
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -307,13 +245,18 @@ class Engine:
         requests: Sequence[Request],
         on_piece: Callable[[int, str], None] | None = None,
         cancelled: Callable[[int], bool] | None = None,
+        *,
+        on_done: Callable[[int, Answer], None] | None = None,
+        paused: Callable[[], bool] | None = None,
     ) -> list[Answer]:
-        """Answer requests. Those of one group are written together.
+        """Answer requests. Those of one group are written together, one group after the other.
 
         Args:
             requests: in any order.
             on_piece: takes the number of a request and a piece of its text, as it comes.
-            cancelled: asked after each token whether a request's answer is still wanted.
+            cancelled: asked after each token whether a request's answer has become unwanted.
+            on_done: takes the number of a request and its answer, at once when that has ended.
+            paused: asked after each token of a batch whether to stop here: what is not done comes back as "paused".
 
         Returns:
             The answers in the order of the requests.
@@ -324,53 +267,56 @@ class Engine:
             groups.setdefault(self.group(request), []).append(number)
         with quiet:
             for numbers in groups.values():
-                for number, written in zip(numbers, self._write(requests, numbers, on_piece, cancelled), strict=True):
-                    one = requests[number]
-                    answers[number] = Answer(
-                        written.text, written.ids, written.prompt_tokens, written.finish_reason, one.mix, one.decision
-                    )
+                if answers and paused is not None and paused():
+                    waiting = [requests[number] for number in numbers]
+                    states = [answer_of(one, self._row(one).written()) for one in waiting]
+                    answers |= dict(zip(numbers, states, strict=True))
+                    continue
+                self._write(requests, numbers, answers, Listener(on_piece, None, cancelled, paused), on_done)
         return [answers[number] for number in range(len(requests))]
 
     def _write(
         self,
         requests: Sequence[Request],
         numbers: Sequence[int],
-        on_piece: Callable[[int, str], None] | None,
-        cancelled: Callable[[int], bool] | None,
-    ) -> list[Written]:
+        answers: dict[int, Answer],
+        heard: Listener,
+        on_done: Callable[[int, Answer], None] | None,
+    ) -> None:
+        """Answers of one group."""
         base, chosen = self._opened.base, [requests[number] for number in numbers]
+
+        def done(row: int, written: Written) -> None:
+            if on_done:
+                on_done(numbers[row], answer_of(chosen[row], written))
+
+        listener = Listener(
+            heard.piece and (lambda row, piece: heard.piece(numbers[row], piece)),  # type: ignore[misc]
+            done,
+            heard.cancelled and (lambda row: heard.cancelled(numbers[row])),  # type: ignore[misc]
+            heard.paused,
+        )
+        rows = [self._row(request) for request in chosen]
+        pad = base.tokenizer.pad_token_id
         with self._speaking(chosen), precision_of(base)():
-            return write(
-                base.model,
-                chosen[0].voice.tokenizer,
-                [request.ids for request in chosen],
-                [request.sampling for request in chosen],
-                [request.ends for request in chosen],
-                context=self.context,
-                continues=[request.continues for request in chosen],
-                on_piece=on_piece and (lambda row, piece: on_piece(numbers[row], piece)),
-                cancelled=cancelled and (lambda row: cancelled(numbers[row])),
+            found = write(
+                base.model, rows, pad_id=0 if pad is None else int(pad), context=self.context, listener=listener
             )
+        for number, request, written in zip(numbers, chosen, found, strict=True):
+            answers[number] = answer_of(request, written)
 
-    @contextmanager
-    def _speaking(self, requests: Sequence[Request]) -> Iterator[None]:
-        """The model with the mix of a group inside the block."""
-        mix = requests[0].mix
-        if not mix:
-            yield
-            return
-        with attached(self._opened.base.model, self._blend(mix)):
-            yield
+    def _row(self, request: Request) -> Row:
+        return request.state or Row(
+            request.voice.tokenizer,
+            request.ids,
+            request.sampling,
+            request.ends,
+            continues=request.continues and not self._two,
+        )
 
-    def _blend(self, mix: Mapping[str, float]) -> Adapter:
-        """A mix as one adapter, exactly: components side by side, weights in B."""
-        adapters = [self.adapter(name) for name in mix]
-        if list(mix.values()) == [1.0]:
-            return adapters[0]
-        if len(adapters) == 1:
-            (adapter,), (weight,) = adapters, mix.values()
-            return combine([adapter, adapter], Way(method="exact", weights=[weight, 0.0])).adapter
-        return combine(adapters, Way(method="exact", weights=list(mix.values()))).adapter
+    def _speaking(self, requests: Sequence[Request]) -> AbstractContextManager[None]:
+        """The model with the mix of each request inside the block."""
+        return self.bank.active([request.mix for request in requests])
 
     # -- voices and notes --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,93 @@
+"""What is asked of an engine, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dynlora_cli.decoding.sampling import Sampling
+from dynlora_cli.decoding.write import Reason, Row, Written
+from dynlora_cli.generation.voice import Voice
+from dynlora_cli.library.activation import Decision
+
+
+@dataclass(frozen=True)
+class Use:
+    """What is to speak.
+
+    Attributes:
+        text: as a person writes it.
+        mix: weights by adapter; {} is the base. None: a router decides on each request.
+    """
+
+    text: str
+    mix: Mapping[str, float] | None
+
+    @property
+    def auto(self) -> bool:
+        return self.mix is None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt in tokens, and who answers it.
+
+    Attributes:
+        ids: the prompt.
+        use: what was asked for.
+        mix: what speaks: weights by adapter, {} is the base.
+        sampling: how the answer is written.
+        ends: tokens at which it ends.
+        voice: whose form the prompt has.
+        continues: the answer goes on in the middle of a text, so that a space before it is part of it.
+        router: that decided, by name; None where nobody had to.
+        decision: of that router.
+        state: of an answer that was paused, to go on with; set it by `dataclasses.replace`.
+    """
+
+    ids: tuple[int, ...]
+    use: Use
+    mix: Mapping[str, float]
+    sampling: Sampling
+    ends: frozenset[int]
+    voice: Voice
+    continues: bool = False
+    router: str | None = None
+    decision: Decision | None = None
+    state: Row | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written.
+
+    Attributes:
+        text: without special tokens, up to a stop string.
+        ids: its tokens, without the one that ended it.
+        prompt_tokens: how long the prompt was.
+        finish_reason: stop, length, cancelled or paused.
+        mix: what spoke.
+        decision: of the router, where one decided.
+        state: of a paused answer: a request with it goes on exactly there, and its answer holds all from the start.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: Reason
+    mix: Mapping[str, float]
+    decision: Decision | None = None
+    state: Row | None = None
+
+
+def answer_of(request: Request, written: Written) -> Answer:
+    """What was written, with who wrote it."""
+    return Answer(
+        written.text,
+        written.ids,
+        written.prompt_tokens,
+        written.finish_reason,
+        request.mix,
+        request.decision,
+        written.row,
+    )
