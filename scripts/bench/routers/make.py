@@ -1,0 +1,189 @@
+"""Adapters and libraries of the routers' study: one adapter for each task, one of the same total size for all of them.
+
+    python scripts/bench/routers/make.py --work FOLDER                    # stories3M, seeds 0 to 2: about an hour on one core
+    python scripts/bench/routers/make.py --work FOLDER --model FOLDER     # another model, one seed
+    python scripts/bench/routers/make.py --work FOLDER --only e2e,dolly   # a part of it
+    python scripts/bench/routers/make.py --work FOLDER --rates            # learning rates, on val rows; took part in no table
+
+What is there is not made again. Then `run.py` measures. Every adapter ends with rank 4 on average, the one for all tasks
+with 4 for each of them and as many steps as all adapters together. A library is made of the adapters of a seed with keys
+of MiniLM and with keys of the base itself, and calibrated as the tool does it by default; `without NAME` are libraries
+that lack one of them, calibrated without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from router_rows import PAIRS, SHARED, TASKS, prepare
+
+RANK, JOINT = 4, "joint"
+ENCODERS = ("minilm", "base")
+WITHOUT = "without "
+
+
+@dataclass(frozen=True)
+class Study:
+    """What differs between models.
+
+    Attributes:
+        name: of it, in results and folders.
+        model: folder of the base.
+        steps: of an adapter.
+        batch: rows of a step.
+        rate: learning rate of an adapter.
+        joint_rate: of the adapter for all tasks.
+        seeds: of training.
+        rows: test rows of each task at most.
+    """
+
+    name: str
+    model: Path
+    steps: int
+    batch: int
+    rate: float
+    joint_rate: float
+    seeds: tuple[int, ...]
+    rows: int
+    max_length: int = 128
+
+    def folder(self, work: Path, seed: int) -> Path:
+        return work / f"{self.name}-{seed}"
+
+
+SMALL = Study("stories3M", SHARED / "models" / "stories3M", 150, 8, 2e-3, 7e-4, (0, 1, 2), 100)
+
+
+def study_of(model: Path | None) -> Study:
+    """The main study, or a shorter one with another model."""
+    if model is None:
+        return SMALL
+    return Study(model.name, model.resolve(), 24, 4, 1e-3, 5e-4, (0,), 16)
+
+
+def names(study: Study) -> tuple[str, ...]:
+    """Adapters that are trained."""
+    pairs = [name for pair in PAIRS.values() for name in pair] if study is SMALL else []
+    return (*TASKS, *pairs, JOINT)
+
+
+def recipe(study: Study, name: str, seed: int, rate: float | None, out: Path, work: Path) -> dict[str, Any]:
+    """Of one run."""
+    tasks = TASKS if name == JOINT else (name,)
+    folders = [prepare(task, work) for task in tasks]
+    return {
+        "model": {"name_or_path": str(study.model), "dtype": "float32"},
+        "dataset": {
+            "train": [str(folder / "train.jsonl") for folder in folders],
+            "val": [str(folder / "val.jsonl") for folder in folders],
+            "max_length": study.max_length,
+            "chat": False,
+        },
+        "rank": {"budget": RANK * len(tasks)},
+        "train": {
+            "max_steps": study.steps * len(tasks),
+            "micro_batch_size": study.batch,
+            "learning_rate": rate or (study.joint_rate if name == JOINT else study.rate),
+            "save_steps": 1_000_000,
+        },
+        "eval": {"max_samples": 100 if study is SMALL else 16},
+        "output_dir": str(out),
+        "seed": seed,
+    }
+
+
+def train(study: Study, name: str, seed: int, work: Path, rate: float | None = None) -> Path:
+    """The folder of a run, which is trained if it is not there."""
+    out = study.folder(work, seed) / (name if rate is None else f"{name} at {rate}")
+    if (out / "took.json").is_file():
+        return out
+    from dynlora_cli.commands.train import run
+    from dynlora_cli.config.load import load_recipe
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_suffix(".yaml")
+    path.write_text(json.dumps(recipe(study, name, seed, rate, out, work)), encoding="utf-8")
+    started = time.monotonic()
+    summary = run(load_recipe(path), overwrite=True)
+    took = {"seconds": round(time.monotonic() - started, 1), "parameters": summary["parameters"], "rate": rate}
+    print(json.dumps({"run": str(out), **took, "loss": summary.get("eval_loss", summary.get("loss"))}), flush=True)
+    (out / "took.json").write_text(json.dumps(took), encoding="utf-8")
+    return out
+
+
+def searched(study: Study, work: Path) -> None:
+    """Rates beside those of quality.py, which are taken, by the loss on val rows."""
+    for name, rates in (("e2e", (1e-3, 4e-3)), (JOINT, (1.4e-3,))):
+        for rate in rates:
+            train(study, name, 0, work, rate)
+
+
+# -- libraries -------------------------------------------------------------------------------------------------------
+
+
+def library(study: Study, tasks: Sequence[str], encoder: str, seed: int, work: Path, name: str) -> Path:
+    """A calibrated library, which is made if it is not there."""
+    root = study.folder(work, seed) / f"library {name} {encoder}"
+    if (root / "report.html").is_file():
+        return root
+    from dynlora_cli.library.add import add
+    from dynlora_cli.library.addition import Addition
+    from dynlora_cli.library.calibrate import Wanted, calibrate
+
+    shutil.rmtree(root, ignore_errors=True)
+    for task in tasks:
+        add(root, Addition(adapter=train(study, task, seed, work), name=task, encoder=encoder), quiet)
+    calibrate(root, Wanted(rows=100), quiet)
+    print(json.dumps({"library": str(root)}), flush=True)
+    return root
+
+
+def quiet(line: str) -> None:
+    """Takes what a command tells."""
+
+
+def libraries(study: Study, seed: int) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Name, adapters and encoder of each library."""
+    for encoder in ENCODERS:
+        yield "all", TASKS, encoder
+    if study is SMALL:
+        for name, pair in PAIRS.items():
+            for encoder in ENCODERS:
+                yield name, pair, encoder
+    if seed == study.seeds[0]:
+        for left in TASKS:
+            yield WITHOUT + left, tuple(task for task in TASKS if task != left), "minilm"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where runs and libraries are kept")
+    parser.add_argument("--model", type=Path, help="folder of another model than stories3M")
+    parser.add_argument("--only", help="names of adapters, with commas between them")
+    parser.add_argument("--seeds", help="such as 0,1")
+    parser.add_argument("--libraries", action="store_true", help="make the libraries, of adapters that are trained")
+    parser.add_argument("--rates", action="store_true", help="try learning rates")
+    options = parser.parse_args()
+    study, work = study_of(options.model), options.work.resolve()
+    if options.rates:
+        searched(study, work)
+        return 0
+    for seed in [int(seed) for seed in options.seeds.split(",")] if options.seeds else study.seeds:
+        for name in options.only.split(",") if options.only else names(study):
+            train(study, name, seed, work)
+        if options.libraries or not options.only:
+            for name, tasks, encoder in libraries(study, seed):
+                library(study, tasks, encoder, seed, work, name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
