@@ -41,7 +41,10 @@ def _lines(path: str) -> Iterator[Row]:
 def _cut(text: str, most: int) -> str:
     """At most so many characters, to the end of a word."""
     text = text.strip()
-    return text if len(text) <= most else text[: text.rfind(" ", 0, most + 1)].rstrip() or text[:most]
+    if len(text) <= most:
+        return text
+    space = text.rfind(" ", 0, most + 1)
+    return text[:space].rstrip() if space > 0 else text[:most]
 
 
 def _row(prompt: str, completion: str) -> Row:
