@@ -10,7 +10,7 @@ import pytest
 
 from dynlora_cli.config.load import load_recipe
 
-BENCH = Path(__file__).parents[1] / "scripts" / "bench" / "updates"
+BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "updates"
 sys.path.insert(0, str(BENCH))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from dynlora_cli.config.load import load_recipe
 
-BENCH = Path(__file__).parents[1] / "scripts" / "bench" / "routers"
+BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "routers"
 sys.path.insert(0, str(BENCH))
 
 import make  # noqa: E402 - they are scripts, not a package
