@@ -9,8 +9,8 @@
         then `make` gives what lora/multi.py calls TokenGates.
 
     NEEDS = ("keys", "factors", "base")
-        Which of these `make` uses: the keys of a library and their encoder, the adapters, the base in memory. A router
-        without "base" opens where there is none, as in a proxy.
+        Which of these `make` uses: the keys of a library and their encoder, the adapters in a bank, the base in memory.
+        A router of keys alone opens where there is no model, as in a proxy.
 
     FINAL = True
         Optional: its own word on "none of them" stands. Any other router is, where the library is calibrated, asked
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dynlora_cli.adapters.adapter import Adapter
+    from dynlora_cli.adapters.bank import Bank
+    from dynlora_cli.lora.multi import MultiLinear, TokenGates
     from dynlora_cli.models.load import Base
 
 Unit = Literal["request", "token"]
@@ -68,7 +70,7 @@ class Context:
     Attributes:
         library: with keys, and perhaps a calibration.
         adapters: in memory, by name.
-        bank: has them on the base, see adapters/bank.py.
+        bank: has adapters on the base, these or more.
         base: in memory.
         encoder: of the library's keys.
         options: of the router; None: its defaults.
@@ -78,7 +80,7 @@ class Context:
 
     library: Library | None = None
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    bank: Any = None
+    bank: Bank | None = None
     base: Base | None = None
     encoder: Encoder | None = None
     options: Any = None
@@ -109,12 +111,12 @@ class TokenRouter:
         notes: for people.
     """
 
-    def __init__(self, inner: Any, names: Sequence[str], notes: Sequence[str]) -> None:
+    def __init__(self, inner: TokenGates, names: Sequence[str], notes: Sequence[str]) -> None:
         self.inner, self.names, self.notes = inner, tuple(names), list(notes)
 
-    def gates(self, layer: Any, x_NI: Tensor, h_NR: Tensor) -> Tensor:
+    def gates(self, layer: MultiLinear, x_NI: Tensor, h_NR: Tensor) -> Tensor:
         """The weights of a layer's adapters, or of its components, for each token."""
-        return cast("Tensor", self.inner.gates(layer, x_NI, h_NR))
+        return self.inner.gates(layer, x_NI, h_NR)
 
     def decide(self, requests: Sequence[Asked]) -> list[Decision]:
         """All requests are decided on token by token; under a calibration some are the base's."""
@@ -200,7 +202,7 @@ def open_router(name: str, context: Context) -> RequestRouter | TokenRouter:
     made = plugins.load("routers", name).make(context)
     told = [*notes, *getattr(made, "notes", ())]
     if unit_of(name) == "token":
-        router: RequestRouter | TokenRouter = TokenRouter(made, names, told)
+        router: RequestRouter | TokenRouter = TokenRouter(made, getattr(made, "names", names), told)
     else:
         router, router.notes = made, told
     if not guards:
@@ -230,7 +232,8 @@ def _guards(name: str, library: Library | None) -> bool:
 def _candidates(name: str, context: Context) -> tuple[tuple[str, ...], list[str]]:
     """The adapters to choose among, and what to tell of those that are left out."""
     library = context.library
-    names = list(context.adapters) or [entry.name for entry in (library.entries if library else [])]
+    in_bank = context.bank.names if context.bank else []
+    names = list(context.adapters) or list(in_bank) or [entry.name for entry in (library.entries if library else [])]
     notes = []
     if library is not None and _guards(name, library):
         seen = calibration_of(library).entries
@@ -256,7 +259,7 @@ def _refuse_missing(name: str, context: Context) -> None:
         )
     if KEYS in needs and context.library is not None and not context.library.entries:
         raise UsageError(f"the library {context.library.root} is empty", "dynlora library add LIB --adapter FOLDER")
-    missing = (BASE in needs and context.base is None) or (FACTORS in needs and not context.adapters)
+    missing = (BASE in needs and context.base is None) or (FACTORS in needs and context.bank is None)
     if missing:
         raise UsageError(
             f"the router {name} computes with base and adapters, which are not in memory here",
