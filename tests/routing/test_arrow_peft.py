@@ -25,7 +25,9 @@ def save(base: Path, folder: Path, seed: int, **options: Any) -> Path:
     """A LoRA whose strongest direction stands out in every layer, so that PEFT's power iteration comes to its end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(load(base), LoraConfig(**({"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | options)))
+        model = get_peft_model(
+            load(base), LoraConfig(**({"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | options))
+        )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -89,7 +91,9 @@ def test_the_mean_that_peft_subtracts_is_not_the_mean_of_the_updates(tmp_path: P
     config = ArrowConfig(top_k=2, use_gks=True, rng_seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = create_arrow_model(load(base), [str(f) for f in folders[:2]], config, [str(f) for f in folders[2:]])
+        model: Any = create_arrow_model(
+            load(base), [str(f) for f in folders[:2]], config, [str(f) for f in folders[2:]]
+        )
         theirs = in_double(model.eval())(ids()).logits
     ours = of_ours(base, folders, "top_k=2", "general=task_2+task_3")
     assert (ours.double() - theirs).abs().max() > 0.01 * theirs.abs().max()

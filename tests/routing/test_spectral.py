@@ -218,7 +218,9 @@ def test_the_mean_of_general_adapters_is_taken_from_every_update():
     assert_close_to_truth(logits, truth, terms=TERMS)
 
 
-@pytest.mark.parametrize(("general", "said"), [("x", "no adapter 'x'"), ("a+b", "leaves no adapter to choose")])
+@pytest.mark.parametrize(
+    ("general", "said"), [("x", "no adapter 'x'"), ("a+b", "leaves no adapter to choose"), ("0.5*a", "no weights")]
+)
 def test_general_adapters_that_cannot_be(general: str, said: str):
     model = a_model()
     adapters = {"a": an_adapter(model, 1), "b": an_adapter(model, 2)}

@@ -21,10 +21,10 @@ Reference
 
 from __future__ import annotations
 
+from dynlora_cli.config.mix import parse_mix
 from dynlora_cli.errors import UsageError
 from dynlora_cli.routing.router import Context
 from dynlora_cli.routing.spectral import SpectralGates, top_k_softmax
-from dynlora_cli.text import did_you_mean
 
 UNIT = "token"
 NEEDS = ("factors",)
@@ -53,13 +53,9 @@ def _general(text: str | None, names: tuple[str, ...]) -> list[str]:
     Raises:
         UsageError: one is not there, or none is left to choose among.
     """
-    general = [name.strip() for name in text.split("+")] if text else []
-    for name in general:
-        if name not in names:
-            raise UsageError(
-                f"--set general={text}: there is no adapter {name!r} to weigh by token{did_you_mean(name, names)}",
-                f"there are: {', '.join(names)}",
-            )
-    if general and not set(names) - set(general):
+    mix = parse_mix(text, names) if text else {}
+    if any(weight != 1 for weight in mix.values()):
+        raise UsageError(f"--set general={text}: their mean is taken, so they have no weights", "write general=a+b")
+    if mix and not set(names) - set(mix):
         raise UsageError(f"--set general={text} leaves no adapter to choose", "name fewer of them")
-    return general
+    return list(mix)
