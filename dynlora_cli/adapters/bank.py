@@ -110,7 +110,7 @@ class Bank:
             elif len(left) < len(parts):
                 layer.hold(left)
             else:
-                layer.adapters = [column for column, _, _ in left]
+                layer.number([column for column, _, _ in left])
 
     def close(self) -> None:
         """Take everything off: the model is as it was."""
