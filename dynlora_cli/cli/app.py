@@ -24,6 +24,7 @@ from dynlora_cli.cli.library import library
 from dynlora_cli.cli.merge import merge
 from dynlora_cli.cli.prune import prune
 from dynlora_cli.cli.schema import schema
+from dynlora_cli.cli.serve import serve
 from dynlora_cli.cli.train import train
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ app.command()(export)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.add_typer(library)
+app.command()(serve)
 app.command()(init)
 app.command()(doctor)
 app.command()(schema)

@@ -66,6 +66,7 @@ def as_one_line(text: str) -> str:
         "",
         "train",
         "schema",
+        "serve",
         "prune",
         "merge",
         "export",

@@ -1,0 +1,107 @@
+"""`dynlora serve`: answers over HTTP until somebody stops it. `run` is the table of contents."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dynlora_cli.config.mix import AUTO, BASE
+from dynlora_cli.errors import DynloraError
+from dynlora_cli.generation import engine as engines
+from dynlora_cli.models.quiet import quiet
+from dynlora_cli.serving.access import Guard
+from dynlora_cli.serving.app import State, make_app
+from dynlora_cli.serving.listen import Listener, Stop, address_of, asked_to_stop, bind, listening
+from dynlora_cli.serving.metrics import Metrics
+from dynlora_cli.serving.worker import Worker
+
+Tell = Callable[[str], None]
+GRACE = 30.0  # seconds for what was taken before the stop
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person says of a server.
+
+    Attributes:
+        engine: base, adapters, library and router.
+        host, port: where it answers; port 0: any that is free.
+        keys: any of them opens; none: only this machine may ask.
+        allow_loading: adapters of the library may be loaded and unloaded over HTTP.
+        max_batch: answers that are written at once.
+        max_queue: answers that may wait for that.
+        timeout: seconds that a request may take.
+    """
+
+    engine: engines.Wanted
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: tuple[str, ...] = ()
+    allow_loading: bool = False
+    max_batch: int = 16
+    max_queue: int = 128
+    timeout: float = 300.0
+
+
+@quiet
+def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
+    """Serve until Ctrl-C or SIGTERM; what was taken is answered then.
+
+    Args:
+        wanted: what the person says.
+        tell: takes a line for people.
+
+    Returns:
+        How many requests were answered.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C.
+        DynloraError: with the exit code that fits.
+    """
+    began = time.monotonic()
+    with bind(wanted.host, wanted.port) as door, engines.Engine.open(wanted.engine, tell) as engine:
+        address = address_of(door)
+        state = _state(wanted, engine, tell)
+        app = Guard(make_app(state), wanted.keys)
+        with asked_to_stop() as stop, listening(app, door) as listener:
+            for note in engine.notes:
+                tell(f"note: {note}")
+            tell(f"answers at {address}/v1; Ctrl-C ends it")
+            state.worker.run(_Ended(stop, listener, state.worker, tell), grace=GRACE)
+    if listener.failed:
+        raise DynloraError("the HTTP server has ended by itself", "look at what it said above")
+    if stop.by_keyboard:
+        raise KeyboardInterrupt
+    seconds = time.monotonic() - began
+    return {"ok": True, "url": address, "answered": state.metrics.answered, "seconds": seconds}
+
+
+def _state(wanted: Wanted, engine: engines.Engine, tell: Tell) -> State:
+    """What the server's addresses share."""
+    metrics = Metrics(
+        known=lambda: [engine.base_name, BASE, AUTO, *engine.names],
+        waiting=lambda: worker.waiting,
+        running=lambda: worker.running,
+        tell=tell,
+    )
+    worker = Worker(engine, max_queue=wanted.max_queue, max_batch=wanted.max_batch, tally=metrics)
+    library = wanted.engine.library if wanted.allow_loading else None
+    roots = {name: str(engine.adapter(name).folder) for name in engine.names}
+    return State(engine, worker, metrics, wanted.timeout, library, roots)
+
+
+class _Ended:
+    """Whether to end; says so once."""
+
+    def __init__(self, stop: Stop, listener: Listener, worker: Worker, tell: Tell) -> None:
+        self._stop, self._listener, self._worker, self._tell = stop, listener, worker, tell
+        self._said = False
+
+    def __call__(self) -> bool:
+        if self._stop() and not self._said:
+            self._said = True
+            if left := self._worker.waiting + self._worker.running:
+                self._tell(f"{left} answers are still being written; once more ends at once")
+        return self._stop() or self._listener.failed
