@@ -13,7 +13,14 @@ from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.log import read_run
 
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
-FREE_ON_RESUME = ("output_dir", "train.cuda_graphs", "train.log_steps", "train.save_steps", "train.report_to")
+FREE_ON_RESUME = (
+    "output_dir",
+    "eval.samples",
+    "train.cuda_graphs",
+    "train.log_steps",
+    "train.save_steps",
+    "train.report_to",
+)
 
 
 def same_recipe(folder: Path, recipe: Recipe) -> None:

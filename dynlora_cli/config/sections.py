@@ -308,6 +308,8 @@ class Eval(Section):
     """Optimizer steps between evaluations; null: after every epoch. Always at the start and at the end as well."""
     max_samples: Count | None = None
     """Held-out examples used at most; null: all."""
+    samples: Annotated[int, Field(ge=0), BeforeValidator(whole)] = 2
+    """Held-out prompts whose answers are shown at each evaluation, at most 64 tokens of each; 0: none."""
     early_stopping_patience: Count | None = None
     """Evaluations without a lower held-out loss after which training stops; null: never."""
     also: Annotated[list[Also], AfterValidator(_names_differ)] | None = None

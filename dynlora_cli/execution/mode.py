@@ -51,12 +51,14 @@ class Mode:
         loads_on_host: the base is loaded into the host's memory, and `apply` brings it to the devices.
         keeps_casts: autocast may keep the casts of weights from one use to the next.
         even_batches: training batches are to have few different shapes.
+        no_answers: why a model run so is not asked to write answers between steps (`eval.samples`), in words.
         in_short_runs: it also runs where there are few steps (healing) or none (a dry run, on the device "meta").
     """
 
     loads_on_host = False
     keeps_casts = True
     even_batches = False
+    no_answers: str | None = None
     in_short_runs = True
 
     def __init__(self, train: Train, patches: Patches) -> None:
@@ -138,6 +140,10 @@ class Modes(AbstractContextManager["Modes"]):
     @property
     def even_batches(self) -> bool:
         return any(mode.even_batches for mode in self)
+
+    @property
+    def no_answers(self) -> list[str]:
+        return [mode.no_answers for mode in self if mode.no_answers]
 
     def loads_to(self, device: torch.device) -> torch.device:
         """Where the base is loaded to, if it will compute on `device`; "meta", the structure alone, stays "meta"."""

@@ -177,11 +177,22 @@ class NumbersForm(BaseModel):
     adapter_bytes: Count | None = None
 
 
+class SampleForm(BaseModel):
+    """What a model answered to a prompt while it trained."""
+
+    model_config = ConfigDict(strict=True)
+    prompt: str
+    expected: str
+    answer: str
+    right: bool
+
+
 class LineForm(NumbersForm):
     """One line of a log."""
 
     event: str
     step: Count
+    samples: list[SampleForm] | None = None
 
 
 class AlsoForm(BaseModel):

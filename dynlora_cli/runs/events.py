@@ -64,6 +64,16 @@ def also(step: int, losses: Mapping[str, float]) -> Event:
     return {"event": "also", "step": step, "losses": dict(losses)}
 
 
+def samples(step: int, answers: Sequence[Mapping[str, Any]]) -> Event:
+    """What the model answers to a few held-out prompts.
+
+    Args:
+        step: optimizer steps done.
+        answers: of each its prompt (its end, where it is long), what was expected, the answer, and whether it is right.
+    """
+    return {"event": "samples", "step": step, "samples": [dict(answer) for answer in answers]}
+
+
 def checkpoint(step: int, path: Path) -> Event:
     """A checkpoint was written; the lines before it are on the disk."""
     return {"event": "checkpoint", "step": step, "path": str(path)}

@@ -28,7 +28,7 @@ from dynlora_cli.runs.record import RECORD
 
 METRICS = "metrics.jsonl"
 RANK_EVENTS = "rank_events.jsonl"
-FILE_OF_EVENT = dict.fromkeys(("train", "eval", "also"), METRICS)
+FILE_OF_EVENT = dict.fromkeys(("train", "eval", "also", "samples"), METRICS)
 FILE_OF_EVENT |= dict.fromkeys(("gauge", "prune", "refused"), RANK_EVENTS)
 
 
@@ -88,6 +88,7 @@ class RunRecord:
     folder: Path
     metrics: list[Event] = field(default_factory=list)  # event "train"
     evals: list[Event] = field(default_factory=list)  # event "eval"
+    samples: list[Event] = field(default_factory=list)  # event "samples"
     rank_events: list[Event] = field(default_factory=list)  # events "gauge" and "prune"
     info: dict[str, Any] = field(default_factory=dict)  # dynlora.json
 
@@ -151,6 +152,7 @@ def read_run(folder: str | Path) -> RunRecord:
         folder=folder,
         metrics=[event for event in metrics if event.get("event") == "train"],
         evals=[event for event in metrics if event.get("event") == "eval"],
+        samples=[event for event in metrics if event.get("event") == "samples"],
         rank_events=_read_lines(folder / RANK_EVENTS),
         info=_read_info(folder / RECORD),
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.runs import events
+from dynlora_cli.training import samples
 from dynlora_cli.training.held_out import also_losses, held_out_loss
 from dynlora_cli.training.metrics import Window, count_step, log_window
 from dynlora_cli.training.rate_search import choose, search
@@ -126,3 +127,4 @@ def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
     progress = run.progress
     run.emit(events.evaluation(progress.step, result, best=best, seconds=progress.seconds))
     run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=progress.step)
+    samples.show(run)

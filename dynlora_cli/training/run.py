@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batches
     from dynlora_cli.data.load import Data
     from dynlora_cli.evaluation.also import Measured, RowSet
+    from dynlora_cli.evaluation.generation import Prompt
     from dynlora_cli.execution.mode import Modes
     from dynlora_cli.lora.start import Start
     from dynlora_cli.lora.whole import Trained
@@ -82,6 +83,7 @@ class Run:
         modes: how the steps are run: fused, compiled and so on.
         random: the random numbers of this process's part in the run.
         also: rows of other kinds, measured before and after.
+        samples: prompts that are answered at each evaluation.
     """
 
     recipe: Recipe
@@ -101,6 +103,7 @@ class Run:
     emit: events.Emit = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
     also: Sequence[RowSet] = ()
+    samples: Sequence[Prompt] = ()
 
     @property
     def model(self) -> PreTrainedModel:

@@ -38,6 +38,7 @@ from dynlora_cli.runs.folder import read_record
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
+from dynlora_cli.training import samples
 from dynlora_cli.training.batches import make_batches, on_device, total_steps, training_batches
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.replay import runs_to_replay
@@ -229,6 +230,7 @@ def make_run(
         # Dropout is the one thing that differs between processes.
         random=Randomness(recipe.seed + accelerator.process_index, accelerator.device),
         also=also,
+        samples=samples.choose(recipe, base.tokenizer, val, modes, data.notes),
     )
     modes.begin(base.model, trained, partial(_first_batch, run), run.note)
     return run

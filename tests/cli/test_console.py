@@ -312,3 +312,32 @@ def test_names_from_files_do_not_steer_the_terminal() -> None:
     Console(window, width=80).show(pairs([("whole \x1b[2J", "\x1b[31mred")]))
     assert "\x1b[2J" not in window.getvalue()
     assert "\x1b[31m" not in window.getvalue()
+
+
+SAMPLES = {"event": "samples", "step": 120, "samples": [
+    {"prompt": "x" * 200 + " the\nend?", "expected": "red\x1b[31m", "answer": "", "right": False},
+    {"prompt": "two?", "expected": "yes", "answer": "yes", "right": True},
+]}  # fmt: skip
+
+
+def test_answers_stand_under_their_evaluation() -> None:
+    pipe = Pipe()
+    play(Console(pipe), start_event(), EVAL, SAMPLES)
+    lines = pipe.getvalue().splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("eval"))
+    asked, expected, answered, *second = lines[at + 1 :]
+    assert asked == f"      asked     …{'x' * 90} the end?"
+    assert expected == "      expected  red\u241b[31m"
+    assert answered == "      answered  (nothing)"
+    assert second == ["      asked     two?", "      expected  yes", "      answered  yes"]
+
+
+def test_on_a_terminal_answers_stay_above_the_picture_and_fit_the_window() -> None:
+    window = Window()
+    play(Console(window, width=60, height=30), start_event(), EVAL, SAMPLES)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", window.getvalue()).replace("\r", "")
+    assert "at 120, held out 2.2000" in shown
+    lines = re.findall(r"  (?:asked|expected|answered) .*", shown)
+    assert len(lines) == 6
+    assert all(len(line) <= 60 for line in lines)
+    assert lines[-1] == "  answered  yes"

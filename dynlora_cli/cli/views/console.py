@@ -22,7 +22,16 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from dynlora_cli.cli.views.progress import Progress, joined, middle_cut, printable, sparkline, start_rows, with_budget
+from dynlora_cli.cli.views.progress import (
+    Progress,
+    joined,
+    middle_cut,
+    printable,
+    sample_rows,
+    sparkline,
+    start_rows,
+    with_budget,
+)
 from dynlora_cli.cli.views.rank_map import rank_map
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.runs.log import Event
@@ -125,6 +134,14 @@ class Console:
         self.show(Padding(text, (0, 2)))
         self.line()
 
+    def show_samples(self, event: Event, progress: Progress) -> None:
+        """What the model answers at an evaluation; in one piece, so that the picture below is drawn once."""
+        parts: list[tuple[str, str]] = [(f"at {count(event['step'])}, held out {number(progress.held_out)}\n", "label")]
+        for label, text, right in sample_rows(event, max(20, self.rich.width - 14)):
+            style = ("good" if right else "head") if label == "answered" else "label"
+            parts += [(f"  {label:<8}  ", "label"), (f"{text}\n", style)]
+        self.line(Text.assemble(*parts))
+
     def show_summary(self, summary: dict[str, Any]) -> None:
         """What came out: numbers before and after, the rank map, where the adapter is, and what to type next."""
         parts: list[RenderableType] = [Text(), _headline(summary), Text(), _before_after(summary)]
@@ -183,6 +200,8 @@ class TrainView:
             self.console.note(event["text"])
         elif kind == "warning":
             self.console.warning(event["text"])
+        elif kind == "samples" and self._live is not None:
+            self.console.show_samples(event, self.progress)
         elif self._live is None and (line := self.progress.line(event)):
             self.console.line(line)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from dynlora_cli.runs.log import Event
 from dynlora_cli.text import MISSING, count, duration, number, percent, rate, short
 
 OF_STEP = ("loss", "learning_rate", "tokens_per_second", "components", "parameters", "memory_bytes", "seconds")
+
+
+WIDEST_ANSWER = 100  # characters of a line of samples where there is no terminal window
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Progress:
         elif kind == "eval":
             self._measured(event)
             self._clock = None  # do not count the time of an evaluation as that of a step
-        elif kind == "also":
+        elif kind in ("also", "samples"):
             self._clock = None
         elif kind in ("prune", "gauge"):
             # a new mapping each time: the display may be reading the old one in its own thread
@@ -78,6 +81,8 @@ class Progress:
         if kind == "also":
             losses = [f"{printable(name)} {number(loss)}" for name, loss in event["losses"].items()]
             return "  ".join([f"also  {self._at(event)}", *losses])
+        if kind == "samples":
+            return "\n".join(f"      {label:<8}  {text}" for label, text, _ in sample_rows(event, WIDEST_ANSWER))
         if kind == "prune":
             return self._prune_line(event)
         if kind == "refused":
@@ -173,6 +178,16 @@ def start_rows(event: Event) -> list[tuple[str, str]]:
         ("output", str(run.get("output_dir") or "")),
     ]
     return [(label, value) for label, value in rows if value]
+
+
+def sample_rows(event: Event, width: int) -> Iterator[tuple[str, str, bool]]:
+    """Of each answer three rows, each in one line of at most `width` characters: (label, text, whether it is right)."""
+    for sample in event["samples"]:
+        asked, *said = (printable(" ".join(sample[key].split())) for key in ("prompt", "expected", "answer"))
+        expected, answer = (text if len(text) <= width else f"{text[: width - 1]}…" for text in said)
+        yield "asked", asked if len(asked) <= width else f"…{asked[1 - width :]}", False
+        yield "expected", expected, False
+        yield "answered", answer or "(nothing)", sample["right"]
 
 
 def with_budget(parameters: float | None, run: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ class Mode(mode.Mode):
     """`train.compile`."""
 
     in_short_runs = False
+    no_answers = "train.compile would compile for every length of text"
 
     def begin(
         self, model: PreTrainedModel, trained: Trained, forward: Callable[[], object], tell: Callable[[str], None]

@@ -106,6 +106,7 @@ class Mode(mode.Mode):
     # too, since torch.compile would compile again for the other setting.
     keeps_casts = False
     even_batches = True
+    no_answers = "train.cuda_graphs records passes through whole batches"
     in_short_runs = False
     graphs: BlockGraphs | None = None
 

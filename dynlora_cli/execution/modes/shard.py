@@ -69,6 +69,7 @@ class Mode(mode.Mode):
 
     loads_on_host = True  # no device could hold it
     in_short_runs = False
+    no_answers = "with train.shard_base no device has the whole model"
 
     def refuse(self, device: torch.device, processes: int) -> None:
         refuse_sharding(processes)

@@ -12,6 +12,7 @@ from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
+from dynlora_cli.runs.report.samples import samples_part
 from dynlora_cli.runs.report.svg import Series, text
 from dynlora_cli.text import change, count, counted, duration, number, percent, short, size
 
@@ -22,7 +23,7 @@ def report_page(record: RunRecord) -> str:
     """The whole page for one run. Whatever the record lacks is left out, not shown as empty."""
     name = _name(record)
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    parts = (_header, _size_curve, _charts, _forgetting, _lineage, _ranks, _layer_table, _run_record)
+    parts = (_header, _size_curve, _charts, samples_part, _forgetting, _lineage, _ranks, _layer_table, _run_record)
     sections = [part(record) for part in parts]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'

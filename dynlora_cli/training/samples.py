@@ -1,0 +1,135 @@
+"""What the model answers while it trains: a few held-out prompts, at each evaluation (`eval.samples`).
+
+    choose   the prompts, the same ones at each evaluation
+    show     the most likely answers to them, as an event
+
+Answers are short and greedy. They draw no random numbers and change nothing, so a run learns the same without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.data.chat_template import MARKER, write
+from dynlora_cli.data.encode import decode
+from dynlora_cli.data.examples import Example, OneText
+from dynlora_cli.data.forms import BadRowError
+from dynlora_cli.evaluation.generation import MARGIN, Prompt, find_prompts, generate
+from dynlora_cli.runs import events
+from dynlora_cli.tasks import task as tasks
+from dynlora_cli.tasks.loss import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.execution.mode import Modes
+    from dynlora_cli.training.run import Run
+
+MOST_TOKENS = 64  # of an answer
+OPENING = 32  # tokens of a text without a prompt that are given, for the model to go on with
+KEPT = 300  # characters of a prompt's end, and of an answer's beginning, that the log keeps
+
+
+def choose(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Example], modes: Modes, notes: list[str]
+) -> list[Prompt]:
+    """The first held-out prompts; of plain texts their openings.
+
+    Args:
+        recipe: of the run.
+        tokenizer: of its model.
+        held_out: its rows to measure on.
+        modes: how its steps are run; some leave no model that could answer between them.
+        notes: gets why there are none, where somebody asked for them or would expect them.
+    """
+    count, asked = recipe.eval.samples, "samples" in recipe.eval.model_fields_set
+    if not count:
+        return []
+    if tasks.of(recipe.model).has_classes:
+        return _none("a classifier writes no text", notes, tell=asked)
+    if not held_out:
+        return _none("no rows are held out", notes, tell=asked)
+    if reasons := modes.no_answers:
+        return _none("; ".join(reasons), notes, tell=True)
+    prompts = find_prompts(held_out, tokenizer, count) or _openings(held_out, tokenizer, count)
+    if not prompts:
+        return _none("no held-out row has a prompt, or is long enough to be gone on with", notes, tell=asked)
+    return [replace(prompt, longest=min(prompt.longest, MOST_TOKENS - MARGIN)) for prompt in prompts]
+
+
+def _none(why: str, notes: list[str], *, tell: bool) -> list[Prompt]:
+    if tell:
+        notes.append(f"no answers are shown while training (eval.samples): {why}")
+    return []
+
+
+def _openings(held_out: Sequence[Example], tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+    """The first texts cut in two: an opening, and what really comes next."""
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    for example in held_out:
+        if not isinstance(example, OneText) or len(example.input_ids) < OPENING // 2:
+            continue
+        end = min(OPENING, len(example.input_ids) // 2)
+        ids, rest = tuple(example.input_ids[:end]), list(example.input_ids[end : end + MOST_TOKENS])
+        prompts.setdefault(ids, Prompt(ids, decode(tokenizer, ids), [_text(tokenizer, rest)], longest=MOST_TOKENS))
+        if len(prompts) == count:
+            break
+    return list(prompts.values())
+
+
+def show(run: Run) -> None:
+    """Answer the run's prompts and tell of it; the first process alone.
+
+    A model that cannot generate does not end the run: that is said, and no answers are shown from then on.
+    """
+    if not run.samples or not run.accelerator.is_main_process:
+        return
+    tokenizer, context = run.base.tokenizer, run.base.files.context_length
+    try:
+        with evaluating(run.model), run.accelerator.autocast():
+            answers = generate(run.model, tokenizer, run.samples, batch_size=len(run.samples), context=context)
+    except Exception as error:  # whatever the code of a model raises that was never asked to generate
+        run.note(f"no answers are shown while training (eval.samples): {type(error).__name__}: {error}")
+        run.samples = []
+        return
+    pairs = zip(run.samples, answers, strict=True)
+    run.emit(events.samples(run.progress.step, [_sample(prompt, answer, tokenizer) for prompt, answer in pairs]))
+
+
+def _sample(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    question = question_of(prompt, tokenizer)
+    return {
+        "prompt": question if len(question) <= KEPT else f"…{question[1 - KEPT :]}",
+        "expected": _cut(prompt.references[0]),
+        "answer": _cut(answer),
+        "right": answer in prompt.references,
+    }
+
+
+def question_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt for people: of a conversation what the user said last, where the chat template shows where that is."""
+    text = prompt.text.strip()
+    if not tokenizer.chat_template:
+        return text
+    try:
+        around = write(tokenizer, [{"role": "user", "content": MARKER}], None, answer=True).split(MARKER)
+    except BadRowError:
+        return text
+    before, behind = around if len(around) == 2 else ("", "")
+    if not behind.strip() or not text.endswith(behind.strip()):
+        return text
+    text = text.removesuffix(behind.strip())
+    marks = [before.rfind(str(mark)) for mark in tokenizer.all_special_tokens]
+    head = before[max([0, *marks]) :].strip()
+    return (text.rpartition(head)[2] if head else text).strip()
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= KEPT else f"{text[: KEPT - 1]}…"
