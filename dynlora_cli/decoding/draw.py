@@ -22,11 +22,13 @@ from transformers import (
 )
 
 from dynlora_cli.decoding.sampling import Sampling
-from dynlora_cli.errors import MeasureError
 
 
 class Draw(LogitsProcessor):
     """Leaves a greedy row as it is, and of a drawn one the chosen token alone: the most likely one is taken in the end.
+
+    Attributes:
+        failed: rows whose logits have become NaN.
 
     Args:
         samplings: one for each row.
@@ -38,6 +40,7 @@ class Draw(LogitsProcessor):
         self, samplings: Sequence[Sampling], starts_B: Sequence[int], chances: Sequence[Callable[[], Tensor]]
     ) -> None:
         self.chances = chances
+        self.failed: set[int] = set()
         self.penalized = [
             (row, starts_B[row], RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
             for row, sampling in enumerate(samplings)
@@ -51,13 +54,12 @@ class Draw(LogitsProcessor):
         self.drawn = [(torch.tensor(rows), _warpers(samplings[rows[0]])) for rows in alike.values()]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores for the next token. input_ids [B, T], scores [B, V], fp32
-
-        Raises:
-            MeasureError: a logit is not a number.
-        """
-        if scores.amax().isnan():
-            raise MeasureError("the model's logits are NaN", "look at its weights and its dtype")
+        """Scores for the next token. input_ids [B, T], scores [B, V], fp32"""
+        largest_B = scores.amax(-1)
+        if largest_B.sum().isnan():  # also where one is inf and another -inf, which the next line tells apart
+            lost = largest_B.isnan()
+            self.failed |= set(lost.nonzero()[:, 0].tolist())
+            scores[lost] = 0.0
         for row, start, penalty in self.penalized:
             scores[row : row + 1] = penalty(input_ids[row : row + 1, start:], scores[row : row + 1])
         for rows, warpers in self.drawn:

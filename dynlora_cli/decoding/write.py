@@ -25,7 +25,7 @@ from dynlora_cli.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Reason = Literal["stop", "length", "cancelled", "paused"]
+Reason = Literal["stop", "length", "cancelled", "failed", "paused"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Written:
     Attributes:
         ids: its tokens, without the one that ended it.
         text: of these, without special tokens, up to a stop string.
-        finish_reason: an end or a stop string came, no room was left, nobody waits any more; or it is to go on later.
+        finish_reason: stop: an end or a stop string came; length: no room was left; cancelled: nobody waits any more;
+            failed: the model's logits became NaN; paused: it is to go on later.
         prompt_tokens: how long the prompt was.
         row: of an answer that is to go on: give it to `write` again.
     """
@@ -158,15 +159,17 @@ def write(
 
     Raises:
         UsageError: a prompt is empty, or leaves no room in the context.
-        MeasureError: the model's logits are NaN.
     """
     two = bool(model.config.is_encoder_decoder)
     rooms = [_room(row, context, two) for row in rows]
     if two:  # its answer could not go on: what it has written is no part of its prompt
         listener = replace(listener, paused=None)
     for batch, steps in _batches(rows, rooms, None if two else context):
-        watch = _Watch(rows, rooms, batch, listener)
-        _write_batch(model, [rows[number] for number in batch], steps, pad_id, watch)
+        texts = [rows[number].prompt if two else rows[number].prompt + rows[number].ids for number in batch]
+        width = max(map(len, texts))
+        starts = [0 if two else width - len(text) for text in texts]  # what a decoder has written has no padding
+        watch = _Watch(rows, rooms, batch, starts, listener)
+        _write_batch(model, texts, steps, pad_id, watch)
         if watch.has_paused:
             break
     return [row.written() for row in rows]
@@ -185,18 +188,31 @@ class _Watch(StoppingCriteria):
     Args:
         rows, rooms: of the whole call.
         batch: numbers of those that are written now, in the order of the batch.
+        starts: where the own tokens of each of those begin, behind its padding.
+
+    Attributes:
+        draw: chooses the tokens.
     """
 
-    def __init__(self, rows: Sequence[Row], rooms: Sequence[int], batch: Sequence[int], listener: Listener) -> None:
-        self.rows, self.rooms, self.batch, self.listener = rows, rooms, batch, listener
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        rooms: Sequence[int],
+        batch: Sequence[int],
+        starts: Sequence[int],
+        listener: Listener,
+    ) -> None:
+        self.rows, self.rooms, self.batch, self.starts, self.listener = rows, rooms, batch, starts, listener
         self.has_paused = False
+        rows_now = [rows[number] for number in batch]
+        self.draw = Draw([row.sampling for row in rows_now], starts, [row.chance for row in rows_now])
 
     def __call__(self, input_ids: Tensor, scores: Any, **_others: Any) -> Any:  # noqa: ARG002 - transformers' signature
         """[B], boolean"""
         if not self.has_paused:  # on some devices one more step has begun by then
-            for number, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
+            for line, (number, token) in enumerate(zip(self.batch, input_ids[:, -1].tolist(), strict=True)):
                 if self.rows[number].reason is None:
-                    self._take(number, token)
+                    self._take(number, None if line in self.draw.failed else token)
             paused = self.listener.paused
             self.has_paused = paused is not None and any(self._is_open) and paused()
         ended = [self.has_paused or not is_open for is_open in self._is_open]
@@ -206,9 +222,10 @@ class _Watch(StoppingCriteria):
     def _is_open(self) -> list[bool]:
         return [self.rows[number].reason is None for number in self.batch]
 
-    def _take(self, number: int, token: int) -> None:
+    def _take(self, number: int, token: int | None) -> None:
+        """A row's next token; None: there is none, for its logits are NaN."""
         row, listener = self.rows[number], self.listener
-        piece = row.take(token, self.rooms[number])
+        piece = row.end("failed") if token is None else row.take(token, self.rooms[number])
         if row.reason is None and listener.cancelled is not None and listener.cancelled(number):
             piece += row.end("cancelled")
         if piece and listener.piece is not None:
@@ -255,19 +272,16 @@ def _batches(rows: Sequence[Row], rooms: Sequence[int], context: int | None) -> 
         waiting = [number for number in waiting if number not in now]
 
 
-def _write_batch(model: PreTrainedModel, rows: Sequence[Row], steps: int, pad_id: int, watch: _Watch) -> None:
-    """Rows of one batch. A decoder is padded on the left, an encoder on the right."""
-    two = bool(model.config.is_encoder_decoder)
-    texts = [row.prompt if two else row.prompt + row.ids for row in rows]
-    width = max(map(len, texts))
-    ids_BT = torch.full((len(rows), width), pad_id)
+def _write_batch(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], steps: int, pad_id: int, watch: _Watch
+) -> None:
+    """Texts of one batch, gone on with. A decoder is padded on the left, an encoder on the right."""
+    ids_BT = torch.full((len(texts), max(map(len, texts))), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
-    for line, text in enumerate(texts):
-        place = slice(0, len(text)) if two else slice(width - len(text), width)
+    for line, (text, start) in enumerate(zip(texts, watch.starts, strict=True)):
+        place = slice(start, start + len(text))
         ids_BT[line, place] = torch.tensor(text)
         mask_BT[line, place] = 1
-    starts = [0 if two else width - len(text) for text in texts]  # what a decoder has written has no padding
-    draw = Draw([row.sampling for row in rows], starts, [row.chance for row in rows])
     generate: Any = model.generate
     with _without_own_wishes(model):
         generate(
@@ -280,7 +294,7 @@ def _write_batch(model: PreTrainedModel, rows: Sequence[Row], steps: int, pad_id
                 pad_token_id=pad_id,
                 decoder_start_token_id=_start(model),
             ),
-            logits_processor=LogitsProcessorList([draw]),
+            logits_processor=LogitsProcessorList([watch.draw]),
             stopping_criteria=StoppingCriteriaList([watch]),
         )
 

@@ -21,6 +21,7 @@ from dynlora_cli.data.encode import decode
 from dynlora_cli.data.examples import Example
 from dynlora_cli.decoding.sampling import Sampling
 from dynlora_cli.decoding.write import Row, own_ends, write
+from dynlora_cli.errors import MeasureError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,6 +107,9 @@ def generate(
 
     Returns:
         Texts without special tokens and without white space around them, in the order of the prompts.
+
+    Raises:
+        MeasureError: the model's logits are NaN.
     """
     longest = max((prompt.longest for prompt in prompts), default=0) + MARGIN
     ends = {int(end) for prompt in prompts for end in prompt.end_ids} | own_ends(model, tokenizer)
@@ -115,6 +119,8 @@ def generate(
         rows = [Row(tokenizer, prompts[number].ids, sampling, ends) for number in numbers]
         written = write(model, rows, pad_id=int(tokenizer.pad_token_id), context=context)
         for number, answer in zip(numbers, written, strict=True):
+            if answer.finish_reason == "failed":
+                raise MeasureError("the model's logits are NaN", "look at its weights and its dtype")
             answers[number] = _text(tokenizer, answer.ids)
     return answers
 

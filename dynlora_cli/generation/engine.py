@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dynlora_cli.adapters.bank import Bank
 from dynlora_cli.adapters.base import read_tokenizer
@@ -23,6 +23,7 @@ from dynlora_cli.config.mix import AUTO, BASE, mix_text, parse_mix
 from dynlora_cli.decoding.sampling import Sampling
 from dynlora_cli.decoding.write import Listener, Row, Written, own_ends, write
 from dynlora_cli.errors import UsageError
+from dynlora_cli.generation.deciding import Deciding
 from dynlora_cli.generation.opening import Opened, Wanted, admit, open_all
 from dynlora_cli.generation.requests import Answer, Request, Use, answer_of
 from dynlora_cli.generation.voice import Messages, Voice, voice_of
@@ -32,6 +33,7 @@ from dynlora_cli.text import did_you_mean
 
 if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
+    from dynlora_cli.routing.router import TokenRouter
 
 Tell = Callable[[str], None]
 __all__ = ["Answer", "Engine", "Request", "Use", "Wanted"]
@@ -49,6 +51,7 @@ class Engine:
     def __init__(self, opened: Opened, wanted: Wanted) -> None:
         self._opened, self._wanted = opened, wanted
         self.bank = Bank(opened.base.model, opened.adapters)
+        self.deciding = Deciding(opened, self.bank, wanted)
         self.names: list[str] = list(opened.adapters)
         self.notes: list[str] = []
         self._voices: dict[str, Voice] = {}
@@ -91,6 +94,11 @@ class Engine:
         """Folder or hub id of the base."""
         return str(self._opened.place.options.name_or_path)
 
+    @property
+    def router(self) -> str | None:
+        """What decides on `auto`, by name; None: nothing can."""
+        return self.deciding.name
+
     @cached_property
     def context(self) -> int | None:
         """Tokens that prompt and answer may have together; None where nobody knows."""
@@ -116,7 +124,7 @@ class Engine:
         with quiet:
             admit(self._opened, name, read_adapter(folder, self._wanted.base), self._wanted)
             self.bank.add(name, self._opened.adapters[name])
-        self.names = list(self._opened.adapters)
+        self._renew()
 
     def remove(self, name: str) -> None:
         """Forget an adapter; requests that name it must have been answered.
@@ -128,7 +136,11 @@ class Engine:
         self.bank.remove(name)
         del self._opened.adapters[name]
         self._voices.pop(name, None)
+        self._renew()
+
+    def _renew(self) -> None:
         self.names = list(self._opened.adapters)
+        self.deciding.forget()
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -138,8 +150,10 @@ class Engine:
         Raises:
             UsageError: no mix, an unknown name, or auto where nothing can decide.
         """
-        if text.strip() == AUTO and AUTO not in self.names:
-            raise UsageError("auto: no router can decide here yet", "name a mix, such as NAME or NAME+NAME")
+        if text.strip() == AUTO:
+            with quiet:
+                self.deciding.router  # noqa: B018 - refused now where it cannot be opened
+            return Use(AUTO, None)
         mix = parse_mix(text, self.names)
         for name in mix:
             if name in self.bank.alone and mix != {name: 1.0}:
@@ -178,7 +192,6 @@ class Engine:
         Raises:
             UsageError: it cannot be asked so, or leaves no room in the context.
         """
-        assert use.mix is not None
         with quiet:
             return self._request(use, content, sampling, system=system, tools=tools, raw=raw)
 
@@ -192,22 +205,42 @@ class Engine:
         tools: list[Any] | None,
         raw: bool,
     ) -> Request:
-        mix = use.mix or {}
-        voice = self.voice(mix)
-        self._note(*voice.notes)
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        continues = raw or not voice.chat
-        if continues:
-            ids = self._bare(voice, messages, tools, exact=raw)
-        else:
-            if not any(str(message.get("content") or "").strip() for message in messages):
-                raise UsageError("the prompt is empty", "write something")
-            ids, notes = voice.chat_ids(messages, tools)
-            self._note(*notes)
+        decision = None
+        if use.auto:
+            everybody = dict.fromkeys(self.names, 1.0)
+            decision = self.deciding.decide(
+                _asked(messages), lambda: self._ids(self.voice(everybody), messages, tools, raw=raw)
+            )
+            self._note(*self.deciding.notes)
+        mix = use.mix if use.mix is not None else decision.weights if decision else {}
+        voice = self.voice(mix)
+        self._note(*voice.notes)
+        ids = self._ids(voice, messages, tools, raw=raw)
         self._refuse_long(ids)
-        return Request(ids, use, mix, sampling, voice.ends, voice, continues=continues)
+        return Request(
+            ids,
+            use,
+            mix,
+            sampling,
+            voice.ends,
+            voice,
+            continues=raw or not voice.chat,
+            router=self.router if decision else None,
+            decision=decision,
+        )
+
+    def _ids(self, voice: Voice, messages: Messages, tools: list[Any] | None, *, raw: bool) -> tuple[int, ...]:
+        """A prompt in tokens, in the form of a voice."""
+        if raw or not voice.chat:
+            return self._bare(voice, messages, tools, exact=raw)
+        if not any(str(message.get("content") or "").strip() for message in messages):
+            raise UsageError("the prompt is empty", "write something")
+        ids, notes = voice.chat_ids(messages, tools)
+        self._note(*notes)
+        return ids
 
     def _bare(self, voice: Voice, messages: Messages, tools: list[Any] | None, *, exact: bool) -> tuple[int, ...]:
         """Tokens of a prompt that is bare text."""
@@ -236,7 +269,7 @@ class Engine:
     def group(self, request: Request) -> Hashable:
         """Requests of one group can be written in one batch."""
         alone = next((name for name in request.mix if name in self.bank.alone), None)
-        return alone, request.voice.words
+        return alone, request.by_token, request.voice.words
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -315,7 +348,9 @@ class Engine:
         )
 
     def _speaking(self, requests: Sequence[Request]) -> AbstractContextManager[None]:
-        """The model with the mix of each request inside the block."""
+        """The model with what speaks on each request inside the block."""
+        if requests[0].by_token:
+            return self.bank.routed(cast("TokenRouter", self.deciding.router))
         return self.bank.active([request.mix for request in requests])
 
     # -- voices and notes --------------------------------------------------------------------------------------------
@@ -336,3 +371,10 @@ class Engine:
 
     def _note(self, *notes: str) -> None:
         self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
+
+
+def _asked(messages: Messages) -> str:
+    """What the person asks: the last turn of theirs."""
+    theirs = [message for message in messages if message.get("role") == "user"]
+    content = (theirs or [{}])[-1].get("content")
+    return content if isinstance(content, str) else ""

@@ -25,6 +25,7 @@ class Use:
 
     @property
     def auto(self) -> bool:
+        """Whether a router decides."""
         return self.mix is None
 
 
@@ -35,7 +36,7 @@ class Request:
     Attributes:
         ids: the prompt.
         use: what was asked for.
-        mix: what speaks: weights by adapter, {} is the base.
+        mix: what speaks: weights by adapter, {} is the base. Where a router decides by token: those that may speak.
         sampling: how the answer is written.
         ends: tokens at which it ends.
         voice: whose form the prompt has.
@@ -56,6 +57,11 @@ class Request:
     decision: Decision | None = None
     state: Row | None = None
 
+    @property
+    def by_token(self) -> bool:
+        """Whether a router decides on every token."""
+        return self.decision is not None and self.decision.by_token
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -65,8 +71,8 @@ class Answer:
         text: without special tokens, up to a stop string.
         ids: its tokens, without the one that ended it.
         prompt_tokens: how long the prompt was.
-        finish_reason: stop, length, cancelled or paused.
-        mix: what spoke.
+        finish_reason: stop, length, cancelled, failed (NaN) or paused.
+        mix: what spoke; as of the request.
         decision: of the router, where one decided.
         state: of a paused answer: a request with it goes on exactly there, and its answer holds all from the start.
     """
