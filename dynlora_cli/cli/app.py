@@ -18,6 +18,7 @@ from dynlora_cli import __version__
 from dynlora_cli.cli.doctor import doctor
 from dynlora_cli.cli.eval import evaluate
 from dynlora_cli.cli.export import export
+from dynlora_cli.cli.generate import generate
 from dynlora_cli.cli.init import init
 from dynlora_cli.cli.inspect import inspect
 from dynlora_cli.cli.library import library
@@ -57,6 +58,7 @@ app.command()(merge)
 app.command()(export)
 app.command()(inspect)
 app.command("eval")(evaluate)
+app.command()(generate)
 app.add_typer(library)
 app.command()(serve)
 app.command()(init)

@@ -56,8 +56,13 @@ def return_memory_at_once() -> None:
 
 
 @contextmanager
-def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
-    """Run a command: the result goes to stdout as JSON if asked for, an error to stderr, with its exit code."""
+def reporting(as_json: bool, *, lines: bool = False) -> Iterator[dict[str, Any]]:
+    """Run a command: the result goes to stdout as JSON if asked for, an error to stderr, with its exit code.
+
+    Args:
+        as_json: stdout holds one JSON object.
+        lines: it holds a JSON object a line, which the command prints itself; one that says what failed comes last.
+    """
     result: dict[str, Any] = {}
     stdout = sys.stdout
     code = 0
@@ -83,7 +88,7 @@ def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
             raise
         result, code = _failure(known), known.exit_code
         console().error(known)
-    if as_json and (code or is_main_process()):
+    if as_json and (code or (is_main_process() and not lines)):
         print(json.dumps(result, allow_nan=False, default=str), file=stdout)
     if code:
         raise typer.Exit(code)

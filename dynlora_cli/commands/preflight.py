@@ -104,3 +104,17 @@ def base(name: str) -> None:
     """
     if not is_hub_name(name):
         find_model(Model(name_or_path=name))
+
+
+def names(folders: Iterable[Path]) -> list[str]:
+    """What adapters are called: as their run, or as their folder.
+
+    Args:
+        folders: that hold adapters, as `adapters` returns them.
+    """
+    found = []
+    for folder in folders:
+        run = folder if (folder / run_folder.RECORD).is_file() else folder.resolve().parent.parent
+        record = run_folder.read_record(run) if (run / run_folder.RECORD).is_file() else {}
+        found.append(str(record.get("name") or folder.resolve().name))
+    return found

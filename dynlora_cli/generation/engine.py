@@ -250,9 +250,7 @@ class Engine:
                 f"{voice.name} is asked in bare text, and takes no {what.removeprefix('a ')}",
                 "give one prompt, with all that is to be said in it",
             )
-        content = messages[0].get("content")
-        if not isinstance(content, str):
-            raise UsageError(f"the prompt is {type(content).__name__}, and no text")
+        content = _text(messages[0].get("content"))
         ids = voice.text_ids(content) if exact else voice.prompt_ids(content)
         if not ids:
             raise UsageError("the prompt is empty", "write something")
@@ -376,5 +374,18 @@ class Engine:
 def _asked(messages: Messages) -> str:
     """What the person asks: the last turn of theirs."""
     theirs = [message for message in messages if message.get("role") == "user"]
-    content = (theirs or [{}])[-1].get("content")
-    return content if isinstance(content, str) else ""
+    return _text(theirs[-1].get("content")) if theirs else ""
+
+
+def _text(content: Any) -> str:
+    """What a message says, also where it comes in parts.
+
+    Raises:
+        UsageError: it is something else than text.
+    """
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    found = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(parts):
+        raise UsageError("the prompt is no text", "give text alone")
+    return "".join(texts)

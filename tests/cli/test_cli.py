@@ -72,6 +72,7 @@ def as_one_line(text: str) -> str:
         "export",
         "inspect",
         "eval",
+        "generate",
         "init",
         "doctor",
         "library",

@@ -1,0 +1,214 @@
+"""The command line of `dynlora generate`: its options, and what can be refused before anything heavy loads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynlora_cli.cli.options import Base, PlugInOptions
+from dynlora_cli.cli.reporting import Trust, console, reporting
+from dynlora_cli.errors import UsageError
+
+NEWEST_BELOW = Path("out")
+
+PromptOrFile = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PROMPT|-|FILE.jsonl",
+        help="A text; - for stdin, which is one prompt; or a file of rows (prompt, messages, instruction, text).",
+        show_default=False,
+    ),
+]
+SpeakingAdapters = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="A run folder or any PEFT LoRA; by default the newest run below ./out. Several answer one below the "
+        "other. Repeatable.",
+        show_default=False,
+    ),
+]
+LibraryFolder = Annotated[
+    Path | None,
+    typer.Option("--library", metavar="LIB", help="A library; its router decides who answers.", show_default=False),
+]
+Uses = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="base|NAME|MIX|auto",
+        help="Who answers: the base, an adapter, a mix such as A+B or 0.7*A+0.3*B, or whom a router chooses. "
+        "Repeatable.",
+        show_default=False,
+    ),
+]
+Router = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The router of --use auto; calibrated if the library is.", show_default=False),
+]
+Compare = Annotated[bool, typer.Option("--compare", help="The base and every adapter answer.")]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="A system message before each prompt.", show_default=False)
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of an answer at most.")]
+DoSample = Annotated[
+    bool, typer.Option("--do-sample", help="Draw tokens; without it, and the four below, the likeliest is taken.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="X", help="Divides the logits; 0: the likeliest token.", show_default=False)
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Draw among the tokens with this share of the probability.", show_default=False),
+]
+TopK = Annotated[int | None, typer.Option(metavar="N", help="Draw among the N likeliest tokens.", show_default=False)]
+MinP = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Draw among tokens with this share of the likeliest's.", show_default=False),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(metavar="X", help="Above 1: less likely are tokens that were there before.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Of the drawing.", show_default=False)]
+StopStrings = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="An answer ends before this text. Repeatable.", show_default=False),
+]
+AsLines = Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON on stdout.")]
+
+
+def generate(
+    prompt: PromptOrFile = None,
+    adapter: SpeakingAdapters = None,
+    library: LibraryFolder = None,
+    use: Uses = None,
+    router: Router = None,
+    set_: PlugInOptions = None,
+    compare: Compare = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    do_sample: DoSample = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop_strings: StopStrings = None,
+    base: Base = None,
+    trust_remote_code: Trust = False,
+    as_json: AsLines = False,
+) -> None:
+    """Let adapters and their base answer a prompt. stdout holds the answers, and nothing else."""
+    out, stdin = sys.stdout, sys.stdin
+    with reporting(as_json, lines=True):
+        from dynlora_cli.decoding.sampling import Sampling
+
+        sampling = Sampling.of(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample or None,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop_strings=stop_strings or (),
+        )
+        uses = _uses(use or [], router, set_ or [], compare)
+        folders = _folders(adapter or [], library, base)
+        _check(folders, library, base, router, set_ or [], uses)
+        if prompt is None:
+            raise UsageError("there is no prompt", 'such as: dynlora generate "Once upon a time"; - reads stdin')
+        from dynlora_cli.generation.prompts import read_prompts
+
+        prompts, notes = read_prompts(prompt, stdin)
+        from dynlora_cli.cli.views.answers import AnswerLines, AnswerView, ReaderGoneError
+
+        view = console()
+        several = compare or len(uses) > 1 or (not uses and len(folders) > 1) or len(prompts) > 1
+        shown = AnswerLines(view, out, prompts) if as_json else AnswerView(view, out, prompts, several=several)
+        for note in notes:
+            shown.note(note)
+        from dynlora_cli.commands import generate as command
+        from dynlora_cli.generation.opening import Wanted
+
+        wanted = Wanted(folders, library, base, router, set_ or [], trust_remote_code)
+        try:
+            command.run(wanted, command.Asked(prompts, uses, compare, system, sampling), shown)
+        except ReaderGoneError:
+            raise typer.Exit(0) from None
+        finally:
+            shown.leave()
+
+
+def _uses(uses: list[str], router: str | None, options: Sequence[str], compare: bool) -> list[str]:
+    """Who answers; naming a router means that it decides.
+
+    Raises:
+        UsageError: a router is named, and nobody asks it.
+    """
+    if not router:
+        if options and "auto" not in uses and (uses or compare):
+            raise UsageError(f"--set {options[0]} is of a router, and none decides", "leave it out, or add --use auto")
+        return uses
+    if not uses and not compare:
+        return ["auto"]
+    if "auto" not in uses:
+        raise UsageError(f"--router {router} decides for --use auto alone", "add --use auto, or leave it out")
+    return uses
+
+
+def _folders(adapters: list[Path], library: Path | None, base: str | None) -> list[Path]:
+    """The adapters' folders; the newest run where nothing is named.
+
+    Raises:
+        UsageError: nothing is, and there is no run.
+    """
+    if adapters or library is not None:
+        return adapters
+    if not NEWEST_BELOW.is_dir():
+        if base:
+            return []
+        raise UsageError("there is no run below ./out", "train one first, or name one with --adapter FOLDER")
+    return [] if base else [NEWEST_BELOW]
+
+
+def _check(
+    folders: Sequence[Path],
+    library: Path | None,
+    base: str | None,
+    router: str | None,
+    options: Sequence[str],
+    uses: Sequence[str],
+) -> None:
+    """What the disk alone can answer.
+
+    Raises:
+        UsageError: a folder, a library, a router or a name is not there.
+    """
+    from dynlora_cli.commands import preflight
+    from dynlora_cli.config.mix import AUTO, parse_mix
+
+    names = preflight.names(preflight.adapters(folders, base))
+    if library is not None:
+        from dynlora_cli.library.library import Library
+
+        entries = [entry.name for entry in Library.open(library).entries]
+        if not entries:
+            raise UsageError(f"the library {library} is empty", f"dynlora library add {library} --adapter FOLDER")
+        names += entries
+    if router is not None:
+        from dynlora_cli.config.options import given
+        from dynlora_cli.routing.router import needs_of
+
+        needs_of(router)
+        given("routers", router, options)
+    if len(set(names)) == len(names):  # else they get longer ones, when their adapters are read
+        for use in uses:
+            if use.strip() != AUTO:
+                parse_mix(use, names)
