@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynlora_cli.cli.options import Base, PlugInOptions
 from dynlora_cli.cli.reporting import Trust, console, reporting
 from dynlora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dynlora_cli.decoding.sampling import Sampling
 
 NEWEST_BELOW = Path("out")
 
@@ -82,6 +85,7 @@ AsLines = Annotated[bool, typer.Option("--json", help="Print each answer as a li
 
 
 def generate(
+    context: typer.Context,
     prompt: PromptOrFile = None,
     adapter: SpeakingAdapters = None,
     library: LibraryFolder = None,
@@ -90,15 +94,15 @@ def generate(
     set_: PlugInOptions = None,
     compare: Compare = False,
     system: System = None,
-    max_new_tokens: MaxNewTokens = 256,
-    do_sample: DoSample = False,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    stop_strings: StopStrings = None,
+    max_new_tokens: MaxNewTokens = 256,  # noqa: ARG001 - this and the others below by `context`
+    do_sample: DoSample = False,  # noqa: ARG001
+    temperature: Temperature = None,  # noqa: ARG001
+    top_p: TopP = None,  # noqa: ARG001
+    top_k: TopK = None,  # noqa: ARG001
+    min_p: MinP = None,  # noqa: ARG001
+    repetition_penalty: RepetitionPenalty = 1.0,  # noqa: ARG001
+    seed: Seed = None,  # noqa: ARG001
+    stop_strings: StopStrings = None,  # noqa: ARG001
     base: Base = None,
     trust_remote_code: Trust = False,
     as_json: AsLines = False,
@@ -106,22 +110,10 @@ def generate(
     """Let adapters and their base answer a prompt. stdout holds the answers, and nothing else."""
     out, stdin = sys.stdout, sys.stdin
     with reporting(as_json, lines=True):
-        from dynlora_cli.decoding.sampling import Sampling
-
-        sampling = Sampling.of(
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample or None,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop_strings=stop_strings or (),
-        )
-        uses = _uses(use or [], router, set_ or [], compare)
+        sampling = sampling_of(context)
+        uses, options = _uses(use or [], router, set_ or [], compare), set_ or []
         folders = _folders(adapter or [], library, base)
-        _check(folders, library, base, router, set_ or [], uses)
+        _check(folders, library, base, router, options, uses)
         if prompt is None:
             raise UsageError("there is no prompt", 'such as: dynlora generate "Once upon a time"; - reads stdin')
         from dynlora_cli.generation.prompts import read_prompts
@@ -129,21 +121,35 @@ def generate(
         prompts, notes = read_prompts(prompt, stdin)
         from dynlora_cli.cli.views.answers import AnswerLines, AnswerView, ReaderGoneError
 
-        view = console()
         several = compare or len(uses) > 1 or (not uses and len(folders) > 1) or len(prompts) > 1
-        shown = AnswerLines(view, out, prompts) if as_json else AnswerView(view, out, prompts, several=several)
+        view = AnswerLines if as_json else AnswerView
+        shown = view(console(), out, prompts, several=several)
         for note in notes:
             shown.note(note)
         from dynlora_cli.commands import generate as command
         from dynlora_cli.generation.opening import Wanted
 
-        wanted = Wanted(folders, library, base, router, set_ or [], trust_remote_code)
+        wanted = Wanted(folders, library, base, router, options, trust_remote_code)
         try:
             command.run(wanted, command.Asked(prompts, uses, compare, system, sampling), shown)
         except ReaderGoneError:
             raise typer.Exit(0) from None
         finally:
             shown.leave()
+
+
+def sampling_of(context: typer.Context) -> Sampling:
+    """How answers are written, by the options of a command.
+
+    Raises:
+        UsageError: they make no sense.
+    """
+    from dynlora_cli.decoding.sampling import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    given = {name: context.params[name] for name in names}
+    stops = context.params["stop_strings"] or ()
+    return Sampling.of(do_sample=context.params["do_sample"] or None, stop_strings=stops, **given)
 
 
 def _uses(uses: list[str], router: str | None, options: Sequence[str], compare: bool) -> list[str]:

@@ -92,9 +92,10 @@ class AnswerLines:
         console: for people.
         out: stdout.
         prompts: all that are asked.
+        several: not used; every line says whose it is.
     """
 
-    def __init__(self, console: Console, out: TextIO, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, console: Console, out: TextIO, prompts: Sequence[Prompt], *, several: bool) -> None:  # noqa: ARG002
         self.console, self.out, self.prompts = console, out, prompts
 
     def note(self, text: str) -> None:
