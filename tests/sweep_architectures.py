@@ -34,7 +34,7 @@ from transformers.models.auto import modeling_auto
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.commands.merge import into_base
 from dynlora_cli.models.experts import _understood, fused_experts
-from dynlora_cli.training import outputs
+from dynlora_cli.training import roots
 
 ROOT = Path(__file__).parents[1]
 RESULTS, TABLE = ROOT / "scripts" / "bench" / "architectures.jsonl", ROOT / "docs" / "models.md"
@@ -126,14 +126,14 @@ def _train(folder: Path, kind: str, task: str, found: dict[str, Any], *more: str
         folder, *overrides, "rank.budget=1", "train.learning_rate=2e-2", "eval.steps=6", *more, kind=kind, out=out
     )
     kept: list[torch.Tensor] = []
-    write_root = outputs.write_root
+    write_root = roots.write_root
 
     def keeping(place: Path, training: Any) -> str:
         kind_of = write_root(place, training)
         kept.append(logits(training.model))
         return kind_of
 
-    with mock.patch.object(outputs, "write_root", keeping):
+    with mock.patch.object(roots, "write_root", keeping):
         summary, _ = train(recipe)
     found["layers"] = len(summary["ranks"])
     found["emptied"] = sum(rank == 0 for rank in summary["ranks"].values())

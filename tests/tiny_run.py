@@ -5,6 +5,7 @@ make_recipe     a checked recipe on such a model and tests/fixtures rows made he
 train           `train.run`, with the events it told
 assembled       the parts of a run, for tests of single steps
 in_double       the same in fp64
+make_library    three adapters, each of rows of its own; router_recipe: of a router over them
 """
 
 from __future__ import annotations
@@ -184,3 +185,40 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """A JSON-lines file without what depends on the clock."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+# -- routers over a library of adapters ------------------------------------------------------------------------------
+
+NAMES = ("ones", "twos", "threes")
+
+
+def write_rows_of(folder: Path, name: str) -> Path:
+    """Rows whose prompts and completions repeat one word."""
+    path = folder / f"{name}.jsonl"
+    rows = [{"prompt": f"{name} {i}: ", "completion": f"{name} " * (1 + i % 4)} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_library(folder: Path, *overrides: str) -> list[Path]:
+    """Three adapters of the tiny llama, in folders of their names; ranks and targets differ."""
+    own: dict[str, list[str]] = {"ones": [], "twos": ["adapter.target_modules=attention"], "threes": ["rank.budget=3"]}
+    for name in NAMES:
+        rows = write_rows_of(folder, name)
+        train(make_recipe(folder, f"dataset.train=[{rows}]", *own[name], *overrides, out=name))
+    return [folder / name for name in NAMES]
+
+
+def router_recipe(folder: Path, variant: str, *overrides: str, out: str = "router") -> Recipe:
+    """A recipe of 12 steps of a router over the adapters of `make_library`, on the rows of their own runs."""
+    recipe: dict[str, Any] = {
+        "model": str(model_folder(folder)),
+        "dataset": "builtin:library",
+        "adapter": {"variant": variant, "library": [str(folder / name) for name in NAMES]},
+        "train": {"max_steps": 12, "micro_batch_size": 4, "learning_rate": 1e-2, "log_steps": 1},
+        "eval": {"steps": 4},
+        "output_dir": str(folder / out),
+    }
+    path = folder / f"{out}.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return load_recipe(path, overrides)

@@ -20,6 +20,7 @@ from dynlora_cli.adapters import kind
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.base import expert_slices, holds_weight, module_of
 from dynlora_cli.adapters.expert_files import parts_of
+from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.experts import join, split
@@ -55,7 +56,8 @@ def attached(
 
     Args:
         model: the base; changed in place.
-        adapter: its layers get components, as one pool. s is the adapter's own, so that training can go on.
+        adapter: its layers get components, as one pool. s is the adapter's own, so that training can go on. A routed
+            adapter gives an empty pool: its adapters are frozen.
         device: of the components; by default the model's.
         read: gives a parameter of the base by its name, in fp32, where the model itself holds none, as in
             models/streamed.py.
@@ -64,6 +66,10 @@ def attached(
     Raises:
         UsageError: a layer does not fit the model.
     """
+    if isinstance(adapter, RoutedAdapter):
+        with adapter.put_on(model):
+            yield Pool({}, {}, device=device or model.device)
+        return
     on = _Attachment(model, adapter, device or model.device)
     try:
         on.put_experts()

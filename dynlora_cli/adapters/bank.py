@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapters.adapter import PLAIN, Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import holds_weight, module_of
+from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.multi import Choice, MultiLinear, TokenGates
 from dynlora_cli.text import did_you_mean
@@ -225,6 +226,8 @@ def why_alone(model: PreTrainedModel, adapter: Adapter) -> str | None:
     Raises:
         UsageError: a layer does not fit the model.
     """
+    if isinstance(adapter, RoutedAdapter):
+        return "it is a router over adapters of its own"
     if adapter.whole:
         return f"it has its own {next(iter(adapter.whole)).rpartition('.')[0]}, in place of the base's"
     for name, factors in adapter.layers.items():

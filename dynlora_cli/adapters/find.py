@@ -11,6 +11,8 @@ from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, STATE, fault_of, pointe
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ROUTER = "router.json"  # of a trained router over adapters, see adapters/routed.py
+ROUTER_WEIGHTS = "router.safetensors"
 ORIGIN = "adapter.from"  # the key of a recipe that names an adapter to go on from
 
 
@@ -39,7 +41,8 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
         raise UsageError(
             f"{path} holds several adapters side by side: {_names(others)}", f"name one: {said} {others[0]}"
         )
-    files = [file for name in (RECORD, CONFIG) for file in path.rglob(name) if not _is_checkpoint(file.parent)]
+    names = (RECORD, CONFIG, ROUTER)
+    files = [file for name in names for file in path.rglob(name) if not _is_part(file.parent)]
     records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
     for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
         if found := _in_folder(file.parent):
@@ -65,6 +68,9 @@ def find_origin(path: Path, out: Path) -> Path:
             f"{ORIGIN}: {folder} lies in the output folder {out}, which the new run would replace",
             "name another folder in output_dir: both versions stay, and a later one can leave either of them out",
         )
+    if (folder / ROUTER).is_file() or (folder / "adapters").is_dir():
+        text = "a router over adapters, which is no sum of components"
+        raise UsageError(f"{ORIGIN}: {folder} is {text}", f"go on from one of them: {folder / 'adapters'}/NAME")
     config = read_object(folder / CONFIG)
     kind = str(config.get("peft_type")).upper()
     if config.get("use_dora") or kind == "HIRA":
@@ -95,6 +101,13 @@ def _names(folders: list[Path]) -> str:
     return ", ".join(folder.name for folder in folders[:4]) + more
 
 
+def _is_part(folder: Path) -> bool:
+    """Whether this is a checkpoint of a run, or one of the adapters of a router: the folder above speaks for both."""
+    above = folder.parent.parent
+    routed = folder.parent.name == "adapters" and ((above / ROUTER).is_file() or (above / CONFIG).is_file())
+    return routed or _is_checkpoint(folder)
+
+
 def _is_checkpoint(folder: Path) -> bool:
     """Whether this is a checkpoint of a run, which the run's folder speaks for."""
     return folder.parent.name == CHECKPOINTS and folder.name.startswith("step-")
@@ -106,7 +119,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() or (folder / ROUTER).is_file():
         return folder, None
     named = [(name, pointed(folder, name)) for name in ("best", "last")]
     named += [("newest whole", checkpoint) for checkpoint in reversed(step_folders(folder))]

@@ -20,9 +20,10 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
+from dynlora_cli.adapters.routed import is_routed, read_routed
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
-from dynlora_cli.runs.folder import RECORD, read_record
+from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, read_record, run_of
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
 NOT_UNDERSTOOD = (
@@ -33,13 +34,14 @@ NOT_UNDERSTOOD = (
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
-def read_adapter(path: Path, base: str | None = None) -> Adapter:
+def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -> Adapter:
     """Read the adapter that `path` names.
 
     Args:
         path: a folder, see `find_adapter`.
         base: folder or hub id of the base model, in place of the one on record; looked at where the adapter does not
             say how wide its layers are, as VeRA.
+        routed: a `RoutedAdapter` is welcome: one that is put on a model, but has no factors of its own.
 
     Raises:
         UsageError: no adapter there, or one that is damaged, a pickle, or none that can be carried out exactly.
@@ -49,6 +51,10 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     refuse_links(folder)
     if fault := damage(folder):
         raise UsageError(f"{folder} {fault}", "name another checkpoint")
+    if is_routed(folder):
+        if not routed:
+            raise no_single_update(folder)
+        return read_routed(folder, lambda own: read_adapter(own, base), _record_of(folder), note)
     config, mlx = _read_config(folder / CONFIG)
     file = folder / (mlx_adapter.FILE if mlx else WEIGHTS)
     tensors = _read_tensors(file)
@@ -56,8 +62,7 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     if mlx:
         found.notes.append("an adapter of mlx-lm's")
     parts = found.parts
-    run = folder if (folder / RECORD).is_file() else folder.parent.parent
-    record = read_record(run) if (run / RECORD).is_file() else {}
+    record = _record_of(folder)
     notes = "; ".join(filter(None, [note, *found.notes])) or None
     adapter = Adapter(folder, {}, config, record, found.whole, notes)
     adapter = replace(adapter, model_type=_model_type(adapter, base))
@@ -65,6 +70,23 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     born, fault = born_of({name: factors.rank for name, factors in layers.items()}, folder, record)
     layers = {name: replace(factors, born=born[name]) for name, factors in layers.items()}
     return replace(adapter, note="; ".join(filter(None, [notes, fault])) or None).with_layers(layers)
+
+
+def no_single_update(folder: Path) -> UsageError:
+    """What a command says that needs one update for all texts."""
+    return UsageError(
+        f"{folder} is a router over adapters: it weighs them anew at each token, so there is no single update "
+        "to merge, prune, export or keep in a library",
+        "use it with eval, generate, chat or serve, or make a fixed blend of its adapters: "
+        f"dynlora merge --adapter {folder}/adapters/A --adapter {folder}/adapters/B --into adapter",
+    )
+
+
+def _record_of(folder: Path) -> dict[str, Any]:
+    """dynlora.json of the run that the folder is of, or whose checkpoint it is."""
+    run = run_of(folder) if folder.resolve().parent.name == CHECKPOINTS else folder
+    own = folder if (folder / RECORD).is_file() else run
+    return read_record(own) if (own / RECORD).is_file() else {}
 
 
 def _model_type(adapter: Adapter, base: str | None) -> str:

@@ -24,9 +24,13 @@ from dynlora_cli.training.components import attach, left_out, plan_ranks
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
 from dynlora_cli.training.origin import Begun, read_origin, tell
+from dynlora_cli.training.routers import begin_router, read_members
 from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_short
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.lora.whole import Trained
 
@@ -53,6 +57,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "data": {"counts": data.counts, "sha256": data.sha256, **_mix(data)},
         "notes": data.notes,
     }
+    if plugins.declared("variants", recipe.adapter.variant, "routes"):
+        members = read_members(recipe, base)
+        found["parameters"].update({f"adapter {name}": member.parameters for name, member in members.items()})
+        return found | _memory(recipe, base, data, modes, members=members)
     if not plugins.load("variants", recipe.adapter.variant).has_components:
         return found | _memory(recipe, base, data, modes)
     data.notes += left_out(base, recipe.adapter)
@@ -80,16 +88,30 @@ def _mix(data: Data) -> dict[str, Any]:
 
 
 def _memory(
-    recipe: Recipe, base: Base, data: Data, modes: execution.Modes, begun: Begun | None = None
+    recipe: Recipe,
+    base: Base,
+    data: Data,
+    modes: execution.Modes,
+    begun: Begun | None = None,
+    members: Mapping[str, Adapter] | None = None,
 ) -> dict[str, Any]:
-    """The memory that the run will need, or a note why nobody knows; `base` is used up."""
+    """The memory that the run will need, or a note why nobody knows; `base` is used up.
+
+    Args:
+        recipe, base, data, modes: of the run.
+        begun: components that are there already.
+        members: the adapters that a router learns to choose from.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
     length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train + data.replayed)
     ids = (recipe.train.micro_batch_size, length)
 
     def trained() -> Trained:
-        what, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed, begun)
+        if members is not None:
+            what: Trained = begin_router(recipe, base, data, device, members)
+        else:
+            what, _ = attach(base, recipe.adapter, recipe.rank, recipe.seed, begun)
         modes.apply(base.model, what)
         return what
 

@@ -54,7 +54,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     Raises:
         DynloraError: with the exit code that fits; a missed threshold is no error.
     """
-    adapters = [read_adapter(folder, options.base) for folder in folders]
+    adapters = [read_adapter(folder, options.base, routed=True) for folder in folders]
     place = one_base(adapters, options)
     tokenizer = read_tokenizer(adapters[0], place)
     rows = _rows(adapters[0], place, tokenizer, data, options)

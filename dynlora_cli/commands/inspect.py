@@ -13,6 +13,7 @@ from torch import Tensor
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import natural_order
 
@@ -31,7 +32,9 @@ def run(paths: Sequence[Path]) -> dict[str, Any]:
     Raises:
         UsageError, MeasureError: one of them cannot be read.
     """
-    adapters = [read_adapter(path) for path in paths]
+    adapters = [read_adapter(path, routed=True) for path in paths]
+    if any(isinstance(adapter, RoutedAdapter) for adapter in adapters) and len(adapters) > 1:
+        raise UsageError("a router has no update of its own to be put beside another", "inspect them one by one")
     found: dict[str, Any] = {
         "ok": True,
         "command": "inspect",
@@ -44,7 +47,9 @@ def run(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
-    """Ranks, sizes, energies, spectra and where it comes from."""
+    """Ranks, sizes, energies, spectra and where it comes from; of a router its adapters and its numbers."""
+    if isinstance(adapter, RoutedAdapter):
+        return _router(adapter)
     values = {name: factors.singular_values_C() for name, factors in adapter.layers.items()}
     layers = {name: _layer(factors, values[name], list(adapter.born(name))) for name, factors in adapter.layers.items()}
     recorded = adapter.record.get("layers") or {}
@@ -68,6 +73,40 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "births": _births(adapter),
         "layers": dict(sorted((layers | gone).items(), key=lambda item: natural_order(item[0]))),
         "provenance": _provenance(adapter),
+    }
+
+
+def _router(adapter: RoutedAdapter) -> dict[str, Any]:
+    """What a router is made of."""
+    members = [
+        {
+            "name": name,
+            "kind": member.kind,
+            "off": name in adapter.off,
+            "parameters": member.parameters,
+            "components": member.components,
+            "layers": len(member.layers),
+        }
+        for name, member in adapter.members.items()
+    ]
+    tensors = {
+        name: {"shape": list(tensor.shape), "norm": float(tensor.double().norm())}
+        for name, tensor in sorted(adapter.tensors.items(), key=lambda item: natural_order(item[0]))
+    }
+    files = [*adapter.folder.glob("*.safetensors"), *adapter.folder.glob("adapters/*/*.safetensors")]
+    return {
+        "name": adapter.name,
+        "folder": str(adapter.folder),
+        "kind": adapter.kind,
+        "task": adapter.task,
+        "method": adapter.method,
+        "options": dict(adapter.options),
+        "parameters": adapter.parameters,
+        "router_parameters": adapter.own_parameters,
+        "bytes": sum(file.stat().st_size for file in files),
+        "adapters": members,
+        "router": tensors,
+        "provenance": {key: value for key, value in _provenance(adapter).items() if key != "scaling"},
     }
 
 

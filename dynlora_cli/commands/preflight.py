@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dynlora_cli.adapters.find import find_adapter, find_origin
+from dynlora_cli.adapters.members import find_members
+from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.config.load import RECIPES
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
@@ -49,7 +51,7 @@ def training(
     base(recipe.model.name_or_path)
     for sources, held_out in ((recipe.dataset.train, False), (recipe.dataset.val, True)):
         for source in sources:
-            if is_local(source.path):
+            if is_local(source.path) and source.path != LIBRARY_ROWS:
                 tables(source, [], held_out=held_out)
     if recipe.dataset.retrieve:
         files_of(recipe.dataset.retrieve.corpus)
@@ -58,6 +60,8 @@ def training(
             with _named(f"eval.also, {also.name}"):
                 tables(also.source, [], held_out=True)
     runs_to_replay(recipe)
+    if recipe.adapter.library:
+        find_members(recipe.adapter.library, folder)
 
 
 @contextmanager

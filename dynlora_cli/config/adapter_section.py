@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field, create_model
 
 from dynlora_cli.config.types import HomePath, NotForeign, PlugIn, Positive, Section, Text
 
+LIBRARY_ROWS = "builtin:library"  # a source of rows: those that the adapters of `library` were trained on
+
+
 # `from` is a word of Python, so no class body can have it as a field.
 _AdapterFrom = create_model(
     "_AdapterFrom",

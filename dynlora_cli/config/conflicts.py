@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dynlora_cli import plugins
+from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.config.options import misdeclared, options
 from dynlora_cli.config.sections import Settings
 from dynlora_cli.files.foreign import first_fault
@@ -98,6 +99,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     yield from _declared_conflicts(recipe, "variants")
     yield from _variant_conflicts(recipe)
     yield from _router_conflicts(recipe)
+    yield from _library_rows_conflicts(recipe)
     yield from _mode_conflicts(recipe)
     if model.num_labels is not None and not plugins.declared("tasks", model.task, "HAS_CLASSES"):
         yield Conflict("model.num_labels", "model.task", "only `model.task: sequence-classification` has labels")
@@ -199,6 +201,11 @@ def _router_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if adapter.library is None:
         text = f"variant {variant} learns to choose among adapters; name their folders, or that of a library"
         yield Conflict("adapter.library", "adapter.variant", text)
+    if recipe.train.compile:
+        yield Conflict("train.compile", "adapter.variant", f"variant {variant} is not compiled; set it to false")
+    if plugins.declared("tasks", recipe.model.task, "HAS_CLASSES"):
+        text = f"variant {variant} weighs adapters that all have the base's own head; classifiers bring theirs"
+        yield Conflict("model.task", "adapter.variant", text)
     unused = {
         "adapter": ("from", "old", "target_modules", "scaling", "orthogonality", "init_weights"),
         "rank": tuple(type(recipe.rank).model_fields),
@@ -210,6 +217,21 @@ def _router_conflicts(recipe: Settings) -> Iterator[Conflict]:
             if getattr(values, key) != type(values).model_fields[key].get_default(call_default_factory=True):
                 text = f"the adapters of a library stay as they are, so variant {variant} has no use for it"
                 yield Conflict(f"{section}.{key}", "adapter.variant", text)
+
+
+def _library_rows_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What does not go with the rows that the adapters of a library were trained on."""
+    data = recipe.dataset
+    if not any(source.path == LIBRARY_ROWS for source in data.train):
+        return
+    if recipe.adapter.library is None:
+        yield Conflict("dataset.train", "adapter.library", f"{LIBRARY_ROWS} stands for rows of adapters named there")
+    if len(data.train) > 1:
+        yield Conflict("dataset.train", "adapter.library", f"{LIBRARY_ROWS} stands alone; leave the other sources out")
+    for key, field in type(data).model_fields.items():
+        if key not in ("train", "packing", "shuffle") and getattr(data, key) != field.default:
+            text = f"the rows of {LIBRARY_ROWS} are read, and held out, as their own runs did; leave it out"
+            yield Conflict(f"dataset.{key}", "dataset.train", text)
 
 
 def _elastic_conflicts(recipe: Settings) -> Iterator[Conflict]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.data import builtin as stdlib_docs
 from dynlora_cli.data.row_files import (
     READERS,
@@ -71,6 +72,9 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
         DataError: a folder without data files, an unknown kind of file, an unknown split.
     """
     if source.path.startswith("builtin:"):
+        if source.path == LIBRARY_ROWS:
+            text = "are those of the adapters that a router learns to choose from, and stand alone under dataset.train"
+            raise UsageError(f"dataset: {LIBRARY_ROWS}: these rows {text}", "name files of rows")
         if source.path != BUILTIN:
             raise UsageError(f"dataset: there is no {source.path!r}", f"the built-in data set is {BUILTIN}")
         held_out = held_out or source.split != "train"

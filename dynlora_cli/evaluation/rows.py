@@ -15,13 +15,16 @@ from pydantic import ValidationError
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.base import recorded_model
+from dynlora_cli.adapters.members import find_members
+from dynlora_cli.adapters.own_rows import own_rows
+from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.config.load import RECIPES, load_recipe
 from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, Source, TrainSource
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.chat_template import Writing
-from dynlora_cli.data.load import load_data
+from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.sources import tables
 from dynlora_cli.data.splits import sizing_rows
 from dynlora_cli.errors import UsageError
@@ -124,7 +127,8 @@ def held_out_rows(
     notes: list[str] = []
     recipe, dataset, is_file = _what_to_read(adapter, data, notes, passages=passages)
     task = tasks.of(place.options)
-    read = load_data(
+    read = own_rows_of(recipe, place, tokenizer) if recipe and not is_file else None
+    read = read or load_data(
         dataset,
         tokenizer,
         task=task,
@@ -180,6 +184,15 @@ def _what_to_read(
         return recipe, dataset.model_copy(update={"retrieve": retrieve}), True
     assert recipe is not None
     return recipe, recipe.dataset, False
+
+
+def own_rows_of(recipe: Recipe, place: Place, tokenizer: PreTrainedTokenizerBase) -> Data | None:
+    """The rows of a recipe whose rows are those of the adapters in its `adapter.library`; None for any other."""
+    if recipe.dataset.train[0].path != LIBRARY_ROWS:
+        return None
+    members, table = find_members(recipe.adapter.library or (), Path(recipe.output_dir)), place.files.table_rows
+    task, context = tasks.of(place.options), place.files.context_length
+    return own_rows(members, tokenizer, task, table=table, context=context)
 
 
 def of_file(file: Source, own: Recipe | None) -> Dataset:

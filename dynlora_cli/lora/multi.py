@@ -295,8 +295,9 @@ class MultiLinear(nn.Module):
         if self.choice.mixes is not None:
             self.choice.mixes.plans.pop(self, None)
         self.adapters = list(adapters)
-        ranks = torch.tensor([place.stop - place.start for place in self.slices], dtype=torch.long)
-        owners_R = torch.arange(len(ranks)).repeat_interleave(ranks)
+        # Made in Python: a dry run, whose tensors have no numbers, comes here as well.
+        owners = [owner for owner, place in enumerate(self.slices) for _ in range(place.start, place.stop)]
+        owners_R = torch.tensor(owners, dtype=torch.long)
         self.owners_R = owners_R.to(self.device)
         self.columns_R = torch.tensor(self.adapters, dtype=torch.long)[owners_R].to(self.device)
 

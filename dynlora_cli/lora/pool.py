@@ -32,6 +32,7 @@ from dynlora_cli.lora.layer import ComponentLinear, Graph
 from dynlora_cli.lora.orthogonality import overlap_penalty
 
 if TYPE_CHECKING:
+    from dynlora_cli.data.batches import Batch
     from dynlora_cli.lora.shared_inputs import SharedInput
 
 
@@ -157,6 +158,9 @@ class Pool:
         others = self.others(model)
         rest = [{"params": others, "coupled": False}] if others else []
         return [{"params": [self.values], "coupled": True}, *rest]
+
+    def see(self, batch: Batch) -> None:
+        """Components look at no batch."""
 
     def alive(self) -> dict[str, int]:
         """How many components and numbers there are now, for metrics and events."""

@@ -1,4 +1,4 @@
-"""What trains in a run: components, in a `Pool`, or the whole base model, in a `WholeModel`."""
+"""What trains in a run: components (`Pool`), a router over adapters (`Routed`) or the whole base (`WholeModel`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynlora_cli.lora.layer import ComponentLinear
 
 if TYPE_CHECKING:
+    from dynlora_cli.data.batches import Batch
     from dynlora_cli.lora.shared_inputs import SharedInput
 
 
@@ -41,6 +42,9 @@ class Trained(Protocol):
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The optimizer's parameter groups; if `coupled`, a group's learning rate follows the parameters alive."""
+
+    def see(self, batch: Batch) -> None:
+        """Called before each micro-batch that is learned from."""
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before optimizer step `step` (from 1)."""
@@ -91,6 +95,9 @@ class WholeModel:
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "coupled": False}]
+
+    def see(self, batch: Batch) -> None:
+        pass
 
     def begin_step(self, step: int, total_steps: int) -> None:
         pass

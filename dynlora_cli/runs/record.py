@@ -123,6 +123,17 @@ class Layer(TypedDict):
     """Components by the run that they began in, as in `births`; the adapter's files hold them in this order."""
 
 
+class Member(TypedDict):
+    """An adapter that a router learned to choose."""
+
+    name: str
+    """As the router calls it."""
+    folder: str
+    """Where it was read from."""
+    sha256: str
+    """Over its components, as they were read."""
+
+
 class Prune(_PruneFrom, total=False):
     """What `dynlora prune` did."""
 
@@ -162,6 +173,8 @@ class Record(TypedDict, total=False):
     """The runs that components of this adapter began in, oldest first; the last one is this run."""
     budget: Budget | None
     """None where all weights trained."""
+    library: list[Member]
+    """The adapters that a router learned to choose from, in the order of its columns; absent where there is none."""
     history: list[tuple[int, int]]
     """The pruning events that were planned: step, and numbers that may be left after it."""
     recipe: dict[str, Any]

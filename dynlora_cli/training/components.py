@@ -20,6 +20,7 @@ from dynlora_cli.lora.init import write_start
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pissa import layer_kind
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.routers.trained import Routed
 from dynlora_cli.lora.start import Start, plan_start, with_counts
 from dynlora_cli.lora.whole import WholeModel
 from dynlora_cli.models.experts import fused_experts, split
@@ -32,6 +33,7 @@ from dynlora_cli.pruning.allocation import in_proportion, share_out
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.batches import training_batches
 from dynlora_cli.training.origin import Begun, put_origin, read_origin, settle, tell
+from dynlora_cli.training.routers import begin_router, read_members
 from dynlora_cli.training.silent_start import write_silent
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def begin(
     data: Data,
     accelerator: Accelerator,
     goes_on: Begun | None = None,
-) -> tuple[Pool | WholeModel, Start | None]:
+) -> tuple[Pool | WholeModel | Routed, Start | None]:
     """Put components on the model, as many and with such values as the recipe says.
 
     Every process looks at the same batches, the first of the run; where rounding differs, the first process decides.
@@ -69,6 +71,8 @@ def begin(
     Raises:
         UsageError: loftq does not find a layer in the model's files, or the run cannot go on from `adapter.from`.
     """
+    if plugins.declared("variants", recipe.adapter.variant, "routes"):
+        return begin_router(recipe, base, data, accelerator.device, read_members(recipe, base)), None
     if not variant.has_components:
         return WholeModel(base.model), None
     data.notes += left_out(base, recipe.adapter)

@@ -12,28 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynlora_cli import __version__, plugins
-from dynlora_cli.adapters.adapter import PLAIN, PREFIX
-from dynlora_cli.adapters.find import CONFIG
-from dynlora_cli.adapters.kind import experts_of, saved
-from dynlora_cli.adapters.write import lora_config, write_adapter
+from dynlora_cli import __version__
+from dynlora_cli.adapters.find import ROUTER_WEIGHTS
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.mix import each_once, mix_on_record
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
-from dynlora_cli.files.whole import remove, sync, whole_folder
+from dynlora_cli.files.whole import remove, whole_folder
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.routers.trained import Routed
 from dynlora_cli.models.fingerprint import fingerprint
-from dynlora_cli.models.linear import is_transposed
 from dynlora_cli.models.load import sees
-from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.runs import events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs import record as records
 from dynlora_cli.runs.record import Record
 from dynlora_cli.runs.report.write import write_card, write_report
 from dynlora_cli.text import counted
-from dynlora_cli.training.checkpoint import fault_in, read_state, restore, write_state
+from dynlora_cli.training.checkpoint import write_state
+from dynlora_cli.training.roots import write_adapter_of
+from dynlora_cli.training.routers import library_on_record
 from dynlora_cli.training.run import Run
 
 if TYPE_CHECKING:
@@ -45,27 +43,6 @@ if TYPE_CHECKING:
 
 FOR_PEOPLE = ("report.html", "README.md")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
-
-
-def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
-    """Write the adapter as it is now, in PEFT's layout, and the modules that train whole, such as a new head."""
-    base, experts = training.base, experts_of(pool)
-    kind = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN)
-    taken = taken_for_experts(base.model.config.model_type) if kind == PLAIN else frozenset()  # others stay
-    config = lora_config(
-        {name: layer.terms * layer.count for name, layer in pool.layers.items()},
-        base_model=base.files.reference,
-        revision=training.recipe.model.revision,
-        task=training.recipe.model.task,
-        fan_in_fan_out=any(is_transposed(layer.base) for layer in pool.layers.values()),
-        modules_to_save=list(base.whole) or None,
-        experts=experts,
-        as_parameters=ends_in(pool.layers.keys() - experts, taken),
-    )
-    config, tensors = saved(kind, pool, config)
-    for module in base.whole:
-        tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
-    write_adapter(folder, config, tensors)
 
 
 def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
@@ -106,44 +83,6 @@ def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
                 if old != run_folder.pointed(folder, "best"):
                     remove(old)
         training.emit(events.checkpoint(progress.step, path))
-
-
-def write_root(folder: Path, training: Run) -> str:
-    """Adapter (or model) and tokenizer in the root of the run folder.
-
-    Returns:
-        "best" where early stopping is on and has chosen one, else "last".
-    """
-    best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
-    if best is not None and (fault := fault_in(best, run_folder.read_record(folder))):
-        training.note(f"{best} {fault}; the adapter is that of the last step instead")
-        best = None
-    if best is not None:
-        position, tensors = read_state(best)
-        with training.random:  # a checkpoint holds random states, too
-            restore(tensors, training.parameters, training.optimizer)
-        training.trained.stand_after(position["progress"]["step"], training.total_steps)
-    if training.accelerator.is_main_process:
-        training.base.tokenizer.save_pretrained(folder)
-        if isinstance(training.trained, Pool):
-            _put_adapter(training, training.trained, folder)
-        else:
-            training.model.save_pretrained(folder)
-        for path in folder.iterdir():
-            if path.is_file():
-                sync(path)
-        sync(folder)
-    return "last" if best is None else "best"
-
-
-def _put_adapter(training: Run, pool: Pool, folder: Path) -> None:
-    """Write the adapter beside a run's root and move it there, its config last."""
-    with whole_folder(folder / "adapter") as temporary:
-        write_adapter_of(training, pool, temporary)
-    (folder / CONFIG).unlink(missing_ok=True)  # so that no old one stands beside new weights
-    for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
-        path.replace(folder / path.name)
-    (folder / "adapter").rmdir()
 
 
 def finish(folder: Path, record: Record, training: Run, summary: dict[str, Any]) -> None:
@@ -230,6 +169,8 @@ def start_record(training: Run, run: str | None) -> Record:
     )
     if altered:
         record["altered_births"] = altered
+    if isinstance(training.trained, Routed):
+        record["library"] = library_on_record(training.trained)
     return record
 
 
@@ -334,7 +275,8 @@ def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
     recipe, progress, trained, start = training.recipe, training.progress, training.trained, training.start
     first = progress.first or {}
     last = (progress.best if kind == "best" else progress.last) or {}
-    weights = folder / ("adapter_model.safetensors" if trained.layers else "model.safetensors")
+    holds_factors = "adapter_model.safetensors" if trained.layers else "model.safetensors"
+    weights = folder / (ROUTER_WEIGHTS if isinstance(trained, Routed) else holds_factors)
     summary: dict[str, Any] = {
         "ok": True,
         "output_dir": recipe.output_dir,

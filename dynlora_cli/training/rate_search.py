@@ -86,8 +86,12 @@ def _untrained(run: Run) -> float:
     losses, steps = [], min(STEPS, run.total_steps)
     for number in range(max(0, steps - JUDGED), steps):
         micro_batches = run.batches.step(*divmod(number, run.batches.steps_per_epoch))
-        with run.accelerator.autocast():
-            sums = [run.objective.loss(run.model, batch.to(run.accelerator.device)).item() for batch in micro_batches]
+        sums = []
+        for batch in micro_batches:
+            batch = batch.to(run.accelerator.device)
+            run.trained.see(batch)
+            with run.accelerator.autocast():
+                sums.append(run.objective.loss(run.model, batch).item())
         loss, supervised = run.total(sum(sums), sum(batch.supervised for batch in micro_batches))
         losses.append(loss / supervised)
     return sum(losses) / len(losses)

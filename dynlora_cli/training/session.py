@@ -26,10 +26,11 @@ from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
 from dynlora_cli.runs.log import RunLog
 from dynlora_cli.runs.record import Record
-from dynlora_cli.training import outputs
+from dynlora_cli.training import outputs, roots
 from dynlora_cli.training.held_out import forgotten
 from dynlora_cli.training.origin import Begun
 from dynlora_cli.training.resume import find_checkpoint, go_back_to, same_inputs, writing
+from dynlora_cli.training.routers import refuse_other_members
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.setup import make_accelerator
 
@@ -153,6 +154,7 @@ class Session:
             self.place.path.mkdir(exist_ok=True)  # an old one stays where it is a volume of a container
             outputs.write_record(self.folder, self.record, run)
         if self.checkpoint:
+            refuse_other_members(self.before or {}, self.record)
             go_back_to(self.checkpoint, run, self.folder, self.record)
         with self._log(run):
             outputs.write_record(self.folder, self.record, run)
@@ -186,7 +188,7 @@ class Session:
         Returns:
             The summary.
         """
-        kind = outputs.write_root(self.folder, run)
+        kind = roots.write_root(self.folder, run)
         summary = outputs.summarize(run, self.folder, kind) | forgotten(run)
         if run.trained.layers and self.accelerator.is_main_process:
             summary["peft_check"] = self._read_back(run)

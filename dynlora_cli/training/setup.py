@@ -42,6 +42,7 @@ from dynlora_cli.training import samples
 from dynlora_cli.training.batches import make_batches, on_device, total_steps, training_batches
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.replay import runs_to_replay
+from dynlora_cli.training.routers import read_own_rows, reads_own_rows
 from dynlora_cli.training.run import Progress, Run
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
     """
     files.refuse_fixed_lengths()
     tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model)
+    if reads_own_rows(recipe):
+        return read_own_rows(recipe, files, task)
     earlier = [_earlier(folder, files, task) for folder in runs_to_replay(recipe)]
     data = load_data(
         recipe.dataset,

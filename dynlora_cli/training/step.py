@@ -27,6 +27,7 @@ def backward(run: Run, batch: Batch, supervised: float) -> Tensor:
     loss stays on the device: reading it would make Python wait for the GPU before it can launch the next micro-batch.
     """
     batch = batch.to(run.accelerator.device)
+    run.trained.see(batch)
     with run.accelerator.autocast():
         loss = run.objective.loss(run.model, batch) / supervised
     run.accelerator.backward(loss)

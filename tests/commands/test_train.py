@@ -143,7 +143,7 @@ def test_without_patience_the_root_is_the_last(tmp_path, monkeypatch):
 
 
 def test_a_crash_after_patience_ran_out_does_not_train_on(tmp_path, monkeypatch):
-    from dynlora_cli.training import outputs
+    from dynlora_cli.training import roots
 
     recipe = make_recipe(tmp_path, "eval.steps=1", "eval.early_stopping_patience=1")
     held_out_losses(monkeypatch, [9, 5, 5, 5, 5, 5, 5, 5, 5, 6, 0, 0])
@@ -152,7 +152,7 @@ def test_a_crash_after_patience_ran_out_does_not_train_on(tmp_path, monkeypatch)
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_root", crash)
+        patch.setattr(roots, "write_root", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             train(recipe)
     summary, _ = train(recipe, resume=True)

@@ -116,7 +116,28 @@ class AdapterView:
         if "comparison" in found:
             self.console.show(Group(Text(), Text("Side by side", style="head"), _side_by_side(found)))
 
+    def _show_router(self, adapter: dict[str, Any]) -> None:
+        rows = [
+            ("kind", f"{adapter['kind']}, {adapter['task']}"),
+            ("options", ", ".join(f"{key}: {value}" for key, value in adapter["options"].items())),
+            ("size", f"{count(adapter['parameters'])} parameters, {size(adapter['bytes'])}"),
+            ("router's own", f"{count(adapter['router_parameters'])} parameters"),
+            *((key.replace("_", " "), _plain(value)) for key, value in adapter["provenance"].items()),
+        ]
+        members = plain_table("adapter", "kind", "layers", "components", "parameters", "")
+        for one in adapter["adapters"]:
+            sizes = (count(one[key]) for key in ("layers", "components", "parameters"))
+            members.add_row(printable(one["name"]), one["kind"], *sizes, "off" if one["off"] else "")
+        numbers = plain_table("router", "shape", "norm")
+        for name, tensor in adapter["router"].items():
+            numbers.add_row(printable(name), " x ".join(map(str, tensor["shape"])), number(tensor["norm"]))
+        head = Text(printable(adapter["name"]), style="head")
+        self.console.show(Group(Text(), head, pairs(rows), Text(), members, Text(), numbers))
+
     def _show_adapter(self, adapter: dict[str, Any]) -> None:
+        if "router" in adapter:
+            self._show_router(adapter)
+            return
         layers = adapter["layers"]
         ranks = {name: layer["rank"] for name, layer in layers.items()}
         largest = max(ranks.values())

@@ -36,6 +36,12 @@ def _is_full(record: RunRecord) -> bool:
     return (record.info.get("variant") or record.summary.get("variant")) == "full"
 
 
+def _routes(record: RunRecord) -> list[dict[str, Any]]:
+    """The adapters that a router was trained over; none of any other run."""
+    found = record.info.get("library")
+    return [member for member in found if isinstance(member, dict)] if isinstance(found, list) else []
+
+
 def _front_matter(record: RunRecord) -> str:
     """Metadata in the form that model hubs read."""
     recipe = record.info.get("recipe") or {}
@@ -44,6 +50,8 @@ def _front_matter(record: RunRecord) -> str:
     # Hubs link these names; files of this machine mean nothing there.
     datasets = [path for path in paths if not path.startswith("builtin:") and not Path(path).exists()]
     library, tags = ("transformers", ["dynlora"]) if _is_full(record) else ("peft", ["lora", "dynlora"])
+    if _routes(record):
+        library, tags = "peft" if record.info.get("variant") == "x-lora" else "dynlora", ["lora", "router", "dynlora"]
     meta: dict[str, Any] = {"base_model": _base(record), "library_name": library, "tags": tags}
     if datasets:
         meta["datasets"] = datasets
@@ -55,6 +63,13 @@ def _what_it_is(record: RunRecord) -> str:
     if _is_full(record):
         how = "with all weights fine-tuned by dynlora: the baseline for its adapters."
         return f"{_code(_base(record))} ({_plain(task)}) {how}"
+    if members := _routes(record):
+        names = ", ".join(_plain(str(member.get("name"))) for member in members)
+        return (
+            f"A router ({_plain(str(record.info.get('variant')))}) over {counted(len(members), 'adapter')} for "
+            f"{_code(_base(record))} ({_plain(task)}), trained with dynlora: at each token, in each layer, it weighs "
+            f"{names}. The adapters are in `adapters/`, as plain PEFT files, and stayed as they were."
+        )
     made = "pruned" if record.info.get("prune") and not record.info.get("recipe") else "fine-tuned"
     text = f"A LoRA adapter for {_code(_base(record))} ({_plain(task)}), {made} with dynlora: "
     text += "the update is a sum of rank-1 components in one pool"
@@ -135,6 +150,9 @@ def _loading(record: RunRecord) -> str:
     if _is_full(record):
         code = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained(".")  # this folder'
         return f"## Load it\n\n{_fenced(code, 'python')}"
+    if _routes(record) and info.get("variant") != "x-lora":
+        command = "dynlora eval --adapter .       # this folder; generate, chat and serve take it, too"
+        return f"## Use it\n\n{_fenced(command, 'bash')}\n\nNo other tool knows this router. Its adapters are PEFT's."
     revision = (info.get("base_model") or {}).get("revision")
     labels = ((info.get("recipe") or {}).get("model") or {}).get("num_labels")
     options = f", revision={revision!r}" if revision else ""

@@ -1,0 +1,95 @@
+"""What stands in the root of a run's folder: the adapter, the router with its adapters, or the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynlora_cli import plugins
+from dynlora_cli.adapters.adapter import PLAIN, PREFIX
+from dynlora_cli.adapters.find import CONFIG, ROUTER
+from dynlora_cli.adapters.kind import experts_of, saved
+from dynlora_cli.adapters.routed import MEMBERS, write_routed
+from dynlora_cli.adapters.write import lora_config, write_adapter
+from dynlora_cli.files.whole import remove, sync, sync_all, whole_folder
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.routers.trained import Routed
+from dynlora_cli.models.linear import is_transposed
+from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.training.checkpoint import fault_in, read_state, restore
+from dynlora_cli.training.routers import options_of
+from dynlora_cli.training.run import Run
+
+
+def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
+    """Write the adapter as it is now, in PEFT's layout, and the modules that train whole, such as a new head."""
+    base, experts = training.base, experts_of(pool)
+    kind = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN)
+    taken = taken_for_experts(base.model.config.model_type) if kind == PLAIN else frozenset()  # others stay
+    config = lora_config(
+        {name: layer.terms * layer.count for name, layer in pool.layers.items()},
+        base_model=base.files.reference,
+        revision=training.recipe.model.revision,
+        task=training.recipe.model.task,
+        fan_in_fan_out=any(is_transposed(layer.base) for layer in pool.layers.values()),
+        modules_to_save=list(base.whole) or None,
+        experts=experts,
+        as_parameters=ends_in(pool.layers.keys() - experts, taken),
+    )
+    config, tensors = saved(kind, pool, config)
+    for module in base.whole:
+        tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
+    write_adapter(folder, config, tensors)
+
+
+def write_root(folder: Path, training: Run) -> str:
+    """Adapter (or model) and tokenizer in the root of the run folder.
+
+    Returns:
+        "best" where early stopping is on and has chosen one, else "last".
+    """
+    best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
+    if best is not None and (fault := fault_in(best, run_folder.read_record(folder))):
+        training.note(f"{best} {fault}; the adapter is that of the last step instead")
+        best = None
+    if best is not None:
+        position, tensors = read_state(best)
+        with training.random:  # a checkpoint holds random states, too
+            restore(tensors, training.parameters, training.optimizer)
+        training.trained.stand_after(position["progress"]["step"], training.total_steps)
+    if training.accelerator.is_main_process:
+        training.base.tokenizer.save_pretrained(folder)
+        if isinstance(training.trained, Pool):
+            _put_adapter(training, training.trained, folder)
+        elif isinstance(training.trained, Routed):
+            _put_router(training, training.trained, folder)
+        else:
+            training.model.save_pretrained(folder)
+        for path in folder.iterdir():
+            if path.is_file():
+                sync(path)
+        sync(folder)
+    return "last" if best is None else "best"
+
+
+def _put_adapter(training: Run, pool: Pool, folder: Path) -> None:
+    """Write the adapter beside a run's root and move it there, its config last."""
+    with whole_folder(folder / "adapter") as temporary:
+        write_adapter_of(training, pool, temporary)
+    (folder / CONFIG).unlink(missing_ok=True)  # so that no old one stands beside new weights
+    for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
+        path.replace(folder / path.name)
+    (folder / "adapter").rmdir()
+
+
+def _put_router(training: Run, routed: Routed, folder: Path) -> None:
+    """Write the router and its adapters beside a run's root and move them there, what names them all last."""
+    with whole_folder(folder / "router") as temporary:
+        tensors = routed.gates.tensors()
+        write_routed(temporary, training.recipe.adapter.variant, options_of(training.recipe), routed.members, tensors)
+    for name in (ROUTER, CONFIG, MEMBERS):
+        remove(folder / name)
+    for path in sorted((folder / "router").iterdir(), key=lambda path: path.name in (ROUTER, CONFIG)):
+        path.replace(folder / path.name)
+    (folder / "router").rmdir()
+    sync_all(folder / MEMBERS)

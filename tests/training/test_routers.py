@@ -1,0 +1,161 @@
+"""Runs that train a router over a library: the adapters stay as they are, and everything else goes as in any run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import NAMES, lines, make_library, router_recipe, train, write_rows_of
+
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.routed import RoutedAdapter
+from dynlora_cli.commands import dry_run
+from dynlora_cli.errors import Interrupted, RecipeError, UsageError
+
+from recipe_helpers import MINIMAL, problems
+
+ROUTERS = ("phatgoose",)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("library")
+    make_library(folder)
+    return folder
+
+
+@pytest.fixture
+def own(library: Path, tmp_path: Path) -> Path:
+    """A folder of this test's own, with the library in it."""
+    for path in library.iterdir():
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    return tmp_path
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """The numbers that trained."""
+    file = folder / "router.safetensors"
+    return load_file(file if file.is_file() else folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("variant", ROUTERS)
+def test_a_router_learns_and_its_adapters_stay_as_they_are(library: Path, variant: str) -> None:
+    summary, _ = train(router_recipe(library, variant, out=variant))
+    assert summary["loss_after"] < summary["loss_before"]
+    router = read_adapter(library / variant, routed=True)
+    assert isinstance(router, RoutedAdapter)
+    assert list(router.members) == list(NAMES)
+    assert summary["parameters"] == router.own_parameters
+    for name, member in router.members.items():
+        before = read_adapter(library / name)
+        assert member.layers.keys() == before.layers.keys()
+        for layer, factors in before.layers.items():
+            assert torch.equal(member.layers[layer].a_CI, factors.a_CI)
+            assert torch.equal(member.layers[layer].b_OC, factors.b_OC)
+
+
+@pytest.mark.parametrize("variant", ROUTERS)
+def test_a_run_that_was_interrupted_ends_bit_for_bit_as_it_would_have(library: Path, variant: str) -> None:
+    through, broken = (router_recipe(library, variant, out=f"{variant}-{name}") for name in ("through", "broken"))
+    train(through)
+    with pytest.raises(Interrupted):
+        train(broken, interrupt_at=6)
+    train(broken, resume=True)
+    folders = [Path(recipe.output_dir) for recipe in (through, broken)]
+    one, two = (numbers(folder) for folder in folders)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    logs = [[line for line in lines(folder / "metrics.jsonl") if "loss" in line] for folder in folders]
+    assert logs[0] == logs[1]
+
+
+def test_the_best_is_kept_where_stopping_is_early(library: Path) -> None:
+    recipe = router_recipe(
+        library, "phatgoose", "eval.early_stopping_patience=1", "train.learning_rate=auto", out="best"
+    )
+    summary, events = train(recipe)
+    assert summary["adapter"] == "best"
+    best = min(event["loss"] for event in events if event["event"] == "eval" and event["step"])
+    assert summary["loss_after"] == best
+
+
+def test_it_does_not_go_on_with_another_adapter(own: Path) -> None:
+    recipe = router_recipe(own, "phatgoose", "dataset=" + json.dumps(sources(own)))
+    with pytest.raises(Interrupted):
+        train(recipe, interrupt_at=6)
+    shutil.rmtree(own / "ones")
+    shutil.copytree(own / "twos", own / "ones")
+    record = json.loads((own / "ones/dynlora.json").read_text())
+    (own / "ones/dynlora.json").write_text(json.dumps(record | {"name": "ones"}))
+    with pytest.raises(UsageError, match="ones is not the adapter that the run began with"):
+        train(recipe, resume=True)
+
+
+def sources(folder: Path) -> dict[str, Any]:
+    return {"train": [{"path": str(write_rows_of(folder, name))} for name in NAMES]}
+
+
+def test_sources_belong_to_the_adapters_in_their_order(own: Path) -> None:
+    recipe = router_recipe(own, "phatgoose", "dataset=" + json.dumps(sources(own)), "train.max_steps=1")
+    _, events = train(recipe)
+    notes = next(event for event in events if event["event"] == "start")["notes"]
+    assert any("ones.jsonl for ones" in note and "threes.jsonl for threes" in note for note in notes)
+    fewer = {"train": sources(own)["train"][:2]}
+    with pytest.raises(UsageError, match="there are 2 sources for 3 adapters") as caught:
+        train(router_recipe(own, "phatgoose", "dataset=" + json.dumps(fewer), out="fewer"))
+    assert "builtin:library" in str(caught.value.hint)
+
+
+def test_rows_of_own_runs_must_be_known_and_as_they_were(own: Path) -> None:
+    record = json.loads((own / "ones/dynlora.json").read_text())
+    record["data"]["sha256"], before = "0" * 64, record["data"]["sha256"]
+    (own / "ones/dynlora.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"builtin:library: ones: .* have changed since then"):
+        train(router_recipe(own, "phatgoose"))
+    record["data"]["sha256"] = before
+    (own / "ones/dynlora.json").write_text(json.dumps(record))
+    (own / "twos/dynlora.json").unlink()
+    with pytest.raises(UsageError, match=r"builtin:library: twos: .* made by another tool"):
+        train(router_recipe(own, "phatgoose"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rank.budget=4"], "rank.budget"),
+        (["pruning.policy=magnitude"], "pruning.policy"),
+        (["adapter.target_modules=qv"], "adapter.target_modules"),
+        (["adapter.dropout=0.1"], "adapter.dropout"),
+        (["train.compile=true"], "train.compile"),
+        (["dataset.packing=true"], "dataset.packing"),
+        (["dataset.max_length=64"], "dataset.max_length"),
+        (["adapter.library=null"], "adapter.library"),
+        (["model.task=sequence-classification"], "model.task"),
+    ],
+)
+def test_settings_that_mean_nothing_to_a_router_are_refused(tmp_path: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        router_recipe(tmp_path, "phatgoose", *overrides)
+    assert any(words in problem for problem in caught.value.problems)
+
+
+def test_the_rows_of_a_library_need_one() -> None:
+    found = "\n".join(problems(MINIMAL, "dataset=builtin:library"))
+    assert "builtin:library stands for rows of adapters named there" in found
+
+
+def test_a_dry_run_shows_the_adapters_and_estimates_the_memory(library: Path) -> None:
+    plan = dry_run.plan(router_recipe(library, "phatgoose"))
+    assert {f"adapter {name}" for name in NAMES} <= plan["parameters"].keys()
+    assert 0 < plan["memory"]["adapter"] < 1 << 20
+
+
+def test_one_adapter_is_no_choice(library: Path) -> None:
+    recipe = router_recipe(library, "phatgoose", f"adapter.library=[{library / 'ones'}]", out="one")
+    with pytest.raises(UsageError, match="there is one adapter, ones, and nothing to choose"):
+        train(recipe)
