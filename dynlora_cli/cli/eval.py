@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynlora_cli.cli.eval_library import evaluate_library, one_file
+from dynlora_cli.cli.options import PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
+    from dynlora_cli.evaluation.thresholds import Thresholds
 
 NEWEST_BELOW = Path("out")
 
@@ -32,8 +35,8 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE|RECIPE",
-        help="Other rows: all of a file, or a recipe's held-out ones. With --library repeatable, and UPDATE=FILE or "
-        "unrelated=FILE where it is known what they belong to.",
+        help="Other rows: all of a file, or a recipe's held-out ones. With --library or --router repeatable, and "
+        "UPDATE=FILE or unrelated=FILE where it is known what they belong to.",
         show_default=False,
     ),
 ]
@@ -42,11 +45,20 @@ LibraryFolder = Annotated[
     typer.Option(
         "--library",
         metavar="LIB",
-        help="A calibrated library, which decides on each row by its prompt what is active.",
+        help="A library, of which a router chooses on each row by its prompt what is active.",
         show_default=False,
     ),
 ]
-Explain = Annotated[bool, typer.Option("--explain", help="With --library: each decision and its reason.")]
+Router = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What decides: calibrated, embedding, likelihood, fixed, arrow, spectr, lag or another. With --library or "
+        "several --adapter.",
+        show_default=False,
+    ),
+]
+Explain = Annotated[bool, typer.Option("--explain", help="With --library or --router: each decision and its reason.")]
 Base = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="The base model, where it was moved.", show_default=False)
 ]
@@ -115,6 +127,8 @@ def evaluate(
     recipe: RecipeFile = None,
     adapter: Adapters = None,
     library: LibraryFolder = None,
+    router: Router = None,
+    set_: PlugInOptions = None,
     explain: Explain = False,
     data: Data = None,
     also: Also = None,
@@ -135,16 +149,14 @@ def evaluate(
 ) -> None:
     """Measure adapters and their base on held-out rows. Without arguments: the newest run below ./out."""
     with reporting(as_json) as result:
-        if library is not None:
+        if library is not None or router is not None:
             result.update(evaluate_library(context))
             return
-        from dynlora_cli.cli.thresholds import read_thresholds
         from dynlora_cli.commands import preflight
 
-        above, below = fail_above or (), fail_below or ()
-        limits = read_thresholds(fail_above=above, fail_below=below, baseline=baseline, max_regression=max_regression)
+        limits = _limits(fail_above or (), fail_below or (), baseline, max_regression)
         others, names = _other_rows(also or [], no_base), _task_names(tasks, limit)
-        folders, rows = _what_is_meant(recipe, adapter or [], one_file(data, explain))
+        folders, rows = _what_is_meant(recipe, adapter or [], one_file(data, explain, set_))
         preflight.adapters(folders, base, rows, others)
         from dynlora_cli.cli.views.evaluation import show_evaluation
         from dynlora_cli.commands import evaluate as command
@@ -170,6 +182,12 @@ def evaluate(
             view.error(MeasureError(result["error"]))
     if result["failed"]:  # not an exception: the report is the result, also where a threshold is missed
         raise typer.Exit(MeasureError.exit_code)
+
+
+def _limits(above: Sequence[str], below: Sequence[str], baseline: Path | None, most: str | None) -> Thresholds:
+    from dynlora_cli.cli.thresholds import read_thresholds
+
+    return read_thresholds(fail_above=above, fail_below=below, baseline=baseline, max_regression=most)
 
 
 def _trusted(recipe: Path | None, everything: bool) -> bool | Model:

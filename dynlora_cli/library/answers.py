@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from dynlora_cli.adapters.adapter import Adapter
-from dynlora_cli.adapters.attach import attached
 from dynlora_cli.data.examples import Example
 from dynlora_cli.evaluation.generation import Prompt, find_prompts, generate
 from dynlora_cli.evaluation.rows import MICRO_BATCH
 from dynlora_cli.library.activation import Decision
 from dynlora_cli.models.load import Base, precision_of
 
-Attached = Callable[[tuple[str, ...]], Adapter]  # the sum of some updates
+# The base computes as a decision says inside the block.
+Speaking = Callable[[Decision], AbstractContextManager[Any]]
 
 
 def answers(
-    base: Base, examples: Sequence[Example], decisions: Sequence[Decision], adapter_of: Attached, count: int
+    base: Base, examples: Sequence[Example], decisions: Sequence[Decision], speaking: Speaking, count: int
 ) -> list[dict[str, Any]]:
     """Greedy answers to the first `count` different prompts.
 
@@ -26,7 +25,7 @@ def answers(
         base: in memory, without an adapter.
         examples: rows; those without a prompt are passed over.
         decisions: one for each of them.
-        adapter_of: gives the adapter of chosen updates.
+        speaking: has the base compute as a decision says.
         count: prompts at most.
 
     Returns:
@@ -39,12 +38,13 @@ def answers(
     prompts, chosen = zip(*list(asked.values())[:count], strict=True) if asked and count else ((), ())
     for prompt in prompts:  # so that no answer is cut shorter than another
         prompt.longest = max(each.longest for each in prompts)
-    plain = _write(base, None, prompts)
+    plain = _write(base, nullcontext(), prompts)
     spoken = dict(zip(range(len(prompts)), plain, strict=True))
-    for names in dict.fromkeys(decision.chosen for decision in chosen):
-        mine = [at for at, decision in enumerate(chosen) if decision.chosen == names]
-        if names:
-            spoken |= dict(zip(mine, _write(base, adapter_of(names), [prompts[at] for at in mine]), strict=True))
+    for kind in dict.fromkeys(map(_kind, chosen)):
+        mine = [at for at, decision in enumerate(chosen) if _kind(decision) == kind]
+        if chosen[mine[0]].chosen:
+            context = speaking(chosen[mine[0]])
+            spoken |= dict(zip(mine, _write(base, context, [prompts[at] for at in mine]), strict=True))
     return [
         {
             "prompt": prompt.text,
@@ -56,9 +56,14 @@ def answers(
     ]
 
 
-def _write(base: Base, adapter: Adapter | None, prompts: Sequence[Prompt]) -> list[str]:
+def _kind(decision: Decision) -> tuple[Any, ...]:
+    """The same of decisions under which the base computes alike."""
+    return decision.by_token, *decision.weights.items()
+
+
+def _write(base: Base, speaking: AbstractContextManager[Any], prompts: Sequence[Prompt]) -> list[str]:
     if not prompts:
         return []
-    with attached(base.model, adapter) if adapter else nullcontext(), precision_of(base)():
+    with speaking, precision_of(base)():
         context = base.files.context_length
         return generate(base.model, base.tokenizer, prompts, batch_size=MICRO_BATCH, context=context)

@@ -9,8 +9,9 @@ Dimensions: R rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,24 +63,48 @@ class RowLosses:
         Raises:
             MeasureError: a loss is not finite.
         """
+        return self.under(attached(self.base.model, adapter) if adapter else nullcontext(), name, wanted_R)
+
+    def under(
+        self,
+        context: AbstractContextManager[Any],
+        name: str,
+        wanted_R: Bools | None = None,
+        watch: Callable[[Batch, Sequence[int]], None] = lambda batch, rows: None,  # noqa: ARG005
+    ) -> Floats:
+        """The same with whatever `context` makes of the base.
+
+        Args:
+            context: entered once, around all batches.
+            name, wanted_R: as of `of`.
+            watch: takes each batch before the model does, and the numbers of its rows.
+
+        Raises:
+            MeasureError: a loss is not finite.
+        """
         wanted_R = np.ones(self.count, dtype=bool) if wanted_R is None else wanted_R
         loss_R = np.full(self.count, np.nan)
         numbers = self._with_wanted(wanted_R)
         if not numbers:
             return loss_R
-        with attached(self.base.model, adapter) if adapter else nullcontext():
-            sums = row_sums(self.base.model, self._batches(numbers), autocast=precision_of(self.base))
+        with context:
+            sums = row_sums(self.base.model, self._batches(numbers, watch), autocast=precision_of(self.base))
         if not math.isfinite(sums.loss):
             raise MeasureError(f"the held-out loss of {name} is {sums.loss}", "look at its weights and its dtype")
-        size = self.batches.micro_batch_size
-        measured = [row for number in numbers for row in range(number * size, min(self.count, (number + 1) * size))]
-        loss_R[measured] = sums.loss_R
+        loss_R[[row for number in numbers for row in self._rows(number)]] = sums.loss_R
         return np.where(wanted_R, loss_R, np.nan)
 
     def _with_wanted(self, wanted_R: Bools) -> list[int]:
         """Numbers of the batches that hold a wanted row."""
         return sorted({int(row) // self.batches.micro_batch_size for row in np.flatnonzero(wanted_R)})
 
-    def _batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
+    def _rows(self, number: int) -> range:
+        """Rows of a batch."""
+        size = self.batches.micro_batch_size
+        return range(number * size, min(self.count, (number + 1) * size))
+
+    def _batches(self, numbers: Sequence[int], watch: Callable[[Batch, Sequence[int]], None]) -> Iterator[Batch]:
         for number in numbers:
-            yield from (batch.to(self.base.model.device) for batch in self.batches.step(0, number))
+            (batch,) = (each.to(self.base.model.device) for each in self.batches.step(0, number))
+            watch(batch, self._rows(number))
+            yield batch

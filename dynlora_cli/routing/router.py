@@ -75,7 +75,7 @@ class Context:
         encoder: of the library's keys.
         options: of the router; None: its defaults.
         must_choose: set by `open_router`: a calibration decides on "none of them", the router among the adapters.
-        names: set by `open_router`: the adapters to choose among.
+        names: the adapters to choose among; (): all that there are.
     """
 
     library: Library | None = None
@@ -232,8 +232,8 @@ def _guards(name: str, library: Library | None) -> bool:
 def _candidates(name: str, context: Context) -> tuple[tuple[str, ...], list[str]]:
     """The adapters to choose among, and what to tell of those that are left out."""
     library = context.library
-    in_bank = context.bank.names if context.bank else []
-    names = list(context.adapters) or list(in_bank) or [entry.name for entry in (library.entries if library else [])]
+    there = context.names or context.adapters or (context.bank.names if context.bank else ())
+    names = list(there) or [entry.name for entry in (library.entries if library else [])]
     notes = []
     if library is not None and _guards(name, library):
         seen = calibration_of(library).entries

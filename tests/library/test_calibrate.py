@@ -251,7 +251,7 @@ def test_the_commands(two: Made, strangers: Path, dynlora: Dynlora):
         (["library", "calibrate", "LIB", "--unrelated", "nowhere.jsonl"], "nowhere.jsonl is no file"),
         (["library", "calibrate", "nowhere"], "nowhere does not exist"),
         (["eval", "--library", "LIB", "--adapter", "x"], "--library and --adapter do not go together"),
-        (["eval", "--library", "LIB"], "is not calibrated"),
+        (["eval", "--library", "LIB", "--router", "calibrated"], "is not calibrated"),
         (["eval", "--explain"], "--explain is of a library's decisions"),
         (["eval", "--adapter", "x", "--data", "a", "--data", "b"], "--data is given more than once"),
     ],

@@ -72,7 +72,7 @@ def layer_and_input(bank: Bank, name: str = "model.layers.0.self_attn.q_proj") -
 def weights(bank: Bank, router: TokenRouter) -> dict[str, Tensor]:
     """What each adapter gets at a layer that all have, by name."""
     layer, x_NI, h_NR = layer_and_input(bank)
-    gates_NR = layer.by_component(router.gates(layer, x_NI, h_NR))
+    gates_NR = router.gates(layer, x_NI, h_NR)
     found = {}
     for column, part in zip(layer.adapters, layer.slices, strict=True):
         assert (gates_NR[:, part] == gates_NR[:, part.start : part.start + 1]).all()
@@ -191,7 +191,7 @@ def test_weights_have_a_gradient(name: str):
     with Bank(model, ragged(model)) as bank:
         layer, x_NI, _ = layer_and_input(bank)
         x_NI.requires_grad_()
-        gates_NR = layer.by_component(opened(bank, name).gates(layer, x_NI, x_NI @ layer.a_RI.T))
+        gates_NR = opened(bank, name).gates(layer, x_NI, x_NI @ layer.a_RI.T)
         loss = (gates_NR * (x_NI @ layer.a_RI.T)).square().sum()
         (gradient,) = torch.autograd.grad(loss, x_NI)
     assert gradient.isfinite().all()

@@ -12,6 +12,7 @@ from rich.text import Text
 from dynlora_cli.cli.views.console import Console
 from dynlora_cli.cli.views.evaluation import shown_sample
 from dynlora_cli.cli.views.progress import middle_cut, printable
+from dynlora_cli.config.mix import mix_text
 from dynlora_cli.library.learn import Calibration
 from dynlora_cli.library.library import REPORT
 from dynlora_cli.library.report import tiles
@@ -44,7 +45,7 @@ def show_library_evaluation(console: Console, report: Mapping[str, Any], *, expl
     _active(console, report)
     for sample in report["samples"]:
         console.line()
-        speaker = " + ".join(sample["chosen"])
+        speaker = report["router"] if report["unit"] == "token" and sample["chosen"] else " + ".join(sample["chosen"])
         named = {"base": sample["answers"]["base"]} | ({speaker: sample["answers"]["library"]} if speaker else {})
         console.show(shown_sample(sample | {"answers": named}))
     if report["samples"]:
@@ -55,10 +56,17 @@ def show_library_evaluation(console: Console, report: Mapping[str, Any], *, expl
 
 def _explain(console: Console, decision: Mapping[str, Any]) -> None:
     """The request, what is active on it and why, and the key that it was found by."""
-    chosen = " + ".join(decision["chosen"]) or "base"
+    chosen = _speaking(decision)
     request = middle_cut(printable(" ".join(decision["request"].split())), LONGEST_TEXT)
     style = "accent" if decision["chosen"] else "label"
     console.line(Text.assemble((printable(chosen), style), f"  “{request}”  ", printable(_why(decision))))
+
+
+def _speaking(decision: Mapping[str, Any]) -> str:
+    """What speaks on a request: `base`, `law`, `0.7*law+0.3*news`, or how much of each by token."""
+    if decision["shares"] is None:
+        return mix_text(decision["weights"])
+    return ", ".join(f"{name} {percent(share)}" for name, share in decision["shares"].items()) or "base"
 
 
 def _why(decision: Mapping[str, Any]) -> str:
@@ -71,37 +79,47 @@ def _why(decision: Mapping[str, Any]) -> str:
 
 def _losses(report: Mapping[str, Any]) -> Table:
     """A line for each set of rows, and one for all."""
+    newest = report["newest"]
+    heads = ["rows", "", "base", *([f"always {newest}"] if newest else []), _who(report), "best choice"]
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="label")
-    for head in ("rows", "", "base", f"always {report['newest']}", "library", "best choice", "activated", "false"):
+    for head in (*heads, "activated", "right", "false"):
         table.add_column(printable(head), justify="left" if head == "rows" else "right", no_wrap=True)
-    sets = [*report["sets"], {"source": "all", **report["all"], "false_activations": report["false_activations"]}]
+    every = {"source": "all", **report["all"], "false_activations": report["false_activations"], "right": None}
+    sets = [*report["sets"], every]
     for one in sets if len(report["sets"]) > 1 else sets[:1]:
-        losses = one["losses"]
         table.add_row(
             printable(one["source"]),
             str(one["rows"]),
-            number(losses["base"]),
-            number(losses[report["newest"]]),
-            Text(number(losses["library"]), style="head"),
+            number(one["losses"]["base"]),
+            *([number(one["losses"][newest])] if newest else []),
+            Text(number(one["routed"]), style="head"),
             number(one["oracle"]),
             percent(1 - one["active"].get("base", 0.0)),
+            percent(one["right"]),
             percent(one["false_activations"]),
         )
     return table
 
 
+def _who(report: Mapping[str, Any]) -> str:
+    """What decides: the library itself, or a router that was named."""
+    return "library" if report["router"] == "calibrated" else str(report["router"])
+
+
 def _active(console: Console, report: Mapping[str, Any]) -> None:
-    """Which update was active how often, and what the library is worth."""
+    """Which update was active how often, and what the decisions are worth."""
     console.line()
     shares = (f"{name} {percent(share)}" for name, share in report["all"]["active"].items())
-    console.line(f"active on {counted(report['all']['rows'], 'row')}: {printable(', '.join(shares))}")
+    weighed = "average weight" if report["unit"] == "token" else "active"
+    console.line(f"{weighed} on {counted(report['all']['rows'], 'row')}: {printable(', '.join(shares))}")
     best = min(
         ((loss, name) for name, loss in report["all"]["losses"].items() if name not in ("base", "library")),
     )
-    console.line(f"the best single update for all of these rows is {printable(best[1])}: {number(best[0])}")
+    console.line(f"the best single one for all of these rows is {printable(best[1])}: {number(best[0])}")
     difference = report["all"]["difference"]
     interval = f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}"
-    console.line(f"library against base: {difference['loss']:+.4f} nats per target ({interval})")
+    console.line(f"{_who(report)} against base: {difference['loss']:+.4f} nats per target ({interval})")
     if report["false_activations"] is not None:
         share = percent(report["false_activations"])
-        console.line(f"activated on {share} of the unrelated rows; {percent(report['rate'])} was wanted")
+        wanted = "" if report["rate"] is None else f"; {percent(report['rate'])} was wanted"
+        console.line(f"activated on {share} of the unrelated rows{wanted}")
