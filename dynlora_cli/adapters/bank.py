@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dynlora_cli.adapters.adapter import PLAIN, Adapter
 from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.bank_check import differs, survey
 from dynlora_cli.adapters.base import holds_weight, module_of
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.errors import UsageError
@@ -37,6 +38,7 @@ class Bank:
         names: of all adapters; the columns of a batch's weights.
         alone: the adapters that cannot share a batch with others, and why, in words.
         layers: the layers that any of the others adapts, by name.
+        notes: what the check of a mixed batch found, in words.
 
     Raises:
         UsageError: a layer of an adapter does not fit the model.
@@ -51,9 +53,13 @@ class Bank:
         self._alone: dict[str, Adapter] = {}
         self._off = False  # the model is the plain base at the moment, for an adapter that is alone
         self._active = 0
+        self.notes: list[str] = []
+        self._surveyed: dict[str, str | None] = {}  # layers, and what is wrong with their rows
+        self._rounding = 0.0
         try:
             for name, adapter in adapters.items():
-                self.add(name, adapter)
+                self._take(name, adapter)
+            self._check(adapters)
         except BaseException:
             self.close()
             raise
@@ -77,19 +83,8 @@ class Bank:
         Raises:
             UsageError: there is one of that name, or it does not fit the model.
         """
-        self._refuse_use("added")
-        if name in self.names:
-            raise UsageError(f"there is an adapter {name} already", "give this one another name, or remove that one")
-        with self._plain():
-            reason = why_alone(self.model, adapter)
-        column = len(self.names)
-        self.names.append(name)
-        if reason:
-            self.alone[name], self._alone[name] = reason, adapter
-            return
-        for layer, factors in adapter.layers.items():
-            if factors.rank:
-                self._put(layer).hold([*_parts(self._put(layer)), (column, factors.a_CI, factors.b_OC)])
+        self._take(name, adapter)
+        self._check({name: adapter})
 
     def remove(self, name: str) -> None:
         """Take an adapter off the model.
@@ -102,16 +97,9 @@ class Bank:
         self.names.remove(name)
         self.alone.pop(name, None)
         self._alone.pop(name, None)
-        for layer_name, layer in list(self.layers.items()):
-            parts = _parts(layer)
-            left = [(column - (column > gone), a, b) for column, a, b in parts if column != gone]
-            if not left:
-                self._set(layer_name, layer.base)
-                del self.layers[layer_name]
-            elif len(left) < len(parts):
-                layer.hold(left)
-            else:
-                layer.number([column for column, _, _ in left])
+        for layer_name in list(self.layers):
+            parts = _parts(self.layers[layer_name])
+            self._hold(layer_name, [(column - (column > gone), a, b) for column, a, b in parts if column != gone])
 
     def close(self) -> None:
         """Take everything off: the model is as it was."""
@@ -191,7 +179,65 @@ class Bank:
             for name, layer in self.layers.items():
                 self._set(name, layer)
 
+    # -- the check of a mixed batch ------------------------------------------------------------------------------------
+
+    def _check(self, adapters: Mapping[str, Adapter]) -> None:
+        """Let adapters go alone that would not be in a batch what they are by themselves."""
+        try:
+            self._check_layers(adapters)
+            shared = [name for name in adapters if name not in self.alone]
+            if shared and self._differs(shared):
+                guilty = {name: found for name in shared if (found := self._differs([name]))}
+                for name in guilty or shared:
+                    found = guilty.get(name) or self._differs(shared)
+                    self._go_alone(name, adapters[name], f"in a mixed batch it is {found}")
+        except Exception as error:  # of the model's own code, which may want more than a text
+            for name in adapters:
+                if name not in self.alone:
+                    why = f"{type(error).__name__}: {error}".splitlines()[0]
+                    self._go_alone(name, adapters[name], f"the check of a mixed batch failed: {why}")
+
+    def _check_layers(self, adapters: Mapping[str, Adapter]) -> None:
+        new = {name: layer.base for name, layer in self.layers.items() if name not in self._surveyed}
+        if new:
+            wrong, self._rounding = survey(self.model, new)
+            self._surveyed |= {name: wrong.get(name) for name in new}
+        for name, adapter in adapters.items():
+            found = [(layer, self._surveyed.get(layer)) for layer in adapter.layers if self._surveyed.get(layer)]
+            if found and name not in self.alone:
+                layer, why = found[0]
+                self._go_alone(name, adapter, f"its layer {layer} {why}")
+
+    def _differs(self, names: Sequence[str]) -> str | None:
+        """What is wrong with a batch of two requests that share these adapters out; the mean, so none bursts."""
+        halves = names[::2], names[1::2]
+        mixes = {name: 1 / len(halves[0]) for name in halves[0]}, {name: 1 / len(halves[0]) for name in halves[1]}
+        return differs(self.model, self.active, mixes, self._rounding)
+
+    def _go_alone(self, name: str, adapter: Adapter, why: str) -> None:
+        column = self.names.index(name)
+        for layer_name in list(self.layers):
+            self._hold(layer_name, [part for part in _parts(self.layers[layer_name]) if part[0] != column])
+        self.alone[name], self._alone[name] = why, adapter
+        self.notes.append(f"{name} cannot share a batch with other adapters: {why}")
+
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _take(self, name: str, adapter: Adapter) -> None:
+        self._refuse_use("added")
+        if name in self.names:
+            raise UsageError(f"there is an adapter {name} already", "give this one another name, or remove that one")
+        with self._plain():
+            reason = why_alone(self.model, adapter)
+        column = len(self.names)
+        self.names.append(name)
+        if reason:
+            self.alone[name], self._alone[name] = reason, adapter
+            return
+        for layer, factors in adapter.layers.items():
+            if factors.rank:
+                held = _parts(self.layers[layer]) if layer in self.layers else []
+                self._hold(layer, [*held, (column, factors.a_CI, factors.b_OC)])
 
     def _refuse_use(self, done: str) -> None:
         if self._active:
@@ -203,13 +249,20 @@ class Bank:
             raise UsageError(f"there is no adapter {name}{did_you_mean(name, self.names)}", there_are)
         return self.names.index(name)
 
-    def _put(self, name: str) -> MultiLinear:
-        """The layer, put on the model where it is not there yet."""
-        if name not in self.layers:
+    def _hold(self, name: str, parts: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Let a layer hold these components. It is put on the model for the first, and taken off with the last."""
+        layer = self.layers.get(name)
+        if layer is None:
             module = self.model.get_submodule(name)
-            self.layers[name] = MultiLinear(module, name, self.choice).train(module.training)
-            self._set(name, self.layers[name])
-        return self.layers[name]
+            layer = self.layers[name] = MultiLinear(module, name, self.choice).train(module.training)
+            self._set(name, layer)
+        if not parts:
+            self._set(name, layer.base)
+            del self.layers[name]
+        elif len(parts) == len(layer.adapters):
+            layer.number([column for column, _, _ in parts])
+        else:
+            layer.hold(parts)
 
     def _take_off(self) -> None:
         for name, layer in self.layers.items():

@@ -8,7 +8,8 @@ from numeric import assert_close_to_truth
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.lora.multi import Choice, MultiLinear, Plan
+from dynlora_cli.lora.mixes import Plan
+from dynlora_cli.lora.multi import Choice, MultiLinear
 from dynlora_cli.models.linear import dense_weight
 
 D_IN, D_OUT = 12, 20
@@ -38,11 +39,10 @@ def truth(layer, weights_BE, x):
     return torch.stack(rows)
 
 
-@pytest.fixture(params=["mask", "segments"])
+@pytest.fixture(params=["mask", "stack", "segments"])
 def way(request, monkeypatch):
-    """Each of the two ways, whatever the sizes."""
-    segments = request.param == "segments"
-    monkeypatch.setattr(Plan, "in_segments", lambda plan, tokens: segments and not plan.one_mix)
+    """Each of the ways, whatever the sizes."""
+    monkeypatch.setattr(Plan, "way", lambda plan, tokens: "mask" if plan.one_mix else request.param)
     return request.param
 
 
@@ -183,12 +183,18 @@ def test_the_base_output_is_not_changed_where_others_hold_it():
     assert now.equal(then)
 
 
-def test_large_batches_go_in_segments_and_single_tokens_through_the_mask():
+def test_the_way_follows_the_sizes():
     layer = MultiLinear(nn.Linear(256, 256), "l", Choice())
-    layer.hold([(c, torch.randn(8, 256), torch.randn(256, 8)) for c in range(8)])
-    layer.choice.weights_BE = torch.eye(8)
-    plan = layer._plan(layer.choice.mixes)
-    assert not plan.in_segments(1)
-    assert plan.in_segments(4096)
-    layer.choice.weights_BE = torch.eye(8)[:1].expand(8, -1)
-    assert not layer._plan(layer.choice.mixes).in_segments(4096)
+    layer.hold([(c, torch.randn(8, 256), torch.randn(256, 8)) for c in range(32)])
+
+    def way(weights_BE, tokens):
+        layer.choice.weights_BE = weights_BE
+        return layer._plan(layer.choice.mixes).way(tokens)
+
+    few, many = torch.eye(32)[:4], torch.eye(32)
+    assert way(few, 1) == "mask"
+    assert way(many, 1) == way(many, 128) == "stack"
+    again = torch.eye(32)[:4].repeat(32, 1)  # the copies of a stack would be many times the components
+    assert way(again, 1) == "mask"
+    assert way(again, 4096) == "segments"
+    assert way(torch.eye(32)[:1].expand(8, -1), 4096) == "mask"

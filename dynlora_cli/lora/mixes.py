@@ -1,0 +1,281 @@
+"""Which mix of adapters each request of a batch wants, and how a layer computes it; see lora/multi.py.
+
+Where all requests have one mix it is a plain LoRA. Else there are three ways to the same numbers:
+
+    mask        one product with all components that any request uses, and G. A request's own components are a part of
+                them, so much is computed for nothing; but there is nothing to prepare.
+    stack       the components of each request, padded to the largest rank, as one batched product. They are copied once
+                for a batch, so it pays where many tokens follow, as in decoding.
+    segments    a product for each run of requests with one mix, with its components alone: no copies and no padding,
+                but calls of torch for each run. For long texts.
+
+`Plan.way` chooses by the sizes; scripts/bench/NOTES.md has the times.
+
+Dimensions, as suffixes of names:
+    B  requests of a batch              E  adapters of a bank
+    N  rows of tokens                   R  components that any request uses, or those of one request
+    I  inputs of the layer (d_in)       O  outputs of the layer (d_out)
+    G  groups of as many requests each, of one mix
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.kernels.fused_lora import thin_product
+from dynlora_cli.models.linear import fusable, is_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dynlora_cli.lora.multi import MultiLinear
+
+# What a call of torch and of BLAS costs beside its sums, as multiplications that take as long: on a CPU for each
+# thread, measured by scripts/bench/serving/ways.py; for a GPU a guess from launch times.
+CALL_CPU, CALL_GPU = 2**18, 2**26
+# Numbers that a layer may copy for a stack, beside twice as many as the components that are used have.
+COPIED = 2**16
+
+Place = tuple[int, int]  # components of a layer: from, to
+Way = Literal["mask", "stack", "segments"]
+
+
+class Run(NamedTuple):
+    """Requests of one mix that follow one another: which, and the weights that are not 0, by column of the bank."""
+
+    start: int
+    stop: int
+    weights: dict[int, float]
+
+
+class Mixes:
+    """The mixes of a batch, sorted out once for all layers and all forward passes.
+
+    Attributes:
+        runs: of all requests, in their order.
+        used: columns of the bank that any request uses.
+        groups: the mixes of as many requests each, one group after the other.
+        plans: what each layer made of it when it first came by.
+    """
+
+    def __init__(self, weights_BE: Tensor) -> None:
+        self.weights_BE = weights_BE
+        self.trained = weights_BE.requires_grad
+        self.runs: list[Run] = []
+        for row, line in enumerate(weights_BE.tolist()):
+            weights = {column: weight for column, weight in enumerate(line) if weight}
+            if self.runs and self.runs[-1].weights == weights:
+                self.runs[-1] = self.runs[-1]._replace(stop=row + 1)
+            else:
+                self.runs.append(Run(row, row + 1, weights))
+        # A weight of 0 has a gradient, too.
+        columns = range(weights_BE.shape[1]) if self.trained else (c for run in self.runs for c in run.weights)
+        self.used = set(columns)
+        lengths = {run.stop - run.start for run in self.runs}
+        # Requests that follow one another are one group, if the groups come out equal; else each is one.
+        each = len(lengths) == 1
+        self.groups = [run.weights for run in self.runs for _ in range(1 if each else run.stop - run.start)]
+        self.plans: dict[MultiLinear, Plan | None] = {}
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The weights on a device, in fp32 at least. [B, E]"""
+        if device not in self._on:
+            self._on[device] = self.weights_BE.to(device)
+        return self._on[device]
+
+
+class Piece(NamedTuple):
+    """Components that a run of requests uses with one weight: a [R, I] and b [R, O]."""
+
+    a_RI: Tensor
+    b_RO: Tensor
+    weight: float
+
+
+class Segment(NamedTuple):
+    """A run of requests that uses something of a layer, and what."""
+
+    start: int
+    stop: int
+    pieces: list[Piece]
+
+
+class Plan:
+    """What one layer computes for the mixes of a batch, of which it is asked for something.
+
+    Attributes:
+        requests: B.
+        a_RI, b_RO: the components that any request uses.
+        weight: of all of them in all requests, where `gates` is None.
+        gates: of them, [B, R], or [1, R] where all requests have one mix.
+        one_mix: whether they have, so that it does not matter whose the rows are.
+        in_place: whether what the base returns is nobody else's, and may be added to.
+    """
+
+    def __init__(self, layer: MultiLinear, mixes: Mixes) -> None:
+        self.layer, self.mixes = layer, mixes
+        self.requests = len(mixes.weights_BE)
+        self.one_mix = self.requests == 1 or (len(mixes.runs) == 1 and not mixes.trained)
+        self.in_place = fusable(layer.base) and is_plain(layer.base)
+        wanted = [place for column, place in layer.places() if column in mixes.used]
+        taken = _spanned(_joined(wanted))
+        self.a_RI, self.b_RO = _rows(layer.a_RI, taken), _rows(layer.b_OR.T, taken)
+        columns_R = _rows(layer.columns_R, taken)
+        self.gates: Tensor | None = None
+        self.weight = 1.0
+        weights = mixes.runs[0].weights
+        among = {weights.get(c, 0.0) for c, (start, stop) in layer.places() if any(a <= start < b for a, b in taken)}
+        if self.one_mix and len(among) == 1 and not mixes.trained:
+            (self.weight,) = among
+        else:
+            weights_BE = mixes.on(layer.device)
+            self.gates = (weights_BE[:1] if self.one_mix else weights_BE).index_select(1, columns_R).to(self.a_RI.dtype)
+        self._ways: dict[int, Way] = {}
+
+    def way(self, tokens: int) -> Way:
+        """The fastest way for so many tokens of each request."""
+        if self.one_mix or self.mixes.trained:
+            return "mask"
+        if tokens not in self._ways:
+            costs = self._costs(tokens)
+            self._ways[tokens] = min(costs, key=lambda way: costs[way])
+        return self._ways[tokens]
+
+    def _costs(self, tokens: int) -> dict[Way, float]:
+        """Multiplications of each way, and its calls in multiplications that take as long."""
+        layer = self.layer
+        call = CALL_GPU if layer.device.type == "cuda" else CALL_CPU * torch.get_num_threads()
+        width = layer.in_features + layer.out_features
+        costs: dict[Way, float] = {"mask": self.requests * tokens * len(self.a_RI) * width + call}
+        if costs["mask"] < 2 * call:
+            return costs
+        rank = max(self._ranks)
+        if len(self.mixes.groups) * rank * width <= max(COPIED, 2 * self.a_RI.numel() + 2 * self.b_RO.numel()):
+            costs["stack"] = self.requests * tokens * rank * width + call
+        sums = sum(rank * (run.stop - run.start) for rank, run in zip(self._ranks, self.mixes.runs, strict=True))
+        costs["segments"] = sums * tokens * width + 2 * call * len(self.mixes.runs)
+        return costs
+
+    @cached_property
+    def _ranks(self) -> list[int]:
+        """Components of the layer that each run uses."""
+        ranks = {column: stop - start for column, (start, stop) in self.layer.places()}
+        return [sum(ranks.get(column, 0) for column in run.weights) for run in self.mixes.runs]
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The runs that use anything of the layer. Their components are views."""
+        places, layer = dict(self.layer.places()), self.layer
+        found = []
+        for run in self.mixes.runs:
+            asked = sorted((places[column], weight) for column, weight in run.weights.items() if column in places)
+            pieces = [
+                Piece(layer.a_RI[start:stop], layer.b_OR.T[start:stop], weight)
+                for weight, group in groupby(asked, key=lambda entry: entry[1])
+                for start, stop in _joined([place for place, _ in group])
+            ]
+            if pieces:
+                found.append(Segment(run.start, run.stop, pieces))
+        return found
+
+    @cached_property
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """Of each group a [G, R, I] and b [G, R, O], with its weights in b: copies, padded to one rank."""
+        places, layer = dict(self.layer.places()), self.layer
+        rank = max(self._ranks)
+        index_GR, weights_GR = [], []
+        for weights in self.mixes.groups:
+            asked = [(n, w) for c, w in weights.items() if c in places for n in range(*places[c])]
+            asked += [(0, 0.0)] * (rank - len(asked))
+            index_GR.append([number for number, _ in asked])
+            weights_GR.append([weight for _, weight in asked])
+        index = torch.tensor(index_GR, device=layer.device)
+        factors = torch.tensor(weights_GR, device=layer.device, dtype=layer.a_RI.dtype)
+        return layer.a_RI[index], layer.b_OR.T[index].mul_(factors[:, :, None])
+
+    def tokens(self, x: Tensor) -> int:
+        """Rows of tokens of each request in x, whose requests follow one another.
+
+        Raises:
+            ValueError: x cannot be told apart by request.
+        """
+        if self.one_mix:
+            return 1
+        rows = math.prod(x.shape[:-1])
+        if (x.shape[0] if x.ndim > 2 else rows) % self.requests:
+            raise ValueError(
+                f"{self.layer.name} is given {tuple(x.shape)}, which are no rows of {self.requests} requests"
+            )
+        return rows // self.requests
+
+    def add_to(self, y_NO: Tensor, x_NI: Tensor, tokens: int) -> None:
+        """Add what the components make of x to y, in place."""
+        way = self.way(tokens)
+        if way == "mask":
+            y_NO.addmm_(self._gated(thin_product(x_NI, self.a_RI), tokens), self.b_RO, alpha=self.weight)
+        elif way == "stack":
+            a_GRI, b_GRO = self.stack
+            h = torch.bmm(x_NI.reshape(len(a_GRI), -1, x_NI.shape[1]), a_GRI.transpose(1, 2))
+            y_NO.view(len(a_GRI), -1, y_NO.shape[1]).baddbmm_(h, b_GRO)
+        else:
+            for run in self.segments:
+                rows = slice(run.start * tokens, run.stop * tokens)
+                x, y = x_NI[rows], y_NO[rows]
+                for a_RI, b_RO, weight in run.pieces:
+                    y.addmm_(thin_product(x, a_RI), b_RO, alpha=weight)
+
+    def update(self, x_NI: Tensor, tokens: int) -> Tensor:
+        """What the components make of x, [N, O]; differentiable."""
+        way = self.way(tokens)
+        if way == "mask":
+            h_NR = self._gated(thin_product(x_NI, self.a_RI), tokens)
+            return (h_NR if self.weight == 1 else h_NR * self.weight) @ self.b_RO
+        if way == "stack":
+            a_GRI, b_GRO = self.stack
+            h = torch.bmm(x_NI.reshape(len(a_GRI), -1, x_NI.shape[1]), a_GRI.transpose(1, 2))
+            return torch.bmm(h, b_GRO).view(len(x_NI), -1)
+        parts, end = [], 0
+        for run in self.segments:
+            parts.append(x_NI.new_zeros((run.start - end) * tokens, self.b_RO.shape[1]))
+            x, end = x_NI[run.start * tokens : run.stop * tokens], run.stop
+            products = [((x @ a_RI.T) * weight) @ b_RO for a_RI, b_RO, weight in run.pieces]
+            parts.append(torch.stack(products).sum(0) if len(products) > 1 else products[0])
+        parts.append(x_NI.new_zeros((self.requests - end) * tokens, self.b_RO.shape[1]))
+        return torch.cat(parts)
+
+    def _gated(self, h_NR: Tensor, tokens: int) -> Tensor:
+        gates = self.gates
+        if gates is None:
+            return h_NR
+        if tokens == 1 or len(gates) == 1:
+            return h_NR * gates
+        return (h_NR.view(self.requests, tokens, -1) * gates[:, None]).flatten(0, 1)
+
+
+def _joined(places: Iterable[Place]) -> list[Place]:
+    """The same, with those that touch as one."""
+    found: list[Place] = []
+    for start, stop in places:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        else:
+            found.append((start, stop))
+    return found
+
+
+def _spanned(places: list[Place]) -> list[Place]:
+    """One place from the first to the last, if little lies between: a view needs no memory."""
+    span = places[0][0], places[-1][1]
+    return [span] if sum(stop - start for start, stop in places) >= 0.75 * (span[1] - span[0]) else places
+
+
+def _rows(tensor: Tensor, places: list[Place]) -> Tensor:
+    parts = [tensor[start:stop] for start, stop in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
