@@ -21,9 +21,10 @@ Dimensions, as suffixes of names:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from dynlora_cli.models.linear import fusable, is_plain
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dynlora_cli.lora.multi import MultiLinear
+    from torch import nn
 
 # What a call of torch and of BLAS costs beside its sums, as multiplications that take as long: on a CPU for each
 # thread, measured by scripts/bench/serving/ways.py; for a GPU a guess from launch times.
@@ -44,6 +45,25 @@ COPIED = 2**16
 
 Place = tuple[int, int]  # components of a layer: from, to
 Way = Literal["mask", "stack", "segments"]
+Adder: TypeAlias = Callable[[Tensor, Tensor], object]
+THIN = 16  # rows from which `thin_product` is better than a batched product
+
+
+class Held(Protocol):
+    """What a plan asks of its layer, a `MultiLinear`."""
+
+    base: nn.Module
+    name: str
+    a_RI: Tensor
+    b_OR: Tensor
+    columns_R: Tensor
+    in_features: int
+    out_features: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def places(self) -> list[tuple[int, Place]]: ...
 
 
 class Run(NamedTuple):
@@ -60,8 +80,9 @@ class Mixes:
     Attributes:
         runs: of all requests, in their order.
         used: columns of the bank that any request uses.
+        one: whether all requests have one mix, so that it does not matter whose the rows are.
         groups: the mixes of as many requests each, one group after the other.
-        plans: what each layer made of it when it first came by.
+        plans, layouts: what each layer made of it when it first came by.
     """
 
     def __init__(self, weights_BE: Tensor) -> None:
@@ -81,7 +102,9 @@ class Mixes:
         # Requests that follow one another are one group, if the groups come out equal; else each is one.
         each = len(lengths) == 1
         self.groups = [run.weights for run in self.runs for _ in range(1 if each else run.stop - run.start)]
-        self.plans: dict[MultiLinear, Plan | None] = {}
+        self.one = len(self.weights_BE) == 1 or (len(self.runs) == 1 and not self.trained)
+        self.plans: dict[Held, Plan | None] = {}
+        self.layouts: dict[object, Layout] = {}
         self._on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
@@ -107,6 +130,52 @@ class Segment(NamedTuple):
     pieces: list[Piece]
 
 
+class Layout:
+    """What a plan knows that all layers share whose adapters have the same ranks there.
+
+    Attributes:
+        taken: the components that any request uses, perhaps with a few between them.
+        weight, gates: see `Plan`.
+        ranks: components that each run uses.
+    """
+
+    def __init__(self, layer: Held, mixes: Mixes) -> None:
+        self.places, self.mixes, self.device = dict(layer.places()), mixes, layer.device
+        self.dtype = layer.a_RI.dtype
+        self.taken = _spanned(_joined([place for column, place in self.places.items() if column in mixes.used]))
+        taken = [c for c, (start, _) in self.places.items() if any(a <= start < b for a, b in self.taken)]
+        self.gates: Tensor | None = None
+        self.weight = 1.0
+        among = {mixes.runs[0].weights.get(column, 0.0) for column in taken}
+        if mixes.one and len(among) == 1 and not mixes.trained:
+            (self.weight,) = among
+        else:
+            weights_BE = mixes.on(self.device)[:1] if mixes.one else mixes.on(self.device)
+            self.gates = weights_BE.index_select(1, _rows(layer.columns_R, self.taken)).to(self.dtype)
+        ranks = {column: stop - start for column, (start, stop) in self.places.items()}
+        self.ranks = [sum(ranks.get(column, 0) for column in run.weights) for run in mixes.runs]
+
+    @cached_property
+    def stacked(self) -> tuple[int | None, Tensor, Tensor]:
+        """The components of each group, [G, R], padded to one rank, and their weights, [G, R, 1].
+
+        First comes the number of the first, if all stand one behind the other in the layer, each with weight 1.
+        """
+        rank = max(self.ranks)
+        index_GR, weights_GR = [], []
+        for weights in self.mixes.groups:
+            asked = [(n, w) for c, w in weights.items() if c in self.places for n in range(*self.places[c])]
+            asked += [(0, 0.0)] * (rank - len(asked))
+            index_GR.append([number for number, _ in asked])
+            weights_GR.append([weight for _, weight in asked])
+        index, factors = torch.tensor(index_GR), torch.tensor(weights_GR, dtype=self.dtype)
+        start = int(index[0, 0])
+        in_order = torch.equal(index.flatten(), torch.arange(start, start + index.numel())) and bool(
+            (factors == 1).all()
+        )
+        return start if in_order else None, index.to(self.device), factors[:, :, None].to(self.device)
+
+
 class Plan:
     """What one layer computes for the mixes of a batch, of which it is asked for something.
 
@@ -115,29 +184,24 @@ class Plan:
         a_RI, b_RO: the components that any request uses.
         weight: of all of them in all requests, where `gates` is None.
         gates: of them, [B, R], or [1, R] where all requests have one mix.
-        one_mix: whether they have, so that it does not matter whose the rows are.
+        one_mix: whether they have.
         in_place: whether what the base returns is nobody else's, and may be added to.
     """
 
-    def __init__(self, layer: MultiLinear, mixes: Mixes) -> None:
+    def __init__(self, layer: Held, mixes: Mixes) -> None:
+        """Only for a layer that the batch uses."""
         self.layer, self.mixes = layer, mixes
         self.requests = len(mixes.weights_BE)
-        self.one_mix = self.requests == 1 or (len(mixes.runs) == 1 and not mixes.trained)
+        self.one_mix = mixes.one
         self.in_place = fusable(layer.base) and is_plain(layer.base)
-        wanted = [place for column, place in layer.places() if column in mixes.used]
-        taken = _spanned(_joined(wanted))
-        self.a_RI, self.b_RO = _rows(layer.a_RI, taken), _rows(layer.b_OR.T, taken)
-        columns_R = _rows(layer.columns_R, taken)
-        self.gates: Tensor | None = None
-        self.weight = 1.0
-        weights = mixes.runs[0].weights
-        among = {weights.get(c, 0.0) for c, (start, stop) in layer.places() if any(a <= start < b for a, b in taken)}
-        if self.one_mix and len(among) == 1 and not mixes.trained:
-            (self.weight,) = among
-        else:
-            weights_BE = mixes.on(layer.device)
-            self.gates = (weights_BE[:1] if self.one_mix else weights_BE).index_select(1, columns_R).to(self.a_RI.dtype)
+        key = layer.device, layer.a_RI.dtype, *layer.places()
+        if key not in mixes.layouts:
+            mixes.layouts[key] = Layout(layer, mixes)
+        self.layout = mixes.layouts[key]
+        self.gates, self.weight = self.layout.gates, self.layout.weight
+        self.a_RI, self.b_RO = _rows(layer.a_RI, self.layout.taken), _rows(layer.b_OR.T, self.layout.taken)
         self._ways: dict[int, Way] = {}
+        self._adding: dict[torch.Size, Adder] = {}
 
     def way(self, tokens: int) -> Way:
         """The fastest way for so many tokens of each request."""
@@ -154,20 +218,14 @@ class Plan:
         call = CALL_GPU if layer.device.type == "cuda" else CALL_CPU * torch.get_num_threads()
         width = layer.in_features + layer.out_features
         costs: dict[Way, float] = {"mask": self.requests * tokens * len(self.a_RI) * width + call}
-        if costs["mask"] < 2 * call:
+        if tokens > 1 and costs["mask"] < 2 * call:
             return costs
-        rank = max(self._ranks)
+        rank = max(self.layout.ranks)
         if len(self.mixes.groups) * rank * width <= max(COPIED, 2 * self.a_RI.numel() + 2 * self.b_RO.numel()):
             costs["stack"] = self.requests * tokens * rank * width + call
-        sums = sum(rank * (run.stop - run.start) for rank, run in zip(self._ranks, self.mixes.runs, strict=True))
+        sums = sum(rank * (run.stop - run.start) for rank, run in zip(self.layout.ranks, self.mixes.runs, strict=True))
         costs["segments"] = sums * tokens * width + 2 * call * len(self.mixes.runs)
         return costs
-
-    @cached_property
-    def _ranks(self) -> list[int]:
-        """Components of the layer that each run uses."""
-        ranks = {column: stop - start for column, (start, stop) in self.layer.places()}
-        return [sum(ranks.get(column, 0) for column in run.weights) for run in self.mixes.runs]
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -187,18 +245,13 @@ class Plan:
 
     @cached_property
     def stack(self) -> tuple[Tensor, Tensor]:
-        """Of each group a [G, R, I] and b [G, R, O], with its weights in b: copies, padded to one rank."""
-        places, layer = dict(self.layer.places()), self.layer
-        rank = max(self._ranks)
-        index_GR, weights_GR = [], []
-        for weights in self.mixes.groups:
-            asked = [(n, w) for c, w in weights.items() if c in places for n in range(*places[c])]
-            asked += [(0, 0.0)] * (rank - len(asked))
-            index_GR.append([number for number, _ in asked])
-            weights_GR.append([weight for _, weight in asked])
-        index = torch.tensor(index_GR, device=layer.device)
-        factors = torch.tensor(weights_GR, device=layer.device, dtype=layer.a_RI.dtype)
-        return layer.a_RI[index], layer.b_OR.T[index].mul_(factors[:, :, None])
+        """Of each group a [G, R, I] and b [G, R, O] with its weights; views where they can be, else copies."""
+        start, index_GR, weights_GR1 = self.layout.stacked
+        a_RI, b_RO = self.layer.a_RI, self.layer.b_OR.T
+        if start is None:
+            return a_RI[index_GR], b_RO[index_GR].mul_(weights_GR1)
+        stop = start + index_GR.numel()
+        return a_RI[start:stop].unflatten(0, index_GR.shape), b_RO[start:stop].unflatten(0, index_GR.shape)
 
     def tokens(self, x: Tensor) -> int:
         """Rows of tokens of each request in x, whose requests follow one another.
@@ -215,21 +268,42 @@ class Plan:
             )
         return rows // self.requests
 
-    def add_to(self, y_NO: Tensor, x_NI: Tensor, tokens: int) -> None:
-        """Add what the components make of x to y, in place."""
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add what the components make of x [..., I] to y [..., O], in place."""
+        add = self._adding.get(x.shape)
+        if add is None:
+            add = self._adding[x.shape] = self._adder(x)
+        add(y, x)
+
+    def _adder(self, x: Tensor) -> Adder:
+        """`add_to` for inputs of one shape, with as few calls as there can be: a token costs more calls than sums."""
+        tokens, d_in, d_out = self.tokens(x), x.shape[-1], self.b_RO.shape[1]
         way = self.way(tokens)
-        if way == "mask":
-            y_NO.addmm_(self._gated(thin_product(x_NI, self.a_RI), tokens), self.b_RO, alpha=self.weight)
-        elif way == "stack":
-            a_GRI, b_GRO = self.stack
-            h = torch.bmm(x_NI.reshape(len(a_GRI), -1, x_NI.shape[1]), a_GRI.transpose(1, 2))
-            y_NO.view(len(a_GRI), -1, y_NO.shape[1]).baddbmm_(h, b_GRO)
-        else:
-            for run in self.segments:
-                rows = slice(run.start * tokens, run.stop * tokens)
-                x, y = x_NI[rows], y_NO[rows]
-                for a_RI, b_RO, weight in run.pieces:
-                    y.addmm_(thin_product(x, a_RI), b_RO, alpha=weight)
+        if way == "segments":
+            return self._add_segments(tokens)
+        if way == "stack" or (self.gates is None and x.ndim == 3 and len(x) == 1 and x.shape[1] < THIN):
+            a_GRI, b_GRO = self.stack if way == "stack" else (self.a_RI[None], self.b_RO[None])
+            groups, weight, a_GIR = len(a_GRI), self.weight, a_GRI.transpose(1, 2)
+            if x.ndim == 3 and len(x) == groups:
+                return lambda y, x: y.baddbmm_(torch.bmm(x, a_GIR), b_GRO, alpha=weight)
+            return lambda y, x: y.view(groups, -1, d_out).baddbmm_(torch.bmm(x.reshape(groups, -1, d_in), a_GIR), b_GRO)
+
+        def add(y: Tensor, x: Tensor) -> object:
+            h_NR = self._gated(thin_product(x.reshape(-1, d_in), self.a_RI), tokens)
+            return y.view(-1, d_out).addmm_(h_NR, self.b_RO, alpha=self.weight)
+
+        return add
+
+    def _add_segments(self, tokens: int) -> Adder:
+        parts = [(slice(run.start * tokens, run.stop * tokens), run.pieces) for run in self.segments]
+
+        def add(y: Tensor, x: Tensor) -> None:
+            x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            for rows, pieces in parts:
+                for a_RI, b_RO, weight in pieces:
+                    y_NO[rows].addmm_(thin_product(x_NI[rows], a_RI), b_RO, alpha=weight)
+
+        return add
 
     def update(self, x_NI: Tensor, tokens: int) -> Tensor:
         """What the components make of x, [N, O]; differentiable."""

@@ -155,13 +155,11 @@ class MultiLinear(nn.Module):
         plan = self._plan(choice.mixes)
         if plan is None:
             return y
-        tokens = plan.tokens(x)
-        x_NI = self._input(x)
         owned = plan.in_place and not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
-        if owned and y.dtype == x_NI.dtype == plan.a_RI.dtype:
-            plan.add_to(y.view(-1, y.shape[-1]), x_NI, tokens)
+        if owned and y.dtype == x.dtype == plan.a_RI.dtype:
+            plan.add_to(y, x)
             return y
-        return y + plan.update(x_NI, tokens).view(y.shape).to(y.dtype)
+        return y + plan.update(self._input(x), plan.tokens(x)).view(y.shape).to(y.dtype)
 
     def _plan(self, mixes: Mixes | None) -> Plan | None:
         """How to compute for these mixes; None where they use nothing of this layer."""

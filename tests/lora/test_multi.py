@@ -192,7 +192,7 @@ def test_the_way_follows_the_sizes():
         return layer._plan(layer.choice.mixes).way(tokens)
 
     few, many = torch.eye(32)[:4], torch.eye(32)
-    assert way(few, 1) == "mask"
+    assert way(few, 2) == "mask"
     assert way(many, 1) == way(many, 128) == "stack"
     again = torch.eye(32)[:4].repeat(32, 1)  # the copies of a stack would be many times the components
     assert way(again, 1) == "mask"
