@@ -4,7 +4,7 @@ y = W x + ((x Aᵀ) * G) Bᵀ          G is rows x components: what each row tak
 
 A and B hold the components of all adapters, whatever the rank of each, so one sum is every mix: an adapter, the base
 alone, a blend, the gates of a router. There is never a tensor of tokens x adapters x outputs, and components that no
-row of the batch uses are left out. lora/mixes.py has the ways to compute it.
+row of the batch uses are left out. lora/ways/ has the ways to compute it.
 
 Dimensions, as suffixes of names:
     B  requests of a batch              E  adapters of a bank; E' those that have components in the layer
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.kernels.fused_lora import thin_product
-from dynlora_cli.lora.mixes import Mixes, Place, Plan
+from dynlora_cli.lora.ways.mixes import Mixes
+from dynlora_cli.lora.ways.plan import Place, Plan
 from dynlora_cli.models.linear import forget_input, linear_shape
 
 

@@ -8,8 +8,8 @@ from numeric import assert_close_to_truth
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dynlora_cli.lora.mixes import Plan
 from dynlora_cli.lora.multi import Choice, MultiLinear
+from dynlora_cli.lora.ways.plan import Plan
 from dynlora_cli.models.linear import dense_weight
 
 D_IN, D_OUT = 12, 20

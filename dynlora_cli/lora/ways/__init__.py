@@ -1,0 +1,1 @@
+"""How a layer with several adapters computes: which request wants which mix, and the fastest way to it."""
