@@ -21,6 +21,7 @@ from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.adapters.routed import is_routed, read_routed
+from dynlora_cli.adapters.xlora import is_xlora, read_xlora
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, read_record, run_of
@@ -51,10 +52,11 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
     refuse_links(folder)
     if fault := damage(folder):
         raise UsageError(f"{folder} {fault}", "name another checkpoint")
-    if is_routed(folder):
+    if (in_ours := is_routed(folder)) or is_xlora(folder):
         if not routed:
             raise no_single_update(folder)
-        return read_routed(folder, lambda own: read_adapter(own, base), _record_of(folder), note)
+        read = read_routed if in_ours else read_xlora
+        return read(folder, lambda own: read_adapter(own, base), _record_of(folder), note)
     config, mlx = _read_config(folder / CONFIG)
     file = folder / (mlx_adapter.FILE if mlx else WEIGHTS)
     tensors = _read_tensors(file)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli import __version__
-from dynlora_cli.adapters.find import ROUTER_WEIGHTS
+from dynlora_cli.adapters.find import ROUTER_WEIGHTS, WEIGHTS
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.mix import each_once, mix_on_record
@@ -276,7 +276,9 @@ def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
     first = progress.first or {}
     last = (progress.best if kind == "best" else progress.last) or {}
     holds_factors = "adapter_model.safetensors" if trained.layers else "model.safetensors"
-    weights = folder / (ROUTER_WEIGHTS if isinstance(trained, Routed) else holds_factors)
+    if isinstance(trained, Routed):
+        holds_factors = ROUTER_WEIGHTS if (folder / ROUTER_WEIGHTS).is_file() else WEIGHTS
+    weights = folder / holds_factors
     summary: dict[str, Any] = {
         "ok": True,
         "output_dir": recipe.output_dir,

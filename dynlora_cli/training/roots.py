@@ -10,6 +10,8 @@ from dynlora_cli.adapters.find import CONFIG, ROUTER
 from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.routed import MEMBERS, write_routed
 from dynlora_cli.adapters.write import lora_config, write_adapter
+from dynlora_cli.adapters.xlora import METHOD as XLORA
+from dynlora_cli.adapters.xlora import write_xlora
 from dynlora_cli.files.whole import remove, sync, sync_all, whole_folder
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
@@ -85,8 +87,11 @@ def _put_adapter(training: Run, pool: Pool, folder: Path) -> None:
 def _put_router(training: Run, routed: Routed, folder: Path) -> None:
     """Write the router and its adapters beside a run's root and move them there, what names them all last."""
     with whole_folder(folder / "router") as temporary:
-        tensors = routed.gates.tensors()
-        write_routed(temporary, training.recipe.adapter.variant, options_of(training.recipe), routed.members, tensors)
+        method, tensors, values = training.recipe.adapter.variant, routed.gates.tensors(), options_of(training.recipe)
+        if method == XLORA:
+            write_xlora(temporary, folder, values, routed.members, tensors, routed.gates.hidden)
+        else:
+            write_routed(temporary, method, values, routed.members, tensors)
     for name in (ROUTER, CONFIG, MEMBERS):
         remove(folder / name)
     for path in sorted((folder / "router").iterdir(), key=lambda path: path.name in (ROUTER, CONFIG)):

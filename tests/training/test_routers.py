@@ -19,7 +19,7 @@ from dynlora_cli.errors import Interrupted, RecipeError, UsageError
 
 from recipe_helpers import MINIMAL, problems
 
-ROUTERS = ("phatgoose",)
+ROUTERS = ("phatgoose", "x-lora")
 
 
 @pytest.fixture(scope="module")
