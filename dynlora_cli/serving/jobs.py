@@ -1,10 +1,11 @@
-"""An answer that is to be written, and what is told of it on the way."""
+"""What a worker takes: answers to be written, with what is told of them on the way, and errands between two batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.serving.refusals import Refusal
 
@@ -89,3 +90,28 @@ class Job:
         """What the engine takes."""
         assert self.request is not None
         return self.request
+
+
+@dataclass
+class Errand:
+    """Something to be done with the engine between two batches.
+
+    Attributes:
+        do: this.
+        free_of: an adapter that no request may be using then.
+        result: of it.
+    """
+
+    do: Callable[[], Any]
+    free_of: str | None
+    result: Future[Any]
+
+
+class Tally:
+    """Is told what the worker does, to be counted; this one counts nothing."""
+
+    def batch(self, size: int) -> None:
+        """A forward pass over some requests begins."""
+
+    def fault(self, error: Exception) -> None:
+        """A batch has failed in a way that nobody has foreseen."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from dynlora_cli.serving.worker import Tally
+from dynlora_cli.serving.jobs import Tally
 
 MOST_LABELS = 200
 BLEND, OTHER = "blend", "other"

@@ -19,11 +19,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.serving.jobs import Failed, Finished, Job, Piece, Prepared
+from dynlora_cli.serving.jobs import Errand, Failed, Finished, Job, Piece, Prepared, Tally
 from dynlora_cli.serving.refusals import Refusal, in_words, no_model, stopping
 
 if TYPE_CHECKING:
@@ -32,31 +32,6 @@ if TYPE_CHECKING:
 SLICE_TO_JOIN, SLICE_TO_YIELD = 16, 64  # tokens; to go on costs reading prompt and tokens again
 IDLE = 0.2  # seconds between two looks at whether to stop
 T = TypeVar("T")
-
-
-@dataclass
-class _Call:
-    """Something to be done with the engine between two batches.
-
-    Attributes:
-        do: this.
-        free_of: an adapter that no request may be using then.
-        result: of it.
-    """
-
-    do: Callable[[], Any]
-    free_of: str | None
-    result: Future[Any]
-
-
-class Tally:
-    """Is told what the worker does, to be counted; this one counts nothing."""
-
-    def batch(self, size: int) -> None:
-        """A forward pass over some requests begins."""
-
-    def fault(self, error: Exception) -> None:
-        """A batch has failed in a way that nobody has foreseen."""
 
 
 class Worker:
@@ -77,7 +52,7 @@ class Worker:
         self._new: deque[Job] = deque()  # not yet tokens
         self._ready: list[Job] = []  # waiting for a batch; those that were paused too
         self._running: list[Job] = []
-        self._calls: deque[_Call] = deque()
+        self._calls: deque[Errand] = deque()
         self._leaving: set[str] = set()
         self._stopping = False
         self._stop: Callable[[], bool] = lambda: False
@@ -96,6 +71,12 @@ class Worker:
         """Jobs of the batch that is being written, and those that have begun and wait for their next turn."""
         with self._changed:
             return len(self._running) + sum(job.begun for job in self._ready)
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Adapters that go once the requests for them are answered."""
+        with self._changed:
+            return frozenset(self._leaving)
 
     @property
     def stopping(self) -> bool:
@@ -152,7 +133,7 @@ class Worker:
             if self._stopping:
                 raise stopping()
             result: Future[T] = Future()
-            self._calls.append(_Call(do, free_of, result))
+            self._calls.append(Errand(do, free_of, result))
             if free_of is not None:
                 self._leaving.add(free_of)
             self._changed.notify_all()
