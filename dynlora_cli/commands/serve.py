@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynlora_cli.config.mix import AUTO, BASE
-from dynlora_cli.errors import DynloraError
+from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.generation import engine as engines
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.serving.access import Guard
@@ -89,7 +89,24 @@ def _state(wanted: Wanted, engine: engines.Engine, tell: Tell) -> State:
     worker = Worker(engine, max_queue=wanted.max_queue, max_batch=wanted.max_batch, tally=metrics)
     library = wanted.engine.library if wanted.allow_loading else None
     roots = {name: str(engine.adapter(name).folder) for name in engine.names}
-    return State(engine, worker, metrics, wanted.timeout, library, roots)
+    return State(engine, worker, metrics, wanted.timeout, library, roots, auto=_can_route(wanted, engine, tell))
+
+
+def _can_route(wanted: Wanted, engine: engines.Engine, tell: Tell) -> bool:
+    """Whether `auto` can be asked for; the router is opened now, and not on somebody's first request.
+
+    Raises:
+        UsageError: a router is named, and cannot be opened.
+    """
+    try:
+        engine.use(AUTO)
+    except UsageError as error:
+        if wanted.engine.router:
+            raise
+        if engine.names:
+            tell(f"note: auto cannot be asked for: {error.message}")
+        return False
+    return True
 
 
 class _Ended:

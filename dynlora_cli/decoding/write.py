@@ -9,7 +9,7 @@ Dimensions: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,6 +143,7 @@ def write(
     pad_id: int,
     context: int | None,
     listener: Listener = Listener(),
+    speaking: Callable[[Sequence[int]], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Written]:
     """Write an answer to each prompt, or go on with one.
 
@@ -152,6 +153,7 @@ def write(
         pad_id: any token id of the model.
         context: tokens that prompt and answer may have together (of an encoder-decoder: each); None where nobody knows.
         listener: hears of the answers while they are written. Encoder-decoders do not pause.
+        speaking: the model as it is to be for some rows, which it takes the numbers of: they are written together.
 
     Returns:
         The answers in the order of the rows. Each is what it would be alone, as far as the model's own rounding allows:
@@ -169,7 +171,8 @@ def write(
         width = max(map(len, texts))
         starts = [0 if two else width - len(text) for text in texts]  # what a decoder has written has no padding
         watch = _Watch(rows, rooms, batch, starts, listener)
-        _write_batch(model, texts, steps, pad_id, watch)
+        with speaking(batch):
+            _write_batch(model, texts, steps, pad_id, watch)
         if watch.has_paused:
             break
     return [row.written() for row in rows]
@@ -258,18 +261,15 @@ def _room(row: Row, context: int | None, two: bool) -> int:
 
 
 def _batches(rows: Sequence[Row], rooms: Sequence[int], context: int | None) -> Iterator[tuple[list[int], int]]:
-    """Numbers of rows that are written together, and how many tokens that may take.
+    """Numbers of the rows that are written now, and for how many tokens: all that are open, in each batch.
 
-    A row whose answer has ended stays in its batch until the last one has, and must not leave the context meanwhile:
-    some models have no positions there. So one that would is written in a later batch.
+    A row whose answer has ended stays in its batch to the batch's end, and must not leave the context meanwhile: some
+    models have no positions there. So a batch ends where its longest row would, and the others go on in the next.
     """
-    waiting = [number for number, row in enumerate(rows) if row.reason is None]
-    while waiting:
-        longest = max(rooms[number] - len(rows[number].ids) for number in waiting)
-        used = {number: len(rows[number].prompt) + len(rows[number].ids) for number in waiting}
-        now = [number for number in waiting if context is None or used[number] + longest <= context]
-        yield now, longest
-        waiting = [number for number in waiting if number not in now]
+    while waiting := [number for number, row in enumerate(rows) if row.reason is None]:
+        steps = max(rooms[number] - len(rows[number].ids) for number in waiting)
+        used = max(len(rows[number].prompt) + len(rows[number].ids) for number in waiting)
+        yield waiting, steps if context is None else min(steps, context - used)
 
 
 def _write_batch(

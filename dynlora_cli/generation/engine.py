@@ -329,9 +329,14 @@ class Engine:
         )
         rows = [self._row(request) for request in chosen]
         pad = base.tokenizer.pad_token_id
-        with self._speaking(chosen), precision_of(base)():
+        with precision_of(base)():
             found = write(
-                base.model, rows, pad_id=0 if pad is None else int(pad), context=self.context, listener=listener
+                base.model,
+                rows,
+                pad_id=0 if pad is None else int(pad),
+                context=self.context,
+                listener=listener,
+                speaking=lambda batch: self._speaking([chosen[row] for row in batch]),
             )
         for number, request, written in zip(numbers, chosen, found, strict=True):
             answers[number] = answer_of(request, written)

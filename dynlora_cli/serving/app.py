@@ -51,6 +51,7 @@ class State:
         timeout: seconds that a request may take.
         library: where adapters may be loaded from; None: none may.
         roots: where each adapter lies.
+        auto: whether a router can decide.
         started: when, in seconds since 1970.
     """
 
@@ -60,6 +61,7 @@ class State:
     timeout: float
     library: Path | None = None
     roots: dict[str, str] = field(default_factory=dict)
+    auto: bool = True
     started: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -115,7 +117,7 @@ def _cards(state: State) -> list[dict[str, Any]]:
     card = partial(model_card, created=state.started, length=engine.context)
     cards = [card(engine.base_name, engine.base_name, None)]
     cards += [card(name, state.roots.get(name), engine.base_name) for name in engine.names]
-    return cards + ([card(AUTO, None, engine.base_name)] if getattr(engine, "router", None) else [])
+    return cards + ([card(AUTO, None, engine.base_name)] if state.auto else [])
 
 
 async def _models(state: State, _request: HttpRequest) -> Response:

@@ -35,6 +35,7 @@ class ServerProcess:
             env=os.environ | (environment or {}),
         )
         self.said: list[str] = []
+        self._clients: list[OpenAI] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -51,7 +52,9 @@ class ServerProcess:
         self._ready.set()
 
     def client(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        """A client, closed with the server at the latest."""
+        self._clients.append(OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60))
+        return self._clients[-1]
 
     def async_client(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -87,6 +90,8 @@ def server_process(*arguments: object, environment: dict[str, str] | None = None
     try:
         yield server
     finally:
+        for client in server._clients:
+            client.close()
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait(10)

@@ -32,9 +32,12 @@ class Server:
     engine: Any
     key: str
     said: list[str] = field(default_factory=list)
+    clients: list[OpenAI] = field(default_factory=list)
 
-    def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0, **options)
+    def client(self) -> OpenAI:
+        """A client, closed with the server at the latest."""
+        self.clients.append(OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0))
+        return self.clients[-1]
 
     def ask(
         self, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -93,9 +96,12 @@ def serving(
     thread = threading.Thread(target=worker.run, args=(ended.is_set,), daemon=True)
     with bind("127.0.0.1", 0) as door, listening(app, door):
         thread.start()
+        server = Server(address_of(door), worker, engine, key, said)
         try:
-            yield Server(address_of(door), worker, engine, key, said)
+            yield server
         finally:
+            for client in server.clients:
+                client.close()
             ended.set()
             thread.join(10)
             assert not thread.is_alive()

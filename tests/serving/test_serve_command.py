@@ -178,7 +178,7 @@ def test_what_no_number_can_stand_harms_its_client_alone(server: ServerProcess):
     alone = ask(server, "first", PROMPTS[3], 60)
     with ThreadPoolExecutor(8) as pool:
         good = [pool.submit(ask, server, "first", PROMPTS[3], 60) for _ in range(4)]
-        bad = [pool.submit(ask, server, "1e38*second", PROMPTS[3], 60) for _ in range(4)]
+        bad = [pool.submit(ask, server, "3e38*second+3e38*third", PROMPTS[3], 60) for _ in range(4)]
         assert [future.result() for future in good] == [alone] * 4
         for future in bad:
             with pytest.raises(openai.InternalServerError, match="not finite"):
@@ -226,7 +226,7 @@ def test_a_signal_lets_answers_end(served: Served, number: int, code: int):
         ended, printed = server.wait()
         assert ended == code
         assert printed["ok"] == (code == 0)
-        assert code or printed["answered"] == 2
+        assert code or printed["answered"] == 1
 
 
 @pytest.mark.slow

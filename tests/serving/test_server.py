@@ -179,8 +179,11 @@ def test_a_key_opens():
                 assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
                 assert headers["www-authenticate"] == "Bearer"
         assert server.ask("/health", headers={"Authorization": ""})[0] == 200
-        with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="x").models.list()
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
 
 
 def test_requests_of_different_adapters_share_batches():
