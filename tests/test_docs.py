@@ -41,10 +41,11 @@ WALK = [
     "howto/merge.md",
     "howto/export.md",
     "howto/library.md",
+    "howto/routing-proxy.md",
     "updates.md",
 ]
 BASE = {"model": {"name_or_path": "builtin:tiny"}, "dataset": {"train": [{"path": "builtin:stdlib-docs"}]}}
-OF_OTHER_TOOLS = {"--max-lora-rank"}
+OF_OTHER_TOOLS = {"--max-lora-rank", "--max-loras", "--lora-paths", "--lora-init-without-apply", "--cache-ram"}
 SECTIONS = "model|dataset|adapter|rank|pruning|train|eval"
 
 FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)

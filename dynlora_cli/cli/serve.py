@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,10 @@ from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MachineError, UsageError
 
 PACKAGES = {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+PROXY_PACKAGES = {"httpx2": "httpx2"}
 INSTALL = 'pip install "dynlora[serve]"'
-KEY_VARIABLE = "DYNLORA_API_KEY"
+KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "DYNLORA_API_KEY", "DYNLORA_UPSTREAM_API_KEY"
+NOT_OF_A_PROXY = {"model", "adapter", "allow_loading", "max_batch", "max_queue", "trust_remote_code"}
 
 Model = Annotated[
     str | None,
@@ -61,7 +63,32 @@ AllowLoading = Annotated[
 ]
 MaxBatch = Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Answers that are written at once.")]
 MaxQueue = Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Answers that may wait.")]
-Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="That a request may take.")]
+Timeout = Annotated[
+    float,
+    typer.Option(metavar="SECONDS", min=0.1, help="That a request may take; with --upstream, that it may be silent."),
+]
+UpstreamUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--upstream",
+        metavar="URL",
+        help="Answer by this server (vLLM, SGLang, llama-server): only `auto` is decided here. Takes --library.",
+        show_default=False,
+    ),
+]
+Kind = Annotated[
+    str, typer.Option("--upstream-kind", metavar="KIND", help="vllm, sglang, llama-server, or auto: as it says itself.")
+]
+UpstreamKey = Annotated[
+    str | None,
+    typer.Option(
+        "--upstream-api-key",
+        metavar="KEY",
+        envvar=UPSTREAM_KEY_VARIABLE,
+        help="That the upstream asks for. By default what clients send, unless this server asks for a key itself.",
+        show_default=False,
+    ),
+]
 
 
 def serve(
@@ -78,18 +105,27 @@ def serve(
     max_batch: MaxBatch = 16,
     max_queue: MaxQueue = 128,
     timeout: Timeout = 300.0,
+    upstream: UpstreamUrl = None,
+    upstream_kind: Kind = "auto",  # noqa: ARG001 - read in _route
+    upstream_api_key: UpstreamKey = None,  # noqa: ARG001
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer as OpenAI's API does: a base, its adapters, blends, a router. For evaluation and small loads."""
+    """Answer as OpenAI's API does: a base, its adapters, blends, a router; or route before a larger server."""
     with reporting(as_json) as result:
-        _require()
+        _require(PACKAGES if upstream is None else PACKAGES | PROXY_PACKAGES)
         keys = _keys(api_key)
         _refuse_open_door(host, keys)
-        _check_named(model, library, adapter or [], router, allow_loading)
         view = console()
-        if keys and (source := context.get_parameter_source("api_key")) and source.name == "COMMANDLINE":
-            view.warning(f"--api-key can be read by everybody on this machine (ps); set {KEY_VARIABLE} instead")
+        for name, variable in (("api_key", KEY_VARIABLE), ("upstream_api_key", UPSTREAM_KEY_VARIABLE)):
+            if _typed(context, name):
+                option = f"--{name.replace('_', '-')}"
+                view.warning(f"{option} can be read by everybody on this machine (ps); set {variable} instead")
+        if upstream is not None:
+            result.update(_route(context, keys, view.line))
+            return
+        _check_no_proxy(context)
+        _check_named(model, library, adapter or [], router, allow_loading)
         from dynlora_cli.commands import serve as command
         from dynlora_cli.generation.engine import Wanted
 
@@ -114,13 +150,77 @@ def serve(
         result.update(command.run(wanted, view.line))
 
 
-def _require() -> None:
+def _route(context: typer.Context, keys: tuple[str, ...], tell: Callable[[str], None]) -> dict[str, Any]:
+    """The proxy, by what stands on the command line.
+
+    Raises:
+        DynloraError: with the exit code that fits.
+    """
+    given = context.params
+    _check_proxy(context, given["library"], given["upstream_kind"])
+    from dynlora_cli.commands import serve_proxy
+
+    wanted = serve_proxy.Wanted(
+        given["upstream"],
+        given["library"],
+        router=given["router"],
+        options=given["options"] or [],
+        kind=given["upstream_kind"],
+        upstream_key=next(iter(_keys(given["upstream_api_key"])), None),
+        host=given["host"],
+        port=given["port"],
+        keys=keys,
+        timeout=given["timeout"],
+    )
+    return serve_proxy.run(wanted, tell)
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_proxy(context: typer.Context, library: Path | None, kind: str) -> None:
+    """Check what goes with --upstream.
+
+    Raises:
+        UsageError: something does not, or there is no library.
+    """
+    from dynlora_cli.cli.values import choice
+    from dynlora_cli.library.library import Library
+
+    for parameter in context.command.params:
+        if parameter.name in NOT_OF_A_PROXY and _typed(context, parameter.name):
+            raise UsageError(
+                f"{parameter.opts[0]} and --upstream do not go together: the upstream has the model",
+                f"leave out {parameter.opts[0]}",
+            )
+    choice(kind, ("auto", "vllm", "sglang", "llama-server"), "--upstream-kind")
+    if library is None:
+        raise UsageError("--upstream routes by a library's keys, and none is named", "name it: --library LIB")
+    Library.open(library)
+
+
+def _check_no_proxy(context: typer.Context) -> None:
+    """Refuse what is of a proxy alone.
+
+    Raises:
+        UsageError: it stands there without --upstream.
+    """
+    for name in ("upstream_kind", "upstream_api_key"):
+        if _typed(context, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is of an upstream, and none is named", "name it: --upstream URL")
+
+
+def _require(packages: Mapping[str, str]) -> None:
     """Check that the packages of the extra are there.
 
     Raises:
         MachineError: one is not.
     """
-    missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MachineError(f"dynlora serve needs {', '.join(missing)}", INSTALL)
 

@@ -19,15 +19,18 @@ from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.options import given
 from dynlora_cli.config.types import Section
-from dynlora_cli.errors import MachineError, MeasureError
+from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.agreement import agreement
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
-from dynlora_cli.export.exporter import Job, Merged
+from dynlora_cli.export.exporter import Job, Merged, Shelf
 from dynlora_cli.files import whole
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import sha256_of
+from dynlora_cli.library.library import ADAPTERS, Library
+from dynlora_cli.library.loaded import check_all
 from dynlora_cli.merging.fold import plan_merge, write_merged
+from dynlora_cli.models.find import is_hub_name
 from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.place import Place, structure
 from dynlora_cli.runs import folder as run_folder
@@ -98,6 +101,85 @@ def run(
     if "peft_check" in checks:
         tell(checks["peft_check"], out, emit)
     return summary
+
+
+def run_library(
+    root: Path,
+    to: str,
+    out: Path,
+    *,
+    base_name: str | None = None,
+    trust_remote_code: bool = False,
+    options: Section | None = None,
+    max_kl: float | None = None,
+    overwrite: bool = False,
+    emit: Emit = lambda event: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Write every adapter of a library that the consumer can read, check each, and add what serves them together.
+
+    Args:
+        root: the library's folder.
+        to: a file of export/targets/ that takes a library; the others as of `run`.
+
+    Raises:
+        UsageError: the library is empty or damaged, or none of its adapters can be read there.
+        MeasureError: an export computes something else; nothing is left of any.
+    """
+    started = time.monotonic()
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    exporter, library = plugins.load("exporters", to), Library.open(root)
+    entries = check_all(library)
+    run_folder.refuse_inputs(out, [root])
+    options = options or given("exporters", to, [])
+    written: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    with run_folder.replaced(out, overwrite=overwrite) as folder:
+        for entry in entries:
+            adapter = read_adapter(entry.folder, base_name)
+            place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
+            job, part = _job(adapter, place, "f32", options), folder / ADAPTERS / entry.name
+            try:
+                written[entry.name] = _one_of_many(job, exporter, place, part, max_kl)
+            except UsageError as error:
+                whole.remove(part)
+                left_out[entry.name] = error.message
+                emit(note(f"{entry.name} is left out: {error.message}"))
+        if not written:
+            raise UsageError(f"no adapter of {root} can be exported to {to}", "the notes above say why")
+        assert library.base is not None
+        shelf = Shelf(root.resolve(), _name_of(place) or library.base.name, written, left_out)
+        summary = {
+            **{"ok": True, "command": "export", "to": to, "output_dir": str(out), "library": str(root)},
+            **{"base_model": shelf.base, "adapters": written, "left_out": left_out},
+            **exporter.write_library(shelf, folder),
+            "files": _files(folder),
+            "dynlora_version": __version__,
+            "seconds": time.monotonic() - started,
+        }
+        whole.write_json(folder / run_folder.EXPORT_RECORD, summary)
+    return summary
+
+
+def _one_of_many(
+    job: Job, exporter: ModuleType, place: Place | None, part: Path, max_kl: float | None
+) -> dict[str, Any]:
+    """Write and check one adapter of a library, in a folder of its own.
+
+    Raises:
+        UsageError: the consumer cannot read it.
+    """
+    part.mkdir(parents=True)
+    facts = exporter.write(job, part)
+    checks = _check(job, exporter, place, part, MAX_KL[job.outtype] if max_kl is None else max_kl)
+    return {**facts, "parameters": job.adapter.parameters, **checks}
+
+
+def _name_of(place: Place | None) -> str | None:
+    """How another program finds a base: its folder, or its name on a hub; None where it is not here."""
+    if place is None:
+        return None
+    name = place.options.name_or_path
+    return name if is_hub_name(name) and not Path(name).expanduser().is_dir() else str(place.folder.resolve())
 
 
 def _source(job: Job, place: Place | None, to: str, out: Path) -> dict[str, Any]:

@@ -14,6 +14,10 @@
         names in the base, or the folder of a whole model. The command computes logits with it and compares them with
         those of the source.
 
+    OF_LIBRARY = True, write_library(shelf, folder) -> dict
+        Optional: it takes a whole library. `write` and `read_back` are called for each adapter, in a folder
+        `adapters/NAME` of its own, then `write_library` once, for what stands beside them.
+
     OPTIONS
         Optional: what `--set KEY=VALUE` may be, see config/options.py. They come as attributes of `job.options`.
 
@@ -22,7 +26,7 @@ Dimensions: C components of a layer, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +84,23 @@ class Job:
     options: Section = field(default_factory=Section)
     outtype: str = "f16"
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The adapters of a library that were written.
+
+    Attributes:
+        root: the library's folder.
+        base: of all of them: a folder or a hub id.
+        adapters: what `write` returned, and `parameters`, by name.
+        left_out: adapters that the consumer cannot read, and why.
+    """
+
+    root: Path
+    base: str
+    adapters: Mapping[str, Mapping[str, Any]]
+    left_out: Mapping[str, str]
 
 
 class Exporter(Protocol):

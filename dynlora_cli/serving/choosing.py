@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from dynlora_cli.config.mix import mix_text
 from dynlora_cli.library.activation import Decision
 from dynlora_cli.serving.upstreams import CannotError, Upstream
 
@@ -32,7 +33,7 @@ class Choice:
     @property
     def name(self) -> str:
         """`base`, the adapter, or a mix in its one-line form."""
-        return "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in self.mix.items()) or "base"
+        return mix_text(self.mix)
 
 
 @dataclass
@@ -88,12 +89,17 @@ class Chooser:
 
 
 def possible(decision: Decision, upstream: Upstream) -> Choice:
-    """What of a decision the upstream can do: adapters that it has; one alone, but for llama-server."""
-    mix = {name: weight for name, weight in decision.mix.items() if name in upstream.has}
-    reason = decision.reason
-    if missing := [name for name in decision.mix if name not in mix]:
+    """What of a decision the upstream can do, and what it cannot in the reason.
+
+    Adapters that it lacks are left out; what is left of a blend would be another blend, so there the base answers.
+    vLLM and SGLang answer with one adapter: of several it is the one that the router is most confident of.
+    """
+    mix, reason = decision.mix, decision.reason
+    if missing := [name for name in mix if name not in upstream.has]:
+        blend = set(mix.values()) != {1.0}
+        mix = {} if blend else {name: weight for name, weight in mix.items() if name in upstream.has}
         reason += f"; the upstream does not have {', '.join(missing)}{'' if mix else ': base'}"
-    if len(mix) > 1 and upstream.kind != "llama-server" and set(mix.values()) == {1.0}:
+    if len(mix) > 1 and upstream.kind != "llama-server":
         best = max(mix, key=lambda name: decision.confidence.get(name, 0.0))
         others = ", ".join(name for name in mix if name != best)
         reason += f"; {upstream.kind} takes one adapter a request, so {others} is left out"

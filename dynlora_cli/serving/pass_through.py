@@ -99,7 +99,7 @@ class PassThrough:
                     content = body if body is not None else _pieces(reader) if _has_body(scope) else b""
                     await self._exchange(scope, content, answer, list(more))
             except UpstreamError as error:
-                self.log(f"{scope['method']} {scope['path']}: {error.message}")
+                self.log(" ".join(f"{scope['method']} {scope['path']}: {error.message}".split()))
                 if not begun:
                     await send_error(send, error.status, error.message, error.code, more)
             group.cancel_scope.cancel()

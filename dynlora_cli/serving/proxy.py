@@ -7,6 +7,7 @@ anything else                                   as it came
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from dynlora_cli.errors import DynloraError
+from dynlora_cli.serving.access import SECONDS_TO_SEND
 from dynlora_cli.serving.body import Body, NoTextError
 from dynlora_cli.serving.choosing import Choice, Chooser
 from dynlora_cli.serving.pass_through import Header, PassThrough, UpstreamError, passed_on, send_error, send_json
@@ -69,8 +71,11 @@ class Proxy:
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            raw = await _whole(receive)
+            raw = await asyncio.wait_for(_whole(receive), SECONDS_TO_SEND)
         except ClientDisconnect:
+            return
+        except asyncio.TimeoutError:
+            await send_error(send, 408, f"the body had not come after {SECONDS_TO_SEND:g} s", "request_too_slow")
             return
         if raw is None:
             await send_error(send, 413, f"the request has more than {LARGEST_BODY >> 20} MiB", "request_too_large")
@@ -82,19 +87,19 @@ class Proxy:
         try:
             choice, rewritten = await self._routed(body)
         except (NoTextError, CannotError) as error:
-            self.log(f"{scope['method']} {scope['path']}: auto refused: {error}")
+            self.log(f"{_asked(scope)}: auto refused: {error}")
             await send_error(send, 400, f"model `auto`: {error}", "cannot_route")
             return
         except (UpstreamError, DynloraError) as error:
-            self.log(f"{scope['method']} {scope['path']}: {error.message}")
+            self.log(f"{_asked(scope)}: {error.message}")
             status, code = (error.status, error.code) if isinstance(error, UpstreamError) else (502, "upstream_changed")
             await send_error(send, status, error.message, code)
             return
         except Exception as error:  # of a router: plug-ins may fail in any way, and the next request may go well
-            self.log(f"{scope['method']} {scope['path']}: the router failed: {type(error).__name__}: {error}")
+            self.log(f"{_asked(scope)}: the router failed: {type(error).__name__}: {error}")
             await send_error(send, 500, "the router failed; the proxy's log says how", "router_failed")
             return
-        self.log(f"{scope['method']} {scope['path']}: auto -> {choice.name} ({choice.reason})")
+        self.log(f"{_asked(scope)}: auto -> {choice.name} ({choice.reason})")
         await self.through(scope, receive, send, rewritten, _told(choice))
 
     async def _routed(self, body: Body) -> tuple[Choice, bytes]:
@@ -103,7 +108,8 @@ class Proxy:
         if own := next((key for key in upstream.own_keys if body.form.get(key)), None):
             raise CannotError(f"{own!r} chooses adapters too: leave out one of the two")
         choice = await self.chooser.choose(body.asked(), upstream)
-        return choice, body.edited(upstream.values(choice.mix))
+        unless = {key: value for key, value in upstream.unless_given.items() if key not in body.form}
+        return choice, body.edited(upstream.values(choice.mix) | unless)
 
     async def _now(self) -> Upstream:
         """The upstream as it is now: it may have been started anew with other adapters, under other numbers."""
@@ -144,7 +150,7 @@ def getter(through: PassThrough) -> Callable[[str], Any]:
             return None
         if response.status_code in (401, 403):
             raise DynloraError(
-                f"the upstream asks for a key ({response.status_code} at {path})", "give it with --upstream-key-file"
+                f"the upstream asks for a key ({response.status_code} at {path})", "set DYNLORA_UPSTREAM_API_KEY"
             )
         if response.status_code != 200:
             raise DynloraError(f"the upstream answers {response.status_code} at {path}", "look at what it says itself")
@@ -176,6 +182,11 @@ def _may_be_json(headers: Sequence[Header]) -> bool:
     """Whether a body is worth a look: clients forget to say that it is JSON, but not that it is a form or packed."""
     told = {name.lower(): value.lower() for name, value in headers}
     return not told.get(b"content-type", b"").startswith(b"multipart/") and b"content-encoding" not in told
+
+
+def _asked(scope: Scope) -> str:
+    """Method and path on one line, whatever a client has put into the path."""
+    return " ".join(f"{scope['method']} {scope['path']}".split())
 
 
 def _told(choice: Choice) -> list[Header]:

@@ -8,7 +8,7 @@ llama-server  `lora: [{id, scale}]` in the request. /lora-adapters lists ids and
 
 Each says in /v1/models who it is: `owned_by`. What they answer was read in their source (vLLM
 entrypoints/openai/serving_models.py, SGLang entrypoints/http_server.py and openai/serving_base.py, llama.cpp
-tools/server).
+tools/server), of llama-server also tried.
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ class Upstream:
     def own_keys(self) -> tuple[str, ...]:
         """Keys of a request by which a client chooses adapters itself; they do not go with `auto`."""
         return {"vllm": (), "sglang": ("lora_path",), "llama-server": ("lora",)}[self.kind]
+
+    @property
+    def unless_given(self) -> dict[str, Any]:
+        """What a request says where its client does not say otherwise.
+
+        llama-server keeps prompts that it has read for later requests, and forgets with which adapter it read them: an
+        answer may rest on another adapter's prompt (llama.cpp issue 26207; seen in build 11434).
+        """
+        return {"cache_prompt": False} if self.kind == "llama-server" else {}
 
     def values(self, mix: Mapping[str, float]) -> dict[str, Any]:
         """What a request must say so that it is answered by a mix; {} is the base.
@@ -153,11 +162,14 @@ async def _llama_server(get: Get, cards: Sequence[Mapping[str, Any]], wanted: Se
             f"llama-server has more than one adapter that may be {twice}",
             f"let one file alone be called {twice}.gguf, or lie in a folder {twice}",
         )
-    notes = []
+    notes = [
+        "llama-server mixes up the prompts that it keeps of different adapters (llama.cpp issue 26207), so requests go "
+        "out with cache_prompt: false; it is safe to set it true in a request where llama-server has --cache-ram 0"
+    ]
     if any(each.get("scale") for each in listed):
         notes.append(
-            "llama-server applies its adapters, all at once, to every request that does not name any: "
-            "start it with --lora-init-without-apply to have the base there"
+            "llama-server applies all its adapters at once to a request that names none, whatever "
+            "--lora-init-without-apply says; to have the base there: curl -X POST URL/lora-adapters -d '[]'"
         )
     has = {name: numbers[0] for name, numbers in found.items()}
     return Upstream("llama-server", _base(cards), has, [int(each["id"]) for each in listed], notes)

@@ -29,7 +29,8 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.export import exporter as exporter_module
 from dynlora_cli.export.stacked import sgmv_rank
 
-FORMS = plugins.names("exporters")
+OF_LIBRARY = {"vllm-library"}  # see test_export_library.py
+FORMS = sorted(set(plugins.names("exporters")) - OF_LIBRARY)
 GGUF = ("gguf", "merged-gguf", "ollama")
 
 

@@ -140,6 +140,11 @@ class FakeUpstream:
         watcher.cancel()
 
 
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 def event(text: str) -> bytes:
     """One chunk of a streamed chat."""
     choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}

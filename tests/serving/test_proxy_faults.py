@@ -24,11 +24,6 @@ from dynlora_cli.serving.choosing import Chooser
 from dynlora_cli.serving.proxy import MODELS
 
 
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
 def test_an_upstream_that_is_down():
     fake = FakeUpstream()
     with listening(fake) as url:

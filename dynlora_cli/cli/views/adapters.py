@@ -102,6 +102,19 @@ class AdapterView:
             self.console.note(note)
         self._done("Exported", f" to {summary['to']}", rows, summary)
 
+    def show_exported_library(self, summary: dict[str, Any]) -> None:
+        """The adapters, and how well the one that agrees least does."""
+        adapters = summary["adapters"]
+        rows = [(name, f"rank {facts['largest_rank']}") for name, facts in adapters.items()]
+        checks = [facts["check"] for facts in adapters.values() if facts.get("check")]
+        if checks:
+            rows += _agreement(max(checks, key=lambda check: check["kl"]))
+        else:
+            worst = max(facts["max_weight_difference"] for facts in adapters.values())
+            rows.append(("largest |ΔW| difference", f"{worst:.1e}"))
+        head = f" {counted(len(adapters), 'adapter')} to {summary['to']}"
+        self._done("Exported", head, rows, summary)
+
     def _done(self, done: str, head: str, rows: Sequence[tuple[str, str]], summary: dict[str, Any]) -> None:
         title = Text.assemble((done, "bold green"), (head, "head"), (f"   {duration(summary['seconds'])}", "label"))
         folder = Text.assemble(("folder  ", "label"), summary["output_dir"])
