@@ -19,10 +19,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from router_rows import PAIRS, SHARED, TASKS, prepare
 
 RANK, JOINT = 4, "joint"
@@ -59,14 +61,14 @@ class Study:
         return work / f"{self.name}-{seed}"
 
 
-SMALL = Study("stories3M", SHARED / "models" / "stories3M", 150, 8, 2e-3, 7e-4, (0, 1, 2), 100)
+SMALL = Study("stories3M", SHARED / "models" / "stories3M", 150, 8, 2e-3, 7e-4, (0, 1, 2), 60)
 
 
 def study_of(model: Path | None) -> Study:
     """The main study, or a shorter one with another model."""
     if model is None:
         return SMALL
-    return Study(model.name, model.resolve(), 24, 4, 1e-3, 5e-4, (0,), 16)
+    return Study(model.name, model.resolve(), 12, 4, 1e-3, 5e-4, (0,), 12, max_length=96)
 
 
 def names(study: Study) -> tuple[str, ...]:
@@ -130,20 +132,89 @@ def searched(study: Study, work: Path) -> None:
 
 
 def library(study: Study, tasks: Sequence[str], encoder: str, seed: int, work: Path, name: str) -> Path:
-    """A calibrated library, which is made if it is not there."""
+    """A calibrated library, which is made if it is not there: of its adapters, or of a larger library without one."""
     root = study.folder(work, seed) / f"library {name} {encoder}"
     if (root / "report.html").is_file():
         return root
     from dynlora_cli.library.add import add
     from dynlora_cli.library.addition import Addition
     from dynlora_cli.library.calibrate import Wanted, calibrate
+    from dynlora_cli.library.library import library_for_writing
 
     shutil.rmtree(root, ignore_errors=True)
-    for task in tasks:
-        add(root, Addition(adapter=train(study, task, seed, work), name=task, encoder=encoder), quiet)
-    calibrate(root, Wanted(rows=100), quiet)
-    print(json.dumps({"library": str(root)}), flush=True)
+    with remembering(work / f"{study.name}-vectors", study.folder(work, seed) / "losses of val"):
+        if name.startswith(WITHOUT):
+            shutil.copytree(library(study, TASKS, encoder, seed, work, "all"), root)
+            with library_for_writing(root) as kept:
+                kept.remove(name.removeprefix(WITHOUT))
+        else:
+            for task in tasks:
+                addition = Addition(adapter=train(study, task, seed, work), name=task, encoder=encoder)
+                add(root, addition, quiet)
+        started = time.monotonic()
+        calibrate(root, Wanted(rows=60), quiet)
+    print(json.dumps({"library": str(root), "calibrated in": round(time.monotonic() - started, 1)}), flush=True)
     return root
+
+
+@contextmanager
+def remembering(vectors: Path, losses: Path) -> Iterator[None]:
+    """Libraries of the same adapters measure the same rows, and encode the same texts: once is enough."""
+    import dynlora_cli.library.add as adding
+    import dynlora_cli.library.calibrate as calibrating
+    import dynlora_cli.library.loaded as loading
+    from dynlora_cli.retrieval.encoders import make_encoder
+
+    plain = calibrating.RowLosses
+    calibrating.RowLosses = lambda base, examples: KeptLosses(plain(base, examples), examples, losses)  # type: ignore[assignment,misc]
+    adding.make_encoder = loading.make_encoder = lambda *given: KeptVectors(make_encoder(*given), vectors)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        calibrating.RowLosses = plain  # type: ignore[misc]
+        adding.make_encoder = loading.make_encoder = make_encoder  # type: ignore[assignment]
+
+
+class KeptVectors:
+    """An encoder that keeps its vectors on the disk."""
+
+    def __init__(self, inner: Any, folder: Path) -> None:
+        self.inner, self.path = inner, folder / f"{inner.name}.npz"
+        self.name, self.dimension, self.fingerprint = inner.name, inner.dimension, inner.fingerprint
+        self.found: dict[str, Any] = {}
+        if self.path.is_file():
+            with np.load(self.path) as kept:
+                self.found = dict(zip(kept["texts"].tolist(), kept["vectors"], strict=True))
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        missing = [text for text in dict.fromkeys(texts) if text not in self.found]
+        if missing:
+            self.found |= dict(zip(missing, self.inner.encode(missing), strict=True))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(self.path, texts=np.array(list(self.found)), vectors=np.stack(list(self.found.values())))
+        if not texts:
+            return np.zeros((0, self.dimension), dtype=np.float32)
+        return np.stack([self.found[text] for text in texts])
+
+
+class KeptLosses:
+    """Losses of rows under adapters of a seed, kept on the disk."""
+
+    def __init__(self, inner: Any, examples: Sequence[Any], folder: Path) -> None:
+        self.inner, self.folder = inner, folder
+        self.keys = [" ".join(map(str, example.input_ids)) for example in examples]
+
+    def of(self, adapter: Any, name: str, wanted_R: Any = None) -> Any:
+        path = self.folder / f"{name}.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        wanted_R = np.ones(len(self.keys), dtype=bool) if wanted_R is None else wanted_R
+        missing_R = wanted_R & np.array([key not in found for key in self.keys])
+        if missing_R.any():
+            loss_R = self.inner.of(adapter, name, missing_R)
+            found |= {key: float(loss) for key, loss in zip(self.keys, loss_R, strict=True) if np.isfinite(loss)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found), encoding="utf-8")
+        return np.array([found[key] if wanted else np.nan for key, wanted in zip(self.keys, wanted_R, strict=True)])
 
 
 def quiet(line: str) -> None:

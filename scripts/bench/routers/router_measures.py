@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -117,42 +116,36 @@ class Ground:
         first = next(at for at, label in enumerate(example.labels) if label != -100)
         return list(example.input_ids[:first])
 
-    def batches(self, task: str) -> Iterator[tuple[list[int], Batch]]:
-        """Numbers of rows, and the batch of them."""
+    def batches(self, task: str, wanted: Collection[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
+        """Numbers of rows, and the batch of them; of the wanted rows, or of all."""
         rows = self.rows(task)
+        order = [number for number in rows.order if wanted is None or number in wanted]
+        if not order:
+            return
         made = Batches.in_order(
-            [rows.examples[number] for number in rows.order],
+            [rows.examples[number] for number in order],
             micro_batch_size=MICRO_BATCH,
             max_length=self.study.max_length,
             pad_id=int(self.tokenizer.pad_token_id),
         )
         for index in range(made.steps_per_epoch):
-            yield rows.order[index * MICRO_BATCH : (index + 1) * MICRO_BATCH], made.step(0, index)[0]
+            yield order[index * MICRO_BATCH : (index + 1) * MICRO_BATCH], made.step(0, index)[0]
 
     def targets(self, task: str) -> NDArray[np.int64]:
         """[R] of each row."""
         return np.array([sum(label != -100 for label in one.labels) for one in self.rows(task).examples])
 
-    def losses(self, task: str, within: Context | None = None) -> Floats:
-        """Summed loss of each row in nats, each batch inside a context of its rows."""
+    def losses(self, task: str, within: Context | None = None, wanted: Collection[int] | None = None) -> Floats:
+        """Summed loss of each row in nats, each batch inside a context of its rows; NaN where a row is not wanted."""
         loss_R = np.full(len(self.rows(task).examples), np.nan)
-        for numbers, batch in self.batches(task):
+        for numbers, batch in self.batches(task, wanted):
             with within(numbers) if within else nullcontext():
                 loss_R[numbers] = row_sums(self.base.model, [batch]).loss_R
         return loss_R
 
-    def with_mixes(self, bank: Bank, task: str, mixes: Sequence[Mapping[str, float]]) -> Floats:
-        """The loss of each row under its own mix."""
-        return self.losses(task, lambda numbers: bank.active([mixes[number] for number in numbers]))
-
-    @cached_property
-    def pass_seconds(self) -> float:
-        """Of the base on one prompt, median."""
-        return median(timed(lambda ids=ids: self.forward(ids)) for ids in self.timed_prompts)
-
-    @cached_property
-    def timed_prompts(self) -> list[tuple[int, ...]]:
-        return [one.ids for one in self.timed_requests]
+    def with_mixes(self, bank: Bank, task: str, mixes: Mapping[int, Mapping[str, float]]) -> Floats:
+        """The loss of each row that has a mix, under it."""
+        return self.losses(task, lambda numbers: bank.active([mixes[number] for number in numbers]), mixes.keys())
 
     @cached_property
     def timed_requests(self) -> list[Asked]:
@@ -218,27 +211,13 @@ class Outcome:
     first_R: NDArray[np.int64]
 
 
-def by_request(bank: Bank, ground: Ground, task: str, decisions: Sequence[Any], known: Mapping[str, Floats]) -> Outcome:
-    """Decisions on all rows; losses of single adapters and of the base are known."""
-    mixes = [dict(decision.mix) for decision in decisions]
-    loss_R = np.full(len(mixes), np.nan)
-    for row, mix in enumerate(mixes):
-        single = next(iter(mix)) if list(mix.values()) == [1.0] else None if mix else BASE
-        if single is not None:
-            loss_R[row] = known[single][row]
-    if np.isnan(loss_R).any():
-        loss_R = np.where(np.isnan(loss_R), ground.with_mixes(bank, task, mixes), loss_R)
-    first = [bank.names.index(max(mix, key=lambda name: mix[name])) if mix else -1 for mix in mixes]
-    return Outcome(loss_R, np.array(first))
-
-
 def by_token(bank: Bank, ground: Ground, task: str, router: Any, base_R: Floats) -> Outcome:
     """A router that weighs at every token; rows that it leaves to the base have the base's loss."""
     decisions = router.decide(ground.rows(task).asked)
     mine_R = np.array([decision.by_token for decision in decisions])
     watched = Watched(router, len(bank.names))
     loss_R, first_R = np.full(len(mine_R), np.nan), np.full(len(mine_R), -1)
-    for numbers, batch in ground.batches(task) if mine_R.any() else ():
+    for numbers, batch in ground.batches(task, set(np.flatnonzero(mine_R).tolist())):
         watched.start(batch)
         with bank.routed(watched):
             loss_R[numbers] = row_sums(ground.base.model, [batch]).loss_R

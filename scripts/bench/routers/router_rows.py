@@ -21,7 +21,7 @@ from typing import Any
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared")).resolve()
 ROWS = {"train": 800, "val": 100, "test": 100}
-STRANGERS_ROWS = 60
+STRANGERS_ROWS = 40
 PROMPT, COMPLETION = 240, 240  # characters at most
 PASSAGE = 120  # characters of a text that are its prompt, and as many go on
 

@@ -23,19 +23,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from make import ENCODERS, JOINT, SMALL, WITHOUT, Study, library, study_of, train
-from router_measures import BASE, Floats, Ground, Outcome, by_request, by_token, timed
+import numpy as np
+from make import ENCODERS, JOINT, SMALL, WITHOUT, KeptVectors, Study, study_of, train
+from make import library as calibrated_library
+from router_measures import BASE, Floats, Ground, Outcome, by_token, timed
 from router_rows import PAIRS, STRANGERS, TASKS
 from router_tables import page
 
 from dynlora_cli.adapters.attach import attached
+from dynlora_cli.config.mix import mix_text
 from dynlora_cli.library.library import Library
 from dynlora_cli.retrieval.encoders import MINILM, Encoder, base_encoder, model_encoder
 from dynlora_cli.routing.router import Context, TokenRouter, needs_of, open_router
 
 RESULTS = Path(__file__).with_name("routers.jsonl")
 ROUTERS = ("calibrated", "embedding", "likelihood", "arrow", "spectr", "lag")
-MARKS = ("base", "oracle", "uniform", JOINT)  # what the others are held against
 ALONE, GUARDED = "alone", "guarded"
 ALL, OTHERS, OUT = "all", "strangers", "without"
 
@@ -50,7 +52,7 @@ class Bench:
         self.lines = read_lines(results)
         pairs = [name for pair in self.pairs.values() for name in pair]
         self.ground = Ground(study, {name: train(study, name, seed, work) for name in (*TASKS, *pairs)}, work)
-        self._known: dict[str, dict[str, Floats]] = {}
+        self.kept: dict[str, dict[str, float]] = {}
         self.encoders: dict[str, Encoder] = {}
 
     @property
@@ -60,11 +62,10 @@ class Bench:
             name: pair for name, pair in PAIRS.items() if all((there / one / "took.json").is_file() for one in pair)
         }
 
-    def has(self, part: str, router: str, setting: str) -> bool:
-        key = (self.study.name, self.seed, part, router, setting)
-        return any(
-            tuple(line[at] for at in ("study", "seed", "part", "router", "setting")) == key for line in self.lines
-        )
+    def has(self, part: str, router: str, setting: str, task: str | None = None) -> bool:
+        key = (self.study.name, self.seed, part, router, setting, task)
+        names = ("study", "seed", "part", "router", "setting", "task")
+        return any(tuple(map(line.get, names)) == key for line in self.lines)
 
     def add(self, part: str, router: str, setting: str, **found: Any) -> None:
         line = {
@@ -79,21 +80,19 @@ class Bench:
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)
 
-    def known(self, task: str, names: Sequence[str]) -> dict[str, Floats]:
-        """Losses of the rows of a task with the base and with single adapters; kept on the disk."""
-        kept = self.study.folder(self.work, self.seed) / "losses" / f"{task}.json"
-        found = self._known.setdefault(task, _read_losses(kept))
-        missing = [name for name in (BASE, *names) if name not in found]
-        for name in missing:
-            if name == BASE:
-                found[name] = self.ground.losses(task)
-            else:
-                with attached(self.ground.base.model, self.ground.adapters[name]):
-                    found[name] = self.ground.losses(task)
+    def losses(self, task: str, bank: Any, mixes: Sequence[Mapping[str, float]]) -> Floats:
+        """The loss of each row of a task under its own mix; what was measured before is kept on the disk."""
+        path = self.study.folder(self.work, self.seed) / "losses" / f"{task}.json"
+        if task not in self.kept:
+            self.kept[task] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        kept, names = self.kept[task], [f"{row}: {mix_text(mix)}" for row, mix in enumerate(mixes)]
+        missing = {row: mix for row, mix in enumerate(mixes) if names[row] not in kept}
         if missing:
-            kept.parent.mkdir(exist_ok=True)
-            kept.write_text(json.dumps({name: loss.tolist() for name, loss in found.items()}), encoding="utf-8")
-        return found
+            loss_R = self.ground.with_mixes(bank, task, missing)
+            kept |= {names[row]: float(loss_R[row]) for row in missing}
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(kept), encoding="utf-8")
+        return np.array([kept[name] for name in names])
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -110,16 +109,13 @@ class Bench:
     def marks(self) -> None:
         """Base, own adapter, uniform mix, and one adapter for all."""
         for part, _, names, asked in self.parts():
-            if part == OUT or all(self.has(part, mark, "") for mark in MARKS):
-                continue
-            with self.ground.bank(names) as bank:
-                mix = {name: 1 / len(names) for name in names}
-                uniform = {task: self.ground.with_mixes(bank, task, [mix] * self.count(task)) for task in asked}
-            for task in asked:
-                known = self.known(task, names)
-                self.loss(part, "base", task, known[BASE])
-                self.loss(part, "oracle", task, known[task if task in names else BASE])
-                self.loss(part, "uniform", task, uniform[task])
+            missing = [task for task in asked if part != OUT and not self.has(part, "uniform", "", task)]
+            for task in missing:
+                uniform = {name: 1 / len(names) for name in names}
+                marks = {"base": {}, "oracle": {task: 1.0} if task in names else {}, "uniform": uniform}
+                with self.ground.bank(names) as bank:
+                    for mark, mix in marks.items():
+                        self.loss(part, mark, task, self.losses(task, bank, [mix] * self.count(task)))
         self.joint()
 
     def joint(self) -> None:
@@ -127,12 +123,13 @@ class Bench:
         from dynlora_cli.adapters.read import read_adapter
 
         folder = self.study.folder(self.work, self.seed) / JOINT
-        if not (folder / "took.json").is_file() or self.has(ALL, JOINT, ""):
+        asked = [(ALL, task) for task in TASKS] + [(OTHERS, task) for task in STRANGERS]
+        missing = [(part, task) for part, task in asked if not self.has(part, JOINT, "", task)]
+        if not missing or not (folder / "took.json").is_file():
             return
         with attached(self.ground.base.model, read_adapter(folder)):
-            for part, _, _, asked in self.parts():
-                for task in asked if part in (ALL, OTHERS) else ():
-                    self.loss(part, JOINT, task, self.ground.losses(task))
+            for part, task in missing:
+                self.loss(part, JOINT, task, self.ground.losses(task))
 
     def count(self, task: str) -> int:
         return len(self.ground.rows(task).examples)
@@ -146,49 +143,51 @@ class Bench:
     def router(self, name: str, encoder: str, setting: str) -> None:
         """One router in all parts."""
         called = name if encoder == MINILM else f"{name} ({encoder})"
-        done: set[str] = {part for part, *_ in self.parts() if self.has(part, called, setting)}
         for part, kind, names, asked in self.parts():
-            if part in done or (encoder != MINILM and part == OUT):
+            missing = [task for task in asked if not self.has(part, called, setting, task)]
+            if not missing or (encoder != MINILM and part == OUT):
                 continue
-            root = library(self.study, names, encoder, self.seed, self.work, kind)
+            root = calibrated_library(self.study, names, encoder, self.seed, self.work, kind)
             with self.ground.bank(names) as bank:
                 router = self.opened(name, bank, root, encoder, setting)
-                for task in asked:
+                for task in missing:
                     self.measured(part, called, setting, task, router, bank, names)
         self.time(name, called, encoder, setting)
 
-    def opened(self, name: str, bank: Any, root: Path, encoder: str, setting: str) -> Any:
-        """A router of a library, with its calibration or without."""
-        kept = Library.open(root)
+    def opened(self, name: str, bank: Any, root: Path, encoder: str, setting: str, *, kept: bool = True) -> Any:
+        """A router of a library, with its calibration or without; vectors of texts are kept, unless time is measured."""
+        library = Library.open(root)
         if setting == ALONE and name != "calibrated":
-            kept = Library(root, kept.form.model_copy(update={"calibration": None}))
+            library = Library(root, library.form.model_copy(update={"calibration": None}))
         adapters = {each: self.ground.adapters[each] for each in bank.names}
-        needs = needs_of(name, kept)
+        needs = needs_of(name, library)
         context = Context(
-            library=kept,
+            library=library,
             adapters=adapters,
             bank=bank,
             base=self.ground.base,
-            encoder=self.encoder(encoder) if "keys" in needs else None,
+            encoder=self.encoder(encoder, kept=kept) if "keys" in needs else None,
         )
         return open_router(name, context)
 
-    def encoder(self, name: str) -> Encoder:
+    def encoder(self, name: str, *, kept: bool) -> Encoder:
         if name not in self.encoders:
             model, tokenizer = self.ground.base.model, self.ground.tokenizer
             made = model_encoder(name) if name == MINILM else base_encoder(model, tokenizer, self.study.name)
             self.encoders[name] = made
-        return self.encoders[name]
+        found = self.encoders[name]
+        return KeptVectors(found, self.work / f"{self.study.name}-vectors") if kept else found
 
     def measured(
         self, part: str, called: str, setting: str, task: str, router: Any, bank: Any, names: Sequence[str]
     ) -> None:
         """One task under one router."""
-        known = self.known(task, names)
         if isinstance(router, TokenRouter):
-            found = by_token(bank, self.ground, task, router, known[BASE])
+            found = by_token(bank, self.ground, task, router, self.losses(task, bank, [{}] * self.count(task)))
         else:
-            found = by_request(bank, self.ground, task, router.decide(self.ground.rows(task).asked), known)
+            mixes = [dict(one.mix) for one in router.decide(self.ground.rows(task).asked)]
+            first = [bank.names.index(max(mix, key=lambda name: mix[name])) if mix else -1 for mix in mixes]
+            found = Outcome(self.losses(task, bank, mixes), np.array(first))
         self.loss(part, called, task, found.loss_R, setting=setting, **shares(found, task, names))
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -197,13 +196,13 @@ class Bench:
         """What a request costs beside a pass of the base over its prompt; by token, what the pass takes longer."""
         if self.has("time", called, setting):
             return
-        root = library(self.study, TASKS, encoder, self.seed, self.work, "all")
+        root = calibrated_library(self.study, TASKS, encoder, self.seed, self.work, "all")
         ground = self.ground
         for task in TASKS:
             ground.rows(task)
         base = [timed(lambda one=one: ground.forward(one.ids)) for one in ground.timed_requests]
         with ground.bank(TASKS) as bank:
-            router = self.opened(name, bank, root, encoder, setting)
+            router = self.opened(name, bank, root, encoder, setting, kept=False)
             more = [self.overhead(bank, router, one) for one in ground.timed_requests]
         ratio = median(extra / own for extra, own in zip(more, base, strict=True))
         self.add("time", called, setting, milliseconds=round(1e3 * median(more), 3), base=round(1e3 * median(base), 3),
@@ -225,12 +224,6 @@ def shares(found: Outcome, task: str, names: Sequence[str]) -> Record:
     first = [names[at] if at >= 0 else BASE for at in found.first_R.tolist()]
     counted = {name: round(first.count(name) / len(first), 4) for name in sorted(set(first))}
     return {"right": counted.get(task, 0.0), "to_base": counted.get(BASE, 0.0), "first": counted}
-
-
-def _read_losses(path: Path) -> dict[str, Floats]:
-    import numpy as np
-
-    return {name: np.array(loss) for name, loss in json.loads(path.read_text()).items()} if path.is_file() else {}
 
 
 def read_lines(path: Path) -> list[Record]:
