@@ -97,12 +97,9 @@ class Ground:
         form = {"train": [{"path": str(path)}], "val_size": 0.0, "max_length": length, "chat": False}
         found = load_data(Dataset.model_validate(form), self.tokenizer, task=tasks.of(self.place.options), seed=0).train
         found = sorted(found, key=lambda one: one.row)
-        assert [one.row for one in found] == list(range(len(rows))), "a row was dropped"
-        examples = [self._without_end(one) for one in found]
-        asked = [
-            Asked(row["prompt"].strip(), tuple(self._prompt(one))) for row, one in zip(rows, examples, strict=True)
-        ]
-        return Rows(examples, asked, sorted(range(len(rows)), key=lambda number: len(examples[number].input_ids)))
+        examples = [self._without_end(one) for one in found]  # a prompt that leaves no room for an answer is left out
+        asked = [Asked(rows[one.row]["prompt"].strip(), tuple(self._prompt(one))) for one in examples]
+        return Rows(examples, asked, sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids)))
 
     def _without_end(self, example: Any) -> Any:
         labels = example.labels[:]
