@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from dynlora_cli.config.load import load_recipe
 
@@ -14,6 +17,7 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "routers"
 sys.path.insert(0, str(BENCH))
 
 import make  # noqa: E402 - they are scripts, not a package
+import router_measures as measures  # noqa: E402
 import router_rows as rows  # noqa: E402
 import router_tables as tables  # noqa: E402
 import run  # noqa: E402
@@ -78,6 +82,24 @@ def test_gain_is_the_share_of_what_the_own_adapter_gains():
     lines = [line("all", "base", "a", 6.0), line("all", "oracle", "a", 2.0), line("all", "r", "a", 3.0)]
     assert tables.gain(lines, "all", lines[2:]) == pytest.approx(75)
     assert tables.above(lines, "all", [line("without", "r", "a", 6.3)]) == [pytest.approx(5)]
+
+
+def test_shares_are_those_of_prompts_by_adapter():
+    """Two rows of three tokens, prompts of one and of two; a layer that holds the second and the third adapter."""
+    batch = SimpleNamespace(labels=torch.tensor([[-100, 5, 6], [-100, -100, 7]]))
+    layer = SimpleNamespace(adapters=[1, 2], slices=[slice(0, 2), slice(2, 3)], a_RI=torch.zeros(3, 4))
+    by_adapter = torch.tensor([[0.25, 0.75], [9, 9], [9, 9], [1, 0], [0.5, 0.5], [9, 9]])
+    for gates in (by_adapter, by_adapter[:, [0, 0, 1]]):
+        watched = measures.Watched(lambda *_, gates=gates: gates, 3)
+        watched.start(batch)
+        assert watched.gates(layer, torch.zeros(6, 4), torch.zeros(6, 3)) is gates
+        assert watched.share_BE.tolist() == [[0, 0.25, 0.75], [0, 1.5, 0.5]]
+
+
+def test_who_was_first_and_how_often():
+    found = measures.Outcome(np.zeros(4), np.array([0, 1, 1, -1]))
+    told = run.shares(found, "b", ("a", "b"))
+    assert told == {"right": 0.5, "to_base": 0.25, "first": {"a": 0.25, "b": 0.5, "base": 0.25}}
 
 
 def test_the_table_is_made_of_the_results():

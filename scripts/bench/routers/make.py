@@ -28,6 +28,7 @@ import numpy as np
 from router_rows import PAIRS, SHARED, TASKS, prepare
 
 RANK, JOINT = 4, "joint"
+TRAINED = ("phatgoose", "mole", "x-lora", "moa")  # variants that learn to choose, adapters frozen
 ENCODERS = ("minilm", "base")
 WITHOUT = "without "
 
@@ -45,6 +46,7 @@ class Study:
         joint_rate: of the adapter for all tasks.
         seeds: of training.
         rows: test rows of each task at most.
+        router_steps: of a trained router, on the rows of all adapters.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Study:
     seeds: tuple[int, ...]
     rows: int
     max_length: int = 128
+    router_steps: int = 200
 
     def folder(self, work: Path, seed: int) -> Path:
         return work / f"{self.name}-{seed}"
@@ -68,7 +71,7 @@ def study_of(model: Path | None) -> Study:
     """The main study, or a shorter one with another model."""
     if model is None:
         return SMALL
-    return Study(model.name, model.resolve(), 12, 4, 1e-3, 5e-4, (0,), 12, max_length=96)
+    return Study(model.name, model.resolve(), 12, 4, 1e-3, 5e-4, (0,), 12, max_length=96, router_steps=24)
 
 
 def names(study: Study) -> tuple[str, ...]:
@@ -105,20 +108,40 @@ def recipe(study: Study, name: str, seed: int, rate: float | None, out: Path, wo
 def train(study: Study, name: str, seed: int, work: Path, rate: float | None = None) -> Path:
     """The folder of a run, which is trained if it is not there."""
     out = study.folder(work, seed) / (name if rate is None else f"{name} at {rate}")
+    return run_of(recipe(study, name, seed, rate, out, work))
+
+
+def run_of(form: dict[str, Any]) -> Path:
+    """The folder of the run of a recipe."""
+    out = Path(form["output_dir"])
     if (out / "took.json").is_file():
         return out
     from dynlora_cli.commands.train import run
     from dynlora_cli.config.load import load_recipe
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_suffix(".yaml")
-    path.write_text(json.dumps(recipe(study, name, seed, rate, out, work)), encoding="utf-8")
+    path = out.with_name(f"{out.name}.yaml")
+    path.write_text(json.dumps(form), encoding="utf-8")
     started = time.monotonic()
     summary = run(load_recipe(path), overwrite=True)
-    took = {"seconds": round(time.monotonic() - started, 1), "parameters": summary["parameters"], "rate": rate}
-    print(json.dumps({"run": str(out), **took, "loss": summary.get("eval_loss", summary.get("loss"))}), flush=True)
+    took = {"seconds": round(time.monotonic() - started, 1), "parameters": summary["parameters"]}
+    print(json.dumps({"run": str(out), **took}), flush=True)
     (out / "took.json").write_text(json.dumps(took), encoding="utf-8")
     return out
+
+
+def train_router(study: Study, variant: str, seed: int, work: Path) -> Path:
+    """The folder of a router over the adapters of all tasks, which is trained if it is not there."""
+    adapters = [str(train(study, name, seed, work)) for name in TASKS]
+    changes = {
+        "dataset": {"train": ["builtin:library"]},
+        "adapter": {"variant": variant, "library": adapters},
+        "rank": {},
+        "output_dir": str(study.folder(work, seed) / f"router {variant}"),
+    }
+    form = recipe(study, TASKS[0], seed, None, Path("out"), work) | changes
+    form["train"] |= {"max_steps": study.router_steps, "learning_rate": "auto"}
+    return run_of(form)
 
 
 def searched(study: Study, work: Path) -> None:
@@ -248,8 +271,8 @@ def main() -> int:
         searched(study, work)
         return 0
     for seed in [int(seed) for seed in options.seeds.split(",")] if options.seeds else study.seeds:
-        for name in options.only.split(",") if options.only else names(study):
-            train(study, name, seed, work)
+        for name in options.only.split(",") if options.only else [*names(study), *TRAINED]:
+            (train_router if name in TRAINED else train)(study, name, seed, work)
         if options.libraries or not options.only:
             for name, tasks, encoder in libraries(study, seed):
                 library(study, tasks, encoder, seed, work, name)

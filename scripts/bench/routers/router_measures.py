@@ -169,7 +169,7 @@ class Watched:
     """A token router whose shares are added up, by row of the batch and adapter, over the tokens of prompts.
 
     Args:
-        inner: the router.
+        inner: the router's `gates`.
         count: adapters of the bank.
     """
 
@@ -186,7 +186,7 @@ class Watched:
 
     def gates(self, layer: Any, x_NI: Tensor, h_NR: Tensor) -> Tensor:
         """The router's own."""
-        gates: Tensor = self.inner.gates(layer, x_NI, h_NR)
+        gates: Tensor = self.inner(layer, x_NI, h_NR)
         each = gates.detach().float()
         if gates.shape[-1] == len(layer.a_RI) and gates.shape[-1] != len(layer.adapters):
             each = torch.stack([each[:, part].mean(1) for part in layer.slices], 1)
@@ -212,11 +212,18 @@ def by_token(bank: Bank, ground: Ground, task: str, router: Any, base_R: Floats)
     """A router that weighs at every token; rows that it leaves to the base have the base's loss."""
     decisions = router.decide(ground.rows(task).asked)
     mine_R = np.array([decision.by_token for decision in decisions])
-    watched = Watched(router, len(bank.names))
-    loss_R, first_R = np.full(len(mine_R), np.nan), np.full(len(mine_R), -1)
-    for numbers, batch in ground.batches(task, set(np.flatnonzero(mine_R).tolist())):
+    watched = Watched(router.gates, len(bank.names))
+    with bank.routed(watched):
+        found = watched_losses(ground, task, watched, set(np.flatnonzero(mine_R).tolist()))
+    return Outcome(np.where(mine_R, found.loss_R, base_R), found.first_R)
+
+
+def watched_losses(ground: Ground, task: str, watched: Watched, wanted: Collection[int] | None = None) -> Outcome:
+    """Rows under the router that is on the model."""
+    count = len(ground.rows(task).examples)
+    loss_R, first_R = np.full(count, np.nan), np.full(count, -1)
+    for numbers, batch in ground.batches(task, wanted):
         watched.start(batch)
-        with bank.routed(watched):
-            loss_R[numbers] = row_sums(ground.base.model, [batch]).loss_R
+        loss_R[numbers] = row_sums(ground.base.model, [batch]).loss_R
         first_R[numbers] = watched.share_BE.argmax(1).numpy()
-    return Outcome(np.where(mine_R, loss_R, base_R), np.where(mine_R, first_R, -1))
+    return Outcome(loss_R, first_R)

@@ -19,18 +19,21 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from make import ENCODERS, JOINT, SMALL, WITHOUT, KeptVectors, Study, study_of, train
+from make import ENCODERS, JOINT, SMALL, TRAINED, WITHOUT, KeptVectors, Study, study_of, train
 from make import library as calibrated_library
-from router_measures import BASE, Floats, Ground, Outcome, by_token, timed
+from router_measures import BASE, Floats, Ground, Outcome, Watched, by_token, timed, watched_losses
 from router_rows import PAIRS, STRANGERS, TASKS
 from router_tables import page
 
 from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.config.mix import mix_text
 from dynlora_cli.library.library import Library
 from dynlora_cli.retrieval.encoders import MINILM, Encoder, base_encoder, model_encoder
@@ -120,8 +123,6 @@ class Bench:
 
     def joint(self) -> None:
         """The adapter for all tasks, where it is trained."""
-        from dynlora_cli.adapters.read import read_adapter
-
         folder = self.study.folder(self.work, self.seed) / JOINT
         asked = [(ALL, task) for task in TASKS] + [(OTHERS, task) for task in STRANGERS]
         missing = [(part, task) for part, task in asked if not self.has(part, JOINT, "", task)]
@@ -190,6 +191,41 @@ class Bench:
             found = Outcome(self.losses(task, bank, mixes), np.array(first))
         self.loss(part, called, task, found.loss_R, setting=setting, **shares(found, task, names))
 
+    # -- routers that are trained --------------------------------------------------------------------------------------
+
+    def trained(self, name: str) -> None:
+        """A router over all adapters, in the parts that have them; `off` leaves one of them out."""
+        folder = self.study.folder(self.work, self.seed) / f"router {name}"
+        if not (folder / "took.json").is_file():
+            return
+        adapter = read_adapter(folder, routed=True)
+        assert isinstance(adapter, RoutedAdapter)
+        columns = list(adapter.members)
+        for part, _, names, asked in self.parts():
+            missing = [task for task in asked if set(names) <= set(columns) and not self.has(part, name, "", task)]
+            off = tuple(column for column in columns if column not in names)
+            if not missing or (part not in (ALL, OTHERS, OUT)):
+                continue
+            with replace(adapter, off=off).put_on(self.ground.base.model) as gates:
+                watched = Watched(gates.gates, len(columns))
+                gates.gates = watched.gates
+                for task in missing:
+                    found = watched_losses(self.ground, task, watched)
+                    self.loss(part, name, task, found.loss_R, setting="", **shares(found, task, columns))
+        self.time_trained(name, adapter)
+
+    def time_trained(self, name: str, adapter: RoutedAdapter) -> None:
+        """What a pass over a prompt takes longer than with a single adapter."""
+        if self.has("time", name, ""):
+            return
+        base = [timed(lambda one=one: self.ground.forward(one.ids)) for one in self.ground.timed_requests]
+        with self.ground.bank(TASKS) as bank, bank.active([{TASKS[0]: 1.0}]):
+            single = [timed(lambda one=one: self.ground.forward(one.ids)) for one in self.ground.timed_requests]
+        with adapter.put_on(self.ground.base.model):
+            routed = [timed(lambda one=one: self.ground.forward(one.ids)) for one in self.ground.timed_requests]
+        more = [one - other for one, other in zip(routed, single, strict=True)]
+        self.told_time(name, "", more, base)
+
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def time(self, name: str, called: str, encoder: str, setting: str) -> None:
@@ -204,9 +240,12 @@ class Bench:
         with ground.bank(TASKS) as bank:
             router = self.opened(name, bank, root, encoder, setting, kept=False)
             more = [self.overhead(bank, router, one) for one in ground.timed_requests]
+        self.told_time(called, setting, more, base)
+
+    def told_time(self, called: str, setting: str, more: Sequence[float], base: Sequence[float]) -> None:
         ratio = median(extra / own for extra, own in zip(more, base, strict=True))
-        self.add("time", called, setting, milliseconds=round(1e3 * median(more), 3), base=round(1e3 * median(base), 3),
-                 ratio=round(ratio, 3))  # fmt: skip
+        ms = {"milliseconds": round(1e3 * median(more), 3), "base": round(1e3 * median(base), 3)}
+        self.add("time", called, setting, **ms, ratio=round(ratio, 3))
 
     def overhead(self, bank: Any, router: Any, one: Any) -> float:
         """Seconds."""
@@ -246,7 +285,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="where make.py keeps runs and libraries")
     parser.add_argument("--model", type=Path, help="folder of another model than stories3M")
     parser.add_argument("--seeds", help="such as 0,1")
-    parser.add_argument("--routers", default=",".join(ROUTERS), help="with commas between them; empty: only the marks")
+    parser.add_argument(
+        "--routers", default=",".join((*ROUTERS, *TRAINED)), help="with commas between them; empty: only the marks"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write the table again")
     options = parser.parse_args()
@@ -257,7 +298,11 @@ def main() -> int:
         for seed in [int(seed) for seed in options.seeds.split(",")] if options.seeds else study.seeds:
             bench = Bench(study, seed, options.work.resolve(), options.results)
             bench.marks()
-            for job in jobs(study, [name for name in options.routers.split(",") if name]):
+            wanted = [name for name in options.routers.split(",") if name]
+            for name in wanted:
+                if name in TRAINED:
+                    bench.trained(name)
+            for job in jobs(study, [name for name in wanted if name not in TRAINED]):
                 started = time.monotonic()
                 bench.router(*job)
                 print(f"{study.name}, seed {seed}: {', '.join(job)}: {time.monotonic() - started:.0f} s", flush=True)
