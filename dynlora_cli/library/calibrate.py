@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from dynlora_cli.text import counted, percent
 
 Tell = Callable[[str], None]
 T = TypeVar("T")
+QUIET = 0.5  # share of the updates' own requests that are answered by one; a person is told where it is less
 
 
 @dataclass(frozen=True)
@@ -201,10 +202,26 @@ def _said_of(learned: Calibration, wanted: Wanted) -> list[str]:
             f"a rate of {percent(wanted.rate)} cannot be promised by {counted(limit.requests, 'unrelated request')} "
             f"({more}): the strictest threshold is taken"
         )
+    active = quality["at_threshold"]["active"]
+    if active < QUIET:
+        notes.append(
+            f"quiet: {percent(active)} of the updates' own held-out requests would be answered by an update, the rest "
+            f"by the base; {_louder(quality, wanted)}"
+        )
     if quality["helped"] in (0.0, 1.0):
         always = "always" if quality["helped"] else "never"
         notes.append(f"updates {always} lowered the loss, so confidence is the same for all; the score alone decides")
     return notes
+
+
+def _louder(quality: dict[str, Any], wanted: Wanted) -> str:
+    """What makes updates speak more often, at what price."""
+    rate = f"a higher --false-activation than {percent(wanted.rate)} lets more of them pass"
+    if wanted.unrelated or len(quality["requests"]) < 2:
+        return rate
+    return (
+        f"{rate}, and so does --unrelated FILE: then requests of one update no longer count as unrelated to the others"
+    )
 
 
 def _keep(root: Path, loaded: Loaded, learned: Calibration, notes: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from dynlora_cli.library.activation import Activator
 from dynlora_cli.library.add import add
 from dynlora_cli.library.addition import Addition
 from dynlora_cli.library.calibrate import Wanted, calibrate
-from dynlora_cli.library.calibration import Confidence
+from dynlora_cli.library.calibration import Confidence, Threshold
 from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.library import Library, library_for_writing
 from dynlora_cli.library.loaded import Loaded, load
@@ -213,6 +214,31 @@ def test_without_a_file_other_updates_and_the_standard_library_are_unrelated(two
     assert not learned.threshold.promised
     assert any("builtin:stdlib-docs" in note and "--unrelated FILE" in note for note in notes)
     assert any("cannot be promised" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("active", "unrelated", "updates", "said"),
+    [
+        (0.49, None, 2, "and so does --unrelated FILE"),
+        (0.49, "asked.txt", 2, "pass"),
+        (0.49, None, 1, "pass"),
+        (0.5, None, 2, ""),
+    ],
+)
+def test_a_quiet_library_is_told_and_what_makes_it_speak(active: float, unrelated: str | None, updates: int, said: str):
+    quality = {
+        "helped": 0.3,
+        "at_threshold": {"active": active},
+        "requests": {str(number): 9 for number in range(updates)},
+    }
+    learned: Any = SimpleNamespace(threshold=Threshold(1.0, 0.01, 200, promised=True), quality=quality)
+    found = calibrating._said_of(learned, Wanted(Path(unrelated) if unrelated else None))
+    assert len(found) == bool(said)
+    if said:
+        assert found[0].startswith("quiet: 49.0 % of the updates' own held-out requests")
+        assert "--false-activation than 1.0 %" in found[0]
+        assert said in found[0]
+        assert ("--unrelated" in found[0]) == ("--unrelated" in said)
 
 
 def test_of_one_update_no_other_updates_are_told(made: Made):

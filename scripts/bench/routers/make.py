@@ -28,9 +28,11 @@ import numpy as np
 from router_rows import PAIRS, SHARED, TASKS, prepare
 
 RANK, JOINT = 4, "joint"
+CALIBRATED = 60  # rows of each task that calibrate
 TRAINED = ("phatgoose", "mole", "x-lora", "moa")  # variants that learn to choose, adapters frozen
 ENCODERS = ("minilm", "base")
 WITHOUT = "without "
+LOOSE, NAMED = "5 %", "unrelated named"  # calibrations by other settings than the default ones
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,28 @@ def library(study: Study, tasks: Sequence[str], encoder: str, seed: int, work: P
                 addition = Addition(adapter=train(study, task, seed, work), name=task, encoder=encoder)
                 add(root, addition, quiet)
         started = time.monotonic()
-        calibrate(root, Wanted(rows=60), quiet)
+        calibrate(root, Wanted(rows=CALIBRATED), quiet)
     print(json.dumps({"library": str(root), "calibrated in": round(time.monotonic() - started, 1)}), flush=True)
     return root
+
+
+def calibrated_as(study: Study, root: Path, seed: int, work: Path, way: str) -> Path:
+    """A copy of a library that is calibrated otherwise: at 5 %, or with a file of the unrelated requests of the default."""
+    from dynlora_cli.data.builtin import rows
+    from dynlora_cli.library.calibrate import Wanted, calibrate
+
+    copy = root.with_name(f"{root.name}, {way}")
+    if (copy / "done").is_file():
+        return copy
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(root, copy)
+    unrelated = work / "unrelated.txt"
+    unrelated.write_text("".join(" ".join(row["prompt"].split()) + "\n" for row in rows("train")), encoding="utf-8")
+    wanted = {LOOSE: Wanted(rows=CALIBRATED, rate=0.05), NAMED: Wanted(rows=CALIBRATED, unrelated=unrelated)}
+    with remembering(work / f"{study.name}-vectors", study.folder(work, seed) / "losses of val"):
+        calibrate(copy, wanted[way], quiet)
+    (copy / "done").touch()
+    return copy
 
 
 @contextmanager

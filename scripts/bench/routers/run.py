@@ -6,7 +6,8 @@
     python scripts/bench/routers/run.py --table                           # only writes routers.md again
 
 make.py makes what is measured here. A router sees the prompt alone; one that decides by token sees each token as it comes.
-Settings of a router: `alone` with its own rule on "none of them", `guarded` by the threshold of the library's calibration.
+Settings of a router: `alone` with its own rule on "none of them", `guarded` by the threshold of the library's calibration,
+and `5 %` and `unrelated named` by those of calibrations at --false-activation 5% and with --unrelated FILE.
 Parts: `all` eight adapters; `strangers`, requests that no adapter is about, with all eight; `without`, every task's
 requests with the adapters of the seven others; `areas` and `kinds`, two adapters of neighbours. A line of routers.jsonl is
 one task in one part under one router.
@@ -25,7 +26,20 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from make import ENCODERS, JOINT, SMALL, TRAINED, WITHOUT, KeptVectors, Study, study_of, train
+from make import (
+    ENCODERS,
+    JOINT,
+    LOOSE,
+    NAMED,
+    SMALL,
+    TRAINED,
+    WITHOUT,
+    KeptVectors,
+    Study,
+    calibrated_as,
+    study_of,
+    train,
+)
 from make import library as calibrated_library
 from router_measures import BASE, Floats, Ground, Outcome, Watched, by_token, timed, watched_losses
 from router_rows import PAIRS, STRANGERS, TASKS
@@ -42,6 +56,7 @@ from dynlora_cli.routing.router import Context, TokenRouter, needs_of, open_rout
 RESULTS = Path(__file__).with_name("routers.jsonl")
 ROUTERS = ("calibrated", "embedding", "likelihood", "arrow", "spectr", "lag")
 ALONE, GUARDED = "alone", "guarded"
+LOOSENED = ("calibrated", "embedding")  # also with calibrations by other settings
 ALL, OTHERS, OUT = "all", "strangers", "without"
 
 Record = dict[str, Any]
@@ -157,6 +172,8 @@ class Bench:
 
     def opened(self, name: str, bank: Any, root: Path, encoder: str, setting: str, *, kept: bool = True) -> Any:
         """A router of a library, with its calibration or without; vectors of texts are kept, unless time is measured."""
+        if setting in (LOOSE, NAMED):
+            root = calibrated_as(self.study, root, self.seed, self.work, setting)
         library = Library.open(root)
         if setting == ALONE and name != "calibrated":
             library = Library(root, library.form.model_copy(update={"calibration": None}))
@@ -278,6 +295,9 @@ def jobs(study: Study, routers: Sequence[str]) -> Iterator[tuple[str, str, str]]
                 yield name, encoder, ALONE
             if encoder == MINILM:
                 yield name, encoder, GUARDED
+        if name in LOOSENED:
+            yield name, MINILM, LOOSE
+            yield name, MINILM, NAMED
 
 
 def main() -> int:
