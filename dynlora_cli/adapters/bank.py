@@ -7,6 +7,7 @@ the others are off while it is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -25,6 +26,7 @@ from dynlora_cli.lora.multi import Choice, MultiLinear, TokenGates
 from dynlora_cli.text import did_you_mean
 
 Mix = Mapping[str, float]  # weights by the names of adapters; {} is the base
+LARGEST = 1e12  # number of a component that may meet other requests; products with inputs stay far from fp32's end
 
 
 class Bank:
@@ -124,11 +126,15 @@ class Bank:
         Raises:
             UsageError: a name that is not there, or an adapter that goes alone and is asked for beside others.
         """
+        if not mixes:
+            raise ValueError("a batch has one request at least")
         alone = self._alone_in(mixes)
         weights_BE = torch.zeros(len(mixes), len(self.names))
         for row, mix in enumerate(mixes):
             for name, weight in mix.items():
                 weights_BE[row, self._column(name)] = weight
+                if not math.isfinite(weight):
+                    raise UsageError(f"the weight of {name} is {weight}", "give a finite number")
         with self._using(weights_BE, None), ExitStack() as stack:
             if alone is not None:
                 stack.enter_context(self._plain())
@@ -281,18 +287,27 @@ def why_alone(model: PreTrainedModel, adapter: Adapter) -> str | None:
     """
     if isinstance(adapter, RoutedAdapter):
         return "it is a router over adapters of its own"
+    reasons = [_layer_alone(model, adapter, name) for name in adapter.layers]
     if adapter.whole:
-        return f"it has its own {next(iter(adapter.whole)).rpartition('.')[0]}, in place of the base's"
-    for name, factors in adapter.layers.items():
-        if factors.kind != PLAIN:
-            return f"it is a {adapter.kind}, which does more than add to the base's weights"
-        if factors.embedding:
-            return f"it changes a table of tokens, {name}"
-        if factors.experts:
-            return f"it changes single experts, such as {name}"
-        module = module_of(model, name, factors, adapter)
-        if holds_weight(module):
-            return f"it changes {name}, a {type(module).__name__} and no linear layer"
+        name = next(iter(adapter.whole))
+        return f"it has its own {name.rpartition('.')[0] or name}, in place of the base's"
+    return next((reason for reason in reasons if reason), None)
+
+
+def _layer_alone(model: PreTrainedModel, adapter: Adapter, name: str) -> str | None:
+    factors = adapter.layers[name]
+    if factors.experts:
+        return f"it changes single experts, such as {name}"
+    module = module_of(model, name, factors, adapter)
+    if factors.kind != PLAIN:
+        return f"it is a {adapter.kind}, which does more than add to the base's weights"
+    if factors.embedding:
+        return f"it changes a table of tokens, {name}"
+    if holds_weight(module):
+        return f"it changes {name}, a {type(module).__name__} and no linear layer"
+    # A row's gate of 0 takes away what another adapter makes of it, but not a NaN, nor what has overflowed.
+    if factors.rank and not all(t.abs().max() < LARGEST for t in (factors.a_CI, factors.b_OC)):
+        return f"{name} has numbers beyond {LARGEST:g} in it, or no numbers"
     return None
 
 

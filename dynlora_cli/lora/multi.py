@@ -119,8 +119,9 @@ class MultiLinear(nn.Module):
         # Made in Python: a dry run, whose tensors have no numbers, comes here as well.
         owners = [owner for owner, place in enumerate(self.slices) for _ in range(place.start, place.stop)]
         owners_R = torch.tensor(owners, dtype=torch.long)
-        self.owners_R = owners_R.to(self.device)
-        self.columns_R = torch.tensor(self.adapters, dtype=torch.long)[owners_R].to(self.device)
+        columns_R = torch.tensor(self.adapters, dtype=torch.long)[owners_R]
+        self.register_buffer("owners_R", owners_R.to(self.device), persistent=False)
+        self.register_buffer("columns_R", columns_R.to(self.device), persistent=False)
 
     def places(self) -> list[tuple[int, Place]]:
         """The adapters that have components here, by column of the bank, and which components."""
