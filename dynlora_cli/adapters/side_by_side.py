@@ -72,7 +72,7 @@ class SideBySide:
         layer = MixedLinear(base, name, self.choice)
         layer.hold([(column, f.a_CI, f.b_OC) for column, f in parts.items() if f.kind == PLAIN])
         others = {column: f for column, f in parts.items() if f.kind != PLAIN}
-        layer.add(list(others), [_apart(base, factors) for factors in others.values()])
+        layer.add(list(others), [apart(base, factors) for factors in others.values()])
         return layer
 
     def _set(self, name: str, module: nn.Module) -> None:
@@ -110,7 +110,7 @@ def refuse_strangers(model: PreTrainedModel, name: str, adapter: Adapter, *, kin
         raise UsageError(f"{name} cannot be weighed by token: {why}", "leave it out")
 
 
-def _apart(base: nn.Module, factors: Factors) -> ComponentLinear:
+def apart(base: nn.Module, factors: Factors) -> ComponentLinear:
     """An adapter's layer of its own, on the base's."""
 
     def bias() -> Tensor | None:

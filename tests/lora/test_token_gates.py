@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.adapter import Factors
+from dynlora_cli.adapters.side_by_side import apart
 from dynlora_cli.config.options import options, section
 from dynlora_cli.lora.multi import Choice
 from dynlora_cli.lora.routers.gates import Gates
@@ -119,3 +121,146 @@ def test_numbers_are_saved_by_the_names_of_layers(layer: MixedLinear) -> None:
         other.load({})
     with pytest.raises(ValueError, match=r"is \(3,\) there and \(3, 12\) here"):
         other.load({"block.q_proj.v_EI": torch.zeros(3)})
+
+
+def updates(layer: MixedLinear, x: Tensor) -> list[Tensor]:
+    """B_e A_e x of every adapter of the layer, dense."""
+    return [x @ layer.a_RI[part].double().T @ layer.b_OR[:, part].double().T for part in layer.slices]
+
+
+def mole_shares(gates: Gates, layer: MixedLinear, x: Tensor, without: tuple[int, ...] = ()) -> Tensor:
+    """softmax(G u/‖u‖ / τ) with u in full, [tokens, E x O]."""
+    u = torch.cat(updates(layer, x), -1)
+    g = gates.of(layer, "gate_EEO").detach().double().flatten(1)
+    logits = (u / u.norm(dim=-1, keepdim=True)) @ g.T / gates.of(layer, "log_temperature").detach().double().exp()
+    logits[..., list(without)] = -torch.inf
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("without", [(), (1,)])
+def test_mole_shares_by_what_all_adapters_would_say(layer: MixedLinear, without: tuple[int, ...]) -> None:
+    gates = router("mole", layer)
+    gates.off = frozenset(layer.adapters[place] for place in without)
+    layer.eval()
+    x = inputs().double()
+    near(layer(inputs()), dense(layer, x, dict(enumerate(mole_shares(gates, layer, x, without).unbind(-1)))))
+
+
+def test_mole_gates_of_one_layer_have_the_dense_gradient(layer: MixedLinear) -> None:
+    gates = router("mole", layer, balance=0.0)
+    layer.train()
+    layer(inputs()).square().sum().backward()
+    x, g = inputs().double(), gates.of(layer, "gate_EEO").detach().double().requires_grad_()
+    parts = updates(layer, x)
+    u = torch.cat(parts, -1)
+    tau = gates.of(layer, "log_temperature").detach().double().exp()
+    shares = ((u / u.norm(dim=-1, keepdim=True)) @ g.flatten(1).T / tau).softmax(-1)
+    dense(layer, x, dict(enumerate(shares.unbind(-1)))).square().sum().backward()
+    found, truth = gates.of(layer, "gate_EEO").grad, g.grad
+    assert found is not None
+    assert truth is not None
+    assert_close_to_truth(found, truth, terms=8 * TERMS)
+
+
+def test_mole_balances_the_mean_shares_and_forgets_them_with_the_step(layer: MixedLinear) -> None:
+    gates = router("mole", layer, balance=0.5)
+    layer.train()
+    for part in inputs():
+        layer(part[None])
+    x = inputs().double()
+    means = mole_shares(gates, layer, x).mean((0, 1))
+    penalty = gates.penalty()
+    assert penalty is not None
+    near(penalty, -0.5 * means.log().sum())
+    penalty.backward()
+    assert gates.of(layer, "gate_EEO").grad is not None
+    assert gates.penalty() is None
+
+
+def test_mole_begins_with_all_alike(layer: MixedLinear) -> None:
+    gates = router("mole", layer)
+    gates.load({name: value * 0 for name, value in gates.tensors().items()})
+    layer.eval()
+    third = torch.full((2, 5), 1 / 3, dtype=torch.float64)
+    near(layer(inputs()), dense(layer, inputs().double(), dict.fromkeys(range(3), third)))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_moa_weighs_each_adapter_for_itself(layer: MixedLinear, sparse: bool) -> None:
+    gates = router("moa", layer, sparse=sparse, threshold_max=0.9)
+    layer.eval()
+    x = inputs().double()
+    weight, bias = (gates.of(layer, name).detach().double() for name in ("weight_EI", "bias_E"))
+    sigmoids = (x @ weight.T + bias).sigmoid()
+    weights = sigmoids[..., :3]
+    if sparse:
+        threshold = 0.9 * sigmoids[..., 3:]
+        assert 0 < (weights < threshold).sum() < weights.numel()
+        weights = torch.where(weights < threshold, 0.0, weights)
+    near(layer(inputs()), dense(layer, x, dict(enumerate(weights.unbind(-1)))))
+
+
+def test_a_threshold_of_moa_learns(layer: MixedLinear) -> None:
+    gates = router("moa", layer, sparse=True)
+    layer.train()
+    layer(inputs()).square().sum().backward()
+    gradient = gates.of(layer, "weight_EI").grad
+    assert gradient is not None
+    assert gradient[3].count_nonzero() == 12
+
+
+def test_moa_adds_what_a_layer_of_another_kind_returns_above_the_base(layer: MixedLinear) -> None:
+    base: Any = layer.base
+    a, b = torch.randn(2, 12), torch.randn(7, 2)
+    kinds = {
+        "dora": Factors(a, b, kind="dora", own={"magnitude_O": torch.rand(7) + 0.5}),
+        "hira": Factors(a, b, kind="hira"),
+    }
+    layer.add([1, 4], [apart(base, factors) for factors in kinds.values()])
+    gates = router("moa", layer)
+    layer.eval()
+    x = inputs().double()
+    W = base.weight.double()
+    turned = W + (b @ a).double()
+    changed = [
+        turned * (kinds["dora"].own["magnitude_O"].double() / turned.norm(dim=1))[:, None],
+        W + W * (b @ a).double(),
+    ]
+    sigmoids = (
+        x @ gates.of(layer, "weight_EI").detach().double().T + gates.of(layer, "bias_E").detach().double()
+    ).sigmoid()
+    truth = dense(layer, x, dict(enumerate(sigmoids.unbind(-1))))
+    for place, other in enumerate(changed):
+        truth = truth + sigmoids[..., 3 + place, None] * (x @ (other - W).T)
+    near(layer(inputs()), truth)
+    layer(inputs()).square().sum().backward()
+    assert all(number.grad is not None for number in gates.parameters())
+    assert all(parameter.grad is None for parameter in layer.base.parameters())
+
+
+@pytest.mark.parametrize("method", ["phatgoose", "mole", "moa"])
+def test_tokens_that_need_different_adapters_find_them(layer: MixedLinear, method: str) -> None:
+    """Tokens of three kinds, each of which needs one adapter in full: better than the best share of all alike."""
+    gates = router(method, layer)
+    gates.load({name: value * 0 for name, value in gates.tensors().items()})
+    generator = torch.Generator().manual_seed(5)
+    centres = 2 * torch.randn(3, 12, generator=generator)
+    kind = torch.arange(3).repeat(40)
+    x = (centres[kind] + 0.3 * torch.randn(120, 12, generator=generator))[:, None]
+    own = torch.stack(updates(layer, x.double())).float()[kind, torch.arange(120)]
+    target = layer.base(x) + own
+    optimizer = torch.optim.Adam(gates.parameters(), lr=0.05)
+    layer.train()
+    gates.owner_B = torch.tensor(layer.adapters)[kind] if method == "phatgoose" else None
+    for _ in range(100):
+        loss = (layer(x) - target).square().mean()
+        penalty = gates.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layer.eval()
+    gates.owner_B = None
+    alike = torch.stack(updates(layer, x.double())).float().sum(0)
+    best = (alike * own).sum() / alike.square().sum()  # the share of all alike that comes nearest
+    error = (layer(x) - target).square().mean()
+    assert error < 0.5 * (best * alike - own).square().mean()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import NAMES, lines, make_library, router_recipe, train, write_rows_of
+from tiny_run import NAMES, lines, make_library, make_recipe, router_recipe, train, write_rows_of
 
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.routed import RoutedAdapter
@@ -19,7 +19,7 @@ from dynlora_cli.errors import Interrupted, RecipeError, UsageError
 
 from recipe_helpers import MINIMAL, problems
 
-ROUTERS = ("phatgoose", "x-lora")
+ROUTERS = ("phatgoose", "x-lora", "mole", "moa")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,38 @@ def test_a_router_learns_and_its_adapters_stay_as_they_are(library: Path, varian
         for layer, factors in before.layers.items():
             assert torch.equal(member.layers[layer].a_CI, factors.a_CI)
             assert torch.equal(member.layers[layer].b_OC, factors.b_OC)
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library whose adapters have learned enough to differ: each reaches 2.5 to 3 nats on its own rows."""
+    folder = tmp_path_factory.mktemp("apart")
+    make_library(folder, "train.max_steps=60", "train.learning_rate=2e-2")
+    return folder
+
+
+@pytest.mark.parametrize(("variant", "share"), [("mole", 0.95), ("moa", 0.85), ("x-lora", 0.85)])
+def test_where_rows_need_one_adapter_each_a_router_beats_an_equal_share_of_all(
+    apart: Path, variant: str, share: float
+) -> None:
+    recipe = router_recipe(apart, variant, "train.max_steps=60", "train.learning_rate=5e-2", out=variant)
+    summary, _ = train(recipe)  # the numbers of mole and moa begin at 0, so all adapters begin alike
+    assert summary["loss_after"] < share * summary["loss_before"]
+
+
+def test_adapters_of_other_kinds_are_weighed_by_moa_alone(own: Path) -> None:
+    rows = write_rows_of(own, "fours")
+    for kind in ("dora", "hira"):
+        train(make_recipe(own, f"dataset.train=[{rows}]", f"adapter.variant={kind}", out=kind))
+    library = json.dumps([str(own / name) for name in ("ones", "dora", "hira")])
+    summary, _ = train(router_recipe(own, "moa", f"adapter.library={library}", "adapter.sparse=true"))
+    assert summary["loss_after"] < summary["loss_before"]
+    router = read_adapter(own / "router", routed=True)
+    assert isinstance(router, RoutedAdapter)
+    assert [member.kind for member in router.members.values()] == ["LoRA", "DoRA", "HiRA"]
+    with pytest.raises(UsageError, match="dora is a DoRA, and this router weighs plain LoRAs") as caught:
+        train(router_recipe(own, "mole", f"adapter.library={library}", out="refused"))
+    assert "moa" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("variant", ROUTERS)
@@ -153,6 +185,30 @@ def test_a_dry_run_shows_the_adapters_and_estimates_the_memory(library: Path) ->
     plan = dry_run.plan(router_recipe(library, "phatgoose"))
     assert {f"adapter {name}" for name in NAMES} <= plan["parameters"].keys()
     assert 0 < plan["memory"]["adapter"] < 1 << 20
+
+
+def test_a_library_folder_stands_for_all_that_is_in_it(own: Path) -> None:
+    (own / "lib/adapters").mkdir(parents=True)
+    for name in NAMES:
+        shutil.copytree(own / name, own / "lib/adapters" / f"the-{name}", ignore=shutil.ignore_patterns("checkpoints"))
+    entries = [{"name": f"the-{name}"} for name in NAMES]
+    (own / "lib/library.json").write_text(json.dumps({"entries": entries}))
+    train(router_recipe(own, "moa", f"adapter.library=[{own / 'lib'}]", "train.max_steps=1"))
+    router = read_adapter(own / "router", routed=True)
+    assert isinstance(router, RoutedAdapter)
+    assert list(router.members) == [f"the-{name}" for name in NAMES]
+    (own / "lib/library.json").write_text(json.dumps({"entries": [{"name": "../../ones"}]}))
+    with pytest.raises(UsageError, match="holds no adapters"):
+        train(router_recipe(own, "moa", f"adapter.library=[{own / 'lib'}]", out="other"))
+
+
+def test_a_router_is_no_adapter_of_another_router_nor_a_start(own: Path) -> None:
+    train(router_recipe(own, "moa", "train.max_steps=1"))
+    library = json.dumps([str(own / "router"), str(own / "ones")])
+    with pytest.raises(UsageError, match="is a router over adapters itself"):
+        train(router_recipe(own, "moa", f"adapter.library={library}", out="other"))
+    with pytest.raises(UsageError, match="no sum of components"):
+        train(make_recipe(own, f"adapter.from={own / 'router'}", out="on"))
 
 
 def test_one_adapter_is_no_choice(library: Path) -> None:
