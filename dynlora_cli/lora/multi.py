@@ -102,11 +102,12 @@ class MultiLinear(nn.Module):
         parts, device = list(parts), self.device
         ends = [0, *accumulate(len(a_CI) for _, a_CI, _ in parts)]
         self.slices = [slice(*pair) for pair in pairwise(ends)]
-        a = torch.empty(ends[-1], self.in_features, device=device)
-        # In memory a component's b is one piece, like its a: then those of an adapter are, and products are faster.
-        b = torch.empty(ends[-1], self.out_features, device=device)
-        for place, (_, a_CI, b_OC) in zip(self.slices, parts, strict=True):
-            a[place], b[place] = a_CI.detach(), b_OC.detach().T
+        with torch.inference_mode(False):  # they may be used with gradients later
+            a = torch.empty(ends[-1], self.in_features, device=device)
+            # In memory a component's b is one piece, like its a: then those of an adapter are, and products are faster.
+            b = torch.empty(ends[-1], self.out_features, device=device)
+            for place, (_, a_CI, b_OC) in zip(self.slices, parts, strict=True):
+                a[place], b[place] = a_CI.detach(), b_OC.detach().T
         self.register_buffer("a_RI", a, persistent=False)
         self.register_buffer("b_OR", b.T, persistent=False)
         self.number([column for column, _, _ in parts])
@@ -168,7 +169,7 @@ class MultiLinear(nn.Module):
         if mixes is None:
             return None
         if self not in mixes.plans or mixes.trained:  # each graph has gates of its own
-            with torch.inference_mode(False):  # it may be used with gradients later
+            with torch.inference_mode(False):
                 mixes.plans[self] = None if mixes.used.isdisjoint(self.adapters) else Plan(self, mixes)
         return mixes.plans[self]
 

@@ -95,6 +95,18 @@ def test_several_rows_of_one_request_follow_one_another():
 
 
 @pytest.mark.usefixtures("way")
+def test_what_inference_mode_made_can_be_used_with_gradients():
+    with torch.inference_mode():
+        layer = a_layer()
+        layer.choice.weights_BE = WEIGHTS_BE
+        layer(torch.randn(len(WEIGHTS_BE), 2, D_IN))
+    layer.base = nn.Linear(D_IN, D_OUT)
+    x = torch.randn(len(WEIGHTS_BE), 2, D_IN, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.usefixtures("way")
 def test_the_gradient_of_the_input_is_right():
     layer = a_layer().double()
     layer.choice.weights_BE = WEIGHTS_BE.double()

@@ -34,12 +34,10 @@ from dynlora_cli.lora.ways.mixes import Mixes
 from dynlora_cli.models.linear import fusable, is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import nn
 
 # What a call of torch and of BLAS costs beside its sums, as multiplications that take as long: on a CPU for each
-# thread, measured by scripts/bench/serving/ways.py; for a GPU a guess from launch times.
+# thread, measured by scripts/bench/serving/mixed_batch.py --ways; for a GPU a guess from launch times.
 CALL_CPU, CALL_GPU = 2**18, 2**26
 # Numbers that a layer may copy for a stack, beside twice as many as the components that are used have.
 COPIED = 2**16
@@ -199,10 +197,11 @@ class Plan:
     @cached_property
     def stack(self) -> tuple[Tensor, Tensor]:
         """Of each group a [G, R, I] and b [G, R, O] with its weights; views where they can be, else copies."""
-        start, index_GR, weights_GR1 = self.layout.stacked
-        a_RI, b_RO = self.layer.a_RI, self.layer.b_OR.T
-        if start is None:
-            return a_RI[index_GR], b_RO[index_GR].mul_(weights_GR1)
+        with torch.inference_mode(False):  # they may be used with gradients later
+            start, index_GR, weights_GR1 = self.layout.stacked
+            a_RI, b_RO = self.layer.a_RI, self.layer.b_OR.T
+            if start is None:
+                return a_RI[index_GR], b_RO[index_GR].mul_(weights_GR1)
         stop = start + index_GR.numel()
         return a_RI[start:stop].unflatten(0, index_GR.shape), b_RO[start:stop].unflatten(0, index_GR.shape)
 
