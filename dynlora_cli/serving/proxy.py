@@ -27,6 +27,7 @@ from dynlora_cli.serving.upstreams import AUTO, CannotError, Upstream, ask
 
 MODELS = "/v1/models"
 LARGEST_BODY = 64 << 20  # bytes of a request that is looked into
+SOMETIMES_JSON = (b"", b"text/plain", b"application/x-www-form-urlencoded")  # the last is what curl -d says
 FRESH_SECONDS = 10.0  # after which the upstream is asked again which adapters it has
 
 
@@ -179,9 +180,10 @@ def _listed(content: bytes) -> dict[str, Any] | None:
 
 
 def _may_be_json(headers: Sequence[Header]) -> bool:
-    """Whether a body is worth a look: clients forget to say that it is JSON, but not that it is a form or packed."""
+    """Whether a body is worth a look: it says that it is JSON, or what clients send that forget to say so."""
     told = {name.lower(): value.lower() for name, value in headers}
-    return not told.get(b"content-type", b"").startswith(b"multipart/") and b"content-encoding" not in told
+    kind = told.get(b"content-type", b"").partition(b";")[0].strip()
+    return b"content-encoding" not in told and (kind in SOMETIMES_JSON or kind.endswith(b"json"))
 
 
 def _asked(scope: Scope) -> str:

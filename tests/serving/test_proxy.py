@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,33 @@ def test_what_is_not_auto_passes_as_it_is(body, path):
     assert fake.received[0].body == body
     assert fake.received[0].path == path.encode()
     assert proxy.lines == []
+
+
+@pytest.mark.parametrize("kind", ["audio/wav", "application/octet-stream", "multipart/form-data; boundary=x"])
+def test_what_says_that_it_is_no_json_is_not_looked_into(kind, monkeypatch):
+    monkeypatch.setattr("dynlora_cli.serving.proxy.LARGEST_BODY", 1000)
+    fake = FakeUpstream(answers={"/v1/audio": lambda _s, _r, send: reply(send, 200, b"{}")})
+    with proxied(fake) as (address, _):
+        answer = httpx2.post(
+            f"{address}/v1/audio", content=b"{" * 5000, headers={"Content-Type": kind}, trust_env=False
+        )
+    assert answer.status_code == 200
+    assert fake.received[0].body == b"{" * 5000
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-8"]
+)
+def test_clients_that_forget_to_say_that_it_is_json(kind):
+    fake = FakeUpstream()
+    with proxied(fake) as (address, _):
+        httpx2.post(
+            address + CHAT,
+            content=json.dumps(asked("law")),
+            headers={"Content-Type": kind} if kind else {},
+            trust_env=False,
+        )
+    assert fake.received[0].form["model"] == "law"
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
