@@ -63,8 +63,12 @@ class Pieces:
         """What is new in the text of the last tokens."""
         goes_on = grown.startswith(self._old)  # else the decoder reads old bytes anew; what was given out stays
         new = grown[len(self._old) :] if goes_on else self._decoded(self._ids[self._known :])
-        self._start, self._known = self._known, len(self._ids)
-        self._old = self._decoded(self._ids[self._start :])
+        last = self._decoded(self._ids[self._known :])
+        if last.strip():
+            self._start, self._old = self._known, last
+        else:  # special tokens or spaces alone: behind them some decoders would take a space away
+            self._old = grown
+        self._known = len(self._ids)
         return self._given(new)
 
     def _given(self, new: str) -> str:
