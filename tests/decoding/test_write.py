@@ -91,9 +91,10 @@ def test_prompts_that_leave_no_room(prompt: list[int], words: str, tiny: tuple[A
 
 
 def test_an_end_of_its_own(tiny: tuple[Any, Any]):
-    free = written(tiny, rows(tiny, PROMPTS[:1], Sampling(20)))[0]
+    drawn = Sampling(20, do_sample=True, seed=1)
+    free = written(tiny, rows(tiny, PROMPTS[:1], drawn))[0]
     at = next(n for n in range(1, 20) if free.ids[n] not in free.ids[:n])
-    one, two = rows(tiny, PROMPTS[:1] * 2, Sampling(20))
+    one, two = rows(tiny, PROMPTS[:1] * 2, drawn)
     one.ends |= {free.ids[at]}
     ended, other = written(tiny, [one, two])
     assert (ended.ids, ended.finish_reason) == (free.ids[:at], "stop")
