@@ -55,7 +55,7 @@ class Engine:
         self.names: list[str] = list(opened.adapters)
         self.notes: list[str] = []
         self._voices: dict[str, Voice] = {}
-        self._note(*opened.notes)
+        self._note(*opened.notes, *self.bank.notes)
 
     @classmethod
     def open(cls, wanted: Wanted, tell: Tell = lambda _: None) -> Engine:
@@ -122,8 +122,9 @@ class Engine:
             UsageError: the name is taken, or it is none of this base that writes text.
         """
         with quiet:
-            admit(self._opened, name, read_adapter(folder, self._wanted.base), self._wanted)
+            admit(self._opened, name, read_adapter(folder, self._wanted.base, routed=True), self._wanted)
             self.bank.add(name, self._opened.adapters[name])
+        self._note(*self._opened.notes, *self.bank.notes)
         self._renew()
 
     def remove(self, name: str) -> None:

@@ -74,7 +74,7 @@ def open_all(wanted: Wanted) -> Opened:
         UsageError: nothing is named; one is a classifier; they have different bases, or two have one name.
         MachineError: the base is not on this machine.
     """
-    named = [read_adapter(folder, wanted.base) for folder in wanted.adapters]
+    named = [read_adapter(folder, wanted.base, routed=True) for folder in wanted.adapters]
     if wanted.library is None:
         return _without_library(named, wanted)
     library = loaded.load(wanted.library, wanted.base, wanted.trust_remote_code)
