@@ -135,7 +135,7 @@ def test_adapters_come_and_go(places: dict[str, Path]):
         assert both[0] == first[0] != both[1]
         with pytest.raises(UsageError, match="adapter 'late' already"):
             engine.add("late", places["other"])
-        with pytest.raises(UsageError, match="means something else"):
+        with pytest.raises(UsageError, match="no adapter can be called 'auto'"):
             engine.add("auto", places["other"])
         with pytest.raises(UsageError, match="another model by its fingerprint"):
             engine.add("chat", places["chat"])
