@@ -73,7 +73,7 @@ def study_of(model: Path | None) -> Study:
     """The main study, or a shorter one with another model."""
     if model is None:
         return SMALL
-    return Study(model.name, model.resolve(), 12, 4, 1e-3, 5e-4, (0,), 12, max_length=96, router_steps=24)
+    return Study(model.name, model.resolve(), 12, 4, 1e-3, 5e-4, (0,), 8, max_length=96, router_steps=24)
 
 
 def names(study: Study) -> tuple[str, ...]:
@@ -157,9 +157,12 @@ def searched(study: Study, work: Path) -> None:
 
 
 def library(study: Study, tasks: Sequence[str], encoder: str, seed: int, work: Path, name: str) -> Path:
-    """A calibrated library, which is made if it is not there: of its adapters, or of a larger library without one."""
+    """A library, which is made if it is not there: of its adapters, or of a larger one without one of them.
+
+    It is calibrated, but not that of a larger model, where this would take longer than all the rest.
+    """
     root = study.folder(work, seed) / f"library {name} {encoder}"
-    if (root / "report.html").is_file():
+    if (root / "done").is_file() or (root / "report.html").is_file():
         return root
     from dynlora_cli.library.add import add
     from dynlora_cli.library.addition import Addition
@@ -177,7 +180,9 @@ def library(study: Study, tasks: Sequence[str], encoder: str, seed: int, work: P
                 addition = Addition(adapter=train(study, task, seed, work), name=task, encoder=encoder)
                 add(root, addition, quiet)
         started = time.monotonic()
-        calibrate(root, Wanted(rows=CALIBRATED), quiet)
+        if study is SMALL:
+            calibrate(root, Wanted(rows=CALIBRATED), quiet)
+    (root / "done").touch()
     print(json.dumps({"library": str(root), "calibrated in": round(time.monotonic() - started, 1)}), flush=True)
     return root
 
@@ -273,7 +278,7 @@ def libraries(study: Study, seed: int) -> Iterator[tuple[str, tuple[str, ...], s
         for name, pair in PAIRS.items():
             for encoder in ENCODERS:
                 yield name, pair, encoder
-    if seed == study.seeds[0]:
+    if study is SMALL and seed == study.seeds[0]:
         for left in TASKS:
             yield WITHOUT + left, tuple(task for task in TASKS if task != left), "minilm"
 
