@@ -16,9 +16,11 @@ from dynlora_cli.serving.app import State, make_app
 from dynlora_cli.serving.listen import Listener, Stop, address_of, asked_to_stop, bind, listening
 from dynlora_cli.serving.metrics import Metrics
 from dynlora_cli.serving.worker import Worker
+from dynlora_cli.text import counted
 
 Tell = Callable[[str], None]
 GRACE = 30.0  # seconds for what was taken before the stop
+MOST_NOTES = 100
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         state = _state(wanted, engine, tell)
         app = Guard(make_app(state), wanted.keys)
         with asked_to_stop() as stop, listening(app, door) as listener:
-            for note in engine.notes:
-                tell(f"note: {note}")
+            turn = _Turn(stop, listener, state.worker, engine, tell)
+            turn.tell_notes()
             tell(f"answers at {address}/v1; Ctrl-C ends it")
-            state.worker.run(_Ended(stop, listener, state.worker, tell), grace=GRACE)
+            state.worker.run(turn, grace=GRACE)
     if listener.failed:
         raise DynloraError("the HTTP server has ended by itself", "look at what it said above")
     if stop.by_keyboard:
@@ -109,16 +111,33 @@ def _can_route(wanted: Wanted, engine: engines.Engine, tell: Tell) -> bool:
     return True
 
 
-class _Ended:
-    """Whether to end; says so once."""
+class _Turn:
+    """Asked in each turn of the worker whether to end; tells people what has come up meanwhile.
 
-    def __init__(self, stop: Stop, listener: Listener, worker: Worker, tell: Tell) -> None:
-        self._stop, self._listener, self._worker, self._tell = stop, listener, worker, tell
+    Args:
+        stop: whether somebody has asked for the end.
+        listener: the server may have ended by itself.
+        worker, engine: have something to tell.
+        tell: takes a line.
+    """
+
+    def __init__(self, stop: Stop, listener: Listener, worker: Worker, engine: engines.Engine, tell: Tell) -> None:
+        self._stop, self._listener, self._worker, self._engine, self._tell = stop, listener, worker, engine, tell
         self._said = False
+        self._told: set[str] = set()
 
     def __call__(self) -> bool:
+        self.tell_notes()
         if self._stop() and not self._said:
             self._said = True
             if left := self._worker.waiting + self._worker.running:
-                self._tell(f"{left} answers are still being written; once more ends at once")
+                self._tell(f"{counted(left, 'answer')} to be written still; once more ends at once")
         return self._stop() or self._listener.failed
+
+    def tell_notes(self) -> None:
+        """The engine's notes, each once. They come with requests, so neither they nor our memory of them may grow."""
+        for note in self._engine.notes:
+            if note not in self._told and len(self._told) < MOST_NOTES:
+                self._told.add(note)
+                self._tell(f"note: {note}")
+        self._engine.notes.clear()

@@ -20,10 +20,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C, SIGTERM and a closed terminal ask for a stop; a second time stops at once."""
     asked: list[int] = []
 
-    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    terminals = open_terminals()
 
     def ask(number: int, _frame: object) -> None:
-        _leave(terminals)
+        leave(terminals)
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
@@ -39,7 +39,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _leave(terminals: list[int]) -> None:
+def open_terminals() -> list[int]:
+    """Where output goes to a terminal, which may be closed."""
+    return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+
+def leave(terminals: list[int]) -> None:
     """Send output to nowhere when the terminal was closed: every write to it would fail, and the save with it."""
     for descriptor in terminals:
         if not os.isatty(descriptor):

@@ -72,7 +72,7 @@ class Reply:
         """Note who answers."""
         if self.asked != AUTO:
             return
-        mix = None if request.mix is None else mix_text(request.mix)
+        mix = None if request.by_token else mix_text(request.mix)
         self.model = mix or AUTO
         self.decision = {"use": AUTO, "router": request.router, "mix": mix}
         if request.decision is not None:
@@ -85,10 +85,8 @@ class Reply:
         """The decision, for clients that see no more than OpenAI's fields."""
         if self.decision is None:
             return {}
-        return {
-            "x-dynlora-mix": quote(self.decision["mix"] or "", safe="*+-. "),
-            "x-dynlora-router": quote(str(self.decision["router"]), safe=""),
-        }
+        mix, router = self.decision["mix"], quote(str(self.decision["router"]), safe="")
+        return {"x-dynlora-router": router} | ({"x-dynlora-mix": quote(mix, safe="*+-. ")} if mix else {})
 
     @property
     def usage(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from starlette.types import ASGIApp
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
-from dynlora_cli.execution.interrupt import heeded
+from dynlora_cli.execution.interrupt import heeded, leave, open_terminals
 
 MOST_CONNECTIONS = 1024
 SECONDS_IDLE = 75  # for which a connection without a request stays open
@@ -135,6 +135,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._terminals = open_terminals()
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -145,6 +146,7 @@ class Stop:
 
     def ask(self, number: int, _frame: object) -> None:
         """The handler of signals."""
+        leave(self._terminals)
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number

@@ -221,10 +221,10 @@ class Worker:
                 job = self._new[0]
             try:
                 request = self.engine.request(self._use(job), job.content, job.sampling, raw=job.raw)
-                if gone := sorted((set(request.mix or ()) - job.names) & self._leaving):
+                if gone := sorted((set(request.mix) - job.names) & self._leaving):
                     message = f"the router's choice, {gone[0]!r}, is being unloaded"
                     raise Refusal(503, message, code="adapter_unloading", retry_after=1)
-                job.names |= set(request.mix or ())
+                job.names |= set(request.mix)
                 job.request, job.group = request, self.engine.group(request)
             except Exception as error:
                 self._take_out(job)
@@ -332,6 +332,7 @@ class _Watch:
         self.ended: set[int] = set()
         self.given: set[int] = set()  # rows of which there was some text
         self._steps = 0
+        self._began = self._read = time.monotonic()  # and when the prompts were read
 
     def piece(self, row: int, text: str) -> None:
         """Some text of a row has come."""
@@ -360,8 +361,11 @@ class _Watch:
     def pause(self) -> bool:
         """Asked after each token."""
         self._steps += 1
-        worker = self.worker
-        if self._steps < SLICE_TO_JOIN:
+        worker, now = self.worker, time.monotonic()
+        if self._steps == 1:
+            self._read = now
+        # To go on, prompts are read again: of long ones that costs more than many tokens.
+        if self._steps < SLICE_TO_JOIN or now - self._read < self._read - self._began:
             return False
         with worker._changed:
             if worker._calls and worker._can_call():

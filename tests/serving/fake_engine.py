@@ -34,6 +34,10 @@ class FakeRequest:
     decision: FakeDecision | None = None
     state: int | None = None
 
+    @property
+    def by_token(self) -> bool:
+        return self.router == "arrow"
+
 
 @dataclass(frozen=True)
 class FakeAnswer:
@@ -57,6 +61,7 @@ class FakeEngine:
     Attributes:
         alone: adapters of a group of their own.
         seconds: for each token of a batch.
+        reading: seconds for the prompts of a batch.
         breaks: a prompt with this word breaks its whole batch.
         batches: the prompts of each batch, as they came.
     """
@@ -64,6 +69,7 @@ class FakeEngine:
     names: list[str] = field(default_factory=lambda: ["a", "b"])
     alone: tuple[str, ...] = ()
     seconds: float = 0.0
+    reading: float = 0.0
     breaks: str = "crash"
     base_name: str = "some/base"
     context: int | None = 1000
@@ -81,7 +87,7 @@ class FakeEngine:
         if use.mix is None:
             name = "b" if "for b" in prompt else "a"
             decision = FakeDecision({name: 0.75}, f"{name} is nearest")
-            return FakeRequest(prompt, parse_mix(name, self.names), sampling, "embedding", decision)
+            return FakeRequest(prompt, parse_mix(name, self.names), sampling, self.router, decision)
         return FakeRequest(prompt, use.mix, sampling)
 
     def group(self, request: FakeRequest) -> Hashable:
@@ -100,6 +106,7 @@ class FakeEngine:
         written = [request.state or 0 for request in requests]
         answers: dict[int, FakeAnswer] = {}
         step = 0
+        time.sleep(self.reading)
         while len(answers) < len(requests):
             if any(self.breaks in request.prompt for request in requests):
                 raise RuntimeError("the secret of /home/somebody")

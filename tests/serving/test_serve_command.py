@@ -20,6 +20,8 @@ from eval_helpers import Run, foreign
 from library_helpers import silent
 from server_process import ServerProcess, server_process
 
+from dynlora_cli.decoding.sampling import Sampling
+from dynlora_cli.generation.engine import Engine, Wanted
 from dynlora_cli.library.add import add
 from dynlora_cli.library.addition import Addition
 from dynlora_cli.models.quiet import quiet
@@ -200,6 +202,20 @@ def test_an_adapter_comes_and_goes(server: ServerProcess, served: Served):
 
 
 @pytest.mark.slow
+def test_auto_is_decided_by_the_librarys_router(server: ServerProcess, served: Served):
+    client = server.client()
+    raw = client.completions.with_raw_response.create(model="auto", prompt=PROMPTS[5], max_tokens=24)
+    answer = raw.parse()
+    assert answer.dynlora["router"] == raw.headers["x-dynlora-router"] == "embedding"
+    assert raw.headers["x-dynlora-mix"] == answer.model
+    assert answer.choices[0].text == ask(server, answer.model, PROMPTS[5])
+    assert set(answer.dynlora["confidence"]) <= {"first", "second", "third", "dora"}
+    assert PROMPTS[0].strip() not in str(answer.dynlora)  # no text of anybody's training rows
+    chunks = list(client.completions.create(model="auto", prompt=PROMPTS[5], max_tokens=24, stream=True))
+    assert {chunk.model for chunk in chunks} == {answer.model}
+
+
+@pytest.mark.slow
 def test_what_leaves_no_room_is_refused(server: ServerProcess):
     with pytest.raises(openai.BadRequestError, match="no room is left"):
         ask(server, "first", "x" * 200)
@@ -227,6 +243,24 @@ def test_a_signal_lets_answers_end(served: Served, number: int, code: int):
         assert ended == code
         assert printed["ok"] == (code == 0)
         assert code or printed["answered"] == 1
+
+
+@pytest.mark.slow
+def test_a_chat_is_written_with_its_runs_template(chat_run: Run):
+    messages = [{"role": "user", "content": "sort 3"}]
+    with server_process("--adapter", chat_run.folder) as server, Engine.open(Wanted([chat_run.folder])) as engine:
+        (name,) = engine.names
+        (expected,) = engine.generate([engine.request(engine.use(name), messages, Sampling(max_new_tokens=20))])
+        parts = [{"role": "user", "content": [{"type": "text", "text": "sort 3"}]}]
+        for asked in (messages, parts):
+            answer = server.client().chat.completions.create(model=name, messages=asked, max_tokens=20)
+            assert answer.choices[0].message.content == expected.text
+            assert answer.usage.prompt_tokens == expected.prompt_tokens
+        chunks = server.client().chat.completions.create(model=name, messages=messages, max_tokens=20, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
+        routed = server.client().chat.completions.create(model="auto", messages=messages, max_tokens=20)
+        assert routed.dynlora["router"] == "likelihood"
+        assert any(line.startswith("note: there is no library") for line in server.said)
 
 
 @pytest.mark.slow

@@ -57,6 +57,14 @@ def test_a_router_says_whom_it_has_chosen(server: Server):
     assert {chunk.dynlora["mix"] for chunk in stream} == {"a"}
 
 
+def test_a_router_by_token_names_no_mix():
+    with serving(FakeEngine(router="arrow")) as server:
+        _, answer, headers = server.ask("/v1/completions", {"model": "auto", "prompt": "x", "max_tokens": 2})
+    assert (answer["model"], answer["dynlora"]["mix"], answer["dynlora"]["router"]) == ("auto", None, "arrow")
+    assert headers["x-dynlora-router"] == "arrow"
+    assert "x-dynlora-mix" not in headers
+
+
 def test_a_stream_is_the_answer_in_pieces(server: Server):
     stream = server.client().chat.completions.create(
         model="a", messages=USER, max_tokens=5, stream=True, stream_options={"include_usage": True}

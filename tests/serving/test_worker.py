@@ -117,6 +117,18 @@ def test_a_newcomer_joins_a_running_batch():
     assert SLICE_TO_JOIN < 100
 
 
+def test_where_reading_takes_long_a_batch_pauses_seldom():
+    """Newcomers all the time, and prompts that take as long as 50 tokens: no more is spent on reading than on writing."""
+    engine = FakeEngine(seconds=0.001, reading=0.05)
+    worker = Worker(engine, max_queue=500, max_batch=40)
+    long, heard = job("long", "a", 400)
+    worker.submit([long])
+    engine.at_step = lambda step: worker.submit([job("new", "b", 20)[0]]) if step % 15 == 0 else None
+    worker.run(lambda: bool(heard) and isinstance(heard.last, Finished), grace=60.0)
+    assert heard.text == answer_of("a", "long", 400)
+    assert 3 <= len(engine.batches) <= 13  # 400 // 16 without a limit
+
+
 def test_a_short_answer_is_told_before_its_long_neighbour_ends():
     engine = FakeEngine()
     worker = Worker(engine, max_queue=20, max_batch=3)
