@@ -85,7 +85,8 @@ UpstreamKey = Annotated[
         "--upstream-api-key",
         metavar="KEY",
         envvar=UPSTREAM_KEY_VARIABLE,
-        help="That the upstream asks for. By default what clients send, unless this server asks for a key itself.",
+        help="That the upstream asks for. Clients get in with it only where they must send --api-key; "
+        "else each needs the upstream's key itself.",
         show_default=False,
     ),
 ]

@@ -39,9 +39,9 @@ class Wanted:
         router: by name; None: the library's default.
         options: of the router, KEY=VALUE each.
         kind: of the upstream, or `auto`: as it says itself.
-        upstream_key: that the upstream asks for; None: what clients send goes on to it, if `keys` is empty.
+        upstream_key: that the upstream asks for: for the proxy's own questions and, where `keys` has any, for clients.
         host, port: where the proxy answers; port 0: any that is free.
-        keys: any of them opens; none: only this machine may ask.
+        keys: any of them opens; none: only this machine may ask, and what clients send as a key goes on.
         timeout: seconds without a byte from the upstream after which it is given up.
     """
 

@@ -62,8 +62,9 @@ class PassThrough:
         url: of the upstream, without a path.
         transport: its connections.
         seconds: without a byte of the answer after which the upstream is given up.
-        key: that the upstream asks for, in place of what the client sends; None: what the client sends.
-        keeps_key: the client's Authorization is for the proxy, and goes no further.
+        key: that the upstream asks for. The proxy's own questions have it; a client's request only where the proxy asks
+            for a key itself, since else it would let in whoever reaches the proxy.
+        keeps_key: the proxy asks for a key itself: a client's Authorization is for it, and goes no further.
         log: takes a line.
     """
 
@@ -104,13 +105,17 @@ class PassThrough:
                     await send_error(send, error.status, error.message, error.code, more)
             group.cancel_scope.cancel()
 
-    async def get(self, path: str, accept: Iterable[Header] = ()) -> httpx2.Response:
-        """Ask the upstream something on the proxy's own account; the whole answer.
+    async def get(self, path: str, client: Iterable[Header] | None = None) -> httpx2.Response:
+        """Ask the upstream something; the whole answer.
+
+        Args:
+            path: what.
+            client: headers of the client that it is for; None: it is for the proxy itself.
 
         Raises:
-            UpstreamError: there is none.
+            UpstreamError: there is no answer.
         """
-        headers = [*accept, *([(b"authorization", f"Bearer {self.key}".encode())] if self.key else [])]
+        headers = self._own_key() if client is None or self.keeps_key else authorization(client)
         response = await self._sent(self._request("GET", path.encode(), headers, b""))
         try:
             await response.aread()
@@ -145,14 +150,17 @@ class PassThrough:
         dropped = {b"host", b"expect"}  # the proxy itself has told the client to go on
         if length is not None:
             dropped.add(b"content-length")
-        if self.key or self.keeps_key:
-            dropped.add(b"authorization")
+        if self.keeps_key:
+            dropped |= {b"authorization", b"x-api-key"}
         headers = [(name, value) for name, value in passed_on(given) if name.lower() not in dropped]
-        if self.key:
-            headers.append((b"authorization", f"Bearer {self.key}".encode()))
+        if self.keeps_key:
+            headers += self._own_key()
         if length:
             headers.append((b"content-length", str(length).encode()))
         return headers
+
+    def _own_key(self) -> list[Header]:
+        return [(b"authorization", f"Bearer {self.key}".encode())] if self.key else []
 
     def _request(
         self, method: str, path: bytes, headers: list[Header], content: bytes | AsyncIterator[bytes]
@@ -177,6 +185,11 @@ class PassThrough:
         if isinstance(error, httpx2.TimeoutException):
             return UpstreamError(504, "upstream_timeout", f"{where} was silent for {self.seconds:g} seconds")
         return UpstreamError(502, "upstream_broke_off", f"{where} {what}: {error or type(error).__name__}")
+
+
+def authorization(headers: Iterable[Header]) -> list[Header]:
+    """Those by which a client says who it is."""
+    return [(name, value) for name, value in headers if name.lower() in (b"authorization", b"x-api-key")]
 
 
 def passed_on(headers: Iterable[Header]) -> list[Header]:

@@ -22,7 +22,7 @@ from dynlora_cli.errors import DynloraError
 from dynlora_cli.serving.access import SECONDS_TO_SEND
 from dynlora_cli.serving.body import Body, NoTextError
 from dynlora_cli.serving.choosing import Choice, Chooser
-from dynlora_cli.serving.pass_through import Header, PassThrough, UpstreamError, passed_on, send_error, send_json
+from dynlora_cli.serving.pass_through import Header, PassThrough, UpstreamError, send_error, send_json
 from dynlora_cli.serving.upstreams import AUTO, CannotError, Upstream, ask
 
 MODELS = "/v1/models"
@@ -124,9 +124,8 @@ class Proxy:
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The upstream's list with `auto` in it, or `auto` alone."""
-        given = [(name, value) for name, value in passed_on(scope["headers"]) if name in (b"authorization",)]
         try:
-            response = await self.through.get(MODELS, () if self.through.key or self.through.keeps_key else given)
+            response = await self.through.get(MODELS, scope["headers"])
         except UpstreamError as error:
             await send_error(send, error.status, error.message, error.code)
             return

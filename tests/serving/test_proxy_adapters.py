@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import httpx2
 import pytest
+from hand_made_library import APART, Places, library
 from openai import OpenAI
 from proxy_helpers import (
     CHAT,
@@ -17,6 +19,8 @@ from proxy_helpers import (
     reply,
 )
 
+from dynlora_cli.routing.router import Asked, Context, open_router
+from dynlora_cli.serving.choosing import Chooser
 from dynlora_cli.serving.proxy import MODELS
 from dynlora_cli.serving.upstreams import Upstream
 
@@ -78,7 +82,7 @@ def test_an_upstream_that_refuses_a_key_says_so_itself():
     [
         ({}, [b"Bearer tenant"]),
         ({"keeps_key": True}, []),
-        ({"key": "own"}, [b"Bearer own"]),
+        ({"key": "own"}, [b"Bearer tenant"]),
         ({"key": "own", "keeps_key": True}, [b"Bearer own"]),
     ],
 )
@@ -88,6 +92,33 @@ def test_whose_key_reaches_the_upstream(options, arrives):
         post(address, asked("law"), headers={"Authorization": "Bearer tenant"})
         httpx2.get(address + "/health", headers={"Authorization": "Bearer tenant"}, trust_env=False)
     assert [each.header("authorization") for each in fake.received] == [arrives, arrives]
+
+
+def test_nobody_gets_in_with_the_proxys_own_key_for_the_upstream():
+    """It is for the proxy's own questions, unless the proxy asks its clients for a key."""
+    fake = FakeUpstream()
+    for keeps_key, arrives in ((False, []), (True, [b"Bearer own"])):
+        with proxied(fake, key="own", keeps_key=keeps_key) as (address, _):
+            fake.answers = {MODELS: lambda _s, _r, send: reply(send, 200, {"data": []})}
+            httpx2.get(address + MODELS, trust_env=False)
+            httpx2.post(address + CHAT, json=asked("law"), trust_env=False)
+        assert [each.header("authorization") for each in fake.received] == [arrives, arrives]
+        fake.received, fake.answers = [], {}
+
+
+def test_a_calibrated_library_decides(tmp_path):
+    places = {"of law": (1, 0.1, 0), "of neither": (0, 0, 1)}
+    context = Context(library=library(tmp_path / "lib", APART), encoder=Places(places))
+    router = open_router("calibrated", context)
+    fake = FakeUpstream()
+    with proxied(fake, wanted=["law", "news"]) as (address, proxy):
+        proxy.chooser = Chooser(lambda texts: router.decide([Asked(text) for text in texts]))
+        law, neither = (post(address, asked(text)) for text in places)
+    assert [each.form["model"] for each in fake.received] == ["law", "the-base"]
+    assert re.fullmatch(
+        r"law: confidence 0\.99, evidence \d\.\d+ \(needed: more than .*\)", law.headers["x-dynlora-decision"]
+    )
+    assert neither.headers["x-dynlora-decision"].startswith("base: the most likely is ")
 
 
 def test_the_openai_client():
