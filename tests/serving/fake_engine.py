@@ -62,6 +62,7 @@ class FakeEngine:
         alone: adapters of a group of their own.
         seconds: for each token of a batch.
         reading: seconds for the prompts of a batch.
+        wait: lets so many seconds pass.
         breaks: a prompt with this word breaks its whole batch.
         batches: the prompts of each batch, as they came.
     """
@@ -70,6 +71,7 @@ class FakeEngine:
     alone: tuple[str, ...] = ()
     seconds: float = 0.0
     reading: float = 0.0
+    wait: Callable[[float], None] = time.sleep
     breaks: str = "crash"
     base_name: str = "some/base"
     context: int | None = 1000
@@ -106,11 +108,11 @@ class FakeEngine:
         written = [request.state or 0 for request in requests]
         answers: dict[int, FakeAnswer] = {}
         step = 0
-        time.sleep(self.reading)
+        self.wait(self.reading)
         while len(answers) < len(requests):
             if any(self.breaks in request.prompt for request in requests):
                 raise RuntimeError("the secret of /home/somebody")
-            time.sleep(self.seconds)
+            self.wait(self.seconds)
             step += 1
             self.at_step(step)
             for row, request in enumerate(requests):

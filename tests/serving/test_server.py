@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -280,11 +279,9 @@ def test_a_new_request_does_not_wait_for_a_long_answer():
     with serving(FakeEngine(seconds=0.005, alone=("b",))) as server, ThreadPoolExecutor(2) as pool:
         long = pool.submit(server.ask, "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 900})
         server.until(lambda: server.worker.running == 1)
-        began = time.monotonic()
         for model in ("a", "b"):  # one joins the batch, the other interrupts it
             assert server.ask("/v1/completions", {"model": model, "prompt": "y", "max_tokens": 4})[0] == 200
         assert not long.done()
-        assert time.monotonic() - began < 3.0
         assert long.result()[1]["choices"][0]["text"] == answer_of("a", "x", 900)
 
 

@@ -7,12 +7,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_engine import FakeAnswer, FakeEngine, FakeRequest, answer_of
 
 from dynlora_cli.decoding.sampling import Sampling
+from dynlora_cli.serving import worker as serving_worker
 from dynlora_cli.serving.jobs import Event, Failed, Finished, Job, Piece, Prepared
 from dynlora_cli.serving.refusals import Refusal
 from dynlora_cli.serving.worker import SLICE_TO_JOIN, Worker
@@ -117,16 +119,19 @@ def test_a_newcomer_joins_a_running_batch():
     assert SLICE_TO_JOIN < 100
 
 
-def test_where_reading_takes_long_a_batch_pauses_seldom():
+def test_where_reading_takes_long_a_batch_pauses_seldom(monkeypatch: pytest.MonkeyPatch):
     """Newcomers all the time, and prompts that take as long as 50 tokens: no more is spent on reading than on writing."""
-    engine = FakeEngine(seconds=0.001, reading=0.05)
+    passed = [0.0]
+    monkeypatch.setattr(serving_worker, "time", SimpleNamespace(monotonic=lambda: sum(passed)))
+    engine = FakeEngine(seconds=0.001, reading=0.05, wait=passed.append)
     worker = Worker(engine, max_queue=500, max_batch=40)
     long, heard = job("long", "a", 400)
     worker.submit([long])
     engine.at_step = lambda step: worker.submit([job("new", "b", 20)[0]]) if step % 15 == 0 else None
     worker.run(lambda: bool(heard) and isinstance(heard.last, Finished), grace=60.0)
     assert heard.text == answer_of("a", "long", 400)
-    assert 3 <= len(engine.batches) <= 13  # 400 // 16 without a limit
+    slices = len(engine.batches) - 1  # the last newcomers are answered behind it
+    assert 400 // 51 <= slices <= 400 // 50 + 1
 
 
 def test_a_short_answer_is_told_before_its_long_neighbour_ends():
