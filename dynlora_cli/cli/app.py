@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dynlora_cli import __version__
+from dynlora_cli.cli.chat import chat
 from dynlora_cli.cli.doctor import doctor
 from dynlora_cli.cli.eval import evaluate
 from dynlora_cli.cli.export import export
@@ -59,6 +60,7 @@ app.command()(export)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(chat)
 app.add_typer(library)
 app.command()(serve)
 app.command()(init)

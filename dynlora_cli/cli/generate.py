@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -111,9 +111,9 @@ def generate(
     out, stdin = sys.stdout, sys.stdin
     with reporting(as_json, lines=True):
         sampling = sampling_of(context)
-        uses, options = _uses(use or [], router, set_ or [], compare), set_ or []
-        folders = _folders(adapter or [], library, base)
-        _check(folders, library, base, router, options, uses)
+        uses, options = uses_of(use or [], router, set_ or [], compare), set_ or []
+        folders = folders_of(adapter or [], library, base)
+        check_named(folders, library, base, router, options, uses)
         if prompt is None:
             raise UsageError("there is no prompt", 'such as: dynlora generate "Once upon a time"; - reads stdin')
         from dynlora_cli.generation.prompts import read_prompts
@@ -146,13 +146,18 @@ def sampling_of(context: typer.Context) -> Sampling:
     """
     from dynlora_cli.decoding.sampling import Sampling
 
+    return Sampling.of(**settings_of(context))
+
+
+def settings_of(context: typer.Context) -> dict[str, Any]:
+    """What a person has said of how answers are written, as `Sampling.of` takes it."""
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-    given = {name: context.params[name] for name in names}
-    stops = context.params["stop_strings"] or ()
-    return Sampling.of(do_sample=context.params["do_sample"] or None, stop_strings=stops, **given)
+    given = {name: context.params[name] for name in names if context.params[name] is not None}
+    given |= {"do_sample": True} if context.params["do_sample"] else {}
+    return given | ({"stop_strings": tuple(stops)} if (stops := context.params["stop_strings"]) else {})
 
 
-def _uses(uses: list[str], router: str | None, options: Sequence[str], compare: bool) -> list[str]:
+def uses_of(uses: list[str], router: str | None, options: Sequence[str], compare: bool) -> list[str]:
     """Who answers; naming a router means that it decides.
 
     Raises:
@@ -169,7 +174,7 @@ def _uses(uses: list[str], router: str | None, options: Sequence[str], compare: 
     return uses
 
 
-def _folders(adapters: list[Path], library: Path | None, base: str | None) -> list[Path]:
+def folders_of(adapters: list[Path], library: Path | None, base: str | None) -> list[Path]:
     """The adapters' folders; the newest run where nothing is named.
 
     Raises:
@@ -184,7 +189,7 @@ def _folders(adapters: list[Path], library: Path | None, base: str | None) -> li
     return [] if base else [NEWEST_BELOW]
 
 
-def _check(
+def check_named(
     folders: Sequence[Path],
     library: Path | None,
     base: str | None,

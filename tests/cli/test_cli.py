@@ -73,6 +73,7 @@ def as_one_line(text: str) -> str:
         "inspect",
         "eval",
         "generate",
+        "chat",
         "init",
         "doctor",
         "library",
