@@ -41,6 +41,7 @@ WALK = [
     "howto/merge.md",
     "howto/export.md",
     "howto/library.md",
+    "howto/talk.md",
     "howto/routing-proxy.md",
     "updates.md",
 ]
