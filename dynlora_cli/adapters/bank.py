@@ -25,6 +25,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.multi import Choice, MultiLinear, TokenGates
 from dynlora_cli.text import did_you_mean
 
+Part = tuple[int, Tensor, Tensor]  # an adapter's column, and its a [C, I] and b [O, C] in a layer
 Mix = Mapping[str, float]  # weights by the names of adapters; {} is the base
 LARGEST = 1e12  # number of a component that may meet other requests; products with inputs stay far from fp32's end
 
@@ -59,8 +60,7 @@ class Bank:
         self._surveyed: dict[str, str | None] = {}  # layers, and what is wrong with their rows
         self._rounding = 0.0
         try:
-            for name, adapter in adapters.items():
-                self._take(name, adapter)
+            self._take(adapters)
             self._check(adapters)
         except BaseException:
             self.close()
@@ -85,7 +85,7 @@ class Bank:
         Raises:
             UsageError: there is one of that name, or it does not fit the model.
         """
-        self._take(name, adapter)
+        self._take({name: adapter})
         self._check({name: adapter})
 
     def remove(self, name: str) -> None:
@@ -229,21 +229,28 @@ class Bank:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _take(self, name: str, adapter: Adapter) -> None:
+    def _take(self, adapters: Mapping[str, Adapter]) -> None:
+        """Hold the components of adapters; each layer is made once, however many they are."""
         self._refuse_use("added")
-        if name in self.names:
-            raise UsageError(f"there is an adapter {name} already", "give this one another name, or remove that one")
+        for name in adapters:
+            if name in self.names:
+                raise UsageError(
+                    f"there is an adapter {name} already", "give this one another name, or remove that one"
+                )
         with self._plain():
-            reason = why_alone(self.model, adapter)
-        column = len(self.names)
-        self.names.append(name)
-        if reason:
-            self.alone[name], self._alone[name] = reason, adapter
-            return
-        for layer, factors in adapter.layers.items():
-            if factors.rank:
-                held = _parts(self.layers[layer]) if layer in self.layers else []
-                self._hold(layer, [*held, (column, factors.a_CI, factors.b_OC)])
+            reasons = {name: why_alone(self.model, adapter) for name, adapter in adapters.items()}
+        new: dict[str, list[Part]] = {}
+        for column, (name, adapter) in enumerate(adapters.items(), start=len(self.names)):
+            self.names.append(name)
+            if reason := reasons[name]:
+                self.alone[name], self._alone[name] = reason, adapter
+                continue
+            for layer, factors in adapter.layers.items():
+                if factors.rank:
+                    new.setdefault(layer, []).append((column, factors.a_CI, factors.b_OC))
+        for layer, parts in new.items():
+            held = _parts(self.layers[layer]) if layer in self.layers else []
+            self._hold(layer, [*held, *parts])
 
     def _refuse_use(self, done: str) -> None:
         if self._active:
@@ -255,7 +262,7 @@ class Bank:
             raise UsageError(f"there is no adapter {name}{did_you_mean(name, self.names)}", there_are)
         return self.names.index(name)
 
-    def _hold(self, name: str, parts: list[tuple[int, Tensor, Tensor]]) -> None:
+    def _hold(self, name: str, parts: list[Part]) -> None:
         """Let a layer hold these components. It is put on the model for the first, and taken off with the last."""
         layer = self.layers.get(name)
         if layer is None:
@@ -311,7 +318,7 @@ def _layer_alone(model: PreTrainedModel, adapter: Adapter, name: str) -> str | N
     return None
 
 
-def _parts(layer: MultiLinear) -> list[tuple[int, Tensor, Tensor]]:
+def _parts(layer: MultiLinear) -> list[Part]:
     """The components that a layer holds, as `MultiLinear.hold` takes them."""
     places = zip(layer.adapters, layer.slices, strict=True)
     return [(column, layer.a_RI[part], layer.b_OR[:, part]) for column, part in places]

@@ -149,18 +149,18 @@ class MultiLinear(nn.Module):
         Raises:
             ValueError: the rows of x cannot be told apart by request.
         """
+        choice = self.choice
+        plan = self._plan(choice.mixes) if choice.gates is None else None
+        if plan is not None and plan.in_place(x):
+            y = plan.product(x)
+            plan.add_to(y, x)
+            return y
         y = self.base(x)
         if y.requires_grad:
             forget_input(self.base, y)
-        choice = self.choice
         if choice.gates is not None:
             return self._routed(y, x, choice.gates) if self.adapters else y
-        plan = self._plan(choice.mixes)
         if plan is None:
-            return y
-        owned = plan.in_place and not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
-        if owned and y.dtype == x.dtype == plan.a_RI.dtype:
-            plan.add_to(y, x)
             return y
         return y + plan.update(self._input(x), plan.tokens(x)).view(y.shape).to(y.dtype)
 
@@ -168,10 +168,12 @@ class MultiLinear(nn.Module):
         """How to compute for these mixes; None where they use nothing of this layer."""
         if mixes is None:
             return None
-        if self not in mixes.plans or mixes.trained:  # each graph has gates of its own
+        plan = mixes.plans.get(self, mixes)
+        if plan is mixes or mixes.trained:  # not made yet; where weights train, each graph has gates of its own
             with torch.inference_mode(False):
-                mixes.plans[self] = None if mixes.used.isdisjoint(self.adapters) else Plan(self, mixes)
-        return mixes.plans[self]
+                plan = None if mixes.used.isdisjoint(self.adapters) else Plan(self, mixes)
+            mixes.plans[self] = plan
+        return plan
 
     def _input(self, x: Tensor) -> Tensor:
         """The rows of x, [N, I], in the type that components compute in."""

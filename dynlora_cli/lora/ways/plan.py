@@ -24,17 +24,15 @@ import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dynlora_cli.kernels.fused_lora import thin_product
 from dynlora_cli.lora.ways.mixes import Mixes
 from dynlora_cli.models.linear import fusable, is_plain
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # What a call of torch and of BLAS costs beside its sums, as multiplications that take as long: on a CPU for each
 # thread, measured by scripts/bench/serving/mixed_batch.py --ways; for a GPU a guess from launch times.
@@ -136,15 +134,16 @@ class Plan:
         weight: of all of them in all requests, where `gates` is None.
         gates: of them, [B, R], or [1, R] where all requests have one mix.
         one_mix: whether they have.
-        in_place: whether what the base returns is nobody else's, and may be added to.
     """
 
     def __init__(self, layer: Held, mixes: Mixes) -> None:
         """Only for a layer that the batch uses."""
-        self.layer, self.mixes = layer, mixes
+        self.layer, self.mixes, self._base = layer, mixes, layer.base
         self.requests = len(mixes.weights_BE)
         self.one_mix = mixes.one
-        self.in_place = fusable(layer.base) and is_plain(layer.base)
+        # What the base returns is nobody else's then, and may be added to.
+        self._plain = is_plain(layer.base) and fusable(layer.base) and layer.base.weight.dtype == layer.a_RI.dtype
+        self._bare = type(layer.base) is nn.Linear and "forward" not in vars(layer.base)
         key = layer.device, layer.a_RI.dtype, *layer.places()
         if key not in mixes.layouts:
             mixes.layouts[key] = Layout(layer, mixes)
@@ -219,6 +218,24 @@ class Plan:
                 f"{self.layer.name} is given {tuple(x.shape)}, which are no rows of {self.requests} requests"
             )
         return rows // self.requests
+
+    def in_place(self, x: Tensor) -> bool:
+        """Whether the components' share can be added to what the base makes of x, by `product` and `add_to`."""
+        base = self._base
+        return (
+            self._plain
+            and x.dtype == self.a_RI.dtype
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
+            and not (base._forward_hooks or base._forward_pre_hooks)
+        )
+
+    def product(self, x: Tensor) -> Tensor:
+        """What the base makes of x. Calling a module costs as much as a small product, and there are no hooks here."""
+        if self._bare:
+            own = self._base._parameters
+            return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+        product: Tensor = self._base(x)
+        return product
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add what the components make of x [..., I] to y [..., O], in place."""

@@ -1,6 +1,7 @@
 """What does a batch cost whose rows use different adapters? Against the base alone, one adapter after another, and PEFT.
 
     python scripts/bench/serving/mixed_batch.py          # writes mixed_batch.jsonl; about ten minutes on one core
+    python scripts/bench/serving/mixed_batch.py --models wide --adapters 2     # measures these lines anew
     python scripts/bench/serving/mixed_batch.py --ways   # one layer, each way to compute it; prints a table
 
 Rows use k adapters in random order (rank 8, every linear layer but the head); a batch has max(8, k) rows. Prefill is 128 tokens
@@ -226,13 +227,16 @@ def main() -> None:
     if options.ways:
         ways()
         return
-    with Path(__file__).with_suffix(".jsonl").open("w", encoding="utf-8") as file:
-        for name in options.models:
-            for count in options.adapters:
-                for line in measure(name, count, options.rounds):
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    print(line, flush=True)
+    path = Path(__file__).with_suffix(".jsonl")
+    for name in options.models:
+        for count in options.adapters:
+            new = list(measure(name, count, options.rounds))
+            old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+            kept = [line for line in old if (line["model"], line["adapters"]) != (name, count)]
+            lines = sorted(kept + new, key=lambda line: (line["model"], line["phase"], line["adapters"]))
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            for line in new:
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
