@@ -31,14 +31,15 @@ CARDS = [
 ]
 
 
-@pytest.fixture
-def library(made: Made, tmp_path: Path) -> Path:
-    """A library whose keys were made by a model that is not its base."""
-    encoder = shutil.copytree(made.base, tmp_path / "encoder")
+@pytest.fixture(scope="module")
+def library(made_once: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library whose keys were made by a model that is not its base; not to be changed."""
+    folder = tmp_path_factory.mktemp("own-encoder")
+    encoder = shutil.copytree(made_once.base, folder / "encoder")
     with quiet:
-        for name, adapter in (("first", made.run), ("other", made.other)):
-            add(tmp_path / "own", Addition(adapter, name=name, data=made.rows, encoder=str(encoder)), silent)
-    return tmp_path / "own"
+        for name, adapter in (("first", made_once.run), ("other", made_once.other)):
+            add(folder / "own", Addition(adapter, name=name, data=made_once.rows, encoder=str(encoder)), silent)
+    return folder / "own"
 
 
 @contextmanager
@@ -60,6 +61,7 @@ def started(*arguments: object, **environment: str) -> Iterator[tuple[subprocess
             process.kill()
 
 
+@pytest.mark.slow
 def test_it_finds_its_adapters_routes_and_ends(library: Path, made: Made, tmp_path: Path):
     made.base.rename(tmp_path / "gone")  # the base is the upstream's
     try:
@@ -93,6 +95,7 @@ def messages(text: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}]}
 
 
+@pytest.mark.slow
 def test_a_fixed_router_keys_and_ctrl_c(library: Path):
     fake = FakeUpstream(cards=CARDS)
     keys = {"DYNLORA_API_KEY": "mine", "DYNLORA_UPSTREAM_API_KEY": "theirs"}
