@@ -1,7 +1,13 @@
 """What a variant is: a file in lora/variants/ with these names.
 
 has_components = True
-    False: everything of the base model trains; rank and pruning do not apply, and the names below are not needed.
+    False: everything of the base model trains, or a router; rank and pruning do not apply, and the names below are not
+    needed.
+
+routes = True
+    With has_components = False: a router over the adapters of `adapter.library` trains. The file has a class `Gates`
+    under lora/routers/gates.py: what a token takes of each adapter in a layer. own_rows = True: each adapter's numbers
+    learn from the rows of that adapter alone.
 
 takes = ("alpha", "dropout", ...)
     Which of the settings alpha, dropout, penalty, freeze_a and lora_plus_ratio mean something here; the others are

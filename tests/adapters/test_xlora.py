@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from cli_helpers import Dynlora
 from safetensors.torch import load_file, save_file
 from tiny_run import NAMES, make_library, model_folder, train
 from tiny_run import router_recipe as recipe_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
@@ -191,3 +192,14 @@ def test_the_classifier_is_all_that_trained(library: Path) -> None:
     assert load_file(library / "router/adapter_model.safetensors").keys() == {
         f"{PREFIX}layers.0.{name}" for name in ("weight", "bias")
     }
+
+
+def test_generate_writes_what_two_passes_without_a_cache_write(library: Path, dynlora: Dynlora) -> None:
+    folder = library / "router"
+    answer = dynlora("generate", "ones 3: ", "--adapter", folder, "--max-new-tokens", 12, "--json")
+    assert answer.code == 0, answer.err
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("ones 3: ", return_tensors="pt").input_ids
+    with ours(library, folder) as model:
+        written = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False)[0, ids.shape[1] :]
+    assert answer.json["text"] == tokenizer.decode(written, skip_special_tokens=True)

@@ -106,6 +106,14 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_as_it_would_have(library: P
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("variant", ROUTERS)
+@pytest.mark.parametrize("setting", ["train.gradient_checkpointing=true", "train.fused=false"])
+def test_how_a_step_is_run_does_not_change_what_is_learned(library: Path, variant: str, setting: str) -> None:
+    plain, _ = train(router_recipe(library, variant, "train.max_steps=3", out=f"{variant}-plain"), overwrite=True)
+    other, _ = train(router_recipe(library, variant, "train.max_steps=3", setting, out=f"{variant}-o"), overwrite=True)
+    assert other["loss_after"] == pytest.approx(plain["loss_after"], rel=1e-4)
+
+
 def test_the_best_is_kept_where_stopping_is_early(library: Path) -> None:
     recipe = router_recipe(
         library, "phatgoose", "eval.early_stopping_patience=1", "train.learning_rate=auto", out="best"
@@ -181,8 +189,9 @@ def test_the_rows_of_a_library_need_one() -> None:
     assert "builtin:library stands for rows of adapters named there" in found
 
 
-def test_a_dry_run_shows_the_adapters_and_estimates_the_memory(library: Path) -> None:
-    plan = dry_run.plan(router_recipe(library, "phatgoose"))
+@pytest.mark.parametrize("variant", ROUTERS)
+def test_a_dry_run_shows_the_adapters_and_estimates_the_memory(library: Path, variant: str) -> None:
+    plan = dry_run.plan(router_recipe(library, variant, out="planned"))
     assert {f"adapter {name}" for name in NAMES} <= plan["parameters"].keys()
     assert 0 < plan["memory"]["adapter"] < 1 << 20
 
