@@ -216,6 +216,23 @@ def test_auto_is_decided_by_the_librarys_router(server: ServerProcess, served: S
 
 
 @pytest.mark.slow
+def test_auto_does_not_choose_what_is_unloaded(server: ServerProcess):
+    """The router chooses among what is loaded, also where its library has more."""
+    client = server.client()
+
+    def chosen() -> set[str]:
+        answers = [client.completions.create(model="auto", prompt=prompt, max_tokens=2) for prompt in PROMPTS[:8]]
+        return {answer.model for answer in answers}
+
+    before = chosen()
+    gone = sorted(before - {"base"})[0]
+    client.post("/unload_lora_adapter", body={"lora_name": gone}, cast_to=str)
+    assert gone not in chosen()
+    client.post("/load_lora_adapter", body={"lora_name": gone, "lora_path": gone}, cast_to=str)
+    assert chosen() == before
+
+
+@pytest.mark.slow
 def test_what_leaves_no_room_is_refused(server: ServerProcess):
     with pytest.raises(openai.BadRequestError, match="no room is left"):
         ask(server, "first", "x" * 200)
