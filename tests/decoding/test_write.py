@@ -282,3 +282,13 @@ def test_a_prompt_longer_than_the_encoder(t5: tuple[Any, Any]):
     with pytest.raises(UsageError, match="the model's context 4"):
         written(t5, rows(t5, PROMPTS[1:2], Sampling(3)), context=4)
     assert len(written(t5, rows(t5, PROMPTS[:1], Sampling(30)), context=9)[0].ids) <= 9
+
+
+def test_each_token_has_a_chance_of_its_own(tiny: tuple[Any, Any]):
+    """The same until the token has come: on some devices a step begins anew."""
+    (row,) = rows(tiny, PROMPTS[:1], Sampling(do_sample=True, seed=5))
+    generator = torch.Generator().manual_seed(5)
+    for token in (50, 60, 70):
+        expected = torch.rand((), generator=generator, dtype=torch.float64)
+        assert row.chance() == row.chance() == expected
+        row.take(token, 99)
