@@ -67,6 +67,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "share"), [("mole", 0.95), ("moa", 0.85), ("x-lora", 0.85)])
 def test_where_rows_need_one_adapter_each_a_router_beats_an_equal_share_of_all(
     apart: Path, variant: str, share: float
@@ -106,6 +107,7 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_as_it_would_have(library: P
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ROUTERS)
 @pytest.mark.parametrize("setting", ["train.gradient_checkpointing=true", "train.fused=false"])
 def test_how_a_step_is_run_does_not_change_what_is_learned(library: Path, variant: str, setting: str) -> None:
