@@ -43,12 +43,14 @@ class Spectrum:
         turn_KCC: S Vᵀ x is `turn_KCC @ h` of the candidate's own components.
         own_KC: numbers of these components; R where it has fewer than others.
         spread_KR: what a weight of a candidate is on each component.
+        even: the layer has the candidates' components alone, and of each as many.
     """
 
     arrow_KR: Tensor
     turn_KCC: Tensor
     own_KC: Tensor
     spread_KR: Tensor
+    even: bool
 
     def arrow(self, h_NR: Tensor) -> Tensor:
         """|v₁ · x| of each candidate. [N, K]"""
@@ -56,8 +58,11 @@ class Spectrum:
 
     def spectr(self, h_NR: Tensor) -> Tensor:
         """‖S Vᵀ x‖ of each candidate. [N, K]"""
-        padded = torch.cat([h_NR, h_NR.new_zeros(len(h_NR), 1)], 1)
-        own_NKC = padded[:, self.own_KC.flatten()].view(len(h_NR), *self.own_KC.shape)
+        if self.even:
+            own_NKC = h_NR.view(len(h_NR), *self.own_KC.shape)
+        else:
+            padded = torch.cat([h_NR, h_NR.new_zeros(len(h_NR), 1)], 1)
+            own_NKC = padded.index_select(1, self.own_KC.flatten()).view(len(h_NR), *self.own_KC.shape)
         return torch.einsum("nkc,kdc->nkd", own_NKC, self.turn_KCC).norm(dim=2)
 
 
@@ -147,7 +152,8 @@ def _spectrum(a_RI: Tensor, b_OR: Tensor, rows: Sequence[tuple[Tensor, Tensor]])
         if len(size_D) and size_D[0] > 0:  # an update of zeros reads nothing
             arrow_KR[row, own_C] = turn_DC[0] / size_D[0]
     spread_KR = torch.stack([weight_R for _, weight_R in rows])
-    return Spectrum(arrow_KR.float(), turn_KCC.float(), own_KC, spread_KR.float())
+    even = own_KC.flatten().tolist() == list(range(ranks))
+    return Spectrum(arrow_KR.float(), turn_KCC.float(), own_KC, spread_KR.float(), even)
 
 
 def _turned(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,16 @@ def test_adapters_of_any_ranks_and_layers_are_weighed_as_dense_updates_are(how: 
     assert (truth - plain).abs().max() > 0.1 * plain.abs().max()  # what is compared is more than the base
 
 
+@pytest.mark.parametrize("how", [("spectr", "top_k=2"), ("lag", "top_k=2")], ids=" ".join)
+def test_of_equal_ranks_no_component_is_looked_for(how: tuple[str, ...]):
+    model = a_model()
+    adapters = {f"a{n}": an_adapter(model, n, ranks=(3, 3)) for n in range(4)}
+    with Bank(model, adapters) as bank:
+        inner: Any = opened(bank, *how).inner
+        assert all(inner.spectrum(layer).even for layer in bank.layers.values())
+    assert_close_to_truth(routed_logits(model, adapters, *how), true_logits(model, adapters, RULES[how]), terms=TERMS)
+
+
 def layer_and_input(bank: Bank, name: str = "model.layers.0.self_attn.q_proj") -> tuple[Any, Tensor, Tensor]:
     layer = bank.layers[name]
     x_NI = 3 * torch.randn(200, layer.in_features, generator=torch.Generator().manual_seed(5))
