@@ -42,6 +42,7 @@ WALK = [
     "howto/export.md",
     "howto/library.md",
     "howto/talk.md",
+    "howto/routing.md",
     "howto/routing-proxy.md",
     "updates.md",
 ]
@@ -307,7 +308,7 @@ def shorter(words: list[str]) -> list[str]:
     less = {"eval": ["--max-samples", "24", "--generate", "2"], "prune": ["--max-samples", "24"]}.get(words[0], [])
     if words[0] == "train" and "--dry-run" not in words:
         return [*words, "--set", "train.max_steps=12", "--set", "eval.max_samples=24"]
-    if "--library" in words:
+    if {"--library", "--router"} & set(words):
         less = less[:2]
     given = {word for word in words if word.startswith("--")}
     pairs = zip(less[::2], less[1::2], strict=True)
