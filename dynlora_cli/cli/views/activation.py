@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +18,7 @@ from dynlora_cli.library.library import REPORT
 from dynlora_cli.library.report import tiles
 from dynlora_cli.text import counted, number, percent
 
+LONGEST_HEAD = 14  # characters of a column's head
 LONGEST_TEXT = 100  # characters of a request or a key
 
 
@@ -80,11 +81,13 @@ def _why(decision: Mapping[str, Any]) -> str:
 def _losses(report: Mapping[str, Any]) -> Table:
     """A line for each set of rows, and one for all."""
     newest = report["newest"]
-    heads = ["rows", "", "base", *([f"always {newest}"] if newest else []), _who(report), "best choice"]
-    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="label")
-    for head in (*heads, "activated", "right", "false"):
-        table.add_column(printable(head), justify="left" if head == "rows" else "right", no_wrap=True)
-    every = {"source": "all", **report["all"], "false_activations": report["false_activations"], "right": None}
+    heads = ["rows", "", "base", *([f"always {newest}"[:LONGEST_HEAD]] if newest else []), _who(report), "best choice"]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="label")
+    for head in (*heads, "activated", "false"):
+        side: Literal["left", "right"] = "left" if head == "rows" else "right"
+        # Names are cut before numbers are.
+        table.add_column(printable(head), justify=side, no_wrap=True, max_width=None if side == "right" else 20)
+    every = {"source": "all", **report["all"], "false_activations": report["false_activations"]}
     sets = [*report["sets"], every]
     for one in sets if len(report["sets"]) > 1 else sets[:1]:
         table.add_row(
@@ -95,7 +98,6 @@ def _losses(report: Mapping[str, Any]) -> Table:
             Text(number(one["routed"]), style="head"),
             number(one["oracle"]),
             percent(1 - one["active"].get("base", 0.0)),
-            percent(one["right"]),
             percent(one["false_activations"]),
         )
     return table
@@ -112,6 +114,10 @@ def _active(console: Console, report: Mapping[str, Any]) -> None:
     shares = (f"{name} {percent(share)}" for name, share in report["all"]["active"].items())
     weighed = "average weight" if report["unit"] == "token" else "active"
     console.line(f"{weighed} on {counted(report['all']['rows'], 'row')}: {printable(', '.join(shares))}")
+    right = [(one["origin"], one["right"]) for one in report["sets"] if one["origin"] not in (None, "unrelated")]
+    if right:
+        shares = (f"{name} {percent(share)}" for name, share in right)
+        console.line(f"of its own rows each adapter had: {printable(', '.join(shares))}")
     best = min(
         ((loss, name) for name, loss in report["all"]["losses"].items() if name not in ("base", "library")),
     )
