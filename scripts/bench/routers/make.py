@@ -49,6 +49,7 @@ class Study:
         seeds: of training.
         rows: test rows of each task at most.
         router_steps: of a trained router, on the rows of all adapters.
+        tasks: that adapters are trained for.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Study:
     rows: int
     max_length: int = 128
     router_steps: int = 200
+    tasks: tuple[str, ...] = TASKS
 
     def folder(self, work: Path, seed: int) -> Path:
         return work / f"{self.name}-{seed}"
@@ -73,18 +75,20 @@ def study_of(model: Path | None) -> Study:
     """The main study, or a shorter one with another model."""
     if model is None:
         return SMALL
-    return Study(model.name, model.resolve(), 12, 4, 1e-3, 5e-4, (0,), 8, max_length=96, router_steps=24)
+    return Study(
+        model.name, model.resolve(), 12, 4, 1e-3, 5e-4, (0,), 8, max_length=96, router_steps=24, tasks=TASKS[:6]
+    )
 
 
 def names(study: Study) -> tuple[str, ...]:
     """Adapters that are trained."""
     pairs = [name for pair in PAIRS.values() for name in pair] if study is SMALL else []
-    return (*TASKS, *pairs, JOINT)
+    return (*study.tasks, *pairs, JOINT)
 
 
 def recipe(study: Study, name: str, seed: int, rate: float | None, out: Path, work: Path) -> dict[str, Any]:
     """Of one run."""
-    tasks = TASKS if name == JOINT else (name,)
+    tasks = study.tasks if name == JOINT else (name,)
     folders = [prepare(task, work) for task in tasks]
     return {
         "model": {"name_or_path": str(study.model), "dtype": "float32"},
@@ -134,14 +138,14 @@ def run_of(form: dict[str, Any]) -> Path:
 
 def train_router(study: Study, variant: str, seed: int, work: Path) -> Path:
     """The folder of a router over the adapters of all tasks, which is trained if it is not there."""
-    adapters = [str(train(study, name, seed, work)) for name in TASKS]
+    adapters = [str(train(study, name, seed, work)) for name in study.tasks]
     changes = {
         "dataset": {"train": ["builtin:library"]},
         "adapter": {"variant": variant, "library": adapters},
         "rank": {},
         "output_dir": str(study.folder(work, seed) / f"router {variant}"),
     }
-    form = recipe(study, TASKS[0], seed, None, Path("out"), work) | changes
+    form = recipe(study, study.tasks[0], seed, None, Path("out"), work) | changes
     form["train"] |= {"max_steps": study.router_steps, "learning_rate": "auto"}
     return run_of(form)
 
@@ -172,7 +176,7 @@ def library(study: Study, tasks: Sequence[str], encoder: str, seed: int, work: P
     shutil.rmtree(root, ignore_errors=True)
     with remembering(work / f"{study.name}-vectors", study.folder(work, seed) / "losses of val"):
         if name.startswith(WITHOUT):
-            shutil.copytree(library(study, TASKS, encoder, seed, work, "all"), root)
+            shutil.copytree(library(study, study.tasks, encoder, seed, work, "all"), root)
             with library_for_writing(root) as kept:
                 kept.remove(name.removeprefix(WITHOUT))
         else:
@@ -273,14 +277,14 @@ def quiet(line: str) -> None:
 def libraries(study: Study, seed: int) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Name, adapters and encoder of each library."""
     for encoder in ENCODERS:
-        yield "all", TASKS, encoder
+        yield "all", study.tasks, encoder
     if study is SMALL:
         for name, pair in PAIRS.items():
             for encoder in ENCODERS:
                 yield name, pair, encoder
     if study is SMALL and seed == study.seeds[0]:
-        for left in TASKS:
-            yield WITHOUT + left, tuple(task for task in TASKS if task != left), "minilm"
+        for left in study.tasks:
+            yield WITHOUT + left, tuple(task for task in study.tasks if task != left), "minilm"
 
 
 def main() -> int:

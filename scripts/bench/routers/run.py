@@ -42,7 +42,7 @@ from make import (
 )
 from make import library as calibrated_library
 from router_measures import BASE, Floats, Ground, Outcome, Watched, by_token, timed, watched_losses
-from router_rows import PAIRS, STRANGERS, TASKS
+from router_rows import PAIRS, STRANGERS
 from router_tables import page
 
 from dynlora_cli.adapters.attach import attached
@@ -69,7 +69,7 @@ class Bench:
         self.study, self.seed, self.work, self.results = study, seed, work, results
         self.lines = read_lines(results)
         pairs = [name for pair in self.pairs.values() for name in pair]
-        self.ground = Ground(study, {name: train(study, name, seed, work) for name in (*TASKS, *pairs)}, work)
+        self.ground = Ground(study, {name: train(study, name, seed, work) for name in (*study.tasks, *pairs)}, work)
         self.kept: dict[str, dict[str, float]] = {}
         self.encoders: dict[str, Encoder] = {}
 
@@ -116,13 +116,13 @@ class Bench:
 
     def parts(self) -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
         """Part, name of its library, adapters, and the tasks whose rows are asked."""
-        yield ALL, "all", TASKS, TASKS
-        yield OTHERS, "all", TASKS, STRANGERS
+        yield ALL, "all", self.study.tasks, self.study.tasks
+        yield OTHERS, "all", self.study.tasks, STRANGERS
         for name, pair in self.pairs.items():
             yield name, name, pair, pair
         if self.study is SMALL and self.seed == SMALL.seeds[0]:
-            for left in TASKS:
-                yield OUT, WITHOUT + left, tuple(task for task in TASKS if task != left), (left,)
+            for left in self.study.tasks:
+                yield OUT, WITHOUT + left, tuple(task for task in self.study.tasks if task != left), (left,)
 
     def marks(self) -> None:
         """Base, own adapter, uniform mix, and one adapter for all."""
@@ -139,7 +139,7 @@ class Bench:
     def joint(self) -> None:
         """The adapter for all tasks, where it is trained."""
         folder = self.study.folder(self.work, self.seed) / JOINT
-        asked = [(ALL, task) for task in TASKS] + [(OTHERS, task) for task in STRANGERS]
+        asked = [(ALL, task) for task in self.study.tasks] + [(OTHERS, task) for task in STRANGERS]
         missing = [(part, task) for part, task in asked if not self.has(part, JOINT, "", task)]
         if not missing or not (folder / "took.json").is_file():
             return
@@ -236,7 +236,7 @@ class Bench:
         if self.has("time", name, ""):
             return
         base = [timed(lambda one=one: self.ground.forward(one.ids)) for one in self.ground.timed_requests]
-        with self.ground.bank(TASKS) as bank, bank.active([{TASKS[0]: 1.0}]):
+        with self.ground.bank(self.study.tasks) as bank, bank.active([{self.study.tasks[0]: 1.0}]):
             single = [timed(lambda one=one: self.ground.forward(one.ids)) for one in self.ground.timed_requests]
         with adapter.put_on(self.ground.base.model):
             routed = [timed(lambda one=one: self.ground.forward(one.ids)) for one in self.ground.timed_requests]
@@ -249,12 +249,12 @@ class Bench:
         """What a request costs beside a pass of the base over its prompt; by token, what the pass takes longer."""
         if self.has("time", called, setting):
             return
-        root = calibrated_library(self.study, TASKS, encoder, self.seed, self.work, "all")
+        root = calibrated_library(self.study, self.study.tasks, encoder, self.seed, self.work, "all")
         ground = self.ground
-        for task in TASKS:
+        for task in self.study.tasks:
             ground.rows(task)
         base = [timed(lambda one=one: ground.forward(one.ids)) for one in ground.timed_requests]
-        with ground.bank(TASKS) as bank:
+        with ground.bank(self.study.tasks) as bank:
             router = self.opened(name, bank, root, encoder, setting, kept=False)
             more = [self.overhead(bank, router, one) for one in ground.timed_requests]
         self.told_time(called, setting, more, base)
