@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,11 @@ from typing import Any
 from dynlora_cli.adapters.find import CONFIG, ROUTER, find_adapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
+from dynlora_cli.files.names import A_NAME, is_name
 from dynlora_cli.runs.folder import RECORD, read_record
 
 KEY = "adapter.library"
 LIBRARY = "library.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-A_NAME = "letters, digits, dots, hyphens and underscores, at most 64, a letter or digit first"
-
-
-def is_name(name: str) -> bool:
-    """Whether an adapter may be called so: it becomes the name of a folder."""
-    return NAME.fullmatch(name) is not None and not name.endswith(".")
 
 
 def find_members(folders: Sequence[str], out: Path) -> dict[str, Path]:

@@ -30,12 +30,12 @@ from transformers import PreTrainedModel
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.find import ROUTER, ROUTER_WEIGHTS, WEIGHTS
-from dynlora_cli.adapters.members import A_NAME, is_name
 from dynlora_cli.adapters.side_by_side import SideBySide
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.options import options, section
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, fits, read_object, refuse_links
+from dynlora_cli.files.names import A_NAME, is_name
 from dynlora_cli.files.whole import sha256_of, write_json
 from dynlora_cli.lora.routers.gates import Gates
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
-from dynlora_cli.adapters.members import A_NAME, is_name
 from dynlora_cli.adapters.routed import MEMBERS, MOST_MEMBERS, RoutedAdapter, read_numbers, write_members
 from dynlora_cli.config.options import options, section
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, fits, read_object, refuse_links
+from dynlora_cli.files.names import A_NAME, is_name
 from dynlora_cli.files.whole import write_json
 
 METHOD = "x-lora"

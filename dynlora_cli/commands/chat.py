@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from dynlora_cli.config.mix import AUTO
+from dynlora_cli.config.mix import AUTO, BASE
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.whole import write_text
 from dynlora_cli.generation.conversation import Turn, turns_to_skip
@@ -125,7 +125,7 @@ def converse(engine: Engine, session: Session, screen: Screen) -> Session:
 
 def _begin(engine: Engine, wanted: Wanted, start: Start) -> Session:
     """The session with who answers first."""
-    use = start.use or (AUTO if wanted.library is not None else next(iter(engine.names), "base"))
+    use = start.use or (AUTO if wanted.library is not None else next(iter(engine.names), BASE))
     session = Session(speaker_of(use, engine), settings=start.settings)
     session = replace(session, conversation=replace(session.conversation, system=start.system))
     assert session.sampling  # what was given goes together

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.config.mix import BASE
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.evaluation import generation
@@ -19,7 +20,7 @@ from dynlora_cli.evaluation.forgetting import compare_with_base, find_sets, othe
 from dynlora_cli.evaluation.lm_eval import Harness
 from dynlora_cli.evaluation.measure import Measure, has_answer
 from dynlora_cli.evaluation.options import Options
-from dynlora_cli.evaluation.report import BASE, Found, make_report, other_forms, side_by_side
+from dynlora_cli.evaluation.report import Found, make_report, other_forms, side_by_side
 from dynlora_cli.evaluation.rows import MICRO_BATCH, NothingHeldOutError, Rows, held_out_rows
 from dynlora_cli.models.load import CAUSAL, auto_name
 from dynlora_cli.models.place import Place

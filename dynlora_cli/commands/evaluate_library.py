@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynlora_cli.adapters.adapter import Adapter
+from dynlora_cli.config.mix import BASE
 from dynlora_cli.config.options import given
 from dynlora_cli.data.examples import Example, OneText
 from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.errors import UsageError
-from dynlora_cli.evaluation.report import BASE
+from dynlora_cli.evaluation.requests import RequestTexts
 from dynlora_cli.evaluation.rows import held_out_rows
 from dynlora_cli.evaluation.scores import paired_difference
 from dynlora_cli.generation.opening import Wanted as Adapters
@@ -29,7 +30,6 @@ from dynlora_cli.library.activation import Decision, calibration_of
 from dynlora_cli.library.answers import answers
 from dynlora_cli.library.library import Library
 from dynlora_cli.library.loaded import load, refuse_empty
-from dynlora_cli.library.requests import RequestTexts
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.routing.measure import AskedRows, Outcome, Setting, measure

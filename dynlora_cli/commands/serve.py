@@ -9,11 +9,12 @@ from typing import Any
 
 from dynlora_cli.config.mix import AUTO, BASE
 from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.execution.interrupt import Stop, interruptible
 from dynlora_cli.generation import engine as engines
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.serving.access import Guard
 from dynlora_cli.serving.app import State, make_app
-from dynlora_cli.serving.listen import Listener, Stop, address_of, asked_to_stop, bind, listening
+from dynlora_cli.serving.listen import HttpServer, address_of, bind, listening
 from dynlora_cli.serving.metrics import Metrics
 from dynlora_cli.serving.worker import Worker
 from dynlora_cli.text import counted
@@ -67,12 +68,12 @@ def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         address = address_of(door)
         state = _state(wanted, engine, tell)
         app = Guard(make_app(state), wanted.keys)
-        with asked_to_stop() as stop, listening(app, door) as listener:
-            turn = _Turn(stop, listener, state.worker, engine, tell)
+        with interruptible() as stop, listening(app, door) as server:
+            turn = _Turn(stop, server, state.worker, engine, tell)
             turn.tell_notes()
             tell(f"answers at {address}/v1; Ctrl-C ends it")
             state.worker.run(turn, grace=GRACE)
-    if listener.failed:
+    if server.failed:
         raise DynloraError("the HTTP server has ended by itself", "look at what it said above")
     if stop.by_keyboard:
         raise KeyboardInterrupt
@@ -116,13 +117,13 @@ class _Turn:
 
     Args:
         stop: whether somebody has asked for the end.
-        listener: the server may have ended by itself.
+        server: it may have ended by itself.
         worker, engine: have something to tell.
         tell: takes a line.
     """
 
-    def __init__(self, stop: Stop, listener: Listener, worker: Worker, engine: engines.Engine, tell: Tell) -> None:
-        self._stop, self._listener, self._worker, self._engine, self._tell = stop, listener, worker, engine, tell
+    def __init__(self, stop: Stop, server: HttpServer, worker: Worker, engine: engines.Engine, tell: Tell) -> None:
+        self._stop, self._server, self._worker, self._engine, self._tell = stop, server, worker, engine, tell
         self._said = False
         self._told: set[str] = set()
 
@@ -132,7 +133,7 @@ class _Turn:
             self._said = True
             if left := self._worker.waiting + self._worker.running:
                 self._tell(f"{counted(left, 'answer')} to be written still; once more ends at once")
-        return self._stop() or self._listener.failed
+        return self._stop() or self._server.failed
 
     def tell_notes(self) -> None:
         """The engine's notes, each once. They come with requests, so neither they nor our memory of them may grow."""

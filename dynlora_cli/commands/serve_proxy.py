@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx2
 
+from dynlora_cli.config.mix import AUTO
 from dynlora_cli.config.options import given
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
+from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.library.activation import Decision
 from dynlora_cli.library.library import Library
 from dynlora_cli.library.loaded import refuse_empty
@@ -21,10 +23,10 @@ from dynlora_cli.routing.light import light_context
 from dynlora_cli.routing.router import Asked, default_router, open_router, unit_of
 from dynlora_cli.serving.access import Guard
 from dynlora_cli.serving.choosing import Chooser, Decide, possible
-from dynlora_cli.serving.listen import address_of, asked_to_stop, bind, listening
+from dynlora_cli.serving.listen import address_of, bind, listening
 from dynlora_cli.serving.pass_through import PassThrough, UpstreamError, transport
 from dynlora_cli.serving.proxy import Proxy, describe, getter
-from dynlora_cli.serving.upstreams import AUTO, CannotError, Upstream, ask
+from dynlora_cli.serving.upstreams import UNTOLD, CannotError, Upstream, ask
 
 Tell = Callable[[str], None]
 
@@ -49,7 +51,7 @@ class Wanted:
     library: Path
     router: str | None = None
     options: Sequence[str] = ()
-    kind: str = AUTO
+    kind: str = UNTOLD
     upstream_key: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -86,11 +88,11 @@ def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
             tell(f"note: {note}")
         proxy = Proxy(_through(wanted, url, tell), upstream, names, Chooser(decide), tell)
         app = Guard(proxy, wanted.keys, largest_body=None, json_only=False)
-        with asked_to_stop() as stop, listening(app, door, date=False, lifespan=True) as listener:
+        with interruptible() as stop, listening(app, door, date=False, lifespan=True) as server:
             tell(f"answers at {where}/v1, model `{AUTO}` by the router {name}; Ctrl-C ends it")
-            while not (stop() or listener.failed):
+            while not (stop() or server.failed):
                 time.sleep(0.1)
-    if listener.failed:
+    if server.failed:
         raise DynloraError("the HTTP server has ended by itself", "look at what it said above")
     if stop.by_keyboard:
         raise KeyboardInterrupt

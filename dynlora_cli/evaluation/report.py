@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.adapters.base import label_names
+from dynlora_cli.config.mix import BASE
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.evaluation.scores import paired_difference
 from dynlora_cli.tasks.scores import RowSums
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.evaluation.generation import Prompt
     from dynlora_cli.evaluation.rows import Rows
-
-BASE = "base"
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -15,36 +15,58 @@ def heeded() -> list[int]:
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C, SIGTERM and a closed terminal ask for a stop; a second time stops at once."""
-    asked: list[int] = []
+class Stop:
+    """Whether somebody has asked for a stop: call it.
 
-    terminals = open_terminals()
+    Attributes:
+        signal: the one that asked, or None.
+    """
 
-    def ask(number: int, _frame: object) -> None:
-        leave(terminals)
-        if asked:
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._terminals = _open_terminals()
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def by_keyboard(self) -> bool:
+        """Whether it was Ctrl-C."""
+        return self.signal == signal.SIGINT
+
+    def ask(self, number: int, _frame: object) -> None:
+        """The handler of signals.
+
+        Raises:
+            KeyboardInterrupt: it is the second one.
+        """
+        _leave(self._terminals)
+        if self.signal is not None:
             raise KeyboardInterrupt
-        asked.append(number)
+        self.signal = number
 
+
+@contextmanager
+def interruptible() -> Iterator[Stop]:
+    """Let Ctrl-C, SIGTERM and a closed terminal ask for a stop; a second time stops at once."""
+    stop = Stop()
     try:
-        before = {number: signal.signal(number, ask) for number in heeded()}
+        before = {number: signal.signal(number, stop.ask) for number in heeded()}
     except ValueError:  # not the main thread: whoever runs us there handles signals
         before = {}
     try:
-        yield lambda: bool(asked)
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def open_terminals() -> list[int]:
+def _open_terminals() -> list[int]:
     """Where output goes to a terminal, which may be closed."""
     return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
 
-def leave(terminals: list[int]) -> None:
+def _leave(terminals: list[int]) -> None:
     """Send output to nowhere when the terminal was closed: every write to it would fail, and the save with it."""
     for descriptor in terminals:
         if not os.isatty(descriptor):

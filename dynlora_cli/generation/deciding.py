@@ -11,7 +11,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.generation.opening import Opened, Wanted
 from dynlora_cli.library.activation import Decision
 from dynlora_cli.routing.router import (
-    BASE,
+    BASE_MODEL,
     Asked,
     Context,
     RequestRouter,
@@ -85,5 +85,5 @@ class Deciding:
             ids: gives the prompt in tokens, where the router looks at that.
         """
         assert self.name is not None
-        reads = unit_of(self.name) == "request" and BASE in needs_of(self.name)
+        reads = unit_of(self.name) == "request" and BASE_MODEL in needs_of(self.name)
         return self.router.decide([Asked(text, ids() if reads else ())])[0]

@@ -15,6 +15,7 @@ from dynlora_cli.data.builtin import rows as stdlib_docs
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.evaluation.requests import RequestTexts
 from dynlora_cli.evaluation.rows import held_out_rows
 from dynlora_cli.files.whole import remove, write_text
 from dynlora_cli.library.calibration import require
@@ -26,7 +27,6 @@ from dynlora_cli.library.library import REPORT, Entry, library_for_writing
 from dynlora_cli.library.loaded import Loaded, load, names_of
 from dynlora_cli.library.losses import RowLosses
 from dynlora_cli.library.report import page
-from dynlora_cli.library.requests import RequestTexts
 from dynlora_cli.text import counted, percent
 
 Tell = Callable[[str], None]

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from dynlora_cli.files import names
 from dynlora_cli.files.foreign import Count
+from dynlora_cli.files.names import A_NAME
 
 SCHEMA_VERSION = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RESERVED = {"base", "library", "unrelated", "con", "prn", "aux", "nul"}  # words of reports; what Windows has files of
-A_NAME = "letters, digits, dots, hyphens and underscores, at most 64, a letter or digit first"
+RESERVED = {"base", "library", "unrelated"}  # words of reports
 LARGEST_DIMENSION = 1 << 16
 MOST_ENTRIES = 4096
 LONGEST_TAG = 64
 
 
 def is_name(name: str) -> bool:
-    """Whether an update may be called so: it becomes a file name on every system, and part of no path."""
-    return NAME.fullmatch(name) is not None and name.lower() not in RESERVED and not name.endswith(".")
+    """Whether an update may be called so: it becomes the name of a folder, and stands in reports."""
+    return names.is_name(name) and name.lower() not in RESERVED
 
 
 def _name(name: str) -> str:

@@ -15,12 +15,12 @@ from dynlora_cli.data.earlier import earlier_data, run_folder
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import tables
 from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.evaluation.requests import RequestTexts
 from dynlora_cli.evaluation.rows import held_out_rows, own_recipe, own_table
 from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.library.forms import Origin
 from dynlora_cli.library.held_out import HeldOut
 from dynlora_cli.library.keys import Key
-from dynlora_cli.library.requests import RequestTexts
 from dynlora_cli.models.place import Place
 from dynlora_cli.tasks import task as tasks
 

@@ -18,8 +18,8 @@ import numpy as np
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.bank import Bank
+from dynlora_cli.config.mix import BASE
 from dynlora_cli.data.examples import Example
-from dynlora_cli.evaluation.report import BASE
 from dynlora_cli.evaluation.rows import MICRO_BATCH
 from dynlora_cli.library.activation import Decision
 from dynlora_cli.library.library import Library

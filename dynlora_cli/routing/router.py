@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from dynlora_cli.models.load import Base
 
 Unit = Literal["request", "token"]
-KEYS, FACTORS, BASE = "keys", "factors", "base"
+KEYS, FACTORS, BASE_MODEL = "keys", "factors", "base"
 
 
 @dataclass(frozen=True)
@@ -252,14 +252,15 @@ def _refuse_missing(name: str, context: Context) -> None:
         UsageError: something is not.
     """
     needs = needs_of(name, context.library)
-    others = [each for each in plugins.names("routers") if not set(needs_of(each, context.library)) & {FACTORS, BASE}]
+    heavy = {FACTORS, BASE_MODEL}
+    others = [each for each in plugins.names("routers") if heavy.isdisjoint(needs_of(each, context.library))]
     if KEYS in needs and (context.library is None or context.encoder is None):
         raise UsageError(
             f"the router {name} goes by the keys of a library, and there is none", "name one: --library LIB"
         )
     if KEYS in needs and context.library is not None and not context.library.entries:
         raise UsageError(f"the library {context.library.root} is empty", "dynlora library add LIB --adapter FOLDER")
-    missing = (BASE in needs and context.base is None) or (FACTORS in needs and context.bank is None)
+    missing = (BASE_MODEL in needs and context.base is None) or (FACTORS in needs and context.bank is None)
     if missing:
         raise UsageError(
             f"the router {name} computes with base and adapters, which are not in memory here",

@@ -59,7 +59,7 @@ class Body:
     def asked(self) -> list[str]:
         """What a person asks: the last turn of theirs, a prompt, or several prompts that go out together.
 
-        The same text that the keys of a library are made of (library/requests.py).
+        The same text that the keys of a library are made of (evaluation/requests.py).
 
         Raises:
             NoTextError: it is given as token ids.

@@ -1,14 +1,12 @@
-"""A port, a server on it in a thread of its own, and the signals that end it.
+"""A port, and a server on it in a thread of its own.
 
-bind           the port, before anything heavy loads
-listening      an ASGI application on it
-asked_to_stop  Ctrl-C and SIGTERM as a request; a second time stops at once
+bind       the port, before anything heavy loads
+listening  an ASGI application on it
 """
 
 from __future__ import annotations
 
 import errno
-import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from contextlib import contextmanager
 from starlette.types import ASGIApp
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
-from dynlora_cli.execution.interrupt import heeded, leave, open_terminals
 
 MOST_CONNECTIONS = 1024
 SECONDS_IDLE = 75  # for which a connection without a request stays open
@@ -63,7 +60,7 @@ def address_of(door: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-class Listener:
+class HttpServer:
     """A server that runs in a thread.
 
     Args:
@@ -120,45 +117,11 @@ class Listener:
 
 
 @contextmanager
-def listening(app: ASGIApp, door: socket.socket, *, date: bool = True, lifespan: bool = False) -> Iterator[Listener]:
+def listening(app: ASGIApp, door: socket.socket, *, date: bool = True, lifespan: bool = False) -> Iterator[HttpServer]:
     """Answer on a port while this lasts; arguments as above."""
-    listener = Listener(app, door, date=date, lifespan=lifespan)
-    listener.start()
+    server = HttpServer(app, door, date=date, lifespan=lifespan)
+    server.start()
     try:
-        yield listener
+        yield server
     finally:
-        listener.stop()
-
-
-class Stop:
-    """Whether somebody has asked for the end, and by which signal."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._terminals = open_terminals()
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    @property
-    def by_keyboard(self) -> bool:
-        return self.signal == signal.SIGINT
-
-    def ask(self, number: int, _frame: object) -> None:
-        """The handler of signals."""
-        leave(self._terminals)
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Stop]:
-    """Note Ctrl-C, SIGTERM and a closed terminal; the second one stops at once."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.ask) for number in heeded()}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        server.stop()

@@ -18,12 +18,13 @@ import anyio
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from dynlora_cli.config.mix import AUTO
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.serving.access import SECONDS_TO_SEND
 from dynlora_cli.serving.body import Body, NoTextError
 from dynlora_cli.serving.choosing import Choice, Chooser
 from dynlora_cli.serving.pass_through import Header, PassThrough, UpstreamError, send_error, send_json
-from dynlora_cli.serving.upstreams import AUTO, CannotError, Upstream, ask
+from dynlora_cli.serving.upstreams import CannotError, Upstream, ask
 
 MODELS = "/v1/models"
 LARGEST_BODY = 64 << 20  # bytes of a request that is looked into

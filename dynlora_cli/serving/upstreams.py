@@ -22,8 +22,8 @@ from dynlora_cli.errors import DynloraError, UsageError
 
 Kind = Literal["vllm", "sglang", "llama-server"]
 KINDS: tuple[Kind, ...] = ("vllm", "sglang", "llama-server")
+UNTOLD = "auto"  # in place of a kind: the server itself says it
 OWNERS: dict[str, Kind] = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama-server"}
-AUTO = "auto"
 
 # Asks the upstream for a path: the JSON of its answer, or None where it has no such path.
 Get = Callable[[str], Awaitable[Any]]
@@ -85,7 +85,7 @@ class Upstream:
         return {"model": f"{self.base}:{self.has[name]}" if self.kind == "sglang" else str(self.has[name])}
 
 
-async def ask(get: Get, wanted: Sequence[str], kind: str = AUTO) -> Upstream:
+async def ask(get: Get, wanted: Sequence[str], kind: str = UNTOLD) -> Upstream:
     """Ask a server what it is, and which adapters it has.
 
     Args:
@@ -99,7 +99,7 @@ async def ask(get: Get, wanted: Sequence[str], kind: str = AUTO) -> Upstream:
     """
     cards = _cards(await get("/v1/models"))
     owner = str(cards[0].get("owned_by", "")) if cards else ""
-    found = kind if kind != AUTO else OWNERS.get(owner.lower())
+    found = kind if kind != UNTOLD else OWNERS.get(owner.lower())
     if not cards:
         raise DynloraError("the upstream's /v1/models lists no model", "look at what it says itself")
     if found is None:

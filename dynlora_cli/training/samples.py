@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.data.chat_template import MARKER, write
 from dynlora_cli.data.encode import decode
 from dynlora_cli.data.examples import Example, OneText
-from dynlora_cli.data.forms import BadRowError
 from dynlora_cli.evaluation.generation import MARGIN, Prompt, find_prompts, generate
+from dynlora_cli.evaluation.requests import RequestTexts
 from dynlora_cli.runs import events
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating
@@ -95,36 +94,18 @@ def show(run: Run) -> None:
         run.note(f"no answers are shown while training (eval.samples): {type(error).__name__}: {error}")
         run.samples = []
         return
-    pairs = zip(run.samples, answers, strict=True)
-    run.emit(events.samples(run.progress.step, [_sample(prompt, answer, tokenizer) for prompt, answer in pairs]))
+    pairs, texts = zip(run.samples, answers, strict=True), RequestTexts(tokenizer)
+    run.emit(events.samples(run.progress.step, [_sample(prompt, answer, texts) for prompt, answer in pairs]))
 
 
-def _sample(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    question = question_of(prompt, tokenizer)
+def _sample(prompt: Prompt, answer: str, texts: RequestTexts) -> dict[str, Any]:
+    question = texts.in_prompt(prompt.text)
     return {
         "prompt": question if len(question) <= KEPT else f"…{question[1 - KEPT :]}",
         "expected": _cut(prompt.references[0]),
         "answer": _cut(answer),
         "right": answer in prompt.references,
     }
-
-
-def question_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt for people: of a conversation what the user said last, where the chat template shows where that is."""
-    text = prompt.text.strip()
-    if not tokenizer.chat_template:
-        return text
-    try:
-        around = write(tokenizer, [{"role": "user", "content": MARKER}], None, answer=True).split(MARKER)
-    except BadRowError:
-        return text
-    before, behind = around if len(around) == 2 else ("", "")
-    if not behind.strip() or not text.endswith(behind.strip()):
-        return text
-    text = text.removesuffix(behind.strip())
-    marks = [before.rfind(str(mark)) for mark in tokenizer.all_special_tokens]
-    head = before[max([0, *marks]) :].strip()
-    return (text.rpartition(head)[2] if head else text).strip()
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

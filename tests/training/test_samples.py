@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import CHATML, byte_tokenizer
+from data_helpers import byte_tokenizer
 from tiny_architectures import write_model
 from tiny_run import assembled, lines, make_recipe, train, write_rows
 
@@ -17,7 +17,7 @@ from dynlora_cli.evaluation.generation import Prompt
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.runs.log import read_run
 from dynlora_cli.training import samples
-from dynlora_cli.training.samples import choose, question_of
+from dynlora_cli.training.samples import choose
 
 WAYS = {
     "plain": [],
@@ -164,17 +164,3 @@ def test_an_encoder_and_a_decoder_answer(tmp_path: Path):
     settings = [f"model.name_or_path={tmp_path / 't5'}", "model.task=seq2seq-lm", "train.max_steps=2"]
     _, events = train(make_recipe(tmp_path, *settings, f"dataset.train=[{{path: {rows}}}]"))
     assert [event["step"] for event in looks(events)] == [0, 2]
-
-
-def test_of_a_conversation_the_last_question_is_shown():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHATML
-    turns = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "first?"},
-        {"role": "assistant", "content": "yes"},
-        {"role": "user", "content": "and then?"},
-    ]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert question_of(Prompt((1,), text), tokenizer) == "and then?"
-    assert question_of(Prompt((1,), "bare text: "), tokenizer) == "bare text:"

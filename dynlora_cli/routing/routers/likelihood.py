@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dynlora_cli.config.mix import BASE
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.examples import OneText
 from dynlora_cli.errors import MeasureError, UsageError
@@ -50,7 +51,6 @@ OPTIONS = {
     },
     "batch_tokens": {"type": "int", "default": 8192, "at_least": 1, "help": "Tokens of a batch at most."},
 }
-BASE = "base"
 
 
 @dataclass(frozen=True)

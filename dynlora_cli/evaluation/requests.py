@@ -1,4 +1,4 @@
-"""What a person asks, of a row as the model sees it: this is what finds an update."""
+"""What a person asks, of a row as the model sees it: what a library is searched by, and what people are shown."""
 
 from __future__ import annotations
 
@@ -32,12 +32,22 @@ class RequestTexts:
         """The text of a row's request, without the template's own words around it."""
         prompt, answer = example.last_answer()
         ids: Sequence[int] = prompt if answer else example.input_ids
+        found = self._last_turn(self._decoded(ids, keep=True)) if answer else None
+        return self._decoded(ids, keep=False).strip() if found is None else found
+
+    def in_prompt(self, text: str) -> str:
+        """The text of a prompt's request, without the template's own words around it.
+
+        Args:
+            text: the prompt with its special tokens.
+        """
+        found = self._last_turn(text)
+        return text.strip() if found is None else found
+
+    def _last_turn(self, text: str) -> str | None:
+        """What a person says last; None where the template does not show where that is."""
         opening, closing = self._around
-        if answer and opening:
-            text = self._decoded(ids, keep=True)
-            if opening in text:
-                return _without_end(text.rpartition(opening)[2], closing).strip()
-        return self._decoded(ids, keep=False).strip()
+        return _without_end(text.rpartition(opening)[2], closing).strip() if opening and opening in text else None
 
     def _decoded(self, ids: Sequence[int], *, keep: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not keep, clean_up_tokenization_spaces=False))
