@@ -7,7 +7,6 @@ the others are off while it is used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dynlora_cli.config.mix import LARGEST
 from dynlora_cli.adapters.adapter import PLAIN, Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.bank_check import differs, survey
@@ -132,9 +132,9 @@ class Bank:
         weights_BE = torch.zeros(len(mixes), len(self.names))
         for row, mix in enumerate(mixes):
             for name, weight in mix.items():
+                if not abs(weight) <= LARGEST:
+                    raise UsageError(f"the weight of {name} is {weight}", f"give a number of {LARGEST:.1e} at most")
                 weights_BE[row, self._column(name)] = weight
-                if not math.isfinite(weight):
-                    raise UsageError(f"the weight of {name} is {weight}", "give a finite number")
         with self._using(weights_BE, None), ExitStack() as stack:
             if alone is not None:
                 stack.enter_context(self._plain())

@@ -18,6 +18,7 @@ from dynlora_cli.text import did_you_mean
 BASE = "base"
 AUTO = "auto"  # not a mix: a router decides
 RESERVED = (BASE, AUTO)
+LARGEST = 3.4e38  # beyond it fp32 has no number
 EXAMPLE = "write base, NAME, NAME+NAME or 0.7*NAME+0.3*NAME"
 _SIGN = re.compile(r"\s*([+-])\s*")
 _WEIGHT = re.compile(r"([0-9.]+(?:[eE][+-]?[0-9]+)?|nan|inf)\s*\*\s*", re.IGNORECASE)
@@ -32,7 +33,7 @@ def parse_mix(text: str, names: Sequence[str]) -> dict[str, float]:
         names: of the adapters that there are.
 
     Raises:
-        UsageError: it is no mix, names an adapter that there is not, or one twice, or a weight is no finite number.
+        UsageError: it is no mix, names an adapter that there is not, or one twice, or a weight is no number that fp32 has.
     """
     whole = text.strip()
     if whole in names:
@@ -80,8 +81,9 @@ def _term(text: str, at: int, names: Sequence[str]) -> tuple[str, float, int]:
             weight = float(match[1])
         except ValueError:
             weight = math.nan
-        if not math.isfinite(weight):
-            raise UsageError(f"{text!r}: {match[1]} is no weight", "a weight is a finite number, such as 0.7*NAME")
+        if not abs(weight) <= LARGEST:
+            hint = f"a weight is a number of {LARGEST:.1e} at most, such as 0.7*NAME"
+            raise UsageError(f"{text!r}: {match[1]} is no weight", hint)
         at = match.end()
     if name := _name(text, at, names):
         return name, weight, at + len(name)

@@ -67,7 +67,9 @@ class Draw(LogitsProcessor):
             scores_BV = scores[rows_B]
             for warper in warpers:
                 scores_BV = warper(input_ids, scores_BV)
-            tokens_B = self._choose(rows.tolist(), scores_BV)
+            # Divided by a temperature next to nothing: what is likeliest then, is all that can be drawn.
+            lost_B = ~scores_BV.amax(-1).isfinite()
+            tokens_B = self._choose(rows.tolist(), scores_BV).where(~lost_B, scores[rows_B].argmax(-1))
             scores[rows_B] = -torch.inf
             scores[rows_B, tokens_B] = 0.0
         return scores

@@ -67,6 +67,7 @@ class Chooser:
     async def _decision(self, text: str) -> Decision:
         if not text.strip():
             return NOTHING_TO_READ
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a character is no text to an encoder
         future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         self._waiting.append((text, future))
         if self._task is None or self._task.done():
@@ -77,15 +78,22 @@ class Chooser:
         """Decide on all that wait, and on those that have come meanwhile."""
         while self._waiting:
             batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
-            try:
-                decisions = await asyncio.to_thread(self.decide, [text for text, _ in batch])
-                for (_, future), decision in zip(batch, decisions, strict=True):
-                    if not future.done():  # its client may have hung up
-                        future.set_result(decision)
-            except Exception as error:  # each of those that wait is told; the next batch may go well
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+            if not await self._told(batch) and len(batch) > 1:
+                for each in batch:  # one text may have failed the others
+                    await self._told([each])
+
+    async def _told(self, batch: Sequence[tuple[str, asyncio.Future[Decision]]]) -> bool:
+        """Decide on a batch and tell those that wait; of a fault only who has asked alone. Whether it went well."""
+        try:
+            decisions = await asyncio.to_thread(self.decide, [text for text, _ in batch])
+            for (_, future), decision in zip(batch, decisions, strict=True):
+                if not future.done():  # its client may have hung up
+                    future.set_result(decision)
+        except Exception as error:
+            if len(batch) == 1 and not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return False
+        return True
 
 
 def possible(decision: Decision, upstream: Upstream) -> Choice:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class UpstreamError(Exception):
     """The upstream did not answer.
 
     Args:
-        status: 502 or 504.
+        status: 502 or 504; 400 where it was not asked.
         code: in a word.
         message: for people.
     """
@@ -94,10 +95,11 @@ class PassThrough:
 
         async with anyio.create_task_group() as group:
             writer, reader = anyio.create_memory_object_stream[bytes](0)
-            group.start_soon(_client, receive, writer, body is not None, group.cancel_scope)
+            is_read = body is not None or not _has_body(scope)
+            group.start_soon(_client, receive, writer, is_read, group.cancel_scope)
             try:
                 with reader:
-                    content = body if body is not None else _pieces(reader) if _has_body(scope) else b""
+                    content = (body or b"") if is_read else _pieces(reader)
                     await self._exchange(scope, content, answer, list(more))
             except UpstreamError as error:
                 self.log(" ".join(f"{scope['method']} {scope['path']}: {error.message}".split()))
@@ -121,6 +123,9 @@ class PassThrough:
             await response.aread()
         except httpx2.TransportError as error:
             raise self._fault(error, "broke off its answer") from None
+        except httpx2.DecodingError as error:
+            message = f"{self._where} has packed its answer at {path} in a way that nobody can open: {error}"
+            raise UpstreamError(502, "upstream_broke_off", message) from None
         finally:
             await response.aclose()
         return response
@@ -128,9 +133,7 @@ class PassThrough:
     async def _exchange(
         self, scope: Scope, content: bytes | AsyncIterator[bytes], send: Send, more: list[Header]
     ) -> None:
-        path = scope["raw_path"] or scope["path"].encode()
-        if scope["query_string"]:
-            path += b"?" + scope["query_string"]
+        path = self._path(scope)
         headers = self._headers(scope["headers"], len(content) if isinstance(content, bytes) else None)
         response = await self._sent(self._request(scope["method"], path, headers, content))
         try:
@@ -144,6 +147,23 @@ class PassThrough:
         finally:
             with anyio.CancelScope(shield=True):
                 await response.aclose()
+
+    def _path(self, scope: Scope) -> bytes:
+        """What is asked for, to the letter.
+
+        Raises:
+            UpstreamError: it is no path, or leads out of the part of the upstream's host that is passed on to.
+        """
+        path: bytes = scope["raw_path"] or scope["path"].encode()
+        if not path.startswith(b"/"):
+            raise UpstreamError(400, "bad_path", "a request names a path here, which begins with /")
+        if self._prefix and ".." in re.split(r"[/\\]", scope["path"]):
+            raise UpstreamError(400, "bad_path", "the path leads upwards, out of the upstream's address")
+        return path + b"?" + scope["query_string"] if scope["query_string"] else path
+
+    @property
+    def _prefix(self) -> bytes:
+        return self.url.raw_path.rstrip(b"/")
 
     def _headers(self, given: Iterable[Header], length: int | None) -> list[Header]:
         """Those that go to the upstream."""
@@ -165,11 +185,12 @@ class PassThrough:
     def _request(
         self, method: str, path: bytes, headers: list[Header], content: bytes | AsyncIterator[bytes]
     ) -> httpx2.Request:
-        url = self.url.copy_with(raw_path=self.url.raw_path.rstrip(b"/") + path)
         wait = math.inf if self.seconds <= 0 else self.seconds
         read = None if math.isinf(wait) else wait
         times = {"connect": CONNECT_SECONDS, "read": read, "write": read, "pool": CONNECT_SECONDS}
-        return httpx2.Request(method, url, headers=headers, content=content, extensions={"timeout": times})
+        # As a URL the path would be put in order: a/../b becomes b, and some of its letters others.
+        extensions = {"timeout": times, "target": self._prefix + path}
+        return httpx2.Request(method, self.url, headers=headers, content=content, extensions=extensions)
 
     async def _sent(self, request: httpx2.Request) -> httpx2.Response:
         try:
@@ -177,9 +198,13 @@ class PassThrough:
         except httpx2.TransportError as error:
             raise self._fault(error, "ended the connection without an answer") from None
 
+    @property
+    def _where(self) -> str:
+        return f"the upstream {without_secrets(str(self.url)).rstrip('/')}"
+
     def _fault(self, error: httpx2.TransportError, what: str) -> UpstreamError:
         """A fault of the connection as an answer of ours."""
-        where = f"the upstream {without_secrets(str(self.url)).rstrip('/')}"
+        where = self._where
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol):
             return UpstreamError(502, "upstream_unreachable", f"{where} cannot be reached: {error or 'no answer'}")
         if isinstance(error, httpx2.TimeoutException):
@@ -193,11 +218,16 @@ def authorization(headers: Iterable[Header]) -> list[Header]:
 
 
 def passed_on(headers: Iterable[Header]) -> list[Header]:
-    """Headers without those about one connection, which `Connection` may name more of."""
+    """Headers without those about one connection, which `Connection` may name more of.
+
+    A body that comes in chunks has no other length (RFC 9112, 6.3), so one that is said beside it is a mistake or a trick.
+    """
     headers = list(headers)
     named = {
         word.strip().lower() for name, value in headers if name.lower() == b"connection" for word in value.split(b",")
     }
+    if any(name.lower() == b"transfer-encoding" for name, _ in headers):
+        named.add(b"content-length")
     return [(name, value) for name, value in headers if name.lower() not in PER_CONNECTION | named]
 
 

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from dynlora_cli.config.mix import AUTO
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.serving.jobs import Errand, Failed, Finished, Job, Piece, Prepared, Tally
 from dynlora_cli.serving.refusals import Refusal, in_words, no_model, stopping
@@ -237,6 +238,9 @@ class Worker:
         try:
             return self.engine.use(job.use)
         except UsageError as error:
+            if job.use == AUTO and self.engine.router:  # the model is there, and what decides cannot be opened
+                self.tally.fault(error)
+                raise Refusal(503, f"auto cannot be decided: {in_words(error)}", code="router_unavailable") from None
             raise no_model(in_words(error)) from None
 
     def _take_out(self, job: Job, *, and_wait: bool = False) -> bool:

@@ -54,6 +54,8 @@ def test_reads(text: str, mix: dict[str, float]):
         ("nan*a", "nan is no weight"),
         ("inf*a", "inf is no weight"),
         ("1e999*a", "1e999 is no weight"),
+        ("1e300*a", "1e300 is no weight"),
+        ("b - 3.5e38*a", "3.5e38 is no weight"),
         ("1.2.3*a", "1.2.3 is no weight"),
         ("0.5a", "no adapter '0.5a'"),
         ("a b", "no adapter 'a b'"),

@@ -148,6 +148,16 @@ def test_chances_at_the_very_ends():
     assert draw(torch.zeros(2, 1, dtype=torch.long), scores).argmax(-1).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-44, 1e-38, 1e-30])
+@pytest.mark.parametrize("shift", [-20.0, 0.0, 20.0])
+def test_a_temperature_next_to_nothing_takes_the_likeliest(temperature: float, shift: float):
+    """Divided by it, numbers become inf and NaN: no row of the batch may break, and no other token be taken."""
+    scores = torch.tensor([[0.5, 2.0, -3.0, 1.0], [3.0, 0.0, 1.0, 2.9]]) + shift
+    chances = [lambda: torch.tensor(0.99, dtype=torch.float64)] * 2
+    draw = Draw([Sampling(do_sample=True, temperature=temperature)] * 2, [0, 0], chances)
+    assert draw(torch.zeros(2, 1, dtype=torch.long), scores).argmax(-1).tolist() == [1, 0]
+
+
 def test_seeds(tiny: tuple[Any, Any]):
     def texts(seed: int | None) -> str:
         return written(tiny, rows(tiny, PROMPTS[:1], Sampling(20, do_sample=True, seed=seed)))[0].text

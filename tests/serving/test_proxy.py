@@ -194,6 +194,16 @@ def test_a_client_that_hangs_up_takes_its_request_along():
         until(lambda: fake.hung_up == 1)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_client_that_hangs_up_and_has_sent_no_body(method: str):
+    fake = FakeUpstream()
+    fake.answers = {"/events": lambda *of: fake.events(*of, pieces=400)}
+    with proxied(fake) as (address, _):
+        with httpx2.stream(method, address + "/events", trust_env=False) as answer:
+            next(answer.iter_raw())
+        until(lambda: fake.hung_up == 1)
+
+
 def test_a_client_that_hangs_up_before_the_answer_begins():
     gone = threading.Event()
 

@@ -14,6 +14,7 @@ import pytest
 from fake_engine import FakeAnswer, FakeEngine, FakeRequest, answer_of
 
 from dynlora_cli.decoding.sampling import Sampling
+from dynlora_cli.errors import UsageError
 from dynlora_cli.serving import worker as serving_worker
 from dynlora_cli.serving.jobs import Event, Failed, Finished, Job, Piece, Prepared
 from dynlora_cli.serving.refusals import Refusal
@@ -306,3 +307,19 @@ def test_many_threads_at_once():
         assert kinds[Finished] == kinds[Prepared] == 1
         assert heards[number].text == answer_of("ab"[number % 2], f"{number}_", 1 + number % 40)
     assert (worker.waiting, worker.running) == (0, 0)
+
+
+def test_a_router_that_cannot_be_opened_any_more_is_no_missing_model():
+    class Broken(FakeEngine):
+        def use(self, text: str) -> Any:
+            raise UsageError("keys/a.npy cannot be read", "copy it again")
+
+    refusals = []
+    for model, router in (("auto", "embedding"), ("auto", None), ("a", "embedding")):
+        worker = Worker(Broken(router=router), max_queue=5, max_batch=2)
+        one, heard = job("p", model)
+        worker.submit([one])
+        work(worker)
+        assert isinstance(heard.last, Failed)
+        refusals.append((heard.last.refusal.status, heard.last.refusal.code))
+    assert refusals == [(503, "router_unavailable"), (404, "model_not_found"), (404, "model_not_found")]
