@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynlora_cli.config.mix import LARGEST
 from dynlora_cli.adapters.adapter import PLAIN, Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.bank_check import differs, survey
 from dynlora_cli.adapters.base import holds_weight, module_of
 from dynlora_cli.adapters.routed import RoutedAdapter
+from dynlora_cli.config.mix import LARGEST
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.multi import Choice, MultiLinear, TokenGates
 from dynlora_cli.text import did_you_mean

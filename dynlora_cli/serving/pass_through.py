@@ -220,7 +220,7 @@ def authorization(headers: Iterable[Header]) -> list[Header]:
 def passed_on(headers: Iterable[Header]) -> list[Header]:
     """Headers without those about one connection, which `Connection` may name more of.
 
-    A body that comes in chunks has no other length (RFC 9112, 6.3), so one that is said beside it is a mistake or a trick.
+    A body that comes in chunks has no other length (RFC 9112, 6.3), so one beside it is a mistake or a trick.
     """
     headers = list(headers)
     named = {
