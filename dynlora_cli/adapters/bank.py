@@ -20,7 +20,7 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.bank_check import differs, survey
 from dynlora_cli.adapters.base import holds_weight, module_of
 from dynlora_cli.adapters.routed import RoutedAdapter
-from dynlora_cli.config.mix import LARGEST
+from dynlora_cli.config.mix import LARGEST as LARGEST_WEIGHT
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.multi import Choice, MultiLinear, TokenGates
 from dynlora_cli.text import did_you_mean
@@ -132,8 +132,8 @@ class Bank:
         weights_BE = torch.zeros(len(mixes), len(self.names))
         for row, mix in enumerate(mixes):
             for name, weight in mix.items():
-                if not abs(weight) <= LARGEST:
-                    raise UsageError(f"the weight of {name} is {weight}", f"give a number of {LARGEST:.1e} at most")
+                if not abs(weight) <= LARGEST_WEIGHT:
+                    raise UsageError(f"the weight of {name} is {weight}", f"give a number of {LARGEST_WEIGHT:.1e} at most")
                 weights_BE[row, self._column(name)] = weight
         with self._using(weights_BE, None), ExitStack() as stack:
             if alone is not None:

@@ -33,7 +33,7 @@ def parse_mix(text: str, names: Sequence[str]) -> dict[str, float]:
         names: of the adapters that there are.
 
     Raises:
-        UsageError: it is no mix, names an adapter that there is not, or one twice, or a weight is none of fp32's numbers.
+        UsageError: it is no mix, names an adapter that there is not, or one twice, or a weight is beyond fp32.
     """
     whole = text.strip()
     if whole in names:
