@@ -133,7 +133,7 @@ class Bank:
         for row, mix in enumerate(mixes):
             for name, weight in mix.items():
                 if not abs(weight) <= LARGEST_WEIGHT:
-                    raise UsageError(f"the weight of {name} is {weight}", f"give a number of {LARGEST_WEIGHT:.1e} at most")
+                    raise UsageError(f"the weight of {name} is {weight}", f"give {LARGEST_WEIGHT:.1e} at most")
                 weights_BE[row, self._column(name)] = weight
         with self._using(weights_BE, None), ExitStack() as stack:
             if alone is not None:
