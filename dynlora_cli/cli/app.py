@@ -83,9 +83,17 @@ def _at_home(argument: str) -> str:
         raise typer.BadParameter(f"{value}: this machine has no such user; write the path out") from None
 
 
+def _open_streams() -> None:
+    """Put nothing in the place of a closed stdin, stdout or stderr (`>&-`), which Python gives as None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - it stays to the end
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The `dynlora` command: does what `arguments` say (by default the process's own) and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     # Before torch reads it: its threads sleep while they wait. Else they spin, and where others use the cores as well a
     # step may take ten times as long (scripts/bench/NOTES.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

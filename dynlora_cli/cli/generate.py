@@ -203,7 +203,7 @@ def check_named(
         UsageError: a folder, a library, a router or a name is not there.
     """
     from dynlora_cli.commands import preflight
-    from dynlora_cli.config.mix import AUTO, parse_mix
+    from dynlora_cli.config.mix import AUTO, RESERVED, parse_mix
 
     names = preflight.names(preflight.adapters(folders, base))
     if library is not None:
@@ -219,7 +219,8 @@ def check_named(
 
         needs_of(router)
         given("routers", router, options)
-    if len(set(names)) == len(names):  # else they get longer ones, when their adapters are read
+    all_names = [*RESERVED, *names]
+    if len(set(all_names)) == len(all_names):  # else they get longer ones, when their adapters are read
         for use in uses:
             if use.strip() != AUTO:
                 parse_mix(use, names)

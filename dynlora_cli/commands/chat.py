@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dynlora_cli.config.mix import AUTO, BASE
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.whole import write_text
 from dynlora_cli.generation.conversation import Turn, turns_to_skip
 from dynlora_cli.generation.engine import Answer, Engine, Request, Wanted
@@ -65,7 +65,7 @@ class Screen(Protocol):
     def tell(self, told: Tell) -> None:
         """What came of a command."""
 
-    def problem(self, error: UsageError) -> None:
+    def problem(self, error: DynloraError) -> None:
         """What was typed cannot be done."""
 
     def begin(self, question: str, speakers: Sequence[str], requests: Sequence[Request]) -> None:
@@ -105,19 +105,18 @@ def converse(engine: Engine, session: Session, screen: Screen) -> Session:
     """Read lines and do what follows from them, until there are no more; the session at the end."""
     talk = _Talk(engine, screen)
     while True:
-        talk.tell_notes()
         try:
-            line = screen.read(session)
-        except KeyboardInterrupt:
-            continue
-        if line is None:
-            return session
-        try:
+            talk.tell_notes()
+            if (line := screen.read(session)) is None:
+                return session
             after, effect = read(session, line, engine)
             if isinstance(effect, End):
                 return after
             session = session if effect is None else talk.do(after, effect) or session
-        except UsageError as error:
+        except KeyboardInterrupt:
+            if not screen.forgiving:
+                raise
+        except DynloraError as error:
             if not screen.forgiving:
                 raise
             screen.problem(error)
@@ -174,8 +173,28 @@ class _Talk:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _answer(self, session: Session, question: str) -> Session | None:
-        """Answers of all speakers to a question, written side by side; the session with them, if there are any."""
-        requests = [self._request(session, speaker, question) for speaker in session.speakers]
+        """Answers of all speakers to a question, written side by side; the session with them, if there are any.
+
+        Raises:
+            KeyboardInterrupt: somebody asked to stop, and the screen does not forgive.
+        """
+        with stoppable() as stopped:
+            said = self._written(session, question, stopped)
+        if stopped() and not self.screen.forgiving:
+            raise KeyboardInterrupt
+        answers = {who: text if request.continues else text.strip() for who, request, text in said if text.strip()}
+        if session.speaker not in answers:
+            self.screen.note("there is no answer; the conversation is as it was before the question")
+            return None
+        turn = Turn(question, answers, session.speaker)
+        return replace(session, conversation=session.conversation.with_turn(turn))
+
+    def _written(self, session: Session, question: str, stopped: Callable[[], bool]) -> list[tuple[str, Request, str]]:
+        """What each speaker has said, as far as it came."""
+        try:
+            requests = [self._request(session, speaker, question) for speaker in session.speakers]
+        except KeyboardInterrupt:  # pressed twice, as where a router takes long
+            return []
         self.tell_notes()
         texts = [""] * len(requests)
 
@@ -187,20 +206,13 @@ class _Talk:
                 self.screen.piece(number, text)
 
         self.screen.begin(question, session.speakers, requests)
-        with stoppable() as stopped:
-            try:
-                self.engine.generate(requests, piece, lambda _: stopped(), on_done=self.screen.done)
-            except KeyboardInterrupt:  # pressed twice: the model did not come to its next token
-                pass
-            finally:
-                self.screen.finish()
-        said = zip(session.speakers, requests, texts, strict=True)
-        answers = {who: text if request.continues else text.strip() for who, request, text in said if text.strip()}
-        if session.speaker not in answers:
-            self.screen.note("there is no answer; the conversation is as it was before the question")
-            return None
-        turn = Turn(question, answers, session.speaker)
-        return replace(session, conversation=session.conversation.with_turn(turn))
+        try:
+            self.engine.generate(requests, piece, lambda _: stopped(), on_done=self.screen.done)
+        except KeyboardInterrupt:  # pressed twice: the model did not come to its next token
+            pass
+        finally:
+            self.screen.finish()
+        return list(zip(session.speakers, requests, texts, strict=True))
 
     def _request(self, session: Session, speaker: str, question: str) -> Request:
         """A speaker's prompt: the conversation as far as it fits, or the bare question."""
@@ -251,7 +263,7 @@ class _Talk:
             whole = before if not before or before.endswith("\n") else before + "\n"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, whole + text)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name for a file
             raise UsageError(f"/save: {path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
         did = "added to" if before else "written to"
         self.screen.tell(Tell(f"{counted(len(session.conversation.turns), 'turn')} {did} {path}"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dynlora_cli.config.mix import AUTO, BASE, mix_text
+from dynlora_cli.config.mix import AUTO, BASE
 from dynlora_cli.decoding.sampling import Sampling
 from dynlora_cli.errors import DataError, MeasureError, UsageError
 from dynlora_cli.execution.interrupt import interruptible
@@ -101,10 +101,10 @@ def _uses(engine: Engine, wanted: Wanted, asked: Asked) -> list[Use]:
         texts = [AUTO]
     elif not texts:
         texts = engine.names or [BASE]
-    uses: dict[str, Use] = {}
+    uses: dict[Any, Use] = {}
     for text in texts:
         use = engine.use(text)
-        uses.setdefault(AUTO if use.mix is None else mix_text(use.mix), use)
+        uses.setdefault(AUTO if use.mix is None else tuple(use.mix.items()), use)
     return list(uses.values())
 
 

@@ -36,8 +36,9 @@ def parse_mix(text: str, names: Sequence[str]) -> dict[str, float]:
         UsageError: it is no mix, names an adapter that there is not, or one twice, or a weight is beyond fp32.
     """
     whole = text.strip()
-    if whole in names:
-        return {whole: 1.0}
+    for name in (text, whole):  # a name may even begin with a space
+        if name in names:
+            return {name: 1.0}
     if whole == BASE:
         return {}
     found: dict[str, float] = {}
@@ -56,13 +57,22 @@ def parse_mix(text: str, names: Sequence[str]) -> dict[str, float]:
         sign, at = -1.0 if between[1] == "-" else 1.0, between.end()
 
 
-def mix_text(mix: Mapping[str, float]) -> str:
-    """A mix as a text that `parse_mix` reads back."""
+def mix_text(mix: Mapping[str, float], names: Sequence[str] = ()) -> str:
+    """A mix as a text that `parse_mix` reads back.
+
+    Args:
+        names: of all adapters there are, where one may be called as a sum of others is written (`a+b`).
+    """
+    text = _written(mix, "+")
+    return text if not names or parse_mix(text, names) == mix else _written(mix, " + ")
+
+
+def _written(mix: Mapping[str, float], plus: str) -> str:
     terms: list[str] = []
     for name, weight in mix.items():
         size = abs(weight)
         # With spaces around a minus, since names have hyphens: `my - run` is a difference, `my-run` may be a name.
-        sign = (" - " if terms else "-") if weight < 0 else "+" if terms else ""
+        sign = (" - " if terms else "-") if weight < 0 else plus if terms else ""
         terms.append(f"{sign}{name}" if size == 1 else f"{sign}{_number(size)}*{name}")
     return "".join(terms) or BASE
 

@@ -133,13 +133,13 @@ def names_of(adapters: Sequence[Adapter], taken: Sequence[str] = ()) -> dict[str
         raise UsageError(
             f"two of these adapters are the same: {', '.join(map(str, folders))}", "name each of them once"
         )
-    own = Counter([*RESERVED, *taken, *(adapter.name for adapter in adapters)])
-    return {
-        adapter.name
-        if own[adapter.name] == 1
-        else f"{adapter.folder.resolve().parent.name}/{adapter.folder.resolve().name}": adapter
-        for adapter in adapters
-    }
+    shorter = [adapter.name for adapter in adapters]
+    longer = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    own = Counter([*RESERVED, *taken, *shorter])
+    names = [one if own[one] == 1 else more for one, more in zip(shorter, longer, strict=True)]
+    own = Counter([*taken, *names])
+    names = [name if own[name] == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    return dict(zip(names, adapters, strict=True))
 
 
 def admit(opened: Opened, name: str, adapter: Adapter, wanted: Wanted) -> None:

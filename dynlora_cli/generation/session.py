@@ -139,7 +139,7 @@ def speaker_of(text: str, who: Who) -> str:
         UsageError: it names nobody.
     """
     mix = who.use(text).mix
-    return AUTO if mix is None else mix_text(mix)
+    return AUTO if mix is None else mix_text(mix, who.names)
 
 
 # -- who answers -----------------------------------------------------------------------------------------------------
@@ -323,7 +323,10 @@ def _save(session: Session, argument: str, _: Who) -> tuple[Session, Effect]:
         raise UsageError(f"/save {path}: it must end in .jsonl, by which train and eval know it", f"/save {path}.jsonl")
     if not session.conversation.turns:
         raise UsageError("/save: nothing was said yet")
-    return session, Save(Path(path).expanduser(), how)  # type: ignore[arg-type]
+    try:
+        return session, Save(Path(path).expanduser(), how)  # type: ignore[arg-type]
+    except RuntimeError:
+        raise UsageError(f"/save {path}: this machine has no such user", "write the path out") from None
 
 
 def _help(session: Session, _: str, __: Who) -> tuple[Session, Effect]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from cli_helpers import Answer
 from eval_helpers import Run
 from test_architecture import fresh
 
+from dynlora_cli.cli.views.chat import LineScreen
+from dynlora_cli.cli.views.console import Console
 from dynlora_cli.cli.views.side_by_side import WordWrap
 
 pty = pytest.importorskip("pty", reason="there is no pty here")
@@ -190,6 +193,22 @@ def test_each_line_is_a_turn_and_stdout_holds_answers_alone(script: Callable[...
     assert PROMPT not in answer.out + answer.err
 
 
+def test_a_model_cannot_steer_the_terminal():
+    """Lines come from a pipe, and answers go to a terminal."""
+
+    class Window(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out, request = Window(), SimpleNamespace(decision=None, by_token=False, mix={})
+    screen = LineScreen(Console(io.StringIO()), io.StringIO(), out)
+    screen.begin("?", ["out"], [request])  # type: ignore[list-item]
+    screen.piece(0, "\x1b]0;owned\x07\x9b2J")
+    screen.finish()
+    assert not re.search(r"[\x07\x1b\x9b]", out.getvalue())
+    assert "owned" in out.getvalue()
+
+
 def test_side_by_side_in_a_script(script: Callable[..., Answer]):
     answer = script("sort 3\n", "--compare")
     rows = [json.loads(line) for line in script("sort 3\n", "--compare", "--json").out.splitlines()]
@@ -254,5 +273,6 @@ def test_lines_break_between_words_however_the_text_comes(size: int):
     wrap.flush()
     lines = "".join(shown).split("\n")
     assert "".join(shown).split() == text.split()
-    assert all(len(line) <= 12 for line in lines if "x" * 12 not in line)
+    # A word that is longer than a line is broken by the terminal itself.
+    assert all(len(line) <= 12 for line in lines if not any(len(word) > 12 for word in line.split()))
     assert lines[:4] == ["one two", "three  four", "", "  five"]

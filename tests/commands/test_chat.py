@@ -148,6 +148,7 @@ def test_help_names_every_command():
         ("/set do_sample=false temperature=1", "temperature is for drawn tokens"),
         ("/save", "a file is missing"),
         ("/save talk.txt", "it must end in .jsonl"),
+        ("/save ~nobody-of-that-name/talk.jsonl", "this machine has no such user"),
         ("/quit now", "/quit takes nothing behind it"),
     ],
 )
@@ -297,13 +298,8 @@ def test_what_is_set_is_used(engine: Engine):
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(engine: Engine):
-    pressed = iter([True])
-
-    def press() -> None:
-        if next(pressed, False):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    handler = signal.getsignal(signal.SIGINT)
+    pressed, handler = iter([signal.SIGINT]), signal.getsignal(signal.SIGINT)
+    press = lambda: os.kill(os.getpid(), next(pressed, 0))  # noqa: E731
     typed = talk(engine, "/set temperature=5 seed=0", "sort 3", "sort 4", tokens=40, on_piece=press)
     assert typed.reasons[0] == "cancelled"
     assert len(typed.session.conversation.turns) == 2
@@ -311,6 +307,25 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(engine: Engine):
     assert kept == typed.answers[0]["out"].strip()
     assert 0 < len(kept) < 40
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_ends_a_script(engine: Engine):
+    with pytest.raises(KeyboardInterrupt):
+        talk(engine, "sort 3", "sort 4", forgiving=False, on_piece=lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def test_ctrl_c_while_a_router_thinks(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    request, pressed = Engine.request, iter([1, 2])
+
+    def slow(self: Engine, *arguments: Any, **options: Any) -> Any:
+        for _ in range(next(pressed, 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return request(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "request", slow)
+    typed = talk(engine, "sort 3", "sort 4", "sort 5")
+    assert [turn.question for turn in typed.session.conversation.turns] == ["sort 3", "sort 5"]
+    assert typed.reasons == ["cancelled", "length"]
 
 
 def test_a_long_conversation_loses_its_oldest_turns_and_that_is_said(engine: Engine):
@@ -357,7 +372,8 @@ def test_a_saved_talk_is_read_by_training(engine: Engine, tmp_path: Path):
     data = load_data(recipe.dataset, engine.voice({"out": 1.0}).tokenizer, task=tasks.of(recipe.model), seed=0)
     assert len(data.train) == 2
     assert data.forms == {"Turns"}
-    talk(engine, "sort 9", f"/save {path} overwrite")
+    typed = talk(engine, "sort 9", f"/save {path} overwrite", "/save a\0.jsonl")
+    assert "cannot be written" in typed.problems[0]
     assert len(path.read_text(encoding="utf-8").splitlines()) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from cli_helpers import Answer
 from eval_helpers import Run, finished_chat_run, foreign
 from test_architecture import fresh
 
+from dynlora_cli.cli.views.answers import write
+from dynlora_cli.errors import MachineError
 from dynlora_cli.generation import engine as engines
 
 
@@ -327,3 +330,36 @@ def test_a_reader_that_goes_is_no_error(runs: Callable[[str], Run]):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has it")
+@pytest.mark.parametrize("how", [[], ["--json"]], ids=" ".join)
+def test_a_full_disk(how: list[str], generate: Callable[..., Answer], runs: Callable[[str], Run], monkeypatch: Any):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        answer = generate("x", "--adapter", runs("llama").folder, *how)
+    assert answer.code == 3
+    assert "error: stdout cannot be written (No space left on device)" in answer.err
+
+
+def test_stdout_that_cannot_write_an_answer(tmp_path: Path):
+    with open(tmp_path / "out", "w", encoding="ascii") as out, pytest.raises(MachineError) as at:
+        write(out, "caf\u00e9")
+    assert "stdout is ascii, which cannot write 'é'" in at.value.message
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_closed_streams(
+    closed: str, generate: Callable[..., Answer], runs: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, closed, None)  # as Python has it behind `>&-`
+    answer = generate("-" if closed == "stdin" else "x", "--adapter", runs("llama").folder)
+    getattr(sys, closed).close()  # what stands in its place
+    assert answer.code == (2 if closed == "stdin" else 0)
+    assert "Traceback" not in answer.err
+
+
+def test_an_adapter_that_is_called_base(generate: Callable[..., Answer], plain: Path, tmp_path: Path):
+    called = shutil.copytree(plain, tmp_path / "odd" / "base")
+    (line,) = lines(generate("x", "--adapter", called, "--use", "odd/base", "--json"))
+    assert line["mix"] == {"odd/base": 1.0}

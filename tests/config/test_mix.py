@@ -100,3 +100,16 @@ def test_written_and_read_again():
 )
 def test_written(mix: dict[str, float], text: str):
     assert mix_text(mix) == text
+
+
+def test_a_sum_beside_an_adapter_that_is_called_like_it():
+    names = ["a", "b", "a+b", " c"]
+    mixes: list[dict[str, float]] = [{"a": 1, "b": 1}, {"a": 0.5, "b": 1}, {"a+b": 0.5}, {"a+b": 1}, {"b": 1, "a": 1}]
+    for mix in [*mixes, {" c": 1.0}]:
+        assert parse_mix(mix_text(mix, names), names) == mix
+
+
+@pytest.mark.parametrize("weight", ["1e39", "1e300", "9" * 40])
+def test_weights_that_fp32_does_not_have(weight: str):
+    with pytest.raises(UsageError, match="is no weight"):
+        parse_mix(f"{weight}*a", NAMES)

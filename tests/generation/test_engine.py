@@ -156,6 +156,9 @@ def test_names(places: dict[str, Path], tmp_path: Path):
     with Engine.open(Wanted(adapters=[one, two, three])) as engine:
         assert engine.names == ["a/out", "b/out", "c/base"]
         assert engine.use("a/out+c/base").mix == {"a/out": 1.0, "c/base": 1.0}
+    again = shutil.copytree(places["plain"], tmp_path / "d" / "a" / "out")
+    with Engine.open(Wanted(adapters=[one, again])) as engine:  # nothing short tells them apart
+        assert engine.names == [str(one.resolve()), str(again.resolve())]
 
 
 # -- in which form ---------------------------------------------------------------------------------------------------

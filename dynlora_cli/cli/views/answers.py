@@ -12,6 +12,7 @@ from rich.text import Text
 from dynlora_cli.cli.views.console import Console
 from dynlora_cli.cli.views.progress import middle_cut, printable
 from dynlora_cli.config.mix import mix_text
+from dynlora_cli.errors import MachineError
 from dynlora_cli.generation.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -141,16 +142,25 @@ def write(out: TextIO, text: str) -> None:
 
     Raises:
         ReaderGoneError: nobody reads it any more.
+        MachineError: it takes no more, or cannot say this.
     """
     try:
         out.write(text)
         out.flush()
-    except BrokenPipeError:
+    except UnicodeEncodeError as error:
+        raise MachineError(
+            f"stdout is {error.encoding}, which cannot write {error.object[error.start]!r}", "set PYTHONUTF8=1"
+        ) from None
+    except OSError as error:
         # What is still in the buffer would raise again when Python ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, out.fileno())
         os.close(nowhere)
-        raise ReaderGoneError from None
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGoneError from None
+        raise MachineError(
+            f"stdout cannot be written ({error.strerror or error})", "send the answers elsewhere"
+        ) from None
 
 
 def _text(prompt: Prompt) -> str:

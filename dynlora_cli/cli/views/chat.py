@@ -22,7 +22,7 @@ from dynlora_cli.cli.views.console import Console
 from dynlora_cli.cli.views.progress import printable
 from dynlora_cli.cli.views.side_by_side import GAP, LEAST_COLUMN, Columns, InOrder, WordWrap, ended
 from dynlora_cli.config.mix import mix_text
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.generation.session import COMMANDS, Session, Tell
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class LineScreen:
 
     def __init__(self, console: Console, stdin: TextIO, out: TextIO) -> None:
         self.console, self.stdin, self.out = console, stdin, out
+        self._terminal = out.isatty()
         self.forgiving = stdin.isatty()
 
     def loading(self) -> AbstractContextManager[object]:
@@ -71,7 +72,7 @@ class LineScreen:
         for line in ([told.text] if told.text else []) + [f"  {left:<26}  {right}" for left, right in told.rows]:
             self.console.line(line)
 
-    def problem(self, error: UsageError) -> None:
+    def problem(self, error: DynloraError) -> None:
         self.console.error(error)
 
     def begin(self, question: str, speakers: Sequence[str], requests: Sequence[Request]) -> None:  # noqa: ARG002
@@ -95,7 +96,7 @@ class LineScreen:
             self.console.line(Text(self._heads[number], style="accent"))
 
     def _write(self, text: str) -> None:
-        write(self.out, text)
+        write(self.out, printable(text) if self._terminal else text)
 
     def _end(self, number: int, answer: Answer | None) -> None:
         write(self.out, "\n")
@@ -200,7 +201,7 @@ class TerminalScreen:
             self.console.rich.print(table)
         self.console.line()
 
-    def problem(self, error: UsageError) -> None:
+    def problem(self, error: DynloraError) -> None:
         self._say(error.message, "bad")
         if error.hint:
             self._say(error.hint, "label")
