@@ -128,6 +128,7 @@ def test_where_one_update_is_needed_it_says_what_to_do(
     assert "dynlora merge --adapter" in said
 
 
+@pytest.mark.slow
 def test_eval_and_inspect_take_it(routed: Path, dynlora: Dynlora) -> None:
     report = dynlora("eval", "--adapter", routed, "--json").json
     assert report["adapters"][0]["loss"] < report["base"]["loss"]

@@ -76,7 +76,10 @@ def near(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("default", "layerwise") else pytest.param(name, marks=pytest.mark.slow) for name in VARIED],
+)
 def test_stock_peft_computes_the_same_from_our_files(library: Path, tmp_path: Path, name: str) -> None:
     values = section(options("variants", "x-lora")).model_validate(VARIED[name]).model_dump()
     members = {name: read_adapter(library / name) for name in NAMES}
@@ -101,6 +104,7 @@ def test_peft_loads_the_folder_of_a_run_as_it_is(library: Path) -> None:
         near(model(input_ids=IDS).logits, by_peft(library, library / "router"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_moved_is_read_from_inside_itself(library: Path, routed: Path) -> None:
     with ours(library, library / "router") as there, ours(library, routed) as here:
         assert torch.equal(there(input_ids=IDS).logits, here(input_ids=IDS).logits)
@@ -110,6 +114,7 @@ def test_a_folder_that_was_moved_is_read_from_inside_itself(library: Path, route
         near(model(input_ids=IDS).logits, by_peft(library, routed, config=config))
 
 
+@pytest.mark.slow
 def test_what_peft_saved_is_read_once_its_adapters_are_in_the_folder(library: Path, tmp_path: Path) -> None:
     adapters = {str(at): str(library / name) for at, name in enumerate(NAMES)}
     config = peft.XLoraConfig(
@@ -194,6 +199,7 @@ def test_the_classifier_is_all_that_trained(library: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_generate_writes_what_two_passes_without_a_cache_write(library: Path, dynlora: Dynlora) -> None:
     folder = library / "router"
     answer = dynlora("generate", "ones 3: ", "--adapter", folder, "--max-new-tokens", 12, "--json")

@@ -220,6 +220,7 @@ def test_a_client_that_hangs_up_before_the_answer_begins():
     assert not [line for line in proxy.lines if "->" not in line], "a client that goes is no fault"
 
 
+@pytest.mark.slow
 def test_sixty_four_clients_half_of_which_hang_up():
     fake = FakeUpstream()
     fake.answers = {CHAT: lambda *of: fake.events(*of, pieces=40, pause=0.02)}

@@ -275,6 +275,7 @@ def test_a_request_that_breaks_its_batch_breaks_no_other():
         assert first.result()[1]["choices"][0]["text"] == answer_of("a", "f", 20)
 
 
+@pytest.mark.slow
 def test_a_new_request_does_not_wait_for_a_long_answer():
     with serving(FakeEngine(seconds=0.005, alone=("b",))) as server, ThreadPoolExecutor(2) as pool:
         long = pool.submit(server.ask, "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 900})
