@@ -252,12 +252,25 @@ def _room(row: Row, context: int | None, two: bool) -> int:
         if prompt > context:
             raise UsageError(f"the prompt has {prompt:,} tokens, and the model's context {context:,}", "shorten it")
         return min(context, wanted)
+    refuse_full(prompt, context)
+    return min(context - prompt, wanted)
+
+
+def refuse_full(prompt: int, context: int) -> None:
+    """Check that a decoder's prompt leaves room for an answer.
+
+    Args:
+        prompt: its tokens.
+        context: tokens that prompt and answer may have together.
+
+    Raises:
+        UsageError: it leaves none.
+    """
     if prompt >= context:
         raise UsageError(
             f"the prompt has {prompt:,} tokens, and the model's context {context:,}: no room is left for an answer",
             "shorten it",
         )
-    return min(context - prompt, wanted)
 
 
 def _batches(rows: Sequence[Row], rooms: Sequence[int], context: int | None) -> Iterator[tuple[list[int], int]]:

@@ -21,7 +21,7 @@ from dynlora_cli.adapters.base import read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.mix import AUTO, BASE, mix_text, parse_mix
 from dynlora_cli.decoding.sampling import Sampling
-from dynlora_cli.decoding.write import Listener, Row, Written, own_ends, write
+from dynlora_cli.decoding.write import Listener, Row, Written, own_ends, refuse_full, write
 from dynlora_cli.errors import UsageError
 from dynlora_cli.generation.deciding import Deciding
 from dynlora_cli.generation.opening import Opened, Wanted, admit, open_all
@@ -220,7 +220,8 @@ class Engine:
         voice = self.voice(mix)
         self._note(*voice.notes)
         ids = self._ids(voice, messages, tools, raw=raw)
-        self._refuse_long(ids)
+        if self.context is not None and not self._two:
+            refuse_full(len(ids), self.context)
         return Request(
             ids,
             use,
@@ -256,14 +257,6 @@ class Engine:
         if not ids:
             raise UsageError("the prompt is empty", "write something")
         return ids
-
-    def _refuse_long(self, ids: Sequence[int]) -> None:
-        if self.context is not None and len(ids) >= self.context and not self._two:
-            raise UsageError(
-                f"the prompt has {len(ids):,} tokens, and the model's context {self.context:,}: no room is left for an "
-                "answer",
-                "shorten it",
-            )
 
     def group(self, request: Request) -> Hashable:
         """Requests of one group can be written in one batch."""

@@ -74,27 +74,15 @@ class Trained(Protocol):
         """Drop the gradients of an optimizer step, or set them to zero."""
 
 
-class WholeModel:
-    """All weights of the base train (variant `full`), and nothing is put on it.
+class WithoutComponents:
+    """What trains where there are no components: nothing is counted, pruned or settled."""
 
-    Args:
-        model: whose weights train from now on.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        model.requires_grad_(True)
+    def __init__(self) -> None:
         self.layers: dict[str, ComponentLinear] = {}
         self.counts: dict[str, int] = {}
         self.sharing: list[SharedInput] = []
         self.leaves: list[nn.Parameter] = []
         self.parameters = self.components = 0
-
-    def to(self, device: torch.device) -> WholeModel:  # noqa: ARG002
-        """Stay on the device that the model was loaded to."""
-        return self
-
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return [{"params": [p for p in model.parameters() if p.requires_grad], "coupled": False}]
 
     def see(self, batch: Batch) -> None:
         pass
@@ -102,7 +90,7 @@ class WholeModel:
     def begin_step(self, step: int, total_steps: int) -> None:
         pass
 
-    def penalty(self) -> None:
+    def penalty(self) -> Tensor | None:
         return None
 
     def settle_gradient(self) -> None:
@@ -125,3 +113,22 @@ class WholeModel:
 
     def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
+
+
+class WholeModel(WithoutComponents):
+    """All weights of the base train (variant `full`), and nothing is put on it.
+
+    Args:
+        model: whose weights train from now on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        model.requires_grad_(True)
+
+    def to(self, device: torch.device) -> WholeModel:  # noqa: ARG002
+        """Stay on the device that the model was loaded to."""
+        return self
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "coupled": False}]

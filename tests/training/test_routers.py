@@ -92,7 +92,9 @@ def test_adapters_of_other_kinds_are_weighed_by_moa_alone(own: Path) -> None:
     assert "moa" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("variant", ROUTERS)
+@pytest.mark.parametrize(
+    "variant", ["phatgoose", *(pytest.param(v, marks=pytest.mark.slow) for v in ROUTERS if v != "phatgoose")]
+)
 def test_a_run_that_was_interrupted_ends_bit_for_bit_as_it_would_have(library: Path, variant: str) -> None:
     through, broken = (router_recipe(library, variant, out=f"{variant}-{name}") for name in ("through", "broken"))
     train(through)
@@ -116,6 +118,7 @@ def test_how_a_step_is_run_does_not_change_what_is_learned(library: Path, varian
     assert other["loss_after"] == pytest.approx(plain["loss_after"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_where_stopping_is_early(library: Path) -> None:
     recipe = router_recipe(
         library, "phatgoose", "eval.early_stopping_patience=1", "train.learning_rate=auto", out="best"

@@ -38,7 +38,9 @@ def notes(events: list[dict[str, Any]]) -> str:
     return "\n".join(told + [note for event in events for note in event.get("notes") or ()])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["plain", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "plain")]
+)
 def test_a_run_is_the_same_to_the_bit_with_and_without_answers(tmp_path: Path, way: str):
     weights, records = [], []
     for count in (0, 3):
@@ -158,6 +160,7 @@ def test_plain_texts_are_gone_on_with(tmp_path: Path):
     assert rest
 
 
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder_answer(tmp_path: Path):
     write_model(tmp_path / "t5", "t5")
     rows = write_rows(tmp_path / "pairs.jsonl")

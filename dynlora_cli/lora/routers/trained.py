@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dynlora_cli.lora.whole import WithoutComponents
+
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
-    from dynlora_cli.lora.layer import ComponentLinear
     from dynlora_cli.lora.routers.gates import Gates
-    from dynlora_cli.lora.shared_inputs import SharedInput
 
 
-class Routed:
+class Routed(WithoutComponents):
     """A router that trains, see lora/whole.py.
 
     Args:
@@ -34,13 +34,9 @@ class Routed:
         members: Mapping[str, Any],
         watching: AbstractContextManager[None],
     ) -> None:
+        super().__init__()
         self.gates, self.owners, self.members, self.watching = gates, owners, members, watching
         watching.__enter__()
-        self.layers: dict[str, ComponentLinear] = {}
-        self.counts: dict[str, int] = {}
-        self.sharing: list[SharedInput] = []
-        self.leaves: list[nn.Parameter] = []
-        self.parameters = self.components = 0
 
     def to(self, device: torch.device) -> Routed:  # noqa: ARG002
         """Stay on the device that the model was loaded to."""
@@ -54,29 +50,5 @@ class Routed:
         known = bool(columns) and len(columns) == len(batch.rows)
         self.gates.owner_B = torch.tensor(columns, device=batch.labels.device) if known else None
 
-    def begin_step(self, step: int, total_steps: int) -> None:
-        pass
-
     def penalty(self) -> Tensor | None:
         return self.gates.penalty()
-
-    def settle_gradient(self) -> None:
-        pass
-
-    def let_go(self) -> bool:
-        return False
-
-    def alive(self) -> dict[str, int]:
-        return {}
-
-    def rates_of_a_and_b(self, b_rate: float) -> AbstractContextManager[None]:  # noqa: ARG002
-        return nullcontext()
-
-    def after_update(self, rate: float) -> None:
-        pass
-
-    def stand_after(self, step: int, total_steps: int) -> None:
-        pass
-
-    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad(set_to_none=True)

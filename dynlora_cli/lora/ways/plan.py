@@ -126,7 +126,11 @@ class Layout:
 
 
 class Plan:
-    """What one layer computes for the mixes of a batch, of which it is asked for something.
+    """What one layer computes for the mixes of a batch.
+
+    Args:
+        layer: whose components some request uses.
+        mixes: of the batch.
 
     Attributes:
         requests: B.
@@ -137,7 +141,6 @@ class Plan:
     """
 
     def __init__(self, layer: Held, mixes: Mixes) -> None:
-        """Only for a layer that the batch uses."""
         self.layer, self.mixes, self._base = layer, mixes, layer.base
         self.requests = len(mixes.weights_BE)
         self.one_mix = mixes.one
