@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,16 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: beside its name, then renamed into place."""
     temporary = unfinished(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, ValueError):  # such as a full disk, a folder in the place of the file, half a character
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -64,7 +64,7 @@ def read_prompts(argument: str, stdin: TextIO) -> tuple[list[Prompt], list[str]]
         if kind_of(path) in TEXT_SUFFIXES and path.is_file():
             return [_whole(_one_line_less(_read_text(path)), str(path))], []
         return _from_rows(path)
-    return [_whole(argument)], []
+    return [_whole(argument)], _taken_for_text(path)
 
 
 def _whole(text: str, place: str = "") -> Prompt:
@@ -87,6 +87,18 @@ def _is_file(path: Path, argument: str) -> bool:
     if there and path.is_dir():
         return False
     return kind_of(path) in READERS and (there or not any(map(str.isspace, argument)))
+
+
+def _taken_for_text(path: Path) -> list[str]:
+    """A note that an argument is the prompt itself, where somebody may have meant a file."""
+    try:
+        there = path.exists()
+    except OSError:  # a text too long for a name
+        there = False
+    if not there:
+        return []
+    ends = ", ".join(sorted(READERS))
+    return [f"{path}: the name is the prompt, not what lies there; files of prompts end in {ends}, and - reads stdin"]
 
 
 def _read_text(path: Path) -> str:

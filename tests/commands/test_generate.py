@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from test_architecture import fresh
 from dynlora_cli.cli.views.answers import write
 from dynlora_cli.errors import MachineError
 from dynlora_cli.generation import engine as engines
+from dynlora_cli.generation.prompts import Prompt, read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,17 @@ def test_stdin_is_one_prompt(runs: Callable[[str], Run]):
     assert (line["prompt"], line["place"]) == ("sort: b\na -> ", "stdin")
     empty = subprocess.run([*command, "-"], input="", capture_output=True, text=True, check=False)
     assert (empty.returncode, json.loads(empty.stdout)["error"]) == (2, "stdin: the prompt is empty")
+
+
+@pytest.mark.parametrize("name", ["prompts", "prompts.jsonl.gz", "x" * 300, "a\0b"])
+def test_a_name_that_is_taken_for_a_prompt_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts(name, io.StringIO()) == ([Prompt(name)], [])
+    if len(name) < 20 and "\0" not in name:
+        Path(name).write_text("{}")
+        (prompt,), (note,) = read_prompts(name, io.StringIO())
+        assert prompt == Prompt(name)
+        assert note.startswith(f"{name}: the name is the prompt")
 
 
 def test_rows_of_a_file(generate: Callable[..., Answer], chat: Path, tmp_path: Path):
