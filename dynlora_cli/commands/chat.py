@@ -17,8 +17,9 @@ from dynlora_cli.config.mix import AUTO, BASE
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.whole import write_text
 from dynlora_cli.generation.conversation import Turn, turns_to_skip
-from dynlora_cli.generation.engine import Answer, Engine, Request, Wanted
+from dynlora_cli.generation.engine import Answer, Engine, Request, Use, Wanted
 from dynlora_cli.generation.session import Ask, End, Save, Session, Tell, read, speaker_of
+from dynlora_cli.generation.voice import Voice
 from dynlora_cli.text import counted
 
 LEAST_ROOM = 4  # of the context this share at least is kept for the answer, where it may be that long
@@ -218,7 +219,7 @@ class _Talk:
         """A speaker's prompt: the conversation as far as it fits, or the bare question."""
         engine, talk, sampling = self.engine, session.conversation, session.sampling
         use = engine.use(speaker)
-        voices = [engine.voice(mix) for mix in (_everybody(engine) if use.mix is None else [use.mix])]
+        voices = _voices(engine, use)
         if not all(voice.chat for voice in voices):
             who = speaker if use.mix is not None else "one of those whom a router may choose"
             without = " and without the system message" if talk.system else ""
@@ -250,8 +251,7 @@ class _Talk:
         Raises:
             UsageError: the file is there already, or cannot be written.
         """
-        use = self.engine.use(session.speaker)
-        voices = [self.engine.voice(mix) for mix in (_everybody(self.engine) if use.mix is None else [use.mix])]
+        voices = _voices(self.engine, self.engine.use(session.speaker))
         rows = session.conversation.rows(chat=all(voice.chat for voice in voices))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = save.path
@@ -269,14 +269,18 @@ class _Talk:
         self.screen.tell(Tell(f"{counted(len(session.conversation.turns), 'turn')} {did} {path}"))
 
 
-def _everybody(engine: Engine) -> list[dict[str, float]]:
-    """Each adapter by itself, and the base."""
-    return [{}, *({name: 1.0} for name in engine.names)]
+def _voices(engine: Engine, use: Use) -> list[Voice]:
+    """How those are asked who may answer: of `auto` the base and each adapter."""
+    mixes = [use.mix] if use.mix is not None else [{}, *({name: 1.0} for name in engine.names)]
+    return [engine.voice(mix) for mix in mixes]
 
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """In this block Ctrl-C asks for a stop, and a second time raises KeyboardInterrupt."""
+    """In this block Ctrl-C asks for a stop, and a second time raises KeyboardInterrupt.
+
+    Ctrl-C alone: SIGTERM and a closed terminal end the chat, where `interruptible` would only end the answer.
+    """
     asked: list[int] = []
 
     def ask(number: int, _frame: object) -> None:
