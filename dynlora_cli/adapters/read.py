@@ -20,9 +20,10 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
+from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.routed import is_routed, read_routed
 from dynlora_cli.adapters.xlora import is_xlora, read_xlora
-from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, read_record, run_of
 
@@ -152,7 +153,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is damaged or cut off: {error}", "copy it again, or train again") from None
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise MeasureError(f"{path}: {name} holds NaN or infinity", "train again with a lower learning rate")
+    check_numbers(tensors, path)
     return tensors

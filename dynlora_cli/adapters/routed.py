@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
@@ -30,10 +29,11 @@ from transformers import PreTrainedModel
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.find import ROUTER, ROUTER_WEIGHTS, WEIGHTS
+from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.side_by_side import SideBySide
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.options import options, section
-from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, fits, read_object, refuse_links
 from dynlora_cli.files.names import A_NAME, is_name
 from dynlora_cli.files.whole import sha256_of, write_json
@@ -236,9 +236,7 @@ def read_numbers(path: Path) -> dict[str, Tensor]:
         tensors = load_file(_file(path))
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is damaged or cut off: {error}", COPY_AGAIN) from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise MeasureError(f"{path}: {name} holds NaN or infinity", "train again with a lower learning rate")
+    check_numbers(tensors, path)
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

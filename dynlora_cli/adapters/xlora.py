@@ -6,17 +6,20 @@
       adapters/NAME/               each adapter, as plain PEFT files
 
 PEFT follows the paths in `adapters`; we never do, and read what lies in the folder under the last name of each path.
-The keys must be "0", "1" and so on: PEFT itself finds no adapter under another one. The file that PEFT 0.21 saves lacks
-the classifier's first layers, whose names hold numbers that it takes for those of adapters; such a file is refused.
+The keys must be "0", "1" and so on: PEFT itself finds no adapter under another one. What PEFT 0.21 saves is put
+together again: it takes the numbers in the names of layers for those of adapters, and so writes layer 0 of the
+classifier as `layers.weight` into the file of adapter "0", in the folder 0/. That file holds no adapter, but layer 0 of
+all of them; PEFT itself loads the adapters from where `adapters` says, so they must be copied into the folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -32,6 +35,7 @@ from dynlora_cli.files.whole import write_json
 METHOD = "x-lora"
 KIND = "XLORA"
 PREFIX = "base_model.internal_xlora_classifier."
+OF_PEFT = "base_model.lora_model."  # begins the names in the files that PEFT 0.21 saves below an X-LoRA
 
 
 class XLoraForm(BaseModel):
@@ -121,12 +125,7 @@ def read_xlora(
     if len(homes) < len(form.adapters):
         raise UsageError(f"{path}: two adapters have the same name", "give their folders different names")
     members = {home.name: read(home) for home in (_home(folder, *item) for item in form.adapters.items())}
-    tensors = {name.removeprefix(PREFIX): value for name, value in read_numbers(folder / WEIGHTS).items()}
-    if "layers.0.weight" not in tensors:
-        raise UsageError(
-            f"{folder / WEIGHTS} lacks the classifier (or its first layers): PEFT 0.21 does not save it whole",
-            f"save `model.base_model.internal_xlora_classifier.state_dict()` with {PREFIX!r} before each name",
-        )
+    tensors = _classifier(folder, form.adapters)
     first = next(iter(members.values()))
     kept = {key: config.get(key) for key in ("base_model_name_or_path", "task_type", "revision")}
     return RoutedAdapter(
@@ -143,13 +142,52 @@ def read_xlora(
     )
 
 
+def _classifier(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """The classifier's numbers by name, from the file of the X-LoRA and those of PEFT's below it.
+
+    Raises:
+        UsageError: there are none, or not all.
+    """
+    tensors = {name.removeprefix(PREFIX): value for name, value in read_numbers(folder / WEIGHTS).items()}
+    for key in keys:
+        if _is_scattered(folder / key):
+            scattered = read_numbers(folder / key / WEIGHTS)
+            for what in ("weight", "bias"):
+                if (name := f"{PREFIX}layers.{what}") in scattered:
+                    tensors.setdefault(f"layers.{key}.{what}", scattered[name])
+    if "layers.0.weight" not in tensors:
+        raise UsageError(
+            f"{folder / WEIGHTS} lacks the classifier (or its first layers), and {folder / '0'} has none from PEFT",
+            f"save `model.base_model.internal_xlora_classifier.state_dict()` with {PREFIX!r} before each name",
+        )
+    return tensors
+
+
+def _is_scattered(folder: Path) -> bool:
+    """Whether this is what PEFT 0.21 saves for an adapter of an X-LoRA: parts of all, and no adapter.
+
+    Raises:
+        UsageError: it is a link, or its file is damaged.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        return False
+    refuse_links(folder.parent)
+    refuse_links(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(name.startswith(OF_PEFT) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} is damaged or cut off: {error}", COPY_AGAIN) from None
+
+
 def _home(folder: Path, key: str, path: str) -> Path:
     """Where an adapter lies inside the folder, by the last name of its path, or by its key."""
     name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
     if not is_name(name):
         raise UsageError(f"{folder / CONFIG}: adapters: {name!r} is no name: {A_NAME}", "rename its folder")
     for own in (folder / MEMBERS / name, folder / MEMBERS / key, folder / key):
-        if (own / CONFIG).is_file():
+        if (own / CONFIG).is_file() and not _is_scattered(own):
             refuse_links(own.parent)
             return own
     raise UsageError(

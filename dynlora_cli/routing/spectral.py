@@ -130,7 +130,8 @@ class SpectralGates:
 
 def top_k_softmax(score_NK: Tensor, top_k: int, temperature: float) -> Tensor:
     """Softmax over the k highest scores of each token, 0 for the others. [N, K]"""
-    return torch.softmax(only_top_k(score_NK, top_k) / temperature, 1)
+    # Below the best before it is divided: a tiny temperature would make infinity of it.
+    return torch.softmax((only_top_k(score_NK, top_k) - score_NK.amax(1, keepdim=True)) / temperature, 1)
 
 
 def only_top_k(score_NK: Tensor, top_k: int) -> Tensor:

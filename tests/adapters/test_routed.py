@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import Dynlora
+from safetensors.torch import load_file, save_file
 from tiny_run import NAMES, make_library, model_folder, router_recipe, train
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from dynlora_cli.adapters.find import find_adapter
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files.whole import sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,26 @@ def test_what_others_may_have_written_is_checked(routed: Path, change: dict[str,
     (routed / "router.json").write_text(json.dumps(form | change))
     with pytest.raises(UsageError, match=words.replace(".", r"\.")):
         read_adapter(routed, routed=True)
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.float8_e4m3fn])
+def test_numbers_of_strange_types_are_refused_in_words(routed: Path, kind: torch.dtype) -> None:
+    file, form = routed / "router.safetensors", json.loads((routed / "router.json").read_text())
+    save_file({name: value.to(kind) for name, value in load_file(file).items()}, file)
+    (routed / "router.json").write_text(json.dumps(form | {"sha256": sha256_of(file)}))
+    if kind.is_complex:
+        with pytest.raises(UsageError, match="complex numbers"):
+            read_adapter(routed, routed=True)
+    else:
+        assert isinstance(read_adapter(routed, routed=True), RoutedAdapter)
+    plain = routed / "adapters" / NAMES[0]
+    file = plain / "adapter_model.safetensors"
+    save_file({name: value.to(kind) for name, value in load_file(file).items()}, file)
+    if kind.is_complex:
+        with pytest.raises(UsageError, match="complex numbers"):
+            read_adapter(plain)
+    else:
+        read_adapter(plain)
 
 
 def test_links_out_of_the_folder_are_refused(trained: Path, routed: Path) -> None:

@@ -115,10 +115,20 @@ def test_a_folder_that_was_moved_is_read_from_inside_itself(library: Path, route
 
 
 @pytest.mark.slow
-def test_what_peft_saved_is_read_once_its_adapters_are_in_the_folder(library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("saved", ["all", "default"])
+def test_what_peft_saved_is_read_once_its_adapters_are_in_the_folder(
+    library: Path, tmp_path: Path, saved: str, depth: int
+) -> None:
     adapters = {str(at): str(library / name) for at, name in enumerate(NAMES)}
     config = peft.XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=32, adapters=adapters, layerwise_scalings=True, xlora_depth=2, xlora_size=8
+        task_type="CAUSAL_LM",
+        hidden_size=32,
+        adapters=adapters,
+        layerwise_scalings=True,
+        xlora_depth=depth,
+        xlora_size=8,
+        xlora_dropout_p=0.0,  # then the layers are 0, 2 and 4, and the adapters 0, 1 and 2
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,16 +137,18 @@ def test_what_peft_saved_is_read_once_its_adapters_are_in_the_folder(library: Pa
         for parameter in model.base_model.internal_xlora_classifier.parameters():
             parameter.uniform_(-1, 1, generator=torch.Generator().manual_seed(3))
         truth = model(input_ids=IDS).logits
-    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    model.save_pretrained(tmp_path, selected_adapters=None if saved == "all" else ["default"])
     with pytest.raises(UsageError, match="nothing outside the folder is read") as caught:
         read_adapter(tmp_path, routed=True)
     assert str(tmp_path / "adapters" / "ones") in str(caught.value.hint)
     for name in NAMES:
         shutil.copytree(library / name, tmp_path / "adapters" / name, ignore=shutil.ignore_patterns("checkpoints"))
-    with pytest.raises(UsageError, match="lacks the classifier"):
-        read_adapter(tmp_path, routed=True)
-    classifier = model.base_model.internal_xlora_classifier.state_dict()
-    save_file({PREFIX + name: value for name, value in classifier.items()}, tmp_path / "adapter_model.safetensors")
+    if saved == "default":
+        with pytest.raises(UsageError, match="lacks the classifier"):
+            read_adapter(tmp_path, routed=True)
+        classifier = model.base_model.internal_xlora_classifier.state_dict()
+        named = {PREFIX + name: value for name, value in classifier.items()}
+        save_file(named, tmp_path / "adapter_model.safetensors")
     adapter = read_adapter(tmp_path, routed=True)
     assert isinstance(adapter, RoutedAdapter)
     assert list(adapter.members) == list(NAMES)

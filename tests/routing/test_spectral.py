@@ -27,6 +27,7 @@ from dynlora_cli.adapters.bank import Bank
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.svd_basis import svd_factors
 from dynlora_cli.routing.router import TokenRouter
+from dynlora_cli.routing.spectral import top_k_softmax
 
 TERMS = 2000  # two blocks, each with sums over up to 48 numbers, a softmax, and scores from two thin products
 ROUTERS = ("arrow", "spectr", "lag")
@@ -236,3 +237,8 @@ def test_general_adapters_that_cannot_be(general: str, said: str):
     adapters = {"a": an_adapter(model, 1), "b": an_adapter(model, 2)}
     with Bank(model, adapters) as bank, pytest.raises(UsageError, match=said):
         opened(bank, "arrow", f"general={general}")
+
+
+@pytest.mark.parametrize(("temperature", "weights"), [(1e-42, [0.0, 1.0, 0.0]), (1e300, [0.5, 0.5, 0.0])])
+def test_temperatures_at_the_ends_of_floating_point(temperature: float, weights: list[float]):
+    assert top_k_softmax(torch.tensor([[2.0, 3.0, 1.0]]), 2, temperature).tolist() == [weights]
