@@ -130,8 +130,9 @@ class SpectralGates:
 
 def top_k_softmax(score_NK: Tensor, top_k: int, temperature: float) -> Tensor:
     """Softmax over the k highest scores of each token, 0 for the others. [N, K]"""
-    # Below the best before it is divided: a tiny temperature would make infinity of it.
-    return torch.softmax((only_top_k(score_NK, top_k) - score_NK.amax(1, keepdim=True)) / temperature, 1)
+    # Below the best, and chosen before they are divided: so no temperature makes infinity or equal scores of them.
+    below_NK = (score_NK - score_NK.amax(1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+    return below_NK.masked_fill(only_top_k(score_NK, top_k).isneginf(), -torch.inf).softmax(1)
 
 
 def only_top_k(score_NK: Tensor, top_k: int) -> Tensor:

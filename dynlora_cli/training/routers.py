@@ -105,6 +105,14 @@ def refuse_other_members(before: Mapping[str, Any], record: Mapping[str, Any]) -
         UsageError: it has not.
     """
     now = {member["name"]: member["sha256"] for member in record.get("library", ())}
+    names = [member["name"] for member in before.get("library") or ()]
+    if set(names) <= set(now) and names != list(
+        now
+    ):  # the router's numbers go by place, and a library may be reordered
+        raise UsageError(
+            f"{KEY}: the run began with the adapters {', '.join(names)} in this order; now they are {', '.join(now)}",
+            "name them as they were, or start a new run with another --output-dir",
+        )
     for member in before.get("library") or ():
         if now.get(member["name"]) != member["sha256"]:
             raise UsageError(

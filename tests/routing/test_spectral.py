@@ -239,6 +239,8 @@ def test_general_adapters_that_cannot_be(general: str, said: str):
         opened(bank, "arrow", f"general={general}")
 
 
-@pytest.mark.parametrize(("temperature", "weights"), [(1e-42, [0.0, 1.0, 0.0]), (1e300, [0.5, 0.5, 0.0])])
+@pytest.mark.parametrize(
+    ("temperature", "weights"), [(1e-300, [0.0, 1.0, 0.0]), (1e-42, [0.0, 1.0, 0.0]), (1e300, [0.5, 0.5, 0.0])]
+)
 def test_temperatures_at_the_ends_of_floating_point(temperature: float, weights: list[float]):
     assert top_k_softmax(torch.tensor([[2.0, 3.0, 1.0]]), 2, temperature).tolist() == [weights]

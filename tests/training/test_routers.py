@@ -141,6 +141,22 @@ def test_it_does_not_go_on_with_another_adapter(own: Path) -> None:
         train(recipe, resume=True)
 
 
+@pytest.mark.parametrize("names", [NAMES[::-1], (*NAMES, "fours")])
+def test_a_library_that_was_reordered_or_has_grown_is_another_one(own: Path, names: tuple[str, ...]) -> None:
+    """Of files, so that the rows stay the same."""
+    library = own / "lib"
+    for name, source in zip([*NAMES, "fours"], [*NAMES, "ones"], strict=True):
+        shutil.copytree(own / source, library / "adapters" / name)
+    overrides = (f"adapter.library=[{library}]", "dataset=" + json.dumps(sources(own)), "train.save_steps=3")
+    (library / "library.json").write_text(json.dumps({"entries": [{"name": name} for name in NAMES]}))
+    recipe = router_recipe(own, "moa", *overrides)
+    with pytest.raises(Interrupted):
+        train(recipe, interrupt_at=7)
+    (library / "library.json").write_text(json.dumps({"entries": [{"name": name} for name in names]}))
+    with pytest.raises(UsageError, match="ones, twos, threes in this order; now they are"):
+        train(recipe, resume=True)
+
+
 def sources(folder: Path) -> dict[str, Any]:
     return {"train": [{"path": str(write_rows_of(folder, name))} for name in NAMES]}
 
