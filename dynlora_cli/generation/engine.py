@@ -210,6 +210,8 @@ class Engine:
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         decision = None
+        if self.context is not None and not self._two:
+            self._voice(BASE).refuse_endless(messages, self.context)
         if use.auto:
             everybody = dict.fromkeys(self.names, 1.0)
             decision = self.deciding.decide(

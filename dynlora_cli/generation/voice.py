@@ -69,6 +69,26 @@ class Voice:
         moment = self.moment if "strftime_now" in template else None
         return self.chat, template, moment, self.format, self.separator, self.ends
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token, but 64 at least: an adapter's own tokenizer may have longer ones."""
+        return max(64, *map(len, self.tokenizer.get_vocab()))
+
+    def refuse_endless(self, messages: Messages, context: int) -> None:
+        """Refuse what no context can hold, at once: to make tokens of megabytes takes seconds.
+
+        Raises:
+            UsageError: it would be too long if all its tokens were the longest.
+        """
+        contents = [message.get("content") for message in messages]
+        length = sum(len(content) for content in contents if isinstance(content, str))
+        if length > 64 * context and length > self.longest * context:
+            raise UsageError(
+                f"the prompt has {length:,} characters, and the model's context {context:,} tokens, none of which has "
+                f"more than {self.longest}: no room is left for an answer",
+                "shorten it",
+            )
+
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Tokens of a text as it is, whatever the run learned from."""
         _refuse_halves(text)

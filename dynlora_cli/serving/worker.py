@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynlora_cli.generation.engine import Answer, Engine, Request, Use
 
 SLICE_TO_JOIN, SLICE_TO_YIELD = 16, 64  # tokens; to go on costs reading prompt and tokens again
+SECONDS_TO_PREPARE = 0.5  # in which new prompts become tokens while others wait for a batch
 IDLE = 0.2  # seconds between two looks at whether to stop
 T = TypeVar("T")
 
@@ -215,9 +216,10 @@ class Worker:
 
     def _prepare(self) -> None:
         """Make tokens of what is new, but of two batches at most: a flood must not keep the others waiting."""
+        began = time.monotonic()
         for _ in range(2 * self.max_batch):
             with self._changed:
-                if not self._new:
+                if not self._new or (self._ready and time.monotonic() - began > SECONDS_TO_PREPARE):
                     return
                 job = self._new[0]
             try:

@@ -285,6 +285,7 @@ def test_an_empty_prompt(content: Any, talker: Engine):
         ([{"content": "x"}], "has no role"),
         ("half \ud83d", "half a character"),
         ("word " * 200, "tokens, and the model's context 128"),
+        ("word " * 2000, "the prompt has 10,000 characters, and the model's context 128 tokens"),
     ],
 )
 def test_what_is_no_prompt(content: Any, words: str, talker: Engine):
