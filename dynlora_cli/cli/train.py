@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dynlora_cli import plugins
 from dynlora_cli.cli.reporting import AsJson, console, reporting, typed
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
@@ -88,7 +89,7 @@ def train(
                 resume=resume,
                 resume_from=resume_from,
             )
-        summary = {**summary, "next": _next_commands(summary)}
+        summary = {**summary, "next": _next_commands(summary, checked)}
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
@@ -105,15 +106,17 @@ def _planned(recipe: Recipe, view: Console | None) -> dict[str, Any]:
     return planned
 
 
-def _next_commands(summary: dict[str, Any]) -> list[str]:
+def _next_commands(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     """Commands that make sense after a run."""
     if "ranks" not in summary:
         return []
     folder = summary["output_dir"]
     python = "python" if shutil.which("python") else "python3"
     small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
+    writes_text = not plugins.declared("tasks", recipe.model.task, "HAS_CLASSES")
     return [
         typed("eval", "--adapter", folder),
+        *([typed("chat", "--adapter", folder)] if writes_text else []),
         typed("prune", "--adapter", folder, *small),
         typed("merge", "--adapter", folder),
         shlex.join([python, "-m", "webbrowser", str((Path(folder) / "report.html").resolve())]),

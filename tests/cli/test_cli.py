@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -327,10 +328,13 @@ def test_train_for_a_person(train: Callable[..., Answer], recipe: Path, tmp_path
 
 
 @pytest.mark.parametrize("budget", ["2", "0.05"])
-def test_the_next_commands_work(budget: str, train: Callable[..., Answer], dynlora: Callable[..., Answer]):
+def test_the_next_commands_work(
+    budget: str, train: Callable[..., Answer], dynlora: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+):
     answer = train("--set", "train.max_steps=1", "--set", f"rank.budget={budget}", "--json")
     *commands, look = map(shlex.split, answer.json["next"])
-    assert [command[:2] for command in commands] == [["dynlora", name] for name in ("eval", "prune", "merge")]
+    assert [command[:2] for command in commands] == [["dynlora", name] for name in ("eval", "chat", "prune", "merge")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     for _, *arguments in commands:
         assert dynlora(*arguments).code == 0
     assert Path(look[-1]).is_file(), "the report, to be looked at"
