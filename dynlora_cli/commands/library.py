@@ -33,8 +33,11 @@ def add(root: Path, wanted: Addition, tell: Tell) -> dict[str, Any]:
     with quiet:
         entry, notes = put(root, wanted, tell)
     library = Library.open(root)
-    calibrated = "" if library.calibration is None else ": until then it stays off"
-    notes.append(f"calibrate the library to have it activated{calibrated}")
+    notes.append(
+        "the library is not calibrated: until it is, the nearest update answers, which is a guess"
+        if library.calibration is None
+        else "it came after the calibration and stays off until the library is calibrated again"
+    )
     return {
         "ok": True,
         "command": "library add",

@@ -102,6 +102,11 @@ async def ask(get: Get, wanted: Sequence[str], kind: str = UNTOLD) -> Upstream:
     found = kind if kind != UNTOLD else OWNERS.get(owner.lower())
     if not cards:
         raise DynloraError("the upstream's /v1/models lists no model", "look at what it says itself")
+    if found is None and owner == "dynlora":
+        raise UsageError(
+            "the upstream is `dynlora serve`, which has a router itself",
+            "ask it for the model auto; to try the proxy before it all the same: --upstream-kind vllm",
+        )
     if found is None:
         raise UsageError(
             f"the upstream's models are owned by {owner!r}, by which nobody can tell what it is",

@@ -134,3 +134,9 @@ def test_what_of_a_decision_can_be_done(
     choice = possible(decision, upstream)
     assert choice.mix == mix
     assert words in choice.reason
+
+
+def test_dynlora_itself_needs_no_proxy():
+    with pytest.raises(UsageError, match="has a router itself"):
+        asked(models(card("base", "dynlora")))
+    assert asked(models(card("base", "dynlora")), "vllm").kind == "vllm"

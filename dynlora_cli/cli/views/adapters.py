@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,6 +115,8 @@ class AdapterView:
             rows.append(("largest |ΔW| difference", f"{worst:.1e}"))
         head = f" {counted(len(adapters), 'adapter')} to {summary['to']}"
         self._done("Exported", head, rows, summary)
+        if start := summary.get("start"):
+            self.console.show_next([shlex.join([f"{summary['output_dir']}/{start}"])])
 
     def _done(self, done: str, head: str, rows: Sequence[tuple[str, str]], summary: dict[str, Any]) -> None:
         title = Text.assemble((done, "bold green"), (head, "head"), (f"   {duration(summary['seconds'])}", "label"))

@@ -48,7 +48,8 @@ class LibraryView:
         of = f"base {base['name']}, encoder {encoder['name']}, {state}"
         table = plain_table("update", "date", "keys", "size", "loss before", "after", "", "")
         for update in result["updates"]:
-            state = "damaged" if update["damage"] else "" if update["calibrated"] else "off until calibrated"
+            silent = result["calibrated"] and not update["calibrated"]  # without a calibration the nearest answers
+            state = "damaged" if update["damage"] else "off until calibrated again" if silent else ""
             card = update["card"]
             numbers = (
                 count(update["keys"]),

@@ -40,7 +40,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     save(adapter, folder, for_peft=False)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
-    job.notes.append(f"serve with: vllm serve BASE --enable-lora --max-lora-rank {allowed}")
+    job.notes.append(f"serve with: vllm serve BASE --enable-lora --lora-modules NAME=FOLDER --max-lora-rank {allowed}")
     return {"largest_rank": largest, "max_lora_rank": allowed}
 
 

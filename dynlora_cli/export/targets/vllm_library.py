@@ -51,7 +51,7 @@ def write_library(shelf: Shelf, folder: Path) -> dict[str, Any]:
     script.write_text(_start(shelf.base, list(shelf.adapters), rank), encoding="utf-8")
     script.chmod(0o755)
     (folder / "README.md").write_text(_readme(shelf, rank), encoding="utf-8")
-    return {"max_lora_rank": rank}
+    return {"max_lora_rank": rank, "start": script.name}
 
 
 def _start(base: str, names: list[str], rank: int) -> str:
