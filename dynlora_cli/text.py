@@ -1,12 +1,21 @@
-"""Numbers as people read them: `12.3 k`, `4.1 M`, `1 h 02 min`, `512 MB`. A missing number is shown as `-`."""
+"""Numbers as people read them: `12.3 k`, `4.1 M`, `1 h 02 min`, `512 MB`. A missing number is shown as `-`.
+
+Also commands as people type them, and names that are much alike.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
+import shlex
 from collections.abc import Iterable
 
 MISSING = "-"
+
+
+def to_type(*words: object) -> str:
+    """A command of dynlora as it can be copied into a shell, whatever its paths are."""
+    return shlex.join(["dynlora", *map(str, words)])
 
 
 def number(value: float | None, digits: int = 4) -> str:

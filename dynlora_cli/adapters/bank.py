@@ -19,6 +19,7 @@ from dynlora_cli.adapters.adapter import PLAIN, Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.bank_check import differs, survey
 from dynlora_cli.adapters.base import holds_weight, module_of
+from dynlora_cli.adapters.numbers import LARGEST
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.config.mix import LARGEST as LARGEST_WEIGHT
 from dynlora_cli.errors import UsageError
@@ -27,7 +28,6 @@ from dynlora_cli.text import did_you_mean
 
 Part = tuple[int, Tensor, Tensor]  # an adapter's column, and its a [C, I] and b [O, C] in a layer
 Mix = Mapping[str, float]  # weights by the names of adapters; {} is the base
-LARGEST = 1e12  # number of a component that may meet other requests; products with inputs stay far from fp32's end
 
 
 class Bank:

@@ -8,6 +8,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.place import is_workplace
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, STATE, fault_of, pointed, step_folders
+from dynlora_cli.text import to_type
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -68,11 +69,11 @@ def find_origin(path: Path, out: Path) -> Path:
             f"{ORIGIN}: {folder} lies in the output folder {out}, which the new run would replace",
             "name another folder in output_dir: both versions stay, and a later one can leave either of them out",
         )
-    if (folder / ROUTER).is_file() or (folder / "adapters").is_dir():
+    config = {} if (folder / ROUTER).is_file() else read_object(folder / CONFIG)
+    kind = str(config.get("peft_type")).upper()
+    if not config or kind == "XLORA":
         text = "a router over adapters, which is no sum of components"
         raise UsageError(f"{ORIGIN}: {folder} is {text}", f"go on from one of them: {folder / 'adapters'}/NAME")
-    config = read_object(folder / CONFIG)
-    kind = str(config.get("peft_type")).upper()
     if config.get("use_dora") or kind == "HIRA":
         name = "DoRA" if config.get("use_dora") else "HiRA"
         raise UsageError(
@@ -83,7 +84,9 @@ def find_origin(path: Path, out: Path) -> Path:
 
 def merge_first(folder: Path) -> str:
     """What to do with an adapter that a run cannot go on from."""
-    return f"merge it into the base first, and train on that: dynlora merge --adapter {folder} --out FOLDER"
+    return (
+        f"merge it into the base first, and train on that: {to_type('merge', '--adapter', folder, '--out', 'FOLDER')}"
+    )
 
 
 def _side_by_side(path: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN
 
+LARGEST = 1e12  # products with inputs stay far from fp32's end
+
 
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Check that tensors hold finite real numbers.

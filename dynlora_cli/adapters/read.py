@@ -26,6 +26,7 @@ from dynlora_cli.adapters.xlora import is_xlora, read_xlora
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, read_record, run_of
+from dynlora_cli.text import to_type
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
 NOT_UNDERSTOOD = (
@@ -81,7 +82,9 @@ def no_single_update(folder: Path) -> UsageError:
         f"{folder} is a router over adapters: it weighs them anew at each token, so there is no single update "
         "to merge, prune, export or keep in a library",
         "use it with eval, generate, chat or serve, or make a fixed blend of its adapters: "
-        f"dynlora merge --adapter {folder}/adapters/A --adapter {folder}/adapters/B --into adapter",
+        + to_type(
+            "merge", "--adapter", f"{folder}/adapters/A", "--adapter", f"{folder}/adapters/B", "--into", "adapter"
+        ),
     )
 
 

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.find import ROUTER, ROUTER_WEIGHTS, WEIGHTS
-from dynlora_cli.adapters.numbers import check_numbers
+from dynlora_cli.adapters.numbers import LARGEST, check_numbers
 from dynlora_cli.adapters.side_by_side import SideBySide
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.options import options, section
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, fits, read_object, refuse_links
 from dynlora_cli.files.names import A_NAME, is_name
 from dynlora_cli.files.whole import sha256_of, write_json
@@ -230,14 +230,18 @@ def read_numbers(path: Path) -> dict[str, Tensor]:
 
     Raises:
         UsageError: the file is missing or damaged.
-        MeasureError: a number is not finite.
+        MeasureError: a number is not finite, or so large that the model's would not be.
     """
     try:
         tensors = load_file(_file(path))
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is damaged or cut off: {error}", COPY_AGAIN) from None
     check_numbers(tensors, path)
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    numbers = {name: tensor.float() for name, tensor in tensors.items()}
+    for name, tensor in numbers.items():
+        if tensor.numel() and not tensor.abs().max() <= LARGEST:
+            raise MeasureError(f"{path}: {name} has numbers beyond {LARGEST:g} in it", COPY_AGAIN)
+    return numbers
 
 
 def _file(path: Path) -> Path:

@@ -86,13 +86,16 @@ def chat(
         folders = folders_of(adapter or [], library, base)
         check_named(folders, library, base, router, options, uses)
         from dynlora_cli.cli.views.answers import ReaderGoneError
+        from dynlora_cli.cli.views.chat import as_it_was
         from dynlora_cli.commands import chat as command
         from dynlora_cli.generation.opening import Wanted
 
         wanted = Wanted(folders, library, base, router, options, trust_remote_code)
         start = command.Start(next(iter(uses), None), compare, system, settings_of(context))
+        screen = _screen(stdin, out, as_json)
         try:
-            command.run(wanted, start, _screen(stdin, out, as_json))
+            with as_it_was(out):
+                command.run(wanted, start, screen)
         except ReaderGoneError:
             raise typer.Exit(0) from None
 

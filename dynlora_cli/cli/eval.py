@@ -12,6 +12,7 @@ from dynlora_cli.cli.eval_library import evaluate_library, one_file
 from dynlora_cli.cli.options import PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.text import to_type
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
@@ -212,13 +213,13 @@ def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None)
             load_recipe(data)
         return adapters or [NEWEST_BELOW], data
     if recipe.is_dir():
-        raise UsageError(f"{recipe} is a folder, not a recipe", f"dynlora eval --adapter {recipe}")
+        raise UsageError(f"{recipe} is a folder, not a recipe", to_type("eval", "--adapter", recipe))
     if adapters and data is not None:
         raise UsageError(f"{recipe} and --data {data} both say which rows to take", "leave one of them out")
     made = Path(load_recipe(recipe).output_dir)
     if not adapters and not made.is_dir():
         raise UsageError(
-            f"{recipe}: there is no run in {made} yet", f"dynlora train {recipe}, or name an adapter with --adapter"
+            f"{recipe}: there is no run in {made} yet", f"{to_type('train', recipe)}, or name an adapter with --adapter"
         )
     return adapters or [made], data or recipe
 

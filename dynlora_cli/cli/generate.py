@@ -12,6 +12,7 @@ import typer
 from dynlora_cli.cli.options import Base, PlugInOptions
 from dynlora_cli.cli.reporting import Trust, console, reporting
 from dynlora_cli.errors import UsageError
+from dynlora_cli.text import to_type
 
 if TYPE_CHECKING:
     from dynlora_cli.decoding.sampling import Sampling
@@ -211,7 +212,9 @@ def check_named(
 
         entries = [entry.name for entry in Library.open(library).entries]
         if not entries:
-            raise UsageError(f"the library {library} is empty", f"dynlora library add {library} --adapter FOLDER")
+            raise UsageError(
+                f"the library {library} is empty", to_type("library", "add", library, "--adapter", "FOLDER")
+            )
         names += entries
     if router is not None:
         from dynlora_cli.config.options import given

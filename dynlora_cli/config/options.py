@@ -136,6 +136,8 @@ def given(kind: str, name: str, texts: Sequence[str]) -> Section:
             raise UsageError(
                 f"--set {text}: {plugins.WORDS[kind]} {name} has no option {key!r}{did_you_mean(key, found)}", takes
             )
+        if key in values:
+            raise UsageError(f"--set {text}: {key} is set twice", "say it once")
         node, problems = strict_yaml.parse(value, f"--set {text}", numbered=False)
         if node is None or problems:
             raise UsageError("\n".join(str(problem) for problem in problems))

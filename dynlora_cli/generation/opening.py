@@ -24,6 +24,7 @@ from dynlora_cli.models.find import find_model
 from dynlora_cli.models.load import Base, load_base
 from dynlora_cli.models.place import Place
 from dynlora_cli.retrieval.encoders import Encoder
+from dynlora_cli.text import to_type
 
 ONE_BASE = "adapters that are in memory together have one base: open them one by one"
 
@@ -178,5 +179,5 @@ def _refuse_silent(adapter: Adapter, what: Path) -> None:
     if plugins.declared("tasks", adapter.task, "HAS_CLASSES"):
         raise UsageError(
             f"{what} is for {adapter.task}: it names classes, and writes no text",
-            f"to measure it: dynlora eval --adapter {adapter.folder}",
+            f"to measure it: {to_type('eval', '--adapter', adapter.folder)}",
         )

@@ -24,6 +24,7 @@ from dynlora_cli.library.forms import Part
 from dynlora_cli.library.library import Entry
 from dynlora_cli.library.space import Space
 from dynlora_cli.retrieval.encoders import BASE
+from dynlora_cli.text import to_type
 
 MOST_KEYS = 4096
 BLOCK = 1024  # keys compared at a time; they stay on the disk
@@ -120,7 +121,7 @@ def _text(row: object, key: str) -> str:
 
 
 def _way_out(entry: Entry) -> str:
-    return f"{COPY_AGAIN}, or: dynlora library remove {entry.root} {entry.name}"
+    return f"{COPY_AGAIN}, or: {to_type('library', 'remove', entry.root, entry.name)}"
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from dynlora_cli.files.foreign import fits, read_object, refuse_links
 from dynlora_cli.files.place import claimed
 from dynlora_cli.files.whole import remove, sha256_of, sync, unfinished, write_json, write_text
 from dynlora_cli.library.forms import SCHEMA_VERSION, BaseOf, Card, EncoderOf, EntryForm, LibraryForm, Origin, is_name
-from dynlora_cli.text import did_you_mean
+from dynlora_cli.text import did_you_mean, to_type
 
 LIBRARY = "library.json"
 ADAPTERS, KEYS, HELD_OUT = "adapters", "keys", "held_out"
@@ -171,7 +171,7 @@ class Entry:
         """
         if found := self.damage():
             raise UsageError(
-                "\n".join(found), f"bring the files back, or: dynlora library remove {self.root} {self.name}"
+                "\n".join(found), f"bring the files back, or: {to_type('library', 'remove', self.root, self.name)}"
             )
 
 
@@ -195,7 +195,9 @@ class Library:
         """
         if not root.is_dir():
             problem = "is a file" if root.exists() else "does not exist"
-            raise UsageError(f"the library {root} {problem}", f"dynlora library add {root} --adapter FOLDER makes one")
+            raise UsageError(
+                f"the library {root} {problem}", f"{to_type('library', 'add', root, '--adapter', 'FOLDER')} makes one"
+            )
         if not (root / LIBRARY).is_file():
             raise UsageError(f"{root} is no library ({LIBRARY} is missing)", "name the folder with library.json in it")
         return cls(root, _read(root))
@@ -255,7 +257,7 @@ class Library:
         """
         taken = {entry.name.lower(): entry.name for entry in self.entries}
         if there := taken.get(name.lower()):
-            first = f"remove it first: dynlora library remove {self.root} {there}"
+            first = f"remove it first: {to_type('library', 'remove', self.root, there)}"
             raise UsageError(f"{self.root} has an update {there!r} already", f"choose another --name, or {first}")
 
 

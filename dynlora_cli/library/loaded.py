@@ -18,6 +18,7 @@ from dynlora_cli.library.library import Entry, Library
 from dynlora_cli.models.load import Base
 from dynlora_cli.models.place import Place
 from dynlora_cli.retrieval.encoders import Encoder, make_encoder
+from dynlora_cli.text import to_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,9 @@ def refuse_empty(library: Library) -> None:
         UsageError: there is none.
     """
     if not library.entries:
-        raise UsageError(f"the library {library.root} is empty", f"dynlora library add {library.root} --adapter FOLDER")
+        raise UsageError(
+            f"the library {library.root} is empty", to_type("library", "add", library.root, "--adapter", "FOLDER")
+        )
 
 
 def check_all(library: Library) -> list[Entry]:

@@ -8,6 +8,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.library.library import Library
 from dynlora_cli.retrieval.encoders import BASE, Encoder, model_encoder
 from dynlora_cli.routing.router import KEYS, Context, needs_of
+from dynlora_cli.text import to_type
 
 
 def light_context(root: Path, name: str) -> Context:
@@ -33,7 +34,9 @@ def light_encoder(library: Library) -> Encoder:
         MachineError: it is not on this machine.
     """
     if library.encoder is None:
-        raise UsageError(f"the library {library.root} is empty", f"dynlora library add {library.root} --adapter FOLDER")
+        raise UsageError(
+            f"the library {library.root} is empty", to_type("library", "add", library.root, "--adapter", "FOLDER")
+        )
     if library.encoder.name == BASE:
         raise UsageError(
             f"the keys of {library.root} were made by the base model, which is not in memory here",

@@ -36,7 +36,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.library.activation import Activator, Decision, calibration_of
 from dynlora_cli.library.library import Library
 from dynlora_cli.retrieval.encoders import Encoder
-from dynlora_cli.text import did_you_mean
+from dynlora_cli.text import did_you_mean, to_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,7 +173,7 @@ def default_router(library: Library | None) -> tuple[str, str]:
     if library is not None and library.calibration is not None:
         return "calibrated", ""
     if library is not None:
-        again = f"dynlora library calibrate {library.root}"
+        again = to_type("library", "calibrate", library.root)
         return (
             "embedding",
             f"{library.root} is not calibrated, so the nearest update answers (router embedding): {again}",

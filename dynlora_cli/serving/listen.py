@@ -76,9 +76,11 @@ class HttpServer:
     def __init__(self, app: ASGIApp, door: socket.socket, *, date: bool = True, lifespan: bool = False) -> None:
         import uvicorn
 
+        from dynlora_cli.serving.heads import Impatient
+
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=Impatient,
             loop="asyncio",
             ws="none",
             lifespan="on" if lifespan else "off",

@@ -15,10 +15,10 @@ from tiny_run import NAMES, make_library, model_folder, router_recipe, train
 from transformers import AutoModelForCausalLM
 
 from dynlora_cli.adapters.attach import attached
-from dynlora_cli.adapters.find import find_adapter
+from dynlora_cli.adapters.find import find_adapter, find_origin
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.routed import RoutedAdapter
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.whole import sha256_of
 
 
@@ -121,6 +121,24 @@ def test_numbers_of_strange_types_are_refused_in_words(routed: Path, kind: torch
             read_adapter(plain)
     else:
         read_adapter(plain)
+
+
+def test_numbers_that_would_end_in_nan_are_refused(routed: Path) -> None:
+    file, form = routed / "router.safetensors", json.loads((routed / "router.json").read_text())
+    save_file({name: torch.full_like(value, 1e38) for name, value in load_file(file).items()}, file)
+    (routed / "router.json").write_text(json.dumps(form | {"sha256": sha256_of(file)}))
+    with pytest.raises(MeasureError, match=r"router\.safetensors: .* has numbers beyond 1e\+12"):
+        read_adapter(routed, routed=True)
+
+
+def test_a_run_cannot_go_on_from_a_router_but_from_an_adapter_that_has_others_below_it(
+    routed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="no sum of components"):
+        find_origin(routed, tmp_path / "out")
+    plain = shutil.copytree(routed / "adapters" / NAMES[0], tmp_path / "plain")
+    shutil.copytree(plain, tmp_path / "plain" / "adapters" / "x", ignore=shutil.ignore_patterns("adapters"))
+    assert find_origin(plain, tmp_path / "out") == plain
 
 
 def test_links_out_of_the_folder_are_refused(trained: Path, routed: Path) -> None:

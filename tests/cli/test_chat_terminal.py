@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -167,6 +168,24 @@ def test_words_come_one_by_one_and_ctrl_c_stops_them(shared: Path):
         assert "Ctrl-D leaves" in terminal.until(PROMPT)
         terminal.type("\x04")
         assert terminal.end() == 0
+    finally:
+        terminal.close()
+
+
+@pytest.mark.slow
+def test_who_ends_it_amid_an_answer_gets_the_terminal_back(shared: Path):
+    import termios
+
+    terminal = Terminal("--base", shared / "models" / "stories3M", "--max-new-tokens", 400)
+    try:
+        terminal.until(PROMPT)
+        terminal.type("Once upon a time\n")
+        terminal.until("\n")
+        terminal.until(" ")
+        assert not termios.tcgetattr(terminal.descriptor)[3] & termios.ECHO
+        os.kill(terminal.child, signal.SIGTERM)
+        assert terminal.end() == -signal.SIGTERM
+        assert termios.tcgetattr(terminal.descriptor)[3] & termios.ECHO
     finally:
         terminal.close()
 

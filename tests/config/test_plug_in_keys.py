@@ -193,6 +193,8 @@ def test_options_on_the_command_line(plug_in: PlugIn) -> None:
         with pytest.raises(UsageError) as caught:
             given("exporters", "toy", [text])
         assert words in caught.value.message
+    with pytest.raises(UsageError, match="--set strength=2: strength is set twice"):
+        given("exporters", "toy", ["strength=1", "strength=2"])
     with pytest.raises(UsageError, match="has no option") as caught:
         given("exporters", "peft", ["x=1"])
     assert caught.value.hint == "it takes none"

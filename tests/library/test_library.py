@@ -26,6 +26,12 @@ def add_other(made: Made, **options: object) -> None:
     add(made.root, Addition(made.other, **{"name": "other", "data": made.rows, **options}), silent)
 
 
+def test_what_a_hint_says_can_be_copied_into_a_shell(tmp_path: Path):
+    with pytest.raises(UsageError) as caught:
+        Library.open(tmp_path / "no library")
+    assert f"dynlora library add '{tmp_path}/no library' --adapter FOLDER" in str(caught.value.hint)
+
+
 def test_an_update_of_a_run(made: Made):
     library = Library.open(made.root)
     (entry,) = library.entries

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 
 import openai
 import pytest
@@ -161,6 +164,26 @@ def test_a_slow_body_does_not_wait_for_ever():
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                      b"Content-Length: 10\r\n\r\n{")  # fmt: skip
         assert line.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_slow_heads_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch):
+    from dynlora_cli.serving.heads import Impatient
+
+    monkeypatch.setattr(Impatient, "seconds", 0.2)
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with serving(FakeEngine()) as server:
+        for begun in (b"", head):
+            with server.raw() as line:
+                line.sendall(begun)
+                assert line.recv(100) == b""
+        with closing(HTTPConnection(server.url.removeprefix("http://"), timeout=30)) as line:
+            for _ in range(2):
+                line.request("GET", "/health")
+                answer = line.getresponse()
+                assert (answer.status, bool(answer.read())) == (200, True)
+                time.sleep(0.4)  # between requests it may be silent
+            line.sock.sendall(head)
+            assert line.sock.recv(100) == b""
 
 
 def test_a_page_of_another_site_cannot_ask(server: Server):

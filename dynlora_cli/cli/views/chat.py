@@ -8,6 +8,8 @@ JsonScreen       the same, each answer a line of JSON
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
@@ -308,20 +310,49 @@ def _readline(completions: Callable[[str], list[str]]) -> bool:
 @contextmanager
 def _no_echo(terminal: TextIO) -> Iterator[None]:
     """In this block the terminal does not show what is typed: it would stand in the midst of an answer."""
-    if find_spec("termios") is None:  # Windows
+    with as_it_was(terminal) as before:
+        if before is not None:
+            import termios
+
+            silent = list(before)
+            silent[3] &= ~termios.ECHO
+            termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
         yield
+
+
+@contextmanager
+def as_it_was(terminal: TextIO) -> Iterator[list[Any] | None]:
+    """The terminal's settings, which it has again after this block, and where a signal ends the process in it.
+
+    A signal ends a process without leaving its blocks, and the shell would show nothing of what is typed then. None
+    where this is no terminal.
+    """
+    if find_spec("termios") is None:  # Windows
+        yield None
         return
     import termios
 
     try:
         before = termios.tcgetattr(terminal)
     except (termios.error, OSError):  # no terminal after all
-        yield
+        yield None
         return
-    silent = list(before)
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
+
+    def put_back() -> None:
+        with suppress(termios.error, OSError):  # it has hung up
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+    def end(number: int, _frame: object) -> None:
+        put_back()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, end)
     try:
-        yield
+        yield before
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        put_back()
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
