@@ -37,9 +37,10 @@ class Tokenizer:
         return words(text)
 
 
-def base_of(model: Any) -> Base:
-    files: Any = None
+def base_of(model: Any, context: int | None = None, pad: int | None = 0) -> Base:
+    files: Any = SimpleNamespace(context_length=context)
     tokenizer: Any = Tokenizer()
+    tokenizer.pad_token_id = pad
     return Base(model, tokenizer, files, torch.float32, None)
 
 
@@ -84,6 +85,18 @@ def test_the_lowest_loss_answers_and_every_loss_is_that_of_fp64(batch_tokens: in
         assert {name: -value for name, value in decision.confidence.items()} == pytest.approx(losses, rel=1e-4)
         assert decision.reason.startswith(f"{best}: the prompt costs {losses[best]:.3f} nats per token")
     assert len({decision.chosen for decision in decisions}) > 1  # it is a choice
+
+
+def test_of_a_prompt_beyond_the_context_the_end_is_read_and_no_token_for_padding_is_needed():
+    model = a_model()
+    options = given("routers", "likelihood", [])
+    with Bank(model, three(model)) as bank:
+        whole = opened(bank, "longest=4").decide(ASKED)
+        router: Any = open_router(
+            "likelihood", Context(bank=bank, base=base_of(model, context=4, pad=None), options=options)
+        )
+        cut = router.decide(ASKED)
+    assert [one.confidence for one in cut] == [one.confidence for one in whole]
 
 
 def test_an_adapter_must_save_more_than_the_margin():

@@ -47,7 +47,7 @@ OPTIONS = {
         "type": "int",
         "default": None,
         "at_least": 2,
-        "help": "Tokens of a prompt that are read, its last ones; null: all of them.",
+        "help": "Tokens of a prompt that are read, its last ones; null: all that the model's context holds.",
     },
     "batch_tokens": {"type": "int", "default": 8192, "at_least": 1, "help": "Tokens of a batch at most."},
 }
@@ -75,6 +75,9 @@ class Likelihood:
         assert context.bank is not None
         assert context.base is not None
         self.bank, self.base, self.options = context.bank, context.base, context.options
+        # Beyond its context a model with learned positions has no number for a token.
+        limits = (context.options.longest, context.base.files.context_length)
+        self.longest = min((limit for limit in limits if limit), default=None)
         # Under a calibration the base is not among the choices: the threshold has decided on that.
         self.names = [*([] if context.must_choose else [BASE]), *context.names]
         self.notes = []
@@ -97,7 +100,7 @@ class Likelihood:
     def _prompt(self, request: Asked) -> tuple[int, ...]:
         """What is read of a request: its tokens, or those of its text where nobody has made any."""
         ids = request.ids or tuple(self.base.tokenizer(request.text)["input_ids"])
-        return ids[-self.options.longest :] if self.options.longest else ids
+        return ids[-self.longest :] if self.longest else ids
 
     def _batches(self, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         """Pairs that share a pass: of like length, within memory; an adapter that goes alone with its own pairs."""
@@ -118,8 +121,9 @@ class Likelihood:
     def _losses(self, pairs: Sequence[Pair]) -> list[float]:
         """Nats per token that is to be guessed, of each pair."""
         examples = [OneText(array("i", pair.ids), array("i", pair.ids), n) for n, pair in enumerate(pairs)]
-        longest, pad = max(len(pair.ids) for pair in pairs), int(self.base.tokenizer.pad_token_id)
-        made = Batches.in_order(examples, micro_batch_size=len(pairs), max_length=longest, pad_id=pad)
+        longest, pad = max(len(pair.ids) for pair in pairs), self.base.tokenizer.pad_token_id
+        pad_id = 0 if pad is None else int(pad)  # any will do, since padding is masked
+        made = Batches.in_order(examples, micro_batch_size=len(pairs), max_length=longest, pad_id=pad_id)
         batches = [batch.to(self.base.model.device) for batch in made.step(0, 0)]
         with self.bank.active([{} if pair.name == BASE else {pair.name: 1.0} for pair in pairs]):
             sums: RowSums = row_sums(self.base.model, batches, autocast=precision_of(self.base))
