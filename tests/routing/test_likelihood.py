@@ -99,6 +99,19 @@ def test_of_a_prompt_beyond_the_context_the_end_is_read_and_no_token_for_padding
     assert [one.confidence for one in cut] == [one.confidence for one in whole]
 
 
+def test_logits_of_a_batch_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    model = a_model()
+    monkeypatch.setattr("dynlora_cli.routing.routers.likelihood.LOGITS", 20 * model.config.vocab_size)
+    sizes: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    with Bank(model, three(model)) as bank:
+        sizes.clear()
+        opened(bank).decide(ASKED)
+    assert max(sizes) <= 20
+
+
 def test_an_adapter_must_save_more_than_the_margin():
     model = a_model()
     adapters = three(model)

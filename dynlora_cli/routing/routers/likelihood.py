@@ -52,6 +52,10 @@ OPTIONS = {
     "batch_tokens": {"type": "int", "default": 8192, "at_least": 1, "help": "Tokens of a batch at most."},
 }
 
+LOGITS = (
+    1 << 28
+)  # of a batch, 1 GiB in fp32: a model that caps its logits, and any in its first pass, makes all of them
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -77,6 +81,8 @@ class Likelihood:
         self.bank, self.base, self.options = context.bank, context.base, context.options
         # Beyond its context a model with learned positions has no number for a token.
         limits = (context.options.longest, context.base.files.context_length)
+        words = int(getattr(context.base.model.config.get_text_config(), "vocab_size", 0))
+        self.batch_tokens = min(context.options.batch_tokens, LOGITS // max(words, 1))
         self.longest = min((limit for limit in limits if limit), default=None)
         # Under a calibration the base is not among the choices: the threshold has decided on that.
         self.names = [*([] if context.must_choose else [BASE]), *context.names]
@@ -109,7 +115,7 @@ class Likelihood:
         for pair in sorted(
             pairs, key=lambda pair: (pair.name if pair.name in alone else "", len(pair.ids), pair.request)
         ):
-            full = (len(batch) + 1) * len(pair.ids) > self.options.batch_tokens
+            full = (len(batch) + 1) * len(pair.ids) > self.batch_tokens
             apart = batch and batch[-1].name != pair.name and not {batch[-1].name, pair.name}.isdisjoint(alone)
             if batch and (full or apart):
                 yield batch
