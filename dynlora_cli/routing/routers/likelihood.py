@@ -52,9 +52,8 @@ OPTIONS = {
     "batch_tokens": {"type": "int", "default": 8192, "at_least": 1, "help": "Tokens of a batch at most."},
 }
 
-LOGITS = (
-    1 << 28
-)  # of a batch, 1 GiB in fp32: a model that caps its logits, and any in its first pass, makes all of them
+# Of a batch, 1 GiB in fp32: a model that caps its logits, and any in its first pass, makes all of them.
+LOGITS = 1 << 28
 
 
 @dataclass(frozen=True)
