@@ -189,7 +189,8 @@ def _checked(name: str | None, date: str | None, tags: str | None) -> list[str]:
 
     if name is not None and not is_name(name):
         raise UsageError(
-            f"--name {name!r} cannot be the name of an update", f"take {A_NAME}; base, library and unrelated are taken"
+            f"--name {name!r} cannot be the name of an update",
+            f"take {A_NAME}; auto, base, library and unrelated are taken",
         )
     if date is not None:
         try:

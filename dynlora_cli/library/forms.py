@@ -12,7 +12,7 @@ from dynlora_cli.files.foreign import Count
 from dynlora_cli.files.names import A_NAME
 
 SCHEMA_VERSION = 1
-RESERVED = {"base", "library", "unrelated"}  # words of reports
+RESERVED = {"auto", "base", "library", "unrelated"}  # words of reports, and of who answers
 LARGEST_DIMENSION = 1 << 16
 MOST_ENTRIES = 4096
 LONGEST_TAG = 64

@@ -103,6 +103,7 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("no day", ["add", "lib", "--adapter", "run", "--date", "2026-02-30"], "is no day"),
     ("no name", ["add", "lib", "--adapter", "run", "--name", "../up"], "cannot be the name"),
     ("a word of reports", ["add", "lib", "--adapter", "run", "--name", "library"], "library and unrelated are taken"),
+    ("the router's word", ["add", "lib", "--adapter", "run", "--name", "auto"], "auto, base, library and unrelated"),
     ("name taken", ["add", "lib", "--adapter", "run", "--name", "FIRST"], "remove it first: dynlora library remove"),
     ("no rows", ["add", "lib", "--adapter", "run", "--data", "none.jsonl"], "--data none.jsonl does not exist"),
     ("a recipe", ["add", "lib", "--adapter", "run", "--data", "llama.yaml"], "is a recipe"),
