@@ -1,0 +1,3 @@
+"""The Python face of dynlora: what the commands do, as functions with types."""
+
+from __future__ import annotations

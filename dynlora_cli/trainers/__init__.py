@@ -1,0 +1,1 @@
+"""Components inside the trainers of others: transformers, TRL, sentence-transformers."""
