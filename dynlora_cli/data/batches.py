@@ -15,10 +15,11 @@ so many bins, which then hold rows of one source alone. All epochs have the same
 
 from __future__ import annotations
 
+import itertools
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynlora_cli.data.examples import IGNORED, Example
+from dynlora_cli.data.examples import IGNORED, Example, Judge
 from dynlora_cli.data.mix import Span, drawn, each_once, evenly
 
 _WINDOW = 50  # rows are sorted by length within so many steps
@@ -50,6 +51,9 @@ class Batch:
             wait to learn how many there are.
         confidence: `Example.confidence` of each of `rows`; by default 1.
         spans: packed, where each of `rows` stands: its line, its first token and the one after it.
+        columns: lines of `inputs` that stand together: of all rows the first, then of all rows the second, and so on.
+            By default one for each row.
+        judge, extra: as of `Example`, for rows whose loss is no cross-entropy.
     """
 
     inputs: dict[str, Tensor]
@@ -60,12 +64,17 @@ class Batch:
     places: Tensor | None = None
     confidence: Sequence[float] = ()
     spans: Sequence[tuple[int, int, int]] = ()
+    columns: Sequence[int] = ()
+    judge: Judge | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.places is None:
             self.places = (self.labels.flatten() != IGNORED).nonzero()[:, 0]
         if not self.confidence:
             self.confidence = [1.0] * len(self.rows)
+        if not self.columns:
+            self.columns = [len(self.inputs["input_ids"])]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
@@ -76,9 +85,9 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        inputs, extra = ({name: change(value) for name, value in part.items()} for part in (self.inputs, self.extra))
         assert self.places is not None
-        return replace(self, inputs=inputs, labels=change(self.labels), places=change(self.places))
+        return replace(self, inputs=inputs, labels=change(self.labels), places=change(self.places), extra=extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +148,7 @@ class Batches:
         self.shards, self.shard, self.mask_dtype, self.pin = shards, shard, mask_dtype, pin
         self.max_length, self.even = max_length, even
         self._prepared: dict[tuple[int, int], list[Batch]] = {}
-        self.lengths = [len(example.input_ids) for example in examples]
+        self.lengths = [max(map(len, example.lines)) for example in examples]
         if not examples or max(self.lengths) > max_length:
             raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
         if packing and not examples[0].packs:
@@ -237,19 +246,31 @@ class Batches:
 
     def _batch(self, bins: list[Bin]) -> Batch:
         examples = [self.examples[index] for item in bins for index in item]
-        width = self._width(max(self._length(item) for item in bins))
+        kind, width = examples[0], self._width(max(self._length(item) for item in bins))
         placed = [self._placed(item) for item in bins]
-        ids = torch.full((len(bins), width), self.pad_id)
-        for line, there in enumerate(placed):
-            for start, example in there:
-                ids[line, start : start + len(example.input_ids)] = _tensor(example.input_ids)
-        inputs = {"input_ids": ids, **(self._packed if self.packing else self._padded)(bins, width)}
-        labels = torch.from_numpy(self.examples[0].targets(placed, width, self._width))
-        tokens = sum(example.tokens for example in examples)
-        rows = [example.row for example in examples]
-        spans = self._spans(placed) if self.packing else ()
-        sure = [example.confidence for example in examples]
-        return Batch(inputs, labels, rows, tokens, int((labels != IGNORED).sum()), confidence=sure, spans=spans)
+        columns = [] if self.packing else _columns(examples)
+        ids = torch.full((sum(map(len, columns)) or len(bins), width), self.pad_id)
+        if self.packing:
+            inputs = {"input_ids": ids, **self._packed(bins, width)}
+            texts = [(line, start, each.input_ids) for line, there in enumerate(placed) for start, each in there]
+        else:
+            inputs = {"input_ids": ids, **self._padded(columns, examples, width)}
+            texts = [(line, 0, text) for line, text in enumerate(itertools.chain(*columns))]
+        for line, start, text in texts:
+            ids[line, start : start + len(text)] = _tensor(text)
+        labels = torch.from_numpy(kind.targets(placed, width, self._width))
+        return Batch(
+            inputs,
+            labels,
+            rows=[example.row for example in examples],
+            tokens=sum(example.tokens for example in examples),
+            supervised=int((labels != IGNORED).sum()),
+            confidence=[example.confidence for example in examples],
+            spans=self._spans(placed) if self.packing else (),
+            columns=[len(column) for column in columns],
+            judge=kind.judge,
+            extra=kind.extra(examples),
+        )
 
     def _width(self, longest: int) -> int:
         if not self.even:
@@ -270,10 +291,11 @@ class Batches:
         there = ((line, *item) for line, items in enumerate(placed) for item in items)
         return [(line, start, start + len(example.input_ids)) for line, start, example in there]
 
-    def _padded(self, bins: list[Bin], width: int) -> dict[str, Tensor]:
-        lengths = torch.tensor([self._length(item) for item in bins])
+    @staticmethod
+    def _padded(columns: list[list[Sequence[int]]], examples: list[Example], width: int) -> dict[str, Tensor]:
+        lengths = torch.tensor([len(text) for column in columns for text in column])
         inputs = {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
-        kinds = [self.examples[item[0]].token_types for item in bins]
+        kinds = [example.token_types for example in examples]
         if any(kind is not None for kind in kinds):
             inputs["token_type_ids"] = torch.tensor(
                 [[*(kind or ()), *[0] * (width - len(kind or ()))] for kind in kinds]
@@ -298,8 +320,16 @@ class Batches:
         return {"position_ids": positions, "attention_mask": mask}
 
     def _without_targets(self, bins: list[Bin]) -> Batch:
-        batch = self._batch(bins[:1])
-        return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), [], 0, 0)
+        batch, none = self._batch(bins[:1]), torch.empty(0, dtype=torch.long)
+        labels = torch.full_like(batch.labels, IGNORED)
+        return replace(batch, labels=labels, rows=[], tokens=0, supervised=0, places=none, confidence=(), spans=())
+
+
+def _columns(examples: Sequence[Example]) -> list[list[Sequence[int]]]:
+    """The first text of every example, the second of every one that has it, and so on."""
+    lines = [example.lines for example in examples]
+    most = max(map(len, lines))
+    return [[texts[number] for texts in lines if len(texts) > number] for number in range(most)]
 
 
 def _tensor(tokens: Any) -> Tensor:

@@ -6,7 +6,7 @@
 
 A task uses one of these, or brings a class of its own that is derived from `Example`: nobody else asks which it is.
 
-Dimensions: B rows of a batch, T tokens of the longest.
+Dimensions: B rows of a batch, T tokens of the longest, N targets.
 """
 
 from __future__ import annotations
@@ -15,17 +15,45 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dynlora_cli.data.forms import Form
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 IGNORED = -100
 
 Targets = NDArray[np.int64]
 Lines = Sequence[Sequence[tuple[int, Any]]]  # of each line of a batch: its examples, each with its first position
+
+
+class Judge(ABC):
+    """What says how good a model is on a batch, where that is not the cross-entropy of tokens or classes.
+
+    A class of examples brings it along, and its batches (data/batches.py) hand it on. So whoever asks for a loss, to
+    train on, to prune by or to measure, gets the right one without knowing which it is.
+    """
+
+    @abstractmethod
+    def judged(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For every target [N]: its loss (fp32), the model's choice, the right one, and its row in the batch."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The same, summed over the targets: a scalar in fp32, to train on."""
+        return self.judged(model, batch)[0].sum()
+
+    def held_out(self, model: nn.Module, batches: Sequence[Any]) -> dict[str, float]:  # noqa: ARG002
+        """Numbers over all the batches that are told beside their loss.
+
+        Args:
+            model: in eval mode, under `no_grad` and autocast.
+            batches: on the model's device.
+        """
+        return {}
 
 
 class Example(ABC):
@@ -36,6 +64,7 @@ class Example(ABC):
         row: number of the row, counted from 0 over all sources of its list in the recipe.
         confidence: how sure its data are of it, from 0 to 1; for `pruning.policy: retrieval`.
         packs: several of these can stand in one line of a batch.
+        judge: says how good a model is on a batch of these; None: the cross-entropy of their targets.
     """
 
     __slots__ = ()
@@ -43,6 +72,7 @@ class Example(ABC):
     row: int
     confidence: float = 1.0
     packs: ClassVar[bool] = False
+    judge: Judge | None = None
 
     @property
     @abstractmethod
@@ -52,6 +82,11 @@ class Example(ABC):
     @property
     def texts(self) -> list[Sequence[int]]:
         """The texts of the row, as tokens that a model reads or writes."""
+        return [self.input_ids]
+
+    @property
+    def lines(self) -> Sequence[Sequence[int]]:
+        """What the model reads of the row: each a line of a batch. Those of kinds that pack have one."""
         return [self.input_ids]
 
     @property
@@ -79,10 +114,15 @@ class Example(ABC):
         """The targets of a batch: [B, T], aligned with the logits, -100 where there is none; or one for each row, [B].
 
         Args:
-            lines: of the batch.
+            lines: of the batch; where its rows have several, one for each row.
             width: of the batch's `input_ids`.
             even: the width to be taken for so many tokens, for targets that are not as wide as `input_ids`.
         """
+
+    @staticmethod
+    def extra(examples: Sequence[Any]) -> dict[str, Tensor]:  # noqa: ARG004
+        """What the `judge` has to know of a batch of these, beside its labels; tensors by name."""
+        return {}
 
     @abstractmethod
     def shown(self, decode: Callable[[Sequence[int]], str], classes: Sequence[str] | None) -> list[tuple[str, bool]]:

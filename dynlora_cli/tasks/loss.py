@@ -28,10 +28,12 @@ IGNORE = -100
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's targets: a scalar in fp32, to train on.
+    """Cross-entropy in nats, summed over the batch's targets: a scalar in fp32, to train on. Or what its judge says.
 
     Labels are aligned with the logits already: `labels[:, t]` is the target of `logits[:, t]`, or -100.
     """
+    if batch.judge is not None:
+        return batch.judge.loss(model, batch)
     head, states, targets_N, _ = _at_targets(model, batch)
     if head is None:
         return F.cross_entropy(states.float(), targets_N, reduction="sum")
@@ -67,6 +69,8 @@ def logits_at_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For every target [N]: its loss (nats, fp32), the model's choice, the target itself, and its row in the batch."""
+    if batch.judge is not None:
+        return batch.judge.judged(model, batch)
     head, states, targets_N, line_N = _at_targets(model, batch)
     parts = [(targets_N, states)] if head is None else chunks(states, targets_N, head)
     judged = [
