@@ -3,9 +3,10 @@
 With a large vocabulary, the logits and their gradient take most of the memory of a step, and where prompts carry no
 loss most of them are not even needed. So for the forward pass the head is replaced by a stand-in that returns its
 input: the model then returns hidden states. Those at positions with a target are multiplied with the head's weight in
-chunks; the logits of a chunk are computed, used for loss and gradient, and dropped. The loss is the same.
+chunks; the logits of a chunk are computed, used for loss and gradient, and dropped. The loss is the same. Where single
+tokens have rows of their own in the head (models/token_rows.py), those get their gradient in the same pass.
 
-Dimensions: N targets, n targets of one chunk, D hidden, V vocabulary.
+Dimensions: N targets, n targets of one chunk, D hidden, V vocabulary, T tokens with rows of their own.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from transformers import PreTrainedModel
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.models.patched import Patches
+from dynlora_cli.models.token_rows import TokenHead
 
 CHUNK = 1 << 22  # logits of one chunk: 16 MiB in fp32, and as much for their gradient
 LEAST_ROWS = 256  # targets of one chunk: with fewer, reading the head's weight takes longer than multiplying with it
 
 Judge = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+Head = nn.Linear | TokenHead
 
 
 class Ending:
@@ -54,7 +57,7 @@ def ending(model: nn.Module) -> Ending:
     return found
 
 
-def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Linear | None, Tensor]:
+def run_to_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[Head | None, Tensor]:
     """Run a model up to its head, or up to its logits where the head cannot be left out.
 
     It can be left out if it is a frozen linear layer and the model returns the head's output as it is. Some models
@@ -111,21 +114,32 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
     return {"decoder_input_ids": ids.masked_fill(ids < 0, config.pad_token_id)}
 
 
-def _plain_head(model: nn.Module) -> nn.Linear | None:
+def _plain_head(model: nn.Module) -> Head | None:
     if not ending(model).fused or not isinstance(model, PreTrainedModel):
         return None
     head = model.get_output_embeddings()
-    frozen = type(head) is nn.Linear and not head.weight.requires_grad and head.weight.is_floating_point()
+    linear = head.base if isinstance(head, TokenHead) else head
+    frozen = type(linear) is nn.Linear and not linear.weight.requires_grad and linear.weight.is_floating_point()
     return head if frozen else None
 
 
 def chunks(
-    hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear, least: int = LEAST_ROWS
+    hidden_ND: Tensor, targets_N: Tensor, head: Head, least: int = LEAST_ROWS
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields targets [n] and logits [n, V] of one chunk after the other."""
+    for hidden, targets in _split(hidden_ND, targets_N, head, least):
+        yield targets, _logits(hidden, head)
+
+
+def _split(hidden_ND: Tensor, targets_N: Tensor, head: Head, least: int) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(least, CHUNK // head.out_features)
-    for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-        yield targets, F.linear(hidden, head.weight, head.bias)
+    return zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+
+
+def _logits(hidden_nD: Tensor, head: Head) -> Tensor:
+    if isinstance(head, TokenHead):
+        return head(hidden_nD)
+    return F.linear(hidden_nD, head.weight, head.bias)
 
 
 def loss_and_gradient(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -173,25 +187,34 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear, judge: Judge | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, judge: Judge | None, rows_TD: Tensor | None
+    ) -> Tensor:
         total = torch.zeros((), device=hidden_ND.device)
         dtype, grads = _product_type(head.weight), []
+        grad_TD = None if rows_TD is None else torch.zeros_like(rows_TD)
         least = LEAST_ROWS if judge is None else 2 * LEAST_ROWS  # compiled code needs half the memory per row
         judge = judge or loss_and_gradient
-        for targets, logits in chunks(hidden_ND, targets_N, head, least):
-            loss, grad_nV = judge(logits, targets, dtype)
+        for hidden, targets in _split(hidden_ND, targets_N, head, least):
+            loss, grad_nV = judge(_logits(hidden, head), targets, dtype)
             total += loss
             with torch.autocast(grad_nV.device.type, enabled=False):
-                grads.append(grad_nV @ head.weight.to(dtype))
-        ctx.save_for_backward(torch.cat(grads))
+                if isinstance(head, TokenHead) and rows_TD is not None and grad_TD is not None:
+                    grad_nV, grad_nT = head.parted(grad_nV)
+                    grad_TD += grad_nT.float().T @ hidden.float()
+                    grads.append(torch.addmm(grad_nT @ rows_TD.to(dtype), grad_nV, head.weight.to(dtype)))
+                else:
+                    grads.append(grad_nV @ head.weight.to(dtype))
+        ctx.save_for_backward(torch.cat(grads), grad_TD)
         ctx.dtype = hidden_ND.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_ND,) = ctx.saved_tensors
-        return (grad_ND * grad.to(grad_ND.dtype)).to(ctx.dtype), None, None, None
+        grad_ND, grad_TD = ctx.saved_tensors
+        of_rows = None if grad_TD is None else grad_TD * grad
+        return (grad_ND * grad.to(grad_ND.dtype)).to(ctx.dtype), None, None, None, of_rows
 
 
 def _product_type(weight_VD: Tensor) -> torch.dtype:
@@ -205,6 +228,7 @@ def _product_type(weight_VD: Tensor) -> torch.dtype:
     return torch.float32 if torch.float16 in (dtype, weight_VD.dtype) else dtype
 
 
-def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear, judge: Judge | None = None) -> Tensor:
+def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, judge: Judge | None = None) -> Tensor:
     """The summed loss of `LinearCrossEntropy`, a scalar in fp32; `judge` as in `Ending`."""
-    return LinearCrossEntropy.apply(hidden_ND, targets_N, head, judge)
+    rows_TD = head.rows() if isinstance(head, TokenHead) else None
+    return LinearCrossEntropy.apply(hidden_ND, targets_N, head, judge, rows_TD)

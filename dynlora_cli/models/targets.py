@@ -13,6 +13,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.models.experts import WORD, ExpertSlice, fused_experts
 from dynlora_cli.models.linear import is_linear
 from dynlora_cli.models.peft_types import not_adapted
+from dynlora_cli.models.token_rows import without_rows
 from dynlora_cli.text import did_you_mean
 
 # Leaf names of query and value projections, fused ones included.
@@ -41,7 +42,9 @@ def find_targets(
     Raises:
         UsageError: a pattern matches nothing; the message lists what there is.
     """
-    output, routers, text = model.get_output_embeddings(), _routers(model), text_part(model)
+    output: nn.Module | None = model.get_output_embeddings()
+    output = None if output is None else without_rows(output)
+    routers, text = _routers(model), text_part(model)
     left_out = layers_left_out(model)
     linear = {
         name: module

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora_cli.kernels.linear_cross_entropy import (
+    Head,
     chunks,
     decoder_inputs,
     ending,
@@ -40,7 +41,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     return linear_cross_entropy(states, targets_N, head, ending(model).judge)
 
 
-def _at_targets(model: nn.Module, batch: Batch) -> tuple[nn.Linear | None, Tensor, Tensor, Tensor]:
+def _at_targets(model: nn.Module, batch: Batch) -> tuple[Head | None, Tensor, Tensor, Tensor]:
     """The model's output at the batch's targets only, so that no logits are computed for prompts.
 
     Returns:
