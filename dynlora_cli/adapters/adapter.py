@@ -5,11 +5,12 @@ of PEFT's patterns it honours: PEFT divides alpha by rank per module, vLLM knows
 each tensor's own rank.
 
     Factors    one layer: a_CI, b_OC, and what its kind has beside them, such as DoRA's magnitude
-    Adapter    all layers, with what is known of where they came from
+    TokenRows  trained rows of a table of tokens
+    Adapter    all of them, with what is known of where they came from
 
 adapters/read.py makes it from files, adapters/write.py writes it; adapters/kinds/ says what is special of each kind.
 
-Dimensions: C components of a layer, I inputs, O outputs.
+Dimensions: C components of a layer, I inputs, O outputs, T trained tokens.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Factors:
         own: tensors that the kind has beside the factors, fp32. Names end in their shape: `magnitude_O` has a number
             for each output.
         born: components by birth, in the order of `Adapter.births` and of the rows of A. (): all of the last birth.
+        bias_O: fp32, added to what the layer gives, with the scale in it (PEFT's `lora_bias`); None: there is none.
     """
 
     a_CI: Tensor
@@ -65,6 +67,7 @@ class Factors:
     kind: str = PLAIN
     own: Mapping[str, Tensor] = field(default_factory=dict)
     born: tuple[int, ...] = ()
+    bias_O: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -117,6 +120,21 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Rows of a table that take the place of the base's own: PEFT's `trainable_token_indices`.
+
+    They are the rows themselves, not what is added to the base's. The table may be the output head as well.
+
+    Attributes:
+        indices: of the tokens, each once; rows behind the base's table make it longer.
+        rows_TI: fp32, in the order of `indices`.
+    """
+
+    indices: tuple[int, ...]
+    rows_TI: Tensor
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA read from a folder, dynlora's own or another tool's.
 
@@ -125,7 +143,10 @@ class Adapter:
         layers: by module name, in the order of the model's blocks.
         config: adapter_config.json.
         record: dynlora.json, or {} where another tool made it.
-        whole: tensors that replace the base model's own, by their name there: a classifier head, new embeddings.
+        whole: tensors that replace the base model's own, by their name there: a classifier head, new embeddings,
+            trained biases.
+        token_rows: by name of the table's module. Where the base ties its output head to its input table, the rows of
+            the input table are the head's, too, unless the head has rows or a tensor of its own.
         note: how the folder was found, for the person; None where they named it themselves.
         model_type: of the base's config; empty where nobody says.
     """
@@ -135,6 +156,7 @@ class Adapter:
     config: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
     note: str | None = None
     model_type: str = ""
 
@@ -164,7 +186,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all components; heads and magnitudes do not count."""
+        """Numbers in all components; heads, magnitudes, biases and rows of tokens do not count."""
         return sum(factors.parameters for factors in self.layers.values())
 
     @property
@@ -182,6 +204,17 @@ class Adapter:
         return bool(self.config.get("fan_in_fan_out"))
 
     @property
+    def has_lora_bias(self) -> bool:
+        """Whether a layer adds a bias of its own, PEFT's `lora_bias`."""
+        return any(factors.bias_O is not None for factors in self.layers.values())
+
+    @property
+    def biases(self) -> list[str]:
+        """Biases that replace the base's own, by name; those of a head that is there whole are not among them."""
+        names = [name for name in self.whole if name == "bias" or name.endswith(".bias")]
+        return [name for name in names if f"{name.removesuffix('bias')}weight" not in self.whole]
+
+    @property
     def form(self) -> str:
         """The file of adapters/kinds/ that knows its layers; LoRA where nothing is special."""
         special = {factors.kind for factors in self.layers.values()} - {PLAIN}
@@ -195,7 +228,7 @@ class Adapter:
     @property
     def keeps_one(self) -> bool:
         """Whether each layer must keep a component, since its files could not hold the rest of it alone."""
-        return bool(getattr(plugins.load("kinds", self.form), "keeps_one", False))
+        return self.has_lora_bias or bool(getattr(plugins.load("kinds", self.form), "keeps_one", False))
 
     @property
     def experts(self) -> dict[str, int]:

@@ -28,7 +28,10 @@ WRAPPERS = {
 }
 PARALLEL = "module."  # DistributedDataParallel's; only a name of all tensors alike is that
 UNTRAINED = "original_module"  # what PEFT keeps beside `modules_to_save`, and saves in some versions
-_SAVED_WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_SAVED_WHOLE = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save(\.default)?)(?=\.)")
+# Rows of a table, of LoRA's `trainable_token_indices` and of PEFT's kind that has nothing else.
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.(?P<adapter>\w+))?")
+BIAS = "lora_B.bias"  # among the parts of a layer
 
 
 @dataclass
@@ -38,11 +41,13 @@ class Sorted:
     Attributes:
         parts: of every layer, by name of the factor, fp32; layers in the model's order.
         whole: tensors that replace one of the base, by its name.
+        tokens: rows of a table of tokens, by the table's module, fp32.
         notes: what was taken off names or left out, for the person.
     """
 
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -62,9 +67,9 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
     adapters: set[str | None] = set()
     taken: dict[str, str] = {}
     known = kind.tensor_names()
-    ours = (*{f"{name.partition('_')[0]}_" for name in known}, "token_adapter")
+    ours = (*{f"{name.partition('_')[0]}_" for name in known}, "token_adapter", "trainable_tokens")
     part_of_a_layer = re.compile(
-        rf"(?P<module>.+?)\.(?P<part>{'|'.join(known)})(\.(?P<adapter>(?!weight$|bias$)\w+))?(\.weight)?"
+        rf"(?P<module>.+?)\.(?P<part>{'|'.join(known)})(\.(?P<adapter>(?!weight$|bias$)\w+))?(\.(?P<leaf>weight|bias))?"
     )
     for key, name in names.items():
         if name in taken:
@@ -74,14 +79,21 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
             raise UsageError(f"{path}: the name of the tensor {key!a} holds control characters", "leave it out")
         if f".{UNTRAINED}." in name:
             untrained.append(key)
-        elif match := part_of_a_layer.fullmatch(name):
-            found.parts.setdefault(match["module"], {})[match["part"]] = tensors[key].float()
+        elif match := _TOKENS.fullmatch(name):
+            found.tokens[match["module"]] = tensors[key].float()
+            adapters.add(match["adapter"])
+        elif (match := part_of_a_layer.fullmatch(name)) and (match["leaf"] != "bias" or match["part"] == "lora_B"):
+            part = BIAS if match["leaf"] == "bias" else match["part"]
+            found.parts.setdefault(match["module"], {})[part] = tensors[key].float()
             adapters.add(match["adapter"])
         elif any(part in name for part in ours):
             raise UsageError(f"{path}: the tensor {key} is not understood", "is it a newer kind of LoRA?")
         else:
-            found.whole[_SAVED_WHOLE.sub("", name)] = tensors[key]
-    if not found.parts:
+            own = _SAVED_WHOLE.sub("", name)
+            if own in found.whole:
+                raise UsageError(f"{path} holds {own} twice, once as {key}", "leave one of them out")
+            found.whole[own] = tensors[key]
+    if not (found.parts or found.tokens):
         raise UsageError(f"{path} holds no LoRA factors", "the files are incomplete or of another kind")
     if len(adapters) > 1:
         shown = ", ".join(sorted(str(name) for name in adapters))

@@ -6,6 +6,7 @@ Whatever would change the result without being understood is refused; nothing is
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.routed import is_routed, read_routed
+from dynlora_cli.adapters.token_rows import TOKEN_ADAPTER, token_rows
 from dynlora_cli.adapters.xlora import is_xlora, read_xlora
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
@@ -30,8 +32,8 @@ from dynlora_cli.text import to_type
 
 # Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
 NOT_UNDERSTOOD = (
-    "alora_invocation_tokens", "arrow_config", "bdlora_config", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "alora_invocation_tokens", "arrow_config", "bdlora_config", "kasa_config", "layer_replication",
+    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 # Starts that also changed the base model's weights, so that the saved factors belong to another base.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
@@ -68,12 +70,25 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
     parts = found.parts
     record = _record_of(folder)
     notes = "; ".join(filter(None, [note, *found.notes])) or None
-    adapter = Adapter(folder, {}, config, record, found.whole, notes)
+    rows = token_rows(found.tokens, config, file)
+    adapter = Adapter(folder, {}, config, record, found.whole, rows, notes)
     adapter = replace(adapter, model_type=_model_type(adapter, base))
     layers = plugins.load("kinds", config["peft_type"].lower()).read(adapter, parts, base)
+    _refuse_both(layers, rows, file)
     born, fault = born_of({name: factors.rank for name, factors in layers.items()}, folder, record)
     layers = {name: replace(factors, born=born[name]) for name, factors in layers.items()}
     return replace(adapter, note="; ".join(filter(None, [notes, fault])) or None).with_layers(layers)
+
+
+def _refuse_both(layers: Collection[str], rows: Collection[str], file: Path) -> None:
+    """Refuse components on a table that has trained rows: PEFT computes with no such table."""
+    tables = {name: name.removesuffix(TOKEN_ADAPTER) for name in layers}
+    both = [table for name, table in tables.items() if table in rows or name != table]
+    if both:
+        raise UsageError(
+            f"{file}: {both[0]} has trained rows and components, and which of them is added to which is not to be told",
+            "train one of the two",
+        )
 
 
 def no_single_update(folder: Path) -> UsageError:
@@ -117,6 +132,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
             f"{path}: peft_type is {kind}, not LORA", "PEFT's `convert_to_lora` makes a LoRA of many kinds"
         )
     strange = [key for key in NOT_UNDERSTOOD if config.get(key)]
+    strange += [key for key in ("lora_bias", "trainable_token_indices") if config.get(key)]
     if config.get("bias", "none") != "none":
         strange.append("bias")
     if strange:

@@ -12,9 +12,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from dynlora_cli import plugins
-from dynlora_cli.adapters.adapter import PLAIN, PREFIX, Adapter
+from dynlora_cli.adapters.adapter import PLAIN, PREFIX, Adapter, TokenRows
 from dynlora_cli.adapters.expert_files import fuse, parameter_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
+from dynlora_cli.adapters.keys import BIAS
+from dynlora_cli.adapters.token_rows import indices_of, tensors_of
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.files.whole import write_json
 
@@ -37,9 +39,14 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
         modules_to_save=config.get("modules_to_save"),
         experts=adapter.experts,
         as_parameters=adapter.as_parameters if for_peft and adapter.form == PLAIN else (),
+        token_rows=adapter.token_rows,
+        bias=_bias_of(adapter),
+        lora_bias=adapter.has_lora_bias,
     )
     written["task_type"] = config.get("task_type")
-    adapted = {f"{name}.weight": f"{name}.base_layer.weight" for name in adapter.layers}
+    leaves = ("weight", "bias")
+    adapted = {f"{name}.{leaf}": f"{name}.base_layer.{leaf}" for name in adapter.layers for leaf in leaves}
+    adapted |= {f"{name}.weight": f"{name}.token_adapter.base_layer.weight" for name in adapter.token_rows}
     tensors = {adapted.get(name, name): tensor for name, tensor in adapter.whole.items()}
     slices = {name: (f.a_CI, f.b_OC) for name, f in adapter.layers.items() if f.experts}
     tensors |= fuse(slices, adapter.experts)
@@ -50,6 +57,10 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
             tensors |= {f"{name}.lora_embedding_A": factors.b_OC.T, f"{name}.lora_embedding_B": factors.a_CI.T}
         else:
             tensors |= {f"{name}.lora_A.weight": factors.a_CI, f"{name}.lora_B.weight": factors.b_OC}
+            if adapter.has_lora_bias:
+                bias_O = factors.bias_O
+                tensors[f"{name}.{BIAS}"] = torch.zeros(len(factors.b_OC)) if bias_O is None else bias_O
+    tensors |= tensors_of(adapter.token_rows)
     own = {name: factors.own for name, factors in adapter.layers.items()}
     written, tensors = plugins.load("kinds", adapter.form).written(written, tensors, own)
     write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
@@ -65,6 +76,9 @@ def lora_config(
     modules_to_save: list[str] | None = None,
     experts: Collection[str] = (),
     as_parameters: Collection[str] = (),
+    token_rows: Mapping[str, TokenRows] | None = None,
+    bias: str = "none",
+    lora_bias: bool = False,
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
@@ -77,6 +91,9 @@ def lora_config(
         modules_to_save: modules stored whole, such as a classifier head.
         experts: layers that are the slice of one expert; their parameter is listed, with the largest rank of a slice.
         as_parameters: layers that are listed by their weight; see models/peft_types.py.
+        token_rows: trained rows of tables.
+        bias: which biases are in the files, in PEFT's words.
+        lora_bias: layers add a bias of their own.
     """
     apart = {*experts, *as_parameters}
     alive = {name: rank for name, rank in ranks.items() if rank and name not in apart}
@@ -95,7 +112,7 @@ def lora_config(
     return {
         "alpha_pattern": pattern,
         "base_model_name_or_path": base_model,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -108,10 +125,20 @@ def lora_config(
         "revision": revision,
         "target_modules": modules,
         **({"target_parameters": sorted(parameters)} if parameters else {}),
+        **({"lora_bias": True} if lora_bias else {}),
+        **({"trainable_token_indices": indices_of(token_rows)} if token_rows else {}),
         "task_type": plugins.declared("tasks", task, "TASK_TYPE"),
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _bias_of(adapter: Adapter) -> str:
+    """PEFT's word for the biases that the adapter has."""
+    if not adapter.biases:
+        return "none"
+    own = {f"{name}.bias" for name in adapter.layers}
+    return "lora_only" if own.issuperset(adapter.biases) else "all"
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -29,6 +29,7 @@ LARGEST_JSON = 1 << 28  # bytes; the largest tokenizers and indexes have a tenth
 LARGEST_RANK = 1 << 20
 LARGEST_ALPHA = 1e9
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 Length = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 WEIGHT_FILES = (".safetensors", ".bin")
 COPY_AGAIN = "copy the files again"
@@ -86,7 +87,7 @@ class PeftForm(BaseModel):
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    bias: str = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     r: Annotated[int, Field(ge=0, le=LARGEST_RANK)] | None = None
     lora_alpha: Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)] | None = None
     rank_pattern: dict[str, Annotated[int, Field(ge=0, le=LARGEST_RANK)]] | None = None
@@ -97,6 +98,9 @@ class PeftForm(BaseModel):
     fan_in_fan_out: bool | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
+    lora_bias: bool | None = None
+    trainable_token_indices: list[Token] | dict[str, list[Token]] | None = None
+    token_indices: list[Token] | None = None
 
 
 class IndexForm(BaseModel):

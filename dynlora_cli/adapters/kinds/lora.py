@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.expert_files import unfuse
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
+from dynlora_cli.adapters.keys import BIAS
 from dynlora_cli.adapters.kind import Files, Own, Parts, Read
 from dynlora_cli.adapters.peft_parameters import WEIGHT, adapted_parameters
 from dynlora_cli.errors import UsageError
@@ -20,6 +22,7 @@ from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.text import natural_order
 
 title = "LoRA"
+ANOTHER_FILE = "one of the two files is of another adapter; copy both again"
 tensors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -71,15 +74,36 @@ def _factors(module: str, parts: Mapping[str, Tensor], scales: Scales) -> Factor
     if a.shape[0] != b.shape[1]:
         raise UsageError(f"{scales.folder}: layer {module} has factors of rank {a.shape[0]} and {b.shape[1]}")
     magnitude = parts.get("lora_magnitude_vector")
-    if embedding and magnitude is not None:
-        raise UsageError(
-            f"{scales.folder}: {module} is a DoRA of an embedding, which is not supported", "merge it with PEFT"
-        )
     if scales.config.get("use_dora") and magnitude is None:
         raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
+    bias_O = _bias(module, parts, scales, len(b))
+    made = Factors(a, *_scaled(b, scale), embedding, bias_O=None if bias_O is None else scale * bias_O)
     if magnitude is None:
-        return Factors(a, *_scaled(b, scale), embedding)
-    return Factors(a, *_scaled(b, scale), kind="dora", own={"magnitude_O": magnitude.flatten()})
+        return made
+    if bias_O is not None:
+        raise UsageError(f"{scales.folder}: {module} is a DoRA with lora_bias, which PEFT does not have", ANOTHER_FILE)
+    # PEFT takes the norms of a table over its tokens, one for each number of a vector.
+    own, length = ("magnitude_I", a.shape[1]) if embedding else ("magnitude_O", b.shape[0])
+    if magnitude.numel() != length:
+        raise UsageError(
+            f"{scales.folder}: layer {module} has {magnitude.numel()} magnitudes, and {length} belong to it",
+            ANOTHER_FILE,
+        )
+    return replace(made, kind="dora", own={own: magnitude.flatten()})
+
+
+def _bias(module: str, parts: Mapping[str, Tensor], scales: Scales, outputs: int) -> Tensor | None:
+    """The bias of B, without the scale, where `lora_bias` is set."""
+    bias_O, wanted = parts.get(BIAS), bool(scales.config.get("lora_bias"))
+    if (bias_O is not None) != wanted:
+        what = "no lora_B.bias, and lora_bias is set" if wanted else "a lora_B.bias, and lora_bias is not set"
+        raise UsageError(f"{scales.folder}: layer {module} has {what} in {CONFIG}", ANOTHER_FILE)
+    if bias_O is not None and bias_O.shape != (outputs,):
+        raise UsageError(
+            f"{scales.folder}: layer {module} has a lora_B.bias of shape {tuple(bias_O.shape)} for {outputs} outputs",
+            ANOTHER_FILE,
+        )
+    return bias_O
 
 
 def _scaled(b_OC: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -96,7 +120,7 @@ def _slices(parameter: str, parts: Mapping[str, Tensor], scales: Scales) -> dict
     if not (a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0):
         raise UsageError(
             f"{scales.folder}: {parameter} has factors {tuple(a.shape)} and {tuple(b.shape)}, and {CONFIG} rank {rank}",
-            "one of the two files is of another adapter; copy both again",
+            ANOTHER_FILE,
         )
     scale = scales.of(parameter, rank)
     return {
@@ -124,7 +148,7 @@ class Scales:
         if announced != rank:
             raise UsageError(
                 f"{self.folder}: layer {module} has rank {rank} in {WEIGHTS} and {announced} in {CONFIG}",
-                "one of the two files is of another adapter; copy both again",
+                ANOTHER_FILE,
             )
         if rank == 0 or not isinstance(alpha, (int, float)):
             raise UsageError(
