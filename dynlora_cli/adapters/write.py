@@ -95,13 +95,8 @@ def lora_config(
         bias: which biases are in the files, in PEFT's words.
         lora_bias: layers add a bias of their own.
     """
-    apart = {*experts, *as_parameters}
-    alive = {name: rank for name, rank in ranks.items() if rank and name not in apart}
-    parameters = {f"{name}.weight": ranks[name] for name in as_parameters if ranks[name]}
-    for name in experts:
-        if ranks[name]:
-            parameters[parameter_of(name)] = max(ranks[name], parameters.get(parameter_of(name), 0))
-    modules, alive = sorted(alive), alive | parameters
+    modules, parameters = _targets(ranks, experts, as_parameters)
+    alive = modules | parameters
     largest = max(alive.values())
     # PEFT tries every key for every module: one key for all modules of a rank, each a full, escaped name. Where a key
     # names parameters alone, PEFT 0.21 warns that it "was ignored", and honours it all the same.
@@ -123,7 +118,7 @@ def lora_config(
         "r": largest,
         "rank_pattern": pattern,
         "revision": revision,
-        "target_modules": modules,
+        "target_modules": sorted(modules),
         **({"target_parameters": sorted(parameters)} if parameters else {}),
         **({"lora_bias": True} if lora_bias else {}),
         **({"trainable_token_indices": indices_of(token_rows)} if token_rows else {}),
@@ -131,6 +126,19 @@ def lora_config(
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _targets(
+    ranks: Mapping[str, int], experts: Collection[str], as_parameters: Collection[str]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Ranks of the modules that are targets, and of the parameters."""
+    apart = {*experts, *as_parameters}
+    modules = {name: rank for name, rank in ranks.items() if rank and name not in apart}
+    parameters = {f"{name}.weight": ranks[name] for name in as_parameters if ranks[name]}
+    for name in experts:
+        if ranks[name]:
+            parameters[parameter_of(name)] = max(ranks[name], parameters.get(parameter_of(name), 0))
+    return modules, parameters
 
 
 def _bias_of(adapter: Adapter) -> str:
