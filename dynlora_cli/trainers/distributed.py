@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynlora_cli.errors import DynloraError, UsageError
@@ -43,6 +43,18 @@ class Processes:
     def several(self) -> bool:
         """Whether there is more than one process."""
         return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+    def average(self, gradient_P: Tensor) -> None:
+        """Average a gradient over all processes, in place, as DDP does with those of the leaves."""
+        if self.several:
+            distributed.all_reduce(gradient_P)
+            gradient_P /= distributed.get_world_size()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes, in place, for observers (their argument `reduce`)."""
+        if self.several:
+            distributed.all_reduce(tensor)
+        return tensor
 
     def remove(self) -> None:
         """Look no longer."""
@@ -77,7 +89,7 @@ class Processes:
         renew(self.wrapper)
 
 
-def _alike(numbers: torch.Tensor) -> bool:
+def _alike(numbers: Tensor) -> bool:
     """Whether a tensor is the same in all processes. It may have another length in each."""
     length = torch.tensor([len(numbers), -len(numbers)], device=numbers.device)
     distributed.all_reduce(length, op=distributed.ReduceOp.MAX)
