@@ -1,4 +1,4 @@
-"""The four neutral forms between a row of data and tokens, and the checks that every format needs."""
+"""The neutral forms between a row of data and tokens, and the checks that every format needs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,66 @@ class Labelled:
     label: str | int
 
 
-Form = Turns | Pair | Plain | Labelled
+Said = str | list[dict[str, Any]]  # a text, or messages, each with role and content
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt and two answers, of which one is preferred. All three are texts, or all three lists of messages.
+
+    Args:
+        prompt: what both answers follow; empty where they share no beginning.
+        chosen: the better answer.
+        rejected: the other one.
+        tools: for the chat template, as of `Turns`.
+        remarks: what the person should know about how the row was read.
+    """
+
+    prompt: Said
+    chosen: Said
+    rejected: Said
+    tools: list[Any] | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def untaught(self) -> str:
+        """Why nothing is to be learned from it, to follow after `3 rows`; empty where something is."""
+        if says_nothing(self.chosen) or says_nothing(self.rejected):
+            return "with an empty chosen or rejected answer"
+        return "whose chosen and rejected answers are the same" if self.chosen == self.rejected else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A prompt and an answer, which is good or not. Both are texts, or both lists of messages.
+
+    Args:
+        prompt: what the answer follows.
+        completion: the answer.
+        label: it is good.
+        tools, remarks: as of `Preference`.
+    """
+
+    prompt: Said
+    completion: Said
+    label: bool
+    tools: list[Any] | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def untaught(self) -> str:
+        """As of `Preference`."""
+        return "with an empty answer" if says_nothing(self.completion) else ""
+
+
+def says_nothing(answer: Said) -> bool:
+    """Whether an answer has no words, and no key beside that a template could write."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    return not any(value for message in answer for key, value in message.items() if key != "role")
+
+
+Form = Turns | Pair | Plain | Labelled | Preference | Judged
 
 
 class BadRowError(ValueError):
