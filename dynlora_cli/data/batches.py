@@ -21,7 +21,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from dynlora_cli.data.examples import IGNORED, Example, Judge
 from dynlora_cli.data.mix import Span, drawn, each_once, evenly
 
+_T = TypeVar("_T")
 _WINDOW = 50  # rows are sorted by length within so many steps
 
 Bin = tuple[int, ...]  # indices of the examples that share one row of a batch
@@ -54,6 +55,7 @@ class Batch:
         columns: lines of `inputs` that stand together: of all rows the first, then of all rows the second, and so on.
             By default one for each row.
         judge, extra: as of `Example`, for rows whose loss is no cross-entropy.
+        line_keys: what each line is known by, where the judge remembers lines.
     """
 
     inputs: dict[str, Tensor]
@@ -67,6 +69,7 @@ class Batch:
     columns: Sequence[int] = ()
     judge: Judge | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    line_keys: Sequence[bytes] = ()
 
     def __post_init__(self) -> None:
         if self.places is None:
@@ -248,7 +251,7 @@ class Batches:
         examples = [self.examples[index] for item in bins for index in item]
         kind, width = examples[0], self._width(max(self._length(item) for item in bins))
         placed = [self._placed(item) for item in bins]
-        columns = [] if self.packing else _columns(examples)
+        columns = [] if self.packing else _columns([example.lines for example in examples])
         ids = torch.full((sum(map(len, columns)) or len(bins), width), self.pad_id)
         if self.packing:
             inputs = {"input_ids": ids, **self._packed(bins, width)}
@@ -264,12 +267,13 @@ class Batches:
             labels,
             rows=[example.row for example in examples],
             tokens=sum(example.tokens for example in examples),
-            supervised=int((labels != IGNORED).sum()),
+            supervised=len(examples) if kind.one_target else int((labels != IGNORED).sum()),
             confidence=[example.confidence for example in examples],
             spans=self._spans(placed) if self.packing else (),
             columns=[len(column) for column in columns],
             judge=kind.judge,
             extra=kind.extra(examples),
+            line_keys=list(itertools.chain(*_columns([example.line_keys() for example in examples]))),
         )
 
     def _width(self, longest: int) -> int:
@@ -325,9 +329,8 @@ class Batches:
         return replace(batch, labels=labels, rows=[], tokens=0, supervised=0, places=none, confidence=(), spans=())
 
 
-def _columns(examples: Sequence[Example]) -> list[list[Sequence[int]]]:
-    """The first text of every example, the second of every one that has it, and so on."""
-    lines = [example.lines for example in examples]
+def _columns(lines: Sequence[Sequence[_T]]) -> list[list[_T]]:
+    """Of the lines of every example: the first ones, the second ones of those that have two, and so on."""
     most = max(map(len, lines))
     return [[texts[number] for texts in lines if len(texts) > number] for number in range(most)]
 

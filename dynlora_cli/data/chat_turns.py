@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # The columns of formats that can be either; the conversation of `chat` has turns anyway, and `text` has none.
-PAIRS = {"completion": ("prompt", "completion"), "alpaca": ("instruction", "output")}
+PAIRS = {
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "preference": ("prompt", "chosen"),
+    "kto": ("prompt", "completion"),
+}
+_ASKING = {"preference": ("prompt", "question", "instruction"), "kto": ("prompt",)}  # of those, what may be bare text
 # What well-known templates put around a turn, whichever of them the model has.
 _MARKS = re.compile(
     r"<\|im_(?:start|end|sep)\|>|<\|start_header_id\|>|<\|e(?:ot|om)_id\|>|\[/?INST\]|<(?:start|end)_of_(?:turn|role)>"
@@ -49,6 +55,8 @@ def as_turns(
         DataError: turns are asked for, and there is no template.
     """
     has_template = bool(tokenizer.chat_template)
+    if form in _ASKING and not any(isinstance(row.get(name), str) for row in rows[:1] for name in _ASKING[form]):
+        return has_template and chat is not False, ""
     if form not in PAIRS:
         asked, is_chat = chat != "auto", form == "chat"
         other = asked and chat is not is_chat

@@ -81,11 +81,12 @@ _SPLITS = _Meaning(
 )
 _JUDGES = _Meaning(
     "tells good answers from bad ones, and all would be learned",
-    "keep the rows with good answers, or set model.task: sequence-classification to learn the label",
+    "keep the rows with good answers, set train.objective: kto to learn from both, or set model.task: "
+    "sequence-classification to learn the label",
     lambda first, value: value != first and _truth(value) and _truth(first),
 )
 _PREFERS = _Meaning(
-    "is one of a preference pair, and nothing here learns from pairs",
+    "is one of a preference pair, and single answers are learned here",
     "",  # by what the row has: _to_prefer
     _always,
 )
@@ -186,15 +187,19 @@ def _to_prefer(row: Mapping[str, Any]) -> str:
     worse = _first(("rejected", "rejected_response", "rejected_messages"), names)
     if better is None:
         return "the better answers are in the other columns"
+    both = "set train.objective: dpo to learn which answer is better"
+    if worse and (better, worse) != ("chosen", "rejected"):
+        both += f", with `columns: {{chosen: {names[better]}, rejected: {names[worse]}}}`"
     chosen = row[names[better]]
     if isinstance(chosen, str):
         ours = "completion" if "prompt" in row else "output" if "instruction" in row else None
     else:
         ours = "messages" if _is_talk(chosen) and len(chosen) > 1 else None
     if ours is None:
-        return f"to learn the better answers, write {names[better]!r} as the last turn of `messages`"
+        return f"{both}; to learn the better answers alone, write {names[better]!r} as the last turn of `messages`"
     aside = f" and `ignore: [{names[worse]}]`" if worse else ""
-    return f"to learn the better answers, write `columns: {{{ours}: {names[better]}}}`{aside} beside the path"
+    alone = f"to learn the better answers alone, write `columns: {{{ours}: {names[better]}}}`{aside} beside the path"
+    return f"{both}; {alone}"
 
 
 def columns_of(form: ModuleType) -> set[str]:

@@ -59,6 +59,14 @@ class Encoder(ABC):
     def example(self, draft: Draft, row: int) -> Example:
         """A draft as an example, cut to `max_length`; `row` is its number."""
 
+    def apart(self, row: Located) -> list[Located]:
+        """The rows that one row is; it alone, but where a pair of answers is two of them."""
+        return [row]
+
+    def settle(self, examples: Sequence[Example], prompts: Sequence[bytes]) -> None:  # noqa: ARG002
+        """Give examples of one list what they need of each other; most need nothing. `prompts` tells theirs apart."""
+        return
+
     def prompt(self, text: str) -> list[int]:
         """Tokens of a prompt that is bare text, as they stand before its completion in training."""
         return self._opened(self._ids([text])[0])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dynlora_cli.data.chat_mask import Mask, closing_of
 from dynlora_cli.data.chat_template import Arguments, Unwritten, draws_at_random, write
 from dynlora_cli.data.encode import Encoder, decode
-from dynlora_cli.data.examples import IGNORED, Draft, Located, OneText
+from dynlora_cli.data.examples import IGNORED, Draft, Example, Located, OneText
 from dynlora_cli.data.forms import BadRowError, Form, Pair, Plain, Turns
 from dynlora_cli.errors import DataError
 
@@ -46,7 +46,7 @@ class TextEncoder(Encoder):
         }
         return by_form[type(rows[0].form)](rows) if rows else []
 
-    def example(self, draft: Draft, row: int) -> OneText:
+    def example(self, draft: Draft, row: int) -> Example:
         ids, labels = draft.ids[: self.max_length], draft.labels[: self.max_length]
         return OneText(array("i", ids), array("i", labels), row, draft.confidence)
 

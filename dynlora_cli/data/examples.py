@@ -64,6 +64,7 @@ class Example(ABC):
         row: number of the row, counted from 0 over all sources of its list in the recipe.
         confidence: how sure its data are of it, from 0 to 1; for `pruning.policy: retrieval`.
         packs: several of these can stand in one line of a batch.
+        one_target: its tokens carry labels, and it is a single target all the same.
         judge: says how good a model is on a batch of these; None: the cross-entropy of their targets.
     """
 
@@ -72,6 +73,7 @@ class Example(ABC):
     row: int
     confidence: float = 1.0
     packs: ClassVar[bool] = False
+    one_target: ClassVar[bool] = False
     judge: Judge | None = None
 
     @property
@@ -103,6 +105,10 @@ class Example(ABC):
     def token_types(self) -> Sequence[int] | None:
         """Which of two texts each token of `input_ids` belongs to, for models that are told so."""
         return None
+
+    def line_keys(self) -> list[bytes]:
+        """Of each of its lines: what it is known by, in whichever list of rows; where a judge remembers lines."""
+        return []
 
     @abstractmethod
     def supervised(self) -> int:
@@ -290,6 +296,8 @@ class Draft:
         cut: the row was too long and has lost its end.
         confidence: as of `Example`.
         located: the row that it was made of, where passages are still to come into it.
+        other: the second line of a row of compared answers.
+        start: tokens of the prompt, where two lines have the same one.
     """
 
     ids: list[int]
@@ -301,6 +309,16 @@ class Draft:
     untaught: str = ""
     confidence: float = 1.0
     located: Located | None = None
+    other: list[int] | None = None
+    start: int = 0
+
+    def overflows(self, limit: int) -> bool:
+        """Whether it is longer than so many tokens."""
+        return self.cut or max(len(self.ids), len(self.labels), len(self.other or ())) > limit
+
+    def loses_answer(self, limit: int) -> bool:
+        """Whether the end of an answer stands behind so many tokens."""
+        return any(label != IGNORED for label in self.labels[limit:]) or len(self.other or ()) > limit
 
 
 @dataclass(frozen=True, slots=True)

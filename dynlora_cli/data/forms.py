@@ -136,6 +136,8 @@ def says_nothing(answer: Said) -> bool:
     return not any(value for message in answer for key, value in message.items() if key != "role")
 
 
+PREFERRING = {Preference.__name__, Judged.__name__}  # forms of answers that are compared or judged
+WITH_TURNS = {Turns.__name__, *PREFERRING}  # forms that a chat template writes
 Form = Turns | Pair | Plain | Labelled | Preference | Judged
 
 

@@ -125,7 +125,7 @@ def load_data(
     counts = {part: _counts(parts[part], lost[part]) for part in lost}
     _check_supervised(counts, reader, to_measure)
     _note_writing(reader)
-    training, measured, sized = ([kept.example for kept in part] for part in parts.values())
+    training, measured, sized = (_settled(reader, part) for part in parts.values())
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
     data.prompts = {part: [kept.prompt for kept in parts[part]] for part in lost}
     data.retrieval = retrieval
@@ -162,6 +162,13 @@ def _held_out(reader: Reader, train: list[Kept], seed: int) -> tuple[list[Kept],
     else:
         train, val = split(train, dataset.val_size, seed, reader.notes)
     return train, val, dropped
+
+
+def _settled(reader: Reader, rows: list[Kept]) -> list[Example]:
+    """The examples of one part, each with what it needs of the others."""
+    examples = [row.example for row in rows]
+    reader.encoder.settle(examples, [row.prompt for row in rows])
+    return examples
 
 
 def _note_writing(reader: Reader) -> None:

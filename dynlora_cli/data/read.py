@@ -14,8 +14,8 @@ from dynlora_cli import plugins
 from dynlora_cli.data.chat_template import Writing, on_date
 from dynlora_cli.data.chat_turns import as_turns
 from dynlora_cli.data.columns import Account, example_for, in_yaml, located, renamed
-from dynlora_cli.data.examples import IGNORED, Draft, Located
-from dynlora_cli.data.forms import Pair, Plain, Turns, name_of
+from dynlora_cli.data.examples import Draft, Located
+from dynlora_cli.data.forms import PREFERRING, WITH_TURNS, Judged, Pair, Plain, Preference, Turns, name_of
 from dynlora_cli.data.mix import chosen
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import Table, tables
@@ -37,6 +37,7 @@ class TaskOfRows(Protocol):
     """What is asked of a task (tasks/task.py) to read rows for it."""
 
     name: str
+    objective: str
     forms: tuple[str, ...]
     has_classes: bool
 
@@ -109,7 +110,8 @@ def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> I
         return
     opening = [(place, first), *itertools.islice(rows, _CHUNK - 1)]
     has_template = _as_turns(reader, table, form, [row for _, row in opening])
-    read = (located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
+    whole = (located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
+    read = (part for row in whole for part in reader.encoder.apart(row))
     while batch := [_apart(reader, form, row) for row in itertools.islice(read, _CHUNK)]:
         drafts = reader.encoder.encode(batch)
         for row, draft in zip(batch, drafts, strict=True):
@@ -122,7 +124,7 @@ def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> I
 
 def _as_turns(reader: Reader, table: Table, form: ModuleType, opening: list[Row]) -> bool:
     """Whether the rows of a table become turns; kept for the record."""
-    if Turns.__name__ not in reader.task.forms:
+    if not set(reader.task.forms) & WITH_TURNS:
         if reader.dataset.chat is True:
             able = [
                 name for name in plugins.names("tasks") if Turns.__name__ in plugins.declared("tasks", name, "FORMS")
@@ -144,13 +146,14 @@ def _format(reader: Reader, source: Source, table: Table, place: str, row: Row, 
         form = plugins.load("formats", source.format)
         serves = set(form.FORMS) & set(reader.task.forms)
         if not serves or (table.whole_text and source.format != "text"):
-            kind = "a text file" if table.whole_text else f"model.task {reader.task.name}"
-            raise DataError(f"{table.name}: format {source.format!r} does not serve {kind}")
+            kind = "a text file" if table.whole_text else f"model.task {_called(reader.task)}"
+            raise DataError(f"{table.name}: format {source.format!r} does not serve {kind}", _objectives_for(form))
         return form
     columns = set(row)
     fitting = fitting_formats(reader.task.forms, columns)
     if not fitting:
-        account.enter(place, row, None)
+        if not set(reader.task.forms) & PREFERRING:
+            account.enter(place, row, None)
         raise _no_format(reader.task, place, row)
     others = [name_of(form) for form in fitting[1:]]
     note = f"{table.name}: format {name_of(fitting[0])}, chosen by its columns"
@@ -159,12 +162,24 @@ def _format(reader: Reader, source: Source, table: Table, place: str, row: Row, 
     return fitting[0]
 
 
+def _called(task: TaskOfRows) -> str:
+    """`causal-lm`, or `causal-lm with train.objective dpo`."""
+    return task.name if task.objective == plugins.OBJECTIVE else f"{task.name} with train.objective {task.objective}"
+
+
+def _objectives_for(form: ModuleType) -> str | None:
+    """What to set, where a format is for objectives that have forms of their own."""
+    names = plugins.names("objectives")
+    able = [name for name in names if set(form.FORMS) & set(plugins.declared("objectives", name, "FORMS", ()))]
+    return f"its rows are for train.objective {' or '.join(able)}" if able else None
+
+
 def _no_format(task: TaskOfRows, place: str, row: Row) -> DataError:
     lines = "\n".join(f"  {name_of(form)}: {form.COLUMNS}" for form in _serving(task.forms))
     named = in_yaml(example_for(row, task.forms))
     hint = f"rename them in the recipe, ours to theirs, such as `columns: {{{named}}}`"
     return DataError(
-        f"{place}: no format fits the columns {', '.join(sorted(row))}; for {task.name} there are\n{lines}",
+        f"{place}: no format fits the columns {', '.join(sorted(row))}; for {_called(task)} there are\n{lines}",
         hint if named else "give the rows the columns of one of them",
     )
 
@@ -192,7 +207,8 @@ def _note_form(reader: Reader, table: Table, batch: list[Located]) -> None:
             "dataset.train_on: all trains every turn that is not marked otherwise"
         )
     forms = [row.form for row in batch]
-    reader.notes += [f"{table.name}: {remark}" for form in forms if isinstance(form, Turns) for remark in form.remarks]
+    remarks = [form.remarks for form in forms if isinstance(form, (Turns, Preference, Judged))]
+    reader.notes += [f"{table.name}: {remark}" for remark in itertools.chain(*remarks)]
     if any(isinstance(form, (Turns, Pair)) and form.is_empty for form in forms):
         reader.notes.append(f"{table.name}: some answers are empty: the model learns to say nothing there")
     pairs = [form for form in forms if isinstance(form, Pair)]
@@ -215,8 +231,8 @@ def _apart(reader: Reader, form: ModuleType, row: Located) -> Located:
 def fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:
     """A draft within the length limit, or why its row is dropped, to follow after `3 rows`."""
     limit = reader.max_length
-    reader.vocabulary.check(place, draft.ids, draft.labels)
-    truncated = draft.cut or max(len(draft.ids), len(draft.labels)) > limit
+    reader.vocabulary.check(place, draft.ids, draft.other or draft.labels)
+    truncated = draft.overflows(limit)
     if truncated and reader.dataset.overlong == "error":
         raise DataError(
             f"{place}: longer than max_length {limit}",
@@ -224,11 +240,11 @@ def fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:
         )
     if truncated and reader.dataset.overlong == "drop":
         return f"{LONGER} {limit}"
-    cut_answer = any(label != IGNORED for label in draft.labels[limit:])
+    cut_answer = draft.loses_answer(limit)
     example = reader.encoder.example(draft, number)
     if not example.input_ids:  # which no model reads
         return EMPTY
-    if not example.supervised():
+    if draft.untaught or not example.supervised():
         return draft.untaught or (f"with an answer that {BEGINS} {limit}" if truncated else EMPTY)
     prompt = hashlib.sha256(draft.prompt.encode("utf-8", "surrogatepass")).digest()[:16]
     return Kept(example, prompt, draft.label, truncated, cut_answer, located=draft.located)

@@ -32,12 +32,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynlora_cli import plugins
 from dynlora_cli.data.encode_text import TextEncoder
+from dynlora_cli.data.forms import PREFERRING, Judged
+from dynlora_cli.data.preferences.encoder import PreferenceEncoder
 from dynlora_cli.tasks.scores import RowSums, perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dynlora_cli.config.sections import Model
+    from dynlora_cli.config.sections import Model, Train
     from dynlora_cli.data.encode import Encoder
     from dynlora_cli.data.examples import Example
 
@@ -47,10 +49,12 @@ class Task:
 
     Args:
         options: the recipe's `model` section, with the task's own keys.
+        train: the recipe's `train` section; None: the objective is the one that every task has.
 
     Attributes:
         name: in recipes.
-        forms: names of the neutral forms that it learns from.
+        objective: what is learned from the rows, as in recipes.
+        forms: names of the neutral forms that it learns from: the objective's, where that has forms of its own.
         has_classes: the model has a head for classes, which are numbered before training.
         measured: the numbers that `metrics` gives, and the loss.
         why_measured: why it is those and no others.
@@ -62,10 +66,12 @@ class Task:
     measured: ClassVar[frozenset[str]] = frozenset({"loss", "token_accuracy"})
     why_measured: ClassVar[str] = "no answers are generated"
 
-    def __init__(self, options: Model) -> None:
+    def __init__(self, options: Model, train: Train | None = None) -> None:
         self.options = options
         self.name = options.task
-        self.forms: tuple[str, ...] = plugins.declared("tasks", self.name, "FORMS")
+        self.objective: str = getattr(train, "objective", plugins.OBJECTIVE)
+        own = plugins.declared("tasks", self.name, "FORMS")
+        self.forms: tuple[str, ...] = plugins.declared("objectives", self.objective, "FORMS", own)
         self.has_classes = bool(plugins.declared("tasks", self.name, "HAS_CLASSES"))
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> Encoder:
@@ -76,6 +82,9 @@ class Task:
             train_on: the recipe's `dataset.train_on`.
             max_length: tokens of the longest example.
         """
+        if PREFERRING & set(self.forms):
+            pairs = Judged.__name__ not in self.forms
+            return PreferenceEncoder(tokenizer, train_on, max_length, pairs=pairs)
         return self.encodes_with(tokenizer, train_on, max_length)
 
     def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002
@@ -98,7 +107,7 @@ class Task:
         return {"perplexity": perplexity(sums.loss), "token_accuracy": sums.accuracy}
 
 
-def of(options: Model) -> Task:
-    """The task that a recipe's `model` section names."""
-    task: Task = plugins.load("tasks", options.task).Task(options)
+def of(options: Model, train: Train | None = None) -> Task:
+    """The task that a recipe's `model` section names, for the objective of its `train` section."""
+    task: Task = plugins.load("tasks", options.task).Task(options, train)
     return task

@@ -5,7 +5,8 @@ What it does
     bare text become turns where the model has a chat template (`dataset.chat`).
 
 When to use it
-    For feedback on single answers. Rows with `chosen` and `rejected` are of the format preference, which serves kto too.
+    For feedback on single answers. Rows with `chosen` and `rejected` are of the format preference, which
+    serves kto too.
 
 Columns
     `prompt`, `completion`: two texts or two lists of messages; or `messages`, or `conversations`, of which the last is

@@ -77,7 +77,7 @@ def _texts(row: Mapping[str, Any], name: str, chosen: str, rejected: str, has_te
     system = optional_text(row, "system")
     if row.get(name) in (None, ""):
         if system:
-            raise BadRowError("there is a 'system' and no prompt; name the prompt's column, as `columns: {prompt: ...}`")
+            raise BadRowError("there is a 'system' and no prompt; name its column, as `columns: {prompt: ...}`")
         prompt, chosen, rejected = _common(chosen, rejected)
         return Preference(prompt, chosen, rejected)
     prompt = text_of(row, name)
@@ -90,8 +90,8 @@ def _texts(row: Mapping[str, Any], name: str, chosen: str, rejected: str, has_te
             raise BadRowError("a 'system' needs a chat template; set dataset.chat_template, and no dataset.chat: false")
         return Preference(prompt, chosen, rejected, remarks=remarks)
     opening = [{"role": "system", "content": system}] if system else []
-    said = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
-    return Preference([*opening, {"role": "user", "content": prompt}], *said, remarks=remarks)
+    asked = [*opening, {"role": "user", "content": prompt}]
+    return Preference(asked, _said(chosen), _said(rejected), remarks=remarks)
 
 
 def _common(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -120,20 +120,17 @@ def _conversation(
     if asked and (whole := _repeats(asked, chosen, rejected)):
         remarks = whole
         asked = []
-    better, tools = _turns(row, [*asked, *chosen]), None
-    worse = _turns(row, [*asked, *rejected])
-    tools = better.tools
+    better, worse = _turns(row, [*asked, *chosen]), _turns(row, [*asked, *rejected])
     if asked:
-        end = len(asked) + len(better.messages) - len(asked) - len(chosen)  # a system message may have come before
+        end = len(better.messages) - len(chosen)
     else:
         shortest = min(len(better.messages), len(worse.messages))
         pairs = zip(better.messages, worse.messages, strict=False)
         end = next((at for at, (one, other) in enumerate(pairs) if one != other), shortest - 1)
     if not end:
         raise BadRowError("'chosen' and 'rejected' share no message, so nothing is asked; is there no 'prompt'?")
-    return Preference(
-        better.messages[:end], better.messages[end:], worse.messages[end:], tools, remarks + better.remarks
-    )
+    answers = better.messages[end:], worse.messages[end:]
+    return Preference(better.messages[:end], *answers, tools=better.tools, remarks=remarks + better.remarks)
 
 
 def _repeats(asked: Sequence[Any], chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[str, ...]:

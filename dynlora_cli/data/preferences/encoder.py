@@ -1,7 +1,7 @@
 """Rows of answers that are compared or judged, to tokens.
 
-The tokens are those of TRL's DPOTrainer and KTOTrainer (1.16) for the same rows: prompt and answer are one text, and the
-answer begins where that text and the prompt alone first differ. In three cases TRL's are not taken:
+The tokens are those of TRL's DPOTrainer and KTOTrainer (1.16) for the same rows: prompt and answer are one text, and
+the answer begins where that text and the prompt alone first differ. In three cases TRL's are not taken:
 
 - a tokenizer that ends every text itself ends an answer once, and a text that spells the opening token out has one
 - a chat template that closes turns without a token to stop at gets the end-of-text token behind an answer
@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from dynlora_cli.data.chat_template import write
+from dynlora_cli.data.encode import decode
 from dynlora_cli.data.encode_text import TextEncoder
 from dynlora_cli.data.examples import IGNORED, Draft, Example, Located
 from dynlora_cli.data.forms import BadRowError, Judged, Preference, Said, Turns
@@ -64,8 +65,8 @@ class PreferenceEncoder(TextEncoder):
             return Compared(first, array("i", draft.other[: self.max_length]), start, row, draft.confidence)
         return Rated(first, start, bool(draft.label), row, draft.confidence)
 
-    def settle(self, examples: Sequence[Example]) -> None:
-        mismatch(examples, self.max_length)
+    def settle(self, examples: Sequence[Example], prompts: Sequence[bytes]) -> None:
+        mismatch(examples, prompts, self.max_length)
 
     def notes(self, template: str) -> list[str]:
         notes = super().notes(template)
@@ -91,7 +92,8 @@ class PreferenceEncoder(TextEncoder):
             raise DataError(f"{row.place}: {error}") from error
 
     def _written(self, form: Preference | Judged, answer: Said) -> str:
-        assert not isinstance(form.prompt, str) and not isinstance(answer, str)
+        assert isinstance(form.prompt, list)
+        assert isinstance(answer, list)
         turns = self.arguments.wanted(Turns([*form.prompt, *answer], form.tools))
         text = write(self.tokenizer, turns.messages, turns.tools)
         self.unwritten.look(turns, text)
@@ -112,7 +114,7 @@ class PreferenceEncoder(TextEncoder):
     def _stripped(self, line: list[int]) -> list[int]:
         """Without white space at its end."""
         end = len(line)
-        while end and not self.tokenizer.decode([line[end - 1]]).strip():
+        while end and not decode(self.tokenizer, line[end - 1 : end]).strip():
             end -= 1
         return line[:end]
 
@@ -129,8 +131,7 @@ class PreferenceEncoder(TextEncoder):
             draft.label = int(form.label)
         else:
             draft.other = answered[1]
-            if not draft.untaught and _same(answered, self.max_length):
-                draft.untaught = f"whose chosen and rejected answers are the same up to max_length {self.max_length}"
+            draft.untaught = draft.untaught or _alike(answered, start, self.max_length)
         return draft
 
 
@@ -138,8 +139,12 @@ def _answers(form: Preference | Judged) -> list[Said]:
     return [form.chosen, form.rejected] if isinstance(form, Preference) else [form.completion]
 
 
-def _same(lines: list[list[int]], limit: int) -> bool:
-    return lines[0] != lines[1] and lines[0][:limit] == lines[1][:limit]
+def _alike(lines: list[list[int]], start: int, limit: int) -> str:
+    """Why a model sees no difference between two answers; empty where it sees one."""
+    if lines[0] == lines[1]:
+        return "whose chosen and rejected answers are the same tokens"
+    same = start < limit and lines[0][:limit] == lines[1][:limit]
+    return f"whose chosen and rejected answers are the same up to max_length {limit}" if same else ""
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

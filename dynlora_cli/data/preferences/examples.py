@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from dynlora_cli.data.examples import IGNORED, Example, Lines, Targets
-from dynlora_cli.data.judge import Judge
+from dynlora_cli.data.examples import IGNORED, Example, Judge, Lines, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,7 +151,7 @@ class Rated(TwoLines):
         return [(prompt, False), (f"\n  {word}: ", False), (answer, True)]
 
 
-def mismatch(examples: Sequence[Example], max_length: int) -> None:
+def mismatch(examples: Sequence[Example], prompts: Sequence[bytes], max_length: int) -> None:
     """Give each rated row the answer of the row before it, whose prompt is another one; the first one that of the last.
 
     How likely such answers are tells how far a model has moved as a whole (KTO's reference point). Source: Ethayarajh
@@ -160,12 +159,13 @@ def mismatch(examples: Sequence[Example], max_length: int) -> None:
 
     Args:
         examples: of one list, in order; other kinds are left as they are.
+        prompts: what the prompt of each is known by.
         max_length: tokens of the longest line.
     """
-    rated = [example for example in examples if isinstance(example, Rated)]
-    for number, row in enumerate(rated):
-        prompt = row.input_ids[: row.start]
+    rated = [(row, prompt) for row, prompt in zip(examples, prompts, strict=True) if isinstance(row, Rated)]
+    for number, (row, prompt) in enumerate(rated):
         # Rows of one prompt stand beside each other where pairs were taken apart: a few steps back are enough.
         before = (rated[number - back] for back in range(1, min(len(rated), 64)))
-        other = next((each for each in before if each.input_ids[: each.start] != prompt), rated[number - 1])
-        row.other_ids = (prompt + other.input_ids[other.start :])[:max_length]  # type: ignore[operator]  # arrays
+        other = next((each for each, asked in before if asked != prompt), rated[number - 1][0])
+        line = [*row.input_ids[: row.start], *other.input_ids[other.start :]]
+        row.other_ids = array("i", line[:max_length])
