@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,14 +10,10 @@ import typer
 from dynlora_cli.cli.eval_library import evaluate_library, one_file
 from dynlora_cli.cli.options import PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
-from dynlora_cli.errors import MeasureError, UsageError
-from dynlora_cli.text import to_type
+from dynlora_cli.errors import MeasureError
 
 if TYPE_CHECKING:
-    from dynlora_cli.config.sections import Model
     from dynlora_cli.evaluation.thresholds import Thresholds
-
-NEWEST_BELOW = Path("out")
 
 RecipeFile = Annotated[
     Path | None,
@@ -153,31 +148,28 @@ def evaluate(
         if library is not None or router is not None:
             result.update(evaluate_library(context))
             return
-        from dynlora_cli.commands import preflight
+        from dynlora_cli.cli import asked_eval
 
-        limits = _limits(fail_above or (), fail_below or (), baseline, max_regression)
-        others, names = _other_rows(also or [], no_base), _task_names(tasks, limit)
-        folders, rows = _what_is_meant(recipe, adapter or [], one_file(data, explain, set_))
-        preflight.adapters(folders, base, rows, others)
-        from dynlora_cli.cli.views.evaluation import show_evaluation
-        from dynlora_cli.commands import evaluate as command
-        from dynlora_cli.evaluation.options import Options
-
-        options = Options(
+        work = asked_eval.evaluate(
+            recipe,
+            adapter or [],
+            thresholds=_limits(fail_above, fail_below, baseline, max_regression),
+            data=one_file(data, explain, set_),
+            also=asked_eval.named_rows(also or []),
             base=base,
-            trust_remote_code=_trusted(recipe, trust_remote_code),
+            trust_remote_code=trust_remote_code,
             with_base=not no_base,
             max_samples=max_samples,
-            also=others,
             generate=generate,
             samples=samples,
-            tasks=names,
+            tasks=tasks,
             limit=limit,
             allow_template_mismatch=allow_template_mismatch,
-            thresholds=limits,
         )
+        from dynlora_cli.cli.views.evaluation import show_evaluation
+
         view = console()
-        result.update(command.run(folders, rows, options, view.line))
+        result.update(work(view.line))
         show_evaluation(view, result)
         if result["failed"]:
             view.error(MeasureError(result["error"]))
@@ -185,70 +177,7 @@ def evaluate(
         raise typer.Exit(MeasureError.exit_code)
 
 
-def _limits(above: Sequence[str], below: Sequence[str], baseline: Path | None, most: str | None) -> Thresholds:
+def _limits(above: list[str] | None, below: list[str] | None, baseline: Path | None, most: str | None) -> Thresholds:
     from dynlora_cli.cli.thresholds import read_thresholds
 
-    return read_thresholds(fail_above=above, fail_below=below, baseline=baseline, max_regression=most)
-
-
-def _trusted(recipe: Path | None, everything: bool) -> bool | Model:
-    """Whose code may run: that of any base, that of a recipe's own model, or nobody's."""
-    from dynlora_cli.config.load import load_recipe
-
-    return everything or (load_recipe(recipe).model if recipe else False)
-
-
-def _what_is_meant(recipe: Path | None, adapters: list[Path], data: Path | None) -> tuple[list[Path], Path | None]:
-    """The adapters' folders, and where the rows come from where that is not the first adapter's own run.
-
-    Raises:
-        UsageError: the arguments contradict each other, or what they name is not there.
-    """
-    from dynlora_cli.config.load import RECIPES, load_recipe
-
-    if recipe is None:
-        if not adapters and not NEWEST_BELOW.is_dir():
-            raise UsageError("there is no run below ./out", "train one first, or name one with --adapter FOLDER")
-        if data is not None and data.suffix.lower() in RECIPES:
-            load_recipe(data)
-        return adapters or [NEWEST_BELOW], data
-    if recipe.is_dir():
-        raise UsageError(f"{recipe} is a folder, not a recipe", to_type("eval", "--adapter", recipe))
-    if adapters and data is not None:
-        raise UsageError(f"{recipe} and --data {data} both say which rows to take", "leave one of them out")
-    made = Path(load_recipe(recipe).output_dir)
-    if not adapters and not made.is_dir():
-        raise UsageError(
-            f"{recipe}: there is no run in {made} yet", f"{to_type('train', recipe)}, or name an adapter with --adapter"
-        )
-    return adapters or [made], data or recipe
-
-
-def _other_rows(texts: list[str], no_base: bool) -> dict[str, Path]:
-    """The files of `--also` by their names.
-
-    Raises:
-        UsageError: one is not written NAME=FILE, two have one name, or there is nothing to compare with.
-    """
-    found: dict[str, Path] = {}
-    for text in texts:
-        name, equals, file = (part.strip() for part in text.partition("="))
-        if not (name and equals and file):
-            raise UsageError(f"--also {text} must be written NAME=FILE", "for example --also general=general.jsonl")
-        if name in found:
-            raise UsageError(f"--also: two sets are called {name}", "give each a name of its own")
-        found[name] = Path(file)
-    if found and no_base:
-        raise UsageError("--also compares with the base model, which --no-base leaves out", "leave one of them out")
-    return found
-
-
-def _task_names(tasks: str | None, limit: int | None) -> list[str]:
-    from dynlora_cli.evaluation.lm_eval import require, split_tasks
-
-    if tasks is None:
-        if limit is not None:
-            raise UsageError("--limit is of tasks, and there are none", "add --tasks, or use --max-samples for rows")
-        return []
-    require()
-    return split_tasks(tasks)
+    return read_thresholds(fail_above=above or (), fail_below=below or (), baseline=baseline, max_regression=most)

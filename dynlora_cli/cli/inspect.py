@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dynlora_cli.cli.options import Adapters
 from dynlora_cli.cli.reporting import AsJson, console, reporting
-from dynlora_cli.errors import UsageError
 
 
 def inspect(adapter: Adapters, as_json: AsJson = False) -> None:
     """Show what an adapter is made of; two are put side by side."""
     with reporting(as_json) as result:
-        if len(adapter) > 2:
-            raise UsageError("--adapter: one or two can be looked at together", "leave some out")
-        from dynlora_cli.commands import preflight
+        from dynlora_cli.cli import asked
 
-        preflight.adapters(adapter)
+        work = asked.inspect(adapter)
         from dynlora_cli.cli.views.adapters import AdapterView
-        from dynlora_cli.commands import inspect as command
 
-        found = command.run(adapter)
+        view = AdapterView(console())
+        found = work(view)
         result.update(found)
-        AdapterView(console()).show_inspected(found)
+        view.show_inspected(found)

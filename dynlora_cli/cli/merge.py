@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dynlora_cli.cli.options import Adapters, Base, Overwrite, PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting, return_memory_at_once
-from dynlora_cli.errors import UsageError
-
-METHODS = ("exact", "linear", "ties", "dare", "svd")  # in the order in which they are shown, others behind them
+from dynlora_cli.cli.values import METHODS
 
 Into = Annotated[
     str | None,
@@ -89,67 +87,30 @@ def merge(
 ) -> None:
     """Fold an adapter into its base, or several adapters into one."""
     with reporting(as_json) as result:
-        from dynlora_cli.cli.values import choice, share
+        from dynlora_cli.cli import asked
 
-        wanted = into or ("base" if len(adapter) == 1 else "adapter")
-        changed = share(max_changed, "--max-changed")
-        choice(wanted, ("base", "adapter"), "--into")
-        choice(base_weights, ("original", "dequantized"), "--base-weights")
-        choice(dtype, ("keep", "float32", "bfloat16", "float16"), "--dtype")
-        way = _way(method, weights, budget, density)
-        way["options"] = _options(method, set_ or [], len(adapter))
-        _refuse_places(adapter, wanted, out, base, overwrite=overwrite)
+        work = asked.merge(
+            adapter,
+            into=into,
+            out=out,
+            method=method,
+            options=set_ or [],
+            weights=weights,
+            budget=budget,
+            density=density,
+            seed=seed,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            base_weights=base_weights,
+            dtype=dtype,
+            max_kl=max_kl,
+            max_changed=max_changed,
+            overwrite=overwrite,
+        )
         return_memory_at_once()
         from dynlora_cli.cli.views.adapters import AdapterView
-        from dynlora_cli.commands import merge as command
 
         view = AdapterView(console())
-        summary = command.run(
-            adapter,
-            wanted,
-            out,
-            command.Way(**way, seed=seed),
-            command.Wanted(base_weights, dtype, max_kl, changed),
-            base_name=base,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-            emit=view,
-        )
+        summary = work(view)
         result.update(summary)
         view.show_merged(summary)
-
-
-def _way(method: str, weights: str | None, budget: str | None, density: float) -> dict[str, Any]:
-    """How adapters are combined, as the arguments of `Way`; its file needs torch, and wrong ones are told before."""
-    from dynlora_cli import plugins
-    from dynlora_cli.cli.values import choice, numbers, size
-
-    others = [name for name in plugins.names("methods") if name not in METHODS]
-    choice(method, (*METHODS, *others), "--method")
-    given = numbers(weights, "--weights") if weights else None
-    limit = size(budget, "--budget", auto=False) if budget else None
-    if not 0 < density <= 1:
-        raise UsageError(f"--density {density} is no share above 0", "for example --density 0.5")
-    return {"method": method, "weights": given, "budget": limit, "density": density}
-
-
-def _options(method: str, texts: list[str], adapters: int) -> Any:
-    """Options that the method itself brings."""
-    from dynlora_cli.config.options import given
-
-    if texts and adapters == 1:
-        raise UsageError("--set is for how several adapters are combined, and there is one", "leave --set out")
-    return given("methods", method, texts)
-
-
-def _refuse_places(adapters: list[Path], into: str, out: Path | None, base: str | None, *, overwrite: bool) -> None:
-    """Refuse folders that are not there, and one for the result that is taken."""
-    from dynlora_cli.commands import preflight
-    from dynlora_cli.runs.folder import refuse_occupied
-
-    if len(adapters) == 1 and into == "adapter":
-        raise UsageError("--into adapter combines several adapters", "add --adapter, or use `dynlora prune`")
-    if len(adapters) > 1 and out is None:
-        raise UsageError("several adapters have no folder of their own for the result", "name one with --out")
-    found = preflight.adapters(adapters, base)
-    refuse_occupied(out or found[0] / "merged", overwrite=overwrite, option="--out")

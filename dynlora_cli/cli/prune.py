@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
-
-POLICY, TOLERANCE = "magnitude", "0.5%"
 
 BudgetText = Annotated[
     str | None,
@@ -56,10 +54,10 @@ def prune(
     out: Out,
     budget: BudgetText = None,
     born: Born = None,
-    policy: Policy = POLICY,
+    policy: Policy = "magnitude",
     set_: PlugInOptions = None,
     data: Data = None,
-    tolerance: Tolerance = TOLERANCE,
+    tolerance: Tolerance = "0.5%",
     heal: Heal = 0,
     base: Base = None,
     trust_remote_code: Trust = False,
@@ -71,65 +69,28 @@ def prune(
 ) -> None:
     """Make a trained adapter smaller, or take one of its updates out again."""
     with reporting(as_json) as result:
-        from dynlora_cli.commands import preflight
-        from dynlora_cli.runs.folder import refuse_occupied
+        from dynlora_cli.cli import asked
 
-        choosing = {"--policy": policy != POLICY, "--set": set_, "--tolerance": tolerance != TOLERANCE, "--seed": seed}
-        _refuse_both(budget, born or [], [option for option, is_given in choosing.items() if is_given])
-        cut = None if budget is None else _cut(budget, policy, set_ or [], tolerance)
-        preflight.adapters([adapter], base, data)
-        refuse_occupied(out, overwrite=overwrite, option="--out")
+        work = asked.prune(
+            adapter,
+            out,
+            budget=budget,
+            born=born or [],
+            policy=policy,
+            options=set_ or [],
+            data=data,
+            tolerance=tolerance,
+            heal=heal,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            max_samples=max_samples,
+            measure=measure,
+            seed=seed,
+            overwrite=overwrite,
+        )
         from dynlora_cli.cli.views.adapters import AdapterView
 
         view = AdapterView(console())
-        common: dict[str, Any] = {
-            "data": data,
-            "heal_steps": heal,
-            "base_name": base,
-            "trust_remote_code": trust_remote_code,
-            "max_samples": max_samples,
-            "measure": measure,
-            "overwrite": overwrite,
-        }
-        if cut is None:
-            from dynlora_cli.commands import retire
-
-            summary = retire.run(retire.Request(adapter, born or [], out, **common), view)
-            view.show_retired(summary)
-        else:
-            from dynlora_cli.commands import prune as command
-
-            summary = command.run(command.Request(adapter, out=out, seed=seed, **cut, **common), view)
-            view.show_pruned(summary)
+        summary = work(view)
+        (view.show_retired if born else view.show_pruned)(summary)
         result.update(summary)
-
-
-def _refuse_both(budget: str | None, born: list[str], choosing: list[str]) -> None:
-    """Refuse a command that says neither what goes nor how much, or both."""
-    from dynlora_cli.errors import UsageError
-
-    if not budget and not born:
-        raise UsageError(
-            "prune needs to know how much may stay, or whose components go", "give --budget 0.5, say, or --born RUN"
-        )
-    if budget and born:
-        raise UsageError(
-            "--born and --budget are two steps: one takes an update out, the other makes the adapter smaller",
-            "retire first, then prune the folder that --out named",
-        )
-    if born and choosing:
-        raise UsageError(
-            f"{choosing[0]} chooses components for --budget; --born takes all that a run brought in",
-            f"leave {choosing[0]} out",
-        )
-
-
-def _cut(budget: str, policy: str, options: list[str], tolerance: str) -> dict[str, Any]:
-    """What the options of a cut say, each checked."""
-    from dynlora_cli import plugins
-    from dynlora_cli.cli.values import choice, share, size
-    from dynlora_cli.config.options import given
-
-    wanted, rise = size(budget, "--budget"), share(tolerance, "--tolerance")
-    choice(policy, plugins.names("policies"), "--policy")
-    return {"budget": wanted, "tolerance": rise, "policy": policy, "options": given("policies", policy, options)}

@@ -8,10 +8,8 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -22,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynlora_cli.errors import DynloraError, MachineError, UsageError
+from dynlora_cli.cli.faults import as_ours
+from dynlora_cli.errors import DynloraError
 from dynlora_cli.execution.launch import LOST_OTHERS, is_launched, is_main_process, lost_others
 
 if TYPE_CHECKING:
@@ -30,17 +29,7 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")]
-LESS_MEMORY = (
-    "in training: lower train.micro_batch_size, dataset.max_length, or set train.gradient_checkpointing: true, "
-    "or offload; elsewhere: look at fewer rows (--max-samples), or close other programs"
-)
-# What torch, C++ and the system say, in errors of many types, when memory on the CPU is used up.
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "std::bad_alloc", "failed to map segment",
-    "CUDA out of memory",
-)  # fmt: skip
 M_MMAP_THRESHOLD = -3  # a constant of glibc's malloc.h, see mallopt(3)
-UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def return_memory_at_once() -> None:
@@ -81,7 +70,7 @@ def reporting(as_json: bool, *, lines: bool = False) -> Iterator[dict[str, Any]]
     except Exception as error:
         if is_launched() and lost_others(error):
             raise typer.Exit(LOST_OTHERS) from None
-        known = _as_ours(error)
+        known = as_ours(error)
         if known is None:
             if as_json and is_main_process():
                 print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
@@ -96,42 +85,6 @@ def reporting(as_json: bool, *, lines: bool = False) -> Iterator[dict[str, Any]]
 
 def _failure(error: DynloraError) -> dict[str, Any]:
     return {"ok": False, "error": error.message, "hint": error.hint, "exit_code": error.exit_code}
-
-
-def _as_ours(error: BaseException) -> DynloraError | None:
-    """Turn faults of the machine, which libraries wrap in many types of errors, into ours."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        known = _known(cause)
-        if known and (cause is error or isinstance(known, MachineError)):
-            return known
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def _known(error: BaseException) -> DynloraError | None:
-    text = str(error)
-    if lost_others(error):
-        return DynloraError("another process of this run has ended", "see what it said; go on with --resume")
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in text or re.fullmatch(r"\d+ requested and \d+ written", text):
-        place = getattr(error, "filename", None) or "output folder"
-        return MachineError(
-            f"no space left on the device ({place})", "free some and try again; a training run goes on with --resume"
-        )
-    if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
-        return UsageError(
-            f"{error.filename}: {error.strerror}", "check that path, or choose another place for the output"
-        )
-    if isinstance(error, RuntimeError) and "determine home directory" in text:
-        return UsageError("a path begins with ~ and the name of a user whom this machine does not know", "write it out")
-    if type(error).__name__ == "OutOfMemoryError":
-        return MachineError("the GPU has not enough memory", LESS_MEMORY)
-    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-        return MachineError("the machine has not enough memory", LESS_MEMORY)
-    return None
 
 
 def console() -> Console:

@@ -57,21 +57,19 @@ def train(
 ) -> None:
     """Train an adapter from a recipe."""
     with reporting(as_json) as result, ExitStack() as held:
-        if overwrite and (resume or resume_from):
-            raise UsageError("--overwrite and --resume exclude each other", "choose one of them")
+        from dynlora_cli.cli import asked
+
+        asked.refuse_both_ways(overwrite, resume, resume_from)
         from dynlora_cli.config.load import load_recipe
 
         checked = load_recipe(recipe, overrides or (), output_dir)
         view = console()
-        from dynlora_cli.commands import preflight
-
         if dry_run:
-            preflight.training(checked, writes=False)
-        elif is_main_process():  # as the only writer of the output folder, until the command ends
-            from dynlora_cli.runs.folder import place_of
+            from dynlora_cli.commands import preflight
 
-            held.enter_context(place_of(Path(checked.output_dir)))
-            preflight.training(checked, writes=True, overwrite=overwrite, resume=resume, resume_from=resume_from)
+            preflight.training(checked, writes=False)
+        else:  # as the only writer of the output folder, until the command ends
+            held.enter_context(asked.training(checked, overwrite=overwrite, resume=resume, resume_from=resume_from))
         if devices != "1" and "RANK" not in os.environ:
             held.close()  # the first of the processes takes it
             _launch(devices, context.obj)

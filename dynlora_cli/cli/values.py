@@ -1,13 +1,19 @@
-"""Values of command-line options that are more than a number: budgets and shares, checked before torch is loaded."""
+"""Values of options that are more than a number: budgets and shares, checked before torch is loaded.
+
+As text from the command line, or as the number itself from Python.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 from dynlora_cli.config.budget import Budget, parse_budget
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import did_you_mean
+
+METHODS = ("exact", "linear", "ties", "dare", "svd")  # of merge, in the order in which they are shown
 
 
 def choice(text: str, choices: Sequence[str], option: str) -> None:
@@ -22,19 +28,19 @@ def choice(text: str, choices: Sequence[str], option: str) -> None:
         )
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """Numbers with commas between them.
+def numbers(text: str | Sequence[float], option: str) -> list[float]:
+    """Numbers with commas between them, or some already.
 
     Raises:
         UsageError: one of them is no number.
     """
     try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
+        return [float(word) for word in (text.split(",") if isinstance(text, str) else text)]
+    except (TypeError, ValueError):
         raise UsageError(f"{option} {text}: not all are numbers", f"for example {option} 0.7,0.3") from None
 
 
-def size(text: str, option: str, *, auto: bool = True) -> Budget:
+def size(text: str | float, option: str, *, auto: bool = True) -> Budget:
     """A budget as on the command line: `8`, `0.5`, `2M`, and with `auto` the word.
 
     Raises:
@@ -43,7 +49,9 @@ def size(text: str, option: str, *, auto: bool = True) -> Budget:
     if text == "auto" and auto:
         return Budget("auto", 0.0)
     value: object = text
-    if re.fullmatch(r"\d+", text):
+    if not isinstance(text, str):
+        pass
+    elif re.fullmatch(r"\d+", text):
         value = int(text)
     elif re.fullmatch(r"\d*\.\d+([eE]-?\d+)?|\d+\.\d*|\d+[eE]-?\d+", text):
         value = float(text)
@@ -53,13 +61,15 @@ def size(text: str, option: str, *, auto: bool = True) -> Budget:
         raise UsageError(f"{option} {text}: {error}", f"for example {option} 8, {option} 0.5 or {option} 2M") from None
 
 
-def share(text: str, option: str) -> float:
+def share(text: str | float, option: str) -> float:
     """A share as on the command line: `0.5%` or `0.005`.
 
     Raises:
         UsageError: it is none, or below 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip().replace(" ", ""))
+    if not isinstance(text, str) and 0 <= text < math.inf:
+        return float(text)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", str(text).strip().replace(" ", ""))
     if not match:
         raise UsageError(f"{option} {text} is no share", f"for example {option} 0.5%")
     return float(match[1]) / (100 if match[2] else 1)

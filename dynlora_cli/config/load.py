@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,32 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output_dir: str | Non
     if not isinstance(root.value, dict):
         found = "the file is empty" if root.value is None else f"the file holds {show(root.plain())}"
         raise RecipeError([f"{root.place}: {found}; a recipe is made of sections such as `model: NAME`"], SCHEMA_HINT)
+    root.value.setdefault("output_dir", Node(f"out/{path.stem}", Place(str(path))))
+    return _checked(root, problems, overrides, output_dir)
+
+
+def check_recipe(data: Mapping[str, Any], overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
+    """The same check of a recipe that a program has made: dicts, lists and scalars, as in the file.
+
+    Args:
+        data: as YAML would hold it; paths may be `Path`s, and lists tuples.
+        overrides, output_dir: as of `load_recipe`.
+
+    Raises:
+        RecipeError: every problem; each names the path of its key.
+    """
+    root, problems = strict_yaml.from_plain(data, "recipe")
+    if root is None:
+        raise RecipeError([str(problem) for problem in problems], SCHEMA_HINT)
+    return _checked(root, problems, overrides, output_dir)
+
+
+def _checked(root: Node, problems: list[Problem], overrides: Sequence[str], output_dir: str | None) -> Recipe:
+    """The recipe of a tree, or all of its problems."""
+    assert isinstance(root.value, dict)
     _spell_out(root)
     for override in overrides:
         problems += _apply(root, override)
-    root.value.setdefault("output_dir", Node(f"out/{path.stem}", Place(str(path))))
     if output_dir is not None:
         root.value["output_dir"] = Node(output_dir, Place("--output-dir"))
     recipe, faults = _validate(root)

@@ -9,8 +9,10 @@ PyYAML alone reads `1e-5` as text, `on` as true and `12:30` as 750, and accepts 
 
 from __future__ import annotations
 
+import itertools
+import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,6 +150,40 @@ def parse(text: str, source: str, numbered: bool = True) -> tuple[Node | None, l
         return None, [_syntax_problem(error, builder)]
     except RecursionError:
         return None, [Problem(Place(source), "values lie too deep inside each other")]
+    except _Refused as error:
+        return None, [error.problem]
+
+
+def from_plain(data: Any, source: str) -> tuple[Node | None, list[Problem]]:
+    """The tree of values that a program has made; `source` is what to call them in places, which have no lines.
+
+    Returns:
+        The tree, or None where it cannot be one, and the problems found.
+    """
+    place, problems, count = Place(source), list[Problem](), itertools.count(1)
+
+    def build(value: Any, path: tuple[str | int, ...]) -> Node:
+        if next(count) > MAX_VALUES:
+            raise _Refused(Problem(place, f"more than {MAX_VALUES:,} values"))
+        if isinstance(value, Mapping):
+            for key in (key for key in value if not isinstance(key, str)):
+                problems.append(Problem(place, f"{dotted((*path, key))}: a key must be a text, not {show(key)}"))
+            return Node({key: build(one, (*path, key)) for key, one in value.items() if isinstance(key, str)}, place)
+        if isinstance(value, (list, tuple)):
+            return Node([build(one, (*path, at)) for at, one in enumerate(value)], place)
+        if isinstance(value, Path):
+            return Node(str(value), place)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return Node(value, place)
+        if isinstance(value, (numbers.Integral, numbers.Real)):  # NumPy's, say
+            return Node(int(value) if isinstance(value, numbers.Integral) else float(value), place)
+        problems.append(Problem(place, f"{dotted(path)}: got a {type(value).__name__}, which no recipe can hold"))
+        return Node(None, place)
+
+    try:
+        return (build(data, ()) if isinstance(data, Mapping) else None), problems
+    except RecursionError:
+        return None, [Problem(place, "values lie too deep inside each other")]
     except _Refused as error:
         return None, [error.problem]
 

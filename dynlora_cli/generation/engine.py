@@ -32,6 +32,8 @@ from dynlora_cli.models.quiet import quiet
 from dynlora_cli.text import did_you_mean
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.routing.router import TokenRouter
 
@@ -93,6 +95,11 @@ class Engine:
     def base_name(self) -> str:
         """Folder or hub id of the base."""
         return str(self._opened.place.options.name_or_path)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The first adapter's own, where its folder has one; else the base's."""
+        return self._opened.base.tokenizer
 
     @property
     def router(self) -> str | None:
