@@ -9,16 +9,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import PLAIN, PREFIX, Adapter, TokenRows
 from dynlora_cli.adapters.expert_files import fuse, parameter_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
 from dynlora_cli.adapters.keys import BIAS
+from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.token_rows import indices_of, tensors_of
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.files.whole import write_json
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.models.linear import is_transposed
+from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 
 
 def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
@@ -66,12 +70,53 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
     write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
+def write_pool(
+    pool: Pool,
+    folder: Path,
+    *,
+    kind: str,
+    model_type: str,
+    base_model: str,
+    revision: str | None,
+    task: str | None,
+    whole: Mapping[str, nn.Module],
+) -> None:
+    """Write the components of a pool as they are now, and the modules that train whole, such as a new head.
+
+    Args:
+        pool: the components, on a model.
+        folder: exists.
+        kind: a file of adapters/kinds/, in whose form they are saved.
+        model_type: of the base's config.
+        base_model: folder or hub id that PEFT may load the base from.
+        revision: of the base.
+        task: as in a recipe; None: of no task that PEFT knows.
+        whole: modules that train whole, by name.
+    """
+    experts = experts_of(pool)
+    taken = taken_for_experts(model_type) if kind == PLAIN else frozenset()  # others stay
+    config = lora_config(
+        {name: layer.terms * layer.count for name, layer in pool.layers.items()},
+        base_model=base_model,
+        revision=revision,
+        task=task,
+        fan_in_fan_out=any(is_transposed(layer.base) for layer in pool.layers.values()),
+        modules_to_save=list(whole) or None,
+        experts=experts,
+        as_parameters=ends_in(pool.layers.keys() - experts, taken),
+    )
+    config, tensors = saved(kind, pool, config)
+    for name, module in whole.items():
+        tensors |= module.state_dict(prefix=f"{PREFIX}{name}.")
+    write_adapter(folder, config, tensors)
+
+
 def lora_config(
     ranks: Mapping[str, int],
     *,
     base_model: str,
     revision: str | None,
-    task: str,
+    task: str | None,
     fan_in_fan_out: bool = False,
     modules_to_save: list[str] | None = None,
     experts: Collection[str] = (),
@@ -86,7 +131,7 @@ def lora_config(
         ranks: components per layer; layers at 0 are left out, since PEFT refuses rank 0.
         base_model: folder or hub id that PEFT may load the base from.
         revision: of the base.
-        task: as in the recipe.
+        task: as in the recipe; None: of no task that PEFT knows.
         fan_in_fan_out: the targets are GPT-2's transposed Conv1D.
         modules_to_save: modules stored whole, such as a classifier head.
         experts: layers that are the slice of one expert; their parameter is listed, with the largest rank of a slice.
@@ -122,7 +167,7 @@ def lora_config(
         **({"target_parameters": sorted(parameters)} if parameters else {}),
         **({"lora_bias": True} if lora_bias else {}),
         **({"trainable_token_indices": indices_of(token_rows)} if token_rows else {}),
-        "task_type": plugins.declared("tasks", task, "TASK_TYPE"),
+        "task_type": plugins.declared("tasks", task, "TASK_TYPE") if task else None,
         "use_dora": False,
         "use_rslora": False,
     }

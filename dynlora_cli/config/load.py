@@ -81,6 +81,32 @@ def _checked(root: Node, problems: list[Problem], overrides: Sequence[str], outp
     return recipe
 
 
+def check(values: Mapping[str, Any], source: str) -> Recipe:
+    """A recipe from plain values, such as a Python caller gives, checked like a file.
+
+    Args:
+        values: sections by name; shorthands are taken.
+        source: what messages name as the place.
+
+    Raises:
+        RecipeError: every problem.
+    """
+    root = _node(values, Place(source))
+    _spell_out(root)
+    recipe, problems = _validate(root)
+    if recipe is None or problems:
+        raise RecipeError([str(problem) for problem in problems])
+    return recipe
+
+
+def _node(value: Any, place: Place) -> Node:
+    if isinstance(value, Mapping):
+        return Node({str(key): _node(child, place) for key, child in value.items()}, place)
+    if isinstance(value, list | tuple):
+        return Node([_node(child, place) for child in value], place)
+    return Node(str(value) if isinstance(value, Path) else value, place)
+
+
 def _spell_out(root: Node) -> None:
     """Writes shorthands out in full, and an empty section as one without keys."""
     sections = root.value

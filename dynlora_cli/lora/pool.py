@@ -265,8 +265,7 @@ class Pool:
             if not self.joined:
                 self._forget_copies()
 
-        model.register_forward_pre_hook(cast)
-        model.register_forward_hook(end, always_call=True)
+        self.hooks = model.register_forward_pre_hook(cast), model.register_forward_hook(end, always_call=True)
 
     def _cast(self, values_P: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.copies_stay or not torch.is_grad_enabled():  # CUDA graphs hold training passes only

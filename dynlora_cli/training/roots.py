@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from dynlora_cli import plugins
-from dynlora_cli.adapters.adapter import PLAIN, PREFIX
+from dynlora_cli.adapters.adapter import PLAIN
 from dynlora_cli.adapters.find import CONFIG, ROUTER
-from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.routed import MEMBERS, write_routed
-from dynlora_cli.adapters.write import lora_config, write_adapter
+from dynlora_cli.adapters.write import write_pool
 from dynlora_cli.adapters.xlora import METHOD as XLORA
 from dynlora_cli.adapters.xlora import write_xlora
 from dynlora_cli.files.whole import remove, sync, sync_all, whole_folder
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
-from dynlora_cli.models.linear import is_transposed
-from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.training.checkpoint import fault_in, read_state, restore
 from dynlora_cli.training.routers import options_of
@@ -25,23 +22,17 @@ from dynlora_cli.training.run import Run
 
 def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
     """Write the adapter as it is now, in PEFT's layout, and the modules that train whole, such as a new head."""
-    base, experts = training.base, experts_of(pool)
-    kind = getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN)
-    taken = taken_for_experts(base.model.config.model_type) if kind == PLAIN else frozenset()  # others stay
-    config = lora_config(
-        {name: layer.terms * layer.count for name, layer in pool.layers.items()},
+    base = training.base
+    write_pool(
+        pool,
+        folder,
+        kind=getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN),
+        model_type=base.model.config.model_type,
         base_model=base.files.reference,
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
-        fan_in_fan_out=any(is_transposed(layer.base) for layer in pool.layers.values()),
-        modules_to_save=list(base.whole) or None,
-        experts=experts,
-        as_parameters=ends_in(pool.layers.keys() - experts, taken),
+        whole={name: base.model.get_submodule(name) for name in base.whole},
     )
-    config, tensors = saved(kind, pool, config)
-    for module in base.whole:
-        tensors |= base.model.get_submodule(module).state_dict(prefix=f"{PREFIX}{module}.")
-    write_adapter(folder, config, tensors)
 
 
 def write_root(folder: Path, training: Run) -> str:
