@@ -208,14 +208,15 @@ def attach(
         UsageError: a value is wrong, or the model cannot have components: it has some, or is PEFT's, or has no linear
             layer.
     """
-    given = {
+    given: dict[str, Any] = {
         "variant": variant, "target_modules": target_modules, "scaling": scaling, "alpha": alpha, "dropout": dropout,
         "freeze_a": freeze_a, "init_weights": init_weights,
     }  # fmt: skip
     refuse_unknown(others, (*given, "init", "modules_to_save", "seed"), "attach")
     base = _model_in(model)
     task = task_of(base)
-    sections = {"adapter": given, "rank": {"budget": budget, "init": init}, "pruning": {"policy": policy}}
+    rank = {"budget": budget, "init": init}
+    sections: dict[str, dict[str, Any]] = {"adapter": given, "rank": rank, "pruning": {"policy": policy}}
     recipe = checked(sections, task=task, where="attach")
     kind = cast("Variant", plugins.load("variants", variant))
     _refuse_variant(variant, kind.Layer)

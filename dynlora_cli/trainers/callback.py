@@ -101,7 +101,8 @@ class DynamicRankCallback(TrainerCallback):
         self._rates, self._checked = CoupledRate(self._optimizer), False
         tie(attached.pool)
         self._plan(state)
-        self.rank_events = [entry[EVENT] for entry in state.log_history if EVENT in entry]
+        history: list[dict[str, Any]] = state.log_history  # transformers says that all its values are numbers
+        self.rank_events = [entry[EVENT] for entry in history if EVENT in entry]
         from accelerate.state import GradientState
 
         steps = GradientState()
@@ -216,7 +217,8 @@ class DynamicRankCallback(TrainerCallback):
         event = self._change(step)
         if event is not None:
             self.rank_events.append(event)
-            state.log_history.append({EVENT: event, "epoch": state.epoch, "step": step})
+            history: list[dict[str, Any]] = state.log_history
+            history.append({EVENT: event, "epoch": state.epoch, "step": step})
 
     def _change(self, step: int) -> dict[str, Any] | None:
         """Do what the schedule has for the step just done."""

@@ -68,9 +68,7 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def on_flat(
-    pool: Pool, optimizer: torch.optim.Optimizer, act: Callable[[torch.optim.Optimizer], Result]
-) -> Result:
+def on_flat(pool: Pool, optimizer: torch.optim.Optimizer, act: Callable[[torch.optim.Optimizer], Result]) -> Result:
     """Do something to the pool and the moments of all its numbers at once.
 
     Args:
