@@ -62,8 +62,12 @@ class Attached:
         self.model, self.outer, self.pool, self.recipe, self.start = model, outer, pool, recipe, start
         self.whole = undo.whole
         self._undo = undo
-        self.saved = Saved(self)
+        self.saved = Saved(model, pool, self.settings)
         self.training: Any = None  # the callback of a trainer that is at work
+
+    def settings(self) -> dict[str, Any]:
+        """The sections that a run must have in common with the one whose checkpoint it goes on with."""
+        return {name: getattr(self.recipe, name).model_dump(mode="json") for name in ("adapter", "rank", "pruning")}
 
     @property
     def rank_map(self) -> dict[str, int]:

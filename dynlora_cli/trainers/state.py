@@ -22,7 +22,9 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.trainers.leaves import settle, tie
 
 if TYPE_CHECKING:
-    from dynlora_cli.trainers.attached import Attached
+    from transformers import PreTrainedModel
+
+    from dynlora_cli.lora.pool import Pool
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 STATE = "model.safetensors"
@@ -32,20 +34,25 @@ CONTROL, SETTINGS = "dynlora.control.", "dynlora.settings"
 class Saved:
     """Writes and reads the state of components in a trainer's checkpoints.
 
+    Args:
+        model: with the components; gets hooks.
+        pool: the components.
+        settings: what a run must have in common with the one that it goes on with, as JSON.
+
     Attributes:
         control: gives what rank control knows, while a trainer is at work; None: no checkpoints are written.
         found: what the file that was read last says of rank control, until somebody takes it.
+        root: the trainer's model, by whose names the numbers are saved.
         resized: called with the leaves that were replaced, when a file of other shapes was read.
     """
 
-    def __init__(self, attached: Attached) -> None:
-        self._attached = attached
+    def __init__(self, model: PreTrainedModel, pool: Pool, settings: Callable[[], dict[str, Any]]) -> None:
+        self.pool, self.settings = pool, settings
         self.control: Callable[[], Mapping[str, Tensor]] | None = None
-        self.root: nn.Module = attached.outer
+        self.root: nn.Module = model
         self.found: dict[str, Tensor] | None = None
         self.resized: Callable[[list[nn.Parameter]], None] | None = None
         self._ours = False
-        model = attached.model
         self._handles = [
             model.register_load_state_dict_pre_hook(self._before),
             model.register_load_state_dict_post_hook(self._after),
@@ -56,16 +63,11 @@ class Saved:
         for handle in self._handles:
             handle.remove()
 
-    def settings(self) -> dict[str, Any]:
-        """What a run must have in common with the one that it goes on with."""
-        recipe = self._attached.recipe
-        return {name: getattr(recipe, name).model_dump(mode="json") for name in ("adapter", "rank", "pruning")}
-
     def write(self, folder: Path) -> None:
         """Write the exact state, where the folder is a checkpoint of a trainer at work."""
         if self.control is None or not CHECKPOINT.fullmatch(folder.name):
             return
-        leaves = {id(leaf) for leaf in self._attached.pool.leaves}
+        leaves = {id(leaf) for leaf in self.pool.leaves}
         tensors = {
             name: parameter.detach()
             for name, parameter in self.root.named_parameters()
@@ -79,8 +81,7 @@ class Saved:
 
     def _before(self, _module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Before the model reads a state: take out what is not of the model, and take on its shapes."""
-        pool = self._attached.pool
-        counts = {}
+        pool, counts = self.pool, {}
         for name, layer in pool.layers.items():
             a_CI, b_OC = state.get(f"{prefix}{name}.a_CI"), state.get(f"{prefix}{name}.b_OC")
             if a_CI is None or b_OC is None:
@@ -102,7 +103,7 @@ class Saved:
             pool.survive(self.found["survivors"].split(list(counts.values())))
 
     def _resize(self, counts: dict[str, int]) -> None:
-        pool = self._attached.pool
+        pool = self.pool
         tie(pool)
         old = pool.leaves
         numbers = sum(counts[name] * pool.cost(name) for name in counts)
