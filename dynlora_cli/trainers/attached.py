@@ -226,18 +226,24 @@ def attach(
     _refuse_variant(variant, kind.Layer)
     undo = _Undo(base, _whole(base, modules_to_save))
     pool, start = _put(base, kind, recipe, undo, seed)
+    attached = Attached(base, model, pool, recipe, start, undo)
+    _dress(attached)
+    return attached
+
+
+def _dress(attached: Attached) -> None:
+    """Let the heads train, and the model be taken for one that can be trained and saved as an adapter."""
+    base = attached.model
     for name, parameter in base.named_parameters():
-        if inside(name, undo.whole):
+        if inside(name, attached.whole):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    settle(pool)
-    attached = Attached(base, model, pool, recipe, start, undo)
-    for each in (base, model):
+    settle(attached.pool)
+    for each in (base, attached.outer):
         object.__setattr__(each, KEPT, attached)
     # What transformers asks before it trains a quantized model, and before it checkpoints activations.
     base._hf_peft_config_loaded = True
     object.__setattr__(base, "save_pretrained", MethodType(_save_pretrained, base))
-    return attached
 
 
 def _put(base: PreTrainedModel, kind: Variant, recipe: Recipe, undo: _Undo, seed: int) -> tuple[Pool, Start]:
