@@ -64,7 +64,7 @@ CHOSEN = {
     "policies": ("pruning", "policy"),
     "objectives": ("train", "objective"),
 }
-OBJECTIVE = "sft"  # the only one that dynlora brings: `train.objective` is a key where there is another
+OBJECTIVE = "sft"  # what is taken where a recipe names none
 
 
 def switch(mode: str) -> str:

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from dynlora_cli.cli.app import app
 from dynlora_cli.config.load import json_schema
-from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.config.plug_in_keys import recipe_form
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -269,7 +269,7 @@ def refusals(*settings: tuple[str, Any]) -> list[str]:
         section, _, name = key.partition(".")
         recipe.setdefault(section, {})[name] = value
     try:
-        Recipe.model_validate(recipe)
+        recipe_form(recipe).model_validate(recipe)
     except ValidationError as error:
         return [conflict.text for found in error.errors() for conflict in found["ctx"]["conflicts"]]
     return []

@@ -57,11 +57,6 @@ def owners(path: tuple[str | int, ...]) -> list[tuple[str, str]]:
 def _keys(values: Mapping[str, Any]) -> dict[str, dict[str, Option]]:
     """The keys that plug-ins add, by section."""
     found: dict[str, dict[str, Option]] = {where: {} for where, _ in plugins.CHOSEN.values()}
-    objectives = plugins.names("objectives")
-    if set(objectives) - {plugins.OBJECTIVE}:
-        found["train"]["objective"] = Option(
-            type="choice", choices=tuple(objectives), default=plugins.OBJECTIVE, help="What is learned from the rows."
-        )
     for kind, (where, key) in plugins.CHOSEN.items():
         name = _chosen(values, where, key)
         if name in plugins.names(kind):

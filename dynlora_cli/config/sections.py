@@ -227,6 +227,9 @@ class Pruning(Section):
 class Train(Section):
     """The training loop."""
 
+    objective: Annotated[str, PlugIn("objectives")] = plugins.OBJECTIVE
+    """What is learned from the rows: sft from right answers, dpo and orpo from two of which one is better, kto from
+    answers that are good or bad."""
     epochs: Count = 1
     """Passes over the training rows."""
     max_steps: Count | None = None

@@ -127,13 +127,9 @@ def chunks(
     hidden_ND: Tensor, targets_N: Tensor, head: Head, least: int = LEAST_ROWS
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields targets [n] and logits [n, V] of one chunk after the other."""
-    for hidden, targets in _split(hidden_ND, targets_N, head, least):
-        yield targets, _logits(hidden, head)
-
-
-def _split(hidden_ND: Tensor, targets_N: Tensor, head: Head, least: int) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(least, CHUNK // head.out_features)
-    return zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+    for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+        yield targets, _logits(hidden, head)
 
 
 def _logits(hidden_nD: Tensor, head: Head) -> Tensor:
@@ -143,23 +139,23 @@ def _logits(hidden_nD: Tensor, head: Head) -> Tensor:
 
 
 def loss_and_gradient(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss in fp32, and its gradient for the logits [n, V] in `dtype`: softmax, minus 1 at the target.
+    """The loss of every target, at least fp32 [n], and its gradient for the logits, in `dtype` [n, V].
 
-    The loss is -log of the target's probability, which saves a second pass over the logits. Where that probability
-    underflows to 0, the loss is computed from the logits instead.
+    The gradient is softmax, minus 1 at the target. The loss is -log of the target's probability, which saves a second
+    pass over the logits. Where that probability underflows to 0, the loss is computed from the logits instead.
     """
     place, least = targets_n[:, None], torch.finfo(torch.float32).tiny
-    grad_nV = logits_nV.softmax(-1, dtype=torch.float32)
+    grad_nV = logits_nV.softmax(-1, dtype=torch.promote_types(logits_nV.dtype, torch.float32))
     share_n = grad_nV.gather(1, place)
     loss_n = -share_n.log()
     # Only a CPU is asked whether any underflows: on a GPU, Python would have to wait for the answer, and a fake tensor
     # has no values. There the exact loss is always computed.
     if share_n.device.type != "cpu" or type(share_n) is not Tensor or bool((share_n < least).any()):
         best_n, at_n = logits_nV.max(-1, keepdim=True)
-        exact_n = best_n.float() - logits_nV.gather(1, place).float() - grad_nV.gather(1, at_n).log()
+        exact_n = best_n.to(grad_nV) - logits_nV.gather(1, place).to(grad_nV) - grad_nV.gather(1, at_n).log()
         loss_n = torch.where(share_n < least, exact_n, loss_n)
     grad_nV.scatter_add_(1, place, grad_nV.new_full(place.shape, -1.0))
-    return loss_n.sum(), grad_nV.to(dtype)
+    return loss_n[:, 0], grad_nV.to(dtype)
 
 
 def compiled_judge() -> Judge:
@@ -168,7 +164,7 @@ def compiled_judge() -> Judge:
     def pure(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         log_nV = logits_nV.float().log_softmax(-1)
         at_target = torch.arange(logits_nV.shape[-1], device=logits_nV.device) == targets_n[:, None]
-        return -torch.where(at_target, log_nV, 0.0).sum(), (log_nV.exp() - at_target.float()).to(dtype)
+        return -torch.where(at_target, log_nV, 0.0).sum(-1), (log_nV.exp() - at_target.float()).to(dtype)
 
     compiled = torch.compile(pure)
 
@@ -181,40 +177,44 @@ def compiled_judge() -> Judge:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Σ over targets of -log softmax(head(hidden))[target], in nats.
+    """-log softmax(head(hidden))[target] of every target, in nats. [N]
 
-    The forward pass computes the gradient for the hidden states as well, while it has the logits of a chunk.
+    The forward pass computes the gradient for the hidden states as well, while it has the logits of a chunk. A target's
+    loss depends on its own hidden state alone, so whatever weights the backward pass comes with scale whole rows of it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, judge: Judge | None, rows_TD: Tensor | None
     ) -> Tensor:
-        total = torch.zeros((), device=hidden_ND.device)
-        dtype, grads = _product_type(head.weight), []
-        grad_TD = None if rows_TD is None else torch.zeros_like(rows_TD)
+        dtype, losses, grads, of_rows = _product_type(head.weight), [], [], []
         least = LEAST_ROWS if judge is None else 2 * LEAST_ROWS  # compiled code needs half the memory per row
         judge = judge or loss_and_gradient
-        for hidden, targets in _split(hidden_ND, targets_N, head, least):
-            loss, grad_nV = judge(_logits(hidden, head), targets, dtype)
-            total += loss
+        for targets, logits in chunks(hidden_ND, targets_N, head, least):
+            loss_n, grad_nV = judge(logits, targets, dtype)
+            losses.append(loss_n)
             with torch.autocast(grad_nV.device.type, enabled=False):
-                if isinstance(head, TokenHead) and rows_TD is not None and grad_TD is not None:
+                if isinstance(head, TokenHead) and rows_TD is not None:
                     grad_nV, grad_nT = head.parted(grad_nV)
-                    grad_TD += grad_nT.float().T @ hidden.float()
+                    of_rows.append(grad_nT)
                     grads.append(torch.addmm(grad_nT @ rows_TD.to(dtype), grad_nV, head.weight.to(dtype)))
                 else:
                     grads.append(grad_nV @ head.weight.to(dtype))
-        ctx.save_for_backward(torch.cat(grads), grad_TD)
+        ctx.save_for_backward(torch.cat(grads), *([torch.cat(of_rows), hidden_ND] if of_rows else ()))
         ctx.dtype = hidden_ND.dtype
-        return total
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_ND, grad_TD = ctx.saved_tensors
-        of_rows = None if grad_TD is None else grad_TD * grad
-        return (grad_ND * grad.to(grad_ND.dtype)).to(ctx.dtype), None, None, None, of_rows
+    def backward(ctx: Any, weight_N: Tensor) -> tuple[Tensor | None, ...]:
+        grad_ND, *of_rows = ctx.saved_tensors
+        grad_TD = None
+        if of_rows:
+            grad_NT, hidden_ND = of_rows
+            exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+            with torch.autocast(hidden_ND.device.type, enabled=False):
+                grad_TD = (grad_NT.to(exact) * weight_N[:, None]).T @ hidden_ND.to(exact)
+        return (grad_ND * weight_N[:, None].to(grad_ND.dtype)).to(ctx.dtype), None, None, None, grad_TD
 
 
 def _product_type(weight_VD: Tensor) -> torch.dtype:
@@ -228,7 +228,12 @@ def _product_type(weight_VD: Tensor) -> torch.dtype:
     return torch.float32 if torch.float16 in (dtype, weight_VD.dtype) else dtype
 
 
-def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, judge: Judge | None = None) -> Tensor:
-    """The summed loss of `LinearCrossEntropy`, a scalar in fp32; `judge` as in `Ending`."""
+def linear_losses(hidden_ND: Tensor, targets_N: Tensor, head: Head, judge: Judge | None = None) -> Tensor:
+    """The losses of `LinearCrossEntropy`, at least fp32 [N]; `judge` as in `Ending`."""
     rows_TD = head.rows() if isinstance(head, TokenHead) else None
     return LinearCrossEntropy.apply(hidden_ND, targets_N, head, judge, rows_TD)
+
+
+def linear_cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, judge: Judge | None = None) -> Tensor:
+    """Their sum, a scalar."""
+    return linear_losses(hidden_ND, targets_N, head, judge).sum()

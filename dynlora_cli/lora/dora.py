@@ -50,7 +50,7 @@ class DoraLinear(ComponentLinear):
         """Map [..., I] to [..., O]."""
         y = super().forward(x)
         # A layer without components has no magnitude either: no file format could keep it.
-        if self.count == 0 or (self.gate is not None and not self.gate.any()):
+        if self.count == 0 or self.off or (self.gate is not None and not self.gate.any()):
             return y
         if self.bias_O is not None:
             y = y - self.bias_O

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -58,6 +59,7 @@ class ComponentLinear(nn.Module):
         self.dropout = dropout
         # The component gate: a factor for each component, [C] or broadcastable to [..., C]. None: no multiplication.
         self.gate: Tensor | None = None
+        self.off = False  # answers as the base alone, see `switched_off`
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # the pool's; see `watched`
         self.low: tuple[Tensor, Tensor] | None = None  # a_CI and b_OC cast to autocast's dtype, see Pool.cast_with
         # Called for the output where layers with the same input compute together, see lora/shared_inputs.py.
@@ -177,7 +179,7 @@ class ComponentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
-        if self.count == 0:
+        if self.count == 0 or self.off:
             return forget_input(self.base, self.base(x))
         as_one = self.fusable(x)
         if as_one and self.shared and torch.is_grad_enabled():
@@ -231,3 +233,16 @@ class ComponentLinear(nn.Module):
         """The Frobenius norm of s·BA, from the thin factors: ‖BA‖² = tr(BᵀB · AAᵀ)."""
         a, b = (factor.detach().double() for factor in self.factors())
         return self.scale * math.sqrt(max(0.0, ((b.T @ b) * (a @ a.T)).sum().item()))
+
+
+@contextmanager
+def switched_off(layers: Iterable[ComponentLinear]) -> Iterator[None]:
+    """Within the `with` block these layers answer as their base alone does; for passes without a gradient."""
+    layers = list(layers)
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False

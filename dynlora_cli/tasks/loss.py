@@ -17,6 +17,7 @@ from dynlora_cli.kernels.linear_cross_entropy import (
     decoder_inputs,
     ending,
     linear_cross_entropy,
+    linear_losses,
     run_to_head,
     steps_aside,
 )
@@ -39,6 +40,18 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     if head is None:
         return F.cross_entropy(states.float(), targets_N, reduction="sum")
     return linear_cross_entropy(states, targets_N, head, ending(model).judge)
+
+
+def target_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every target, nats, at least fp32 [N], to train on; and the line that each stands in [N].
+
+    For objectives that put them together in their own way. As in `summed_loss`, not all logits are in memory at once.
+    """
+    head, states, targets_N, line_N = _at_targets(model, batch)
+    if head is None:
+        exact = torch.promote_types(states.dtype, torch.float32)
+        return F.cross_entropy(states.to(exact), targets_N, reduction="none"), line_N
+    return linear_losses(states, targets_N, head, ending(model).judge), line_N
 
 
 def _at_targets(model: nn.Module, batch: Batch) -> tuple[Head | None, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ whatever the objective is. OPTIONS and CONFLICTS (config/options.py, config/conf
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dynlora_cli import plugins
@@ -31,6 +32,21 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed over the targets of a batch, a scalar in fp32: training divides it by the targets of the step."""
+
+    def take(self, total: Callable[..., list[float]]) -> dict[str, float]:  # noqa: ARG002
+        """What was found beside the loss on the rows that were learned from, by name, since this was asked before.
+
+        Args:
+            total: sums numbers over processes; called by all together, or by none.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run that goes on has to know; tensors for a checkpoint, under names that begin with the file's."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have nothing to load
+        """Go on from a checkpoint, in which there are tensors of others as well."""
 
 
 def of(options: Train) -> Objective:

@@ -19,6 +19,7 @@ from dynlora_cli.training import samples
 from dynlora_cli.training.held_out import also_losses, held_out_loss
 from dynlora_cli.training.metrics import Window, count_step, log_window
 from dynlora_cli.training.rate_search import choose, search
+from dynlora_cli.training.references import remember_references
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import step
 
@@ -34,6 +35,7 @@ def fit(run: Run) -> None:
     """
     progress, window, saved_at = run.progress, Window(), time.monotonic()
     with run.random, interruptible() as interrupted:
+        remember_references(run, interrupted)
         if progress.first is None and run.val_batches:
             progress.first = progress.last = held_out_loss(run)
             _emit_evaluation(run, progress.first, best=False)
@@ -74,6 +76,7 @@ def fit(run: Run) -> None:
 def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
     """The learning rate of a run whose recipe leaves it open."""
     tried, untrained = search(run, interrupted)
+    run.objective.take(run.total)  # what was found on rows of trials is none of the run's
     rate = choose(tried, untrained)
     run.progress.learning_rate, run.progress.rates_tried = rate, sorted(tried.items())
     text = f"learning rate {rate:.1e}, by short trials: "

@@ -60,6 +60,7 @@ def log_window(run: Run, window: Window) -> None:
         "loss": sum(window.losses) / len(window.losses),
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "grad_norm": window.grad_norm,
+        **run.objective.take(run.total),
         "tokens": progress.tokens,
         "tokens_per_second": sum(window.tokens) / sum(window.seconds),
         "step_seconds": statistics.median(window.seconds),

@@ -73,7 +73,7 @@ def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
                 "parameters": training.trained.parameters,
                 "scaler": training.accelerator.scaler.state_dict() if training.accelerator.scaler else None,
             }
-            averages = training.control.state_dict()
+            averages = training.control.state_dict() | training.objective.state_dict()
             write_state(temporary, training.parameters, training.optimizer, averages, position)
         run_folder.point(folder, "last", progress.step)
         if progress.best and progress.best["step"] == progress.step:

@@ -106,6 +106,7 @@ def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) ->
     with training.random:
         averages = restore(tensors, training.parameters, training.optimizer)
     training.control.load_state_dict(averages)
+    training.objective.load_state_dict(averages)
     if training.accelerator.scaler:
         training.accelerator.scaler.load_state_dict(position["scaler"])
     training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))

@@ -30,7 +30,7 @@ trian: {}
         "write `dtype: bfloat16`",
         "recipe.yaml:1: model.load_in_8bit: 4 and 8 bits exclude each other; set one to false",
         "recipe.yaml:3: dataset.train.0.format: got 'chta', must be one of: auto, alpaca, chat, classification, "
-        "completion, text; did you mean 'chat'?",
+        "completion, kto, preference, text; did you mean 'chat'?",
         "recipe.yaml:4: dataset.cutoff_len: `cutoff_len` is LLaMA-Factory's name; here it is `dataset.max_length`",
         "recipe.yaml:5: dataset.max_length: got '1_000', must be a whole number, at least 8; write 1000",
         "recipe.yaml:7: rank.budget: got -3, must be an average rank (a whole number from 1), a share of the start "
@@ -116,7 +116,7 @@ WRONG = [
     ("output_dir=", "a text"),
     ("seed=-1", "at least 0"),
     ("seed=4294967296", "below 4294967296"),
-    ("train=5", "a section with the keys epochs"),
+    ("train=5", "a section with the keys objective"),
     ("model=5", "a section with the keys name_or_path"),
     ("dataset.train.0=5", "a section with the keys path"),
 ]

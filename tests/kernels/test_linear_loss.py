@@ -13,7 +13,7 @@ from dynlora_cli.data.batches import Batch
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.kernels import linear_cross_entropy as linear_loss
 from dynlora_cli.kernels.linear_cross_entropy import Ending, linear_cross_entropy, loss_and_gradient, run_to_head
-from dynlora_cli.tasks.loss import IGNORE, summed_loss
+from dynlora_cli.tasks.loss import IGNORE, summed_loss, target_losses
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 67}
 CONFIGS = {
@@ -114,21 +114,40 @@ def test_chunks_add_up(monkeypatch):
     assert_close_to_truth(hidden.grad, 0.5 * wanted.double(), terms=8 + 40 + 40)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_each_target_may_have_a_weight_of_its_own(kind, monkeypatch):
+    """In fp64 throughout, in several chunks; the loss of a line is put together by an objective as it likes."""
+    monkeypatch.setattr(linear_loss, "CHUNK", 1)
+    monkeypatch.setattr(linear_loss, "LEAST_ROWS", 3)
+    model, rows = in_double(build(kind)), batch()
+    weight = next(p for name, p in model.named_parameters() if ".0." in name and p.ndim == 2).requires_grad_(True)
+    weights_N = torch.linspace(-1, 2, rows.supervised, dtype=torch.float64)
+    logits = model(**rows.inputs).logits.flatten(0, 1)
+    true_N = F.cross_entropy(logits, rows.labels.flatten(), reduction="none")[rows.labels.flatten() != IGNORE]
+    (truth,) = torch.autograd.grad((weights_N * true_N).sum(), weight)
+    losses_N, line_N = target_losses(model, rows)
+    (found,) = torch.autograd.grad((weights_N * losses_N).sum(), weight)
+    assert losses_N.dtype == torch.float64
+    assert line_N.tolist() == [0] * 3 + [2] * 8
+    torch.testing.assert_close(losses_N, true_N, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asked", [True, False])
 def test_targets_that_are_all_but_impossible(dtype, asked, monkeypatch):
     """Their probability is no number of fp32, their loss is; and one that is impossible has none."""
     logits = torch.tensor([[0.0, 200.0, 7.0], [3.0, 1.0, 2.0], [0.0, 90.0, 90.0]], dtype=dtype)
     targets = torch.tensor([0, 2, 0])
-    wanted = F.cross_entropy(logits.double(), targets, reduction="sum")
+    wanted = F.cross_entropy(logits.double(), targets, reduction="none")
     if not asked:  # as on a GPU
         monkeypatch.setattr(torch.Tensor, "any", lambda tensor: torch.tensor(True))
-    loss, gradient = loss_and_gradient(logits, targets, torch.float32)
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    loss_n, gradient = loss_and_gradient(logits, targets, torch.float32)
+    torch.testing.assert_close(loss_n.double(), wanted, rtol=1e-6, atol=0)
     exact = logits.double().softmax(-1) - F.one_hot(targets, 3)
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-6, atol=1e-7)
     logits[0, 0] = -torch.inf
-    assert loss_and_gradient(logits, targets, torch.float32)[0] == torch.inf
+    assert loss_and_gradient(logits, targets, torch.float32)[0][0] == torch.inf
 
 
 def test_small_gradients_survive_in_fp16():
