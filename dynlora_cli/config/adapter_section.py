@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, create_model
 
 from dynlora_cli.config.types import HomePath, NotForeign, PlugIn, Positive, Section, Text
+from dynlora_cli.text import show
 
 LIBRARY_ROWS = "builtin:library"  # a source of rows: those that the adapters of `library` were trained on
 
@@ -18,6 +19,32 @@ _AdapterFrom = create_model(
     __base__=Section,
     **{"from": (HomePath | None, Field(default=None, description="An adapter to go on from: its folder; null: none."))},  # type: ignore[call-overload]
 )
+
+
+def _no_space(value: str) -> str:
+    """Refuses a token that nobody could see."""
+    if not value.strip():
+        raise ValueError(f"got {show(value)}, which is white space alone, and nobody could see it")
+    return value
+
+
+TokenText = Annotated[Text, AfterValidator(_no_space)]
+
+
+class NewToken(Section):
+    """A token that the tokenizer gets."""
+
+    content: TokenText
+    """Its text, such as `<|step|>`."""
+    special: bool = False
+    """Answers are shown without it, as without an end-of-text token; false: it stays in them."""
+
+
+def _each_once(wanted: list[NewToken]) -> list[NewToken]:
+    texts = [one.content for one in wanted]
+    if twice := [text for text in dict.fromkeys(texts) if texts.count(text) > 1]:
+        raise ValueError(f"{show(twice[0])} is there twice; name each token once")
+    return wanted
 
 
 class Adapter(_AdapterFrom):
@@ -46,6 +73,11 @@ class Adapter(_AdapterFrom):
     """With `from`: weight of O-LoRA's penalty, Σ |cos| between old and new rows of A; 0.5 is a strong one."""
     init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq", "inflora"] = "default"
     """Start of A and B; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/lora/init.py."""
+
+    new_tokens: Annotated[list[NewToken], AfterValidator(_each_once)] = []
+    """Texts that become one token each, whose rows of the input and output tables train as well, beside the budget."""
+    new_tokens_init: Literal["mean", "text"] = "mean"
+    """First values of their rows: the mean of all old rows, or of the old tokens that the text had."""
 
     library: Annotated[list[HomePath], Field(min_length=1)] | None = None
     """Adapters that a router learns to choose from: their folders; a library folder stands for all that is in it."""

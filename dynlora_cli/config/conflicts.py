@@ -99,6 +99,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     yield from _declared_conflicts(recipe, "variants")
     yield from _variant_conflicts(recipe)
     yield from _router_conflicts(recipe)
+    yield from _token_conflicts(recipe)
     yield from _library_rows_conflicts(recipe)
     yield from _mode_conflicts(recipe)
     if model.num_labels is not None and not plugins.declared("tasks", model.task, "HAS_CLASSES"):
@@ -217,6 +218,30 @@ def _router_conflicts(recipe: Settings) -> Iterator[Conflict]:
             if getattr(values, key) != type(values).model_fields[key].get_default(call_default_factory=True):
                 text = f"the adapters of a library stay as they are, so variant {variant} has no use for it"
                 yield Conflict(f"{section}.{key}", "adapter.variant", text)
+
+
+def _token_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What new tokens do not go with."""
+    adapter, variant = recipe.adapter, recipe.adapter.variant
+    if not adapter.new_tokens:
+        if adapter.new_tokens_init != "mean":
+            yield Conflict("adapter.new_tokens_init", "adapter.new_tokens", "there are none; name them there")
+        return
+    key, by_itself = "adapter.new_tokens", "add them to the base's tokenizer and table beforehand, or leave them out"
+    if not plugins.declared("tasks", recipe.model.task, "NEW_TOKENS"):
+        text = f"{recipe.model.task} has no rows of single tokens; {by_itself}"
+        yield Conflict(key, "model.task", text)
+    if not plugins.declared("variants", variant, "has_components"):
+        yield Conflict(key, "adapter.variant", f"variant {variant} has no adapter to keep their rows in; {by_itself}")
+    elif (form := plugins.declared("variants", variant, "saved_as")) not in (None, "lora", "dora"):
+        text = f"PEFT has no rows of single tokens beside a {form}; write `variant: lora`, or leave them out"
+        yield Conflict(key, "adapter.variant", text)
+    for mode, why in (("shard_base", "a table in parts"), ("cuda_graphs", "a recorded pass")):
+        if getattr(recipe.train, mode, False):
+            yield Conflict(key, f"train.{mode}", f"{why} has no rows of single tokens yet; set it to false")
+    if getattr(recipe.train, "objective", plugins.OBJECTIVE) != plugins.OBJECTIVE:
+        text = f"the model that {recipe.train.objective} compares with has no row for them; train on texts first"
+        yield Conflict(key, "train.objective", text)
 
 
 def _library_rows_conflicts(recipe: Settings) -> Iterator[Conflict]:

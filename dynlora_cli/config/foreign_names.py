@@ -1,4 +1,4 @@
-"""Names and values known from other tools, and what they are called here.
+"""Names and values known from other tools, and what they are called here; the values are in foreign_values.py.
 
 They are answered, never accepted: a silent rename would hide that the meaning differs in places. A line of the tables
 holds the foreign name, the tool that is best known for it, and our name. A remark follows `;`, and an answer that
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from dynlora_cli.config.foreign_values import VALUES
 
 _KEYS = """
 base_model                        axolotl        model.name_or_path
@@ -149,6 +151,18 @@ lora_parameters.rank              mlx-lm         rank.budget
 lora_parameters.alpha             mlx-lm         adapter.alpha
 lora_parameters.scale             mlx-lm         adapter.alpha; the scale is alpha / r
 lora_parameters.dropout           mlx-lm         adapter.dropout
+trainable_token_indices           PEFT           adapter.new_tokens; texts, not numbers; one that is there already too
+add_tokens                        LLaMA-Factory  adapter.new_tokens
+add_special_tokens                LLaMA-Factory  adapter.new_tokens; as `{content: TEXT, special: true}`
+new_special_tokens                LLaMA-Factory  adapter.new_tokens; as `{content: TEXT, special: true}`
+new_special_tokens_config         LLaMA-Factory  adapter.new_tokens_init; `text`: from the tokens that it had
+init_special_tokens               LLaMA-Factory  adapter.new_tokens_init; `text`: from the tokens that it had
+tokens                            axolotl        adapter.new_tokens
+special_tokens                    axolotl        adapter.new_tokens; as `{content: TEXT, special: true}`
+added_tokens_overrides            axolotl        adapter.new_tokens; one that is there already trains as well
+resize_vocab                      LLaMA-Factory  -`adapter.new_tokens` get rows where the table has none
+resize_token_embeddings_to_32x    axolotl        -`adapter.new_tokens` get rows where the table has none, and no more
+mean_resizing                     transformers   adapter.new_tokens_init; `mean` is the mean itself, without noise
 init_lora_weights                 PEFT           adapter.init_weights
 peft_init_lora_weights            axolotl        adapter.init_weights
 lora_bias                         PEFT           -an adapter has no bias
@@ -263,81 +277,6 @@ do_eval                           transformers   -evaluation is on where there a
 stage                             LLaMA-Factory  -dynlora does supervised fine-tuning
 """
 
-_VALUES = """
-task            CAUSAL_LM               causal-lm
-task            SEQ_CLS                 sequence-classification
-task            SEQ_2_SEQ_LM            seq2seq-lm
-task            classification          sequence-classification
-dtype           fp32                    float32
-dtype           bf16                    bfloat16
-dtype           fp16                    float16
-dtype           half                    float16
-dtype           float                   float32
-dtype           bf16-true               bfloat16
-dtype           bf16-mixed              bfloat16
-dtype           16-true                 float16
-dtype           torch.float32           float32
-dtype           torch.bfloat16          bfloat16
-dtype           torch.float16           float16
-attn_implementation  fa2                flash_attention_2
-attn_implementation  flash_attn         flash_attention_2
-attn_implementation  flash_attention    flash_attention_2
-attn_implementation  flash              flash_attention_2
-attn_implementation  auto               null
-variant         qlora                   `variant: lora` with `model.load_in_4bit: true`
-variant         rslora                  `variant: lora` with `scaling: rslora` and `alpha: 16`
-variant         pissa                   `variant: lora` with `init_weights: pissa`
-variant         loftq                   `variant: lora` with `init_weights: loftq` and `model.load_in_4bit: true`
-variant         eva                     `variant: lora` with `init_weights: eva`
-variant         none                    full
-variant         freeze                  full
-target_modules  all                     all-linear
-target_modules  all_linear              all-linear
-target_modules  linear                  all-linear
-target_modules  auto                    all-linear
-scaling         standard                lora
-init_weights    true                    default
-init_weights    kaiming                 default
-format          sharegpt                chat
-format          messages                chat
-format          conversational          chat
-format          chat_template           chat
-format          chatml                  chat
-format          openai                  chat
-format          instruct                alpaca
-format          prompt-completion       completion
-format          prompt_completion       completion
-format          input_output            completion
-format          pretrain                text
-train_on        completions             completion
-train_on        assistants              assistant
-train_on        inputs                  all
-overlong        raise                   error
-overlong        delete                  drop
-overlong        left                    truncate
-overlong        right                   truncate
-policy          adalora                 sensitivity
-policy          norm                    magnitude
-policy          l2                      magnitude
-lr_scheduler    cosine_with_min_lr      cosine
-lr_scheduler    cosine_with_restarts    cosine
-lr_scheduler    warmup_cosine           cosine
-lr_scheduler    cosine_decay            cosine
-lr_scheduler    polynomial              linear
-lr_scheduler    constant_with_warmup    `lr_scheduler: constant` with `warmup_ratio`
-lr_scheduler    none                    constant
-optimizer       adam                    adamw
-optimizer       adamw_torch             adamw
-optimizer       adamw_torch_fused       adamw
-optimizer       adamw_hf                adamw
-optimizer       adamw_bnb_8bit          adamw_8bit
-optimizer       adamw8bit               adamw_8bit
-optimizer       paged_adamw_32bit       paged_adamw
-report_to       none                    []
-report_to       all                     a list of the trackers you use
-max_grad_norm   0                       null
-"""
-
 
 class Alias(NamedTuple):
     """A foreign key: whose it is, our name (empty where there is none), and a remark."""
@@ -356,13 +295,7 @@ def _read_keys() -> dict[str, Alias]:
     return keys
 
 
-def _read_values() -> dict[tuple[str, str], str]:
-    lines = (line.split(None, 2) for line in _VALUES.strip().splitlines())
-    return {(key, value.lower()): here for key, value, here in lines}
-
-
 KEYS = _read_keys()
-VALUES = _read_values()
 
 
 def hint(path: Sequence[str | int]) -> str | None:

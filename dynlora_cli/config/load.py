@@ -114,19 +114,25 @@ def _spell_out(root: Node) -> None:
     for name, node in sections.items():
         if node.value is None and name in SECTIONS:
             node.value = {}
-    model, dataset = sections.get("model"), sections.get("dataset")
+    model, dataset, adapter = sections.get("model"), sections.get("dataset"), sections.get("adapter")
     if model and isinstance(model.value, str):
         model.value = {"name_or_path": Node(model.value, model.place)}
     if dataset and isinstance(dataset.value, str):
         dataset.value = {"train": Node([Node(dataset.value, dataset.place)], dataset.place)}
     if dataset and isinstance(dataset.value, dict):
         for key in ("train", "val"):
-            sources = dataset.value.get(key)
-            if sources and isinstance(sources.value, str):
-                sources.value = [Node(sources.value, sources.place)]
-            for item in sources.value if sources and isinstance(sources.value, list) else ():
-                if isinstance(item.value, str):
-                    item.value = {"path": Node(item.value, item.place)}
+            _spell_out_list(dataset.value.get(key), "path")
+    if adapter and isinstance(adapter.value, dict):
+        _spell_out_list(adapter.value.get("new_tokens"), "content")
+
+
+def _spell_out_list(items: Node | None, key: str) -> None:
+    """Writes texts of a list, or one text in place of it, as sections with a key."""
+    if items and isinstance(items.value, str):
+        items.value = [Node(items.value, items.place)]
+    for item in items.value if items and isinstance(items.value, list) else ():
+        if isinstance(item.value, str):
+            item.value = {key: Node(item.value, item.place)}
 
 
 def _apply(root: Node, override: str) -> list[Problem]:
@@ -199,8 +205,8 @@ def json_schema() -> dict[str, Any]:
     text = {"type": "string", "minLength": 1}
     for section in ("model", "dataset"):
         properties[section]["anyOf"] = [{"$ref": properties[section].pop("$ref")}, text]
-    for sources in ("train", "val"):
-        items = schema["$defs"]["Dataset"]["properties"][sources]
+    for section, key in (("Dataset", "train"), ("Dataset", "val"), ("Adapter", "new_tokens")):
+        items = schema["$defs"][section]["properties"][key]
         items["items"] = {"anyOf": [items["items"], text]}
         whole = {key: items.pop(key) for key in ("type", "items", "minItems") if key in items}
         items["anyOf"] = [whole, text]

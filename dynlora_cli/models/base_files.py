@@ -30,10 +30,13 @@ class BaseFiles:
         options: a recipe's `model` section; says whether code in the folder may run.
         folder: the files.
         reference: how an adapter should name the model: a folder, or a hub id.
+
+    Attributes:
+        rows: the table must have so many, with those that an adapter brings; 0: it brings none.
     """
 
-    def __init__(self, options: Model, folder: Path, reference: str) -> None:
-        self.options, self.folder, self.reference = options, folder, reference
+    def __init__(self, options: Model, folder: Path, reference: str, rows: int = 0) -> None:
+        self.options, self.folder, self.reference, self.rows = options, folder, reference, rows
 
     @classmethod
     def find(cls, options: Model) -> BaseFiles:
@@ -77,8 +80,13 @@ class BaseFiles:
             raise UsageError(f"{where} is damaged: its number of positions is {show(positions)}")
         return positions - _kept_for_padding(self.folder, positions) if positions else None
 
-    @cached_property
+    @property
     def table_rows(self) -> int | None:
+        """How many tokens there are rows for, those of an adapter included; None where the config does not say."""
+        return None if self.own_rows is None else max(self.own_rows, self.rows)
+
+    @cached_property
+    def own_rows(self) -> int | None:
         """How many tokens the model has rows for, by its config; None where that does not say."""
         try:
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)

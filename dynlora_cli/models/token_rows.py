@@ -71,9 +71,9 @@ class _WithRows(nn.Module):
                 f"there is a row for token {size - 1}, and none for {missing[0]}: the table has {self.table} rows",
                 "enlarge the base's table (resize_token_embeddings), and save the base and the adapter again",
             )
-        place_N = torch.full((size,), -1, device=rows.tokens_T.device)
-        place_N[rows.tokens_T] = torch.arange(len(rows.tokens), device=place_N.device)
-        self.register_buffer("place_N", place_N, persistent=False)
+        place_N = torch.full((size,), -1)
+        place_N[list(rows.tokens)] = torch.arange(len(rows.tokens))
+        self.register_buffer("place_N", place_N.to(rows.tokens_T.device), persistent=False)
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -100,16 +100,24 @@ class TokenHead(_WithRows):
 
     def __init__(self, base: nn.Module, rows: TokenRows) -> None:
         super().__init__(base, rows)
+        self.inside_t: Tensor
+        self.from_t: Tensor
+        self.behind_t: Tensor
         if getattr(base, "bias", None) is not None:
             raise UsageError(
                 "the model's output head has a bias, which PEFT leaves out where single tokens have their own rows",
                 "merge the adapter with the tool that made it, or train without rows of single tokens",
             )
-        places, tokens = self.place_N[: self.table], self.rows.tokens_T
-        self.inside = bool((places >= 0).any())
-        self.register_buffer("inside_t", tokens[tokens < self.table], persistent=False)
-        self.register_buffer("from_t", (tokens < self.table).nonzero()[:, 0], persistent=False)
-        self.register_buffer("behind_t", self.place_N[self.table :], persistent=False)
+        tokens, device = rows.tokens, rows.tokens_T.device
+        inside = [place for place, token in enumerate(tokens) if token < self.table]
+        behind = sorted(set(range(len(tokens))) - set(inside), key=lambda place: tokens[place])
+        self.inside = bool(inside)
+        for name, numbers in (
+            ("inside_t", [tokens[place] for place in inside]),  # columns of the table's logits, and whose they become
+            ("from_t", inside),
+            ("behind_t", behind),
+        ):
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.long, device=device), persistent=False)
 
     @property
     def out_features(self) -> int:

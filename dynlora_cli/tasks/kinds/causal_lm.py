@@ -18,6 +18,7 @@ from dynlora_cli.tasks import task
 AUTO_MODEL = "AutoModelForCausalLM"
 TASK_TYPE = "CAUSAL_LM"
 OWNS_TASK_TYPE = True
+NEW_TOKENS = True
 FORMS = ("Turns", "Pair", "Plain")
 PACKS = True
 

@@ -26,6 +26,7 @@ from dynlora_cli.tasks.scores import RowSums, classification, confusion
 AUTO_MODEL = "AutoModelForSequenceClassification"
 TASK_TYPE = "SEQ_CLS"
 OWNS_TASK_TYPE = True
+NEW_TOKENS = True
 FORMS = ("Labelled",)
 HAS_CLASSES = True
 TARGET = "row"
