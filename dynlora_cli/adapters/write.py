@@ -80,6 +80,7 @@ def write_pool(
     revision: str | None,
     task: str | None,
     whole: Mapping[str, nn.Module],
+    token_rows: Mapping[str, TokenRows] | None = None,
 ) -> None:
     """Write the components of a pool as they are now, and the modules that train whole, such as a new head.
 
@@ -92,6 +93,7 @@ def write_pool(
         revision: of the base.
         task: as in a recipe; None: of no task that PEFT knows.
         whole: modules that train whole, by name.
+        token_rows: trained rows of tables.
     """
     experts = experts_of(pool)
     taken = taken_for_experts(model_type) if kind == PLAIN else frozenset()  # others stay
@@ -104,8 +106,10 @@ def write_pool(
         modules_to_save=list(whole) or None,
         experts=experts,
         as_parameters=ends_in(pool.layers.keys() - experts, taken),
+        token_rows=token_rows,
     )
     config, tensors = saved(kind, pool, config)
+    tensors |= {PREFIX + name: tensor for name, tensor in tensors_of(token_rows or {}).items()}
     for name, module in whole.items():
         tensors |= module.state_dict(prefix=f"{PREFIX}{name}.")
     write_adapter(folder, config, tensors)

@@ -74,7 +74,7 @@ class Adapter(_AdapterFrom):
     init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq", "inflora"] = "default"
     """Start of A and B; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/lora/init.py."""
 
-    new_tokens: Annotated[list[NewToken], AfterValidator(_each_once)] = []
+    new_tokens: Annotated[list[NewToken], AfterValidator(_each_once)] = []  # noqa: RUF012 - pydantic copies it
     """Texts that become one token each, whose rows of the input and output tables train as well, beside the budget."""
     new_tokens_init: Literal["mean", "text"] = "mean"
     """First values of their rows: the mean of all old rows, or of the old tokens that the text had."""

@@ -239,8 +239,9 @@ def _token_conflicts(recipe: Settings) -> Iterator[Conflict]:
     for mode, why in (("shard_base", "a table in parts"), ("cuda_graphs", "a recorded pass")):
         if getattr(recipe.train, mode, False):
             yield Conflict(key, f"train.{mode}", f"{why} has no rows of single tokens yet; set it to false")
-    if getattr(recipe.train, "objective", plugins.OBJECTIVE) != plugins.OBJECTIVE:
-        text = f"the model that {recipe.train.objective} compares with has no row for them; train on texts first"
+    objective = getattr(recipe.train, "objective", plugins.OBJECTIVE)
+    if objective != plugins.OBJECTIVE:
+        text = f"the model that {objective} compares with has no row for them; train on texts first"
         yield Conflict(key, "train.objective", text)
 
 

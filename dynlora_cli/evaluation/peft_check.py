@@ -23,13 +23,17 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.expert_files import parts_of
+from dynlora_cli.adapters.find import CONFIG
+from dynlora_cli.adapters.token_rows import LIST
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows
+from dynlora_cli.files.foreign import read_object
 from dynlora_cli.lora.layer import ComponentLinear
-from dynlora_cli.models.place import Place
+from dynlora_cli.models.place import Place, input_table
 from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.streamed import streamed
+from dynlora_cli.models.token_rows import without_rows
 from dynlora_cli.runs.events import Emit, note
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
@@ -145,9 +149,22 @@ def _sentence(lost: list[str]) -> str | None:
 def _loaded(plain: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
+    _make_room(plain, folder)
     device = "cpu" if plain.device.type == "meta" else str(plain.device)
     loaded: Any = PeftModel.from_pretrained(plain, str(folder), torch_device=device).eval()
     return loaded.get_base_model()
+
+
+def _make_room(plain: PreTrainedModel, folder: Path) -> None:
+    """Enlarge the tables for tokens that the adapter has rows for, as its model card tells people to do."""
+    named = read_object(folder / CONFIG).get(LIST)
+    if not named:
+        return
+    plain.tie_weights()  # PEFT asks which parameters are the same object
+    size = 1 + max(max(indices) for indices in (named.values() if isinstance(named, dict) else [named]))
+    table = input_table(plain)
+    if table is not None and size > len(table._parameters["weight"]):  # type: ignore[arg-type]
+        plain.resize_token_embeddings(size, mean_resizing=False)
 
 
 def _without_adapter(model: PreTrainedModel, layers: Iterable[str]) -> list[str]:
@@ -173,7 +190,7 @@ def _share(plain: nn.Module, trained: nn.Module) -> None:
         if isinstance(value, Tensor):  # some models keep tensors as plain attributes
             setattr(plain, name, value)
     for name, child in list(plain.named_children()):
-        other = getattr(trained, name)
+        other = without_rows(getattr(trained, name))
         other = other.base if isinstance(other, ComponentLinear) else other
         if type(child) is type(other):
             _share(child, other)

@@ -18,6 +18,7 @@ from dynlora_cli.text import show
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
+    from dynlora_cli.models.new_tokens import NewTokens
 
 # Models that train on texts of one length alone; batches here are as long as their longest row.
 FIXED_LENGTHS = {"reformer"}
@@ -33,10 +34,12 @@ class BaseFiles:
 
     Attributes:
         rows: the table must have so many, with those that an adapter brings; 0: it brings none.
+        new: tokens that the tokenizer got for a run, and whose rows train.
     """
 
     def __init__(self, options: Model, folder: Path, reference: str, rows: int = 0) -> None:
         self.options, self.folder, self.reference, self.rows = options, folder, reference, rows
+        self.new: NewTokens | None = None
 
     @classmethod
     def find(cls, options: Model) -> BaseFiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from dynlora_cli.models.weights import Weights
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
+    from dynlora_cli.models.token_rows import TokenRows
 
 # What transformers calls the output layer of a classifier, and PEFT with it.
 HEAD_NAMES = ("classifier", "score")
@@ -45,6 +46,7 @@ class Base:
         head: name of the classifier head, or None.
         new_head: the head is not the checkpoint's own but a new, random one.
         whole: modules that are trained and saved whole: the head, and what else of a classifier its checkpoint lacks.
+        rows: trained rows of single tokens, by the table that they are put on.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Base:
     head: str | None
     new_head: bool = False
     whole: tuple[str, ...] = ()
+    rows: dict[str, TokenRows] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,3 +91,25 @@ def first_rows(weight_VI: Tensor, tokens: Iterable[Token], *, how: str, known: i
         pieces = [piece for piece in pieces if piece < len(weight_VI)]
         rows.append(weight_VI[pieces].float().mean(0) if pieces else mean_I)
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens whose rows train in a run.
+
+    Attributes:
+        tokens: in the order of their rows; those that an adapter of the run brings come first.
+        known: so many tokens the tokenizer had before.
+        old_rows: rows of the first tokens, fp32, by the name of the table; (): no adapter brings any.
+        old: how many tokens those are.
+    """
+
+    tokens: tuple[Token, ...]
+    known: int
+    old_rows: Mapping[str, Tensor] = field(default_factory=dict)
+    old: int = 0
+
+    @property
+    def size(self) -> int:
+        """Rows that a table must have for them."""
+        return max(token.number for token in self.tokens) + 1

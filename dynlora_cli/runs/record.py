@@ -108,6 +108,29 @@ class Data(TypedDict, total=False):
     """With `dataset.retrieve`: the corpus and its hash, the retriever, and how often it found the right passage."""
 
 
+class NewToken(TypedDict):
+    """A token whose rows were trained."""
+
+    text: str
+    """The token."""
+    number: int
+    """Its id: its row in the table."""
+    special: bool
+    """Whether answers are shown without it."""
+    known: bool
+    """Whether the base's tokenizer had it before."""
+
+
+class Tokens(TypedDict):
+    """Rows of single tokens that were trained, in the order of the adapter's files."""
+
+    table_rows: int
+    """So many rows a table must have for the adapter to be loaded."""
+    base_rows: int | None
+    """So many the base's own has."""
+    new: list[NewToken]
+
+
 class Layer(TypedDict):
     """A layer that holds components, or once held some."""
 
@@ -181,6 +204,8 @@ class Record(TypedDict, total=False):
     """The complete recipe, every default written out."""
     recipe_yaml: str
     """The same, as a file that `dynlora train` takes."""
+    tokens: Tokens
+    """Absent where no rows of single tokens were trained."""
     data: Data
     tokenizer_sha256: str
     """Over all that the tokenizer does."""

@@ -30,6 +30,7 @@ from dynlora_cli.runs.record import Record
 from dynlora_cli.runs.report.write import write_card, write_report
 from dynlora_cli.text import counted
 from dynlora_cli.training.checkpoint import write_state
+from dynlora_cli.training.new_tokens import tokens_on_record
 from dynlora_cli.training.roots import write_adapter_of
 from dynlora_cli.training.routers import library_on_record
 from dynlora_cli.training.run import Run
@@ -169,6 +170,8 @@ def start_record(training: Run, run: str | None) -> Record:
     )
     if altered:
         record["altered_births"] = altered
+    if base.rows:
+        record["tokens"] = tokens_on_record(base)
     if isinstance(training.trained, Routed):
         record["library"] = library_on_record(training.trained)
     return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dynlora_cli import plugins
-from dynlora_cli.adapters.adapter import PLAIN
+from dynlora_cli.adapters.adapter import PLAIN, TokenRows
 from dynlora_cli.adapters.find import CONFIG, ROUTER
 from dynlora_cli.adapters.routed import MEMBERS, write_routed
 from dynlora_cli.adapters.write import write_pool
@@ -32,6 +32,7 @@ def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
         whole={name: base.model.get_submodule(name) for name in base.whole},
+        token_rows={table: TokenRows(own.tokens, own().detach()) for table, own in base.rows.items()},
     )
 
 

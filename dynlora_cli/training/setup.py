@@ -40,6 +40,7 @@ from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
 from dynlora_cli.training import samples
 from dynlora_cli.training.batches import make_batches, on_device, total_steps, training_batches
+from dynlora_cli.training.new_tokens import add_new_tokens, put_new_tokens, untaught
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.replay import runs_to_replay
 from dynlora_cli.training.routers import read_own_rows, reads_own_rows
@@ -83,10 +84,11 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
 
     Args:
         recipe: of the run.
-        files: of its base model, whose tokenizer is used.
+        files: of its base model, whose tokenizer is used; it gets the run's new tokens.
         writing: how rows are written, of a run that goes on; None: as today.
     """
     files.refuse_fixed_lengths()
+    add_new_tokens(recipe, files)
     tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model)
     if reads_own_rows(recipe):
         return read_own_rows(recipe, files, task)
@@ -154,6 +156,8 @@ def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device
         computes=device,
     )
     modes.prepare(base.model)
+    if files.new is not None:
+        data.notes += [*put_new_tokens(base, recipe.adapter), *untaught(files.new, data)]
     return base
 
 
