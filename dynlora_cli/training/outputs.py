@@ -14,6 +14,7 @@ import torch
 
 from dynlora_cli import __version__
 from dynlora_cli.adapters.find import ROUTER_WEIGHTS, WEIGHTS
+from dynlora_cli.adapters.new_tokens import tokens_on_record
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.mix import each_once, mix_on_record
@@ -30,7 +31,6 @@ from dynlora_cli.runs.record import Record
 from dynlora_cli.runs.report.write import write_card, write_report
 from dynlora_cli.text import counted
 from dynlora_cli.training.checkpoint import write_state
-from dynlora_cli.training.new_tokens import tokens_on_record
 from dynlora_cli.training.roots import write_adapter_of
 from dynlora_cli.training.routers import library_on_record
 from dynlora_cli.training.run import Run

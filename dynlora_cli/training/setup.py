@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.new_tokens import add_new_tokens, put_new_tokens, untaught
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.earlier import earlier_data
 from dynlora_cli.data.load import Data, load_data
@@ -40,7 +41,6 @@ from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
 from dynlora_cli.training import samples
 from dynlora_cli.training.batches import make_batches, on_device, total_steps, training_batches
-from dynlora_cli.training.new_tokens import add_new_tokens, put_new_tokens, untaught
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.replay import runs_to_replay
 from dynlora_cli.training.routers import read_own_rows, reads_own_rows
