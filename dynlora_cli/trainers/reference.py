@@ -53,7 +53,7 @@ def _forget_ours(module: nn.Module) -> None:
             if _is_ours(hook):
                 del hooks[key]
     for name, value in list(module.__dict__.items()):
-        if callable(value) and _is_ours(value):
+        if _is_ours(value if callable(value) else type(value)):
             del module.__dict__[name]
 
 
