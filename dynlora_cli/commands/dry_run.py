@@ -105,7 +105,8 @@ def _memory(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
     length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train + data.replayed)
-    ids = (recipe.train.micro_batch_size, length)
+    lines = len(data.train[0].lines)  # of a row
+    ids = (recipe.train.micro_batch_size * lines, length)
 
     def trained() -> Trained:
         if members is not None:
@@ -123,7 +124,8 @@ def _memory(
     if recipe.train.shard_base:
         data.notes.append("train.shard_base: the memory is that of a base which nobody shares; --devices N divide it")
     if need.rows > need.most_rows:
-        advice = f"lower train.micro_batch_size to {need.most_rows}, " if need.most_rows else ""
+        most = need.most_rows // lines
+        advice = f"lower train.micro_batch_size to {most}, " if most else ""
         advice += "set train.gradient_checkpointing: true or model.load_in_4bit: true, or lower dataset.max_length"
         found["notes"] = [*data.notes, f"this may not fit into memory: {advice}"]
     return found

@@ -13,6 +13,7 @@ from dynlora_cli.adapters.base import base_in_memory, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.mix import BASE
 from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.forms import PREFERRING
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.evaluation import generation
 from dynlora_cli.evaluation.comparable import base_has_rows, compare_templates, one_base, strangers
@@ -20,6 +21,7 @@ from dynlora_cli.evaluation.forgetting import compare_with_base, find_sets, othe
 from dynlora_cli.evaluation.lm_eval import Harness
 from dynlora_cli.evaluation.measure import Measure, has_answer
 from dynlora_cli.evaluation.options import Options
+from dynlora_cli.evaluation.references import learn_reference
 from dynlora_cli.evaluation.report import Found, make_report, other_forms, side_by_side
 from dynlora_cli.evaluation.rows import MICRO_BATCH, NothingHeldOutError, Rows, held_out_rows
 from dynlora_cli.models.load import CAUSAL, auto_name
@@ -76,6 +78,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
 
     tell(f"{counted(len(rows.examples), 'row')}, {counted(targets, 'target')}: {rows.source}")
     base = base_in_memory(adapters[0], place, tokenizer)
+    notes += learn_reference(adapters[0], [rows], base)
     measure = Measure(base, rows, prompts, scored, harness)
     found: dict[str, Found] = {}
     answers = (with_base or options.also) and has_answer(base, notes)
@@ -164,10 +167,12 @@ def _prompts(
     if wanted and missing:
         raise MachineError(f"--generate: not installed: {', '.join(missing)}", generation.INSTALL)
     asked = bool(wanted or options.samples)
-    if not rows.forms & {"Turns", "Pair"}:
+    if not rows.forms & {"Turns", "Pair", *PREFERRING}:
         if asked:
             raise UsageError("these rows have no prompts to answer", "leave out --generate and --samples")
         return [], 0
+    if wanted is None and rows.objective:  # answers that are preferred are no references
+        wanted = 0
     if wanted is None:
         wanted = 0 if missing else PROMPTS
         if missing:
@@ -189,8 +194,8 @@ def _measured(rows: Rows, scored: int) -> tuple[set[str], str]:
     if not rows.examples:
         return set(), "only tasks are run"
     if scored:
-        return {*rows.task.measured, *generation.METRICS}, "the rows are prompts with answers"
-    return set(rows.task.measured), rows.task.why_measured
+        return {*rows.task.tells, *generation.METRICS}, "the rows are prompts with answers"
+    return set(rows.task.tells), rows.task.why_measured
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

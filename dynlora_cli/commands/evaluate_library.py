@@ -188,6 +188,9 @@ def _of_adapters(router: str, wanted: Wanted, named: Sequence[tuple[str | None, 
         for name, adapter in opened.adapters.items():
             rows = held_out_rows(adapter, opened.place, tokenizer, max_samples=wanted.max_samples, passages=False)
             notes += rows.notes
+            if rows.objective:
+                notes.append(f"{name}: its rows compare or judge answers, so they are left out; name rows with --data")
+                continue
             sets.append(_asked(tokenizer, rows.source, name, rows.examples, rows.micro_batch_size))
         return sets
 
@@ -228,7 +231,7 @@ def _row_sets(
 
 
 def _from_file(ready: Ready, origin: str | None, path: Path, most: int | None, notes: list[str]) -> AskedRows:
-    rows = held_out_rows(ready.first, ready.place, ready.tokenizer, path, max_samples=most, passages=False)
+    rows = held_out_rows(ready.first, ready.place, ready.tokenizer, path, max_samples=most, passages=False, plain=True)
     notes += rows.notes
     asked = _asked(ready.tokenizer, str(path), origin, rows.examples, rows.micro_batch_size)
     if silent := asked.texts.count(""):

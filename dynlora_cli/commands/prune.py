@@ -23,6 +23,7 @@ from dynlora_cli.config.types import Section
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.evaluation.peft_check import check_files, tell
+from dynlora_cli.evaluation.references import learn_reference
 from dynlora_cli.evaluation.rows import Rows, held_out_rows, own_recipe
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
@@ -170,7 +171,10 @@ def _bench(request: Request, adapter: Adapter, policy: ModuleType, emit: Emit) -
     emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
     for note in [*rows.notes, *weights_note(request.policy, request.options, rows.examples)]:
         emit(run_events.note(note))
-    return Bench(place, base_in_memory(adapter, place, tokenizer), rows)
+    base = base_in_memory(adapter, place, tokenizer)
+    for note in learn_reference(adapter, [rows], base):
+        emit(run_events.note(note))
+    return Bench(place, base, rows)
 
 
 def _order(request: Request, adapter: Adapter, policy: ModuleType, bench: Bench | None) -> Order:

@@ -17,6 +17,7 @@ from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.earlier import earlier_data
+from dynlora_cli.data.preferences.examples import TwoLines
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
 from dynlora_cli.evaluation.agreement import agreement, predictions, probe_rows
 from dynlora_cli.evaluation.held_out_loss import held_out
@@ -161,8 +162,10 @@ class Bench:
         data = earlier_data(folder, self.base.tokenizer, task, table=table, context=files.context_length)
         if not data.val:
             raise UsageError("its run held no rows out")
+        if issubclass(data.kind, TwoLines):
+            raise UsageError("it learned from compared or judged answers, each against a reference of its own")
         examples = data.val[: self.request.max_samples]
-        longest = max(len(example.input_ids) for example in examples)
+        longest = max(len(line) for example in examples for line in example.lines)
         return Rows(examples, f"held-out rows of {birth['name']}", data.sha256, longest, MICRO_BATCH, task)
 
 
@@ -180,7 +183,9 @@ def _bench(request: Request, adapter: Adapter, emit: Emit) -> Bench | None:
         emit(run_events.note(f"nothing is measured: {error.message}"))
         return None
     most = request.max_samples
-    rows = held_out_rows(adapter, place, tokenizer, request.data, max_samples=most) if request.data else None
+    rows = (
+        held_out_rows(adapter, place, tokenizer, request.data, max_samples=most, plain=True) if request.data else None
+    )
     for note in rows.notes if rows else []:
         emit(run_events.note(note))
     return Bench(request, place, base_in_memory(adapter, place, tokenizer), rows)

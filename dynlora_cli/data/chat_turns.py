@@ -55,8 +55,10 @@ def as_turns(
         DataError: turns are asked for, and there is no template.
     """
     has_template = bool(tokenizer.chat_template)
-    if form in _ASKING and not any(isinstance(row.get(name), str) for row in rows[:1] for name in _ASKING[form]):
-        return has_template and chat is not False, ""
+    if form in _ASKING and rows and not any(isinstance(rows[0].get(name), str) for name in _ASKING[form]):
+        # Messages, or texts whose prompt is in the answers.
+        talks = any(isinstance(value, (list, Mapping)) for value in rows[0].values())
+        return has_template and talks and chat is not False, ""
     if form not in PAIRS:
         asked, is_chat = chat != "auto", form == "chat"
         other = asked and chat is not is_chat

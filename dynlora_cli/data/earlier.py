@@ -38,14 +38,14 @@ def earlier_data(
     table: int | None = None,
     context: int | None = None,
 ) -> Data:
-    """The rows that an earlier run trained on and held out, by its own dataset settings.
+    """The rows that an earlier run trained on and held out, by its own dataset settings, for its own objective.
 
     The tokenizer is left as it is: a chat template of the earlier run is on it only while its rows are read.
 
     Args:
         folder: of the run.
         tokenizer: of the base model, which must be the earlier run's.
-        task: what the rows teach, as in the earlier run.
+        task: of the earlier run, whatever its objective was.
         table: tokens that the model has rows for; None: nobody knows.
         context: the longest text that the model knows, in tokens.
 
@@ -64,7 +64,7 @@ def earlier_data(
         found = load_data(
             dataset,
             tokenizer,
-            task=task,
+            task=task.like(recipe.train),
             seed=recipe.seed,
             max_length=context,
             sizing=sizing_rows(recipe),

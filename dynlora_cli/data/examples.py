@@ -46,6 +46,13 @@ class Judge(ABC):
         """The same, summed over the targets: a scalar in fp32, to train on."""
         return self.judged(model, batch)[0].sum()
 
+    def numbers(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:  # noqa: ARG002
+        """For every row [B], by name: its `loss`, and what is told beside it; NaN where a row has none of it.
+
+        Empty where there is no more to tell than `judged` says. All processes ask together, as the model may wait.
+        """
+        return {}
+
     def held_out(self, model: nn.Module, batches: Sequence[Any]) -> dict[str, float]:  # noqa: ARG002
         """Numbers over all the batches that are told beside their loss.
 
@@ -142,6 +149,11 @@ class Example(ABC):
     def last_answer(self) -> tuple[Sequence[int], list[int]]:
         """The last text that is to be written, and all that stands before it; both empty where nothing does."""
         return (), []
+
+    @property
+    def is_right(self) -> bool:
+        """Whether its last answer is one that a model should give."""
+        return True
 
 
 @dataclass(slots=True)

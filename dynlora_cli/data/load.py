@@ -69,6 +69,11 @@ class Data:
     retrieval: dict[str, Any] | None = None
 
     @property
+    def kind(self) -> type[Example]:
+        """The class of its examples, which all batches hold one of."""
+        return type(self.train[0])
+
+    @property
     def confidence(self) -> dict[int, float]:
         """How sure the data are of training rows, by `Example.row`; those that are not there count 1."""
         return {example.row: example.confidence for example in self.train if example.confidence != 1}
@@ -177,7 +182,8 @@ def _note_writing(reader: Reader) -> None:
     if reader.dataset.separator and not reader.set_apart:
         reader.notes.append("dataset.separator is not used: no row has bare text as its prompt, without a space behind")
     reader.notes += reader.encoder.notes(template_name(reader.dataset.chat_template))
-    if Turns.__name__ in reader.forms and (note := date_note(template, reader.writing.moment)):
+    in_turns = Turns.__name__ in reader.forms or any(True in turns for turns in reader.turned.values())
+    if in_turns and (note := date_note(template, reader.writing.moment)):
         reader.notes.append(note)
 
 

@@ -27,7 +27,7 @@ from dynlora_cli.text import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dynlora_cli.config.sections import Dataset, Source
+    from dynlora_cli.config.sections import Dataset, Source, Train
     from dynlora_cli.data.encode import Encoder
 
 _CHUNK = 1024  # rows tokenised in one call
@@ -40,6 +40,10 @@ class TaskOfRows(Protocol):
     objective: str
     forms: tuple[str, ...]
     has_classes: bool
+
+    def like(self, train: Train | None) -> TaskOfRows:
+        """The same task, for the objective of another run."""
+        ...
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> Encoder:
         """Makes examples of rows in their neutral forms."""

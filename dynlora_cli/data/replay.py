@@ -15,6 +15,7 @@ from typing import Any
 from dynlora_cli.data.examples import Classified, Example
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.mix import Span, mix_notes
+from dynlora_cli.data.preferences.examples import Compared, Rated
 from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.folder import read_record
 from dynlora_cli.text import counted, percent
@@ -51,7 +52,7 @@ def add_replay(data: Data, earlier: Sequence[Earlier], share: float) -> None:
     before, own_tokens = mix_notes(data.spans), _tokens(data)
     runs = []
     for run, count in zip(earlier, draws, strict=True):
-        examples = [_renumbered(example, next(numbers)) for example in _learned(run, data.labels)]
+        examples = [_renumbered(example, next(numbers)) for example in _learned(run, data)]
         data.replayed += examples
         data.prompts.setdefault("replayed", []).extend(run.data.prompts.get("train", ()))
         data.spans.append(Span(f"{run.name}, replayed", len(examples), count, replayed=True))
@@ -73,9 +74,18 @@ def _dealt(rows: int, runs: int) -> list[int]:
     return [each + (at >= runs - more) for at in range(runs)]
 
 
-def _learned(run: Earlier, labels: list[str] | None) -> list[Example]:
+def _kinds(data: Data) -> str:
+    return {Compared: "compared answers", Rated: "judged answers"}.get(data.kind, "single answers or texts")
+
+
+def _learned(run: Earlier, own: Data) -> list[Example]:
     """The rows that a run trained on, with the numbers that their classes have now."""
-    old = run.data.labels
+    if run.data.kind is not own.kind:
+        raise UsageError(
+            f"the run in {run.folder} learned from other rows: {_kinds(run.data)}, and these are {_kinds(own)}",
+            "replay runs of the same train.objective, or leave dataset.replay out",
+        )
+    old, labels = run.data.labels, own.labels
     if sorted(old or ()) != sorted(labels or ()):
         raise UsageError(
             f"the run in {run.folder} was trained on the classes {', '.join(old or ())}, and these rows have "

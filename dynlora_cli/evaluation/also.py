@@ -20,6 +20,7 @@ from dynlora_cli.adapters.find import find_adapter
 from dynlora_cli.data.earlier import earlier_data, lineage, run_folder
 from dynlora_cli.data.examples import Classified, Example
 from dynlora_cli.data.load import Data, load_data
+from dynlora_cli.data.preferences.examples import TwoLines
 from dynlora_cli.data.sources import BUILTIN
 from dynlora_cli.errors import DataError, DynloraError, UsageError
 from dynlora_cli.evaluation.rows import as_trained, of_file
@@ -161,7 +162,9 @@ def _earlier(recipe: Recipe, reading: Reading) -> tuple[list[Read], dict[str, st
     for name, folder in _earlier_runs(recipe, missing).items():
         try:
             data = earlier_data(folder, reading.tokenizer, reading.task, table=reading.table, context=reading.context)
-            if data.val:
+            if issubclass(data.kind, TwoLines):
+                missing[name] = "it learned from compared or judged answers, each against a reference of its own"
+            elif data.val:
                 read.append(_slice(name, _renumbered(data, reading.labels), data.prompts["val"], EARLIER_ROWS))
             else:
                 missing[name] = f"the run in {folder} held no rows out"

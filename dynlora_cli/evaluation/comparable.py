@@ -135,7 +135,7 @@ def compare_templates(
     Raises:
         UsageError: the template in use is another one than an adapter was trained with.
     """
-    if "Turns" not in rows.forms:
+    if not rows.in_turns:
         return []
     now = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
     notes = []

@@ -79,7 +79,7 @@ def measured(base: Base, rows: RowSet) -> Measured:
     Raises:
         MeasureError: it is not finite.
     """
-    longest = max(len(example.input_ids) for example in rows.examples)
+    longest = max(len(line) for example in rows.examples for line in example.lines)
     pad, device = int(base.tokenizer.pad_token_id), base.model.device
     batches = Batches.in_order(rows.examples, micro_batch_size=MICRO_BATCH, max_length=longest, pad_id=pad)
     each = (batch.to(device) for index in range(batches.steps_per_epoch) for batch in batches.step(0, index))
@@ -111,7 +111,7 @@ def find_sets(
     named = []
     for name, file in options.also.items():
         most = options.max_samples
-        rows = held_out_rows(adapters[0], place, tokenizer, file, max_samples=most, passages=False)
+        rows = held_out_rows(adapters[0], place, tokenizer, file, max_samples=most, passages=False, plain=True)
         notes += [f"{name}: {note}" for note in rows.notes]
         if base_has_rows(adapters, names, place, rows.examples, int(tokenizer.pad_token_id), notes):
             named.append(RowSet.of(name, rows.examples))

@@ -69,7 +69,7 @@ def find_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     for example in examples:
         question, answer = example.last_answer()
         key = tuple(question)
-        if not key or (key not in prompts and len(prompts) == count):
+        if not key or not example.is_right or (key not in prompts and len(prompts) == count):
             continue
         prompt = prompts.setdefault(key, Prompt(key, _shown(tokenizer, key)))
         text = _text(tokenizer, answer)

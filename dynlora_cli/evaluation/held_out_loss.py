@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.tasks.loss import evaluating, judged
-from dynlora_cli.tasks.scores import RowSums, perplexity
+from dynlora_cli.tasks.scores import RowSums, means, perplexity
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
@@ -38,21 +38,36 @@ def held_out(
         model: in any mode.
         batches: on the model's device.
         autocast: makes the context of the forward pass.
-        describe: what to tell beside the loss, of the loss and the share of targets that were the first choice.
+        describe: what to tell beside the loss, of the loss and the share of targets that were the first choice; where
+            the rows' judge has numbers of its own, those are told.
         reduce: sums a tensor over processes.
 
     Returns:
-        loss (nats per target), tokens (number of targets), and what `describe` tells.
+        loss (nats per target), tokens (number of targets), and what is told beside it.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, names, beside = torch.zeros(3, dtype=torch.float64), tuple[str, ...](), torch.zeros(2, 0, dtype=torch.float64)
     with evaluating(model), autocast():
         for batch in batches:
-            loss_N, choice_N, targets_N, _ = judged(model, batch)
-            found = [loss_N.sum().item(), (choice_N == targets_N).sum().item(), batch.supervised]
+            if numbers := _numbers(model, batch):
+                loss_N, others = numbers.pop("loss"), torch.stack(list(numbers.values())).double().cpu()
+                found = [loss_N.sum().item(), 0.0, batch.supervised]
+                names, part = tuple(numbers), torch.stack([others.nansum(1), (~others.isnan()).double().sum(1)])
+                beside = part if not beside.numel() else beside + part
+            else:
+                loss_N, choice_N, targets_N, _ = judged(model, batch)
+                found = [loss_N.sum().item(), (choice_N == targets_N).sum().item(), batch.supervised]
             sums += torch.tensor(found, dtype=torch.float64)
     total, correct_total, targets = reduce(sums).tolist()
     loss = total / targets
+    if names:
+        added, counts = (dict(zip(names, row, strict=True)) for row in reduce(beside).tolist())
+        return {"loss": loss, "tokens": int(targets), **means(added, counts)}
     return {"loss": loss, "tokens": int(targets), **describe(loss, correct_total / targets)}
+
+
+def _numbers(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What the judge of a batch tells of its rows; empty where there is none, or it tells nothing."""
+    return batch.judge.numbers(model, batch) if batch.judge is not None else {}
 
 
 def row_sums(
@@ -66,21 +81,30 @@ def row_sums(
 
     Args:
         model: in any mode.
-        batches: on the model's device, unpacked: one row a line.
+        batches: on the model's device, unpacked.
         choices: also tell what was chosen for each target.
         autocast: makes the context of the forward pass.
     """
     found: list[Tensor] = []  # for each batch: loss, targets, correct [3, B]
     chosen: list[Tensor] = []
+    told: dict[str, list[Tensor]] = {}
     with evaluating(model), autocast():
         for batch in batches:
+            if numbers := {name: part_B.double().cpu() for name, part_B in _numbers(model, batch).items()}:
+                loss_B = numbers.pop("loss")
+                right_B = numbers.get("accuracy", torch.zeros_like(loss_B))
+                found.append(torch.stack([loss_B, torch.ones_like(loss_B), right_B]))
+                for name, part_B in numbers.items():
+                    told.setdefault(name, []).append(part_B)
+                continue
             loss_N, choice_N, targets_N, line_N = judged(model, batch)
             parts_3N = torch.stack(
                 [loss_N.double(), torch.ones_like(loss_N).double(), (choice_N == targets_N).double()]
             )
-            sums_3B = torch.zeros(3, len(batch.labels), dtype=torch.float64, device=loss_N.device)
+            sums_3B = torch.zeros(3, len(batch.rows), dtype=torch.float64, device=loss_N.device)
             found.append(sums_3B.index_add_(1, line_N, parts_3N).cpu())
             chosen.append(choice_N.cpu() if choices else choice_N[:0].cpu())
     loss_R, targets_R, correct_R = torch.cat(found, 1).numpy()
-    predicted_R = torch.cat(chosen).numpy() if choices else None
-    return RowSums(loss_R, targets_R.astype(np.int64), correct_R.astype(np.int64), predicted_R)
+    predicted_R = torch.cat(chosen).numpy() if choices and chosen else None
+    numbers_R = {name: torch.cat(parts).numpy() for name, parts in told.items()}
+    return RowSums(loss_R, targets_R.astype(np.int64), correct_R.astype(np.int64), predicted_R, numbers_R)

@@ -24,13 +24,16 @@ from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, Source, TrainSource
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.load import Data, load_data
+from dynlora_cli.data.read import fitting_formats
 from dynlora_cli.data.sources import tables
 from dynlora_cli.data.splits import sizing_rows
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, first_fault
 from dynlora_cli.models.place import Place, input_table, structure
 from dynlora_cli.runs.folder import RECORD
+from dynlora_cli.tasks import objective as objectives
 from dynlora_cli.tasks import task as tasks
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.data.examples import Example
+    from dynlora_cli.tasks.objective import Objective
     from dynlora_cli.tasks.task import Task
 
 MICRO_BATCH = 8
@@ -65,6 +69,8 @@ class Rows:
         task: what they are to teach.
         forms: the neutral forms they came in, by name: Turns, Pair, Plain, Labelled.
         is_file: all rows of a file, which nothing says were ever trained on.
+        objective: says how good a model is on these rows, where that is not what every task says.
+        in_turns: the chat template writes them.
     """
 
     examples: list[Example]
@@ -77,6 +83,8 @@ class Rows:
     recipe: Recipe | None = None
     forms: set[str] = field(default_factory=set)
     is_file: bool = False
+    objective: Objective | None = None
+    in_turns: bool = False
 
     def batches(self, pad_id: int, device: torch.device) -> Iterator[Batch]:
         """All rows in order."""
@@ -109,6 +117,7 @@ def held_out_rows(
     max_samples: int | None = None,
     writing: Writing | None = None,
     passages: bool = True,
+    plain: bool = False,
 ) -> Rows:
     """The rows to measure on.
 
@@ -120,13 +129,15 @@ def held_out_rows(
         max_samples: at most so many; None: as the recipe says of its own rows, and all of a file.
         writing: how rows are written; None: as the adapter's own run did.
         passages: rows of a file get passages in their prompts, where the adapter was trained so (`dataset.retrieve`).
+        plain: without the objective of the recipe, so by the likelihood of answers.
 
     Raises:
         UsageError: no rows are known, none are held out, or they cannot be read.
     """
     notes: list[str] = []
     recipe, dataset, is_file = _what_to_read(adapter, data, notes, passages=passages)
-    task = tasks.of(place.options)
+    task = tasks.of(place.options, recipe.train if recipe and not plain else None)
+    task = fitting_task(task, dataset.train[0], notes) if is_file else task
     read = own_rows_of(recipe, place, tokenizer) if recipe and not is_file else None
     read = read or load_data(
         dataset,
@@ -148,18 +159,41 @@ def held_out_rows(
     if data is None and recorded.get("sha256") != read.sha256:
         notes.append("the rows, or how they are read, have changed since training: some may have been trained on")
     most = max_samples or (recipe.eval.max_samples if recipe and not is_file else None)
+    objective = objectives.of(recipe.train) if recipe and task.objective != plugins.OBJECTIVE else None
+    if objective:
+        objectives.hang(objective, examples)
     return Rows(
         examples=examples[:most],
         source=str(data) if is_file else f"held-out rows of {data or adapter.name}",
         sha256=read.sha256,
-        max_length=max(len(example.input_ids) for example in examples),
+        max_length=max(len(line) for example in examples for line in example.lines),
         micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,
         task=task,
         notes=notes,
         recipe=recipe,
         forms=read.forms,
         is_file=is_file,
+        objective=objective,
+        in_turns=Turns.__name__ in read.forms or any(read.writing.turned.values()),
     )
+
+
+def fitting_task(task: Task, source: Source, notes: list[str]) -> Task:
+    """The task, or without its objective where the rows of a file are none that the objective learns from."""
+    plain = task.like(None)
+    if task.forms == plain.forms:
+        return task
+    _, row = next(tables(source, [], held_out=False)[0].read())
+    columns = {*row, *source.columns}
+    named = [] if source.format == "auto" else [plugins.load("formats", source.format)]
+
+    def fits(forms: tuple[str, ...]) -> bool:
+        return bool([form for form in named if set(form.FORMS) & set(forms)] or fitting_formats(forms, columns))
+
+    if fits(task.forms) or not fits(plain.forms):
+        return task
+    notes.append(f"{source.path}: its rows are none for {task.objective}: measured is the loss of their answers")
+    return plain
 
 
 def _what_to_read(

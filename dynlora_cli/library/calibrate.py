@@ -156,7 +156,7 @@ def _unrelated(loaded: Loaded, entries: Sequence[Entry], wanted: Wanted, notes: 
         return [] if trained_on else _drawn([row["prompt"] for row in stdlib_docs("train")], wanted.rows)
     if path.suffix.lower() == ".txt":
         return _drawn(_lines(path), wanted.rows)
-    rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path, passages=False)
+    rows = held_out_rows(loaded.first, loaded.place, loaded.tokenizer, path, passages=False, plain=True)
     notes += rows.notes
     texts = RequestTexts(loaded.tokenizer)
     return [texts.of(example) for example in _drawn(rows.examples, wanted.rows)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.config.sections import Source
 from dynlora_cli.data.earlier import earlier_data, run_folder
+from dynlora_cli.data.preferences.examples import TwoLines
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import tables
 from dynlora_cli.errors import DataError, UsageError
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from dynlora_cli.data.examples import Example
 
 WORDS = 128  # of a passage
+_COMPARED = (
+    "its rows compare or judge answers, and a library tells by right answers whether an update helps: what it learned "
+    "from are keys only; right answers can be named with --data FILE"
+)
 CHARACTERS = 1200  # of a passage, for languages that put no spaces between words
 LONGEST_REQUEST = 2000  # characters
 HELD_OUT_SHARE = 0.2  # of a file of rows that nobody has split
@@ -70,7 +75,7 @@ def find_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase
     """
     if data is None:
         return _own_rows(adapter, place, tokenizer)
-    rows = held_out_rows(adapter, place, tokenizer, data, passages=False)
+    rows = held_out_rows(adapter, place, tokenizer, data, passages=False, plain=True)
     requests = [(text, example) for text, example in _requests(rows.examples, tokenizer) if text]
     held = [(text, example) for text, example in requests if _is_held_out(text)]
     notes = [f"{data}: {note}" if not note.startswith(str(data)) else note for note in rows.notes]
@@ -98,9 +103,11 @@ def _own_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase
         )
     except UsageError as error:
         raise UsageError(error.message, BRING_BACK) from None
+    compared = issubclass(read.kind, TwoLines)
     return Found(
+        notes=[_COMPARED] if compared else [],
         keys=[Key(text, f"row {example.row + 1}") for text, example in _requests(read.train, tokenizer)],
-        held_out=[HeldOut(text, example) for text, example in _requests(read.val, tokenizer)],
+        held_out=[HeldOut(text, example) for text, example in _requests([] if compared else read.val, tokenizer)],
         sources=[origin for source in recipe.dataset.train for origin in _origins("rows", source)],
     )
 

@@ -7,16 +7,18 @@ whatever the objective is. OPTIONS and CONFLICTS (config/options.py, config/conf
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from dynlora_cli import plugins
+from dynlora_cli.data.examples import Judge
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dynlora_cli.config.sections import Train
     from dynlora_cli.data.batches import Batch
+    from dynlora_cli.data.examples import Example
 
 
 class Objective(ABC):
@@ -47,6 +49,13 @@ class Objective(ABC):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have nothing to load
         """Go on from a checkpoint, in which there are tensors of others as well."""
+
+
+def hang(objective: Objective, examples: Iterable[Example]) -> None:
+    """Let rows be judged by an objective that says itself how good a model is on them; others leave them alone."""
+    if isinstance(objective, Judge):
+        for example in examples:
+            example.judge = objective  # type: ignore[misc]  # a slot of whichever class it is
 
 
 def of(options: Train) -> Objective:

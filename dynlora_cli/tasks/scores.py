@@ -8,7 +8,8 @@ Dimensions: R rows, K classes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,14 @@ class RowSums:
         targets_R: number of targets: supervised tokens, or 1 for a classifier.
         correct_R: number of targets that were the most likely choice.
         predicted_R: the choice for each row of one target; None where nobody asked for it.
+        numbers: what an objective tells of each row beside its loss, by name [R]; NaN where a row has none of it.
     """
 
     loss_R: NDArray[np.float64]
     targets_R: NDArray[np.int64]
     correct_R: NDArray[np.int64]
     predicted_R: NDArray[np.int64] | None = None
+    numbers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def targets(self) -> int:
@@ -44,6 +47,27 @@ class RowSums:
     def accuracy(self) -> float:
         """Share of targets that were the most likely choice."""
         return float(self.correct_R.sum() / self.targets)
+
+
+def means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """Means of numbers of rows, of those that some row has.
+
+    Where a row has but one of two rewards, the `margin` is the difference of their means, as KTO's is.
+
+    Args:
+        sums: over rows, by name.
+        counts: of the rows that each is a sum over.
+    """
+    found = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+    if "margin" not in found and {"reward_chosen", "reward_rejected"} <= found.keys():
+        found["margin"] = found["reward_chosen"] - found["reward_rejected"]
+    return found
+
+
+def means_of(numbers_R: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+    """The same of rows, NaN where one has none of it."""
+    sums = {name: float(np.nansum(of_R)) for name, of_R in numbers_R.items()}
+    return means(sums, {name: float((~np.isnan(of_R)).sum()) for name, of_R in numbers_R.items()})
 
 
 def perplexity(loss: float) -> float:

@@ -34,7 +34,7 @@ from dynlora_cli import plugins
 from dynlora_cli.data.encode_text import TextEncoder
 from dynlora_cli.data.forms import PREFERRING, Judged
 from dynlora_cli.data.preferences.encoder import PreferenceEncoder
-from dynlora_cli.tasks.scores import RowSums, perplexity
+from dynlora_cli.tasks.scores import RowSums, means_of, perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +74,16 @@ class Task:
         self.forms: tuple[str, ...] = plugins.declared("objectives", self.objective, "FORMS", own)
         self.has_classes = bool(plugins.declared("tasks", self.name, "HAS_CLASSES"))
 
+    @property
+    def tells(self) -> frozenset[str]:
+        """The numbers that `metrics` gives, and the loss: those of the objective, where that has forms of its own."""
+        of_objective = plugins.declared("objectives", self.objective, "MEASURED")
+        return frozenset({"loss", *of_objective}) if of_objective else self.measured
+
+    def like(self, train: Train | None) -> Task:
+        """The same task, for the objective of another run; None: for that which every task has."""
+        return of(self.options, train)
+
     def encoder(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> Encoder:
         """Makes examples of rows in their neutral forms.
 
@@ -104,6 +114,8 @@ class Task:
             examples: the rows, in the same order.
             classes: of the model's head; 0 where it has none.
         """
+        if sums.numbers:
+            return means_of(sums.numbers)
         return {"perplexity": perplexity(sums.loss), "token_accuracy": sums.accuracy}
 
 

@@ -46,7 +46,7 @@ def make_batches(
         accelerator: of the run.
         spans: how many of them an epoch takes, source by source; none: all of them once.
     """
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max(len(line) for example in examples for line in example.lines)
     packing = recipe.dataset.packing
     capacity = max(longest, min(recipe.dataset.max_length, base.files.context_length or recipe.dataset.max_length))
     kind = base.model.device.type

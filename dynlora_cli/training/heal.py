@@ -50,7 +50,7 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
     data = load_data(
         recipe.dataset,
         base.tokenizer,
-        task=tasks.of(recipe.model.model_copy(update={"task": adapter.task})),
+        task=tasks.of(recipe.model.model_copy(update={"task": adapter.task}), recipe.train),
         seed=recipe.seed,
         max_length=base.files.context_length,
         num_labels=recipe.model.num_labels,

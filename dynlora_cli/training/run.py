@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.runs import events
-from dynlora_cli.tasks import objective as objectives
 from dynlora_cli.tasks import task as tasks
 
 if TYPE_CHECKING:
@@ -84,6 +83,7 @@ class Run:
         random: the random numbers of this process's part in the run.
         also: rows of other kinds, measured before and after.
         samples: prompts that are answered at each evaluation.
+        objective: what training lowers.
     """
 
     recipe: Recipe
@@ -100,6 +100,7 @@ class Run:
     save: Callable[[Run], None]
     modes: Modes
     random: Randomness
+    objective: Objective
     emit: events.Emit = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
     also: Sequence[RowSet] = ()
@@ -116,12 +117,7 @@ class Run:
     @cached_property
     def task(self) -> Task:
         """What the model is trained to do."""
-        return tasks.of(self.recipe.model)
-
-    @cached_property
-    def objective(self) -> Objective:
-        """What training lowers."""
-        return objectives.of(self.recipe.train)
+        return tasks.of(self.recipe.model, self.recipe.train)
 
     def note(self, text: str) -> None:
         """Leave a note in the run's log."""

@@ -47,7 +47,7 @@ def choose(
     count, asked = recipe.eval.samples, "samples" in recipe.eval.model_fields_set
     if not count:
         return []
-    if tasks.of(recipe.model).has_classes:
+    if tasks.of(recipe.model, recipe.train).has_classes:
         return _none("a classifier writes no text", notes, tell=asked)
     if not held_out:
         return _none("no rows are held out", notes, tell=asked)

@@ -36,6 +36,7 @@ from dynlora_cli.pruning.row_fisher import weights_note
 from dynlora_cli.pruning.schedule import SHORTEST, Schedule
 from dynlora_cli.pruning.stopping import EarlyStopping
 from dynlora_cli.runs.folder import read_record
+from dynlora_cli.tasks import objective as objectives
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted
@@ -89,7 +90,7 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
     """
     files.refuse_fixed_lengths()
     add_new_tokens(recipe, files)
-    tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model)
+    tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model, recipe.train)
     if reads_own_rows(recipe):
         return read_own_rows(recipe, files, task)
     earlier = [_earlier(folder, files, task) for folder in runs_to_replay(recipe)]
@@ -121,7 +122,7 @@ def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) 
 
 def read_also(recipe: Recipe, files: BaseFiles, data: Data) -> list[RowSet]:
     """The rows of `eval.also`; adds to the notes of the run's data what there is to say of them."""
-    task = tasks.of(recipe.model)
+    task = tasks.of(recipe.model)  # what else a model can do is a matter of likelihood, whatever it learns now
     reading = Reading(files.tokenizer, task, data.writing, data.labels, files.table_rows, files.context_length)
     trained = [prompt for part in ("train", "replayed") for prompt in data.prompts.get(part, ())]
     return row_sets(recipe, reading, data.notes, trained=trained)
@@ -198,6 +199,8 @@ def make_run(
     also: Sequence[RowSet] = (),
 ) -> Run:
     """Optimizer, rank control and batches around the model; `also` are rows of other kinds, to be measured on."""
+    objective = objectives.of(recipe.train)
+    objectives.hang(objective, [*data.train, *data.val, *data.sizing, *data.replayed])
     groups = trained.groups(base.model)
     optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
     batches = training_batches(recipe, data, base, accelerator)
@@ -236,6 +239,7 @@ def make_run(
         modes=modes,
         # Dropout is the one thing that differs between processes.
         random=Randomness(recipe.seed + accelerator.process_index, accelerator.device),
+        objective=objective,
         also=also,
         samples=samples.choose(recipe, base.tokenizer, val, modes, data.notes),
     )

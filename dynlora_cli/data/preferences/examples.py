@@ -138,6 +138,10 @@ class Rated(TwoLines):
         """One, if there is an answer."""
         return int(len(self.input_ids) > self.start)
 
+    @property
+    def is_right(self) -> bool:
+        return self.desirable
+
     @staticmethod
     def extra(examples: Sequence[Any]) -> dict[str, Tensor]:
         """desirable_B: whether each answer is good, bool."""

@@ -1,0 +1,78 @@
+"""What a run's adapter is compared with, where its objective compares: the model that the run began with.
+
+In training that is the model before its first step (training/references.py). Afterwards it is put together again: the
+base, with the adapter on it that the run went on from, if it did.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.find import find_adapter
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.errors import UsageError
+from dynlora_cli.evaluation.rows import Rows, own_recipe
+from dynlora_cli.models.load import precision_of
+from dynlora_cli.tasks.preference import PreferenceObjective
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynlora_cli.adapters.adapter import Adapter
+    from dynlora_cli.models.load import Base
+
+
+def origin_of(adapter: Adapter) -> Adapter | None:
+    """The adapter that a run went on from; None where it began with the base alone.
+
+    Raises:
+        UsageError: it is not there any more, or another one is.
+    """
+    recipe = own_recipe(adapter)
+    named = recipe.adapter.origin if recipe else None
+    if named is None:
+        return None
+    births = adapter.record.get("births")
+    before = births[-2] if isinstance(births, list) and len(births) > 1 else {}
+    put_back = "put it back there: the objective compares with it"
+    for place in (Path(named), adapter.folder.parent / Path(named).name):
+        try:
+            found = read_adapter(find_adapter(place, "adapter.from")[0])
+        except UsageError:
+            continue
+        run = found.record.get("run_id")
+        if run and before.get("run") not in (None, run):
+            raise UsageError(f"{adapter.folder} went on from another run than the one that is in {place}", put_back)
+        return found
+    raise UsageError(f"{adapter.folder} went on from the adapter in {named}, which is not there", put_back)
+
+
+def learn_reference(adapter: Adapter, rows: Sequence[Rows], base: Base) -> list[str]:
+    """Have the model that a run began with look at rows that are judged by comparison with it.
+
+    Args:
+        adapter: of the run.
+        rows: to be measured on; most are judged by nothing, and nothing happens.
+        base: in memory, without an adapter.
+
+    Returns:
+        Notes for the person.
+
+    Raises:
+        UsageError: the run went on from an adapter that is not there any more.
+    """
+    notes = []
+    for each in rows:
+        objective = each.objective
+        if not isinstance(objective, PreferenceObjective) or not objective.needs_reference:
+            continue
+        origin = origin_of(adapter)
+        batches = each.batches(int(base.tokenizer.pad_token_id), base.model.device)
+        with attached(base.model, origin) if origin else nullcontext():
+            objective.remember(base.model, batches, precision_of(base))
+        what = f"the adapter in {origin.folder}, from which it went on" if origin else "the base"
+        notes.append(f"rewards are measured from {what}, whose own are 0")
+    return notes
