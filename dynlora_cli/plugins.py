@@ -135,6 +135,12 @@ def _parsed(path: Path, text: str) -> list[tuple[str, ast.expr]]:
         raise UsageError(f"{path}:{error.lineno}: no Python: {error.msg}", "mend this plug-in, or remove it") from None
 
 
+def target(task: str, objective: str | None = None) -> str:
+    """What a loss is the mean over, in words: token, row, pair."""
+    of_objective = declared("objectives", objective, "TARGET") if objective in names("objectives") else None
+    return of_objective or declared("tasks", task, "TARGET") or "token"
+
+
 def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
     """The constants of a module and their values, of `A = 1`, `A: int = 1` and `A, B = 1, 2`."""
     for node in tree.body:

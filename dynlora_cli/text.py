@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 MISSING = "-"
 
@@ -82,6 +83,38 @@ def change(before: float | None, after: float | None) -> str:
     if not before or after is None or not (math.isfinite(before) and math.isfinite(after)):
         return ""
     return f"{100 * (after - before) / abs(before):+.1f} %"
+
+
+class Measure(NamedTuple):
+    """A number of held-out rows as people read it.
+
+    Args:
+        key: in results.
+        label: in tables.
+        show: makes text of it.
+        rises: it is better the higher it is; None: neither way is better by itself.
+    """
+
+    key: str
+    label: str
+    show: Callable[[float | None], str]
+    rises: bool | None
+
+
+def two_digits(value: float | None) -> str:
+    """A number with two decimals."""
+    return number(value, 2)
+
+
+# What is told of held-out rows before and after; those that a run has not are left out.
+MEASURES = (
+    Measure("loss", "loss", number, rises=False),
+    Measure("accuracy", "accuracy", percent, rises=True),
+    Measure("perplexity", "perplexity", two_digits, rises=False),
+    Measure("margin", "margin", number, rises=True),
+    Measure("reward_chosen", "reward of chosen", number, rises=True),
+    Measure("reward_rejected", "reward of rejected", number, rises=None),
+)
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:

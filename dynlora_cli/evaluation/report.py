@@ -53,6 +53,7 @@ def make_report(
         "tokens": sum(example.supervised() for example in rows.examples),
         "data": {"source": rows.source, "sha256": rows.sha256},
         "task": adapters[0].task,
+        "objective": rows.task.objective,
         "labels": label_names(adapters[0]),
         "base": _numbers(found[BASE]) if BASE in found else None,
         "adapters": [

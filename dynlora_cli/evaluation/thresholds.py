@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from dynlora_cli.text import number, percent
 # What `--fail-below` may name, in the order in which a table shows it, with the highest value it can take.
 METRICS = {
     "accuracy": 1, "f1": 1, "matthews": 1, "token_accuracy": 1, "exact_match": 1, "bleu": 100, "chrf": 100,
-    "rouge_l": 1,
+    "rouge_l": 1, "margin": math.inf, "reward_chosen": math.inf,
 }  # fmt: skip
 
 

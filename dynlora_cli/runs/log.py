@@ -99,8 +99,11 @@ class RunRecord:
 
     @property
     def target(self) -> str:
-        """What a loss is the mean over: token, or row."""
-        return plugins.declared("tasks", self.info.get("task") or "causal-lm", "TARGET") or "token"
+        """What a loss is the mean over: token, row, pair."""
+        recipe = self.info.get("recipe") or {}
+        train = recipe.get("train") if isinstance(recipe, dict) else None
+        objective = train.get("objective") if isinstance(train, dict) else None
+        return plugins.target(self.info.get("task") or "causal-lm", objective)
 
     @property
     def prunes(self) -> list[Event]:

@@ -29,7 +29,7 @@ from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs import record as records
 from dynlora_cli.runs.record import Record
 from dynlora_cli.runs.report.write import write_card, write_report
-from dynlora_cli.text import counted
+from dynlora_cli.text import MEASURES, counted
 from dynlora_cli.training.checkpoint import write_state
 from dynlora_cli.training.roots import write_adapter_of
 from dynlora_cli.training.routers import library_on_record
@@ -294,7 +294,7 @@ def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
         "loss_before": first.get("loss"),
         "loss_after": last.get("loss"),
     }
-    for name in ("accuracy", "perplexity"):
+    for name in (measure.key for measure in MEASURES if measure.key != "loss"):
         if name in last:
             summary |= {f"{name}_before": first.get(name), f"{name}_after": last[name]}
     summary["parameters"] = trained.parameters or sum(parameter.numel() for parameter in training.parameters)

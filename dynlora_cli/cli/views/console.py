@@ -35,7 +35,7 @@ from dynlora_cli.cli.views.progress import (
 from dynlora_cli.cli.views.rank_map import rank_map
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.runs.log import Event
-from dynlora_cli.text import change, count, counted, duration, number, percent, rate, short, size
+from dynlora_cli.text import MEASURES, change, count, counted, duration, number, percent, rate, short, size
 
 THEME = Theme({"accent": "cyan", "label": "dim", "good": "green", "bad": "red", "head": "bold"})
 REFRESHES_PER_SECOND = 4
@@ -301,12 +301,12 @@ def _before_after(summary: dict[str, Any]) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right", style="head")
     table.add_column("", style="label")
-    for key, show in (("loss", number), ("accuracy", percent), ("perplexity", lambda value: number(value, 2))):
+    for key, label, show, rises in MEASURES:
         before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
         if after is not None:
-            better = before is not None and (after > before if key == "accuracy" else after < before)
-            style = "good" if better else "bad"
-            table.add_row(f"held-out {key}", show(before), show(after), Text(change(before, after), style=style))
+            better = before is not None and (after > before if rises else after < before)
+            style = "label" if rises is None else "good" if better else "bad"
+            table.add_row(f"held-out {label}", show(before), show(after), Text(change(before, after), style=style))
     budget = f"budget {count(summary['budget_parameters'])}" if summary.get("budget_parameters") else ""
     table.add_row("parameters", count(summary.get("parameters_start")), count(summary.get("parameters")), budget)
     ranks = list((summary.get("ranks") or {}).values())

@@ -23,6 +23,10 @@ COLUMNS: Sequence[tuple[str, str, Callable[[float | None], str]]] = (
     ("loss", "loss", number),
     ("perplexity", "perplexity", lambda value: number(value, 2)),
     ("accuracy", "accuracy", percent),
+    ("margin", "margin", number),
+    ("reward_chosen", "reward chosen", number),
+    ("reward_rejected", "rejected", number),
+    ("log_odds", "log odds", number),
     ("f1", "F1", number),
     ("matthews", "Matthews", number),
     ("token_accuracy", "tokens right", percent),
@@ -35,7 +39,7 @@ COLUMNS: Sequence[tuple[str, str, Callable[[float | None], str]]] = (
 
 def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     """The whole report, as `evaluate.run` returns it."""
-    unit = plugins.declared("tasks", report["task"], "TARGET") or "token"
+    unit = plugins.target(report["task"], report.get("objective"))
     console.line()
     if report["rows"]:
         console.line(Text(_what(report), style="head"))

@@ -70,6 +70,7 @@ class Progress:
             return self._train_line(event)
         if kind == "eval":
             extra = [f"accuracy {percent(event['accuracy'])}"] if event.get("accuracy") is not None else []
+            extra += [f"margin {number(event['margin'])}"] if event.get("margin") is not None else []
             extra += ["best"] if event.get("best") else []
             return "  ".join(
                 [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from dynlora_cli.errors import without_secrets
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import RunRecord
-from dynlora_cli.text import count, counted, duration, number, percent, size
+from dynlora_cli.text import MEASURES, count, counted, duration, number, size
 
 
 def model_card(record: RunRecord) -> str:
@@ -85,10 +84,9 @@ def _what_it_is(record: RunRecord) -> str:
 def _numbers(record: RunRecord) -> str:
     """Before and after, as a table."""
     summary = record.summary
-    two_digits = partial(number, digits=2)
     rows = [
-        (f"held-out {key}", show(summary.get(f"{key}_before")), show(summary[f"{key}_after"]))
-        for key, show in (("loss", number), ("accuracy", percent), ("perplexity", two_digits))
+        (f"held-out {label}", show(summary.get(f"{key}_before")), show(summary[f"{key}_after"]))
+        for key, label, show, _ in MEASURES
         if summary.get(f"{key}_after") is not None
     ]
     rows += [

@@ -13,7 +13,7 @@ from typing import Any
 from dynlora_cli.runs.layer_grid import layer_grid, shade
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report.svg import text
-from dynlora_cli.text import change, count, number, percent, rate
+from dynlora_cli.text import MEASURES, change, count, number, rate
 
 TEAL, AMBER = "#12897c", "#c2702a"
 CELL_WIDTH, CELL_HEIGHT, MOST_TALL = 44, 18, 24  # pixels; with more blocks than that a cell is a thin bar
@@ -67,10 +67,10 @@ def run(record: RunRecord, summary: Mapping[str, Any]) -> str:
 def before_after(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows of what a run has changed: losses and sizes; nothing that depends on the clock."""
     rows = []
-    for key, shown in (("loss", number), ("accuracy", percent), ("perplexity", lambda value: number(value, 2))):
+    for key, label, shown, _ in MEASURES:
         before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
         if after is not None:
-            rows.append((f"held-out {key}", shown(before), shown(after), change(before, after)))
+            rows.append((f"held-out {label}", shown(before), shown(after), change(before, after)))
     budget = f"budget {count(summary['budget_parameters'])}" if summary.get("budget_parameters") else ""
     for key, note in (("parameters", budget), ("components", "")):
         if summary.get(key) is not None:

@@ -14,7 +14,7 @@ from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
 from dynlora_cli.runs.report.samples import samples_part
 from dynlora_cli.runs.report.svg import Series, text
-from dynlora_cli.text import change, count, counted, duration, number, percent, short, size
+from dynlora_cli.text import MEASURES, change, count, counted, duration, number, short, size
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -64,9 +64,9 @@ def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     after = summary.get("loss_after", held_out[-1] if held_out else None)
     if after is not None:
         yield "held-out loss", number(after), f"from {number(before)}, {change(before, after)}"
-    for key, show in (("accuracy", percent), ("perplexity", lambda value: number(value, 2))):
+    for key, label, show, _ in MEASURES[1:]:
         if summary.get(f"{key}_after") is not None:
-            yield key, show(summary[f"{key}_after"]), f"from {show(summary.get(f'{key}_before'))}"
+            yield label, show(summary[f"{key}_after"]), f"from {show(summary.get(f'{key}_before'))}"
     if summary.get("parameters") is not None:
         budget = summary.get("budget_parameters")
         yield "trained parameters", short(summary["parameters"]), f"budget {short(budget)}" if budget else "no budget"
@@ -127,11 +127,17 @@ def _charts(record: RunRecord) -> str:
     ]
     unit = f"nats per {record.target}"
     accuracy = Series("held out", _column(record.evals, "accuracy"), "dots")
+    # How sure a model has become of its preferences; there where an objective compares answers.
+    margin = [Series("training", _column(train, "margin")), Series("held out", _column(record.evals, "margin"), "dots")]
+    sides = (("chosen", "reward_chosen"), ("rejected", "reward_rejected"))
+    rewards = [Series(f"{side}, held out", _column(record.evals, key), "dots") for side, key in sides]
     chart = partial(svg.line_chart, marks=[event["step"] for event in prunes], last_step=record.last_step)
     small = partial(chart, y_text=svg.axis_number, from_zero=True)
     figures = (
         chart("Loss", losses, unit=unit, y_text=_plain, wide=True),
         chart("Accuracy", [accuracy], unit="share right", y_text=_plain, wide=True),
+        chart("Margin of the rewards", margin, unit="nats", y_text=_plain),
+        chart("Rewards", rewards, unit="nats", y_text=_plain),
         small("Parameters alive", [Series("alive", _stairs(record, "parameters")), *limit], unit="parameters"),
         small("Components alive", [Series("", _stairs(record, "components"))], unit="components"),
         small("Step time", [Series("", _column(train, "step_seconds"))], unit="seconds per step"),
