@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dynlora_cli.data.examples import Judge
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.tasks import objective
 from dynlora_cli.tasks.loss import evaluating, target_losses
@@ -129,7 +130,7 @@ class Means:
         return {name: summed / count for name, summed, count in pairs if count}
 
 
-class PreferenceObjective(objective.Objective):
+class PreferenceObjective(objective.Objective, Judge):
     """An objective whose loss is put together from the log-probabilities of whole answers.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -249,7 +250,8 @@ def make_run(
 
 def _first_batch(run: Run) -> None:
     """Run the model on the first batch of the run."""
-    batch = run.batches.step(0, 0)[0].to(run.accelerator.device)
+    # Without a judge, whose reference has not been asked yet: what is run is the same.
+    batch = replace(run.batches.step(0, 0)[0].to(run.accelerator.device), judge=None)
     with evaluating(run.model), run.accelerator.autocast():
         summed_loss(run.model, batch)
 
