@@ -72,7 +72,8 @@ def _bound(text: str) -> tuple[str, float]:
         bound = float(value)
     except ValueError:
         raise UsageError(f"--fail-below {text}: {value!r} is no number", example) from None
-    if bound > METRICS[metric] or (bound < -1 and math.isfinite(METRICS[metric])):
+    least = -1 if math.isfinite(METRICS[metric]) else -math.inf
+    if not least <= bound <= METRICS[metric]:
         raise UsageError(f"--fail-below {text}: {metric} goes up to {METRICS[metric]}", example)
     return metric, bound
 

@@ -5,7 +5,7 @@ Nothing asks for the training recipe again: the run folder knows it. Other rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,8 +136,7 @@ def held_out_rows(
     """
     notes: list[str] = []
     recipe, dataset, is_file = _what_to_read(adapter, data, notes, passages=passages)
-    task = tasks.of(place.options, recipe.train if recipe and not plain else None)
-    task = fitting_task(task, dataset.train[0], notes) if is_file else task
+    task = fitting_task(place, None if plain else recipe, dataset.train[0] if is_file else None, notes)
     read = own_rows_of(recipe, place, tokenizer) if recipe and not is_file else None
     read = read or load_data(
         dataset,
@@ -154,16 +153,9 @@ def held_out_rows(
     )
     if not (examples := read.train if is_file else read.val):
         raise NothingHeldOutError(f"{data or adapter.folder}: the recipe holds no rows out", ALL_OF_A_FILE)
-    recorded = adapter.record.get("data") or {}
-    notes += read.notes
-    if data is None and recorded.get("sha256") != read.sha256:
-        notes.append("the rows, or how they are read, have changed since training: some may have been trained on")
-    most = max_samples or (recipe.eval.max_samples if recipe and not is_file else None)
-    objective = objectives.of(recipe.train) if recipe and task.objective != plugins.OBJECTIVE else None
-    if objective:
-        objectives.hang(objective, examples)
+    notes += [*read.notes, *(_changed(adapter, read) if data is None else [])]
     return Rows(
-        examples=examples[:most],
+        examples=examples[: max_samples or (recipe.eval.max_samples if recipe and not is_file else None)],
         source=str(data) if is_file else f"held-out rows of {data or adapter.name}",
         sha256=read.sha256,
         max_length=max(len(line) for example in examples for line in example.lines),
@@ -173,15 +165,31 @@ def held_out_rows(
         recipe=recipe,
         forms=read.forms,
         is_file=is_file,
-        objective=objective,
+        objective=_judging(examples, recipe, task),
         in_turns=Turns.__name__ in read.forms or any(read.writing.turned.values()),
     )
 
 
-def fitting_task(task: Task, source: Source, notes: list[str]) -> Task:
-    """The task, or without its objective where the rows of a file are none that the objective learns from."""
-    plain = task.like(None)
-    if task.forms == plain.forms:
+def _changed(adapter: Adapter, read: Data) -> list[str]:
+    if (adapter.record.get("data") or {}).get("sha256") == read.sha256:
+        return []
+    return ["the rows, or how they are read, have changed since training: some may have been trained on"]
+
+
+def _judging(examples: Sequence[Example], recipe: Recipe | None, task: Task) -> Objective | None:
+    """The objective that says how good a model is on these rows, where that is not what every task says."""
+    if recipe is None or task.objective == plugins.OBJECTIVE:
+        return None
+    objective = objectives.of(recipe.train)
+    objectives.hang(objective, examples)
+    return objective
+
+
+def fitting_task(place: Place, recipe: Recipe | None, source: Source | None, notes: list[str]) -> Task:
+    """The task of a base, for the objective of a recipe where the rows of a file are some that it learns from."""
+    plain = tasks.of(place.options)
+    task = tasks.of(place.options, recipe.train) if recipe else plain
+    if source is None or task.forms == plain.forms:
         return task
     _, row = next(tables(source, [], held_out=False)[0].read())
     columns = {*row, *source.columns}
