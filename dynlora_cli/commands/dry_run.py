@@ -76,6 +76,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         for name, module in targets.items()
     ]
     found["parameters"].update(start=start.parameters, budget=start.limit)
+    if base.rows:
+        new = found["parameters"]["new token"] = sum(rows.own_TI.numel() for rows in base.rows.values())
+        found["parameters"]["base"] -= new
     data.notes += too_short(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
     return found | _memory(recipe, base, data, modes, begun)

@@ -16,6 +16,8 @@ from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import RunRecord
 from dynlora_cli.text import MEASURES, count, counted, duration, number, size
 
+TOKENS_SHOWN = 16
+
 
 def model_card(record: RunRecord) -> str:
     """The card of one run as Markdown; what the record lacks is left out."""
@@ -162,14 +164,43 @@ def _loading(record: RunRecord) -> str:
 from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
-base = {auto_class}.from_pretrained({place}{options})
+base = {auto_class}.from_pretrained({place}{options}){_room(info)}
 model = PeftModel.from_pretrained(base, ".")"""
-    return f"## Load it\n\n{_fenced(code, 'python')}" + _asking(info) + _elsewhere(record)
+    return f"## Load it\n\n{_fenced(code, 'python')}" + _new_tokens(info) + _asking(info) + _elsewhere(record)
+
+
+def _room(info: dict[str, Any]) -> str:
+    """The line that enlarges the base's tables, where the adapter has rows for more tokens than they have."""
+    tokens = info.get("tokens")
+    rows, own = (tokens.get("table_rows"), tokens.get("base_rows")) if isinstance(tokens, dict) else (None, None)
+    if not isinstance(rows, int) or not isinstance(own, int) or rows <= own:
+        return ""
+    return (
+        f"\nbase.resize_token_embeddings({rows}, mean_resizing=False)  # of {own}: the adapter has rows for the others"
+    )
+
+
+def _new_tokens(info: dict[str, Any]) -> str:
+    """What the tokens of the adapter are, and who reads them."""
+    tokens = info.get("tokens")
+    new = tokens.get("new") if isinstance(tokens, dict) else None
+    texts = [str(token["text"]) for token in new or () if isinstance(token, dict) and "text" in token]
+    if not texts:
+        return ""
+    shown = ", ".join(_code(text) for text in texts[:TOKENS_SHOWN])
+    more = f" and {len(texts) - TOKENS_SHOWN} more" if len(texts) > TOKENS_SHOWN else ""
+    return (
+        f"\n\nIt has rows of its own for {counted(len(texts), 'token')}: {shown}{more}. The tokenizer in this folder "
+        "knows them. PEFT reads the rows (`trainable_token_indices`). Servers of LoRA adapters and llama.cpp do not: "
+        "for them, `dynlora merge` writes a model that has the tokens."
+    )
 
 
 def _elsewhere(record: RunRecord) -> str:
     """What programs that know one rank make of layers with several, and what to do."""
     history = record.rank_history()
+    if record.info.get("tokens"):
+        return ""  # none of them takes it
     if not history or len({rank for rank in history[-1][1].values() if rank}) < 2:
         return ""
     return (
