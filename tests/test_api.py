@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -107,3 +109,33 @@ def test_what_comes_from_outside_is_escaped():
     shown = notebook.rank_map({"layers.0.<b>": 3}, {"layers.0.<b>": 4}) + notebook.page("", ["<script>"])
     assert "<b>" not in shown
     assert "<script>" not in shown
+
+
+# -- keywords are the options of the commands --------------------------------------------------------------------------
+
+# Of the terminal alone; and what is a type in Python, or another function.
+NOT_IN_PYTHON = {
+    "context", "as_json", "dry_run", "devices", "overrides",
+    # of `dynlora eval`: thresholds are an `if` over `losses`; a library and its routers stay with the command
+    "fail_above", "fail_below", "baseline", "max_regression", "library", "router", "explain", "set",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["train", "prune", "merge", "export", "inspect", "evaluate"])
+def test_keywords_are_the_options_of_the_commands(name: str):
+    module = importlib.import_module(f"dynlora_cli.cli.{'eval' if name == 'evaluate' else name}")
+    options = {option.rstrip("_") for option in inspect.signature(getattr(module, name)).parameters}
+    keywords = set(inspect.signature(getattr(api, name)).parameters)
+    assert options - keywords <= NOT_IN_PYTHON - (set() if name == "evaluate" else {"library", "set"})
+    assert keywords - options <= {"progress"} | ({"set"} if name == "train" else set())
+
+
+def test_values_that_nobody_gives_are_those_of_the_commands():
+    for name in ("train", "prune", "merge", "export"):
+        module = importlib.import_module(f"dynlora_cli.cli.{name}")
+        theirs = {
+            key.rstrip("_"): one.default for key, one in inspect.signature(getattr(module, name)).parameters.items()
+        }
+        ours = {key: one.default for key, one in inspect.signature(getattr(api, name)).parameters.items()}
+        both = theirs.keys() & ours.keys() - {"adapter", "born"}  # which Python may be given otherwise
+        assert {key: ours[key] for key in both} == {key: theirs[key] for key in both}, name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 from dynlora_cli.decoding.sampling import Sampling
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.generation.engine import Engine, Wanted
-from dynlora_cli.models.alone import one_at_a_time
+from dynlora_cli.models.alone import making_a_model, one_at_a_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +40,8 @@ class Loaded:
         """Read the adapter and load its base."""
         with one_at_a_time:
             engine = Engine.open(Wanted([folder], base=base, trust_remote_code=trust_remote_code))
-        loaded = cls(engine, engine.names[0])
-        loaded._put_on()
+            loaded = cls(engine, engine.names[0])
+            loaded._put_on()
         return loaded
 
     @property
@@ -88,7 +88,7 @@ class Loaded:
         """
         asked = _sampling(sampling)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        with self._lock:
+        with self._lock, making_a_model():
             self._on.close()
             try:
                 who = self.engine.use(use or self.name)

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.forms import BadRowError, Turns
-from dynlora_cli.data.template_limits import SECONDS, limit_templates
+from dynlora_cli.data.template_limits import SECONDS, in_bounds
 from dynlora_cli.errors import DynloraError, UsageError
-from dynlora_cli.files.foreign import limited
+from dynlora_cli.files.time_limit import limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,10 +128,9 @@ def write(
     Raises:
         BadRowError: the template refuses the conversation.
     """
-    limit_templates()
     refusal = UsageError(f"the chat template takes more than {SECONDS:g} s for a conversation; {ADVICE}")
     try:
-        with limited(SECONDS, refusal):
+        with limited(SECONDS, refusal), in_bounds():
             return str(
                 tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=answer)
             )

@@ -7,9 +7,11 @@ fill the memory. Here every value that grows faster than the template's own time
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from functools import cache, wraps
-from types import BuiltinMethodType
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache, wraps
+from threading import local
+from types import BuiltinMethodType, FunctionType
 from typing import Any
 
 from jinja2 import nodes
@@ -21,6 +23,7 @@ SECONDS = 10.0  # for one conversation
 LONGEST = 20_000_000  # characters of a text, parts of a list
 LARGEST = 10_000  # bits of a whole number
 _WIDE = re.compile(r"\d{7,}|%[^a-z%]*\*")  # in a format: a width of millions, or one that an argument says
+_here = local()  # whether templates of this thread are ours to run
 _PADDING = ("center", "indent", "batch", "slice", "truncate", "wordwrap")
 
 
@@ -141,10 +144,28 @@ def _replaced(text: str, old: str, new: str, count: int | None) -> str:
     return text.replace(old, new, -1 if count is None else count)
 
 
+@contextmanager
+def in_bounds() -> Iterator[None]:
+    """Chat templates that this thread has transformers run inside the block are compiled in `Limited`."""
+    _install()
+    before = getattr(_here, "bounded", False)
+    _here.bounded = True
+    try:
+        yield
+    finally:
+        _here.bounded = before
+
+
 @cache
-def limit_templates() -> None:
-    """Let transformers compile chat templates in `Limited`."""
+def _install() -> None:
+    """Let transformers ask `_here` how to compile a template; for everybody else it compiles as it always did."""
     from transformers.utils import chat_template_utils as library
 
-    assert hasattr(library, "ImmutableSandboxedEnvironment"), "transformers makes its sandbox by this name"
-    setattr(library, "ImmutableSandboxedEnvironment", Limited)  # noqa: B010 - its type is that of one class
+    usual, plain = library._compile_jinja_template, library._cached_compile_jinja_template
+    own = {**plain.__globals__, "ImmutableSandboxedEnvironment": Limited}
+    bounded = lru_cache(FunctionType(plain.__code__, own, plain.__name__, plain.__defaults__, plain.__closure__))
+
+    def compiled(template: str) -> Any:
+        return bounded(template) if getattr(_here, "bounded", False) else usual(template)
+
+    setattr(library, "_compile_jinja_template", compiled)  # noqa: B010 - its type is that of one function

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,6 +29,7 @@ from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.models.patched import no_warnings
 from dynlora_cli.models.place import Place, input_table
 from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.streamed import streamed
@@ -77,8 +77,7 @@ def read_back(
     finally:
         trained.train(was)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of exactly what is checked here
+        with no_warnings:  # PEFT warns of exactly what is checked here
             loaded = _loaded(plain, folder)
             lost = _without_adapter(loaded, layers)
             logits = _logits(loaded, rows, numbers())
@@ -119,8 +118,7 @@ def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: 
         return {"checked": False, "reason": f"{NOT_CHECKED}: {error.message}"}
     found = {"checked": True, "peft": importlib.metadata.version("peft"), "problem": None}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with no_warnings:
             lost = _without_adapter(_loaded(plain, folder), adapter.layers)
     except Exception as error:
         return found | {"problem": f"PEFT refuses it: {_first_line(error)}"}

@@ -6,7 +6,9 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import local
 
+_here = local()  # what asks the work of this thread to stop, where it can be asked
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -49,16 +51,29 @@ class Stop:
 @contextmanager
 def interruptible() -> Iterator[Stop]:
     """Let Ctrl-C, SIGTERM and a closed terminal ask for a stop; a second time stops at once."""
-    stop = Stop()
+    stop, outer = Stop(), getattr(_here, "stop", None)
     try:
         before = {number: signal.signal(number, stop.ask) for number in heeded()}
     except ValueError:  # not the main thread: whoever runs us there handles signals
         before = {}
+    _here.stop = stop
     try:
         yield stop
     finally:
+        _here.stop = outer
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ask_here() -> bool:
+    """Ask what this thread works at to stop at the next good moment, as Ctrl-C would; False where nothing can be asked.
+
+    For code that the work calls, such as a listener of events: no signal reaches a thread that is not the main one.
+    """
+    stop: Stop | None = getattr(_here, "stop", None)
+    if stop is not None and stop.signal is None:
+        stop.signal = signal.SIGINT
+    return stop is not None
 
 
 def _open_terminals() -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from dynlora_cli.adapters.expert_files import parameter_of, parts_of
 from dynlora_cli.adapters.kind import tensor_names
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.models.experts import PARAMETERS
+from dynlora_cli.models.patched import no_warnings
 
 
 def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
@@ -33,8 +33,7 @@ def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
     # PEFT wraps the parameters of experts in the order in which their module registers them.
     for name in sorted(adapter.layers, key=lambda name: name.split(".")[-1] == PARAMETERS[-1]):
         _place(model, name, adapter.layers[name])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with no_warnings:
         config = PeftConfig.from_pretrained(str(folder))
         config.modules_to_save = None  # heads have no scale
         inject_adapter_in_model(config, model, low_cpu_mem_usage=True)

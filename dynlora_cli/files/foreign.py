@@ -4,16 +4,12 @@ read_object    a JSON file that holds an object, of bounded size and depth
 fits           that object, with every key that is used of the right type
 inside         the path of a file that an index names, which may not leave the folder
 refuse_links   nothing in a folder leads out of it
-limited        anything that runs, in bounded time
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from dynlora_cli import plugins
-from dynlora_cli.errors import DynloraError, UsageError
+from dynlora_cli.errors import UsageError
 from dynlora_cli.files.strict_json import DEEPEST, depth
 from dynlora_cli.text import show
 
@@ -340,30 +336,6 @@ def refuse_links(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
                 )
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UsageError(f"{path} is neither a file nor a folder", "remove it, or name another folder")
-
-
-@contextmanager
-def limited(seconds: float, refusal: DynloraError) -> Iterator[None]:
-    """Stop what somebody else wrote, a regular expression or a template, after so many seconds.
-
-    By the clock's signal, which `re` and Python's own loops heed. Only the main thread gets it, where commands run.
-
-    Raises:
-        DynloraError: `refusal`, where the time is over, or where it could not be stopped.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        raise refusal
-
-    def stop(_number: int, _frame: object) -> None:
-        raise refusal
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def shown(text: str) -> str:

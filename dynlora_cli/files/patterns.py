@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import limited, shown
+from dynlora_cli.files.foreign import shown
+from dynlora_cli.files.time_limit import matches_in_time
 
 PATTERN_SECONDS = 5.0  # for all patterns of one file on all modules; honest ones take milliseconds
 LONGEST_PATTERN = 10_000
@@ -52,8 +53,7 @@ class PatternMap:
             f"stopped after {PATTERN_SECONDS:g} s",
             "write the layers' names out instead",
         )
-        with limited(max(self._left, 1e-3), refusal):
-            found = rule.match(name) is not None
+        found = matches_in_time(rule, name, max(self._left, 1e-3), refusal)
         self._left -= time.monotonic() - began
         return found
 

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedTokeni
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
+from dynlora_cli.models.alone import making_a_model
 from dynlora_cli.models.find import find_model, needs_trust, quantization_in
 from dynlora_cli.models.tokenizer import load_tokenizer
 from dynlora_cli.text import show
@@ -136,7 +137,7 @@ def _kept_for_padding(folder: Path, positions: int) -> int:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
             return 0
-        with torch.device("meta"):
+        with making_a_model(), torch.device("meta"):
             model = AutoModel.from_config(config)
     except Exception:  # whatever is wrong with the folder is told when the model is loaded
         return 0

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynlora_cli import plugins
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.models.alone import making_a_model
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.find import ASKS_FOR_TRUST, needs_trust
 from dynlora_cli.models.heads import class_names, renew, same_classes
@@ -97,7 +98,7 @@ def load_base(
     if structure is not None and device.type == "meta":
         model = structure
     else:
-        with seeded(seed, device):  # what its files lack, such as a new head
+        with making_a_model(), seeded(seed, device):  # what its files lack, such as a new head
             model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
             if head and others:  # its outputs answer with other classes, or with these in another order
                 renew(model, head)
@@ -148,7 +149,7 @@ def load_structure(
     """The model's modules without reading its weights: names and shapes. `device` None: wherever the caller says."""
     config = _config(options, folder, labels)
     try:
-        with torch.device(device) if device else nullcontext():
+        with making_a_model(), torch.device(device) if device else nullcontext():
             return _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)
     except MemoryError:
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import ContextDecorator, ExitStack
+from threading import RLock
 from typing import Any
 
 _ABSENT = object()
@@ -38,25 +39,27 @@ def _put_back(own: dict[str, Any], name: str, before: Any) -> None:
 class Held(ContextDecorator):
     """A setting of the process, changed while anybody is inside `with held:` and put back by the last who leaves.
 
-    Unlike a stack of contexts, it does not mind in which order several runs begin and end.
+    Unlike a stack of contexts, it does not mind in which order several runs begin and end, nor in which threads.
 
     Args:
         change: makes the setting, whether or not it is made already, and returns a function that undoes it.
     """
 
     def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
-        self._change, self._holders = change, 0
+        self._change, self._holders, self._lock = change, 0, RLock()
 
     def __enter__(self) -> None:
-        undo = self._change()
-        if not self._holders:
-            self._undo = undo
-        self._holders += 1
+        with self._lock:
+            undo = self._change()
+            if not self._holders:
+                self._undo = undo
+            self._holders += 1
 
     def __exit__(self, *_: object) -> None:
-        self._holders -= 1
-        if not self._holders:
-            self._undo()
+        with self._lock:
+            self._holders -= 1
+            if not self._holders:
+                self._undo()
 
 
 def ignore_warnings(message: str = "", category: type[Warning] = Warning) -> Callable[[], None]:
@@ -70,3 +73,7 @@ def ignore_warnings(message: str = "", category: type[Warning] = Warning) -> Cal
             warnings.filters.remove(added)  # type: ignore[attr-defined]
 
     return undo
+
+
+# In the place of `warnings.catch_warnings`, which puts back all filters: also those that another thread has changed.
+no_warnings = Held(ignore_warnings)

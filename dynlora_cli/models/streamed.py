@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.models.alone import making_a_model
 from dynlora_cli.models.layout import Layout
 from dynlora_cli.models.load import load_structure
 from dynlora_cli.models.place import Place
@@ -62,7 +63,7 @@ def unreadable(layout: Layout, whole: Mapping[str, Tensor]) -> list[str]:
 
 def streamed(place: Place) -> PreTrainedModel:
     """The model of a folder without its weights, in evaluation mode; `read_by` makes it run, in fp32 on the CPU."""
-    with init_empty_weights(include_buffers=False), _NoDraws():
+    with making_a_model(), init_empty_weights(include_buffers=False), _NoDraws():
         model = load_structure(place.options, place.folder, place.labels, device=None)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False

@@ -12,6 +12,7 @@ from dynlora_cli.cli.views.adapters import AdapterView
 from dynlora_cli.cli.views.console import Console, TrainView
 from dynlora_cli.cli.views.progress import Progress
 from dynlora_cli.errors import UsageError
+from dynlora_cli.execution.interrupt import ask_here
 from dynlora_cli.runs.events import Event
 from dynlora_cli.runs.report import notebook
 
@@ -34,7 +35,11 @@ class Heard:
         texts = [event["text"]] if event["event"] in ("note", "warning") else event.get("notes") or ()
         self.notes += [text for text in dict.fromkeys(texts) if text not in self.notes]
         if self._show is not None:
-            self._show(event)
+            try:
+                self._show(event)
+            except KeyboardInterrupt:
+                if not ask_here():
+                    raise
 
 
 @contextmanager
