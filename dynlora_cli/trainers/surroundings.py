@@ -18,12 +18,24 @@ if TYPE_CHECKING:
 
 # Optimizers that step inside the backward pass, by the start of their names in TrainingArguments.optim.
 IN_BACKWARD = ("lomo", "adalomo", "galore", "apollo")
+# Of TRL's trainers: what cannot be done with components, and what can.
+OPTIONS = {
+    "sync_ref_model": (
+        "TRL would average the model's parameters into the reference, which has no components",
+        "leave it out: the reference is the base, `ref_model=attached.reference()`",
+    ),
+    "use_vllm": (
+        "TRL would send vLLM the model's parameters by name, and vLLM knows none of the components",
+        "leave it out: the answers are then drawn by transformers",
+    ),
+}
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
     """
     Raises:
-        UsageError: the trainer shards parameters, copies the model over devices or steps inside the backward pass.
+        UsageError: the trainer shards parameters, copies the model over devices, steps inside the backward pass, or
+            does something else with the parameters that components do not go with.
     """
     refuse(args)
     optim = str(getattr(args.optim, "value", args.optim))
@@ -32,6 +44,9 @@ def refuse_arguments(args: TrainingArguments) -> None:
             f"DynamicRankCallback: optim='{optim}' keeps gradients in another form than the components",
             "use another, such as optim='adamw_torch'",
         )
+    for name, (why, instead) in OPTIONS.items():
+        if getattr(args, name, False):
+            raise UsageError(f"DynamicRankCallback: {name}: {why}", instead)
 
 
 def refuse_model(attached: Attached, model: Any) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from numeric import same_curve, same_loss
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from safetensors.torch import load_file
-from trl_helpers import TRAINERS, load, losses
+from trl_helpers import TRAINERS, load, losses, sft
 
+from dynlora_cli.errors import UsageError
 from dynlora_cli.trainers import DynamicRankCallback, attach
 
 NAMES = list(TRAINERS)
@@ -161,3 +162,19 @@ def test_grpo_shares_the_reference_that_it_loaded(tmp_path):
     trainer.train()
     assert losses(trainer) == losses(second)
     assert any(line.get("kl", 0) > 0 for line in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("dpo", {"sync_ref_model": True}), ("grpo", {"use_vllm": True})], ids=["sync", "vllm"]
+)
+def test_what_does_not_go_with_components_is_refused(tmp_path, name, option):
+    """Before TRL looks for vLLM, and before anything trains."""
+    with pytest.raises(UsageError, match=next(iter(option))):
+        begin(tmp_path, name, **option)
+
+
+def test_an_adapter_of_peft_on_top_is_refused(tmp_path):
+    model = load(tmp_path, "sft")
+    callback = DynamicRankCallback(attach(model, **BUDGET))
+    with pytest.raises(UsageError, match="leave `peft_config` out"):
+        sft(tmp_path, model, [callback], peft_config=LoraConfig(target_modules="all-linear"))

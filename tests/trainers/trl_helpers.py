@@ -66,10 +66,13 @@ def _common(folder: Path, callbacks: list[Any]) -> dict[str, Any]:
     }
 
 
-def sft(folder: Path, model: Any, callbacks: list[Any], out: str = "out", **more: Any) -> SFTTrainer:
+def sft(
+    folder: Path, model: Any, callbacks: list[Any], out: str = "out", peft_config: Any = None, **more: Any
+) -> SFTTrainer:
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
     arguments = SFTConfig(max_length=64, **_arguments(folder / out, **more))
-    return SFTTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), **_common(folder, callbacks))
+    common = {**_common(folder, callbacks), "peft_config": peft_config}
+    return SFTTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), **common)
 
 
 def dpo(
