@@ -29,9 +29,9 @@ def count(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
-def counted(value: float | None, thing: str) -> str:
-    """A whole number of things: `1 step`, `42,061 steps`."""
-    return f"{count(value)} {thing}{'' if value == 1 else 's'}"
+def counted(value: float | None, thing: str, things: str | None = None) -> str:
+    """A whole number of things: `1 step`, `42,061 steps`. `things`: the plural, where it is no `s` more."""
+    return f"{count(value)} {thing if value == 1 else things or f'{thing}s'}"
 
 
 def short(value: float | None) -> str:

@@ -87,6 +87,11 @@ class Factors:
         born = tuple(int(part.sum()) for part in keep_C.split(list(self.born))) if self.born else ()
         return replace(self, a_CI=self.a_CI[keep_C], b_OC=self.b_OC[:, keep_C], born=born)
 
+    def of_zeros(self) -> Factors:
+        """The same with one component, which does nothing."""
+        a_CI, b_OC = torch.zeros(1, self.a_CI.shape[1]), torch.zeros(self.b_OC.shape[0], 1)
+        return replace(self, a_CI=a_CI, b_OC=b_OC, born=())
+
     def turned(self, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Factors:
         """The same update in other components, those of each birth by themselves.
 
@@ -214,6 +219,17 @@ class Adapter:
         names = [name for name in self.whole if name == "bias" or name.endswith(".bias")]
         return [name for name in names if f"{name.removesuffix('bias')}weight" not in self.whole]
 
+    def own_numbers(self) -> str | None:
+        """What it has in the place of the base's own numbers, or adds to them beside its components, in words."""
+        if self.token_rows:
+            return f"it has its own rows of {next(iter(self.token_rows))}, in place of the base's"
+        if heads := [name for name in self.whole if name not in self.biases]:
+            return f"it has its own {heads[0].rpartition('.')[0] or heads[0]}, in place of the base's"
+        if self.biases:
+            return f"it has biases of its own, such as {self.biases[0]}, in place of the base's"
+        biased = next((name for name, factors in self.layers.items() if factors.bias_O is not None), None)
+        return None if biased is None else f"it adds a bias to {biased}"
+
     @property
     def form(self) -> str:
         """The file of adapters/kinds/ that knows its layers; LoRA where nothing is special."""
@@ -255,5 +271,9 @@ class Adapter:
         return known or (*[0] * (len(self.births) - 1), factors.rank if factors else 0)
 
     def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
-        """The same adapter with other factors; layers without components are left out."""
-        return replace(self, layers={name: f for name, f in layers.items() if f.rank})
+        """The same adapter with other factors; layers without components are left out.
+
+        One that adds a bias keeps a component of zeros: no file could hold the bias alone.
+        """
+        kept = {name: f if f.rank or f.bias_O is None else f.of_zeros() for name, f in layers.items()}
+        return replace(self, layers={name: f for name, f in kept.items() if f.rank})

@@ -20,6 +20,7 @@ from dynlora_cli.adapters import kind
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.base import expert_slices, holds_weight, module_of
 from dynlora_cli.adapters.expert_files import parts_of
+from dynlora_cli.adapters.replaced import Replacement, fit_sizes, new_vocabulary, replacements, tied_names
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
@@ -28,11 +29,21 @@ from dynlora_cli.models.linear import dense_weight, is_transposed
 
 
 class AdaptedEmbedding(nn.Module):
-    """A table of tokens plus a low-rank table: row t of b_OC @ a_CI is added to row t."""
+    """A table of tokens plus a low-rank table: row t of b_OC @ a_CI is added to row t. DoRA scales the columns then.
 
-    def __init__(self, base: nn.Module, factors: Factors, device: torch.device) -> None:
+    Args:
+        base: the table.
+        factors: of it, or of its DoRA.
+        weight: gives the table's weight, [O, I] in fp32.
+        device: of the factors.
+    """
+
+    def __init__(self, base: nn.Module, factors: Factors, weight: Callable[[], Tensor], device: torch.device) -> None:
         super().__init__()
         self.base = base
+        magnitude_I = factors.own.get("magnitude_I")
+        # Norms are taken over all tokens, PEFT's way: of the columns, not of the rows.
+        self.ratio_I = None if magnitude_I is None else magnitude_I.to(device) / _norms_I(weight(), factors).to(device)
         self.a_CI = nn.Parameter(factors.a_CI.to(device), requires_grad=False)
         self.b_OC = nn.Parameter(factors.b_OC.to(device), requires_grad=False)
 
@@ -40,7 +51,19 @@ class AdaptedEmbedding(nn.Module):
         """Token ids [...] to vectors [..., I]."""
         y = self.base(ids)
         scale = getattr(self.base, "embed_scale", 1.0)  # Gemma's tables and others multiply their rows
-        return y + (F.embedding(ids, self.b_OC) @ self.a_CI * scale).to(y.dtype)
+        more = F.embedding(ids, self.b_OC) @ self.a_CI * scale
+        if self.ratio_I is None:
+            return y + more.to(y.dtype)
+        # Not y * ratio: in bf16 a ratio near 1 would lose what was learned.
+        return y + (y * (self.ratio_I - 1) + more * self.ratio_I).to(y.dtype)
+
+
+def _norms_I(W_OI: Tensor, factors: Factors) -> Tensor:
+    """‖W + BA‖ over the outputs of each input, from thin products."""
+    a_CI, b_OC = factors.a_CI.to(W_OI), factors.b_OC.to(W_OI)
+    cross_I = ((b_OC.T @ W_OI) * a_CI).sum(0)
+    own_I = (((b_OC.T @ b_OC) @ a_CI) * a_CI).sum(0)
+    return (W_OI.square().sum(0) + 2 * cross_I + own_I).clamp_min(0).sqrt()
 
 
 @contextmanager
@@ -74,7 +97,7 @@ def attached(
     try:
         on.put_experts()
         if whole:
-            on.put_whole()
+            on.put_replaced()
         yield on.put_layers(read)
     finally:
         on.take_off()
@@ -87,6 +110,7 @@ class _Attachment:
         self.model, self.adapter, self.device = model, adapter, device
         self.before: list[tuple[nn.Module, str, nn.Module]] = []
         self.hooks: list[RemovableHandle] = []
+        self.undo: list[Callable[[], None]] = []
         if adapter.experts:
             split(model, others=True)
 
@@ -98,11 +122,25 @@ class _Attachment:
             if not _is_split(module):
                 self.hooks += _add(module, leaf, _stacked(slices).to(self.device))
 
-    def put_whole(self) -> None:
-        """Tensors that take the place of the base's own."""
-        for name, tensor in self.adapter.whole.items():
+    def put_replaced(self) -> None:
+        """What takes the place of the base's own parameters; those that are the same stay one."""
+        found = replacements(self.model, self.adapter)
+        made: list[tuple[Replacement, nn.Parameter]] = []
+        for name, new in found.items():
             owner, _, leaf = name.rpartition(".")
-            self._replace(owner, _with_parameter(self.model.get_submodule(owner), leaf, tensor.to(self.device)))
+            module, own = self.model.get_submodule(owner), self.model.get_submodule(owner)._parameters.get(leaf)
+            twin = next(
+                (value for other, value in made if name in tied_names(self.model, other.name) and other.same(new)), None
+            )
+            if twin is None:
+                value = new.made(lambda name: self.model.get_parameter(name).detach())
+                twin = nn.Parameter(value.to(self.device, _type_beside(module, own)), requires_grad=False)
+                made.append((new, twin))
+            self._replace(owner, _with_parameter(module, leaf, twin))
+        config = self.model.config.get_text_config()
+        if (size := new_vocabulary(self.model, found)) is not None:
+            self.undo.append(partial(setattr, config, "vocab_size", config.vocab_size))
+            config.vocab_size = size
 
     def put_layers(self, read: Callable[[str], Tensor] | None) -> Pool:
         """Every adapted layer, in the place of the base's; a pool of those that have components to train."""
@@ -114,7 +152,8 @@ class _Attachment:
             if holds_weight(module):
                 self.hooks += _add(module, "weight", factors.delta_OI().to(self.device))
             elif factors.embedding:
-                self._replace(name, AdaptedEmbedding(module, factors, self.device))
+                weight = partial(_table, module) if read is None else partial(read, f"{name}.weight")
+                self._replace(name, AdaptedEmbedding(module, factors, weight, self.device))
             else:
                 layers[name] = _layer(module, factors, name, read, self.device).train(self.model.training)
                 self._replace(name, layers[name])
@@ -131,6 +170,8 @@ class _Attachment:
             hook.remove()
         for holder, leaf, original in reversed(self.before):
             setattr(holder, leaf, original)
+        for undo in self.undo:
+            undo()
         if self.adapter.experts:
             join(self.model)
 
@@ -190,19 +231,33 @@ def _layer(
     return kind.of(factors).layer(base, changed(factors, own=own), weight, bias)
 
 
+def _table(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    return weight.detach().float()
+
+
 def _read_dense(read: Callable[[str], Tensor], name: str, base: nn.Module) -> Tensor:
     weight = read(f"{name}.weight")
     return weight.T if is_transposed(base) else weight
 
 
-def _with_parameter(module: nn.Module, leaf: str, value: Tensor) -> nn.Module:
+def _with_parameter(module: nn.Module, leaf: str, value: nn.Parameter) -> nn.Module:
     """The module with another parameter; a weight that it shares with others stays theirs."""
     other = copy.copy(module)
     own = vars(module).get("forward")
     if isinstance(own, MethodType) and own.__self__ is module:  # of lean_blocks
         vars(other)["forward"] = MethodType(own.__func__, other)
-    other._parameters = {**module._parameters, leaf: nn.Parameter(value.float(), requires_grad=False)}
+    other._parameters = {**module._parameters, leaf: value}
+    if leaf == "weight":
+        fit_sizes(other)
     return other
+
+
+def _type_beside(module: nn.Module, own: Tensor | None) -> torch.dtype:
+    """The type that a parameter must have to be computed with beside those of its module."""
+    weight = module._parameters.get("weight") if own is None else own
+    plain = weight is not None and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    return weight.dtype if plain and weight is not None else torch.float32
 
 
 def detached(adapter: Adapter, pool: Pool) -> Adapter:

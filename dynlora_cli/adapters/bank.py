@@ -295,9 +295,8 @@ def why_alone(model: PreTrainedModel, adapter: Adapter) -> str | None:
     if isinstance(adapter, RoutedAdapter):
         return "it is a router over adapters of its own"
     reasons = [_layer_alone(model, adapter, name) for name in adapter.layers]
-    if adapter.whole:
-        name = next(iter(adapter.whole))
-        return f"it has its own {name.rpartition('.')[0] or name}, in place of the base's"
+    if own := adapter.own_numbers():
+        return own
     return next((reason for reason in reasons if reason), None)
 
 

@@ -32,7 +32,7 @@ from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, read_object
 from dynlora_cli.models.experts import ExpertSlice
 from dynlora_cli.models.find import find_model, quantization_of
 from dynlora_cli.models.fingerprint import changed_since
-from dynlora_cli.models.linear import is_linear, linear_shape
+from dynlora_cli.models.linear import is_linear, is_transposed, linear_shape
 from dynlora_cli.models.load import HEAD_NAMES
 from dynlora_cli.runs.folder import RECORD
 
@@ -195,6 +195,12 @@ def module_of(model: PreTrainedModel, name: str, factors: Factors, adapter: Adap
         raise UsageError(
             f"{adapter.folder}: {name} is a {type(module).__name__}, which takes no {adapter.kind} here",
             "merge it with the tool that made it",
+        )
+    if is_linear(module) and is_transposed(module) and name in adapter.as_parameters:
+        raise UsageError(
+            f"{adapter.folder}: {name} is a {type(module).__name__}, whose weight PEFT's target_parameters takes with "
+            "inputs and outputs the other way around, which is not supported",
+            "train it with target_modules, or merge it with PEFT",
         )
     d_in, d_out = (module.embedding_dim, module.num_embeddings) if factors.embedding else linear_shape(module)
     if (d_in, d_out) != (factors.a_CI.shape[1], factors.b_OC.shape[0]):

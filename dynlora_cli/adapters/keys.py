@@ -28,6 +28,7 @@ WRAPPERS = {
 }
 PARALLEL = "module."  # DistributedDataParallel's; only a name of all tensors alike is that
 UNTRAINED = "original_module"  # what PEFT keeps beside `modules_to_save`, and saves in some versions
+VELORA = "lora_velora_embed"  # directions by which VeLoRA compresses what its backward pass keeps
 _SAVED_WHOLE = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save(\.default)?)(?=\.)")
 # Rows of a table, of LoRA's `trainable_token_indices` and of PEFT's kind that has nothing else.
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.(?P<adapter>\w+))?")
@@ -64,6 +65,7 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
     found = Sorted()
     names = _without_wrappers(tensors, found.notes)
     untrained: list[str] = []
+    of_training: list[str] = []
     adapters: set[str | None] = set()
     taken: dict[str, str] = {}
     known = kind.tensor_names()
@@ -79,6 +81,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
             raise UsageError(f"{path}: the name of the tensor {key!a} holds control characters", "leave it out")
         if f".{UNTRAINED}." in name:
             untrained.append(key)
+        elif f".{VELORA}" in name:
+            of_training.append(key)
         elif match := _TOKENS.fullmatch(name):
             found.tokens[match["module"]] = tensors[key].float()
             adapters.add(match["adapter"])
@@ -86,12 +90,11 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
             part = BIAS if match["leaf"] == "bias" else match["part"]
             found.parts.setdefault(match["module"], {})[part] = tensors[key].float()
             adapters.add(match["adapter"])
-        elif any(part in name for part in ours):
+        elif any(part in (own := _SAVED_WHOLE.sub("", name)) for part in ours):
             raise UsageError(f"{path}: the tensor {key} is not understood", "is it a newer kind of LoRA?")
+        elif own in found.whole and not found.whole[own].equal(tensors[key]):  # PEFT writes a head's bias twice
+            raise UsageError(f"{path} holds {own} twice, once as {key}, with other numbers", "leave one of them out")
         else:
-            own = _SAVED_WHOLE.sub("", name)
-            if own in found.whole:
-                raise UsageError(f"{path} holds {own} twice, once as {key}", "leave one of them out")
             found.whole[own] = tensors[key]
     if not (found.parts or found.tokens):
         raise UsageError(f"{path} holds no LoRA factors", "the files are incomplete or of another kind")
@@ -100,6 +103,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
         raise UsageError(f"{path} holds several adapters: {shown}", "save each alone: PEFT's save_pretrained does")
     if untrained:
         found.notes.append(f"left out, since they are the base's own as it was: {_some(untrained)}")
+    if of_training:
+        found.notes.append(f"left out, since only training uses them: {_some(of_training)}")
     found.parts = {module: found.parts[module] for module in sorted(found.parts, key=natural_order)}
     return found
 

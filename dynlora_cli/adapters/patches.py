@@ -44,15 +44,17 @@ class Patch:
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether W' of one row hangs on other rows, as DoRA's norms do where the rows are inputs."""
-        return self.transposed and self.factors is not None and getattr(kind.of(self.factors), "across_inputs", False)
+        """Whether W' of one row hangs on other rows, as DoRA's norms do where rows are inputs, or tokens."""
+        if self.factors is None or not getattr(kind.of(self.factors), "across_inputs", False):
+            return False
+        return self.transposed != self.factors.embedding
 
 
 def patched(weights: Weights, tensor: str, patches: Sequence[Patch], space: Space) -> New:
     """A stored tensor with its changes; where rows can be made alone, they are.
 
     Raises:
-        UsageError: a DoRA whose inputs lie in several tensors.
+        UsageError: a DoRA whose norms are over rows that lie in several tensors.
     """
     entry = weights.entries[tensor]
     for patch in patches:

@@ -6,7 +6,7 @@ Whatever would change the result without being understood is refused; nothing is
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,15 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
+from dynlora_cli.files.peft_fields import CHANGED_BASE, OF_TRAINING, READ, REFUSED
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.routed import is_routed, read_routed
 from dynlora_cli.adapters.token_rows import TOKEN_ADAPTER, token_rows
 from dynlora_cli.adapters.xlora import is_xlora, read_xlora
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links
+from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links, shown
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, read_record, run_of
 from dynlora_cli.text import to_type
-
-# Settings of PEFT's LoraConfig that change what the tensors mean, and that are not carried out here.
-NOT_UNDERSTOOD = (
-    "alora_invocation_tokens", "arrow_config", "bdlora_config", "kasa_config", "layer_replication",
-    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
-# Starts that also changed the base model's weights, so that the saved factors belong to another base.
-CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -> Adapter:
@@ -67,6 +60,8 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
     found = sorted_tensors(mlx_adapter.peft_tensors(tensors, file) if mlx else tensors, file)
     if mlx:
         found.notes.append("an adapter of mlx-lm's")
+    elif config["peft_type"] == "LORA" and (unknown := _unknown(config)):
+        found.notes.append(f"{CONFIG} has keys that PEFT 0.21 does not have, and they were not used: {unknown}")
     parts = found.parts
     record = _record_of(folder)
     notes = "; ".join(filter(None, [note, *found.notes])) or None
@@ -131,13 +126,10 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
         raise UsageError(
             f"{path}: peft_type is {kind}, not LORA", "PEFT's `convert_to_lora` makes a LoRA of many kinds"
         )
-    strange = [key for key in NOT_UNDERSTOOD if config.get(key)]
-    strange += [key for key in ("lora_bias", "trainable_token_indices") if config.get(key)]
-    if config.get("bias", "none") != "none":
-        strange.append("bias")
-    if strange:
-        shown = ", ".join(f"{key}: {config[key]!r}" for key in strange)
-        raise UsageError(f"{path}: {shown}: this kind of LoRA is not understood", "merge it with the tool that made it")
+    for key, why in REFUSED.items():
+        if config.get(key):
+            value = shown(repr(config[key]))[1:-1]
+            raise UsageError(f"{path}: {key}: {value}: {why}, which is not supported", "use it with PEFT itself")
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(CHANGED_BASE):
         raise UsageError(
@@ -150,6 +142,12 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
         if isinstance(config.get(key), list):
             config[key] = [without_wrappers(name) for name in config[key]]
     return config, mlx
+
+
+def _unknown(config: Mapping[str, Any]) -> str:
+    """Keys that are set and that nobody here knows, as a newer PEFT may write them."""
+    known = {*READ, *OF_TRAINING, *REFUSED}
+    return ", ".join(sorted(shown(key)[1:-1] for key, value in config.items() if value and key not in known))
 
 
 def _readable() -> set[str]:

@@ -92,9 +92,7 @@ def refuse_strangers(model: PreTrainedModel, name: str, adapter: Adapter, *, kin
     Raises:
         UsageError: it cannot, or the adapter does not fit the model.
     """
-    why = None
-    if adapter.whole:
-        why = f"it has its own {next(iter(adapter.whole)).rpartition('.')[0]} in place of the base's"
+    why = adapter.own_numbers()
     for layer, factors in adapter.layers.items():
         module = module_of(model, layer, factors, adapter)
         if factors.embedding or factors.experts:

@@ -192,7 +192,11 @@ def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, tolera
         return smallest_within(curve.loss, order.least, order.adapter.parameters, limit)
     target = parameters_of(budget, [adapter])
     if target < order.least:
-        what = "each magnitude of a DoRA needs one component" if adapter.keeps_one else "the largest component"
+        what = (
+            "each magnitude of a DoRA, and each bias of a layer, needs one component"
+            if adapter.keeps_one
+            else "the largest component"
+        )
         raise UsageError(
             f"--budget allows {target:,} parameters, and there must be {order.least:,}: {what}", "allow more"
         )

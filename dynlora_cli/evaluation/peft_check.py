@@ -24,6 +24,7 @@ from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.expert_files import parts_of
 from dynlora_cli.adapters.find import CONFIG
 from dynlora_cli.adapters.token_rows import LIST
+from dynlora_cli.adapters.replaced import lengthen, tables_of
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows
@@ -114,6 +115,7 @@ def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: 
         return {"checked": False, "reason": f"{NOT_CHECKED}: its base, {name or 'unnamed'}, is no folder here"}
     try:
         plain = streamed(find_base(adapter, base, trust))
+        lengthen(plain, tables_of(plain, adapter))
     except DynloraError as error:
         return {"checked": False, "reason": f"{NOT_CHECKED}: {error.message}"}
     found = {"checked": True, "peft": importlib.metadata.version("peft"), "problem": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import read_tokenizer
+from dynlora_cli.adapters.replaced import lengthen, replacements
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows, random_rows
 from dynlora_cli.models.layout import Layout
@@ -46,7 +46,7 @@ def predictions_of(
         tied_weights: of `read`: where the model shares one weight between table and head, only the table's is there.
     """
     if read is None:
-        return predictions(_open(place, {})[0], rows)
+        return predictions(_open(place)[0], rows)
     model = streamed(place)
     read_by(model, through_ties(read, model) if tied_weights else read)
     return predictions(model, rows)
@@ -54,21 +54,30 @@ def predictions_of(
 
 def adapted_predictions(adapter: Adapter, place: Place, rows: list[Tensor]) -> list[Tensor]:
     """What base and adapter predict together."""
-    model, read = _open(place, adapter.whole)
+    model, read = _open(place, adapter)
     with attached(model, adapter, device=CPU, read=read, whole=read is None):
         return predictions(model, rows)
 
 
-def _open(place: Place, whole: Mapping[str, Tensor]) -> tuple[PreTrainedModel, Read | None]:
-    """The model of a folder, streamed, and what reads it; all of it in memory, and None, where that cannot be."""
+def _open(place: Place, adapter: Adapter | None = None) -> tuple[PreTrainedModel, Read | None]:
+    """The model of a folder with what an adapter replaces in it, streamed, and what reads it.
+
+    All of it in memory without the adapter, and None, where that cannot be.
+    """
     model = streamed(place)
     layout = Layout(Weights(place.folder), model)
-    if not place.files.quantization and not unreadable(layout, whole):
-        read = reader(layout, whole)
+    found = replacements(model, adapter) if adapter else {}
+    if not place.files.quantization and not unreadable(layout, found):
+        lengthen(model, found)
+        plain = reader(layout)
+
+        def read(name: str) -> Tensor:
+            return found[name].made(plain).float() if name in found else plain(name)
+
         read_by(model, read)
         return model, read
-    plain = {"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False, "name_or_path": str(place.folder)}
-    options = place.options.model_copy(update=plain)
+    as_stored = {"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False, "name_or_path": str(place.folder)}
+    options = place.options.model_copy(update=as_stored)
     tokenizer: Any = place.files.tokenizer if place.labels else None
     base = load_base(options, place.files, tokenizer, device=CPU, labels=place.labels, seed=0)
     return base.model.eval(), None

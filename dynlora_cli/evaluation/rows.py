@@ -17,6 +17,7 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.base import recorded_model
 from dynlora_cli.adapters.members import find_members
 from dynlora_cli.adapters.own_rows import own_rows
+from dynlora_cli.adapters.replaced import replacements
 from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.config.load import RECIPES, load_recipe
 from dynlora_cli.config.plug_in_keys import recipe_form
@@ -245,12 +246,14 @@ def of_file(file: Source, own: Recipe | None) -> Dataset:
 
 def own_table(adapter: Adapter, place: Place) -> int | None:
     """Rows of the table of tokens that an adapter brings with it; None where it brings none."""
-    if not any(tensor.ndim == 2 and tensor.shape[0] != place.files.table_rows for tensor in adapter.whole.values()):
+    size = place.files.table_rows
+    whole = any(tensor.ndim == 2 and tensor.shape[0] != size for tensor in adapter.whole.values())
+    if not whole and not any(max(rows.indices) >= (size or 0) for rows in adapter.token_rows.values()):
         return None
     model = structure(place)
     table = input_table(model)
     name = next((name for name, module in model.named_modules() if module is table), None)
-    own = adapter.whole.get(f"{name}.weight")
+    own = replacements(model, adapter).get(f"{name}.weight")
     return None if own is None else own.shape[0]
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.config.types import Section
 from dynlora_cli.errors import UsageError
+from dynlora_cli.text import counted
 
 Read = Callable[[str], Tensor]
 
@@ -121,7 +122,7 @@ def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapt
     Args:
         adapter: to be exported.
         consumer: who reads it, for the message.
-        heads: whether it takes tensors that replace the base's own.
+        heads: whether it takes what replaces the base's own: tensors, rows of tables, biases.
 
     Raises:
         UsageError: it has something that the consumer does not read; the message says what would work.
@@ -134,11 +135,22 @@ def plain_lora(adapter: Adapter, consumer: str, *, heads: bool = False) -> Adapt
         raise UsageError(f"{adapter.folder} adapts the embedding {tables[0]}, which {consumer} does not read", hint)
     if adapter.experts:
         raise UsageError(f"{adapter.folder} has components for each expert, which {consumer} does not read", hint)
-    if adapter.whole and not heads:
-        raise UsageError(
-            f"{adapter.folder} holds whole tensors ({', '.join(adapter.whole)}), which {consumer} does not read", hint
-        )
+    what = "" if heads else _beside_components(adapter)
+    if what:
+        raise UsageError(f"{adapter.folder} holds {what}, which {consumer} does not read", hint)
     return adapter
+
+
+def _beside_components(adapter: Adapter) -> str:
+    """What an adapter has beside its components, in words; nothing where it has nothing."""
+    if adapter.token_rows:
+        tokens = counted(sum(len(rows.indices) for rows in adapter.token_rows.values()), "trained row")
+        return f"{tokens} of {' and '.join(adapter.token_rows)}"
+    if whole := [name for name in adapter.whole if name not in adapter.biases]:
+        return f"whole tensors ({', '.join(whole)})"
+    if adapter.biases:
+        return f"{counted(len(adapter.biases), 'trained bias', 'trained biases')}, such as {adapter.biases[0]}"
+    return "biases of its layers (lora_bias)" if adapter.has_lora_bias else ""
 
 
 def padded(adapter: Adapter, empty: dict[str, tuple[int, int]] | None = None, rank: int | None = None) -> Adapter:

@@ -35,7 +35,8 @@ def scales_of(folder: Path, adapter: Adapter) -> dict[str, float]:
         _place(model, name, adapter.layers[name])
     with no_warnings:
         config = PeftConfig.from_pretrained(str(folder))
-        config.modules_to_save = None  # heads have no scale
+        config.modules_to_save = config.trainable_token_indices = None  # heads and rows have no scale
+        config.bias = "none"
         inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
         known = {k: v for k, v in load_peft_weights(str(folder), device="cpu").items() if _of_factors(k)}
         found: Any = set_peft_model_state_dict(

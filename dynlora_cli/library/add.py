@@ -158,12 +158,19 @@ def _same(one: Adapter, two: Adapter) -> bool:
     """Whether two adapters hold the same numbers."""
     whole = one.whole.keys() == two.whole.keys() and all(torch.equal(one.whole[n], two.whole[n]) for n in one.whole)
     layers = one.layers.keys() == two.layers.keys()
-    return whole and layers and all(_same_layer(one.layers[name], two.layers[name]) for name in one.layers)
+    rows = one.token_rows.keys() == two.token_rows.keys() and all(
+        one.token_rows[n].indices == two.token_rows[n].indices
+        and torch.equal(one.token_rows[n].rows_TI, two.token_rows[n].rows_TI)
+        for n in one.token_rows
+    )
+    return whole and rows and layers and all(_same_layer(one.layers[name], two.layers[name]) for name in one.layers)
 
 
 def _same_layer(one: Factors, two: Factors) -> bool:
     own = one.own.keys() == two.own.keys() and all(torch.equal(one.own[name], two.own[name]) for name in one.own)
-    return own and torch.equal(one.a_CI, two.a_CI) and torch.equal(one.b_OC, two.b_OC)
+    biases = [one.bias_O, two.bias_O]
+    bias = biases == [None, None] or (None not in biases and torch.equal(one.bias_O, two.bias_O))  # type: ignore[arg-type]
+    return own and bias and torch.equal(one.a_CI, two.a_CI) and torch.equal(one.b_OC, two.b_OC)
 
 
 def _texts(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase, wanted: Addition) -> Found:

@@ -23,6 +23,7 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.config.options import given
 from dynlora_cli.errors import UsageError
+from dynlora_cli.merging.beside import bias_of, put_together, refuse_other_tokens, refuse_pair
 from dynlora_cli.merging.method import Parts, Way
 from dynlora_cli.pruning.posthoc import Order, parameters_of
 from dynlora_cli.text import natural_order
@@ -51,7 +52,7 @@ def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
     weights = _weights(adapters, way)
     largest = max(adapter.parameters for adapter in adapters)
     wanted = parameters_of(way.budget, adapters) if way.budget else largest
-    generator = torch.Generator().manual_seed(way.seed)
+    generator, adds = torch.Generator().manual_seed(way.seed), bool(getattr(method, "adds", False))
     layers: dict[str, Factors] = {}
     energy = 0.0  # of what was wanted, before any cut
     for name in sorted({name for adapter in adapters for name in adapter.layers}, key=natural_order):
@@ -63,7 +64,9 @@ def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
         else:
             layers[name] = made
             energy += made.energy() ** 2
-    together = replace(adapters[0], layers=layers, record=_record_of_base(adapters[0]), note=None)
+        layers[name] = replace(layers[name], bias_O=bias_of(parts, name, way.method, adds))
+    beside = put_together(adapters, weights, way.method, adds)
+    together = replace(beside, layers=layers, record=_record_of_base(adapters[0]), note=None)
     if (way.budget or not getattr(method, "lossless", False)) and together.parameters > wanted:
         together = _cut(together, wanted)
     elif getattr(method, "lossless", False):
@@ -135,6 +138,14 @@ def check(adapters: Sequence[Adapter]) -> None:
             )
     for other in adapters[1:]:
         _refuse_pair(first, other)
+    refuse_other_tokens(adapters)
+    tables = [name for adapter in adapters for name, factors in adapter.layers.items() if factors.embedding]
+    if tables and any(adapter.has_lora_bias for adapter in adapters):
+        raise UsageError(
+            f"one adapter adapts the table {tables[0]} and another adds biases (lora_bias), which PEFT does not have "
+            "together",
+            "merge one into its base first: dynlora merge --adapter FOLDER --into base",
+        )
 
 
 def _refuse_pair(first: Adapter, other: Adapter) -> None:
@@ -147,15 +158,7 @@ def _refuse_pair(first: Adapter, other: Adapter) -> None:
     for name in first.layers.keys() & other.layers.keys():
         if first.layers[name].cost != other.layers[name].cost:
             raise UsageError(f"{first.folder} and {other.folder}: the layer {name} has different shapes")
-    same = first.whole.keys() == other.whole.keys() and all(
-        first.whole[key].shape == other.whole[key].shape and torch.equal(first.whole[key], other.whole[key])
-        for key in first.whole
-    )
-    if not same:
-        raise UsageError(
-            f"{first.folder} and {other.folder} have heads or embeddings of their own, which cannot be added",
-            "combine adapters without them, or merge one into its base",
-        )
+    refuse_pair(first, other)
 
 
 def _same_base(first: Adapter, other: Adapter) -> bool:

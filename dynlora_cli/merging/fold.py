@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.base import expert_slices, module_of
 from dynlora_cli.adapters.patches import Patch, folded, patched
+from dynlora_cli.adapters.replaced import Replacement, lengthen, replacements, tied_names
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import write_json
+from dynlora_cli.merging.new_biases import BESIDE, with_biases
 from dynlora_cli.models.layout import Layout
 from dynlora_cli.models.linear import is_linear, is_transposed, kind_of
-from dynlora_cli.models.place import Place, structure, tied
+from dynlora_cli.models.place import Place, tied
 from dynlora_cli.models.weights import New, Space, Weights, write_like
 from dynlora_cli.runs.folder import copy_tokenizer
 
@@ -98,15 +100,17 @@ def plan_merge(
     Raises:
         UsageError: the base is another one, or stored in a form that cannot be added to.
     """
-    model = structure(place)
+    model, switches = with_biases(place, adapter)
     config = read_object(place.folder / "config.json")
     if config.get("quantization_config"):
         raise UsageError(
             f"{place.folder} is stored quantized, and adding to it would quantize it once more",
             "name the model it was made from, --base FOLDER, or use `dynlora merge --base-weights dequantized`",
         )
+    (config.get("text_config") or config).update(switches)
     plan = Plan(Layout(Weights(place.folder), model), config)
     folding = _Folding(adapter, model, plan, original)
+    folding.zero_biases(switches)
     folding.layers()
     folding.experts()
     folding.replaced()
@@ -127,8 +131,11 @@ class _Folding:
         self.adapter, self.model, self.plan, self.original = adapter, model, plan, original
         self.layout = plan.layout
         self.tied = tied(model)
+        self.given = replacements(model, adapter)
+        lengthen(model, self.given)
         self.patches: dict[str, list[Patch]] = {}
         self.touched: set[str] = set()  # parameters that components are added to
+        self.zeros: set[str] = set()  # biases that the base does not have
 
     def layers(self) -> None:
         for name, factors in self.adapter.layers.items():
@@ -141,21 +148,45 @@ class _Folding:
         if is_linear(module) and not getattr(kind_of(module), "as_stored", False):
             raise UsageError(
                 f"{name} is a {type(module).__name__}, which does not multiply with the weight that its files hold",
-                "use the adapter beside the base",
+                BESIDE,
             )
-        found, whole = self._found(parameter), self.adapter.whole.get(parameter)
-        base = self._original(name) if whole is None else partial(_copy, whole)
+        found, given = self._found(parameter), self.given.get(parameter)
+        base = self._original(name) if given is None else partial(self._given, given)
         self._untie_from(name)
         self.touched.add(parameter)
-        if self.layout.holds(parameter):
+        if self.layout.holds(parameter) and not self._resized(parameter):
             self._patch(parameter, base, {0: factors}, conv1d)
             return
-        read = base or partial(self.layout.read, found, partial(self.plan.weights.read, dtype=torch.float32))
-        new = New(self._dtype(found), self.layout.shapes[parameter], lambda: folded(read(), factors, conv1d))
-        self._add(parameter, new)
+        read = base or partial(self._plain, parameter)
+        shape = given.shape if given else self.layout.shapes[parameter]
+        self._put(parameter, New(self._dtype(found), shape, lambda: folded(read(), factors, conv1d)))
 
     def _original(self, layer: str) -> Callable[[], Tensor] | None:
         return None if self.original is None else partial(self.original, layer)
+
+    def _given(self, given: Replacement) -> Tensor:
+        """A parameter that the adapter replaces, in fp32; a copy, since components are added in place."""
+        return _copy(given.made(self._plain))
+
+    def _plain(self, parameter: str) -> Tensor:
+        """A parameter of the base, in fp32."""
+        if parameter in self.zeros:
+            return torch.zeros(self.layout.shapes[parameter])
+        return self.layout.read(self._found(parameter), partial(self.plan.weights.read, dtype=torch.float32))
+
+    def _resized(self, parameter: str) -> bool:
+        return parameter in self.given and self.given[parameter].shape != self.layout.shapes[parameter]
+
+    def _put(self, parameter: str, new: New) -> None:
+        """A tensor as a whole, in the place of the base's or beside its others."""
+        if self._resized(parameter):
+            _grow(self.plan.config, self.layout.shapes[parameter], new.shape, parameter)
+        if parameter in self.layout.whole:
+            self.plan.changed[self.layout.whole[parameter]] = new
+        elif parameter in self.layout.parts:
+            raise UsageError(f"{self.plan.weights.folder} holds {parameter} in pieces, and it became longer", BESIDE)
+        else:
+            self._add(parameter, new)
 
     def _patch(
         self,
@@ -180,7 +211,7 @@ class _Folding:
         if parameter in self.layout.unknown:
             raise UsageError(
                 f"{folder} holds {parameter} in a form that cannot be added to: {self.layout.unknown[parameter]}",
-                "merge it in memory, with PEFT's merge_and_unload(), or use the adapter beside the base",
+                f"merge it in memory, with PEFT's merge_and_unload(), or {BESIDE}",
             )
         raise UsageError(f"{folder} has no tensor for the layer {parameter}", "is it another model?")
 
@@ -198,6 +229,16 @@ class _Folding:
         """Of a parameter that is in the files."""
         return self.plan.weights.entries[self.layout.pieces(parameter)[0].tensor].dtype
 
+    def zero_biases(self, switches: Collection[str]) -> None:
+        """Biases of layers that have none in the base, where a switch gave them some; see new_biases.py."""
+        for parameter, shape in self.layout.shapes.items() if switches else ():
+            if parameter.endswith(".bias") and self.layout.find(parameter) is None:
+                self.zeros.add(parameter)
+                self._add(parameter, New(self._type_of_new(parameter), shape, partial(torch.zeros, shape)))
+
+    def _type_of_new(self, bias: str) -> torch.dtype:
+        return self._dtype(self._found(f"{bias.removesuffix('bias')}weight"))
+
     def experts(self) -> None:
         """Slices of experts, which no quantization of ours touches, and which may lie on disk each apart."""
         for parameter, slices in expert_slices(self.model, self.adapter).items():
@@ -205,28 +246,38 @@ class _Folding:
         self.plan.modules += self.adapter.experts
 
     def replaced(self) -> None:
-        """Tensors that were trained whole: a head, embeddings with more tokens."""
-        for name, tensor in self.adapter.whole.items():
+        """Parameters that the adapter replaces: a head, a table with other rows, biases."""
+        for name, given in self.given.items():
             module, _, leaf = name.rpartition(".")
-            if module in self.adapter.layers:
+            if leaf == "weight" and module in self.adapter.layers:
                 continue  # what the factors are added to
-            found = self.layout.find(name)
-            if name in self.layout.parts:
-                self._patch(name, partial(_copy, tensor), dict.fromkeys(range(len(tensor))))
-                continue
-            new = New(tensor.dtype, tuple(tensor.shape), partial(_given, tensor))
-            if found is not None:
-                old = self.plan.weights.entries[self.layout.pieces(found)[0].tensor]
-                new = New(old.dtype, new.shape, new.make)
-                # A head for other classes than the base's own is as large as the model with these classes has it.
-                if new.shape not in (old.shape, self.layout.shapes.get(name, new.shape)):
-                    _grow(self.plan.config, self.layout.shapes[name], new.shape, name)
-            if leaf == "weight":
+            if leaf == "weight" and not self._stay_tied(name):
                 self._untie_from(module)
-            if self.layout.holds(name):
-                self.plan.changed[self.layout.whole[name]] = new
+            if (
+                self.layout.holds(name)
+                and (name in self.layout.parts or given.whole is None)
+                and not self._resized(name)
+            ):
+                matrices = range(len(self.layout.pieces(name)))
+                self._patch(name, partial(self._given, given), dict.fromkeys(matrices))
+                continue
+            found = self.layout.find(name)
+            if found is not None and found != name and self._stay_tied(name):
+                continue  # another of the same numbers is in the files
+            if name in self.zeros:
+                dtype = self._type_of_new(name)
+            elif found is None and given.whole is not None:
+                dtype = given.whole.dtype
             else:
-                self._add(name, new)
+                dtype = self._dtype(self._found(name))
+            self._put(name, New(dtype, given.shape, partial(self._given, given)))
+
+    def _stay_tied(self, parameter: str) -> bool:
+        """Whether all that share this one's numbers become the same, and no components are added to one of them."""
+        names = tied_names(self.model, parameter)
+        if any(name.removesuffix(".weight") in self.adapter.layers for name in names):
+            return False
+        return all(name in self.given and self.given[name].same(self.given[parameter]) for name in names)
 
     def others(self, layers: Collection[str]) -> None:
         """Layers without components whose weight is the original's, too."""
@@ -244,7 +295,7 @@ class _Folding:
             if self.layout.holds(parameter) or parameter in self.plan.new:
                 continue
             found = self.layout.find(parameter)
-            if found is None or found in self.adapter.whole or not (self.plan.untied or found in self.touched):
+            if found is None or parameter in self.given or not (self.plan.untied or found in self.touched):
                 continue
             read = partial(self.layout.read, found, self.plan.weights.read)
             self._add(parameter, New(self._dtype(found), self.layout.shapes[parameter], read))
@@ -287,10 +338,6 @@ def _convert(plan: Plan, dtype: torch.dtype) -> None:
 def _copy(tensor: Tensor) -> Tensor:
     """In fp32; a copy, since the update is added in place."""
     return tensor.to(torch.float32, copy=True)
-
-
-def _given(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _grow(config: dict[str, Any], old: tuple[int, ...], new: tuple[int, ...], name: str) -> None:

@@ -12,6 +12,9 @@
         Optional: the result is cut only where the person names a budget. Others are cut to the size of the largest
         adapter.
 
+    adds = True
+        Optional: it adds the weighted updates up, before any cut; biases and rows of tables are added up likewise.
+
     OPTIONS
         Optional: what `--set KEY=VALUE` may be, see config/options.py. They come as attributes of `way.options`.
 
@@ -58,9 +61,10 @@ class Way:
 
 
 class Method(Protocol):
-    """The shape of a method's module; `weights` and `lossless` may be left out."""
+    """The shape of a method's module; all but `combine_layer` may be left out."""
 
     lossless: bool
+    adds: bool
 
     def combine_layer(self, parts: Parts, way: Way, generator: torch.Generator) -> Factors | Tensor:
         """One layer of the result."""

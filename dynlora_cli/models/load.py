@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,10 +144,19 @@ def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tupl
 
 
 def load_structure(
-    options: Model, folder: Path, labels: list[str] | None, device: str | None = "meta"
+    options: Model,
+    folder: Path,
+    labels: list[str] | None,
+    device: str | None = "meta",
+    changes: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The model's modules without reading its weights: names and shapes. `device` None: wherever the caller says."""
+    """The model's modules without reading its weights: names and shapes. `device` None: wherever the caller says.
+
+    `changes` are keys of its config, that of the texts, with other values.
+    """
     config = _config(options, folder, labels)
+    for key, value in (changes or {}).items():
+        setattr(config.get_text_config(), key, value)
     try:
         with making_a_model(), torch.device(device) if device else nullcontext():
             return _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)

@@ -8,7 +8,7 @@ So a check of a merged or exported model needs no more memory than its largest t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def through_ties(read: Read, model: PreTrainedModel) -> Read:
     return lambda name: read(shared.get(name, name))
 
 
-def unreadable(layout: Layout, whole: Mapping[str, Tensor]) -> list[str]:
+def unreadable(layout: Layout, whole: Collection[str]) -> list[str]:
     """Parameters that the files lack, or hold in a form that is not understood."""
     names = (name for name, _ in layout.model.named_parameters(remove_duplicate=False))
     return [name for name in names if name not in whole and layout.find(name) is None]

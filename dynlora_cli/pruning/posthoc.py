@@ -111,7 +111,7 @@ class Order:
 
     @property
     def least(self) -> int:
-        """Parameters below which nothing can be cut: one component, or DoRA's one for each magnitude."""
+        """Parameters below which nothing can be cut: one component, or one in each layer that must keep one."""
         costs = [factors.cost for factors in self.adapter.layers.values()]
         return sum(costs) if self.adapter.keeps_one else max(costs)
 
@@ -177,7 +177,7 @@ def _loose_pool(adapter: Adapter) -> Pool:
 def _scores(policy: Policy | ModuleType, adapter: Adapter, observer: Observer | None, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     scores_K = scores_of(policy, _loose_pool(adapter), observer, generator).double().cpu()
-    if adapter.keeps_one:  # a magnitude cannot be stored without a component, so each layer's best one stays
+    if adapter.keeps_one:  # magnitudes and biases are not stored without components: each layer's best one stays
         for part in scores_K.split(list(adapter.ranks.values())):
             part[part.argmax()] = math.inf
     return scores_K

@@ -177,6 +177,8 @@ def _refuse_other_forms(adapter: Adapter) -> None:
         what = "has components for each expert, which a run cannot begin with"
     elif tables := [name for name, factors in adapter.layers.items() if factors.embedding]:
         what = f"adapts the embedding {tables[0]}, which trains no components"
+    elif adapter.has_lora_bias:
+        what = "adds biases to its layers (lora_bias), which do not train here"
     if what:
         raise UsageError(f"adapter.from: {adapter.folder} {what}", merge_first(adapter.folder))
 

@@ -1,6 +1,6 @@
 """DoRA: components turn a weight, and a magnitude for each output says how long it is.
 
-    W' = m · (W + ΔW) / ‖W + ΔW‖          norms over the inputs of each output
+    W' = m · (W + ΔW) / ‖W + ΔW‖          norms over the inputs of each output; in a table over its tokens
 
 PEFT keeps it in the files of a LoRA (`use_dora`), with m as `lora_magnitude_vector`.
 
@@ -26,7 +26,7 @@ across_inputs = True
 
 def written(config: dict[str, Any], tensors: dict[str, Tensor], own: Own) -> Files:
     """A LoRA's files with a magnitude vector for each layer."""
-    magnitudes = {f"{name}.lora_magnitude_vector": more["magnitude_O"] for name, more in own.items() if more}
+    magnitudes = {f"{name}.lora_magnitude_vector": next(iter(more.values())) for name, more in own.items() if more}
     return {**config, "use_dora": True}, {**tensors, **magnitudes}
 
 
@@ -43,4 +43,7 @@ def layer(base: nn.Module, factors: Factors, weight: Read, bias: Read) -> DoraLi
 def fold(W_OI: Tensor, factors: Factors) -> None:
     """W' in the place of W."""
     W_OI.addmm_(factors.b_OC, factors.a_CI)
+    if factors.embedding:
+        W_OI.mul_(factors.own["magnitude_I"] / W_OI.norm(dim=0))
+        return
     W_OI.mul_((factors.own["magnitude_O"] / W_OI.norm(dim=1)).unsqueeze(1))

@@ -74,10 +74,6 @@ def _factors(module: str, parts: Mapping[str, Tensor], scales: Scales) -> Factor
     if a.shape[0] != b.shape[1]:
         raise UsageError(f"{scales.folder}: layer {module} has factors of rank {a.shape[0]} and {b.shape[1]}")
     magnitude = parts.get("lora_magnitude_vector")
-    if embedding and magnitude is not None:
-        raise UsageError(
-            f"{scales.folder}: {module} is a DoRA of an embedding, which is not supported", "merge it with PEFT"
-        )
     if scales.config.get("use_dora") and magnitude is None:
         raise UsageError(f"{scales.folder}: layer {module} is DoRA and lacks its magnitude", "copy the files again")
     bias_O = _bias(module, parts, scales, len(b))

@@ -166,7 +166,7 @@ class AdapterView:
                 f"{count(adapter['components'])}, average rank {adapter['average_rank']:.2f}, 0 to {largest}",
             ),
             ("energy", f"{directions} of {sum(len(layer['spectrum']) for layer in layers.values())} directions"),
-            *((f"whole {name}", " x ".join(map(str, shape))) for name, shape in adapter["whole_tensors"].items()),
+            *_beside_components(adapter),
             *((key.replace("_", " "), _plain(value)) for key, value in adapter["provenance"].items()),
         ]
         map_ = rank_map(ranks, dict.fromkeys(ranks, largest), self.console.rich.width - 2, 40)
@@ -192,6 +192,21 @@ def _agreement(check: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if check["loss"] is not None:
         rows.append(("loss on the probe", f"{number(check['loss_reference'])} before, {number(check['loss'])} now"))
+    return rows
+
+
+def _beside_components(adapter: dict[str, Any]) -> list[tuple[str, str]]:
+    """What an adapter has beside its components: whole tensors, rows of tables, biases."""
+    biases = adapter["biases"]
+    whole = {name: shape for name, shape in adapter["whole_tensors"].items() if name not in biases}
+    rows = [(f"whole {printable(name)}", " x ".join(map(str, shape))) for name, shape in whole.items()]
+    for table, tokens in adapter["token_rows"].items():
+        some = ", ".join(map(str, tokens[:8])) + (", ..." if len(tokens) > 8 else "")
+        rows.append((f"rows of {printable(table)}", f"{counted(len(tokens), 'token')}: {some}"))
+    if biases:
+        rows.append(("biases", f"{len(biases)} in place of the base's, such as {printable(biases[0])}"))
+    if adapter["lora_bias"]:
+        rows.append(("lora_bias", f"added in {counted(adapter['lora_bias'], 'layer')}"))
     return rows
 
 

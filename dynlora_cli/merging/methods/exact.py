@@ -18,6 +18,7 @@ from dynlora_cli.adapters.adapter import Factors
 from dynlora_cli.merging.method import Parts, Way, side_by_side
 
 lossless = True
+adds = True
 
 
 def combine_layer(parts: Parts, way: Way, generator: torch.Generator) -> Factors:  # noqa: ARG001

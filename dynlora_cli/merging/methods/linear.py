@@ -20,6 +20,8 @@ from dynlora_cli.adapters.adapter import Factors
 from dynlora_cli.errors import UsageError
 from dynlora_cli.merging.method import Parts, Way, side_by_side
 
+adds = True
+
 
 def weights(given: Sequence[float]) -> list[float]:
     """Each as a share of all.

@@ -17,6 +17,8 @@ import torch
 from dynlora_cli.adapters.adapter import Factors
 from dynlora_cli.merging.method import Parts, Way, side_by_side
 
+adds = True
+
 
 def combine_layer(parts: Parts, way: Way, generator: torch.Generator) -> Factors:  # noqa: ARG001
     """The factors side by side."""
