@@ -21,13 +21,13 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
-from dynlora_cli.files.peft_fields import CHANGED_BASE, OF_TRAINING, READ, REFUSED
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.routed import is_routed, read_routed
 from dynlora_cli.adapters.token_rows import TOKEN_ADAPTER, token_rows
 from dynlora_cli.adapters.xlora import is_xlora, read_xlora
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import PeftForm, fits, read_object, refuse_links, shown
+from dynlora_cli.files.peft_fields import CHANGED_BASE, OF_TRAINING, READ, REFUSED
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, read_record, run_of
 from dynlora_cli.text import to_type
 

@@ -23,8 +23,8 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.expert_files import parts_of
 from dynlora_cli.adapters.find import CONFIG
-from dynlora_cli.adapters.token_rows import LIST
 from dynlora_cli.adapters.replaced import lengthen, tables_of
+from dynlora_cli.adapters.token_rows import LIST
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows

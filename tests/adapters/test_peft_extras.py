@@ -14,11 +14,11 @@ from numeric import assert_close_to_truth
 from peft_adapters import TERMS
 from peft_extras import CASES, WORDS, change, edit, load, logits_of, make, make_of, peft_logits, rewrite
 
-from dynlora_cli.files import peft_fields
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files import peft_fields
 
 REFUSED = {"bias-parameter": "is a Conv1D, whose weight PEFT's target_parameters takes"}
 EXACT = [name for name in CASES if name not in REFUSED]
