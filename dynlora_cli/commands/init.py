@@ -22,7 +22,7 @@ from dynlora_cli import plugins
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.sections import Model, Source
 from dynlora_cli.data.chat_turns import PAIRS
-from dynlora_cli.data.columns import Account, example_for, guessed, located, renamed
+from dynlora_cli.data.columns import Account, example_for, guessed, located, mark_of, renamed
 from dynlora_cli.data.forms import Labelled, as_text, name_of
 from dynlora_cli.data.read import fitting_formats
 from dynlora_cli.data.row_files import Row
@@ -48,7 +48,7 @@ dataset:
 {chat}{separator}rank:
   budget: 8                       # average rank when training is done | 0.5 of the start | 2M parameters | auto
 train:
-  epochs: 1
+{objective}  epochs: 1
   micro_batch_size: 8             # --dry-run says how many rows fit
   # gradient_checkpointing: true  # less memory, more time
   learning_rate: auto             # tries a few on the first batches; a number does without
@@ -56,10 +56,13 @@ output_dir: {output}
 """
 CAUSAL, CLASSIFICATION, SEQ2SEQ = "causal-lm", "sequence-classification", "seq2seq-lm"  # the tasks it chooses among
 CHAT = "  chat: auto                      # turns where the model has a chat template | true | false: bare text\n"
-
-
 LENGTH = 1024
 _SHORTEST = 16  # the fewest tokens of a piece of a text file
+OBJECTIVE = """\
+  objective: {name}                  # {learns}
+  beta: 0.1                       # how dear it is to leave the model that training starts from
+"""
+LEARNS = {"dpo": "which of two answers is better | orpo | kto", "kto": "from answers that are good or bad"}
 SEPARATOR = '  separator: "\\n"                 # behind each prompt; the trained model is to be asked with it too\n'
 VAL_SIZE = "  val_size: {share:<4}                  # held out to measure on; rows with the same prompt stay together\n"
 VAL = "  val: [{sources}]  # to measure on, never trained on\n"
@@ -98,6 +101,7 @@ class _Rows:
         runs_together: there are prompts that their completions follow with nothing between the two.
         is_text: they are text files, to be cut into pieces.
         length: that examples and pieces may have, in tokens.
+        objective: what is learned from them, where that is not to give their answers.
     """
 
     source: Source
@@ -107,6 +111,12 @@ class _Rows:
     runs_together: bool = False
     is_text: bool = False
     length: int = LENGTH
+    objective: str | None = None
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The neutral forms that are learned from."""
+        return _forms(self.task, self.objective)
 
 
 def run(
@@ -147,6 +157,7 @@ def run(
         "recipe": str(recipe),
         "task": rows.task,
         "format": rows.form,
+        "objective": rows.objective,
         "rows": rows.count,
         "columns": rows.source.columns,
         "val": [str(file) for file in val],
@@ -174,6 +185,7 @@ def _as_recipe(recipe: Path, data: str, model: str, rows: _Rows, val: list[Path]
         length=rows.length,
         chat=CHAT if rows.task == CAUSAL and rows.form in PAIRS else "",
         separator=SEPARATOR if rows.runs_together else "",
+        objective=OBJECTIVE.format(name=rows.objective, learns=LEARNS[rows.objective]) if rows.objective else "",
         output=_scalar(output),
     )
 
@@ -219,9 +231,7 @@ class _Look:
             self.labels.add(example.label)
         if name_of(form) == "completion":
             prompt, completion = as_text(row["prompt"]), as_text(row["completion"])
-            if (
-                isinstance(prompt, str) and isinstance(completion, str) and prompt and completion
-            ):  # else turns, or empty
+            if isinstance(prompt, str) and isinstance(completion, str) and prompt and completion:  # else turns
                 self.runs_together |= not (prompt[-1].isspace() or completion[0].isspace())
 
 
@@ -231,14 +241,14 @@ def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:
     Raises:
         DataError: they cannot be read, are of several kinds, or too few to learn from.
     """
-    found: dict[tuple[str, str, str], tuple[str, Source]] = {}
+    found: dict[tuple[str, str | None, str, str], tuple[str, Source]] = {}
     look, account = _Look(base), None
     is_text = False
     for table in tables(source, notes, held_out=False):
         rows = table.read()
         place, first = next(rows)  # a table without rows has raised
-        task, form, named = _fit(place, first, source, base)
-        found.setdefault((task, name_of(form), str(named.columns)), (table.name, named))
+        task, objective, form, named = _fit(place, first, source, base)
+        found.setdefault((task, objective, name_of(form), str(named.columns)), (table.name, named))
         account = account or Account(named)
         look.read(form, place, renamed(first, named.columns, place), account)
         for place, row in rows:
@@ -246,9 +256,9 @@ def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:
         if table.whole_text:
             is_text, look.signs = True, look.signs + len(first["text"])
     if len(found) > 1:
-        kinds = "; ".join(f"{name}: {form}" for (_, form, _), (name, _) in found.items())
+        kinds = "; ".join(f"{name}: {form}" for (_, _, form, _), (name, _) in found.items())
         raise DataError(f"{source.path}: its files hold rows of different kinds ({kinds})", "name one of the files")
-    ((task, name, _), (_, named)) = next(iter(found.items()))
+    ((task, objective, name, _), (_, named)) = next(iter(found.items()))
     if account:
         account.settle(notes)
     if look.count == 1 and not is_text:
@@ -258,7 +268,8 @@ def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:
     together = task == CAUSAL and base.has_template is not True and look.runs_together
     notes += _said(source, named, together)
     length = _piece(source, look.signs) if is_text else LENGTH
-    return _Rows(named, task, name, look.count, together, is_text, length)
+    notes += [f"{source.path}: rows of the format {name}, for train.objective: {objective}"] if objective else []
+    return _Rows(named, task, name, look.count, together, is_text, length, objective)
 
 
 def _piece(source: Source, signs: int) -> int:
@@ -282,28 +293,28 @@ def _said(source: Source, named: Source, together: bool) -> list[str]:
         shown = ", ".join(f"{ours}: {theirs}" for ours, theirs in named.columns.items())
         notes.append(f"{source.path}: columns known by their names, ours to the data's: {shown}")
     if together:
-        notes.append(
-            f"{source.path}: prompts and completions would run together as bare text; dataset.separator puts a newline "
-            "between them, with which the trained model is to be asked as well"
-        )
+        says = "dataset.separator puts a newline between them, with which the trained model is to be asked as well"
+        notes.append(f"{source.path}: prompts and completions would run together as bare text; {says}")
     return notes
 
 
-def _fit(place: str, row: Row, source: Source, base: _Base) -> tuple[str, ModuleType, Source]:
-    """The task and the format that rows such as this one are for, and the source with the columns to be named."""
+def _fit(place: str, row: Row, source: Source, base: _Base) -> tuple[str, str | None, ModuleType, Source]:
+    """The task, the objective and the format that rows such as this one are for, and the source, its columns named."""
     missing = [theirs for theirs in source.columns.values() if theirs not in row]
     if missing:
         raise UsageError(f"--columns: {place} has no {missing[0]!r}", f"columns there: {', '.join(row)}")
     # A text with a label could be learned as text, but whoever labels it wants a classifier.
     tasks = [CLASSIFICATION, CAUSAL] if "label" in {*row, *source.columns} else [CAUSAL, CLASSIFICATION]
     tasks = [base.task] if base.task else tasks
+    if CAUSAL in tasks and (prefers := _preferring(row, source)):
+        return CAUSAL, *prefers, source
     ways = [(task, source) for task in tasks]
     if not source.columns:
         known = [(task, source.model_copy(update={"columns": guessed(row, _forms(task))})) for task in sorted(tasks)]
         ways += sorted(known, key=lambda way: set(way[1].columns) == {"text"})  # two columns say more than one
     for task, named in ways:
         for form in fitting_formats(_forms(task), {*row, *named.columns}):
-            return task, form, named
+            return task, None, form, named
     Account(source).enter(place, row, None)  # refuses what no naming of columns helps
     example = ",".join(f"{ours}={theirs}" for ours, theirs in example_for(row, _forms(tasks[0])).items())
     way = f"say which is which, ours to theirs, such as --columns {shlex.quote(example)}"
@@ -313,9 +324,18 @@ def _fit(place: str, row: Row, source: Source, base: _Base) -> tuple[str, Module
     )
 
 
-def _forms(task: str) -> tuple[str, ...]:
-    """The neutral forms that a task learns from."""
-    return tuple(plugins.declared("tasks", task, "FORMS"))
+def _preferring(row: Row, source: Source) -> tuple[str, ModuleType] | None:
+    """The objective and the format of rows that compare or judge answers; None for others."""
+    named = renamed(row, source.columns, "")
+    judges = mark_of(named.get("label", named.get("kto_tag"))) in (0, 1)  # another label is a class
+    ways = [(name, form) for name in LEARNS for form in fitting_formats(_forms(CAUSAL, name), set(named))]
+    return next((way for way in ways if judges or way[0] == "dpo"), None)
+
+
+def _forms(task: str, objective: str | None = None) -> tuple[str, ...]:
+    """The neutral forms that a task learns from, or an objective that has forms of its own."""
+    own = plugins.declared("objectives", objective, "FORMS") if objective else None
+    return tuple(own or plugins.declared("tasks", task, "FORMS"))
 
 
 # -- rows to measure on ----------------------------------------------------------------------------------------------
@@ -331,7 +351,7 @@ def _beside(files: list[Path], rows: _Rows, base: _Base, notes: list[str]) -> li
                 look, account = _Look(base), Account(source)
                 for place, row in table.read():
                     named = renamed(row, source.columns, place)
-                    forms = fitting_formats(_forms(rows.task), set(named))
+                    forms = fitting_formats(rows.forms, set(named))
                     if not forms or name_of(forms[0]) != rows.form:
                         raise DataError(f"{place}: its columns are not those of {rows.form} rows")
                     look.read(forms[0], place, named, account)

@@ -274,7 +274,25 @@ deepspeed                         transformers   -not supported: only the adapte
 fsdp                              transformers   train.shard_base: true; with `--devices N` on the command line
 do_train                          transformers   -`dynlora train` trains
 do_eval                           transformers   -evaluation is on where there are held-out rows
-stage                             LLaMA-Factory  -dynlora does supervised fine-tuning
+stage                             LLaMA-Factory  train.objective; sft, dpo, orpo or kto
+rlhf_type                         ms-swift       train.objective; sft, dpo, orpo or kto
+rl                                axolotl        train.objective; sft, dpo, orpo or kto
+rl_beta                           axolotl        train.beta
+dpo_beta                          axolotl        train.beta
+pref_beta                         LLaMA-Factory  train.beta
+orpo_alpha                        axolotl        train.beta; with `train.objective: orpo`
+pref_loss                         LLaMA-Factory  train.loss_type; of orpo: `train.objective: orpo`
+dpo_loss_type                     axolotl        train.loss_type
+pref_ftx                          LLaMA-Factory  train.sft_weight
+rpo_alpha                         ms-swift       train.sft_weight
+dpo_label_smoothing               axolotl        train.label_smoothing
+kto_chosen_weight                 LLaMA-Factory  train.desirable_weight
+kto_rejected_weight               LLaMA-Factory  train.undesirable_weight
+kto_desirable_weight              axolotl        train.desirable_weight
+kto_undesirable_weight            axolotl        train.undesirable_weight
+ref_model                         LLaMA-Factory  -the model that the run starts from, adapter.from included
+precompute_ref_log_probs          TRL            -the reference is always asked once, before the first step
+max_prompt_length                 TRL            -prompt and answer together have dataset.max_length tokens
 """
 
 

@@ -51,6 +51,17 @@ format          prompt-completion       completion
 format          prompt_completion       completion
 format          input_output            completion
 format          pretrain                text
+format          dpo                     preference
+format          rlhf                    preference
+format          ranking                 preference
+format          chatml.intel            preference
+format          unpaired_preference     kto
+objective       pt                      sft
+objective       instruct                sft
+objective       preference              dpo
+objective       ipo                     `objective: dpo` with `loss_type: ipo`
+objective       simpo                   `objective: orpo`, which needs no reference either
+objective       bco                     `objective: dpo` with `loss_type: bco_pair`
 train_on        completions             completion
 train_on        assistants              assistant
 train_on        inputs                  all

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dynlora_cli import plugins
 from dynlora_cli.runs.log import Event
 from dynlora_cli.text import MISSING, count, duration, number, percent, rate, short
 
@@ -166,9 +167,10 @@ def start_rows(event: Event) -> list[tuple[str, str]]:
     started = f"{count(run.get('components'))} components in {count(len(layers))} layers" if layers else None
     machine = f"{run['dtype']} on {run['device']}" if run.get("dtype") and run.get("device") else None
     rows_held = f"{count(run.get('train_rows'))} rows to train, {count(run.get('val_rows'))} held out"
+    objective = run.get("objective") if run.get("objective") != plugins.OBJECTIVE else None
     targets = run.get("supervised_tokens") and f"{short(run['supervised_tokens'])} supervised tokens"
     rows = [
-        ("model", joined(run.get("model"), run.get("task"), machine)),
+        ("model", joined(run.get("model"), run.get("task"), objective, machine)),
         ("data", joined(rows_held, targets)),
         ("adapter", joined(run.get("variant"), run.get("policy"), started)),
         ("parameters", with_budget(run.get("parameters"), run)),
