@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dynlora_cli import plugins
 from dynlora_cli.config import foreign_names
 from dynlora_cli.config.load import json_schema
 
@@ -11,7 +12,9 @@ from recipe_helpers import MINIMAL, load, problems, schema_keys
 
 
 def test_every_alias_leads_to_a_key_that_exists() -> None:
-    known = dict(schema_keys(json_schema()))
+    known = set(dict(schema_keys(json_schema())))
+    for kind, (section, _) in plugins.CHOSEN.items():
+        known |= {f"{section}.{key}" for name in plugins.names(kind) for key in options(kind, name)}
     assert len(foreign_names.KEYS) >= 80
     for name, alias in foreign_names.KEYS.items():
         assert alias.here.partition(":")[0] in known or (not alias.here and alias.remark), name
