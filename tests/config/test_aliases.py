@@ -7,6 +7,7 @@ import pytest
 from dynlora_cli import plugins
 from dynlora_cli.config import foreign_names
 from dynlora_cli.config.load import json_schema
+from dynlora_cli.config.options import options
 
 from recipe_helpers import MINIMAL, load, problems, schema_keys
 
