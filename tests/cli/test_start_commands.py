@@ -114,7 +114,7 @@ BAD = {
     "a missing column": ([QUESTION, {"prompt": "2"}], "rows.jsonl:2: column 'completion' is missing"),
     "a missing column of another name": ([{"question": "a", "answer": "b"}, {"question": "c"}], "no column 'answer'"),
     "a weight": ([QUESTION, QUESTION | {"weight": 0.5}], "column 'weight' (0.5 here) weighs rows"),
-    "a preference": ([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2, "is one of a preference pair"),
+    "half a pair": ([{"prompt": "a", "chosen": "b"}] * 2, "is one of a preference pair"),
     "one row": ([QUESTION], "one row is all there is"),
     "one class": ([{"text": "a", "label": "b"}, {"text": "c", "label": "b"}], "a classifier needs two classes"),
     "a message without a role": ([{"messages": [{"content": "a"}]}] * 2, "message 1 has no role"),
