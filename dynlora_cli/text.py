@@ -114,6 +114,12 @@ MEASURES = (
     Measure("margin", "margin", number, rises=True),
     Measure("reward_chosen", "reward of chosen", number, rises=True),
     Measure("reward_rejected", "reward of rejected", number, rises=None),
+    Measure("recall@1", "recall@1", percent, rises=True),
+    Measure("recall@5", "recall@5", percent, rises=True),
+    Measure("recall@10", "recall@10", percent, rises=True),
+    Measure("mrr", "MRR", number, rises=True),
+    Measure("ndcg@10", "nDCG@10", number, rises=True),
+    Measure("spearman", "rank correlation", number, rises=True),
 )
 
 

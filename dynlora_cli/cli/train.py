@@ -111,7 +111,7 @@ def _next_commands(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     folder = summary["output_dir"]
     python = "python" if shutil.which("python") else "python3"
     small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
-    writes_text = not plugins.declared("tasks", recipe.model.task, "HAS_CLASSES")
+    writes_text = not plugins.declared("tasks", recipe.model.task, "SILENT")
     return [
         typed("eval", "--adapter", folder),
         *([typed("chat", "--adapter", folder)] if writes_text else []),

@@ -204,8 +204,8 @@ def _router_conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("adapter.library", "adapter.variant", text)
     if recipe.train.compile:
         yield Conflict("train.compile", "adapter.variant", f"variant {variant} is not compiled; set it to false")
-    if plugins.declared("tasks", recipe.model.task, "HAS_CLASSES"):
-        text = f"variant {variant} weighs adapters that all have the base's own head; classifiers bring theirs"
+    if plugins.declared("tasks", recipe.model.task, "SILENT"):
+        text = f"variant {variant} weighs adapters of models that write text"
         yield Conflict("model.task", "adapter.variant", text)
     unused = {
         "adapter": ("from", "old", "target_modules", "scaling", "orthogonality", "init_weights"),

@@ -54,6 +54,8 @@ class Batch:
         spans: packed, where each of `rows` stands: its line, its first token and the one after it.
         columns: lines of `inputs` that stand together: of all rows the first, then of all rows the second, and so on.
             By default one for each row.
+        widths: tokens of the longest line of each column.
+        at_once: a judge gives all lines to the model together, and once.
         judge, extra: as of `Example`, for rows whose loss is no cross-entropy.
         line_keys: what each line is known by, where the judge remembers lines.
     """
@@ -67,6 +69,8 @@ class Batch:
     confidence: Sequence[float] = ()
     spans: Sequence[tuple[int, int, int]] = ()
     columns: Sequence[int] = ()
+    widths: Sequence[int] = ()
+    at_once: bool = False
     judge: Judge | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     line_keys: Sequence[bytes] = ()
@@ -78,10 +82,16 @@ class Batch:
             self.confidence = [1.0] * len(self.rows)
         if not self.columns:
             self.columns = [len(self.inputs["input_ids"])]
+        if not self.widths:
+            self.widths = [self.inputs["input_ids"].shape[1]] * len(self.columns)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def in_one(self) -> Batch:
+        """The same batch, whose lines a model reads all at once: for whoever looks at what its layers are given."""
+        return replace(self, at_once=True)
 
     def pinned(self) -> Batch:
         """The same batch in pinned memory, from which a GPU copies while Python goes on."""
@@ -271,6 +281,7 @@ class Batches:
             confidence=[example.confidence for example in examples],
             spans=self._spans(placed) if self.packing else (),
             columns=[len(column) for column in columns],
+            widths=[self._width(max(map(len, column))) for column in columns],
             judge=kind.judge,
             extra=kind.extra(examples),
             line_keys=list(itertools.chain(*_columns([example.line_keys() for example in examples]))),

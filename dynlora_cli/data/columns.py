@@ -204,7 +204,7 @@ def _to_prefer(row: Mapping[str, Any]) -> str:
 
 def columns_of(form: ModuleType) -> set[str]:
     """The names of the columns that a format reads."""
-    return set(re.findall(r"\w+", form.COLUMNS))
+    return {*re.findall(r"\w+", form.COLUMNS), *getattr(form, "ALSO", ())}
 
 
 def _short(text: str) -> str:

@@ -53,13 +53,27 @@ class Judge(ABC):
         """
         return {}
 
-    def held_out(self, model: nn.Module, batches: Sequence[Any]) -> dict[str, float]:  # noqa: ARG002
-        """Numbers over all the batches that are told beside their loss.
+    def tally(self) -> Tally:
+        """What is told of many batches beside their loss: a new one for each set of rows."""
+        return Tally(self)
 
-        Args:
-            model: in eval mode, under `no_grad` and autocast.
-            batches: on the model's device.
-        """
+
+class Tally:
+    """Judges batch by batch, and has numbers over all of them at the end.
+
+    Args:
+        judge: of the batches.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+
+    def judged(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As of `Judge`."""
+        return self.judge.judged(model, batch)
+
+    def numbers(self) -> dict[str, float]:
+        """Beside the loss, over all rows that were judged; by default none."""
         return {}
 
 
@@ -310,6 +324,8 @@ class Draft:
         located: the row that it was made of, where passages are still to come into it.
         other: the second line of a row of compared answers.
         start: tokens of the prompt, where two lines have the same one.
+        others: texts that are not read as one, of a row that is several lines of a batch; `lines`: their tokens.
+        score: how well two texts belong together.
     """
 
     ids: list[int]
@@ -321,6 +337,9 @@ class Draft:
     untaught: str = ""
     confidence: float = 1.0
     located: Located | None = None
+    others: Sequence[str] = ()
+    lines: Sequence[Sequence[int]] = ()
+    score: float | None = None
     other: list[int] | None = None
     start: int = 0
 

@@ -138,7 +138,27 @@ def says_nothing(answer: Said) -> bool:
 
 PREFERRING = {Preference.__name__, Judged.__name__}  # forms of answers that are compared or judged
 WITH_TURNS = {Turns.__name__, *PREFERRING}  # forms that a chat template writes
-Form = Turns | Pair | Plain | Labelled | Preference | Judged
+
+
+@dataclass(frozen=True, slots=True)
+class Related:
+    """A query, a passage that answers it, and passages that do not."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """Two texts, and how well they belong together."""
+
+    first: str
+    second: str
+    score: float
+
+
+Form = Turns | Pair | Plain | Labelled | Preference | Judged | Related | Graded
 
 
 class BadRowError(ValueError):

@@ -235,7 +235,7 @@ def _apart(reader: Reader, form: ModuleType, row: Located) -> Located:
 def fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:
     """A draft within the length limit, or why its row is dropped, to follow after `3 rows`."""
     limit = reader.max_length
-    reader.vocabulary.check(place, draft.ids, draft.other or draft.labels)
+    reader.vocabulary.check(place, draft.ids, draft.other or draft.labels, *draft.lines)
     truncated = draft.overflows(limit)
     if truncated and reader.dataset.overlong == "error":
         raise DataError(

@@ -64,12 +64,14 @@ def random_rows(vocab_size: int) -> list[Tensor]:
 def predictions(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
     """Logits of every line, each [T, V] in fp32 on the CPU ([1, classes] for a classifier).
 
+    Of a model without any output layer, the mean of the last hidden states, [1, D].
+
     A language model gets all lines at once, so that one that is read from disk is read once. An encoder-decoder reads
     each line with both.
     """
     device = model_device(model)
     if model.get_output_embeddings() is None:
-        return [model(input_ids=row.to(device)).logits.float().cpu() for row in rows]
+        return [_answer(model(input_ids=row.to(device))).float().cpu() for row in rows]
     lengths = [row.shape[1] for row in rows]
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
@@ -79,6 +81,11 @@ def predictions(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     logits = model(input_ids=ids, attention_mask=mask, **more).logits
     return [logits[index, :length].float().cpu() for index, length in enumerate(lengths)]
+
+
+def _answer(found: Any) -> Tensor:
+    logits = getattr(found, "logits", None)
+    return found.last_hidden_state.mean(1) if logits is None else logits
 
 
 def model_device(model: PreTrainedModel) -> torch.device:

@@ -22,6 +22,7 @@ from dynlora_cli.tasks.scores import RowSums, means, perplexity
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
+    from dynlora_cli.data.examples import Tally
 
 
 def held_out(
@@ -46,6 +47,7 @@ def held_out(
         loss (nats per target), tokens (number of targets), and what is told beside it.
     """
     sums, names, beside = torch.zeros(3, dtype=torch.float64), tuple[str, ...](), torch.zeros(2, 0, dtype=torch.float64)
+    tally = _Tallied()
     with evaluating(model), autocast():
         for batch in batches:
             if numbers := _numbers(model, batch):
@@ -54,7 +56,7 @@ def held_out(
                 names, part = tuple(numbers), torch.stack([others.nansum(1), (~others.isnan()).double().sum(1)])
                 beside = part if not beside.numel() else beside + part
             else:
-                loss_N, choice_N, targets_N, _ = judged(model, batch)
+                loss_N, choice_N, targets_N, _ = tally.judged(model, batch)
                 found = [loss_N.sum().item(), (choice_N == targets_N).sum().item(), batch.supervised]
             sums += torch.tensor(found, dtype=torch.float64)
     total, correct_total, targets = reduce(sums).tolist()
@@ -62,7 +64,7 @@ def held_out(
     if names:
         added, counts = (dict(zip(names, row, strict=True)) for row in reduce(beside).tolist())
         return {"loss": loss, "tokens": int(targets), **means(added, counts)}
-    return {"loss": loss, "tokens": int(targets), **describe(loss, correct_total / targets)}
+    return {"loss": loss, "tokens": int(targets), **describe(loss, correct_total / targets), **tally.numbers()}
 
 
 def _numbers(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -88,6 +90,7 @@ def row_sums(
     found: list[Tensor] = []  # for each batch: loss, targets, correct [3, B]
     chosen: list[Tensor] = []
     told: dict[str, list[Tensor]] = {}
+    tally = _Tallied()
     with evaluating(model), autocast():
         for batch in batches:
             if numbers := {name: part_B.double().cpu() for name, part_B in _numbers(model, batch).items()}:
@@ -97,7 +100,7 @@ def row_sums(
                 for name, part_B in numbers.items():
                     told.setdefault(name, []).append(part_B)
                 continue
-            loss_N, choice_N, targets_N, line_N = judged(model, batch)
+            loss_N, choice_N, targets_N, line_N = tally.judged(model, batch)
             parts_3N = torch.stack(
                 [loss_N.double(), torch.ones_like(loss_N).double(), (choice_N == targets_N).double()]
             )
@@ -107,4 +110,22 @@ def row_sums(
     loss_R, targets_R, correct_R = torch.cat(found, 1).numpy()
     predicted_R = torch.cat(chosen).numpy() if choices and chosen else None
     numbers_R = {name: torch.cat(parts).numpy() for name, parts in told.items()}
-    return RowSums(loss_R, targets_R.astype(np.int64), correct_R.astype(np.int64), predicted_R, numbers_R)
+    counts = (targets_R.astype(np.int64), correct_R.astype(np.int64))
+    return RowSums(loss_R, *counts, predicted_R, numbers_R, tally.numbers())
+
+
+class _Tallied:
+    """Judges batches, and tells the numbers of their judge, if they have one."""
+
+    def __init__(self) -> None:
+        self.tally: Tally | None = None
+
+    def judged(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if batch.judge is None:
+            return judged(model, batch)
+        if self.tally is None:
+            self.tally = batch.judge.tally()
+        return self.tally.judged(model, batch)
+
+    def numbers(self) -> dict[str, float]:
+        return self.tally.numbers() if self.tally else {}

@@ -15,7 +15,8 @@ from dynlora_cli.text import number, percent
 # What `--fail-below` may name, in the order in which a table shows it, with the highest value it can take.
 METRICS = {
     "accuracy": 1, "f1": 1, "matthews": 1, "token_accuracy": 1, "exact_match": 1, "bleu": 100, "chrf": 100,
-    "rouge_l": 1, "margin": math.inf, "reward_chosen": math.inf,
+    "rouge_l": 1, "margin": math.inf, "reward_chosen": math.inf, "recall@1": 1, "recall@5": 1, "recall@10": 1,
+    "mrr": 1, "ndcg@10": 1, "spearman": 1,
 }  # fmt: skip
 
 

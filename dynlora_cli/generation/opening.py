@@ -176,8 +176,8 @@ def admit(opened: Opened, name: str, adapter: Adapter, wanted: Wanted) -> None:
 
 
 def _refuse_silent(adapter: Adapter, what: Path) -> None:
-    if plugins.declared("tasks", adapter.task, "HAS_CLASSES"):
+    if does := plugins.declared("tasks", adapter.task, "SILENT"):
         raise UsageError(
-            f"{what} is for {adapter.task}: it names classes, and writes no text",
+            f"{what} is for {adapter.task}: {does}, and writes no text",
             f"to measure it: {to_type('eval', '--adapter', adapter.folder)}",
         )

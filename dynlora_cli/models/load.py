@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynlora_cli import plugins
@@ -159,7 +160,8 @@ def load_structure(
         setattr(config.get_text_config(), key, value)
     try:
         with making_a_model(), torch.device(device) if device else nullcontext():
-            return _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)
+            model = _auto(options, config).from_config(config, trust_remote_code=options.trust_remote_code)
+            return _without(model, options)
     except MemoryError:
         raise
     except Exception as error:  # whatever the library makes of somebody else's numbers
@@ -210,6 +212,19 @@ def auto_name(options: Model) -> str:
     return str(plugins.declared("tasks", options.task, "AUTO_MODEL"))
 
 
+def unused_modules(options: Model) -> tuple[str, ...]:
+    """Names of modules that models of the recipe's task have no use for."""
+    return tuple(plugins.declared("tasks", options.task, "WITHOUT", ()))
+
+
+def _without(model: PreTrainedModel, options: Model) -> PreTrainedModel:
+    """The model without such modules: transformers' own code knows that they may be None."""
+    for name in unused_modules(options):
+        if isinstance(getattr(model, name, None), nn.Module):
+            model.register_module(name, None)
+    return model
+
+
 def sees(config: transformers.PretrainedConfig) -> bool:
     """Whether transformers knows a model as one of images and text, and not as a causal language model."""
     known_as_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
@@ -247,8 +262,10 @@ def _from_pretrained(
             f"the model in {folder} does not load as {options.task}: {reason}",
             "it is an encoder with a decoder: set model.task: seq2seq-lm" if two else None,
         ) from None
+    left_out = unused_modules(options)
+    _without(model, options)
     mismatched = [key[0] for key in info["mismatched_keys"]]
-    missing = sorted(name for name in {*info["missing_keys"], *mismatched} if not inside(name, whole))
+    missing = sorted(name for name in {*info["missing_keys"], *mismatched} if not inside(name, (*whole, *left_out)))
     if missing:
         raise UsageError(
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",

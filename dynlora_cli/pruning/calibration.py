@@ -68,7 +68,7 @@ def watch_inputs(
         for batch in batches:
             inputs.tokens = _real(batch) if around_zero else _with_loss(batch)
             with autocast():
-                summed_loss(model, batch)
+                summed_loss(model, batch.in_one())
     for name in layers:
         if name not in inputs.found:
             raise UsageError(
@@ -108,7 +108,7 @@ def weigh(
         with _hooked(layers, lambda name, layer: layer.register_forward_hook(partial(look, name))):
             for batch in batches:
                 with autocast():
-                    loss = summed_loss(model, batch)
+                    loss = summed_loss(model, batch.in_one())
                 loss.backward(inputs=[anchor])
     finally:
         model.train(was_training)

@@ -194,7 +194,7 @@ def _show(observer: Observer, adapter: Adapter, model: PreTrainedModel, batches:
     """Let the observer see the forward and backward passes over all rows; what it keeps is on the CPU afterwards."""
     with attached(model, adapter) as pool:
         _refuse_others(adapter, pool)
-        for batch in batches():
+        for batch in (batch.in_one() for batch in batches()):
             with observer.watching(pool, batch, real_BT=_real(batch, model)):
                 with autocast():
                     loss = summed_loss(model, batch)

@@ -26,6 +26,7 @@ class RowSums:
         correct_R: number of targets that were the most likely choice.
         predicted_R: the choice for each row of one target; None where nobody asked for it.
         numbers: what an objective tells of each row beside its loss, by name [R]; NaN where a row has none of it.
+        beside: numbers over all rows that their judge tells beside the loss.
     """
 
     loss_R: NDArray[np.float64]
@@ -33,6 +34,7 @@ class RowSums:
     correct_R: NDArray[np.int64]
     predicted_R: NDArray[np.int64] | None = None
     numbers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
 
     @property
     def targets(self) -> int:

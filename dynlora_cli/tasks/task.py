@@ -15,6 +15,12 @@ HAS_CLASSES, PACKS
 TARGET = "row"
     What a loss is the mean over, in words; by default token.
 
+SILENT = "it names classes"
+    Of a model that writes no text: what it does in place of that.
+
+WITHOUT = ("pooler",)
+    Modules of the model that the task has no use for; they are not loaded.
+
 OPTIONS, CONFLICTS
     Optional: keys of the recipe's `model` section that come with the task, and settings that it does not go with
     (config/options.py, config/conflicts.py).
@@ -37,7 +43,9 @@ from dynlora_cli.data.preferences.encoder import PreferenceEncoder
 from dynlora_cli.tasks.scores import RowSums, means_of, perplexity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dynlora_cli.config.sections import Model, Train
     from dynlora_cli.data.encode import Encoder
@@ -96,6 +104,15 @@ class Task:
             pairs = Judged.__name__ not in self.forms
             return PreferenceEncoder(tokenizer, train_on, max_length, pairs=pairs)
         return self.encodes_with(tokenizer, train_on, max_length)
+
+    def beside(self, folder: Path, model: PreTrainedModel, longest: int | None) -> None:
+        """Write what others need beside an adapter, or a merged model, to use it for this task; by default nothing.
+
+        Args:
+            folder: of the adapter.
+            model: with or without it; its structure is enough.
+            longest: tokens of the longest example; None: nobody knows.
+        """
 
     def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002
         """What is told beside the held-out loss while a model trains.

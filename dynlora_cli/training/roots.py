@@ -53,6 +53,8 @@ def write_root(folder: Path, training: Run) -> str:
         training.trained.stand_after(position["progress"]["step"], training.total_steps)
     if training.accelerator.is_main_process:
         training.base.tokenizer.save_pretrained(folder)
+        limits = training.recipe.dataset.max_length, training.base.files.context_length
+        training.task.beside(folder, training.model, min(limit for limit in limits if limit))
         if isinstance(training.trained, Pool):
             _put_adapter(training, training.trained, folder)
         elif isinstance(training.trained, Routed):

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli import plugins
 from dynlora_cli.data.encode import decode
 from dynlora_cli.data.examples import Example, OneText
 from dynlora_cli.evaluation.generation import MARGIN, Prompt, find_prompts, generate
 from dynlora_cli.evaluation.requests import RequestTexts
 from dynlora_cli.runs import events
-from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def choose(
     count, asked = recipe.eval.samples, "samples" in recipe.eval.model_fields_set
     if not count:
         return []
-    if tasks.of(recipe.model, recipe.train).has_classes:
-        return _none("a classifier writes no text", notes, tell=asked)
+    if does := plugins.declared("tasks", recipe.model.task, "SILENT"):
+        return _none(f"a model for {recipe.model.task} writes no text: {does}", notes, tell=asked)
     if not held_out:
         return _none("no rows are held out", notes, tell=asked)
     if reasons := modes.no_answers:

@@ -250,8 +250,9 @@ def make_run(
 
 def _first_batch(run: Run) -> None:
     """Run the model on the first batch of the run."""
-    # Without a judge, whose reference has not been asked yet: what is run is the same.
-    batch = replace(run.batches.step(0, 0)[0].to(run.accelerator.device), judge=None)
+    batch = run.batches.step(0, 0)[0].to(run.accelerator.device)
+    if batch.judge is run.objective:  # whose reference has not been asked yet: what is run without it is the same
+        batch = replace(batch, judge=None)
     with evaluating(run.model), run.accelerator.autocast():
         summed_loss(run.model, batch)
 
