@@ -37,6 +37,7 @@ WALK = [
     "quickstart.md",
     "howto/data.md",
     "howto/new-tokens.md",
+    "howto/preference.md",
     "howto/eval.md",
     "howto/prune.md",
     "howto/merge.md",
