@@ -223,7 +223,8 @@ class Objective(PreferenceObjective):
         reward_P, other_reward_P = rewards.chunk(2)
         return {
             "loss": loss_P,
-            "accuracy": (reward_P > other_reward_P).to(rewards),
+            # A tie counts half: before the first step all are tied, and nobody is wrong about them.
+            "accuracy": 0.5 * (1 + torch.sign(reward_P - other_reward_P)),
             "margin": reward_P - other_reward_P,
             "reward_chosen": reward_P,
             "reward_rejected": other_reward_P,
