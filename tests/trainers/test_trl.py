@@ -176,5 +176,5 @@ def test_what_does_not_go_with_components_is_refused(tmp_path, name, option):
 def test_an_adapter_of_peft_on_top_is_refused(tmp_path):
     model = load(tmp_path, "sft")
     callback = DynamicRankCallback(attach(model, **BUDGET))
-    with pytest.raises(UsageError, match="leave `peft_config` out"):
+    with pytest.raises(UsageError, match="an adapter of PEFT on the model"):
         sft(tmp_path, model, [callback], peft_config=LoraConfig(target_modules="all-linear"))
