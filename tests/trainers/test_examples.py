@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 import warnings
@@ -10,7 +11,9 @@ from statistics import mean
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
+from trl_helpers import ROWS, load
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(2, 26).view(2, 12)
@@ -35,6 +38,25 @@ def test_the_example_trains_and_prunes(tmp_path, monkeypatch, name, key):
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / f"trl-{name}", dtype=torch.float32).eval()
     with torch.no_grad():
         assert loaded(IDS).logits == pytest.approx(trainer.model.eval()(IDS).logits, abs=1e-4)
+
+
+def test_what_the_page_says_runs(tmp_path, monkeypatch):
+    """The Python of docs/howto/trainers.md from top to bottom, on a tiny model and the CPU."""
+    page = (ROOT / "docs" / "howto" / "trainers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    code = "\n".join(blocks).replace(
+        'Config("out', 'Config(use_cpu=True, report_to="none", logging_steps=1, output_dir="out'
+    )
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS * 3]
+    names = {"model": load(tmp_path), "rows": Dataset.from_list(rows)}
+    names |= {"other": load(tmp_path), "preferences": Dataset.from_list(ROWS * 3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "trainers.md", "exec"), names)
+    assert names["callback"].rank_events[-1]["ranks"] == names["callback"].attached.rank_map
+    assert names["attached"].parameters < names["attached"].start.parameters
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_each_is_about_thirty_lines():
