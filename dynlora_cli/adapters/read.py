@@ -68,7 +68,7 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
     rows = token_rows(found.tokens, config, file)
     adapter = Adapter(folder, {}, config, record, found.whole, rows, notes)
     adapter = replace(adapter, model_type=_model_type(adapter, base))
-    layers = plugins.load("kinds", config["peft_type"].lower()).read(adapter, parts, base)
+    layers = plugins.load("kinds", kind_of_files(config)).read(adapter, parts, base)
     _refuse_both(layers, rows, file)
     born, fault = born_of({name: factors.rank for name, factors in layers.items()}, folder, record)
     layers = {name: replace(factors, born=born[name]) for name, factors in layers.items()}
@@ -122,7 +122,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
         config = mlx_adapter.peft_config(config, path)
     fits(PeftForm, config, path)
     kind = config.get("peft_type")
-    if kind != str(kind).upper() or str(kind).lower() not in _readable():
+    if kind != str(kind).upper() or kind_of_files(config) not in _readable():
         raise UsageError(
             f"{path}: peft_type is {kind}, not LORA", "PEFT's `convert_to_lora` makes a LoRA of many kinds"
         )
@@ -148,6 +148,11 @@ def _unknown(config: Mapping[str, Any]) -> str:
     """Keys that are set and that nobody here knows, as a newer PEFT may write them."""
     known = {*READ, *OF_TRAINING, *REFUSED}
     return ", ".join(sorted(shown(key)[1:-1] for key, value in config.items() if value and key not in known))
+
+
+def kind_of_files(config: Mapping[str, Any]) -> str:
+    """The file of adapters/kinds/ that reads adapters with this adapter_config.json."""
+    return str(config.get("peft_type")).lower().replace("_", "-")
 
 
 def _readable() -> set[str]:

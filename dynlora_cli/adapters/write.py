@@ -18,7 +18,7 @@ from dynlora_cli.adapters.find import CONFIG, WEIGHTS
 from dynlora_cli.adapters.keys import BIAS
 from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.token_rows import indices_of, tensors_of
-from dynlora_cli.errors import MeasureError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.linear import is_transposed
@@ -34,6 +34,9 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
         for_peft: False: every layer is named in `target_modules`, also where PEFT would not find it there.
     """
     config = adapter.config
+    if not adapter.layers:
+        _save_rows(adapter, folder)
+        return
     written = lora_config(
         adapter.ranks,
         base_model=config.get("base_model_name_or_path") or "",
@@ -113,6 +116,34 @@ def write_pool(
     for name, module in whole.items():
         tensors |= module.state_dict(prefix=f"{PREFIX}{name}.")
     write_adapter(folder, config, tensors)
+
+
+def _save_rows(adapter: Adapter, folder: Path) -> None:
+    """An adapter without layers, as PEFT's TRAINABLE_TOKENS.
+
+    Raises:
+        UsageError: its tables have rows of different tokens, for which that has no form.
+    """
+    rows = list(adapter.token_rows.values())
+    if not rows or any(other.indices != rows[0].indices for other in rows):
+        what = "rows of different tokens in its tables" if rows else "nothing left in it"
+        raise UsageError(
+            f"{adapter.folder} has {what} and no layers, and PEFT has no form for that", "merge it instead"
+        )
+    config, keys = adapter.config, ("base_model_name_or_path", "revision", "task_type")
+    written = {
+        **{key: config.get(key) for key in keys},
+        "inference_mode": True,
+        "init_weights": True,
+        "peft_type": "TRAINABLE_TOKENS",
+        # As it was: a tied head has rows in the file, and PEFT fails where it is named.
+        "target_modules": config.get("target_modules") or list(adapter.token_rows),
+        "token_indices": list(rows[0].indices),
+    }
+    tables = {f"{name}.weight": f"{name}.base_layer.weight" for name in adapter.token_rows}
+    tensors = {tables.get(name, name): tensor for name, tensor in adapter.whole.items()}
+    tensors |= {f"{name}.trainable_tokens_delta": own.rows_TI for name, own in adapter.token_rows.items()}
+    write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
 def lora_config(

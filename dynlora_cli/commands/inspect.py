@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter, Factors
-from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.read import kind_of_files, read_adapter
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import natural_order
@@ -62,7 +62,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "folder": str(adapter.folder),
-        "kind": getattr(plugins.load("kinds", adapter.config["peft_type"].lower()), "read_as", adapter.kind),
+        "kind": getattr(plugins.load("kinds", kind_of_files(adapter.config)), "read_as", adapter.kind),
         "task": adapter.task,
         "parameters": adapter.parameters,
         "components": adapter.components,
@@ -154,7 +154,7 @@ def _average_rank(adapter: Adapter, recorded: dict[str, Any]) -> float:
     """Parameters over Σ(d_in + d_out) of all layers that training had, as of a budget."""
     costs = {name: layer["d_in"] + layer["d_out"] for name, layer in recorded.items()}
     costs |= {name: factors.cost for name, factors in adapter.layers.items()}
-    return adapter.parameters / sum(costs.values())
+    return adapter.parameters / sum(costs.values()) if costs else 0.0
 
 
 def _directions(spectra: Sequence[Tensor]) -> dict[str, int]:

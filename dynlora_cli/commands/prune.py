@@ -95,6 +95,10 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if request.options is None:
         request = replace(request, options=given("policies", request.policy, ()))
     adapter = read_adapter(request.path, request.base_name)
+    if not adapter.layers:
+        raise UsageError(
+            f"{adapter.folder} has no components to prune: {adapter.own_numbers()}", "it is as small as it gets"
+        )
     run_folder.refuse_inputs(out, [adapter.folder, *([request.data] if request.data else [])])
     if adapter.note:
         emit(run_events.note(adapter.note))

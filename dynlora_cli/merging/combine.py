@@ -125,6 +125,10 @@ def check(adapters: Sequence[Adapter]) -> None:
             differ.
     """
     first = adapters[0]
+    if not any(adapter.layers for adapter in adapters):
+        raise UsageError(
+            f"{first.folder} and the others have no layers to combine", "merge them into the base, one by one"
+        )
     for adapter in adapters:
         if adapter.kind != "LoRA":
             raise UsageError(

@@ -173,6 +173,8 @@ def _refuse_other_forms(adapter: Adapter) -> None:
     what = None
     if adapter.form != PLAIN:
         what = f"is a {adapter.kind}, whose components do not add up to its update"
+    elif not adapter.layers:
+        what = "has trained rows of tokens alone, and no components that could train on"
     elif adapter.experts:
         what = "has components for each expert, which a run cannot begin with"
     elif tables := [name for name, factors in adapter.layers.items() if factors.embedding]:

@@ -154,6 +154,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "dora-table-gpt2": ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "use_dora": True, **CONV1D}, {}),
+    "tokens-alone": ("llama", {"token_indices": [3, 60]}, {}),
+    "tokens-alone-tied": ("llama-tied", {"token_indices": [3, 60]}, {}),
+    "tokens-alone-of-both": ("llama", {"token_indices": [5, 2], "target_modules": ["embed_tokens", "lm_head"]}, {}),
+    "tokens-alone-more": ("llama-tied", {"token_indices": [64, 65]}, {"resize": 66}),
     "excluded": (
         "llama-bias",
         {"target_modules": "all-linear", "exclude_modules": ["o_proj"], "bias": "lora_only"},

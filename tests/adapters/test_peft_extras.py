@@ -241,6 +241,7 @@ def test_a_damaged_extra_gets_one_clear_message(name: str, tmp_path: Path, dynlo
     [
         (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
         (peft.LoHaConfig(target_modules=["q_proj"]), "LOHA"),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
         (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PREFIX_TUNING"),
     ],
 )

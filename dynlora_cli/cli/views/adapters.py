@@ -156,7 +156,7 @@ class AdapterView:
             return
         layers = adapter["layers"]
         ranks = {name: layer["rank"] for name, layer in layers.items()}
-        largest = max(ranks.values())
+        largest = max(ranks.values(), default=0)
         directions = ", ".join(f"{share} in {number}" for share, number in adapter["directions"].items())
         rows = [
             ("kind", f"{adapter['kind']}, {adapter['task']}"),
@@ -169,6 +169,9 @@ class AdapterView:
             *_beside_components(adapter),
             *((key.replace("_", " "), _plain(value)) for key, value in adapter["provenance"].items()),
         ]
+        if not ranks:
+            self.console.show(Group(Text(), Text(printable(adapter["name"]), style="head"), pairs(rows)))
+            return
         map_ = rank_map(ranks, dict.fromkeys(ranks, largest), self.console.rich.width - 2, 40)
         self.console.show(
             Group(

@@ -34,7 +34,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     save(job.adapter, folder)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
-    return {"largest_rank": max(job.adapter.ranks.values())}
+    return {"largest_rank": max(job.adapter.ranks.values(), default=0)}
 
 
 def read_back(job: Job, folder: Path) -> Adapter | Read | Path:
@@ -42,6 +42,8 @@ def read_back(job: Job, folder: Path) -> Adapter | Read | Path:
     adapter = read_adapter(folder)
     if importlib.util.find_spec("peft") is None:
         job.notes.append("PEFT is not installed; its rules were followed instead of asking it")
+        return adapter
+    if not adapter.layers:  # rows have no scale
         return adapter
     wrong = {name: scale for name, scale in scales_of(folder, adapter).items() if scale != 1.0}
     if wrong:

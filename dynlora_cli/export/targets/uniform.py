@@ -19,7 +19,7 @@ from typing import Any
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
-from dynlora_cli.errors import DynloraError
+from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.export.exporter import Job, Read, padded, plain_lora
 from dynlora_cli.runs.folder import copy_tokenizer
 
@@ -29,6 +29,8 @@ for_peft = True
 
 def write(job: Job, folder: Path) -> dict[str, Any]:
     """Write the padded adapter and its tokenizer."""
+    if not job.adapter.layers:
+        raise UsageError(f"{job.adapter.folder} has no layers, which could have one rank", "use --to peft, or merged")
     wide = padded(plain_lora(job.adapter, "a consumer of one rank", heads=True))
     save(wide, folder)
     if job.tokenizer_folder:
