@@ -15,6 +15,7 @@ from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.read import kind_of_files, read_adapter
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import read_object
 from dynlora_cli.text import natural_order
 
 SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # for these shares of ‖ΔW‖² the number of directions is shown
@@ -72,11 +73,25 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "biases": adapter.biases,
         "lora_bias": sum(factors.bias_O is not None for factors in adapter.layers.values()),
         "token_rows": {name: list(rows.indices) for name, rows in adapter.token_rows.items()},
+        "token_texts": _token_texts(adapter),
         "directions": _directions(list(values.values())),
         "births": _births(adapter),
         "layers": dict(sorted((layers | gone).items(), key=lambda item: natural_order(item[0]))),
         "provenance": _provenance(adapter),
     }
+
+
+def _token_texts(adapter: Adapter) -> dict[int, str]:
+    """The tokens that it has rows of, by number, as far as its record or the tokenizer beside it knows them."""
+    numbers = {number for rows in adapter.token_rows.values() for number in rows.indices}
+    tokens = adapter.record.get("tokens")
+    new = tokens.get("new") if isinstance(tokens, dict) else None
+    path = adapter.folder / "tokenizer.json"
+    if not isinstance(new, list):
+        added = read_object(path).get("added_tokens") if numbers and path.is_file() else None
+        new = [{"number": t.get("id"), "text": t.get("content")} for t in added or () if isinstance(t, dict)]
+    found = {token.get("number"): str(token.get("text")) for token in new if isinstance(token, dict)}
+    return {number: found[number] for number in sorted(numbers) if number in found}
 
 
 def _router(adapter: RoutedAdapter) -> dict[str, Any]:

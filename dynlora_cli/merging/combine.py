@@ -112,7 +112,7 @@ def _with_births(together: Adapter, adapters: Sequence[Adapter]) -> Adapter:
 
 def _record_of_base(adapter: Adapter) -> dict[str, Any]:
     """What is on record of the base, and of how training loaded it."""
-    kept = {key: adapter.record[key] for key in ("base_model",) if key in adapter.record}
+    kept = {key: adapter.record[key] for key in ("base_model", "tokens") if key in adapter.record}
     options = (adapter.record.get("recipe") or {}).get("model")
     return kept | ({"recipe": {"model": options}} if options else {})
 

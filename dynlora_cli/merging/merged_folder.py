@@ -52,6 +52,7 @@ def record_of(
         base_model=first.get("base_model")
         or records.BaseModel(name_or_path=merged.config.get("base_model_name_or_path")),
         **({"births": merged.record["births"]} if "births" in merged.record else {}),
+        **({"tokens": first["tokens"]} if "tokens" in first else {}),  # whose tokenizer it gets
         chat_template_sha256=first.get("chat_template_sha256"),
         data=cast("records.Data", asdict(Writing.of(first))),
         layers={

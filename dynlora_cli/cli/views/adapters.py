@@ -204,7 +204,9 @@ def _beside_components(adapter: dict[str, Any]) -> list[tuple[str, str]]:
     whole = {name: shape for name, shape in adapter["whole_tensors"].items() if name not in biases}
     rows = [(f"whole {printable(name)}", " x ".join(map(str, shape))) for name, shape in whole.items()]
     for table, tokens in adapter["token_rows"].items():
-        some = ", ".join(map(str, tokens[:8])) + (", ..." if len(tokens) > 8 else "")
+        texts = adapter["token_texts"]
+        named = [printable(f"{texts[token]!r} ({token})") if token in texts else str(token) for token in tokens[:8]]
+        some = ", ".join(named) + (", ..." if len(tokens) > 8 else "")
         rows.append((f"rows of {printable(table)}", f"{counted(len(tokens), 'token')}: {some}"))
     if biases:
         rows.append(("biases", f"{len(biases)} in place of the base's, such as {printable(biases[0])}"))
