@@ -42,8 +42,8 @@ def find_targets(
     Raises:
         UsageError: a pattern matches nothing; the message lists what there is.
     """
-    output: nn.Module | None = model.get_output_embeddings()
-    output = None if output is None else without_rows(output)
+    head: nn.Module | None = model.get_output_embeddings()
+    output = None if head is None else without_rows(head)
     routers, text = _routers(model), text_part(model)
     left_out = layers_left_out(model)
     linear = {
@@ -62,6 +62,8 @@ def find_targets(
             raise UsageError(
                 f"adapter.target_modules: {pattern!r}: {reasons[0]}", "write all-linear, which leaves it out"
             )
+        if not found and head is not output:
+            _refuse_head(model, head, pattern)
         if not found:
             listed = "\n".join(f"  {group}" for group in group_names(linear))
             near = "" if pattern in PRESETS else did_you_mean(pattern, {n.split(".")[-1] for n in linear} | PRESETS)
@@ -71,6 +73,17 @@ def find_targets(
             )
         chosen |= found
     return {name: module for name, module in linear.items() if name in chosen}
+
+
+def _refuse_head(model: nn.Module, head: nn.Module | None, pattern: str) -> None:
+    """Refuse an output head as a target, where new tokens have rows in it."""
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    if _matches(name, pattern, False):
+        raise UsageError(
+            f"adapter.target_modules: {pattern!r} is the output head, in which new tokens have rows of their own; PEFT "
+            "takes no components beside them",
+            "leave it out, or adapter.new_tokens",
+        )
 
 
 def text_part(model: PreTrainedModel) -> str:

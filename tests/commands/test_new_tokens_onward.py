@@ -120,6 +120,7 @@ def test_inspect_tells_their_texts(run, dynlora: Dynlora):
     assert "<|sorted|>" in done.out + done.err
 
 
+@pytest.mark.slow
 def test_two_with_other_tokens_are_not_made_one(run, tmp_path, dynlora: Dynlora):
     kind = "gpt2" if "gpt2" in read_adapter(run).base_name else "llama"
     other = marked_recipe(run.parent, kind=kind, tokens=["<|other|>"], out="other")
@@ -132,6 +133,7 @@ def test_two_with_other_tokens_are_not_made_one(run, tmp_path, dynlora: Dynlora)
     assert "<|other|>" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", ["tune", "freeze"])
 def test_a_run_goes_on_with_its_tokens_and_more(run, old, tmp_path):
     kind = "gpt2" if "gpt2" in read_adapter(run).base_name else "llama"

@@ -200,6 +200,38 @@ def test_a_trained_run_exported_by_the_command_line(real, tmp_path, llama_cpp, c
     check(llama_cpp(model=tmp_path / "merged-gguf" / "model.gguf", **asked), adapted, prompts, 1e-4)
 
 
+def test_new_tokens_of_a_run_are_tokens_of_the_merged_file(tmp_path, llama_cpp, capfd):
+    """Their rows lie behind the base's table; one is hidden in answers, as an end-of-text token is."""
+    rows = [{"prompt": f"<|say|>{word} {i}: ", "completion": f"{word}<|end|>"} for i, word in enumerate(["sun"] * 24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new = ["<|say|>", {"content": "<|end|>", "special": True}]
+    recipe = {
+        "model": str(BUILTIN),
+        "dataset": {"train": [str(tmp_path / "rows.jsonl")], "chat": False},
+        "adapter": {"new_tokens": new},
+        "rank": {"budget": 2},
+        "train": {"max_steps": 12, "micro_batch_size": 4, "learning_rate": 0.01},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    dynlora = runner(capfd)
+    assert dynlora("train", tmp_path / "recipe.yaml").code == 0
+    for target in ("merged", "merged-gguf"):
+        answer = dynlora(
+            "export", "--adapter", tmp_path / "run", "--to", target, "--out", tmp_path / target,
+            *(["--outtype", "f32"] if "gguf" in target else []),
+        )  # fmt: skip
+        assert answer.code == 0, answer.err
+    tokenizer, merged = load_tokenizer(tmp_path / "merged"), load(tmp_path / "merged")
+    texts = ["<|say|>moon 3: ", "a<|end|>b", "<|say|><|end|> <|say|>"]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    assert {4096, 4097} <= {token for prompt in prompts for token in prompt}
+    asked = {"tokenize": texts, "generate": prompts, "max_tokens": NEW_TOKENS, "past_end": True, "top": 5}
+    answer = llama_cpp(model=tmp_path / "merged-gguf" / "model.gguf", **asked)
+    assert answer["tokens"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    check(answer, merged, prompts, 2e-2)  # the merged folder is in bf16, as the base
+
+
 def test_the_same_tokens_of_every_text(real, tmp_path, llama_cpp):
     tokenizer = load_tokenizer(real)
     export_base(real, tmp_path / "base.gguf", "f16")

@@ -96,6 +96,7 @@ def test_first_values(tmp_path, how):
         assert torch.allclose(run.base.rows[name].own_TI, torch.stack(wanted), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_row_that_the_table_has_already_is_used_and_nothing_is_enlarged(tmp_path):
     folder = model_folder(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -138,6 +139,7 @@ def test_special_ones_are_left_out_of_answers_and_others_stay(tmp_path):
     assert files.tokenizer.decode(ids, skip_special_tokens=True) == f"{TOKENS[0]}a"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path):
     whole = recipe_of(tmp_path, "train.save_steps=4", out="whole")
     train(whole)
@@ -155,6 +157,7 @@ def test_resume_with_other_tokens_is_refused(tmp_path):
         train(recipe_of(tmp_path, "train.save_steps=2", tokens=TOKENS[:1]), resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["adapter.variant=dora"], ["train.learning_rate=auto"], ["train.compile=false"]])
 def test_other_settings(tmp_path, more):
     summary, _ = train(recipe_of(tmp_path, *more))
@@ -200,6 +203,11 @@ def test_what_they_do_not_go_with(tmp_path, override, why):
 def test_wrong_tokens(tmp_path, tokens, why):
     with pytest.raises(UsageError, match=why):
         recipe_of(tmp_path, tokens=tokens)
+
+
+def test_no_components_beside_rows_of_the_head(tmp_path):
+    with pytest.raises(UsageError, match="the output head, in which new tokens have rows"):
+        assembled(recipe_of(tmp_path, "adapter.target_modules=lm_head"))
 
 
 def test_a_start_of_tokens_that_nobody_names(tmp_path):
