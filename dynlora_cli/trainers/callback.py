@@ -161,6 +161,7 @@ class DynamicRankCallback(TrainerCallback):
         return schedule.begin < step <= schedule.last
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._only_small_ones_are_best(state)
         number = state.global_step + 1
         self.attached.pool.begin_step(number, state.max_steps)
         if not self._looks(number):
@@ -169,6 +170,14 @@ class DynamicRankCallback(TrainerCallback):
         self._gradient.begin()
         self._targets = self._targets or Targets(self.attached.model)
         self._targets.begin()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._only_small_ones_are_best(state)
+
+    def _only_small_ones_are_best(self, state: TrainerState) -> None:
+        """The best checkpoint is one that meets the budget, or the run would end with more than was asked for."""
+        if not self._control().budget_met:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _look_away(self) -> None:
         self._gradient.end()
@@ -189,7 +198,9 @@ class DynamicRankCallback(TrainerCallback):
         assert gradient_P is not None
         assert processes is not None
         processes.average(gradient_P)
-        count = targets.count if targets.given else processes.total(gradient_P.new_tensor(targets.count)).item()
+        count = (
+            targets.count if targets.given is not None else processes.total(gradient_P.new_tensor(targets.count)).item()
+        )
         scaler = getattr(self._outer_optimizer, "scaler", None)
         if scaler is not None:
             gradient_P.div_(scaler.get_scale())

@@ -69,33 +69,38 @@ class FlatGradient:
 
 
 class Targets:
-    """Counts what the gradient of a step is the mean of: the trainer's own number, labels, or rows."""
+    """Counts what the gradient of a step is the mean of: the trainer's own number, labels, or rows.
+
+    Attributes:
+        given: the trainer's own number, of all processes; None: it has none.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.seen = 0.0
-        self.given: float | None = None  # the trainer's own number, of all processes
+        self.begin()
         self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def begin(self) -> None:
         """Before an optimizer step."""
-        self.seen, self.given = 0.0, None
+        self.given: float | Tensor | None = None
+        self._seen: list[int | Tensor] = []
 
     @property
     def count(self) -> float:
         """Of the step so far; at least 1."""
-        return max(1.0, self.seen if self.given is None else self.given)
+        return max(1.0, float(sum(self._seen)) if self.given is None else float(self.given))
 
     def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
+        # Tensors stay on the device, which would have to be waited for.
         given, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if given is not None:
-            self.given = float(given)
+            self.given = given
         elif isinstance(labels, Tensor):
-            self.seen += int((labels != -100).sum()) if labels.ndim else 1
+            self._seen.append((labels != -100).sum())
         else:
             first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
-            self.seen += 1 if first is None else len(first)
+            self._seen.append(1 if first is None else len(first))
 
     def end(self) -> None:
         """Look no longer."""
