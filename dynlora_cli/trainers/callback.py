@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -100,6 +101,9 @@ class DynamicRankCallback(TrainerCallback):
         self._optimizer = refuse_optimizer(attached, optimizer)
         self._rates, self._checked = CoupledRate(self._optimizer), False
         tie(attached.pool)
+        attached.saved.root = model
+        if state.global_step > 0 and attached.saved.found is None:  # the trainer has read the adapter alone
+            attached.saved.read(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
         self._plan(state)
         history: list[dict[str, Any]] = state.log_history  # transformers says that all its values are numbers
         self.rank_events = [entry[EVENT] for entry in history if EVENT in entry]
@@ -110,19 +114,21 @@ class DynamicRankCallback(TrainerCallback):
         self._targets: Targets | None = None
         if self._processes is None:
             self._processes = Processes(attached.model)
-        attached.training, attached.saved.root = self, model
+        attached.training = self
         attached.saved.control, attached.saved.resized = self._control().state_dict, self._follow
         attached.pool.stand_after(state.global_step, state.max_steps)
 
     def _plan(self, state: TrainerState) -> None:
         """The schedule of the run, and what a checkpoint knows of rank control."""
         pool, start, recipe = self.attached.pool, self.attached.start, self.attached.recipe
-        found, self.attached.saved.found = self.attached.saved.found, None
         goes_on = state.global_step > 0
+        if not goes_on:
+            self.attached.saved.found = None  # read before, for another end
+        found = self.attached.saved.take()
         if goes_on and found is None:
             raise UsageError(
                 f"the trainer goes on at step {state.global_step} with a checkpoint that holds no rank control",
-                "resume from a checkpoint that a trainer with a DynamicRankCallback has written",
+                "resume from a checkpoint in the trainer's output_dir, which a DynamicRankCallback was there to write",
             )
         begin, end = recipe.pruning_window
         parameters = start.parameters if goes_on else pool.parameters

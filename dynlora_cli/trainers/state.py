@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.trainers.leaves import settle, tie
+from dynlora_cli.trainers.peft_names import translate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,18 +43,19 @@ class Saved:
 
     Attributes:
         control: gives what rank control knows, while a trainer is at work; None: no checkpoints are written.
-        found: what the file that was read last says of rank control, until somebody takes it.
+        found: what the file that was read last says of rank control, until `take`.
         root: the trainer's model, by whose names the numbers are saved.
         resized: called with the leaves that were replaced, when a file of other shapes was read.
     """
 
     def __init__(self, model: PreTrainedModel, pool: Pool, settings: Callable[[], dict[str, Any]]) -> None:
-        self.pool, self.settings = pool, settings
+        self.pool, self.settings, self._model = pool, settings, model
         self.control: Callable[[], Mapping[str, Tensor]] | None = None
         self.root: nn.Module = model
         self.found: dict[str, Tensor] | None = None
         self.resized: Callable[[list[nn.Parameter]], None] | None = None
         self._ours = False
+        self._before_settings: dict[str, dict[str, Any]] = {}
         self._handles = [
             model.register_load_state_dict_pre_hook(self._before),
             model.register_load_state_dict_post_hook(self._after),
@@ -73,15 +76,25 @@ class Saved:
             for name, parameter in self.root.named_parameters()
             if parameter.requires_grad or id(parameter) in leaves
         }
-        tensors |= {CONTROL + key: value for key, value in self.control().items()}
+        prefix = next(f"{name}." if name else "" for name, part in self.root.named_modules() if part is self._model)
+        tensors |= {f"{prefix}{CONTROL}{key}": value for key, value in self.control().items()}
         text = json.dumps(self.settings(), sort_keys=True).encode()
-        tensors[SETTINGS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        tensors[prefix + SETTINGS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         on_cpu = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
         (folder / STATE).write_bytes(to_bytes(on_cpu, metadata={"format": "pt"}))
+
+    def read(self, folder: Path) -> bool:
+        """Read the exact state in a checkpoint, for trainers that have read the adapter there; whether there is one."""
+        path = folder / STATE
+        if not path.is_file():
+            return False
+        self.root.load_state_dict(load_file(path), strict=False)
+        return self.found is not None
 
     def _before(self, _module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Before the model reads a state: take out what is not of the model, and take on its shapes."""
         pool, counts = self.pool, {}
+        translate(state, prefix, pool)
         for name, layer in pool.layers.items():
             a_CI, b_OC = state.get(f"{prefix}{name}.a_CI"), state.get(f"{prefix}{name}.b_OC")
             if a_CI is None or b_OC is None:
@@ -92,11 +105,12 @@ class Saved:
                     "attach to the model, and with the variant, that it was made with",
                 )
             counts[name] = len(a_CI)
-        self._ours = SETTINGS in state
+        # The state of a model inside another one holds the keys below its own name alone.
+        self._ours = prefix + SETTINGS in state
         if self._ours:
-            self._same_settings(state.pop(SETTINGS))
-            keys = [key for key in state if key.startswith(CONTROL)]
-            self.found = {key.removeprefix(CONTROL): state.pop(key) for key in keys}
+            self._before_settings = json.loads(bytes(state.pop(prefix + SETTINGS).tolist()))
+            keys = [key for key in state if key.startswith(prefix + CONTROL)]
+            self.found = {key.removeprefix(prefix + CONTROL): state.pop(key) for key in keys}
         if counts != pool.counts:
             self._resize(counts)
         if self.found and "survivors" in self.found:
@@ -113,19 +127,26 @@ class Saved:
         if self.resized is not None:
             self.resized(old)
 
-    def _same_settings(self, saved: Tensor) -> None:
-        before, now = json.loads(bytes(saved.tolist())), self.settings()
+    def take(self) -> dict[str, Tensor] | None:
+        """What the file that was read last says of rank control, for a run that goes on; once.
+
+        Raises:
+            UsageError: the run that wrote it had other settings.
+        """
+        found, self.found = self.found, None
+        now = self.settings()
         differing = [
             f"{section}.{key}: {value!r} then, {now[section].get(key)!r} now"
-            for section, keys in before.items()
+            for section, keys in (self._before_settings if found else {}).items()
             for key, value in keys.items()
-            if section in now and now[section].get(key) != value
+            if now.get(section, {}).get(key, value) != value
         ]
         if differing:
             raise UsageError(
                 "the checkpoint was made with other settings: " + "; ".join(differing),
                 "attach, and set up the callback, as for the run that made it",
             )
+        return found
 
     def _after(self, _module: nn.Module, result: Any) -> None:
         """The frozen base is not in our files, and nobody need hear of it."""
