@@ -13,8 +13,8 @@ from dynlora_cli.text import did_you_mean
 
 # Keys of the sections `adapter` and `rank` that a trainer of others cannot serve, and why.
 REFUSED = {
-    "from": "a run goes on from an adapter with `dynlora train` alone",
-    "old": "a run goes on from an adapter with `dynlora train` alone",
+    "from": "going on from an adapter is done by `dynlora train` alone",
+    "old": "going on from an adapter is done by `dynlora train` alone",
     "orthogonality": "it is a penalty on the loss, which the trainer computes",
     "penalty": "it is added to the loss, which the trainer computes",
     "library": "routers are trained by `dynlora train` alone",
