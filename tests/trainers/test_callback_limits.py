@@ -108,13 +108,17 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_the_first_even
     leaves = attached.pool.leaves
     made = {"averaging": lambda: Averaging(leaves, lr=1e-3), "amsgrad": lambda: torch.optim.AdamW(leaves, amsgrad=True)}
     named = {} if optim in made else {"optim": optim, "optim_target_modules": "all-linear"}
+
+    def train() -> None:
+        callbacks = [DynamicRankCallback(attached, **EVENTS)]
+        own = made[optim]() if optim in made else None
+        args = arguments(tmp_path, **named)
+        Trainer(
+            attached.model, args, train_dataset=rows(), callbacks=callbacks, optimizers=(own, None)
+        ).train()  # fmt: skip
+
     with pytest.raises(UsageError, match=r"nobody knows how to cut|keeps gradients in another form"):
-        trainer = Trainer(
-            attached.model, arguments(tmp_path, **named), train_dataset=rows(),
-            callbacks=[DynamicRankCallback(attached, **EVENTS)],
-            optimizers=(made[optim]() if optim in made else None, None),
-        )  # fmt: skip
-        trainer.train()
+        train()
     assert attached.parameters == attached.start.parameters
 
 
@@ -143,8 +147,8 @@ def test_wrong_settings_of_the_callback(pruning: dict[str, Any], what: str) -> N
 def test_a_callback_can_be_added_later_and_be_given_the_model(tmp_path: Path) -> None:
     trainer, attached, _ = trainer_of(tmp_path, pruned=False)
     trainer.callback_handler.callbacks.insert(0, DynamicRankCallback(attached.model, **EVENTS))
+    trainer.add_callback(_detaching(attached))
     with pytest.raises(UsageError, match="a trainer is at work"):
-        trainer.add_callback(_detaching(attached))
         trainer.train()
     trainer.callback_handler.callbacks.pop()
     trainer.train()  # the crash of the first run is no hindrance
