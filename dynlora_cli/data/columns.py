@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from dynlora_cli.data.examples import Located
 from dynlora_cli.data.forms import (
     BadRowError,
+    Judged,
     Labelled,
     Plain,
+    Preference,
     Turns,
     as_text,
     first_answer,
@@ -221,6 +223,8 @@ _ANSWERS = ("answer", "response", "output", "completion", "reply", "solution", "
 _TALKS = ("conversation", "dialogue", "dialog", "turns", "chat")
 _TEXTS = ("sentence", "content", "review", "comment", "body", "document", "article", "passage")
 _COMPARED = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+_BETTER = ("chosen", "chosen_response", "response_chosen", "chosen_messages", "accepted", "preferred", "better", "good")
+_WORSE = ("rejected", "rejected_response", "response_rejected", "rejected_messages", "dispreferred", "worse", "bad")
 _CLASSES = ("label", "labels", "class", "category", "sentiment", "intent")
 
 
@@ -232,6 +236,11 @@ def guessed(row: Mapping[str, Any], forms: Collection[str]) -> dict[str, str]:
         forms: names of those that the task learns from.
     """
     named = {name.casefold(): name for name in row}
+    if Preference.__name__ in forms and Judged.__name__ not in forms:
+        better, worse = _first(_BETTER, named), _first(_WORSE, named)
+        asks = _first(_ASKS, named)
+        asked = {"prompt": named[asks]} if asks and asks != "prompt" else {}
+        return {"chosen": named[better], "rejected": named[worse], **asked} if better and worse else {}
     if Labelled.__name__ in forms:
         label = named.get(_first(_CLASSES, named) or "")
         pair = next((pair for pair in _COMPARED if named.keys() >= set(pair)), None)
@@ -279,6 +288,8 @@ def example_for(row: Mapping[str, Any], forms: Collection[str]) -> dict[str, str
     texts = [name for name, value in row.items() if isinstance(value, str) and value and name]
     if found := guessed(row, forms):
         return found
+    if Preference.__name__ in forms:
+        return {}
     if Plain.__name__ in forms and len(texts) == 1:
         return {"text": texts[0]}
     ours = ("text", "label") if Labelled.__name__ in forms else ("prompt", "completion")

@@ -11,6 +11,7 @@ from dynlora_cli.adapters.attach import attached, detached
 from dynlora_cli.data.chat_template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
+from dynlora_cli.evaluation.references import state_for
 from dynlora_cli.execution.mode import plan, without_long_runs
 from dynlora_cli.runs.events import Emit, note
 from dynlora_cli.tasks import task as tasks
@@ -56,6 +57,7 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
         num_labels=recipe.model.num_labels,
         writing=Writing.of(adapter.record),
     )
+    reference = state_for(adapter, recipe, base, [*data.train, *data.val])
     with plan(recipe.train) as modes:
         accelerator = make_accelerator(recipe, folder, modes)
         modes.prepare(base.model)
@@ -65,6 +67,7 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
                 pool.freeze_a()
             run = make_run(recipe, accelerator, base, data, pool, None, modes, save=lambda _: None)
             run.emit = emit
+            run.objective.load_state_dict(reference)
             try:
                 fit(run)
             except Interrupted:

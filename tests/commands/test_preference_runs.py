@@ -13,8 +13,9 @@ from cli_helpers import Dynlora
 from numeric import same_loss
 from tiny_run import WORDS, lines, make_recipe, train
 
-from dynlora_cli.commands import evaluate, init
+from dynlora_cli.commands import evaluate, init, prune
 from dynlora_cli.commands.dry_run import plan as dry_run
+from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.errors import DataError, Interrupted, RecipeError, UsageError
 from dynlora_cli.evaluation.options import Options
@@ -146,6 +147,12 @@ def test_dpo_after_sft_compares_with_the_sft_adapter(tmp_path: Path) -> None:
     assert report["adapters"][0]["loss"] == same_loss(summary["loss_after"])
     assert report["base"]["loss"] != pytest.approx(math.log(2), abs=1e-3)
     assert any("sft, from which it went on" in note for note in report["notes"])
+    healed = prune.run(
+        prune.Request(Path(recipe.output_dir), parse_budget(0.8), tmp_path / "healed", heal_steps=2, max_samples=8)
+    )
+    assert math.isfinite(healed["loss_after"])
+    looks = [line for line in lines(tmp_path / "healed" / "metrics.jsonl") if "margin" in line]
+    assert looks[0]["margin"] != pytest.approx(0, abs=1e-4), "compared with the SFT adapter, not with what was cut"
     shutil.move(tmp_path / "sft", tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=r"went on from the adapter in .*sft, which is not there"):
         measured(recipe)

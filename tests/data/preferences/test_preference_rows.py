@@ -293,3 +293,19 @@ def test_columns_have_other_names(tmp_path: Path) -> None:
     assert lines(read(tmp_path, [row], tokenizer, columns=columns).train[0]) == lines(
         read(tmp_path, [TEXTS], tokenizer).train[0]
     )
+
+
+def test_names_that_others_use_are_shown_in_the_refusal(tmp_path: Path) -> None:
+    row = {"question": "what is a fox", "chosen_response": "a dog", "rejected_response": "a cat"}
+    with pytest.raises(DataError, match="no format fits the columns") as caught:
+        read(tmp_path, [row], byte_tokenizer())
+    assert "columns: {chosen: chosen_response, rejected: rejected_response, prompt: question}" in str(caught.value.hint)
+
+
+def test_text_whose_prompt_is_in_both_answers_stays_text(tmp_path: Path) -> None:
+    """As HH-RLHF has it, for a model with a chat template too."""
+    row = {"chosen": "Human: a fox?\n\nAssistant: a dog", "rejected": "Human: a fox?\n\nAssistant: the cat"}
+    tokenizer = byte_tokenizer(CHATML)
+    data = read(tmp_path, [row], tokenizer)
+    assert tokenizer.decode(data.train[0].input_ids) == "<s>Human: a fox?\n\nAssistant: a dog</s>"
+    assert data.writing.turned == {"preference": False}
