@@ -8,6 +8,7 @@ import pytest
 from numeric import same_curve
 from processes_helper import two
 from safetensors.torch import load_file
+from trl_helpers import load
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,7 @@ if not several or distributed.get_rank() == 0:
 
 
 def run(folder, name, processes, **more):
+    load(folder, name)  # written once, and not by two processes at a time
     out = two(SCRIPT, str(folder), name, json.dumps(more), folder=folder, processes=processes)
     return json.loads(out.splitlines()[-1])
 

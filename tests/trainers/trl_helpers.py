@@ -19,6 +19,8 @@ from trl import (
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -108,6 +110,14 @@ def grpo(folder: Path, model: Any, callbacks: list[Any], out: str = "out", **mor
     return GRPOTrainer(model, letters, args=arguments, train_dataset=rows, **_common(folder, callbacks))
 
 
+def rloo(folder: Path, model: Any, callbacks: list[Any], out: str = "out", **more: Any) -> RLOOTrainer:
+    more = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, **more}
+    arguments = RLOOConfig(**_arguments(folder / out, **more))
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    common = _common(folder, callbacks)
+    return RLOOTrainer(model, reward_funcs=letters, args=arguments, train_dataset=rows, **common)
+
+
 def reward(folder: Path, model: Any, callbacks: list[Any], out: str = "out", **more: Any) -> RewardTrainer:
     arguments = RewardConfig(max_length=64, **_arguments(folder / out, **more))
     rows = Dataset.from_list(ROWS)
@@ -115,6 +125,7 @@ def reward(folder: Path, model: Any, callbacks: list[Any], out: str = "out", **m
 
 
 TRAINERS: dict[str, Callable[..., Any]] = {"sft": sft, "dpo": dpo, "grpo": grpo, "kto": kto, "reward": reward}
+DRAWING = {"grpo": grpo, "rloo": rloo}  # answers are drawn while training
 
 
 def losses(trainer: Any) -> list[tuple[float, float]]:
