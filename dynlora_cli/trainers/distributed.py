@@ -137,8 +137,10 @@ def refuse(arguments: Any) -> None:
             "start the script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU",
         )
     how = AcceleratorState().distributed_type
-    if how not in _WHOLE:
-        name = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}.get(how.value, how.value)
+    # What was asked for counts, too: on a CPU accelerate passes over `fsdp` in silence.
+    asked = "FSDP" if arguments.fsdp else "DEEPSPEED" if arguments.deepspeed else None
+    if asked or how not in _WHOLE:
+        name = {"DEEPSPEED": "DeepSpeed"}.get(asked or how.value, asked or how.value)
         raise UsageError(
             f"dynamic rank does not work under {name}: it keeps the parameters in pieces of its own, "
             "which pruning cannot make smaller",

@@ -15,7 +15,7 @@ from dynlora_cli.trainers import distributed
 def test_what_splits_the_parameters_is_refused(monkeypatch, how):
     monkeypatch.setattr(distributed, "AcceleratorState", lambda: SimpleNamespace(distributed_type=how))
     with pytest.raises(UsageError, match="dynamic rank does not work under") as caught:
-        distributed.refuse(SimpleNamespace(n_gpu=1))
+        distributed.refuse(SimpleNamespace(n_gpu=1, fsdp=None, deepspeed=None))
     assert how.value.lower() in caught.value.message.lower()
     assert "DistributedDataParallel" in (caught.value.hint or "")
 
@@ -28,4 +28,12 @@ def test_copies_on_several_gpus_are_refused():
 @pytest.mark.parametrize("how", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
 def test_ddp_is_not_refused(monkeypatch, how):
     monkeypatch.setattr(distributed, "AcceleratorState", lambda: SimpleNamespace(distributed_type=how))
-    distributed.refuse(SimpleNamespace(n_gpu=1))
+    distributed.refuse(SimpleNamespace(n_gpu=1, fsdp=None, deepspeed=None))
+
+
+@pytest.mark.parametrize(("asked", "name"), [({"fsdp": True}, "FSDP"), ({"deepspeed": "zero3.json"}, "DeepSpeed")])
+def test_what_was_asked_for_is_refused_where_it_would_be_passed_over(monkeypatch, asked, name):
+    alone = SimpleNamespace(distributed_type=DistributedType.NO)
+    monkeypatch.setattr(distributed, "AcceleratorState", lambda: alone)
+    with pytest.raises(UsageError, match=f"does not work under {name}"):
+        distributed.refuse(SimpleNamespace(**({"n_gpu": 1, "fsdp": None, "deepspeed": None} | asked)))
