@@ -1,6 +1,6 @@
 """Step time and size under transformers' Trainer: components that go, PEFT's LoRA, and PEFT's AdaLoRA, which masks.
 
-    python scripts/bench/trainers/trainers.py [--rounds 4]        # about 5 minutes on one core
+    python scripts/bench/trainers/trainers.py [--rounds 3]        # about 2 minutes on an idle core
 
 Every round trains all four on the same rows of builtin:stdlib-docs, with builtin:tiny, in another order. Two phases are
 timed: before the first event, and after the last. Then: how large the models of TRL's DPO are with and without
@@ -34,7 +34,7 @@ from dynlora_cli.trainers import DynamicRankCallback, attach
 
 HERE = Path(__file__).parent
 BASE = str(BUILTIN["builtin:tiny"])
-STEPS, BATCH, LENGTH, BUDGET = 40, 8, 128, 8
+STEPS, BATCH, LENGTH, BUDGET = 40, 4, 128, 8
 START, END = 0.25, 0.5  # of the steps
 SKIPPED = 3  # steps at the beginning of a phase that are not timed
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -190,7 +190,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
