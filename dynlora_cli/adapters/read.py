@@ -1,4 +1,5 @@
-"""Reads any LoRA folder in PEFT's layout, dynlora's own or another tool's: plain LoRA, rsLoRA, DoRA, with patterns.
+"""Reads any LoRA folder in PEFT's layout, dynlora's own or another tool's: plain LoRA, rsLoRA, DoRA, with patterns,
+biases and trained rows of tokens.
 Of PEFT's other kinds HiRA, and VeRA as the LoRA that it equals; mlx-lm's adapters as well.
 
 Whatever would change the result without being understood is refused; nothing is skipped, and no pickle is opened.

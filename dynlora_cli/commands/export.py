@@ -277,7 +277,7 @@ def _predictions(found: Any, job: Job, place: Place, rows: list[Tensor]) -> list
         return adapted_predictions(found, place, rows)
     if isinstance(found, Path):
         return predictions_of(replace(place, folder=found), rows)
-    return predictions_of(place, rows, found, tied_weights=not job.merged().untied)
+    return predictions_of(place, rows, found, tied_weights=not job.merged().untied, adapter=job.adapter)
 
 
 def _weight_difference(adapter: Adapter, found: Adapter) -> float:

@@ -35,7 +35,12 @@ def rows_to_compare(adapter: Adapter, place: Place) -> list[Tensor]:
 
 
 def predictions_of(
-    place: Place, rows: list[Tensor], read: Read | None = None, *, tied_weights: bool = True
+    place: Place,
+    rows: list[Tensor],
+    read: Read | None = None,
+    *,
+    tied_weights: bool = True,
+    adapter: Adapter | None = None,
 ) -> list[Tensor]:
     """What the model of a folder predicts.
 
@@ -44,11 +49,15 @@ def predictions_of(
         rows: token ids, each [1, T].
         read: gives the parameters, where they are not in the folder's own files.
         tied_weights: of `read`: where the model shares one weight between table and head, only the table's is there.
+        adapter: is in the parameters that `read` gives: they have the shapes that it gives them, and its biases.
     """
     if read is None:
         return predictions(_open(place)[0], rows)
     model = streamed(place)
-    read_by(model, through_ties(read, model) if tied_weights else read)
+    ties = through_ties(read, model)
+    if adapter is not None:
+        lengthen(model, replacements(model, adapter))
+    read_by(model, ties if tied_weights else read)
     return predictions(model, rows)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_helpers import Dynlora
 from numeric import assert_close_to_truth
+from peft import LoraConfig, get_peft_model
 from peft_adapters import TERMS
-from peft_extras import CASES, load, logits_of, make, peft_logits
+from peft_extras import CASES, change, load, logits_of, make, peft_logits
+from pico import pico_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.bank import why_alone
@@ -17,6 +22,7 @@ from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.side_by_side import refuse_strangers
 from dynlora_cli.commands import export
 from dynlora_cli.errors import UsageError
+from dynlora_cli.export.gguf.file import read_model
 
 # What each has beside its components, in the words of a refusal.
 EXTRAS = {
@@ -109,3 +115,32 @@ def test_inspect_shows_them(tmp_path: Path, dynlora: Dynlora):
     assert "rows of model.embed_tokens 2 tokens: 3, 4" in shown
     assert "biases 14 in place of the base's, such as" in shown
     assert "lora_bias added in 4 layers" in shown
+
+
+@pytest.mark.parametrize("options", [{"trainable_token_indices": [5, 9]}, {"bias": "all"}, {"lora_bias": True}])
+@pytest.mark.parametrize("switches", [{}, {"attention_bias": True}])
+def test_a_gguf_model_has_them(options: dict[str, Any], switches: dict[str, Any], tmp_path: Path):
+    """The check compares base + adapter with the file's own numbers; a bias is large enough to be missed."""
+    base = pico_model(tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | switches))
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+    model.save_pretrained(base)
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM", **options),
+    )
+    change(model)
+    model.save_pretrained(tmp_path / "adapter")
+    summary = export.run(tmp_path / "adapter", "merged-gguf", tmp_path / "out", outtype="f32")
+    assert summary["check"]["max_logit_difference"] < 1e-4 * summary["check"]["max_logit"]
+    read = read_model(
+        tmp_path / "out" / "model.gguf",
+        config | switches | ({"attention_bias": True} if "lora_bias" in options else {}),
+    )
+    adapter = read_adapter(tmp_path / "adapter")
+    for name, factors in adapter.layers.items():
+        if factors.bias_O is not None:
+            torch.testing.assert_close(read(f"{name}.bias"), factors.bias_O)  # the base's is 0, or not there
+    for rows in adapter.token_rows.values():
+        torch.testing.assert_close(read("model.embed_tokens.weight")[list(rows.indices)], rows.rows_TI)
