@@ -30,7 +30,7 @@ from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.place import Place
 from dynlora_cli.retrieval.encoders import BASE, Encoder, full_name, make_encoder
 from dynlora_cli.runs.folder import RECORD, copy_tokenizer
-from dynlora_cli.text import counted
+from dynlora_cli.text import counted, to_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,7 @@ def add(root: Path, wanted: Addition, tell: Tell) -> tuple[Entry, list[str]]:
     adapter = read_adapter(wanted.adapter, wanted.base)
     name = wanted.name or default_name(adapter.name)
     place = find_base(adapter, wanted.base, wanted.trust_remote_code)
+    _refuse_unknown_tokens(adapter, place)
     base = describe_base(adapter, place)
     tokenizer = read_tokenizer(adapter, place)
     with library_for_writing(root, new=True) as library, library.adding(name):
@@ -152,6 +153,18 @@ def _copy(library: WritableLibrary, adapter: Adapter, name: str, base: str | Non
         if not _same(adapter, read_adapter(new, base)):
             raise DynloraError(f"the copy of {adapter.folder} does not read back as it was", "please report this")
     return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def _refuse_unknown_tokens(adapter: Adapter, place: Place) -> None:
+    """Refuse an adapter with tokens that its base has no row for."""
+    size = place.files.table_rows
+    last = max((max(rows.indices) for rows in adapter.token_rows.values()), default=-1)
+    if size is not None and last >= size:
+        raise UsageError(
+            f"{adapter.folder} has a row for token {last}, and the base's table has {size} rows: a library measures "
+            "its updates, and the base beside them, on the same rows, which the base could not read",
+            f"make a base that knows the tokens ({to_type('merge', '--adapter', adapter.folder)}) and train on that",
+        )
 
 
 def _same(one: Adapter, two: Adapter) -> bool:

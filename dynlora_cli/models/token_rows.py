@@ -56,13 +56,25 @@ class TokenRows(nn.Module):
 
 
 class _WithRows(nn.Module):
-    """A module that holds a table [V, I], with rows of single tokens; what it does not have itself is the module's."""
+    """A module that holds a table [V, I], with rows of single tokens; what it does not have itself is the module's.
+
+    Args:
+        base: the module.
+        rows: to be put in the place of its own.
+        shared: the rows belong to another module, and are no part of this one.
+    """
 
     place_N: Tensor
 
-    def __init__(self, base: nn.Module, rows: TokenRows) -> None:
+    rows: TokenRows
+
+    def __init__(self, base: nn.Module, rows: TokenRows, *, shared: bool = False) -> None:
         super().__init__()
-        self.base, self.rows = base, rows
+        self.base = base
+        if shared:
+            vars(self)["rows"] = rows  # past nn.Module.__setattr__: a module moves its parameters once
+        else:
+            self.rows = rows
         weight: Any = base._parameters.get("weight")  # not `base.weight`, which a streamed module reads from disk
         self.table = int(weight.shape[0])
         size = max(self.table, *(token + 1 for token in rows.tokens))
@@ -98,8 +110,8 @@ class TokenTable(_WithRows):
 class TokenHead(_WithRows):
     """An output head without a bias: logits of single tokens from rows of their own."""
 
-    def __init__(self, base: nn.Module, rows: TokenRows) -> None:
-        super().__init__(base, rows)
+    def __init__(self, base: nn.Module, rows: TokenRows, *, shared: bool = False) -> None:
+        super().__init__(base, rows, shared=shared)
         self.inside_t: Tensor
         self.from_t: Tensor
         self.behind_t: Tensor
@@ -176,7 +188,8 @@ def put_rows(model: PreTrainedModel, table: str, rows: TokenRows) -> list[Change
             take_off(changes)
             raise UsageError(f"{name} is a {type(module).__name__}, in which single tokens cannot have rows")
         try:
-            by = (TokenTable if isinstance(module, nn.Embedding) else TokenHead)(module, rows)
+            kind = TokenTable if isinstance(module, nn.Embedding) else TokenHead
+            by = kind(module, rows, shared=bool(changes))
         except UsageError:
             take_off(changes)
             raise

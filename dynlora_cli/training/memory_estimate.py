@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli.kernels.linear_cross_entropy import decoder_inputs, linear_cross_entropy, run_to_head
+from dynlora_cli.models.place import tied
 from dynlora_cli.models.targets import inside
+from dynlora_cli.models.token_rows import without_rows
 from dynlora_cli.training.optimizers import state_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.config.sections import Model
     from dynlora_cli.lora.whole import Trained
-    from dynlora_cli.models.load import Base
+from dynlora_cli.models.load import Base
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
 MKL_BYTES, CUDA_BYTES = 128 << 20, 512 << 20
@@ -123,7 +125,7 @@ def measure(
     model: PreTrainedModel = base.model.to(dtype=base.dtype)  # type: ignore[call-arg]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
-        model.tie_weights()
+        _tie(base)
         model.train()
         quantized = _quantized(base, options)
         trains = attach()
@@ -143,6 +145,15 @@ def measure(
     libraries, free = _around(device)
     moments = sum(state_bytes(optimizer, parameter) for parameter in trained)
     return Need(weights, 2 * _bytes(trained), moments, peak.peak + largest, libraries, *ids, free)
+
+
+def _tie(base: Base) -> None:
+    """Make the weights one again that are shared; transformers does not know tables with rows of new tokens."""
+    inner, outer = base.model.get_input_embeddings(), base.model.get_output_embeddings()
+    if not base.rows:
+        base.model.tie_weights()
+    elif outer is not None and tied(base.model):
+        without_rows(outer)._parameters["weight"] = without_rows(inner)._parameters["weight"]
 
 
 def _around(device: torch.device) -> tuple[int, int]:

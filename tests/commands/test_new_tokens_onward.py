@@ -114,6 +114,12 @@ def test_peft_gets_them(run, target, tmp_path, dynlora: Dynlora):
     assert read_adapter(tmp_path / "x").token_rows.keys() == read_adapter(run).token_rows.keys()
 
 
+def test_a_library_refuses_what_its_base_cannot_read(run, tmp_path, dynlora: Dynlora):
+    done = dynlora("library", "add", tmp_path / "library", "--adapter", run)
+    assert done.code == 2
+    assert "which the base could not read" in done.err
+
+
 def test_inspect_tells_their_texts(run, dynlora: Dynlora):
     done = dynlora("inspect", "--adapter", run)
     assert done.code == 0, done.err

@@ -121,6 +121,13 @@ def test_a_token_that_is_there_already_goes_on_from_its_row_and_says_so(tmp_path
     assert any("'</s>' is token 1 of the tokenizer already" in note for note in notes_of(recipe))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_memory_is_estimated_with_them(tmp_path, kind):
+    plan = dry_run.plan(recipe_of(tmp_path, kind=kind))
+    assert plan["memory"]["total"] > 0, plan["notes"]
+    assert plan["parameters"]["new token"] == {"llama": 128, "gpt2": 64}[kind]
+
+
 def test_dry_run_names_them_and_what_nothing_teaches(tmp_path):
     recipe = recipe_of(tmp_path, tokens=[*TOKENS, "<|never|>"])
     notes = "\n".join(notes_of(recipe))
