@@ -24,17 +24,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dynlora_cli.errors import DynloraError, Interrupted
+
 if TYPE_CHECKING:
     from dynlora_cli.cli.asked import Work
     from dynlora_cli.cli.loaded import Loaded
     from dynlora_cli.cli.results import Evaluation, Exported, Inspection, Merged, Run, Written
+    from dynlora_cli.trainers import DynamicRankCallback, attach
 
     PathLike = str | os.PathLike[str]
     Adapter = PathLike | Written
     Progress = Literal["auto"] | Callable[[dict[str, Any]], None] | None
     Settings = Mapping[str, Any] | Sequence[str] | None
 
-__all__ = ["evaluate", "export", "inspect", "load", "merge", "prune", "train"]
+__all__ = [
+    "DynamicRankCallback", "DynloraError", "Interrupted", "attach", "evaluate", "export", "inspect", "load",
+    "merge", "prune", "train",
+]  # fmt: skip
 
 
 def train(

@@ -14,6 +14,8 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.events import Event
 from dynlora_cli.runs.log import RunRecord, read_run
 from dynlora_cli.runs.report import notebook
+from dynlora_cli.runs.report.notebook import in_notebook
+from dynlora_cli.text import size
 
 if TYPE_CHECKING:
     from dynlora_cli.cli.views.console import Console
@@ -44,6 +46,13 @@ class Result:
     def _repr_html_(self) -> str:
         return notebook.page(self._html(), self.notes)
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        """What IPython writes: the whole in a terminal; in a notebook one line, for the page says the rest."""
+        printer.text(self._line() if in_notebook() else repr(self))
+
+    def _line(self) -> str:
+        return f"<{type(self).__name__}>"
+
     def _show(self, console: Console) -> None:
         """Write it as the command does."""
         raise NotImplementedError
@@ -61,6 +70,9 @@ class Written(Result):
     """
 
     folder: Path = Path()
+
+    def _line(self) -> str:
+        return f"<{type(self).__name__} {self.folder}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,6 +124,10 @@ class Merged(Written):
 
         AdapterView(console).show_merged(dict(self.summary))
 
+    def _html(self) -> str:
+        into = f"merged into {'the base' if self.summary['into'] == 'base' else 'one adapter'}:"
+        return notebook.written(into, self.folder, notebook.agreement(self.summary.get("check")))
+
 
 @dataclass(frozen=True, repr=False)
 class Exported(Written):
@@ -122,6 +138,11 @@ class Exported(Written):
 
         view = AdapterView(console)
         (view.show_exported_library if "library" in self.summary else view.show_exported)(dict(self.summary))
+
+    def _html(self) -> str:
+        rows = [(name, size(file["bytes"])) for name, file in self.summary["files"].items()]
+        rows += notebook.agreement(self.summary.get("check"))
+        return notebook.written(f"exported to {self.summary['to']}:", self.folder, rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,6 +168,11 @@ class Evaluation(Result):
         from dynlora_cli.cli.views.evaluation import show_evaluation
 
         show_evaluation(console, self.summary)
+
+    def _html(self) -> str:
+        from dynlora_cli.cli.views.evaluation import COLUMNS
+
+        return notebook.page(notebook.evaluation(self.summary, COLUMNS), self.summary["notes"])
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ def watched(progress: Literal["auto"] | Show | None) -> Iterator[Heard]:
         yield Heard(progress)
     elif progress != "auto":
         raise UsageError(f"progress is {progress!r}", 'give "auto", a function that takes events, or None')
-    elif _in_notebook():
+    elif notebook.in_notebook():
         yield Heard(NotebookView())
     elif (console := Console()).terminal:
         with console.train_view() as view:
@@ -115,10 +114,3 @@ class NotebookView:
             self._handle = display(HTML(html), display_id=True)
         else:
             self._handle.update(HTML(html))
-
-
-def _in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook. IPython is asked, and never imported for it."""
-    module = sys.modules.get("IPython")
-    shell = module.get_ipython() if module is not None else None
-    return getattr(shell, "kernel", None) is not None

@@ -7,19 +7,28 @@ escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynlora_cli.runs.layer_grid import layer_grid, shade
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report.svg import text
-from dynlora_cli.text import MEASURES, change, count, number, rate
+from dynlora_cli.text import MEASURES, change, count, number, percent, rate
 
 TEAL, AMBER = "#12897c", "#c2702a"
 CELL_WIDTH, CELL_HEIGHT, MOST_TALL = 44, 18, 24  # pixels; with more blocks than that a cell is a thin bar
 CHART_WIDTH, CHART_HEIGHT = 320, 120
+Columns = Sequence[tuple[str, str, Callable[[float | None], str]]]
 _TABLE = 'style="border-collapse:collapse;margin:0 0 8px 0"'
 _CELL = 'style="text-align:{side};padding:1px 14px 1px 0;border:0;background:none"'
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook. IPython is asked, and never imported for it."""
+    module = sys.modules.get("IPython")
+    shell = module.get_ipython() if module is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def page(body: str, notes: Iterable[str] = ()) -> str:
@@ -62,6 +71,40 @@ def run(record: RunRecord, summary: Mapping[str, Any]) -> str:
         rank_map({**dict.fromkeys(start, 0), **ranks}, start) if ranks else "",
     ]
     return "".join(parts)
+
+
+def written(done: str, folder: object, rows: Iterable[Sequence[str]]) -> str:
+    """Files that were made: what was done, where they are, and some facts."""
+    return f"<div><b>{text(done)}</b> {text(folder)}</div>{table(('', ''), rows)}"
+
+
+def agreement(check: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How far what was written is from base + adapter, where that was measured."""
+    if not check:
+        return []
+    return [
+        ("KL, nats per token", f"{check['kl']:.1e}"),
+        (
+            "largest difference of a logit",
+            f"{check['max_logit_difference']:.1e}, of logits up to {check['max_logit']:.1f}",
+        ),
+        ("other choices of a token", percent(1 - check["same_choice"])),
+    ]
+
+
+def evaluation(report: Mapping[str, Any], columns: Columns) -> str:
+    """The base and every adapter on the same rows.
+
+    Args:
+        report: of `dynlora eval`.
+        columns: key, heading, and how its values are shown; one without values is left out.
+    """
+    lines_ = [("base", report["base"])] if report["base"] else []
+    lines_ += [(one["name"], one) for one in report["adapters"]]
+    shown = [column for column in columns if any(column[0] in values for _, values in lines_)]
+    rows = [(name, *(show(values.get(key)) for key, _, show in shown)) for name, values in lines_]
+    what = f"{count(report['rows'])} rows: {report['data']['source']}" if report["rows"] else ""
+    return f"<div>{text(what)}</div>{table(('', *(head for _, head, _ in shown)), rows)}"
 
 
 def before_after(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
