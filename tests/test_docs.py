@@ -37,7 +37,6 @@ WALK = [
     "quickstart.md",
     "howto/data.md",
     "howto/new-tokens.md",
-    "howto/preference.md",
     "howto/eval.md",
     "howto/prune.md",
     "howto/merge.md",
@@ -47,6 +46,7 @@ WALK = [
     "howto/routing.md",
     "howto/routing-proxy.md",
     "updates.md",
+    "howto/preference.md",
 ]
 BASE = {"model": {"name_or_path": "builtin:tiny"}, "dataset": {"train": [{"path": "builtin:stdlib-docs"}]}}
 OF_OTHER_TOOLS = {"--max-lora-rank", "--max-loras", "--lora-paths", "--lora-init-without-apply", "--cache-ram"}
