@@ -125,6 +125,11 @@ def own_classes(options: Model, folder: Path) -> list[str] | None:
     return None if head is None or new else class_names(structure.config)
 
 
+def trains_whole(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
+    """The modules of a classifier in memory that have to train whole, by the checkpoint that it was loaded from."""
+    return _whole(model, folder)[2]
+
+
 def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tuple[str, ...]]:
     """Of a classifier: its head, whether its checkpoint lacks that, and all modules that train whole.
 

@@ -22,6 +22,7 @@ from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.models.targets import find_targets, inside
 from dynlora_cli.text import counted
+from dynlora_cli.trainers.heads import task_of, whole_modules
 from dynlora_cli.trainers.leaves import settle
 from dynlora_cli.trainers.reference import reference, share
 from dynlora_cli.trainers.settings import checked, refuse_unknown
@@ -32,15 +33,6 @@ if TYPE_CHECKING:
     from dynlora_cli.lora.pool import Pool
     from dynlora_cli.lora.variant import Variant
 
-# Output layers of classifiers and of extractive answers, as transformers and PEFT call them.
-HEADS = ("classifier", "score", "qa_outputs")
-# By the end of a model's class name, its task in a recipe.
-TASKS = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForConditionalGeneration": "seq2seq-lm",
-    "ForSequenceClassification": "sequence-classification",
-}
 KEPT = "_dynlora_attached"  # the attribute of a model that knows its components
 
 
@@ -124,7 +116,10 @@ class Attached:
             UsageError: a trainer is at work, or it is done already.
         """
         if self.training is not None:
-            raise UsageError("detach: a trainer is at work on these components", "wait until it is done")
+            raise UsageError(
+                "detach: a trainer is at work on these components",
+                "wait until it is done; after one that ended in an error call `release()` of its callback first",
+            )
         if getattr(self.model, KEPT, None) is not self:
             raise UsageError("detach: these components are off the model already", "attach new ones")
         self.saved.end()
@@ -224,7 +219,7 @@ def attach(
     recipe = checked(sections, task=task, where="attach")
     kind = cast("Variant", plugins.load("variants", variant))
     _refuse_variant(variant, kind.Layer)
-    undo = _Undo(base, _whole(base, modules_to_save))
+    undo = _Undo(base, whole_modules(base, modules_to_save))
     pool, start = _put(base, kind, recipe, undo, seed)
     attached = Attached(base, model, pool, recipe, start, undo)
     _dress(attached)
@@ -305,12 +300,6 @@ def attached_to(model: object) -> Attached:
     return found
 
 
-def task_of(model: PreTrainedModel) -> str | None:
-    """A model's task as in a recipe; None for one that recipes do not know."""
-    name = type(model).__name__
-    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
-
-
 def _model_in(model: nn.Module) -> PreTrainedModel:
     """The one transformers model in a module.
 
@@ -339,24 +328,6 @@ def _model_in(model: nn.Module) -> PreTrainedModel:
             "pass the one that is to be adapted",
         )
     return outermost[0]
-
-
-def _whole(model: PreTrainedModel, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The modules that train whole.
-
-    Raises:
-        UsageError: the model has no module of a name.
-    """
-    names = dict(model.named_modules())
-    if wanted is None:
-        return tuple(name for name in names if name.split(".")[-1] in HEADS)
-    found: dict[str, None] = {}
-    for each in wanted:
-        matching = [name for name in names if name and (name == each or name.endswith(f".{each}"))]
-        if not matching:
-            raise UsageError(f"attach: modules_to_save: the model has no module {each!r}", "see model.named_modules()")
-        found |= dict.fromkeys(matching)
-    return tuple(found)
 
 
 def _refuse_variant(name: str, layer: type[ComponentLinear]) -> None:

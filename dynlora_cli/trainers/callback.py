@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.state import GradientState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -74,6 +75,8 @@ class DynamicRankCallback(TrainerCallback):
         self.rank_events: list[dict[str, Any]] = []
         self.control: RankControl | None = None
         self._processes: Processes | None = None
+        self._targets: Targets | None = None
+        self._at_work, self._rate = False, 0.0
 
     # -- a training run ------------------------------------------------------------------------------------------------
 
@@ -97,9 +100,12 @@ class DynamicRankCallback(TrainerCallback):
         refuse_model(attached, model)
         if getattr(attached.training, "_state", None) is state and attached.training is not self:
             raise UsageError("two DynamicRankCallbacks prune the same components", "give the trainer one")
+        self.release()
         self._state, self._outer_optimizer = state, optimizer
         self._optimizer = refuse_optimizer(attached, optimizer)
         self._rates, self._checked = CoupledRate(self._optimizer), False
+        self._gradient = FlatGradient(attached.pool, GradientState())
+        self._processes, self._at_work = Processes(attached.model), True
         tie(attached.pool)
         attached.saved.root = model
         if state.global_step > 0 and attached.saved.found is None:  # the trainer has read the adapter alone
@@ -107,13 +113,6 @@ class DynamicRankCallback(TrainerCallback):
         self._plan(state)
         history: list[dict[str, Any]] = state.log_history  # transformers says that all its values are numbers
         self.rank_events = [entry[EVENT] for entry in history if EVENT in entry]
-        from accelerate.state import GradientState
-
-        steps = GradientState()
-        self._gradient = FlatGradient(attached.pool, lambda: steps.sync_gradients)
-        self._targets: Targets | None = None
-        if self._processes is None:
-            self._processes = Processes(attached.model)
         attached.training = self
         attached.saved.control, attached.saved.resized = self._control().state_dict, self._follow
         attached.pool.stand_after(state.global_step, state.max_steps)
@@ -204,9 +203,9 @@ class DynamicRankCallback(TrainerCallback):
         assert gradient_P is not None
         assert processes is not None
         processes.average(gradient_P)
-        count = (
-            targets.count if targets.given is not None else processes.total(gradient_P.new_tensor(targets.count)).item()
-        )
+        count = targets.count
+        if targets.given is None:  # of this process alone
+            count = processes.total(torch.tensor(count, device=gradient_P.device)).item()
         scaler = getattr(self._outer_optimizer, "scaler", None)
         if scaler is not None:
             gradient_P.div_(scaler.get_scale())
@@ -220,9 +219,9 @@ class DynamicRankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         pool, skipped = self.attached.pool, getattr(self._outer_optimizer, "step_was_skipped", False)
-        rate = self._rates.rate(pool.leaves)
+        self._rate = self._rates.rate(pool.leaves)
         self._rates.lower()
-        pool.after_update(0.0 if skipped else rate)
+        pool.after_update(0.0 if skipped else self._rate)
         if not self._checked and self._control().schedule.steps:
             refuse_unknown(self._optimizer, pool.leaves)
             self._checked = True
@@ -291,15 +290,23 @@ class DynamicRankCallback(TrainerCallback):
         alive = {
             "components": self.attached.components,
             "component_parameters": self.attached.parameters,
-            "component_learning_rate": logs.get("learning_rate", 0.0) * self.control.rate_factor,
+            "component_learning_rate": self._rate,  # of the step just done, as `learning_rate` is
         }
         logs |= alive
         if state.log_history:
             state.log_history[-1] |= alive
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._look_away()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the model: take off all hooks. A trainer that ends in an error does not say so."""
+        if self._at_work:
+            self._look_away()
+            self._rates.lower()
+            self._at_work = False
         if self._processes is not None:
             self._processes.remove()
             self._processes = None
-        self.attached.training = self.attached.saved.control = None
+        if self.attached.training is self:
+            self.attached.training = self.attached.saved.control = None

@@ -6,12 +6,13 @@ backward pass of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,11 +24,11 @@ class FlatGradient:
 
     Args:
         pool: the components.
-        last_pass: whether the backward pass at hand is the last one of its optimizer step.
+        accumulation: knows whether the backward pass at hand is the last one of its optimizer step.
     """
 
-    def __init__(self, pool: Pool, last_pass: Callable[[], bool]) -> None:
-        self.pool, self.last_pass = pool, last_pass
+    def __init__(self, pool: Pool, accumulation: GradientState) -> None:
+        self.pool, self.accumulation = pool, accumulation
         self._handles: list[RemovableHandle] = []
         self._views: list[Tensor] = []
 
@@ -44,7 +45,7 @@ class FlatGradient:
                 self._handles.append(leaf.register_post_accumulate_grad_hook(partial(self._copy, view)))
 
     def _copy(self, view: Tensor, leaf: Tensor) -> None:
-        if leaf.grad is not None and self.last_pass():
+        if leaf.grad is not None and self.accumulation.sync_gradients:
             view.copy_(leaf.grad)
 
     def end(self) -> None:

@@ -12,7 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_run import model_folder
 from torch import nn
 from trainer_helpers import arguments, losses, rows, tiny_llama, trainer_of
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.trainers import DynamicRankCallback, attach
@@ -133,6 +141,20 @@ def test_a_classifiers_head_trains_whole_and_is_saved(tmp_path: Path) -> None:
     assert torch.equal(again.classifier.weight, model.classifier.weight)
     attached.detach()
     assert torch.equal(model.classifier.weight, head["weight"])
+
+
+def test_what_a_checkpoint_lacks_on_top_trains_whole(tmp_path: Path) -> None:
+    """A pooler that was drawn anew would be another one in whoever loads the adapter."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(**small, intermediate_size=64)).save_pretrained(tmp_path)
+    attached = attach(AutoModelForSequenceClassification.from_pretrained(tmp_path), 2)
+    assert set(attached.whole) == {"classifier", "bert.pooler.dense"}
+    assert not any("pooler" in name for name in attached.rank_map)
+    model = tiny_llama()
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(UsageError, match="lm_head has no weights of its own"):
+        attach(model, modules_to_save=["lm_head"])
 
 
 def test_a_head_does_not_take_the_components_rate(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from trainer_helpers import EVENTS, arguments, losses, rows, tiny_llama, trainer_of
@@ -122,6 +123,45 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_the_first_even
     assert attached.parameters == attached.start.parameters
 
 
+class Scaled(Trainer):
+    """Scales the loss as fp16 does, which accelerate does on GPUs only; its gradient overflows in the fourth step."""
+
+    overflows = False
+
+    def create_optimizer(self, *args: Any) -> Any:
+        inner = super().create_optimizer(*args)
+        scaler = self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+        self.optimizer = AcceleratedOptimizer(inner, scaler=scaler)
+        self.optimizer._is_accelerate_prepared = True
+        return self.optimizer
+
+    def compute_loss(self, *args: Any, **options: Any) -> Any:
+        loss = super().compute_loss(*args, **options)
+        return loss * (torch.inf if self.overflows and self.state.global_step == 3 else 1)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.accelerator.scaler.unscale_(self.optimizer.optimizer)
+        return super()._clip_grad_norm(model)
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_scaled_loss_is_seen_unscaled(tmp_path: Path, overflows: bool) -> None:
+    plain, pruned, told = trainer_of(tmp_path)
+    plain.train()
+    attached = attach(tiny_llama(), 2, init=8)
+    callback = DynamicRankCallback(attached, **EVENTS)
+    trainer = Scaled(attached.model, arguments(tmp_path), train_dataset=rows(), callbacks=[callback])
+    trainer.overflows = overflows
+    trainer.train()
+    assert attached.parameters <= attached.start.budget
+    assert attached.pool.values.isfinite().all()
+    assert losses(trainer)[:3] == losses(plain)[:3]
+    if not overflows:  # powers of two change no digit
+        assert losses(trainer) == losses(plain)
+        assert attached.rank_map == pruned.rank_map
+        assert callback.rank_events[1]["threshold"] == told.rank_events[1]["threshold"]
+
+
 def test_two_callbacks_on_the_same_components_are_refused(tmp_path: Path) -> None:
     trainer, attached, _ = trainer_of(tmp_path)
     trainer.add_callback(DynamicRankCallback(attached, **EVENTS))
@@ -150,6 +190,9 @@ def test_a_callback_can_be_added_later_and_be_given_the_model(tmp_path: Path) ->
     trainer.add_callback(_detaching(attached))
     with pytest.raises(UsageError, match="a trainer is at work"):
         trainer.train()
+    with pytest.raises(UsageError, match="a trainer is at work") as refused:
+        attached.detach()
+    assert "call `release()` of its callback" in str(refused.value.hint)
     trainer.callback_handler.callbacks.pop()
     trainer.train()  # the crash of the first run is no hindrance
     assert attached.parameters <= attached.start.budget
