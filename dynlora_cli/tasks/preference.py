@@ -218,6 +218,11 @@ class PreferenceObjective(objective.Objective, Judge):
         self.references.load_state_dict(state)
 
 
+def above(one: Tensor, other: Tensor | float) -> Tensor:
+    """1 where a number is above another, 0 where it is below; a half where they are equal, as before the first step."""
+    return 0.5 + 0.5 * (one - other).sign()
+
+
 def summed_over_processes(tensor: Tensor) -> Tensor:
     """The sum over all processes of a run, which all ask for it together."""
     if not _alone():

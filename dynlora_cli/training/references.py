@@ -54,7 +54,6 @@ def _rows(run: Run, objective: PreferenceObjective) -> Iterator[Iterator[Batch]]
         more += [*data.train, *data.replayed]
     elif not data.val:
         more += data.train[: run.recipe.train.micro_batch_size * run.recipe.train.gradient_accumulation_steps]
-    more += [example for rows in run.also for example in rows.examples]
     unseen = [example for example in more if not objective.references.has(example.line_keys())]
     if unseen:
         yield _in_order(make_batches(run.recipe, unseen, run.base, shuffle=False, accelerator=run.accelerator))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from numeric import same_curve
+from preference_runs import looks, preference_recipe
 from test_checkpoint import assert_same_run, interrupt
 from tiny_run import assembled, in_double, make_recipe, train
 
@@ -21,31 +20,6 @@ from dynlora_cli.training.step import backward
 LOG_2 = 0.6931471805599453
 
 
-def rows(folder: Path, kind: str = "dpo", count: int = 40) -> Path:
-    """Answers of different lengths; the chosen ones have a word of their own."""
-    path = folder / f"{kind}.jsonl"
-    made = []
-    for number in range(count):
-        prompt = f"count to {number}: "
-        good, bad = "one " + "two " * (number % 3), "no " * (1 + number % 4)
-        if kind == "kto":
-            made += [{"prompt": prompt, "completion": (good, bad)[number % 2], "label": number % 2 == 0}]
-        else:
-            made += [{"prompt": prompt, "chosen": good, "rejected": bad}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    return path
-
-
-def preference_recipe(folder: Path, *overrides: str, objective: str = "dpo", out: str = "out"):
-    kind = "kto" if objective == "kto" else "dpo"
-    where = f"dataset.train=[{{path: {rows(folder, kind)}, format: {'kto' if kind == 'kto' else 'preference'}}}]"
-    return make_recipe(folder, where, f"train.objective={objective}", "eval.samples=0", *overrides, out=out)
-
-
-def looks(events):
-    return [event for event in events if event["event"] == "eval"]
-
-
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_a_run_learns_what_is_preferred(tmp_path, objective):
     _, events = train(preference_recipe(tmp_path, objective=objective))
@@ -54,6 +28,7 @@ def test_a_run_learns_what_is_preferred(tmp_path, objective):
     assert last["margin"] > first["margin"]
     if objective != "orpo":  # the model is its own reference yet, to the last bit
         assert first["margin"] == first["reward_chosen"] == first["reward_rejected"] == 0
+        assert first["accuracy"] == 0.5
         assert first["loss"] == pytest.approx(LOG_2 if objective == "dpo" else 0.5, abs=1e-7)
     window = [event for event in events if event["event"] == "train"][-1]
     assert {"accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"} <= window.keys()

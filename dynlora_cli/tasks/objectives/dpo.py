@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynlora_cli.tasks.preference import PreferenceObjective, sequence_logps
+from dynlora_cli.tasks.preference import PreferenceObjective, above, sequence_logps
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
@@ -223,8 +223,7 @@ class Objective(PreferenceObjective):
         reward_P, other_reward_P = rewards.chunk(2)
         return {
             "loss": loss_P,
-            # A tie counts half: before the first step all are tied, and nobody is wrong about them.
-            "accuracy": 0.5 * (1 + torch.sign(reward_P - other_reward_P)),
+            "accuracy": above(reward_P, other_reward_P),
             "margin": reward_P - other_reward_P,
             "reward_chosen": reward_P,
             "reward_rejected": other_reward_P,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_cli.tasks.loss import evaluating
-from dynlora_cli.tasks.preference import PreferenceObjective, sequence_logps, summed_over_processes
+from dynlora_cli.tasks.preference import PreferenceObjective, above, sequence_logps, summed_over_processes
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
@@ -95,7 +95,7 @@ class Objective(PreferenceObjective):
         none = torch.full_like(logps_B, torch.nan)
         return {
             "loss": weight_B * (1 - torch.sigmoid(beta * above_B)),
-            "accuracy": (above_B.detach() > 0).to(logps_B),
+            "accuracy": above(above_B.detach(), 0.0),
             "reward_chosen": torch.where(good_B, rewards_B, none),
             "reward_rejected": torch.where(good_B, none, rewards_B),
             "logp_chosen": torch.where(good_B, logps_B, none),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora_cli.tasks.loss import IGNORE, target_losses
-from dynlora_cli.tasks.preference import PreferenceObjective
+from dynlora_cli.tasks.preference import PreferenceObjective, above
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
@@ -89,7 +89,7 @@ class Objective(PreferenceObjective):
         )
         return {
             "loss": sft_P - self.options.beta * F.logsigmoid(log_odds_P),
-            "accuracy": (reward_P > other_reward_P).to(reward_P),
+            "accuracy": above(reward_P, other_reward_P),
             "margin": reward_P - other_reward_P,
             "reward_chosen": reward_P,
             "reward_rejected": other_reward_P,
