@@ -1,12 +1,12 @@
 """The pairs that preference.py trains on, and the models that it starts from.
 
 hh     of Anthropic's hh-rlhf (MIT licence), `harmless-base/test.jsonl.gz` at github.com/anthropics/hh-rlhf: what people
-       preferred of two answers. Of the 2,312 rows those whose lines have at most 128 tokens; some 500, split by a hash of
+       preferred of two answers. Of the 2,312 rows those whose lines have at most 256 tokens; some 500, split by a hash of
        the prompt. The folder of a clone, or of a bare one, is PREFERENCE_HH. Nothing of it is kept here.
 e2e    made, not judged by anybody: meanings of e2e_nlg with a text that people wrote. The rejected text is the same with
        one value replaced by another one of its kind ("cheap" by "high", "riverside" by "city centre").
 
-Both start from stories3M, fine-tuned on the chosen answers of other rows (e2e) or of the same ones (hh) and merged.
+Both start from stories260K, fine-tuned on the chosen answers of other rows (e2e) or of the same ones (hh) and merged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 from dynlora_cli import api
 
 SHARED = Path(os.environ.get("DYNLORA_SHARED", "../shared"))
-BASE = SHARED / "models" / "stories3M"
-MOST_TOKENS = {"hh": 128, "e2e": 96}  # of a line
+BASE = SHARED / "models" / "stories260K"
+MOST_TOKENS = {"hh": 256, "e2e": 192}  # of a line
 SFT_STEPS, SFT_RATE = 200, 4e-3
 Row = dict[str, Any]
 Parts = dict[str, list[Row]]
@@ -115,7 +115,7 @@ def _e2e() -> Parts:
     return {
         "train": [pair for pair in pairs[:-100] if pair["prompt"] != pairs[-100]["prompt"]],
         "val": pairs[-100:],
-        "test": _wronged(tested, test, values, chance)[:250],
+        "test": _wronged(tested, test, values, chance)[:150],
         "sft": sft,
         "val_sft": _answers(pairs[-100:]),
     }
@@ -134,7 +134,7 @@ def _wronged(
 ) -> list[Row]:
     """A pair of up to three texts of every meaning, if they have one of its values in so many words."""
     pairs = []
-    for name, text in ((name, text) for name in names for text in chance.sample(texts[name], min(3, len(texts[name])))):
+    for name, text in ((one, text) for one in names for text in chance.sample(texts[one], min(3, len(texts[one])))):
         slots = [(slot, value) for slot, value in re.findall(r"(\w+)\[(.+?)\]", name) if value in text]
         slots = [(slot, value) for slot, value in slots if len(values.get(slot, set()) - {value}) and slot != "name"]
         if slots:

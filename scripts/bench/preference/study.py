@@ -8,7 +8,7 @@ dynamic   twice as many at the start, pruned to the budget by the Fisher informa
 
 A cell is a set of pairs (pairs.py), a method and a budget. Its learning rate is chosen on seed 0 by the loss on the `val`
 rows, from factors of 2 with the best one inside; with it run three seeds, measured on the `test` rows. Both methods see
-the same batches. Every run is a line of study.jsonl; what is there is not run again. The base is stories3M after
+the same batches. Every run is a line of study.jsonl; what is there is not run again. The base is stories260K after
 supervised fine-tuning, loss sigmoid with beta 0.1.
 """
 
@@ -25,12 +25,13 @@ from typing import Any
 from pairs import prepare
 
 from dynlora_cli import api
+from dynlora_cli.errors import MeasureError
 
 RESULTS, TABLE = Path(__file__).with_suffix(".jsonl"), Path(__file__).with_suffix(".md")
 METHODS = ("fixed", "dynamic")
-CELLS = [("e2e", budget) for budget in (1, 2, 4)] + [("hh", budget) for budget in (1, 4)]
+CELLS = [("e2e", budget) for budget in (1, 4, 2)] + [("hh", budget) for budget in (1, 4)]
 STEPS, BATCH, SEEDS = 48, 8, (0, 1, 2)
-FIRST_RATE = {"e2e": 4e-3, "hh": 2e-3}
+FIRST_RATE = {"e2e": 8e-3, "hh": 4e-3}
 Record = dict[str, Any]
 
 
@@ -51,7 +52,7 @@ def run(name: str, method: str, budget: int, rate: float, seed: int, part: str, 
         "dataset": {
             "train": [{"path": str(rows / "train.jsonl"), "format": "preference"}],
             "val": [{"path": str(rows / f"{part}.jsonl"), "format": "preference"}],
-            "max_length": 160,
+            "max_length": 256,
         },
         "rank": {"init": budget * (2 if method == "dynamic" else 1), "budget": budget},
         "pruning": {"events": 4},
@@ -90,7 +91,7 @@ def best_rate(name: str, method: str, budget: int, work: Path) -> float:
         if rate not in losses:
             try:
                 losses[rate] = run(name, method, budget, rate, 0, "val", work)["loss"]
-            except Exception as error:  # a run that diverges is no candidate
+            except MeasureError as error:  # a run that diverges is no candidate
                 print(f"{name} {method} {budget} at {rate:.1e}: {error}", flush=True)
                 losses[rate] = math.inf
         return losses[rate]
