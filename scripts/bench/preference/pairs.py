@@ -4,7 +4,7 @@ hh     of Anthropic's hh-rlhf (MIT licence), `harmless-base/test.jsonl.gz` at gi
        preferred of two answers. Of the 2,312 rows those whose lines have at most 256 tokens; some 500, split by a hash of
        the prompt. The folder of a clone, or of a bare one, is PREFERENCE_HH. Nothing of it is kept here.
 e2e    made, not judged by anybody: meanings of e2e_nlg with a text that people wrote. The rejected text is the same with
-       one value replaced by another one of its kind ("cheap" by "high", "riverside" by "city centre").
+       one value replaced by another one of its kind ("cheap" by "high", "riverside" by "city centre"). Meanings are disjoint between the parts.
 
 Both start from stories260K, fine-tuned on the chosen answers of other rows (e2e) or of the same ones (hh) and merged.
 """
@@ -94,31 +94,24 @@ def _last_turn(text: str) -> tuple[str, str]:
 
 def _e2e() -> Parts:
     chance = random.Random(0)
-    folder = SHARED / "data" / "e2e_nlg"
-    valid, test = (_meanings(folder / f"{part}_clean.jsonl") for part in ("valid", "test"))
+    valid = _meanings(SHARED / "data" / "e2e_nlg" / "valid_clean.jsonl")
     values: dict[str, set[str]] = {}
     for meaning in valid:
         for slot, value in re.findall(r"(\w+)\[(.+?)\]", meaning):
             values.setdefault(slot, set()).add(value)
     names = sorted(valid)
     chance.shuffle(names)
-    half = len(names) // 2
-    pairs = _wronged(names[half:], valid, values, chance)
+    half, parts = len(names) // 2, len(names) // 10
     sft = [
         {"prompt": name + "\n", "completion": " " + text}
         for name in names[:half]
         for text in chance.sample(valid[name], min(3, len(valid[name])))
     ]
     chance.shuffle(sft)
-    tested = sorted(test)
-    chance.shuffle(tested)
-    return {
-        "train": [pair for pair in pairs[:-100] if pair["prompt"] != pairs[-100]["prompt"]],
-        "val": pairs[-100:],
-        "test": _wronged(tested, test, values, chance)[:150],
-        "sft": sft,
-        "val_sft": _answers(pairs[-100:]),
-    }
+    ends = {"train": (half, -2 * parts), "val": (-2 * parts, -parts), "test": (-parts, None)}
+    found = {part: _wronged(names[begin:end], valid, values, chance) for part, (begin, end) in ends.items()}
+    found["val"], found["test"] = found["val"][:100], found["test"][:200]
+    return {**found, "sft": sft, "val_sft": _answers(found["val"])}
 
 
 def _meanings(path: Path) -> dict[str, list[str]]:

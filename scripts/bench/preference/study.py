@@ -31,7 +31,7 @@ RESULTS, TABLE = Path(__file__).with_suffix(".jsonl"), Path(__file__).with_suffi
 METHODS = ("fixed", "dynamic")
 CELLS = [("e2e", budget) for budget in (1, 4, 2)] + [("hh", budget) for budget in (1, 4)]
 STEPS, BATCH, SEEDS = 48, 8, (0, 1, 2)
-FIRST_RATE = {"e2e": 8e-3, "hh": 4e-3}
+FIRST_RATE = {"e2e": 4e-3, "hh": 4e-3}
 Record = dict[str, Any]
 
 
