@@ -188,3 +188,24 @@ def test_an_adapter_of_peft_on_top_is_refused(tmp_path):
     callback = DynamicRankCallback(attach(model, **BUDGET))
     with pytest.raises(UsageError, match="an adapter of PEFT on the model"):
         sft(tmp_path, model, [callback], peft_config=LoraConfig(target_modules="all-linear"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_base_in_bf16_has_components_in_fp32(tmp_path, autocast):
+    """As transformers loads most models today."""
+    model = load(tmp_path, "dpo").to(torch.bfloat16)
+    attached = attach(model, **BUDGET)
+    callback = DynamicRankCallback(attached, **PRUNING)
+    reference = attached.reference()
+    trainer = TRAINERS["dpo"](
+        tmp_path, model, [callback], ref_model=reference, bf16=autocast, gradient_checkpointing=True
+    )
+    trainer.train()
+    assert attached.pool.values.dtype == torch.float32
+    assert next(reference.parameters()).dtype == torch.bfloat16
+    assert attached.parameters <= attached.start.budget
+    assert losses(trainer)[-1][0] < losses(trainer)[0][0] == pytest.approx(0.6931, abs=1e-3)
+    trainer.save_model(str(tmp_path / "saved"))
+    tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
