@@ -109,6 +109,8 @@ def recorded_model(adapter: Adapter) -> Model:
 
 def label_names(adapter: Adapter) -> list[str] | None:
     """Class names of a classifier; numbers where another tool did not record them. None for other tasks."""
+    if outputs := plugins.declared("tasks", adapter.task, "OUTPUTS"):
+        return list(outputs)
     if not plugins.declared("tasks", adapter.task, "HAS_CLASSES"):
         return None
     recorded = (adapter.record.get("data") or {}).get("labels")

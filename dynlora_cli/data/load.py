@@ -118,6 +118,7 @@ def load_data(
     """
     reader = _reader(dataset, tokenizer, task, max_length, writing or Writing(), table, seed)
     train, dropped = read(reader, dataset.train, held_out=False)
+    labels = labels or task.outputs
     if task.has_classes:
         labels = labels or list(reader.writing.labels)
         labels = labels or class_names(train, num_labels, own_classes, reader.notes)
@@ -125,7 +126,7 @@ def load_data(
     train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
     parts, lost = {"train": train, "val": val, "sizing": sizing_rows}, {"train": dropped, "val": val_dropped}
     retrieval = put_passages(reader, seed, parts, lost, told=not to_measure)
-    if labels is not None:
+    if labels is not None and task.has_classes:
         number_labels([kept for part in parts.values() for kept in part], labels, reader.notes)
     counts = {part: _counts(parts[part], lost[part]) for part in lost}
     _check_supervised(counts, reader, to_measure)

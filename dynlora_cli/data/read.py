@@ -40,6 +40,7 @@ class TaskOfRows(Protocol):
     objective: str
     forms: tuple[str, ...]
     has_classes: bool
+    outputs: list[str] | None
 
     def like(self, train: Train | None) -> TaskOfRows:
         """The same task, for the objective of another run."""

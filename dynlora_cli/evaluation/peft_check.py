@@ -207,7 +207,8 @@ def _logits(model: PreTrainedModel, rows: list[Tensor], numbers: AbstractContext
 
 
 def _apart(wanted: Tensor, found: Tensor) -> float:
-    spread = (wanted - wanted.mean(-1, keepdim=True)).square().mean().sqrt()
+    across = -1 if wanted.shape[-1] > 1 else 0  # a single output, of many texts, is spread over these
+    spread = (wanted - wanted.mean(across, keepdim=True)).square().mean().sqrt()
     return ((found - wanted).square().mean().sqrt() / spread.clamp(min=1e-30)).item()
 
 

@@ -29,6 +29,7 @@ from dynlora_cli.models.linear import is_linear, is_transposed, kind_of
 from dynlora_cli.models.place import Place, tied
 from dynlora_cli.models.weights import New, Space, Weights, write_like
 from dynlora_cli.runs.folder import copy_tokenizer
+from dynlora_cli.tasks import task as tasks
 
 # What stands beside the weights and is of use to whoever runs the model.
 KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
@@ -385,6 +386,7 @@ def write_merged(plan: Plan, adapter: Adapter, place: Place, folder: Path) -> in
                 shutil.copyfile(path, folder / path.name)
     copy_tokenizer(adapter.folder, folder)  # as it was when the adapter was trained, template included
     write_json(folder / "config.json", plan.config)
+    tasks.of(place.options).carry((adapter.folder, place.folder), folder)
     total = write_like(plan.weights, folder, changed, added)
     if len(merged) != len(changed) + len(added) or len(plan.modules) != len(adapter.layers):
         raise DynloraError(f"merged {len(merged)} of {len(changed) + len(added)} tensors", "please report this")

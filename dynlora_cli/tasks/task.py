@@ -18,6 +18,9 @@ TARGET = "row"
 SILENT = "it names classes"
     Of a model that writes no text: what it does in place of that.
 
+OUTPUTS = ("LABEL_0",)
+    Names of the outputs of a head that is not for classes.
+
 WITHOUT = ("pooler",)
     Modules of the model that the task has no use for; they are not loaded.
 
@@ -64,6 +67,7 @@ class Task:
         objective: what is learned from the rows, as in recipes.
         forms: names of the neutral forms that it learns from: the objective's, where that has forms of its own.
         has_classes: the model has a head for classes, which are numbered before training.
+        outputs: names of what a head gives that is not for classes; None: there is no such head.
         measured: the numbers that `metrics` gives, and the loss.
         why_measured: why it is those and no others.
         needs_choices: `metrics` looks at what the model chose for each target.
@@ -80,6 +84,8 @@ class Task:
         self.objective: str = getattr(train, "objective", plugins.OBJECTIVE)
         own = plugins.declared("tasks", self.name, "FORMS")
         self.forms: tuple[str, ...] = plugins.declared("objectives", self.objective, "FORMS", own)
+        outputs = plugins.declared("tasks", self.name, "OUTPUTS")
+        self.outputs: list[str] | None = list(outputs) if outputs else None
         self.has_classes = bool(plugins.declared("tasks", self.name, "HAS_CLASSES"))
 
     @property
@@ -112,6 +118,14 @@ class Task:
             folder: of the adapter.
             model: with or without it; its structure is enough.
             longest: tokens of the longest example; None: nobody knows.
+        """
+
+    def carry(self, sources: Sequence[Path], folder: Path) -> None:
+        """Write the same beside a merged model: as it is in the first of some folders where it is; by default nothing.
+
+        Args:
+            sources: folders of the adapter and of its base.
+            folder: of the merged model.
         """
 
     def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002

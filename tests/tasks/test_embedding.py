@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ from vector_helpers import pairs, scored, vector_recipe, written
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.commands import evaluate, merge, prune
+from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.evaluation import options
+from dynlora_cli.merging.method import Way
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.embedding.reading import reading_of
 
@@ -276,3 +282,53 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path):
     write_model(base, "t5")
     with pytest.raises(UsageError, match="an encoder or a decoder alone"):
         train(recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(base)})}))
+
+
+# -- afterwards ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("embedding")
+    summary, _ = train(vector_recipe(folder, "model.query_prompt='ask: '", "model.pooling=max"))
+    return folder / "out", summary
+
+
+def test_a_merged_model_has_the_same_vectors_and_prompts(run: tuple[Path, dict[str, Any]], tmp_path: Path):
+    merge.run([run[0]], "base", tmp_path / "merged", Way("exact"), merge.Wanted())
+    for how in ({}, {"prompt_name": "query"}):
+        merged, adapter = (their_vectors(folder, TEXTS, **how) for folder in (tmp_path / "merged", run[0]))
+        torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_measured_and_pruned_by_its_own_loss(run: tuple[Path, dict[str, Any]], tmp_path: Path):
+    folder, summary = run
+    report = evaluate.run([folder], None, options.Options(), lambda text: None)
+    assert report["adapters"][0]["loss"] == pytest.approx(summary["loss_after"], rel=1e-5)
+    assert report["base"]["mrr"] == pytest.approx(summary["mrr_before"], abs=1e-6)
+    assert report["adapters"][0]["ndcg@10"] == pytest.approx(summary["ndcg@10_after"], abs=1e-6)
+    for policy in ("fisher", "activation"):
+        found = prune.run(prune.Request(folder, parse_budget(1), tmp_path / policy, policy=policy))
+        assert found["parameters"] < summary["parameters"]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_it_writes_no_text(run: tuple[Path, dict[str, Any]], dynlora: Any, command: str):
+    more = {"generate": ["--prompt", "x"], "chat": [], "serve": []}[command]
+    found = dynlora(command, "--adapter", str(run[0]), *more)
+    assert found.code == 2
+    assert "makes vectors of texts, and writes no text" in " ".join(found.err.split())
+
+
+def test_the_code_on_the_page_runs(
+    run: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    page = Path(__file__).parents[2] / "docs" / "howto" / "embedding.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    shutil.copytree(run[0], tmp_path / "out" / "search")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+    assert capsys.readouterr().out.strip() in code

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ class Related(Example):
         score: how well the two texts belong together; None where they simply do.
         confidence: as of `Example`.
     """
+
+    one_target: ClassVar[bool] = True
 
     parts: Sequence[Sequence[int]]
     row: int

@@ -43,6 +43,8 @@ class _Pooling(BaseModel):
     model_config = ConfigDict(extra="ignore")
     pooling_mode: str | list[str] | None = None
     include_prompt: bool = True
+    word_embedding_dimension: int | None = None
+    embedding_dimension: int | None = None
     pooling_mode_mean_tokens: bool = False
     pooling_mode_cls_token: bool = False
     pooling_mode_lasttoken: bool = False
@@ -88,7 +90,7 @@ def own_reading(folder: Path, pooling: str | None = None) -> Reading | None:
         )
     if "Pooling" not in kinds:
         return None
-    place = inside(folder, str(kinds["Pooling"].get("path") or POOLING), path) / "config.json"
+    place = _pooling_file(folder)
     lengths = _optional(_Lengths, folder / LENGTHS)
     prompts = {name: text or "" for name, text in _optional(_Settings, folder / SETTINGS).prompts.items()}
     passage = next((prompts[name] for name in ("document", "passage", "corpus") if prompts.get(name)), "")
@@ -100,6 +102,32 @@ def own_reading(folder: Path, pooling: str | None = None) -> Reading | None:
         longest=lengths.max_seq_length or _of_tokenizer(folder),
         lower_case=lengths.do_lower_case,
     )
+
+
+def own_length(folder: Path) -> int | None:
+    """Tokens that are read of a text, as the files of a folder say; None where they do not."""
+    return _optional(_Lengths, folder / LENGTHS).max_seq_length
+
+
+def own_dimension(folder: Path) -> int:
+    """Numbers of a hidden state, as the files of a folder that has them say.
+
+    Raises:
+        UsageError: they do not.
+    """
+    path = _pooling_file(folder)
+    found = fits(_Pooling, read_object(path), path)
+    size = found.embedding_dimension or found.word_embedding_dimension
+    if not size:
+        raise UsageError(f"{path} is damaged: it does not say how long vectors are", COPY_AGAIN)
+    return size
+
+
+def _pooling_file(folder: Path) -> Path:
+    """Where a folder that has the files keeps its pooling."""
+    path = folder / MODULES
+    places = [str(module.get("path") or POOLING) for module in _list(path) if _kind(module, path) == "Pooling"]
+    return inside(folder, places[0] if places else POOLING, path) / "config.json"
 
 
 def _of_tokenizer(folder: Path) -> int | None:
@@ -169,3 +197,26 @@ def write_reading(folder: Path, reading: Reading, dimension: int) -> None:
     prompts = {"query": reading.query_prompt, "document": reading.passage_prompt}
     write_json(folder / SETTINGS, {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
     write_json(folder / MODULES, listed)
+
+
+def write_cross_encoder(folder: Path, longest: int | None) -> None:
+    """Write the files by which sentence-transformers (6 and newer) loads a model that scores pairs of texts.
+
+    Args:
+        folder: of the model or the adapter.
+        longest: tokens that are read of a pair at most.
+    """
+    kind = "sentence_transformers.base.modules.transformer.Transformer"
+    write_json(
+        folder / LENGTHS,
+        {
+            "transformer_task": "sequence-classification",
+            "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+            "module_output_name": "scores",
+            "config_kwargs": {"num_labels": 1},  # the base of an adapter says something else
+            **({"max_seq_length": longest} if longest else {}),
+        },
+    )
+    sigmoid = "torch.nn.modules.activation.Sigmoid"
+    write_json(folder / SETTINGS, {"model_type": "CrossEncoder", "activation_fn": sigmoid, "prompts": {}})
+    write_json(folder / MODULES, [{"idx": 0, "name": "0", "path": "", "type": kind}])

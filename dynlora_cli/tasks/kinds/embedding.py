@@ -24,7 +24,7 @@ from dynlora_cli.data.encode import Encoder
 from dynlora_cli.data.examples import Example
 from dynlora_cli.tasks import task
 from dynlora_cli.tasks.embedding.encoder import RelatedEncoder
-from dynlora_cli.tasks.embedding.files import write_reading
+from dynlora_cli.tasks.embedding.files import own_dimension, own_reading, write_reading
 from dynlora_cli.tasks.embedding.judge import OF_SCORES, VectorJudge
 from dynlora_cli.tasks.embedding.pooling import Reading
 from dynlora_cli.tasks.embedding.reading import reading_of
@@ -109,6 +109,12 @@ class Task(task.Task):
     def beside(self, folder: Path, model: PreTrainedModel, longest: int | None) -> None:
         reading, _ = reading_of(self.options, longest)
         write_reading(folder, reading, int(model.config.get_text_config().hidden_size))
+
+    def carry(self, sources: Sequence[Path], folder: Path) -> None:
+        for source in sources:
+            if (found := own_reading(source)) is not None:
+                write_reading(folder, found, own_dimension(source))
+                return
 
     def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002
         return {}
