@@ -54,7 +54,6 @@ train:
   learning_rate: auto             # tries a few on the first batches; a number does without
 output_dir: {output}
 """
-EMBEDDING = "embedding"
 _ASKED, _RANKED = {"query", "anchor", "question"}, {"positive", "passage", "document", "negative"}
 CAUSAL, CLASSIFICATION, SEQ2SEQ = "causal-lm", "sequence-classification", "seq2seq-lm"  # the tasks it chooses among
 CHAT = "  chat: auto                      # turns where the model has a chat template | true | false: bare text\n"
@@ -309,7 +308,7 @@ def _fit(place: str, row: Row, source: Source, base: _Base) -> tuple[str, str | 
     tasks = [CLASSIFICATION, CAUSAL] if "label" in {*row, *source.columns} else [CAUSAL, CLASSIFICATION]
     tasks = [base.task] if base.task else tasks
     if not base.task and not source.columns and _RANKED & row.keys() and _ASKED & row.keys():
-        tasks = [EMBEDDING, *tasks]  # passages to be found, which no language model writes
+        tasks = ["embedding", *tasks]  # passages to be found, which no language model writes
     if CAUSAL in tasks and (prefers := _preferring(row, source)):
         return CAUSAL, *prefers, source
     ways = [(task, source) for task in tasks]
