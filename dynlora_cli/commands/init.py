@@ -243,8 +243,7 @@ def _looked_at(source: Source, base: _Base, notes: list[str]) -> _Rows:
         DataError: they cannot be read, are of several kinds, or too few to learn from.
     """
     found: dict[tuple[str, str | None, str, str], tuple[str, Source]] = {}
-    look, account = _Look(base), None
-    is_text = False
+    look, account, is_text = _Look(base), None, False
     for table in tables(source, notes, held_out=False):
         rows = table.read()
         place, first = next(rows)  # a table without rows has raised
@@ -307,7 +306,7 @@ def _fit(place: str, row: Row, source: Source, base: _Base) -> tuple[str, str | 
     # A text with a label could be learned as text, but whoever labels it wants a classifier.
     tasks = [CLASSIFICATION, CAUSAL] if "label" in {*row, *source.columns} else [CAUSAL, CLASSIFICATION]
     tasks = [base.task] if base.task else tasks
-    if not base.task and not source.columns and _RANKED & row.keys() and _ASKED & row.keys():
+    if not (base.task or source.columns) and _RANKED & row.keys() and _ASKED & row.keys():
         tasks = ["embedding", *tasks]  # passages to be found, which no language model writes
     if CAUSAL in tasks and (prefers := _preferring(row, source)):
         return CAUSAL, *prefers, source
