@@ -314,7 +314,7 @@ def test_it_is_measured_and_pruned_by_its_own_loss(run: tuple[Path, dict[str, An
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
 def test_it_writes_no_text(run: tuple[Path, dict[str, Any]], dynlora: Any, command: str):
-    more = {"generate": ["--prompt", "x"], "chat": [], "serve": []}[command]
+    more = {"generate": ["x"], "chat": [], "serve": []}[command]
     found = dynlora(command, "--adapter", str(run[0]), *more)
     assert found.code == 2
     assert "makes vectors of texts, and writes no text" in " ".join(found.err.split())
