@@ -79,7 +79,7 @@ def test_the_other_commands(run: Any, tmp_path: Path):
     assert list(found.losses) == ["base", run.folder.name, "smaller"]
     for result in (run, smaller, looked, exported, found):
         assert str(result)
-        assert "<svg" in result._repr_html_() or "<pre" in result._repr_html_()
+        assert any(tag in result._repr_html_() for tag in ("<svg", "<pre", "<table"))
 
 
 def test_values_are_checked_as_the_commands_options_are(run: Any, tmp_path: Path):
