@@ -19,10 +19,12 @@ while another thread trains.
 
 from __future__ import annotations
 
+import inspect as signatures
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from dynlora_cli.errors import DynloraError, Interrupted
 
@@ -42,7 +44,29 @@ __all__ = [
     "merge", "prune", "train",
 ]  # fmt: skip
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _checked(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function, whose arguments are checked and read as the options of its command."""
+    signature = signatures.signature(function)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        from dynlora_cli.cli.arguments import as_options
+
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
+        as_options(signature, given)
+        return function(*given.args, **given.kwargs)
+
+    return checked
+
+
+@_checked
 def train(
     recipe: PathLike | Mapping[str, Any],
     *,
@@ -91,12 +115,13 @@ def train(
     return results.Run(summary, tuple(heard.notes), Path(summary["output_dir"]))
 
 
+@_checked
 def prune(
     adapter: Adapter,
     *,
     out: PathLike,
     budget: str | float | None = None,
-    born: str | Sequence[str] = (),
+    born: Adapter | Sequence[Adapter] = (),
     policy: str = "magnitude",
     set: Settings = None,
     data: PathLike | None = None,
@@ -117,7 +142,7 @@ def prune(
         out: a new folder.
         budget: an average rank (8), a share of the parameters (0.5), a number of them ("2M"), or "auto": as few as
             `tolerance` allows.
-        born: instead of a budget: take out what this run put in, by its name, its id or its folder.
+        born: instead of a budget: take out what this run put in; the run itself, its name, its id or its folder.
         policy: what chooses: "magnitude" needs no data; "activation", the best, "fisher" and "gradient" look at rows.
         set: options of the policy.
         data: rows to look at and to measure on, a file or a recipe; by default the run's own held-out rows.
@@ -133,7 +158,7 @@ def prune(
     """
     from dynlora_cli.cli import asked, results
 
-    how: dict[str, Any] = {"budget": budget, "born": [born] if isinstance(born, str) else list(born)}
+    how: dict[str, Any] = {"budget": budget, "born": results.births_of(born)}
     how |= {"policy": policy, "options": asked.settings(set), "data": _path(data), "tolerance": tolerance, "heal": heal}
     how |= {"base": _text(base), "trust_remote_code": trust_remote_code, "max_samples": max_samples}
     how |= {"measure": measure, "seed": seed, "overwrite": overwrite}
@@ -142,6 +167,7 @@ def prune(
     return results.Run(summary, notes, Path(out))
 
 
+@_checked
 def merge(
     adapter: Adapter | Sequence[Adapter],
     *,
@@ -193,6 +219,7 @@ def merge(
     return results.Merged(summary, notes, Path(summary["output_dir"]))
 
 
+@_checked
 def export(
     adapter: Adapter | None = None,
     *,
@@ -229,6 +256,7 @@ def export(
     return results.Exported(summary, notes, Path(out))
 
 
+@_checked
 def evaluate(
     adapter: Adapter | Sequence[Adapter] | None = None,
     *,
@@ -263,16 +291,18 @@ def evaluate(
         base, trust_remote_code, progress: as of `prune`.
     """
     from dynlora_cli.cli import asked_eval, results
+    from dynlora_cli.cli.arguments import place
     from dynlora_cli.config.load import RECIPES
     from dynlora_cli.evaluation.thresholds import Thresholds
 
-    folders, rows = [] if adapter is None else results.folders_of(adapter), _path(recipe)
+    folders = [] if adapter is None else results.folders_of(adapter)
+    rows = None if recipe is None else Path(place("recipe", recipe))
     if rows is None and len(folders) == 1 and folders[0].suffix.lower() in RECIPES:
         rows = folders.pop()
     how: dict[str, Any] = {"data": _path(data), "also": {name: Path(file) for name, file in (also or {}).items()}}
     how |= {"base": _text(base), "trust_remote_code": trust_remote_code, "with_base": not no_base}
     how |= {"max_samples": max_samples, "generate": generate, "samples": samples, "limit": limit}
-    how |= {"tasks": (tasks if isinstance(tasks, str) else ",".join(tasks)) or None}
+    how |= {"tasks": ",".join(tasks) or None}
     how |= {"allow_template_mismatch": allow_template_mismatch, "thresholds": Thresholds()}
 
     def work() -> Work:
@@ -282,6 +312,7 @@ def evaluate(
     return results.Evaluation(*_done(work, progress))
 
 
+@_checked
 def inspect(adapter: Adapter | Sequence[Adapter]) -> Inspection:
     """What an adapter is made of: ranks, sizes, spectra, where it comes from. Two are put side by side."""
     from dynlora_cli.cli import asked, results
@@ -289,6 +320,7 @@ def inspect(adapter: Adapter | Sequence[Adapter]) -> Inspection:
     return results.Inspection(*_done(lambda: asked.inspect(results.folders_of(adapter)), None))
 
 
+@_checked
 def load(adapter: Adapter, *, base: PathLike | None = None, trust_remote_code: bool = False) -> Loaded:
     """A base with an adapter in memory, to be asked; a context manager, or `close()` it.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import plugins
+from dynlora_cli.cli.arguments import place, several
 from dynlora_cli.cli.values import METHODS, choice, numbers, share, size
 from dynlora_cli.commands import preflight
 from dynlora_cli.config.options import given
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Work = Callable[[Emit], dict[str, Any]]
 POLICY, TOLERANCE = "magnitude", "0.5%"  # of prune, where nobody says
 MAX_KL, MAX_CHANGED = 0.01, "1%"  # of merge
+SETTINGS = "a dict such as {'rank.budget': 4}, or texts such as 'rank.budget=4'"
 
 
 def recipe_of(recipe: str | os.PathLike[str] | Mapping[str, Any], changes: Sequence[str], out: str | None) -> Recipe:
@@ -41,16 +43,30 @@ def recipe_of(recipe: str | os.PathLike[str] | Mapping[str, Any], changes: Seque
     if isinstance(recipe, Mapping):
         return check_recipe(recipe, changes, out)
     if isinstance(recipe, (str, os.PathLike)):
-        return load_recipe(Path(recipe), changes, out)
+        return load_recipe(Path(place("recipe", recipe)), changes, out)
     raise UsageError(f"a recipe is a file or a dict, and no {type(recipe).__name__}", "give its path, or its sections")
 
 
 def settings(given: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
-    """Settings as `--set` takes them, of a dict or a list."""
-    if given is None or not isinstance(given, Mapping):
-        return [given] if isinstance(given, str) else list(given or ())
-    # JSON is YAML. What JSON cannot hold becomes a text, which the check of the key answers.
-    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in given.items()]
+    """Settings as `--set` takes them, of a dict or a list.
+
+    Raises:
+        UsageError: they are something else, or hold what no recipe can.
+    """
+    if given is None:
+        return []
+    if not isinstance(given, Mapping):
+        found = [given] if isinstance(given, str) else several("set", given, SETTINGS)
+        if wrong := [one for one in found if not isinstance(one, str)]:
+            raise UsageError(f"set: got a {type(wrong[0]).__name__} in a list, must be {SETTINGS}")
+        return found
+    from dynlora_cli.config.strict_yaml import from_plain
+
+    tree, problems = from_plain(given, "set")
+    if tree is None or problems:
+        raise UsageError("\n".join(map(str, problems)))
+    # JSON is YAML.
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in tree.plain().items()]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.cli.arguments import place
 from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.events import Event
 from dynlora_cli.runs.log import RunRecord, read_run
@@ -194,15 +195,31 @@ AdapterLike = str | os.PathLike[str] | Written
 
 
 def folder_of(adapter: AdapterLike) -> Path:
-    """Where an adapter is that is given as its folder, or as what wrote it."""
+    """Where an adapter is that is given as its folder, or as what wrote it.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if isinstance(adapter, Written):
         return adapter.folder
     if isinstance(adapter, (str, os.PathLike)):
-        return Path(adapter)
+        return Path(place("adapter", adapter))
     raise UsageError(f"an adapter is a folder or a Run, and no {type(adapter).__name__}", "give its path")
 
 
 def folders_of(adapters: AdapterLike | Sequence[AdapterLike]) -> list[Path]:
-    """The same of one or several."""
-    several = adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]
+    """The same of one or several.
+
+    Raises:
+        UsageError: there are none, or one is no adapter.
+    """
+    several = adapters if isinstance(adapters, Sequence) and not isinstance(adapters, (str, bytes)) else [adapters]
+    if not several:
+        raise UsageError("adapter: got an empty list, must be one or more folders or Runs", "name an adapter")
     return [folder_of(one) for one in several]
+
+
+def births_of(born: AdapterLike | Sequence[AdapterLike]) -> list[str]:
+    """Updates, each named by its run's name or id, by its folder, or by what wrote it."""
+    several = born if isinstance(born, Sequence) and not isinstance(born, (str, bytes)) else [born]
+    return [os.fspath(folder_of(one)) for one in several]

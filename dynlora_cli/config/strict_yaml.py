@@ -177,6 +177,8 @@ def from_plain(data: Any, source: str) -> tuple[Node | None, list[Problem]]:
             return Node(value, place)
         if isinstance(value, (numbers.Integral, numbers.Real)):  # NumPy's, say
             return Node(int(value) if isinstance(value, numbers.Integral) else float(value), place)
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # NumPy's bool, a tensor of one number
+            return build(value.item(), path)
         problems.append(Problem(place, f"{dotted(path)}: got a {type(value).__name__}, which no recipe can hold"))
         return Node(None, place)
 
