@@ -23,7 +23,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (api.train, {"recipe": {}, "resume": "yes"}),
     (api.train, {"recipe": {}, "set": 3}),
     (api.train, {"recipe": {}, "set": [("rank.budget", 4)]}),
-    (api.prune, {"adapter": "a", "out": None, "budget": 0.5}),
+    (api.prune, {"adapter": "a", "budget": 0.5, "out": None}),
     (api.prune, {"adapter": "a", "out": "b", "budget": [1]}),
     (api.prune, {"adapter": "a", "out": "b", "budget": 0.5, "policy": None}),
     (api.prune, {"adapter": "a", "out": "b", "budget": 0.5, "heal": -1}),
@@ -38,8 +38,8 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (api.merge, {"adapter": "a", "density": "x"}),
     (api.merge, {"adapter": "a", "dtype": torch.bfloat16}),
     (api.merge, {"adapter": []}),
-    (api.export, {"adapter": "a", "to": 3, "out": "b"}),
-    (api.export, {"library": 3, "to": "vllm-library", "out": "b"}),
+    (api.export, {"adapter": "a", "out": "b", "to": 3}),
+    (api.export, {"to": "vllm-library", "out": "b", "library": 3}),
     (api.evaluate, {"adapter": []}),
     (api.evaluate, {"adapter": "a", "recipe": {}}),
     (api.evaluate, {"adapter": "a", "also": ["rows.jsonl"]}),
@@ -89,6 +89,6 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_settings_that_no_recipe_can_hold_are_named():
-    with pytest.raises(UsageError, match="dataset.train: got a set, which no recipe can hold"):
+    with pytest.raises(UsageError, match=r"dataset\.train: got a set, which no recipe can hold"):
         asked.settings({"dataset.train": {"rows.jsonl"}})
     assert asked.settings({"dataset.train": (Path("rows.jsonl"),)}) == ['dataset.train=["rows.jsonl"]']
