@@ -54,7 +54,7 @@ def _checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        from dynlora_cli.cli.arguments import as_options
+        from dynlora_cli.config.arguments import as_options
 
         try:
             given = signature.bind(*args, **kwargs)
@@ -291,7 +291,7 @@ def evaluate(
         base, trust_remote_code, progress: as of `prune`.
     """
     from dynlora_cli.cli import asked_eval, results
-    from dynlora_cli.cli.arguments import place
+    from dynlora_cli.config.arguments import place
     from dynlora_cli.config.load import RECIPES
     from dynlora_cli.evaluation.thresholds import Thresholds
 

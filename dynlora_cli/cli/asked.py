@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import plugins
-from dynlora_cli.cli.arguments import place, several
 from dynlora_cli.cli.values import METHODS, choice, numbers, share, size
 from dynlora_cli.commands import preflight
+from dynlora_cli.config.arguments import place, several
 from dynlora_cli.config.options import given
 from dynlora_cli.errors import UsageError
 from dynlora_cli.execution.launch import is_main_process

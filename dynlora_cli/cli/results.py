@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.cli.arguments import place
+from dynlora_cli.config.arguments import place
 from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.events import Event
 from dynlora_cli.runs.log import RunRecord, read_run

@@ -13,7 +13,7 @@ import torch
 
 from dynlora_cli import api
 from dynlora_cli.cli import asked
-from dynlora_cli.cli.arguments import option
+from dynlora_cli.config.arguments import option
 from dynlora_cli.errors import UsageError
 
 WRONG: list[tuple[Callable[..., Any], dict[str, Any]]] = [
