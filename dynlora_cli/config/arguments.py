@@ -97,7 +97,7 @@ def number(name: str, value: Any, must: str = "a number") -> int | float:
 
 def scalar(value: Any) -> Any:
     """NumPy's or torch's single numbers as Python's own; anything else as it is."""
-    if isinstance(value, (bool, int, float, str)):
+    if type(value) in (bool, int, float, str):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
