@@ -307,3 +307,9 @@ def test_a_wrong_recipe_is_answered_at_once(wrong_recipe: Path):
     bare = min(seconds("-c", "import typer") for _ in range(3))
     answer = min(seconds("-m", "dynlora_cli", "train", str(wrong_recipe)) for _ in range(3))
     assert answer - bare < max(1.0, 4 * bare)
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by their bare names, so the second of two would not be run."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
