@@ -17,6 +17,7 @@ from dynlora_cli.data.batches import Batches
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.rows import MICRO_BATCH, Rows, own_recipe
 from dynlora_cli.models.load import precision_of
+from dynlora_cli.runs.record import is_after
 from dynlora_cli.tasks import objective as objectives
 from dynlora_cli.tasks.preference import PreferenceObjective
 
@@ -36,23 +37,26 @@ def origin_of(adapter: Adapter) -> Adapter | None:
     """The adapter that a run went on from; None where it began with the base alone.
 
     Raises:
-        UsageError: it is not there any more, or another one is.
+        UsageError: it is not there any more, or another one is, or what it was has been trained on.
     """
     recipe = own_recipe(adapter)
     named = recipe.adapter.origin if recipe else None
     if named is None:
         return None
-    births = adapter.record.get("births")
-    before = births[-2] if isinstance(births, list) and len(births) > 1 else {}
+    births = adapter.births
     put_back = "put it back there: the objective compares with it"
     for place in (Path(named), adapter.folder.parent / Path(named).name):
         try:
             found = read_adapter(find_adapter(place, "adapter.from")[0])
         except UsageError:
             continue
-        run = found.record.get("run_id")
-        if run and before.get("run") not in (None, run):
-            raise UsageError(f"{adapter.folder} went on from another run than the one that is in {place}", put_back)
+        if len(births) > 1 and found.births[-1]["run"] != births[-2]["run"]:
+            raise UsageError(f"{adapter.folder} went on from another adapter than the one that is in {place}", put_back)
+        if is_after(found.record.get("finished"), births[-1]["date"]):
+            raise UsageError(
+                f"the adapter in {place} was trained on after {adapter.folder} had gone on from it",
+                "put back what it was then: the objective compares with it",
+            )
         return found
     raise UsageError(f"{adapter.folder} went on from the adapter in {named}, which is not there", put_back)
 

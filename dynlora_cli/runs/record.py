@@ -8,6 +8,7 @@ version 0.1, or somebody else's.
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,6 +16,7 @@ from dynlora_cli.files.whole import write_json
 
 RECORD = "dynlora.json"
 SCHEMA_VERSION = 1
+_MOMENT = "%Y-%m-%dT%H:%M:%S%z"
 # A word of Python, so no class can have it as a field: the folder that was pruned.
 _PruneFrom = TypedDict("_PruneFrom", {"from": str}, total=False)
 
@@ -256,7 +258,15 @@ class Record(TypedDict, total=False):
 
 def now() -> str:
     """The moment, as records write it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time.strftime(_MOMENT)
+
+
+def is_after(one: object, other: object) -> bool:
+    """Whether a moment, as records write it, is after another one; what cannot be read as a moment is not."""
+    try:
+        return datetime.strptime(str(one), _MOMENT) > datetime.strptime(str(other), _MOMENT)
+    except ValueError:
+        return False
 
 
 def write(folder: Path, record: Record) -> None:

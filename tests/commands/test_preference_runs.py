@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from cli_helpers import Dynlora
 from numeric import same_loss
+from safetensors.torch import load_file, save_file
 from tiny_run import WORDS, lines, make_recipe, train
 
 from dynlora_cli.commands import evaluate, init, prune
@@ -157,6 +158,31 @@ def test_dpo_after_sft_compares_with_the_sft_adapter(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"went on from the adapter in .*sft, which is not there"):
         measured(recipe)
     assert not [event for event in events if event["event"] == "warning"]
+
+
+def test_an_adapter_that_is_another_by_now_is_no_reference(tmp_path: Path) -> None:
+    """One of another tool, which has no run to be known by; and one whose run was interrupted, and went on later."""
+    train(make_recipe(tmp_path, out="sft"))
+    stock = tmp_path / "stock"
+    stock.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "sft" / name, stock)
+    from_stock, from_sft = (
+        recipe_of(tmp_path, "dpo", f"adapter.from={tmp_path / origin}", "rank.init=auto", out=f"of_{origin}")
+        for origin in ("stock", "sft")
+    )
+    for recipe in (from_stock, from_sft):
+        train(recipe)
+        assert measured(recipe)["adapters"]
+    weights = stock / "adapter_model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(UsageError, match=r"another adapter than the one that is in .*stock"):
+        measured(from_stock)
+    record = tmp_path / "sft" / "dynlora.json"
+    known = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps(known | {"finished": "2999-01-01T00:00:00+0000"}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"sft was trained on after .*of_sft had gone on from it"):
+        measured(from_sft)
 
 
 def test_rows_of_an_sft_run_are_not_replayed_between_pairs(tmp_path: Path) -> None:
