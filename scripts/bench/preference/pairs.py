@@ -1,4 +1,4 @@
-"""The pairs that preference.py trains on, and the models that it starts from.
+"""The pairs that study.py trains on, and the models that it starts from.
 
 hh     of Anthropic's hh-rlhf (MIT licence), `harmless-base/test.jsonl.gz` at github.com/anthropics/hh-rlhf: what people
        preferred of two answers. Of the 2,312 rows those whose lines have at most 256 tokens; some 500, split by a hash of

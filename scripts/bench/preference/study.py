@@ -29,7 +29,7 @@ from dynlora_cli.errors import MeasureError
 
 RESULTS, TABLE = Path(__file__).with_suffix(".jsonl"), Path(__file__).with_suffix(".md")
 METHODS = ("fixed", "dynamic")
-CELLS = [("e2e", budget) for budget in (1, 4, 2)] + [("hh", budget) for budget in (1, 4)]
+CELLS = [("e2e", budget) for budget in (1, 2, 4)] + [("hh", budget) for budget in (1, 4)]
 STEPS, BATCH, SEEDS = 48, 8, (0, 1, 2)
 FIRST_RATE = {"e2e": 4e-3, "hh": 4e-3}
 Record = dict[str, Any]
