@@ -128,7 +128,10 @@ def _conversation(
         pairs = zip(better.messages, worse.messages, strict=False)
         end = next((at for at, (one, other) in enumerate(pairs) if one != other), shortest - 1)
     if not end:
-        raise BadRowError("'chosen' and 'rejected' share no message, so nothing is asked; is there no 'prompt'?")
+        named = "; if it is in 'messages', write `columns: {prompt: messages}` beside the path" * ("messages" in row)
+        raise BadRowError(
+            f"'chosen' and 'rejected' share no message, so nothing is asked; is there no 'prompt'?{named}"
+        )
     answers = better.messages[end:], worse.messages[end:]
     return Preference(better.messages[:end], *answers, tools=better.tools, remarks=remarks + better.remarks)
 

@@ -43,6 +43,7 @@ class PreferenceEncoder(TextEncoder):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int, *, pairs: bool) -> None:
         super().__init__(tokenizer, train_on, max_length)
         self.pairs = pairs
+        self._labels: Counter[int] = Counter()  # rows that are judged alone, by whether they are good
         self._earlier: Counter[int] = Counter()  # rows by how many tokens of the prompt alone their line lacks
 
     def apart(self, row: Located) -> list[Located]:
@@ -63,6 +64,7 @@ class PreferenceEncoder(TextEncoder):
         first, start = array("i", draft.ids[: self.max_length]), draft.start
         if draft.other is not None:
             return Compared(first, array("i", draft.other[: self.max_length]), start, row, draft.confidence)
+        self._labels[int(bool(draft.label))] += 1
         return Rated(first, start, bool(draft.label), row, draft.confidence)
 
     def settle(self, examples: Sequence[Example], prompts: Sequence[bytes]) -> None:
@@ -70,6 +72,12 @@ class PreferenceEncoder(TextEncoder):
 
     def notes(self, template: str) -> list[str]:
         notes = super().notes(template)
+        if len(self._labels) == 1 < self._labels.total():
+            kind = "good" if self._labels[1] else "bad"
+            notes.append(
+                f"all {counted(self._labels.total(), 'answer')} are {kind}: nothing is held against them, and the "
+                "model may drift; add rows with the other label"
+            )
         if rows := self._earlier.total():
             most = max(self._earlier)
             notes.append(

@@ -309,3 +309,21 @@ def test_text_whose_prompt_is_in_both_answers_stays_text(tmp_path: Path) -> None
     data = read(tmp_path, [row], tokenizer)
     assert tokenizer.decode(data.train[0].input_ids) == "<s>Human: a fox?\n\nAssistant: a dog</s>"
     assert data.writing.turned == {"preference": False}
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_answers_of_one_kind_are_told(tmp_path: Path, label: bool) -> None:
+    rows = [{"prompt": f"what is {n} ", "completion": f"dog {n}", "label": label} for n in range(4)]
+    told = f"all 4 answers are {'good' if label else 'bad'}"
+    assert any(told in note for note in read(tmp_path, rows, byte_tokenizer(), "kto").notes)
+    rows[2]["label"] = not label
+    assert not any("answers are" in note for note in read(tmp_path, rows, byte_tokenizer(), "kto").notes)
+
+
+def test_messages_that_hold_the_prompt_are_named_in_the_refusal(tmp_path: Path) -> None:
+    row = {"messages": [USER], "chosen": DOG, "rejected": CAT}
+    tokenizer = byte_tokenizer(CHATML)
+    with pytest.raises(DataError, match=r"write `columns: \{prompt: messages\}`"):
+        read(tmp_path, [row], tokenizer)
+    (example,) = read(tmp_path, [row], tokenizer, columns={"prompt": "messages"}).train
+    assert isinstance(example, Compared)
