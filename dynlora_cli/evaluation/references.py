@@ -109,6 +109,6 @@ def learn_reference(adapter: Adapter, rows: Sequence[Rows], base: Base) -> list[
             continue
         origin = origin_of(adapter)
         _remember(objective, origin, base, each.batches(int(base.tokenizer.pad_token_id), base.model.device))
-        what = f"the adapter in {origin.folder}, from which it went on" if origin else "the base"
+        what = f"the adapter in {origin.folder}, from which {adapter.name} went on" if origin else "the base"
         notes.append(f"rewards are measured from {what}, whose own are 0")
     return notes

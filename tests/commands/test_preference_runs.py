@@ -147,7 +147,7 @@ def test_dpo_after_sft_compares_with_the_sft_adapter(tmp_path: Path) -> None:
     report = measured(recipe)
     assert report["adapters"][0]["loss"] == same_loss(summary["loss_after"])
     assert report["base"]["loss"] != pytest.approx(math.log(2), abs=1e-3)
-    assert any("sft, from which it went on" in note for note in report["notes"])
+    assert any("sft, from which after went on" in note for note in report["notes"])
     healed = prune.run(
         prune.Request(Path(recipe.output_dir), parse_budget(0.8), tmp_path / "healed", heal_steps=2, max_samples=8)
     )
