@@ -96,7 +96,8 @@ class Layout:
             self._follow(first, group)
         shared = getattr(model, "all_tied_weights_keys", None) or {}
         self._twins: dict[str, list[str]] = {}
-        for name in {*shared, *shared.values()}:
+        # The source comes first: files of a model whose ties parted in part hold others, and those are no one else's.
+        for name in dict.fromkeys([*shared.values(), *shared]):
             self._twins.setdefault(shared.get(name, name), []).append(name)
         self._first_twin = {name: first for first, names in self._twins.items() for name in names}
 

@@ -134,6 +134,21 @@ def test_names_of_the_time_of_tensorflow(tmp_path):
     assert not info["missing_keys"]
 
 
+def test_a_tied_parameter_is_read_from_the_source_and_not_from_a_twin_that_parted(tmp_path):
+    """Files of a T5 whose encoder has a table of its own, as a merge writes it."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
+    for parted in names:
+        folder = tmp_path / parted
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {parted: tensors["shared.weight"] + 1}, folder / "model.safetensors", {"format": "pt"})
+        layout = Layout(Weights(folder), model)
+        assert layout.find(parted) == parted
+        assert {layout.find(name) for name in names if name != parted} == {"shared.weight"}
+
+
 @pytest.mark.filterwarnings(
     "ignore:.*ensure_weight_tying.*:UserWarning", "ignore:.*save_embedding_layers.*:UserWarning"
 )
