@@ -114,7 +114,8 @@ def write_pool(
     config, tensors = saved(kind, pool, config)
     tensors |= {PREFIX + name: tensor for name, tensor in tensors_of(token_rows or {}).items()}
     for name, module in whole.items():
-        tensors |= module.state_dict(prefix=f"{PREFIX}{name}.")
+        # Copies: modules may share weights, which safetensors would refuse.
+        tensors |= {f"{PREFIX}{name}.{key}": tensor.clone() for key, tensor in module.state_dict().items()}
     write_adapter(folder, config, tensors)
 
 

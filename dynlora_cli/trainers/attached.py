@@ -22,7 +22,7 @@ from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.models.targets import find_targets, inside
 from dynlora_cli.text import counted
-from dynlora_cli.trainers.heads import task_of, whole_modules
+from dynlora_cli.trainers.heads import sharing, task_of, whole_modules
 from dynlora_cli.trainers.leaves import settle
 from dynlora_cli.trainers.reference import reference, share
 from dynlora_cli.trainers.settings import checked, refuse_unknown
@@ -93,7 +93,7 @@ class Attached:
             base_model=getattr(model.config, "_name_or_path", "") or "",
             revision=None,
             task=task_of(model),
-            whole={name: model.get_submodule(name) for name in self.whole},
+            whole={name: model.get_submodule(name) for name in (*self.whole, *sharing(model, self.whole))},
         )
         return path
 
@@ -183,7 +183,7 @@ def attach(
     dropout: float = 0.0,
     freeze_a: bool = False,
     init_weights: str = "default",
-    modules_to_save: Sequence[str] | None = None,
+    modules_to_save: str | Sequence[str] | None = None,
     seed: int = 0,
     **others: Any,
 ) -> Attached:

@@ -28,7 +28,20 @@ def task_of(model: PreTrainedModel) -> str | None:
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
-def whole_modules(model: PreTrainedModel, wanted: Sequence[str] | None) -> tuple[str, ...]:
+def sharing(model: PreTrainedModel, whole: Sequence[str]) -> tuple[str, ...]:
+    """Other modules that hold weights of these, such as a head that is tied to its table.
+
+    They are saved as well. PEFT loads a module of its own for each name, and leaves the others with the base's weights.
+    """
+    ids = {id(parameter) for name in whole for parameter in model.get_submodule(name).parameters()}
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if not inside(name, whole) and ids.intersection(map(id, module.parameters(recurse=False)))
+    )
+
+
+def whole_modules(model: PreTrainedModel, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
     """The modules that train whole.
 
     Raises:
@@ -42,7 +55,7 @@ def whole_modules(model: PreTrainedModel, wanted: Sequence[str] | None) -> tuple
         return tuple(dict.fromkeys([*heads, *(trains_whole(model, folder) if folder else ())]))
     found: dict[str, None] = {}
     own = [name for name, _ in model.named_parameters()]  # of weights that are shared, the first name
-    for each in wanted:
+    for each in [wanted] if isinstance(wanted, str) else wanted:
         matching = [name for name in names if name and (name == each or name.endswith(f".{each}"))]
         if not matching:
             raise UsageError(f"attach: modules_to_save: the model has no module {each!r}", "see model.named_modules()")

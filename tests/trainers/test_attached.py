@@ -143,6 +143,23 @@ def test_a_classifiers_head_trains_whole_and_is_saved(tmp_path: Path) -> None:
     assert torch.equal(model.classifier.weight, head["weight"])
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_a_tied_table_that_trains_whole_is_saved_with_its_head(tmp_path: Path) -> None:
+    """PEFT loads the table alone where it alone is named, and the head with the base's weights."""
+    model = tiny_llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    base = copy.deepcopy(model)
+    attached = attach(model, 2, init=8, modules_to_save="embed_tokens")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.5)
+    attached.save(tmp_path)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    torch.testing.assert_close(answers(loaded), answers(model), atol=1e-5, rtol=0)
+    assert attached.detach() is model
+    torch.testing.assert_close(model.lm_head.weight * 1.5, loaded.base_model.model.lm_head.weight)
+
+
 def test_what_a_checkpoint_lacks_on_top_trains_whole(tmp_path: Path) -> None:
     """A pooler that was drawn anew would be another one in whoever loads the adapter."""
     small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
