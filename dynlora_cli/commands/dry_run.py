@@ -108,8 +108,10 @@ def _memory(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
     length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train + data.replayed)
-    lines = len(data.train[0].lines)  # of a row
-    ids = (recipe.train.micro_batch_size * lines, length)
+    lines = max(len(example.lines) for example in data.train)  # of a row
+    part = getattr(recipe.model, "mini_batch_size", None)  # lines that a task has in memory at a time
+    rows = recipe.train.micro_batch_size * lines
+    ids = (min(rows, part or rows), length)
 
     def trained() -> Trained:
         if members is not None:
@@ -127,8 +129,9 @@ def _memory(
     if recipe.train.shard_base:
         data.notes.append("train.shard_base: the memory is that of a base which nobody shares; --devices N divide it")
     if need.rows > need.most_rows:
-        most = need.most_rows // lines
-        advice = f"lower train.micro_batch_size to {most}, " if most else ""
+        most = need.most_rows if part else need.most_rows // lines
+        size = "model.mini_batch_size" if part else "train.micro_batch_size"
+        advice = f"lower {size} to {most}, " if most else ""
         advice += "set train.gradient_checkpointing: true or model.load_in_4bit: true, or lower dataset.max_length"
         found["notes"] = [*data.notes, f"this may not fit into memory: {advice}"]
     return found

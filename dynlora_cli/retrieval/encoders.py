@@ -2,8 +2,8 @@
 
 base      the mean of the base model's own last hidden states; needs nothing else
 minilm    all-MiniLM-L6-v2, which comes as a Python package
-others    a folder or a hub id of any encoder that transformers' AutoModel loads: masked mean pooling, as
-          sentence-transformers does it for most
+others    a folder or a hub id of any encoder that transformers' AutoModel loads: pooled as its sentence-transformers
+          files say, by the masked mean where it has none; prompts are not put before texts
 
 Dimensions: N texts, T tokens of the longest of a batch, D numbers of a vector.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ BATCH = 32
 OTHERS = f"name a model's folder, a hub id, {BASE} or {MINILM}"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
+POOLING_FILE, OLDER, POOLINGS = "1_Pooling/config.json", "pooling_mode_", ("mean", "cls", "lasttoken")
+
 Vectors = NDArray[np.float32]
 
 
@@ -59,13 +62,14 @@ class Encoder(Protocol):
 
 @dataclass
 class MeanEncoder:
-    """The mean of a model's last hidden states over the tokens of a text, scaled to length 1.
+    """A model's last hidden states over the tokens of a text, by default their mean, scaled to length 1.
 
     Attributes:
         name, dimension, fingerprint: as of `Encoder`.
         model: returns `last_hidden_state` [N, T, D].
         tokenizer: the model's own.
         longest: tokens that the model reads of a text.
+        pooling: mean, cls (the first token) or lasttoken.
     """
 
     name: str
@@ -74,6 +78,7 @@ class MeanEncoder:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     longest: int
+    pooling: str = "mean"
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """[N, D]; texts of like length share a batch, so that little is padded."""
@@ -99,7 +104,11 @@ class MeanEncoder:
             mask_NT[row, : len(ids)] = 1
         with torch.no_grad():
             found = self.model(input_ids=ids_NT.to(device), attention_mask=mask_NT.to(device))
-        return _masked_mean(found.last_hidden_state, mask_NT.to(device)).cpu().numpy()
+        hidden_NTD = found.last_hidden_state
+        if self.pooling == "mean":
+            return _masked_mean(hidden_NTD, mask_NT.to(device)).cpu().numpy()
+        place_N = mask_NT.sum(1) - 1 if self.pooling == "lasttoken" else torch.zeros(len(tokens), dtype=torch.long)
+        return hidden_NTD[torch.arange(len(tokens)), place_N].float().cpu().numpy()
 
 
 def _masked_mean(hidden_NTD: Tensor, mask_NT: Tensor) -> Tensor:
@@ -156,6 +165,7 @@ def model_encoder(name: str) -> MeanEncoder:
     from transformers import AutoModel, AutoTokenizer
 
     folder = encoder_folder(name)
+    pooling = _pooling(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModel.from_pretrained(
@@ -168,7 +178,7 @@ def model_encoder(name: str) -> MeanEncoder:
     longest = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
     size = int(model.config.hidden_size)
     inner = model.get_encoder() if model.config.is_encoder_decoder else model
-    return MeanEncoder(name, size, _identity(folder), inner, tokenizer, longest)
+    return MeanEncoder(name, size, _identity(folder, pooling), inner, tokenizer, longest, pooling)
 
 
 def full_name(name: str) -> str:
@@ -188,11 +198,15 @@ def encoder_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return _from_hub(name)
+    if (folder / "adapter_config.json").is_file():  # transformers would load another model in its place
+        raise UsageError(
+            f"--encoder {name} holds an adapter, and an encoder is a whole model",
+            f"merge it into its base, and name that: dynlora merge --adapter {shlex.quote(name)} "
+            f"makes {folder / 'merged'}",
+        )
     refuse_links(folder, besides=(".safetensors",))
     if not (folder / "config.json").is_file():
         raise UsageError(f"--encoder {name} holds no config.json", OTHERS)
-    if (folder / "adapter_config.json").is_file():  # transformers would load another model in its place
-        raise UsageError(f"--encoder {name} holds an adapter", "name the folder of a model")
     return folder.resolve()
 
 
@@ -220,9 +234,30 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-def _identity(folder: Path) -> str:
-    """A hash over the config and the weights."""
+def _pooling(folder: Path, name: str) -> str:
+    """What the sentence-transformers files of a model say of its pooling, in their words; mean where there are none.
+
+    Raises:
+        UsageError: it is none of `POOLINGS`.
+    """
+    path = folder / POOLING_FILE
+    found = read_object(path) if path.is_file() else {}
+    mode = found.get("pooling_mode")
+    listed = mode if isinstance(mode, list) else [mode] if mode else []
+    older = [key for key, on in found.items() if key.startswith(OLDER) and on is True]
+    modes = listed or [key.removeprefix(OLDER).removesuffix("_tokens").removesuffix("_token") for key in older]
+    modes = modes or ["mean"]
+    if len(modes) > 1 or modes[0] not in POOLINGS:
+        shown = " and ".join(map(str, modes))
+        raise UsageError(f"--encoder {name}: {path} asks for pooling by {shown}", f"it can be {', '.join(POOLINGS)}")
+    return str(modes[0])
+
+
+def _identity(folder: Path, pooling: str) -> str:
+    """A hash over the config and the weights, and how they are pooled."""
     digest = hashlib.sha256(repr(sorted(read_object(folder / "config.json").items())).encode())
+    if pooling != "mean":  # under which everything was known before
+        digest.update(pooling.encode())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(sha256_of(file).encode())
     return digest.hexdigest()

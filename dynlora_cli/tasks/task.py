@@ -21,6 +21,9 @@ SILENT = "it names classes"
 OUTPUTS = ("LABEL_0",)
     Names of the outputs of a head that is not for classes.
 
+LOADS_WITH = "SentenceTransformer"
+    The class of sentence-transformers that loads what a run writes.
+
 WITHOUT = ("pooler",)
     Modules of the model that the task has no use for; they are not loaded.
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from dynlora_cli import plugins
 from dynlora_cli.kernels.linear_cross_entropy import decoder_inputs, linear_cross_entropy, run_to_head
 from dynlora_cli.models.place import tied
 from dynlora_cli.models.targets import inside
@@ -37,6 +38,7 @@ from dynlora_cli.models.load import Base
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
 MKL_BYTES, CUDA_BYTES = 128 << 20, 512 << 20
+AUTO_MODEL = "AutoModel"  # what loads a model without a head, whose hidden states become vectors
 USABLE = 0.9  # share of the free memory that tensors can fill; the rest is lost between them
 # Bytes a weight in 4 bits: blocks of 64 share a scale in fp32, which double quantization stores in 8 bits.
 NF4, NF4_DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / 64 / 256
@@ -122,6 +124,7 @@ def measure(
         ids: rows of a micro-batch, and tokens of its longest row.
         optimizer: its name in the recipe.
     """
+    vectors = plugins.declared("tasks", options.task, "AUTO_MODEL") == AUTO_MODEL
     model: PreTrainedModel = base.model.to(dtype=base.dtype)  # type: ignore[call-arg]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
@@ -135,9 +138,9 @@ def measure(
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in (*trained, *model.parameters()) if p.grad is not None]
         tokens = torch.zeros(ids, dtype=torch.long, device=device)
-        _step(base, tokens)  # the first pass of a model makes all logits, see kernels/linear_cross_entropy.py
+        _step(base, tokens, vectors=vectors)  # the first makes all logits, see kernels/linear_cross_entropy.py
         with _Peak(device, [*model.parameters(), *model.buffers(), *trained, *gradients, tokens]) as peak:
-            _step(base, tokens)
+            _step(base, tokens, vectors=vectors)
     leaves = set(map(id, trains.leaves))
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in leaves]
     weights = _bytes(frozen) - _bytes(quantized) + round(_per_weight(options) * sum(p.numel() for p in quantized))
@@ -187,12 +190,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _step(base: Base, ids: Tensor) -> None:
-    """Forward and backward, as if every token were a target."""
+def _step(base: Base, ids: Tensor, *, vectors: bool) -> None:
+    """Forward and backward, as if every token were a target, or each line a vector."""
     with torch.autocast(ids.device.type, base.dtype, enabled=base.dtype != torch.float32):
         if base.head is not None:
             logits = base.model(input_ids=ids).logits
             loss = F.cross_entropy(logits.float(), ids[:, 0], reduction="sum")
+        elif vectors:
+            loss = base.model(input_ids=ids).last_hidden_state.float().mean(1).square().sum()
         else:
             head, states = run_to_head(base.model, {"input_ids": ids, **decoder_inputs(base.model, ids)})
             states = states.flatten(0, 1)

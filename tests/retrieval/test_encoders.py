@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +87,44 @@ def test_an_adapter_in_a_models_folder_is_not_followed(bert: Path, tmp_path: Pat
     for file in bert.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
+    with pytest.raises(UsageError, match="holds an adapter") as caught:
+        model_encoder(str(tmp_path))
+    assert f"dynlora merge --adapter {tmp_path}" in (caught.value.hint or "")
+
+
+def test_a_run_without_a_models_config_is_told_to_be_merged_as_well(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds an adapter"):
         model_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, 0),
+        ({"pooling_mode": "lasttoken"}, -1),
+    ],
+)
+def test_texts_are_pooled_as_the_models_files_say(bert: Path, tmp_path: Path, config: dict, place: int):
+    shutil.copytree(bert, tmp_path / "model")
+    plain = model_encoder(str(tmp_path / "model"))
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    encoder = model_encoder(str(tmp_path / "model"))
+    texts = ["count words", "print"]
+    for text, vector in zip(texts, encoder.encode(texts), strict=True):
+        with torch.no_grad():
+            hidden = encoder.model(**encoder.tokenizer(text, return_tensors="pt")).last_hidden_state[0, place]
+        np.testing.assert_allclose(vector, (hidden / hidden.norm()).numpy(), rtol=1e-4, atol=1e-6)
+    assert encoder.fingerprint != plain.fingerprint
+
+
+def test_a_pooling_that_is_not_known_is_refused(bert: Path, tmp_path: Path):
+    shutil.copytree(bert, tmp_path / "model")
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
+    with pytest.raises(UsageError, match="pooling by weightedmean"):
+        model_encoder(str(tmp_path / "model"))
 
 
 def test_a_link_out_of_a_models_folder_is_not_followed(bert: Path, tmp_path: Path):

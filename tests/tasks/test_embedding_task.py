@@ -19,7 +19,7 @@ from vector_helpers import pairs, scored, vector_recipe, written
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.commands import evaluate, merge, prune
+from dynlora_cli.commands import dry_run, evaluate, merge, prune
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.load import Data, load_data
@@ -292,6 +292,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     folder = tmp_path_factory.mktemp("embedding")
     summary, _ = train(vector_recipe(folder, "model.query_prompt='ask: '", "model.pooling=max"))
     return folder / "out", summary
+
+
+def test_the_card_loads_it_as_what_it_is(
+    run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    card = (run[0] / "README.md").read_text(encoding="utf-8")
+    assert "library_name: sentence-transformers" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    monkeypatch.chdir(run[0])
+    exec(compile(code, "README.md", "exec"), {})
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_the_lines_that_have_a_graph_at_a_time(tmp_path: Path):
+    rows = pairs(22) + pairs(2, negatives=2)  # some rows have more texts than others
+    whole = dry_run.plan(vector_recipe(tmp_path, rows=rows))["memory"]
+    assert whole["rows"] == 4 * 4
+    assert whole["activations"] > 0
+    parts = dry_run.plan(vector_recipe(tmp_path, "model.mini_batch_size=2", rows=rows))["memory"]
+    assert parts["rows"] == 2
+    assert parts["activations"] < whole["activations"]
 
 
 def test_a_merged_model_has_the_same_vectors_and_prompts(run: tuple[Path, dict[str, Any]], tmp_path: Path):

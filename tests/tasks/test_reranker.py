@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vector_helpers import pairs, scored, vector_recipe
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.commands import evaluate, merge, prune
+from dynlora_cli.commands import dry_run, evaluate, merge, prune
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import DataError
@@ -58,6 +59,19 @@ def test_a_run_is_a_folder_that_cross_encoder_loads(run: tuple[Path, dict[str, A
     assert summary["peft_check"] == {**summary["peft_check"], "checked": True, "problem": None}
     torch.testing.assert_close(by_cross_encoder(folder), ours(folder), rtol=1e-5, atol=1e-5)
     assert {"spearman_before", "spearman_after"} <= set(summary)
+
+
+def test_the_card_loads_it_as_what_it_is(
+    run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (code,) = re.findall(r"```python\n(.*?)```", (run[0] / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(run[0])
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("[0.")
+
+
+def test_a_dry_run_tells_the_memory(tmp_path: Path):
+    assert dry_run.plan(recipe_of(tmp_path))["memory"]["activations"] > 0
 
 
 def test_so_is_what_it_is_merged_into(run: tuple[Path, dict[str, Any]], tmp_path: Path):

@@ -51,6 +51,9 @@ def _front_matter(record: RunRecord) -> str:
     # Hubs link these names; files of this machine mean nothing there.
     datasets = [path for path in paths if not path.startswith("builtin:") and not Path(path).exists()]
     library, tags = ("transformers", ["dynlora"]) if _is_full(record) else ("peft", ["lora", "dynlora"])
+    if theirs := plugins.declared("tasks", record.info.get("task") or "causal-lm", "LOADS_WITH"):
+        kind = {"SentenceTransformer": "sentence-similarity", "CrossEncoder": "text-ranking"}[theirs]
+        library, tags = "sentence-transformers", ["sentence-transformers", kind, *tags]
     if _routes(record):
         library, tags = "peft" if record.info.get("variant") == "x-lora" else "dynlora", ["lora", "router", "dynlora"]
     meta: dict[str, Any] = {"base_model": _base(record), "library_name": library, "tags": tags}
@@ -147,6 +150,8 @@ def _loading(record: RunRecord) -> str:
     info, base = record.info, _base(record)
     own_class = (info.get("base_model") or {}).get("auto_class")
     auto_class = own_class or plugins.declared("tasks", info.get("task") or "causal-lm", "AUTO_MODEL")
+    if theirs := plugins.declared("tasks", info.get("task") or "causal-lm", "LOADS_WITH"):
+        return _by_sentence_transformers(theirs, full=_is_full(record))
     if _is_full(record):
         code = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained(".")  # this folder'
         return f"## Load it\n\n{_fenced(code, 'python')}"
@@ -167,6 +172,19 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
 base = {auto_class}.from_pretrained({place}{options}){_room(info)}
 model = PeftModel.from_pretrained(base, ".")"""
     return f"## Load it\n\n{_fenced(code, 'python')}" + _new_tokens(info) + _asking(info) + _elsewhere(record)
+
+
+def _by_sentence_transformers(name: str, *, full: bool) -> str:
+    """How a folder is loaded by the class of sentence-transformers with this name, which applies the adapter, too."""
+    uses = {
+        "SentenceTransformer": """questions = model.encode_query(["a question"])
+passages = model.encode_document(["a passage", "another one"])
+print(model.similarity(questions, passages))""",
+        "CrossEncoder": 'print(model.predict([("a question", "a passage"), ("a question", "another one")]))',
+    }
+    code = f'from sentence_transformers import {name}\n\nmodel = {name}(".")  # this folder\n{uses[name]}'
+    needs = "" if full else " It needs `peft`, and the base where this folder's `adapter_config.json` says."
+    return f"## Load it\n\n{_fenced(code, 'python')}\n\nWith sentence-transformers 6 or newer.{needs}"
 
 
 def _room(info: dict[str, Any]) -> str:

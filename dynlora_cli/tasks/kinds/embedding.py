@@ -38,6 +38,7 @@ TASK_TYPE = "FEATURE_EXTRACTION"
 OWNS_TASK_TYPE = True
 FORMS = ("Related", "Graded")
 TARGET = "row"
+LOADS_WITH = "SentenceTransformer"
 SILENT = "it makes vectors of texts"
 WITHOUT = ("pooler",)  # vectors are made of hidden states, so nothing would ever reach it
 OPTIONS = {

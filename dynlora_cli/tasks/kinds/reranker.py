@@ -32,6 +32,7 @@ TASK_TYPE = "SEQ_CLS"
 FORMS = ("Graded",)
 OUTPUTS = ("LABEL_0",)
 TARGET = "row"
+LOADS_WITH = "CrossEncoder"
 SILENT = "it scores pairs of texts"
 CONFLICTS = [
     {"with": "adapter.init_weights", "is": "eva", "why": "no token carries loss"},
