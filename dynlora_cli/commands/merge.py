@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_cli import __version__
+from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer, stored_quantized
@@ -211,6 +211,11 @@ def _refuse_difference(checks: Agreement, to_trained_base: Agreement | None, wan
         )
 
 
+def _compared(task: str) -> str:
+    """What of the two models is compared."""
+    return "vectors" if plugins.declared("tasks", task, "AUTO_MODEL") == "AutoModel" else "logits"
+
+
 def _facts(adapter: Adapter, place: Place, plan: Plan, out: Path) -> dict[str, Any]:
     return {
         "ok": True,
@@ -219,6 +224,7 @@ def _facts(adapter: Adapter, place: Place, plan: Plan, out: Path) -> dict[str, A
         "output_dir": str(out),
         "adapters": [str(adapter.folder)],
         "base_model": str(place.folder),
+        "compared": _compared(place.options.task),
         "modules": len(plan.modules),
         "untied": plan.untied,
     }

@@ -316,7 +316,8 @@ def test_a_dry_run_counts_the_lines_that_have_a_graph_at_a_time(tmp_path: Path):
 
 
 def test_a_merged_model_has_the_same_vectors_and_prompts(run: tuple[Path, dict[str, Any]], tmp_path: Path):
-    merge.run([run[0]], "base", tmp_path / "merged", Way("exact"), merge.Wanted())
+    found = merge.run([run[0]], "base", tmp_path / "merged", Way("exact"), merge.Wanted())
+    assert found["compared"] == "vectors"
     for how in ({}, {"prompt_name": "query"}):
         merged, adapter = (their_vectors(folder, TEXTS, **how) for folder in (tmp_path / "merged", run[0]))
         torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-5)

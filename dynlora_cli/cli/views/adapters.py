@@ -83,7 +83,7 @@ class AdapterView:
             head = f" {summary['modules']} of {summary['modules']} modules into the base"
             rows = [
                 ("base", f"{summary['base_model']}, {summary['base_weights']} weights"),
-                *_agreement(summary["check"]),
+                *_agreement(summary["check"], vectors=summary.get("compared") == "vectors"),
             ]
             if summary["trained_base"]:
                 rows.append(("", "and against the quantized base that training saw:"))
@@ -187,9 +187,12 @@ class AdapterView:
         )
 
 
-def _agreement(check: dict[str, Any]) -> list[tuple[str, str]]:
+def _agreement(check: dict[str, Any], *, vectors: bool = False) -> list[tuple[str, str]]:
+    largest = f"{check['max_logit_difference']:.1e}"
+    if vectors:  # in which the largest number is no choice
+        return [("largest difference", f"{largest}, of numbers up to {check['max_logit']:.1f} in the vectors of texts")]
     rows = [
-        ("largest |Δlogit|", f"{check['max_logit_difference']:.1e}, of logits up to {check['max_logit']:.1f}"),
+        ("largest |Δlogit|", f"{largest}, of logits up to {check['max_logit']:.1f}"),
         ("KL", f"{check['kl']:.1e} nats per position, over {count(check['positions'])}"),
         ("other choices", f"at {1 - check['same_choice']:.1%}, at {check['changed']:.1%} more than rounding explains"),
     ]
