@@ -28,6 +28,12 @@ EXTRAS = {
     "gguf": "export to llama.cpp and Ollama",
     "eval": "BLEU, chrF and ROUGE of answers",
     "harness": "eval --tasks",
+    "retrieve": "dataset.retrieve with BM25",
+    "library": "the encoder minilm and the calibration of libraries",
+    "serve": "dynlora serve",
+    "trl": "attach in TRL's trainers",
+    "embedding": "reading embedding models and rerankers with sentence-transformers",
+    "notebook": "recipes/walkthrough.ipynb",
 }
 # What decides how the libraries below us behave, and is easily forgotten in a shell's profile.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")

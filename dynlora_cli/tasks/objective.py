@@ -1,7 +1,21 @@
 """What an objective is: a file in tasks/objectives, whose name is the one in recipes (`train.objective`).
 
 Its class `Objective`, under the one below, says what training lowers. What is held out is measured as the task says,
-whatever the objective is. OPTIONS and CONFLICTS (config/options.py, config/conflicts.py) may stand beside it.
+unless the class is a `Judge` (data/examples.py) as well. Beside it may stand, as literals that are read without
+importing the file:
+
+FORMS = ("Preference",)
+    The neutral forms (data/forms.py) that it learns from, in place of the task's.
+
+TARGET = "pair"
+    What a loss is the mean over, in words, in place of the task's.
+
+MEASURED = ("accuracy", "margin")
+    The numbers that a `Judge` tells beside the loss.
+
+OPTIONS, CONFLICTS
+    Keys of the recipe's `train` section that come with it, and settings that it does not go with (config/options.py,
+    config/conflicts.py).
 """
 
 from __future__ import annotations

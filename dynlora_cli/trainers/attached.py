@@ -200,7 +200,7 @@ def attach(
         target_modules, variant, scaling, alpha, dropout, freeze_a, init_weights: as in the section `adapter` of a
             recipe.
         modules_to_save: modules that train whole and are saved beside the components; None: a classifier's head.
-        seed: of the components' values.
+        seed: of the components' values, and of a policy that draws lots.
         others: refused in words.
 
     Raises:
@@ -216,7 +216,7 @@ def attach(
     task = task_of(base)
     rank = {"budget": budget, "init": init}
     sections: dict[str, dict[str, Any]] = {"adapter": given, "rank": rank, "pruning": {"policy": policy}}
-    recipe = checked(sections, task=task, where="attach")
+    recipe = checked(sections, task=task, seed=seed, where="attach")
     kind = cast("Variant", plugins.load("variants", variant))
     _refuse_variant(variant, kind.Layer)
     undo = _Undo(base, whole_modules(base, modules_to_save))

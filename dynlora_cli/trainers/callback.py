@@ -71,7 +71,7 @@ class DynamicRankCallback(TrainerCallback):
             "gauge": gauge, **of_policy,
         }  # fmt: skip
         sections = {"adapter": recipe.adapter.model_dump(), "rank": recipe.rank.model_dump(), "pruning": pruning}
-        self.attached.recipe = checked(sections, task=recipe.model.task, where="DynamicRankCallback")
+        self.attached.recipe = checked(sections, task=recipe.model.task, seed=recipe.seed, where="DynamicRankCallback")
         self.rank_events: list[dict[str, Any]] = []
         self.control: RankControl | None = None
         self._processes: Processes | None = None

@@ -37,19 +37,21 @@ def refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], where: str)
         raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}", f"it takes: {', '.join(known)}")
 
 
-def checked(sections: Mapping[str, Mapping[str, Any]], *, task: str | None, where: str) -> Recipe:
+def checked(sections: Mapping[str, Mapping[str, Any]], *, task: str | None, seed: int, where: str) -> Recipe:
     """The sections `adapter`, `rank` and `pruning` as a recipe's, which has the model and the rows of nobody.
 
     Args:
         sections: plain values by key, by section.
         task: of the model, as in a recipe; None: of no task that recipes know.
+        seed: of the components' values, and of policies that draw lots.
         where: what messages name as the place.
 
     Raises:
         UsageError: a value is wrong, two do not go together, or a trainer of others cannot serve one.
     """
     recipe = check(
-        {"model": {"name_or_path": "model", "task": task or "causal-lm"}, "dataset": "rows", **sections}, where
+        {"model": {"name_or_path": "model", "task": task or "causal-lm"}, "dataset": "rows", "seed": seed, **sections},
+        where,
     )
     adapter, policy = recipe.adapter, recipe.pruning.policy
     if recipe.rank.parsed_budget().kind == "auto":

@@ -91,6 +91,17 @@ def test_policies_that_work_in_training(tmp_path: Path, policy: str) -> None:
     assert (len(set(attached.rank_map.values())) == 1) == (policy == "squeeze") or policy == "magnitude"
 
 
+def test_the_seed_of_attach_is_that_of_the_lots(tmp_path: Path) -> None:
+    kept = []
+    for seed in (0, 0, 1):
+        trainer, attached, callback = trainer_of(tmp_path, attaching={"policy": "random", "seed": seed})
+        trainer.train()
+        kept.append((attached.rank_map, attached.recipe.seed, callback.control.generator.initial_seed()))
+    assert kept[0] == kept[1]
+    assert kept[0][0] != kept[2][0]
+    assert kept[2][1:] == (1, 1)
+
+
 def test_options_of_lora(tmp_path: Path) -> None:
     frozen, attached, _ = trainer_of(tmp_path, attaching={"freeze_a": True, "init_weights": "orthogonal"})
     before = [layer.a_CI.detach() @ layer.a_CI.detach().T for layer in attached.pool.layers.values()]
