@@ -5,8 +5,9 @@ An adapter that a run goes on from may bring some, too. They come first, with th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,20 @@ if TYPE_CHECKING:
 LISTED = 8  # so many tokens are named in a message
 
 
-def add_new_tokens(recipe: Recipe, files: BaseFiles) -> None:
+def add_new_tokens(recipe: Recipe, files: BaseFiles, before: Mapping[str, Any] | None = None) -> None:
     """Give the base's tokenizer the tokens of a run, and its files word of their rows.
+
+    Args:
+        recipe: of the run.
+        files: of its base.
+        before: the record of a run that is resumed. Where it knows no tokens, `adapter.from` is not looked at again:
+            what came from there is in the checkpoint.
 
     Raises:
         UsageError: the tokenizer does not take one of them, or an adapter's tokens are none of this base.
     """
+    if before is not None and "tokens" not in before:
+        return
     origin = _origin(recipe, files)
     if not recipe.adapter.new_tokens and origin is None:
         return

@@ -47,7 +47,7 @@ def run(
         if isinstance(session, Finished):
             return session.summary
         modes, files = session.modes, BaseFiles.find(recipe.model)
-        data = read_data(recipe, files, session.writing)
+        data = read_data(recipe, files, session.writing, session.before)
         session.refuse_other_inputs(data, files)
         also = read_also(recipe, files, data)
         base = read_base(recipe, files, data, session.accelerator.device, modes)

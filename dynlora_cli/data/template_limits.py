@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache, wraps
 from threading import local
-from types import BuiltinMethodType, FunctionType
+from types import BuiltinMethodType, FunctionType, SimpleNamespace
 from typing import Any
 
 from jinja2 import nodes
@@ -162,7 +162,9 @@ def _install() -> None:
     from transformers.utils import chat_template_utils as library
 
     usual, plain = library._compile_jinja_template, library._cached_compile_jinja_template
-    own = {**plain.__globals__, "ImmutableSandboxedEnvironment": Limited}
+    # The clock is looked up at each call, for `on_date` sets it (data/chat_template.py).
+    clock = SimpleNamespace(now=lambda: library.datetime.now())
+    own = {**plain.__globals__, "ImmutableSandboxedEnvironment": Limited, "datetime": clock}
     bounded = lru_cache(FunctionType(plain.__code__, own, plain.__name__, plain.__defaults__, plain.__closure__))
 
     def compiled(template: str) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -81,16 +81,19 @@ def make_accelerator(recipe: Recipe, folder: Path, modes: Modes) -> Accelerator:
     )
 
 
-def read_data(recipe: Recipe, files: BaseFiles, writing: Writing | None = None) -> Data:
+def read_data(
+    recipe: Recipe, files: BaseFiles, writing: Writing | None = None, before: Mapping[str, Any] | None = None
+) -> Data:
     """The rows of a run as tokens, none longer than the model's context.
 
     Args:
         recipe: of the run.
         files: of its base model, whose tokenizer is used; it gets the run's new tokens.
         writing: how rows are written, of a run that goes on; None: as today.
+        before: the record of a run that is resumed.
     """
     files.refuse_fixed_lengths()
-    add_new_tokens(recipe, files)
+    add_new_tokens(recipe, files, before)
     tokenizer, context, task = files.tokenizer, files.context_length, tasks.of(recipe.model, recipe.train)
     if reads_own_rows(recipe):
         return read_own_rows(recipe, files, task)

@@ -20,6 +20,7 @@ from tiny_architectures import CASES, CLASSES, LANGUAGE, SEQ2SEQ, write_model
 from tiny_run import make_recipe, train, write_rows
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters import write
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
@@ -29,7 +30,6 @@ from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.evaluation import peft_check
 from dynlora_cli.runs.folder import read_record
-from dynlora_cli.training import roots
 
 # Roundings on the way to a logit: in each of two blocks (or four, of two stacks), sums over up to 32 and 64 numbers.
 TERMS = 4 * (32 + 64)
@@ -153,7 +153,7 @@ def test_dora_of_what_peft_takes_for_experts_is_refused(tmp_path):
 
 
 def test_a_run_whose_adapter_peft_reads_otherwise_ends_with_4_and_keeps_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(roots, "taken_for_experts", lambda model_type: frozenset())  # as before version 0.2
+    monkeypatch.setattr(write, "taken_for_experts", lambda model_type: frozenset())  # as before version 0.2
     write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
     with pytest.raises(MeasureError, match="PEFT puts nothing into ") as caught:
         train(make_recipe(tmp_path, kind="glm4_moe"))

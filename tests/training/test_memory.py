@@ -217,7 +217,7 @@ def test_dry_run_tells_and_warns(tmp_path, monkeypatch):
 
 
 def test_a_model_that_needs_numbers_is_not_estimated(tmp_path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("needs numbers\nand more")
 
     monkeypatch.setattr("dynlora_cli.training.memory_estimate._step", refuse)
