@@ -88,10 +88,12 @@ def replacements(model: PreTrainedModel, adapter: Adapter) -> dict[str, Replacem
     """
     found: dict[str, Replacement] = {}
     for name, tensor in adapter.whole.items():
-        found[name] = Replacement(name, _shape_of_whole(model, adapter, name, tensor), whole=tensor)
+        for same in _sharing(model, adapter, name):
+            found[same] = Replacement(same, _shape_of_whole(model, adapter, same, tensor), whole=tensor)
     for table, rows in adapter.token_rows.items():
         for name in _names(model, adapter, table):
             found[name] = _with_rows(model, adapter, found.get(name), name, rows)
+            _without_bias(model, found, name)
     for layer, factors in adapter.layers.items():
         if factors.bias_O is not None:
             name, (module, own) = f"{layer}.bias", _parameter(model, adapter, f"{layer}.bias")
@@ -110,6 +112,29 @@ def tied_names(model: PreTrainedModel, name: str) -> list[str]:
     shared: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     first = shared.get(name, name)
     return list(dict.fromkeys([name, first, *(other for other, source in shared.items() if source == first)]))
+
+
+def _sharing(model: PreTrainedModel, adapter: Adapter, name: str) -> list[str]:
+    """The parameters that a whole tensor is put in the place of.
+
+    Of a table with components PEFT keeps the table itself (`base_layer`), which a tied head goes on sharing; one of
+    `modules_to_save` is a copy of its own.
+    """
+    if name.removesuffix(".weight") not in adapter.layers:
+        return [name]
+    return [other for other in tied_names(model, name) if other == name or other not in adapter.whole]
+
+
+def _without_bias(model: PreTrainedModel, found: dict[str, Replacement], name: str) -> None:
+    """Take the bias from an output head with trained rows, as PEFT computes it in training and after.
+
+    Source: peft 0.21, tuners/trainable_tokens/layer.py: forward_adapters, which gives F.linear no bias.
+    """
+    module, bias = model.get_submodule(name.rpartition(".")[0]), f"{name.removesuffix('weight')}bias"
+    own = module._parameters.get("bias")
+    if is_linear(module) and own is not None:
+        size = found[name].shape[:1]
+        found[bias] = Replacement(bias, size, whole=torch.zeros(size, dtype=own.dtype))
 
 
 def _names(model: PreTrainedModel, adapter: Adapter, table: str) -> list[str]:

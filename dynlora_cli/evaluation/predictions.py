@@ -28,10 +28,13 @@ def rows_to_compare(adapter: Adapter, place: Place) -> list[Tensor]:
     """The probe text as the adapter's tokenizer reads it; random tokens where there is no tokenizer."""
     if any((folder / name).is_file() for folder in (adapter.folder, place.folder) for name in TOKENIZER_MARKS):
         return probe_rows(read_tokenizer(adapter, place))
-    table: Any = input_table(structure(place))
+    model = structure(place)
+    table: Any = input_table(model)
     if table is None:
         raise UsageError(f"{place.folder} has no tokenizer to read a text with", "put the model's own beside it")
-    return random_rows(len(table.weight))
+    before = len(table.weight)
+    lengthen(model, replacements(model, adapter))
+    return random_rows(min(before, len(table.weight)))
 
 
 def predictions_of(

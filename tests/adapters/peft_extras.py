@@ -21,6 +21,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    PhiConfig,
     Qwen2Config,
     T5Config,
 )
@@ -35,6 +36,7 @@ BASES: dict[str, Any] = {
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
     "gemma": Gemma3TextConfig(**SMALL, head_dim=8, tie_word_embeddings=True, sliding_window=32),
     "gpt2": GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "phi": PhiConfig(**SMALL, partial_rotary_factor=0.5),
     "bert": BertConfig(
         vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=64,
@@ -98,6 +100,19 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"resize": 66, "save_embedding_layers": False},
     ),
     "more-tokens-lora": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"resize": 66}),
+    "more-tokens-lora-tied": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"]}, {"resize": 66}),
+    "more-tokens-lora-gemma": (
+        "gemma",
+        {"target_modules": ["q_proj", "embed_tokens"], "use_rslora": True, "use_dora": True},
+        {"resize": 66},
+    ),
+    "fewer-tokens": ("llama", {"target_modules": ["q_proj"]}, {"resize": 60}),
+    "fewer-tokens-tied": ("llama-tied", {"target_modules": ["q_proj"]}, {"resize": 60}),
+    "rows-of-a-head-with-a-bias": (
+        "phi",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [3, 9]}},
+        {},
+    ),
     "tables": ("llama-tied", {"target_modules": ["q_proj"]}, {"save_embedding_layers": True}),
     "tables-untied": ("llama", {"target_modules": ["q_proj"]}, {"save_embedding_layers": True, "resize": 70}),
     "saved-table": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, {}),

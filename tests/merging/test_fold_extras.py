@@ -22,7 +22,7 @@ EXACT = [name for name in CASES if name != "bias-parameter"]
 # Where table and head shared one weight, and one of them changes alone.
 PARTED = {
     "rows-of-both-tied", "rows-of-a-tied-head", "rows-and-head", "saved-table", "tied-factors", "lora-table-t5",
-    "dora-table-tied", "dora-table-gpt2",
+    "dora-table-tied", "dora-table-gpt2", "more-tokens-lora-tied", "more-tokens-lora-gemma",
 }  # fmt: skip
 
 
