@@ -18,6 +18,7 @@ the command line they are given as `--set KEY=VALUE`, and `given` reads them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -39,7 +40,7 @@ class Option(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["int", "float", "bool", "str", "choice"]
-    default: Any
+    default: bool | int | float | str | None  # smart mode keeps each as it is
     help: str
     above: int | float | None = None
     at_least: int | float | None = None
@@ -79,6 +80,7 @@ def options(kind: str, name: str) -> dict[str, Option]:
     return found
 
 
+@cache  # every look at a recipe asks again
 def _check(key: str, option: Option) -> None:
     """Raises ValueError for what no recipe could hold, and for a default that the option itself would refuse."""
     if not key.isidentifier() or key.startswith("_"):
@@ -104,8 +106,13 @@ def section(found: Mapping[str, Option], base: type[Section] = Section) -> type[
     Raises:
         ValueError: it has one of them already.
     """
+    return _section(tuple(found.items()), base)
+
+
+@cache
+def _section(found: tuple[tuple[str, Option], ...], base: type[Section]) -> type[Section]:
     fields: dict[str, Any] = {}
-    for key, option in found.items():
+    for key, option in found:
         if key in base.model_fields or hasattr(base, key):
             raise ValueError(f"`{key}` means something else already; take another name")
         fields[key] = (option.annotation, Field(default=option.default, description=option.help))
