@@ -45,12 +45,16 @@ def settle(pool: Pool) -> None:
 
 
 def tie(pool: Pool) -> None:
-    """Make the leaves views of one flat tensor again, where the model was moved or cast since they were made."""
+    """Make the leaves views of one flat tensor again, where the model was moved or cast since they were made.
+
+    Components train in fp32 whatever the base is in, so a cast of the whole model to 16 bits is undone for them.
+    """
     views = [part for pair in pool.views(pool.values.detach()) for part in pair]
     if all(_same_memory(leaf, view) for leaf, view in zip(pool.leaves, views, strict=True)):
         return
     factors = [layer.a_CI for layer in pool.layers.values()], [layer.b_OC for layer in pool.layers.values()]
     values_P = torch.cat([leaf.detach().reshape(-1) for half in factors for leaf in half])
+    values_P = values_P.float() if values_P.dtype in (torch.bfloat16, torch.float16) else values_P
     pool.values = nn.Parameter(values_P)
     for layer, (a_CI, b_OC) in zip(pool.layers.values(), pool.views(values_P), strict=True):
         layer.a_CI.data, layer.b_OC.data = a_CI, b_OC

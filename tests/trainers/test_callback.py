@@ -59,3 +59,13 @@ def test_the_same_losses_until_the_first_event_and_fewer_numbers_after_it(
         ("gauge", 3), ("prune", 5), ("prune", 7), ("prune", 9),
     ]  # fmt: skip
     assert callback.rank_events[-1]["ranks"] == attached.rank_map
+
+
+def test_components_train_in_fp32_where_the_whole_model_was_cast(tmp_path: Path) -> None:
+    trainer, attached, _ = trainer_of(tmp_path)
+    attached.model.to(torch.bfloat16)
+    trainer.train()
+    assert {leaf.dtype for leaf in attached.pool.leaves} == {torch.float32}
+    assert attached.model.lm_head.weight.dtype == torch.bfloat16
+    moments = [x for state in trainer.optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
+    assert {moment.dtype for moment in moments} == {torch.float32}
