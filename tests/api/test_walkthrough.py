@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,9 +35,9 @@ def kept() -> dict[str, Any]:
 
 
 def kinds(cells: Any) -> list[list[tuple[str, ...]]]:
-    """What each cell shows: kinds of its outputs, and their forms."""
+    """What each cell shows: kinds of its outputs, and their forms. What it prints may come in any number of pieces."""
     return [
-        [(output["output_type"], *sorted(output.get("data", ()))) for output in cell["outputs"]]
+        [kind for kind, _ in groupby((one["output_type"], *sorted(one.get("data", ()))) for one in cell["outputs"])]
         for cell in cells
         if cell["cell_type"] == "code"
     ]
