@@ -63,14 +63,22 @@ class Held(ContextDecorator):
 
 
 def ignore_warnings(message: str = "", category: type[Warning] = Warning) -> Callable[[], None]:
-    """Ignore some warnings in the whole process; returns what takes this filter, and no other, away again."""
+    """Ignore some warnings in the whole process; returns what takes this filter, and no other, away again.
+
+    A filter that was there already comes to the front of the list, so it is put back where it stood, seen from the end:
+    others are added at the front.
+    """
     before = list(warnings.filters)
     warnings.filterwarnings("ignore", message, category)
     added = warnings.filters[0]
+    from_end = len(before) - before.index(added) if added in before else None
 
     def undo() -> None:
-        if added not in before and added in warnings.filters:
-            warnings.filters.remove(added)  # type: ignore[attr-defined]
+        filters: Any = warnings.filters
+        if added in filters:
+            filters.remove(added)
+            if from_end is not None:
+                filters.insert(max(0, len(filters) + 1 - from_end), added)
 
     return undo
 

@@ -192,6 +192,17 @@ def test_a_filter_of_warnings_takes_no_other_away():
             warnings.warn("of ours", stacklevel=1)
 
 
+def test_a_filter_of_warnings_that_was_there_stands_where_it_stood():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "of both")
+        warnings.filterwarnings("error", "of theirs")
+        before = list(warnings.filters)
+        undo = ignore_warnings("of both")
+        assert list(warnings.filters) != before
+        undo()
+        assert list(warnings.filters) == before
+
+
 def test_random_numbers_go_on_where_the_run_stopped():
     with seeded(5):
         wanted = torch.rand(4)
