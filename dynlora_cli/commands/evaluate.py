@@ -12,7 +12,7 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.mix import BASE
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.forms import PREFERRING
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.evaluation import generation

@@ -21,7 +21,7 @@ import yaml
 from dynlora_cli import plugins
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.sections import Model, Source
-from dynlora_cli.data.chat_turns import PAIRS
+from dynlora_cli.data.chat.turns import PAIRS
 from dynlora_cli.data.columns import Account, example_for, guessed, located, mark_of, renamed
 from dynlora_cli.data.forms import Labelled, as_text, name_of
 from dynlora_cli.data.read import fitting_formats

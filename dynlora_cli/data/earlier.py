@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.recipe import Recipe
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.splits import sizing_rows
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256

@@ -17,8 +17,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dynlora_cli.data.chat_mask import Mask, closing_of
-from dynlora_cli.data.chat_template import Arguments, Unwritten, draws_at_random, write
+from dynlora_cli.data.chat.mask import Mask, closing_of
+from dynlora_cli.data.chat.template import Arguments, Unwritten, draws_at_random, write
 from dynlora_cli.data.encode import Encoder, decode
 from dynlora_cli.data.examples import IGNORED, Draft, Example, Located, OneText
 from dynlora_cli.data.forms import BadRowError, Form, Pair, Plain, Turns

@@ -14,7 +14,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.data.chat_template import Writing, date_note, read_template, template_name
+from dynlora_cli.data.chat.template import Writing, date_note, read_template, template_name
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.mix import Span, mix_notes, spans_of

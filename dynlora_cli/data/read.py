@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from dynlora_cli import plugins
-from dynlora_cli.data.chat_template import Writing, on_date
-from dynlora_cli.data.chat_turns import as_turns
+from dynlora_cli.data.chat.template import Writing, on_date
+from dynlora_cli.data.chat.turns import as_turns
 from dynlora_cli.data.columns import Account, example_for, in_yaml, located, renamed
 from dynlora_cli.data.examples import Draft, Located
 from dynlora_cli.data.forms import PREFERRING, WITH_TURNS, Judged, Pair, Plain, Preference, Turns, name_of

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynlora_cli.data.chat_template import on_date
+from dynlora_cli.data.chat.template import on_date
 from dynlora_cli.data.corpus import Corpus, Passage, read_corpus, written_with
 from dynlora_cli.data.examples import Draft, Located
 from dynlora_cli.data.forms import Form, Pair, Turns

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.config.sections import Also
-    from dynlora_cli.data.chat_template import Writing
+    from dynlora_cli.data.chat.template import Writing
     from dynlora_cli.tasks.task import Task
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynlora_cli.adapters.base import find_base
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.options import Options
 from dynlora_cli.evaluation.rows import Rows, own_table

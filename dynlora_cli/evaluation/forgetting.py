@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.adapters.base import read_tokenizer
 from dynlora_cli.data.batches import Batches
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.evaluation import also
 from dynlora_cli.evaluation.also import Measured, Reading, RowSet

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.adapters.base import label_names
 from dynlora_cli.config.mix import BASE
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.evaluation.scores import paired_difference
 from dynlora_cli.tasks.scores import RowSums
 

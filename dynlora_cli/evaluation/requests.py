@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from dynlora_cli.data.chat_template import write
+from dynlora_cli.data.chat.template import write
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import BadRowError
 

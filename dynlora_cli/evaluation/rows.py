@@ -24,7 +24,7 @@ from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, Source, TrainSource
 from dynlora_cli.data.batches import Batch, Batches
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.read import fitting_formats

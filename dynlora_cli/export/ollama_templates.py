@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.data.chat_template import Writing, on_date, write
+from dynlora_cli.data.chat.template import Writing, on_date, write
 from dynlora_cli.export.gguf.vocabulary import added_ids
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import plugins
-from dynlora_cli.data.chat_mask import closing_of
-from dynlora_cli.data.chat_template import Arguments, Unwritten, Writing, on_date, write
+from dynlora_cli.data.chat.mask import closing_of
+from dynlora_cli.data.chat.template import Arguments, Unwritten, Writing, on_date, write
 from dynlora_cli.data.forms import BadRowError, Turns, refuse_half_characters
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
 from dynlora_cli.errors import UsageError

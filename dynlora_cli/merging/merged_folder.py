@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from dynlora_cli import __version__
 from dynlora_cli.adapters.adapter import Adapter
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.merging.combine import Combined
 from dynlora_cli.merging.method import Way
 from dynlora_cli.runs import record as records

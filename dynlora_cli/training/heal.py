@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli.adapters.attach import attached, detached
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.evaluation.references import state_for

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.pool import Pool

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.data.chat_template import Writing
+    from dynlora_cli.data.chat.template import Writing
 
 
 @dataclass

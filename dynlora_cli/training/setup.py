@@ -15,7 +15,7 @@ from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.new_tokens import add_new_tokens, put_new_tokens, untaught
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.earlier import earlier_data
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.replay import Earlier, add_replay

@@ -12,7 +12,7 @@ from data_helpers import BARE, CHATML, LLAMA3, MISTRAL, ROLE_TOKENS, byte_tokeni
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.export.gguf.vocabulary import load_tokenizer
 from dynlora_cli.export.ollama_templates import FAMILIES, match_template, modelfile
 

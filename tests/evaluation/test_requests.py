@@ -7,7 +7,7 @@ from array import array
 import pytest
 from data_helpers import CHATML, LLAMA3, MISTRAL, byte_tokenizer
 
-from dynlora_cli.data.chat_template import write
+from dynlora_cli.data.chat.template import write
 from dynlora_cli.data.examples import IGNORED, Classified, OneText, TwoTexts
 from dynlora_cli.evaluation.requests import RequestTexts
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from data_helpers import byte_tokenizer
 
-from dynlora_cli.data import chat_template
+from dynlora_cli.data.chat import template as chat_template
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.time_limit import limited, matches_in_time
 

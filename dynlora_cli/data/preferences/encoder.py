@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from dynlora_cli.data.chat_template import write
+from dynlora_cli.data.chat.template import write
 from dynlora_cli.data.encode import decode
 from dynlora_cli.data.encode_text import TextEncoder
 from dynlora_cli.data.examples import IGNORED, Draft, Example, Located

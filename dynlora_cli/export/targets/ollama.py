@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.adapters.adapter import Adapter
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.export.exporter import Job, Read
 from dynlora_cli.export.gguf.file import read_model
 from dynlora_cli.export.gguf.merged import FILE, write_merged_gguf

@@ -162,7 +162,7 @@ def _install() -> None:
     from transformers.utils import chat_template_utils as library
 
     usual, plain = library._compile_jinja_template, library._cached_compile_jinja_template
-    # The clock is looked up at each call, for `on_date` sets it (data/chat_template.py).
+    # The clock is looked up at each call, for `on_date` sets it (data/chat/template.py).
     clock = SimpleNamespace(now=lambda: library.datetime.now())
     own = {**plain.__globals__, "ImmutableSandboxedEnvironment": Limited, "datetime": clock}
     bounded = lru_cache(FunctionType(plain.__code__, own, plain.__name__, plain.__defaults__, plain.__closure__))

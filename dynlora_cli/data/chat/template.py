@@ -17,8 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.data.chat.limits import SECONDS, in_bounds
 from dynlora_cli.data.forms import BadRowError, Turns
-from dynlora_cli.data.template_limits import SECONDS, in_bounds
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.time_limit import limited
 

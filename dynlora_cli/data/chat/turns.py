@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from dynlora_cli.data.chat_template import MARKER, write
+from dynlora_cli.data.chat.template import MARKER, write
 from dynlora_cli.data.forms import BadRowError
 from dynlora_cli.errors import DataError
 

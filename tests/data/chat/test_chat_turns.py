@@ -15,7 +15,7 @@ from tiny_run import make_recipe, train
 
 from dynlora_cli.commands import evaluate
 from dynlora_cli.config.load import load_recipe
-from dynlora_cli.data.chat_template import Writing
+from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.errors import DataError, Interrupted, RecipeError

@@ -10,10 +10,10 @@ import pytest
 from data_helpers import byte_tokenizer
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dynlora_cli.data import chat_template
-from dynlora_cli.data.chat_template import write
+from dynlora_cli.data.chat import template as chat_template
+from dynlora_cli.data.chat.limits import Limited
+from dynlora_cli.data.chat.template import write
 from dynlora_cli.data.forms import BadRowError
-from dynlora_cli.data.template_limits import Limited
 from dynlora_cli.errors import UsageError
 
 ASK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

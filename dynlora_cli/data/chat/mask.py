@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.data.chat_template import ADVICE, MARKER, marked, write
+from dynlora_cli.data.chat.template import ADVICE, MARKER, marked, write
 from dynlora_cli.data.forms import BadRowError, Turns
 
 if TYPE_CHECKING:
