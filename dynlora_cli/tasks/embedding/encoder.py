@@ -40,9 +40,14 @@ class RelatedEncoder(Encoder):
         self.reading, self.judge_of, self.says = reading, judge_of, says
         self.judge: Judge | None = None
         self.scored = False
+        self.scores: set[float | None] = set()  # of the rows that were read; two tell that they differ
 
     def notes(self, template: str) -> list[str]:  # noqa: ARG002
-        return list(self.says)
+        says = list(self.says)
+        if len(self.scores) == 1 and getattr(self.judge, "needs_differing_scores", False):
+            score = f"every row has the score {next(iter(self.scores))}"
+            says.append(f"{score}, and model.loss cosent learns from scores that differ: nothing; set model.loss: cosine")
+        return says
 
     def encode(self, rows: list[Located]) -> list[Draft]:
         drafts = []
@@ -52,6 +57,8 @@ class RelatedEncoder(Encoder):
             assert isinstance(form, (Related, Graded))
             if isinstance(form, Graded):
                 texts, score = [form.first, form.second], form.score
+                if len(self.scores) < 2:
+                    self.scores.add(score)
             else:
                 texts, score = [form.query, form.positive, *form.negatives], None
             drafts.append(Draft([], [], texts[1], score=score, others=texts))

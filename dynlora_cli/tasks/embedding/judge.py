@@ -50,6 +50,10 @@ class VectorJudge(examples.Judge):
     def needs_negatives(self) -> bool:
         return self.loss_name == "triplet"
 
+    @property
+    def needs_differing_scores(self) -> bool:
+        return self.loss_name == "cosent"
+
     def judged(self, model: nn.Module, batch: Batch) -> Judged:
         return self.of_vectors(self.vectors(model, batch), batch)
 
