@@ -146,7 +146,7 @@ def test_pairs_with_and_without_scores_do_not_mix(tmp_path: Path):
 
 def test_scores_that_are_all_one_are_told_where_they_teach_nothing(tmp_path: Path):
     alike = [row | {"score": 1.0} for row in scored(4)]
-    said = "every row has the score 1.0, and model.loss cosent learns from scores that differ: nothing"
+    said = "every row has the score 1.0: model.loss cosent, which learns from scores that differ, learns nothing"
     assert said in "\n".join(load(vector_recipe(tmp_path, rows=alike)).notes)
     assert "every row" not in "\n".join(load(vector_recipe(tmp_path, rows=scored(4))).notes)
     assert "every row" not in "\n".join(load(vector_recipe(tmp_path, "model.loss=cosine", rows=alike)).notes)

@@ -46,7 +46,7 @@ class RelatedEncoder(Encoder):
         says = list(self.says)
         if len(self.scores) == 1 and getattr(self.judge, "needs_differing_scores", False):
             score = f"every row has the score {next(iter(self.scores))}"
-            says.append(f"{score}, and model.loss cosent learns from scores that differ: nothing; set model.loss: cosine")
+            says.append(f"{score}: model.loss cosent, which learns from scores that differ, learns nothing; set cosine")
         return says
 
     def encode(self, rows: list[Located]) -> list[Draft]:
