@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.quiet import quiet
 from dynlora_cli.training.components import attach
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.setup import make_accelerator, make_run, read_base, read_data
@@ -152,7 +152,7 @@ def assembled(recipe: Recipe, *, fill: bool = True) -> Run:
         recipe: of the run.
         fill: give B random values, so that A has a gradient too.
     """
-    quiet.__enter__()  # pytest puts filters of warnings back
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as a run does; pytest puts the filters back
     modes = plan(recipe.train).for_short_runs()
     accelerator = make_accelerator(recipe, Path(recipe.output_dir), modes)
     files = BaseFiles.find(recipe.model)

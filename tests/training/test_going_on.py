@@ -24,7 +24,6 @@ from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.quiet import quiet
 from dynlora_cli.training.components import begin
 from dynlora_cli.training.origin import read_origin
 from dynlora_cli.training.setup import make_accelerator, read_base, read_data
@@ -61,7 +60,7 @@ def second(folder: Path, *overrides: str, origin: str = "v1", out: str = "v2", *
 
 def begun(recipe: Any):
     """Base, data, components and start of a run."""
-    quiet.__enter__()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as a run does; pytest puts the filters back
     modes = plan(recipe.train).for_short_runs()
     accelerator = make_accelerator(recipe, Path(recipe.output_dir), modes)
     files = BaseFiles.find(recipe.model)
