@@ -39,13 +39,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output_dir: str | Non
         UsageError: the file cannot be read.
         RecipeError: every problem of the file and of the overrides, in the order of lines.
     """
-    root, problems = strict_yaml.parse(strict_yaml.read_text(path), str(path))
+    return load_text(strict_yaml.read_text(path), str(path), overrides, output_dir)
+
+
+def load_text(text: str, source: str, overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
+    """The same for the text of a recipe file, which need not exist yet.
+
+    Args:
+        text: YAML.
+        source: the file's path, for messages and the name of the run.
+        overrides, output_dir: as of `load_recipe`.
+
+    Raises:
+        RecipeError: every problem.
+    """
+    root, problems = strict_yaml.parse(text, source)
     if root is None:
         raise RecipeError([str(problem) for problem in problems])
     if not isinstance(root.value, dict):
         found = "the file is empty" if root.value is None else f"the file holds {show(root.plain())}"
         raise RecipeError([f"{root.place}: {found}; a recipe is made of sections such as `model: NAME`"], SCHEMA_HINT)
-    root.value.setdefault("output_dir", Node(f"out/{path.stem}", Place(str(path))))
+    root.value.setdefault("output_dir", Node(f"out/{Path(source).stem}", Place(source)))
     return _checked(root, problems, overrides, output_dir)
 
 

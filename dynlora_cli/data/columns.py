@@ -67,6 +67,31 @@ def _truth(value: object) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
+# Marks of good and bad answers that are neither true and false nor 1 and 0.
+_JUDGING = {"-1", "-1.0", "good", "bad", "up", "down", "thumbs_up", "thumbs_down", "thumbs up", "thumbs down", "like"}
+_JUDGING |= {
+    "dislike",
+    "chosen",
+    "rejected",
+    "desirable",
+    "undesirable",
+    "accepted",
+    "👍",
+    "👎",
+    "correct",
+    "incorrect",
+}
+
+
+def judges_in_words(value: object) -> bool:
+    """Whether a label judges an answer, in other marks than kto reads."""
+    return not isinstance(value, bool) and str(value).strip().lower() in _JUDGING
+
+
+def _judges(value: object) -> bool:
+    return _truth(value) or judges_in_words(value) or (mark_of(value) == 1 and not isinstance(value, bool))
+
+
 def _always(first: Any, value: Any) -> bool:  # noqa: ARG001 - one signature for all
     return True
 
@@ -85,7 +110,7 @@ _JUDGES = _Meaning(
     "tells good answers from bad ones, and all would be learned",
     "keep the rows with good answers, set train.objective: kto to learn from both, or set model.task: "
     "sequence-classification to learn the label",
-    lambda first, value: value != first and _truth(value) and _truth(first),
+    lambda first, value: value != first and _judges(value) and _judges(first),
 )
 _PREFERS = _Meaning(
     "is one of a preference pair, and single answers are learned here",
@@ -223,8 +248,10 @@ _ANSWERS = ("answer", "response", "output", "completion", "reply", "solution", "
 _TALKS = ("conversation", "dialogue", "dialog", "turns", "chat")
 _TEXTS = ("sentence", "content", "review", "comment", "body", "document", "article", "passage")
 _COMPARED = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
-_BETTER = ("chosen", "chosen_response", "response_chosen", "chosen_messages", "accepted", "preferred", "better", "good")
-_WORSE = ("rejected", "rejected_response", "response_rejected", "rejected_messages", "dispreferred", "worse", "bad")
+_BETTER = ("chosen", "chosen_response", "response_chosen", "chosen_messages", "accepted", "preferred", "better", "good",
+           "preferred_output")  # fmt: skip
+_WORSE = ("rejected", "rejected_response", "response_rejected", "rejected_messages", "dispreferred", "worse", "bad",
+          "non_preferred_output")  # fmt: skip
 _CLASSES = ("label", "labels", "class", "category", "sentiment", "intent")
 
 

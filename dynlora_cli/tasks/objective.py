@@ -7,6 +7,9 @@ importing the file:
 FORMS = ("Preference",)
     The neutral forms (data/forms.py) that it learns from, in place of the task's.
 
+TEACHES = "which of two answers is better"
+    What is learned from such rows, for the comment that `dynlora init` writes.
+
 TARGET = "pair"
     What a loss is the mean over, in words, in place of the task's.
 

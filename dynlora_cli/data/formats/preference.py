@@ -11,7 +11,8 @@ When to use it
 Columns
     `chosen`, `rejected`: two texts, two lists of messages, or two messages, in the roles of OpenAI or ShareGPT. The
     prompt: `prompt`, text or messages; or `question`, or `instruction` with `input`, or `conversations`, as others call
-    it. Optional `system`, and `tools` or `functions` for conversations.
+    it. OpenAI's `input`, `preferred_output` and `non_preferred_output` are named by `columns`. Optional `system`, and
+    `tools` or `functions` for conversations.
 
 Reference
     TRL's preference format, https://huggingface.co/docs/trl/dataset_formats; Rafailov et al., Direct Preference
@@ -50,6 +51,9 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Preference:
     """
     name = next((name for name in _ASKS if row.get(name) not in (None, "", [])), "prompt")
     prompt = row.get(name)
+    if isinstance(prompt, Mapping) and isinstance(prompt.get("messages"), list):  # OpenAI's `input`
+        row = {**{key: prompt[key] for key in ("tools", "functions") if prompt.get(key)}, **row}
+        prompt = prompt["messages"]
     chosen, rejected = (_answer(row, column) for column in ("chosen", "rejected"))
     if isinstance(chosen, str) is not isinstance(rejected, str):
         raise BadRowError("'chosen' and 'rejected' must both be texts, or both lists of messages")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
 
 FORMS = ("Preference",)
+TEACHES = "which of two answers is better"
 TARGET = "pair"
 MEASURED = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 OPTIONS = {

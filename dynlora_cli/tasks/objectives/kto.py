@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
 
 FORMS = ("Judged", "Preference")
+TEACHES = "from answers that are good or bad"
 TARGET = "row"
 MEASURED = ("accuracy", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected", "kl")
 OPTIONS = {

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
 
 FORMS = ("Preference",)
+TEACHES = "to answer as the better of two"
 TARGET = "pair"
 MEASURED = (
     "accuracy",

@@ -1,0 +1,1 @@
+"""A recipe made for a person: from rows, or from the configuration of another tool."""
