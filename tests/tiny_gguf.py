@@ -20,14 +20,22 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from dynlora_cli.export.gguf.file import write_model
@@ -46,6 +54,8 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA: dict[str, Any] = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 24}
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=True),
     "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
@@ -56,6 +66,32 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**SMALL, sliding_window=128, head_dim=16),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SMALL, head_dim=32),
+    "gemma2": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**SMALL | {"num_hidden_layers": 7}, **GEMMA),
+    "gemma3-pattern": Gemma3TextConfig(
+        **SMALL, **GEMMA, layer_types=["full_attention", "sliding_attention"], final_logit_softcapping=2.0,
+        tie_word_embeddings=False, rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    "phi3": Phi3Config(**SMALL, pad_token_id=1, sliding_window=None, tie_word_embeddings=False),
+    "phi3-long": Phi3Config(
+        **SMALL | {"max_position_embeddings": 512}, pad_token_id=1, original_max_position_embeddings=256, sliding_window=400, rope_parameters={
+            "rope_type": "longrope", "rope_theta": 5e3, "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 256,
+            "long_factor": [1.0 + i for i in range(6)], "short_factor": [1.0 + i / 4 for i in range(6)],
+        },
+    ),
+    "granite": GraniteConfig(
+        **SMALL, embedding_multiplier=6.0, attention_multiplier=0.05, residual_multiplier=0.3, logits_scaling=4.0
+    ),
+    "granite-biases": GraniteConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "olmo2": Olmo2Config(**SMALL),
+    "olmo2-tied": Olmo2Config(**SMALL, tie_word_embeddings=True),
+    "smollm3": SmolLM3Config(**SMALL | {"num_hidden_layers": 5}, pad_token_id=1),
+    "qwen2-moe": Qwen2MoeConfig(**SMALL, **EXPERTS, shared_expert_intermediate_size=64),
+    "qwen3-moe": Qwen3MoeConfig(**SMALL, **EXPERTS, norm_topk_prob=True, head_dim=24, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=352, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1),
 }  # fmt: skip
 
@@ -136,12 +172,16 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def export_base(folder: Path, path: Path, kind: str = "f32") -> dict[str, Any]:
     """Write the model of a folder as GGUF, straight from its safetensors file."""
+    if "num_experts_per_tok" in config_of(
+        folder
+    ):  # a file has each expert apart, a model in memory all of a block together
+        return export_merged(folder, path, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), kind)
     with safe_open(folder / "model.safetensors", "pt") as file:
         return write_model(path, config_of(folder), folder, file.keys(), file.get_tensor, kind=kind)
 
 
-def export_merged(folder: Path, path: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Write a model in memory as f32 GGUF, with the config and the tokenizer of a folder."""
+def export_merged(folder: Path, path: Path, model: PreTrainedModel, kind: str = "f32") -> dict[str, Any]:
+    """Write a model in memory as GGUF, with the config and the tokenizer of a folder."""
     state = model.state_dict()
     names = [name for name in state if name != "lm_head.weight" or not model.config.tie_word_embeddings]
-    return write_model(path, config_of(folder), folder, names, state.__getitem__, kind="f32")
+    return write_model(path, config_of(folder), folder, names, state.__getitem__, kind=kind)

@@ -7,6 +7,7 @@
 //     model, adapter     paths; adapter may be absent, or {path, scale}
 //     tokenize           texts; the answer has llama.cpp's ids, special tokens parsed, bos not added
 //     generate           lists of token ids to continue, exactly as they are: whoever asks adds bos
+//     context            tokens that there is room for; 512 or what the model was trained on, if that is less
 //     max_tokens         of each continuation; it ends earlier at a token that llama.cpp takes for an end,
 //     past_end           unless this is true
 //     top                how many next-token probabilities, of the first new token; 0 for none
@@ -42,7 +43,7 @@ const answer = {
 
 // The cache is f32, since the default of f16 rounds keys and values, and a near tie may then fall the other way.
 const context = (request.generate ?? []).length === 0 ? undefined : await model.createContext({
-    contextSize: Math.min(512, model.trainContextSize), threads: 1, flashAttention: false,
+    contextSize: request.context ?? Math.min(512, model.trainContextSize), threads: 1, flashAttention: false,
     experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32",
     lora: adapter && {adapters: [{filePath: resolve(adapter.path), scale: adapter.scale}]}
 });

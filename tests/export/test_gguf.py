@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.export.gguf.architectures import architecture, llama3_factors
+from dynlora_cli.export.gguf.architectures import architecture
 from dynlora_cli.export.gguf.file import read_adapter, read_model, write_adapter, write_model
+from dynlora_cli.export.gguf.rope import llama3_factors
 
 IDS = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(2))
 CONFIG = {"eos_token_id": 1}
@@ -63,7 +64,10 @@ def test_a_model_comes_back_with_its_logits(model, kind, folders, tmp_path):
         for name, parameter in again.named_parameters():
             parameter.copy_(read(name))
         expected, found = original(IDS).logits, again(IDS).logits
-    assert float((found - expected).norm() / expected.norm()) <= {"f32": 0.0, "f16": 2e-3, "q8_0": 3e-2}[kind]
+    bound = {"f32": 0.0, "f16": 2e-3, "q8_0": 3e-2}[kind] * (again.config.num_hidden_layers / 2) ** 2
+    if model.startswith("gemma"):
+        bound += 1e-5  # 1 is added to the norms' weights and taken off again
+    assert float((found - expected).norm() / expected.norm()) <= bound
     assert facts["bytes"] == (tmp_path / "m.gguf").stat().st_size
     assert list(tmp_path.iterdir()) == [tmp_path / "m.gguf"]
 

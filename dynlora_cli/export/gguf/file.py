@@ -15,6 +15,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.export.gguf.architectures import BUFFERS, Architecture, Entry, Value, architecture, from_gguf, to_gguf
+from dynlora_cli.export.gguf.architectures import BUFFERS, architecture
+from dynlora_cli.export.gguf.form import Architecture, Entry, Value, from_gguf, to_gguf
 from dynlora_cli.export.gguf.vocabulary import Vocabulary, load_tokenizer, vocabulary
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # `general.file_type`: what most of the matrices are
@@ -70,17 +72,18 @@ def write_model(
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_keys(writer, arch.keys | words.keys)
         _add_tokens(writer, words)
-        if arch.rope_factors:
-            _declare(gguf, writer, "rope_freqs.weight", (len(arch.rope_factors),), "f32")
-        kinds = {name: _kind_of(entry, kind) for name, entry in arch.entries.items()}
-        for name, entry in arch.entries.items():
-            _declare(gguf, writer, entry.gguf, _gguf_shape(entry), kinds[name])
+        for name, factors in arch.factors.items():
+            _declare(gguf, writer, name, (len(factors),), "f32")
+        for entry in arch.entries:
+            _declare(gguf, writer, entry.gguf, entry.gguf_shape, _kind_of(entry, kind))
         _open(writer)
-        if arch.rope_factors:
-            writer.write_tensor_data(np.array(arch.rope_factors, np.float32))
-        for name, entry in arch.entries.items():
-            writer.write_tensor_data(_encode(gguf, entry, read(sources[name]), kinds[name]))
-    tensors = len(arch.entries) + bool(arch.rope_factors)
+        for factors in arch.factors.values():
+            writer.write_tensor_data(np.array(factors, np.float32))
+        for name, group in groupby(arch.entries, lambda entry: entry.name):
+            tensor = read(sources[name])
+            for entry in group:
+                writer.write_tensor_data(_encode(gguf, entry, tensor, _kind_of(entry, kind)))
+    tensors = len(arch.entries) + len(arch.factors)
     facts = {"path": str(path), "bytes": path.stat().st_size, "tensors": tensors, "architecture": arch.name}
     return facts | {"kind": kind, "notes": arch.notes + words.notes}
 
@@ -140,11 +143,15 @@ def read_model(path: Path, config: dict[str, Any]) -> Callable[[str], Tensor]:
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
     def read(name: str) -> Tensor:
-        entry = arch.entry(name)
-        if entry is None or entry.gguf not in found:
+        entries = arch.named(name)
+        if not entries or any(entry.gguf not in found for entry in entries):
             raise UsageError(f"{path} has no tensor for {name}")
-        stored = found[entry.gguf]
-        return from_gguf(entry, torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy()))
+        parts = []
+        for entry in entries if entries[0].rows else entries[:1]:  # else the others are copies
+            stored = found[entry.gguf]
+            values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+            parts.append(from_gguf(entry, values.reshape(entry.gguf_shape)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
     return read
 
@@ -167,7 +174,7 @@ def read_adapter(path: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor, 
     if alpha is None or [kind and kind.contents() for kind in kinds] != ["adapter", "lora", arch.name]:
         raise UsageError(f"{path} is no LoRA adapter for the architecture {arch.name}")
     factors = {tensor.name: torch.from_numpy(tensor.data.astype(np.float32)) for tensor in reader.tensors}
-    modules = {entry.gguf: entry for entry in arch.entries.values()}
+    modules = {entry.gguf: entry for entry in arch.entries}
     layers = {}
     for name, a_CI in factors.items():
         base, _, factor = name.rpartition(".")
@@ -221,10 +228,10 @@ def _sources(arch: Architecture, names: Iterable[str], read: Callable[[str], Ten
                 f"config.json ties lm_head to {embedding}, but the weights differ",
                 "set tie_word_embeddings to false in config.json",
             )
-    found = {name: arch.entry(name) for name in given}
-    unknown = sorted(name for name, entry in found.items() if entry is None)
-    sources = {entry.name: name for name, entry in found.items() if entry}
-    missing = sorted(set(arch.entries) - set(sources))
+    found = {name: arch.named(name) for name in given}
+    unknown = sorted(name for name, entries in found.items() if not entries)
+    sources = {entries[0].name: name for name, entries in found.items() if entries}
+    missing = sorted(set(arch.by_name) - set(sources))
     for what, some in (("has no place for", unknown), ("needs", missing)):
         if some:
             shown = ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
@@ -240,11 +247,11 @@ def _adaptable(arch: Architecture, layers: Mapping[str, tuple[Tensor, Tensor]]) 
     entries: dict[str, Entry] = {}
     refused = []
     for name, (a_CI, b_OC) in layers.items():
-        entry = arch.entry(f"{name}.weight")
+        entry = next(iter(arch.named(f"{name}.weight")), None)
         if entry is None or entry.exact or entry.gguf == "token_embd.weight":
             refused.append(name)
             continue
-        outputs, inputs = _gguf_shape(entry)
+        outputs, inputs = entry.gguf_shape
         if (b_OC.shape[0], a_CI.shape[1]) != (outputs, inputs) or a_CI.shape[0] != b_OC.shape[1]:
             raise UsageError(
                 f"{name}: factors {list(a_CI.shape)} and {list(b_OC.shape)} do not fit a matrix {[outputs, inputs]}"
@@ -258,14 +265,10 @@ def _adaptable(arch: Architecture, layers: Mapping[str, tuple[Tensor, Tensor]]) 
     return entries
 
 
-def _gguf_shape(entry: Entry) -> tuple[int, ...]:
-    return entry.shape[::-1] if entry.conv1d else entry.shape
-
-
 def _kind_of(entry: Entry, kind: str) -> str:
     if entry.exact or len(entry.shape) < 2:
         return "f32"
-    return "f16" if kind == "q8_0" and _gguf_shape(entry)[-1] % _BLOCK else kind
+    return "f16" if kind == "q8_0" and entry.gguf_shape[-1] % _BLOCK else kind
 
 
 def _encode(gguf: ModuleType, entry: Entry, tensor: Tensor, kind: str) -> np.ndarray:
@@ -293,7 +296,9 @@ def _declare(gguf: ModuleType, writer: Any, name: str, shape: tuple[int, ...], k
 
 def _add_keys(writer: Any, keys: Mapping[str, Value]) -> None:
     for key, value in keys.items():
-        if isinstance(value, bool):
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
