@@ -96,18 +96,25 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-PRE_TOKENIZERS = ("gpt-2", "smollm", "qwen2", "llama-bpe")
+PRE_TOKENIZERS = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "gpt-4o")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    """What GPT-2, SmolLM, Qwen 2 and Llama 3 do before merging."""
+    """What GPT-2, SmolLM, Qwen 2, Llama 3, GPT-4 and GPT-4o do before merging."""
     if name == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    words = Regex(_WORDS % {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}[name])
+    digits_of = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}", "dbrx": r"\p{N}{1,3}"}
+    words = Regex(_GPT4O if name == "gpt-4o" else _WORDS % digits_of[name])
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), plain])
 

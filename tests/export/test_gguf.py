@@ -5,6 +5,7 @@ What the real llama.cpp makes of them is in test_llama_cpp.py.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -29,8 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dynlora_cli.errors import MachineError, UsageError
-from dynlora_cli.export.gguf.architectures import architecture
+from dynlora_cli.export.gguf.architectures import ARCHITECTURES, architecture
 from dynlora_cli.export.gguf.file import read_adapter, read_model, write_adapter, write_model
+from dynlora_cli.export.gguf.form import from_gguf, to_gguf
 from dynlora_cli.export.gguf.rope import llama3_factors
 
 IDS = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(2))
@@ -64,9 +66,11 @@ def test_a_model_comes_back_with_its_logits(model, kind, folders, tmp_path):
         for name, parameter in again.named_parameters():
             parameter.copy_(read(name))
         expected, found = original(IDS).logits, again(IDS).logits
-    bound = {"f32": 0.0, "f16": 2e-3, "q8_0": 3e-2}[kind] * (again.config.num_hidden_layers / 2) ** 2
+    bound = {"f32": 0.0, "f16": 2e-3, "q8_0": 4e-2}[kind] * (again.config.num_hidden_layers / 2) ** 2
     if model.startswith("gemma"):
         bound += 1e-5  # 1 is added to the norms' weights and taken off again
+    if "moe" in model:
+        bound *= 3  # where rounding sends a token to another expert
     assert float((found - expected).norm() / expected.norm()) <= bound
     assert facts["bytes"] == (tmp_path / "m.gguf").stat().st_size
     assert list(tmp_path.iterdir()) == [tmp_path / "m.gguf"]
@@ -153,6 +157,23 @@ REFUSED_CONFIGS = {
     "rope_type 'yarn'": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
     "hidden_act is 'gelu'": {"hidden_act": "gelu"},
     "attention_bias is True": {"model_type": "qwen3", "attention_bias": True},
+    "query_pre_attn_scalar is 256; llama.cpp computes with 16": {"model_type": "gemma2", "head_dim": 16},
+    "embedding for its output head": {"model_type": "gemma2", "tie_word_embeddings": False},
+    "final_logit_softcapping is None": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "final_logit_softcapping": None,
+    },
+    "use_bidirectional_attention": {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+    "residual_multiplier is 0": {"model_type": "granite", "residual_multiplier": 0.0},
+    "leaves the rotary embedding out": {"model_type": "smollm3", "no_rope_layers": [1, 0], "pad_token_id": 1},
+    "norm_topk_prob is False": {"model_type": "qwen3_moe", "norm_topk_prob": False},
+    "mlp_only_layers": {"model_type": "qwen2_moe", "mlp_only_layers": [1]},
+    "'llama3' has no GGUF form for this model": {
+        "model_type": "olmo2",
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32},
+    },
     "scale_attn_by_inverse_layer_idx": {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
 }
 
@@ -164,8 +185,32 @@ def test_what_gguf_cannot_say_of_a_model_is_refused(message):
     assert "--to merged" in str(caught.value.hint)
 
 
+def test_experts_are_two_tensors_of_a_file_for_one_of_the_model():
+    """Both are read back as one, and each tensor of the model is asked for once (see above)."""
+    arch = architecture(CONFIGS["qwen2-moe"].to_dict())
+    parts = arch.named("model.layers.1.mlp.experts.gate_up_proj")
+    assert [(part.gguf, part.gguf_shape) for part in parts] == [
+        ("blk.1.ffn_gate_exps.weight", (6, 32, 64)),
+        ("blk.1.ffn_up_exps.weight", (6, 32, 64)),
+    ]
+    tensor = torch.arange(6 * 64 * 64.0).reshape(6, 64, 64)
+    assert torch.equal(torch.cat([from_gguf(part, to_gguf(part, tensor)) for part in parts], dim=-2), tensor)
+
+
+def test_which_blocks_have_a_window_is_written_where_llama_cpp_would_guess_otherwise():
+    key = "gemma3.attention.sliding_window_pattern"
+    assert key not in architecture(CONFIGS["gemma3"].to_dict()).keys
+    assert architecture(CONFIGS["gemma3-pattern"].to_dict()).keys[key] == [False, True]
+
+
+def test_phi_3s_context_ends_where_its_window_does():
+    arch = architecture(CONFIGS["phi3-long"].to_dict())
+    assert (arch.keys["phi3.context_length"], arch.keys["phi3.rope.dimension_count"]) == (400, 12)
+    assert ["sliding window" in note or "long factors" in note for note in arch.notes] == [True, True]
+
+
 def test_an_unknown_architecture_is_told_what_is_known():
-    with pytest.raises(UsageError, match="gpt2, llama, mistral, qwen2, qwen3") as caught:
+    with pytest.raises(UsageError, match="gpt2, granite, llama, mistral, olmo2, phi3, qwen2") as caught:
         architecture({"model_type": "mamba"})
     assert caught.value.exit_code == 2
 
@@ -242,3 +287,10 @@ def test_without_the_package_the_message_says_what_to_install(folders, tmp_path,
 def test_an_unknown_kind_is_refused(folders, tmp_path):
     with pytest.raises(UsageError, match="q4_k"):
         export_base(folders["llama"], tmp_path / "m.gguf", "q4_k")
+
+
+def test_the_page_lists_the_models_that_have_a_form():
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "export.md").read_text(encoding="utf-8")
+    table = page.partition("## Which models have a GGUF form?")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ") and "`model_type`" not in line]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(ARCHITECTURES)

@@ -49,7 +49,7 @@ PROMPTS = ["Once upon a time, there was a", "Return the number of", 'The old man
 TEXTS = [
     *PROMPTS, "", " ", "\n", "  two spaces", "trailing  ", "a\n\n\nb\t\tc\r\n 12345 3.14e-7", "'s I'll we've DON'T",
     "def f(x: int) -> str:\n    return  f'{x!r}'  # don't\n", "Ünïcödé naïve café e\u0301 — “quotes” … ½",
-    "日本語のテキスト 한국어 русский العربية", "🙂👩‍👩‍👧 \u00a0\u200b\u3000x", "<s>hello</s> hi<unk>", "<|user|>Hi <|assistant|>",
+    "日本語のテキスト 한국어 русский العربية नमस्ते दुनिया ภาษาไทย", "🙂👩‍👩‍👧 \u00a0\u200b\u3000x", "<s>hello</s> hi<unk>", "<|user|>Hi <|assistant|>",
     "<|im_start|>user\nHi<|im_end|>\n", "0x1F <0x0A> <0x0a>", "____ ▁▁ aaaaaaaaaa !!!??",
 ]  # fmt: skip
 

@@ -26,7 +26,8 @@ class Entry:
     Args:
         name: in transformers' state dict.
         gguf: in the GGUF file.
-        shape: in transformers: [O, I] of a matrix, [I, O] where `conv1d`, [R] of a bias or a norm, [E, O, I] of experts.
+        shape: in transformers: [O, I] of a matrix, [I, O] where `conv1d`, [R] of a bias or a norm, [E, O, I] of
+            experts.
         heads: the rows belong to this many heads and are interleaved within each; 0: rows keep their order.
         conv1d: transformers stores the transpose.
         exact: stays f32 whatever the file's kind, as llama.cpp expects of norms, biases and positions.

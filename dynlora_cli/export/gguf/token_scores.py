@@ -20,6 +20,8 @@ from typing import Any
 from dynlora_cli.errors import UsageError
 
 SPACE = "▁"
+# What Gemma does after its normalizer has replaced all spaces: nothing.
+CUT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _TRIALS = 200
 INSTEAD = "export with `--to merged`, which keeps the tokenizer's own files"
 
@@ -117,7 +119,7 @@ def space_prefix(data: Mapping[str, Any], notes: list[str]) -> bool:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
-    if pre is None and steps in ([prepend, replace], [replace]):
+    if pre in (None, CUT_AT_SPACES) and steps in ([prepend, replace], [replace]):
         return steps[0] == prepend
     scheme = _metaspace_scheme(pre) if normalizer is None else None
     if scheme is None:

@@ -30,6 +30,11 @@ _MODERN = (
     _CONTRACTIONS + r"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PLAIN = ("ByteLevel", False, False)
 # Steps of a pre-tokenizer, and whether a word that is a token is taken without merging, to llama.cpp's name of both.
 PRE_TOKENIZERS: dict[tuple[tuple[Any, ...], bool], str] = {
@@ -38,6 +43,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[Any, ...], bool], str] = {
     ((("Digits", True), ("ByteLevel", False, True)), False): "smollm",
     ((("Split", _MODERN.format(digits="")), _PLAIN), False): "qwen2",
     ((("Split", _MODERN.format(digits="{1,3}")), _PLAIN), True): "llama-bpe",
+    ((("Split", _MODERN.format(digits="{1,3}")), _PLAIN), False): "dbrx",  # GPT-4's: OLMo 2, Granite 4, Phi 4
+    ((("Split", _GPT4O), _PLAIN), False): "gpt-4o",  # Phi 4 mini
 }
 
 
@@ -219,6 +226,8 @@ def _pre(
             f"known: {', '.join(sorted(set(PRE_TOKENIZERS.values())))}",
             INSTEAD,
         )
+    if name == "gpt-4o":
+        notes.append("llama.cpp may cut words with combining marks, as of Hindi or Thai, otherwise than the tokenizer")
     if normalizer is not None:
         if normalizer["type"] != "NFC":
             raise UsageError(f"llama.cpp has no normalizer like the tokenizer's {normalizer['type']}", INSTEAD)

@@ -1,7 +1,7 @@
 """Gemma 2 and the text models of Gemma 3.
 
-Their norms multiply by 1 + weight, which the file stores as one number. Some blocks attend to a window only, in an order
-that llama.cpp knows; Gemma 3 has a rotary embedding of its own for those, and norms on queries and keys.
+Their norms multiply by 1 + weight, which the file stores as one number. Some blocks attend to a window only, in an
+order that llama.cpp knows; Gemma 3 has a rotary embedding of its own for those, and norms on queries and keys.
 """
 
 from __future__ import annotations
