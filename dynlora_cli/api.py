@@ -243,8 +243,9 @@ def export(
         out: a new folder.
         library: all adapters of a library, in place of one adapter.
         set: options of the form.
-        outtype: number format of a GGUF model: "f32", "f16" or "q8_0".
-        max_kl: nats per token by which the export may differ; by default 0.01, and 0.1 for "q8_0".
+        outtype: number format of a GGUF model: "f32", "f16" or "q8_0", or one that llama.cpp's own quantizer writes,
+            such as "q4_k_m".
+        max_kl: nats per token by which the export may differ; by default 0.01, 0.1 for "q8_0", 0.5 for 4 bits.
         base, trust_remote_code, overwrite, progress: as of `prune`.
     """
     from dynlora_cli.cli import asked, results

@@ -20,6 +20,8 @@ from dynlora_cli.config.arguments import place, several
 from dynlora_cli.config.options import given
 from dynlora_cli.errors import UsageError
 from dynlora_cli.execution.launch import is_main_process
+from dynlora_cli.export.gguf.outtypes import DEFAULT, NAMES, QUANTIZED
+from dynlora_cli.export.gguf.quantizer import find_quantizer
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.folder import place_of, refuse_occupied
 
@@ -226,7 +228,8 @@ def export(
     from dynlora_cli.library.library import Library
 
     choice(to, plugins.names("exporters"), "--to")
-    choice(outtype, ("f32", "f16", "q8_0"), "--outtype")
+    outtype = outtype.lower()
+    _check_outtype(to, outtype)
     own = given("exporters", to, options)
     _refuse_other_source(to, adapter, library)
     if library is not None:
@@ -245,6 +248,15 @@ def export(
         return command.run(adapter, to, out, **common, outtype=outtype, emit=emit)
 
     return work
+
+
+def _check_outtype(to: str, outtype: str) -> None:
+    """Check that there is such a number format, that the form has one, and that the machine can write it."""
+    choice(outtype, NAMES, "--outtype")
+    if outtype != DEFAULT and not plugins.declared("exporters", to, "OUTTYPE", False):
+        raise UsageError(f"--to {to} writes no GGUF model, which --outtype is for", "leave --outtype out")
+    if outtype in QUANTIZED:
+        find_quantizer(outtype)
 
 
 def _refuse_other_source(to: str, adapter: Path | None, library: Path | None) -> None:

@@ -32,11 +32,16 @@ All = Annotated[
     typer.Option("--library", metavar="LIB", help="All adapters of a library; --to vllm-library.", show_default=False),
 ]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.", show_default=False)]
-OutType = Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Number format of a GGUF model.")]
+OutType = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE", help="Number format of a GGUF model: f32, f16, q8_0; q4_k_m, q6_k ... by llama.cpp's quantizer."
+    ),
+]
 MaxKl = Annotated[
     float | None,
     typer.Option(
-        help="Nats per token by which the export may differ; by default 0.01, and 0.1 for q8_0.",
+        help="Nats per token by which the export may differ; by default 0.01, and more for small --outtype.",
         show_default=False,
     ),
 ]

@@ -24,6 +24,7 @@ from dynlora_cli.evaluation.agreement import agreement
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.export.exporter import Job, Merged, Shelf
+from dynlora_cli.export.gguf.outtypes import MAX_KL, QUANTIZED
 from dynlora_cli.files import whole
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import sha256_of
@@ -36,9 +37,9 @@ from dynlora_cli.models.place import Place, structure
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
 
-# The relative error of a number by rounding, in files of this type.
+# The relative error of a number by rounding, in files of this type; of smaller ones what the number of bits gives.
 ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "q8_0": 2.0**-6}
-MAX_KL = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1}  # nats per token
+ROUNDING |= {name: 2.0 ** -int(name.lstrip("iq")[0]) for name in QUANTIZED}
 
 
 def run(
@@ -62,7 +63,7 @@ def run(
         out: a new folder.
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
-        outtype: f32 | f16 | q8_0, of a GGUF model.
+        outtype: of a GGUF model, see export/gguf/outtypes.py.
         options: those that the exporter itself brings; None: their defaults.
         max_kl: nats per token by which the export may differ; None: by its number format.
         overwrite: replace an earlier export.

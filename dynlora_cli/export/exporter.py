@@ -14,6 +14,9 @@
         names in the base, or the folder of a whole model. The command computes logits with it and compares them with
         those of the source.
 
+    OUTTYPE = True
+        Optional: it writes a GGUF model, and `--outtype` says in which number format.
+
     OF_LIBRARY = True, write_library(shelf, folder) -> dict
         Optional: it takes a whole library. `write` and `read_back` are called for each adapter, in a folder
         `adapters/NAME` of its own, then `write_library` once, for what stands beside them.
@@ -72,7 +75,7 @@ class Job:
         linear_layers: names and (I, O) of all linear layers of the base, in order; None likewise.
         merged: base and adapter as one model, made when asked for.
         options: those that the exporter itself brings.
-        outtype: number format of a GGUF model: f32, f16 or q8_0.
+        outtype: number format of a GGUF model, see export/gguf/outtypes.py.
         notes: for the person; exporters add to them.
     """
 

@@ -36,7 +36,7 @@ from dynlora_cli.adapters.adapter import PREFIX
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import lora_config
 from dynlora_cli.adapters.write import write_adapter as write_peft
-from dynlora_cli.export.gguf.file import write_adapter
+from dynlora_cli.export.gguf.file import read_model, write_adapter
 from dynlora_cli.export.gguf.vocabulary import load_tokenizer
 from dynlora_cli.export.ollama_templates import match_template
 
@@ -307,3 +307,49 @@ def test_smaller_kinds_are_read_too(kind, tmp_path, llama_cpp):
         assert generated["ids"] == [int(probabilities.argmax())]
         for token, theirs in generated["top"]:
             assert theirs == pytest.approx(float(probabilities[token]), abs=check_top)
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q4_0"])
+def test_llama_cpps_own_quantizer(kind, tmp_path, llama_cpp, capfd, monkeypatch):
+    """The command's KL is of the numbers in the file; the real llama.cpp rounds activations on top of that."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    folder = make(tmp_path / "model", "llama", **sizes, head_dim=32)
+    with torch.no_grad():
+        model = load(folder)
+        for parameter in model.parameters():
+            parameter.mul_(0.3 if parameter.ndim > 1 else 1.0)
+        model.save_pretrained(folder)
+    layers = random_layers(model, strength=0.02)
+    (tmp_path / "peft").mkdir()
+    ranks = {name: a_CI.shape[0] for name, (a_CI, _) in layers.items()}
+    tensors = {f"{PREFIX}{n}.lora_{x}.weight": f for n, fs in layers.items() for x, f in zip("AB", fs, strict=True)}
+    write_peft(tmp_path / "peft", lora_config(ranks, base_model=str(folder), revision=None, task="causal-lm"), tensors)
+    monkeypatch.setenv("DYNLORA_NODE", os.environ.get("DYNLORA_NODE", str(REPOSITORY / ".node")))
+    monkeypatch.setenv("PATH", f"{REPOSITORY / 'scripts' / 'llama_cpp'}{os.pathsep}{os.environ['PATH']}")
+    answer = runner(capfd)(
+        "export",
+        "--adapter",
+        tmp_path / "peft",
+        "--to",
+        "merged-gguf",
+        "--outtype",
+        kind,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
+    assert answer.code == 0, answer.err
+    assert answer.json["types"]["Q4_K" if kind == "q4_k_m" else "Q4_0"] > 7
+    assert 1e-5 < answer.json["check"]["kl"] < 0.5
+    again = load(folder)
+    read = read_model(tmp_path / "out" / "model.gguf", config_of(folder))
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            parameter.copy_(read(name))
+    prompts = [[0, *range(20, 50)], [0, 77, 300, 8]]
+    found = llama_cpp(model=tmp_path / "out" / "model.gguf", generate=prompts, max_tokens=1, top=5)
+    for prompt, generated in zip(prompts, found["generated"], strict=True):
+        with torch.no_grad():
+            probabilities = again(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        for token, theirs in generated["top"]:
+            assert theirs == pytest.approx(float(probabilities[token]), rel=0.1)

@@ -27,9 +27,9 @@ from torch import Tensor
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.export.gguf.architectures import BUFFERS, architecture
 from dynlora_cli.export.gguf.form import Architecture, Entry, Value, from_gguf, to_gguf
+from dynlora_cli.export.gguf.outtypes import OWN
 from dynlora_cli.export.gguf.vocabulary import Vocabulary, load_tokenizer, vocabulary
 
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # `general.file_type`: what most of the matrices are
 _BLOCK = 32  # q8_0 stores a scale for every so many values of a row
 
 
@@ -60,14 +60,14 @@ def write_model(
         MachineError: the package gguf is missing.
     """
     gguf = _package()
-    if kind not in FILE_TYPES:
-        raise UsageError(f"{kind!r} is no kind of GGUF tensors here", f"choose one of {', '.join(FILE_TYPES)}")
+    if kind not in OWN:
+        raise UsageError(f"{kind!r} is no kind of GGUF tensors here", f"choose one of {', '.join(OWN)}")
     arch = architecture(config)
     words = vocabulary(load_tokenizer(tokenizer_folder), arch.vocab_size, config)
     sources = _sources(arch, names, read)
     with _writing(gguf, path, arch) as writer:
         writer.add_type("model")
-        writer.add_file_type(FILE_TYPES[kind])
+        writer.add_file_type(OWN[kind])
         if kind == "q8_0":
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_keys(writer, arch.keys | words.keys)
@@ -117,7 +117,7 @@ def write_adapter(path: Path, config: dict[str, Any], layers: Mapping[str, tuple
         tensors[f"{entry.gguf}.lora_a"], tensors[f"{entry.gguf}.lora_b"] = a_RI, to_gguf(rows, b_OR)
     with _writing(gguf, path, arch) as writer:
         writer.add_type("adapter")
-        writer.add_file_type(FILE_TYPES["f32"])
+        writer.add_file_type(OWN["f32"])
         _add_keys(writer, {"adapter.type": "lora", "adapter.lora.alpha": float(rank)})
         for name, tensor in tensors.items():
             _declare(gguf, writer, name, tuple(tensor.shape), "f32")
@@ -154,6 +154,12 @@ def read_model(path: Path, config: dict[str, Any]) -> Callable[[str], Tensor]:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
     return read
+
+
+def tensor_types(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape, slowest dimension first, and GGUF's type of every tensor of a file."""
+    tensors = _package().GGUFReader(path).tensors
+    return {tensor.name: (tuple(int(n) for n in tensor.shape[::-1]), tensor.tensor_type.name) for tensor in tensors}
 
 
 def read_adapter(path: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:

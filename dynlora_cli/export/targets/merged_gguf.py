@@ -2,6 +2,7 @@
 
 What it does
     Writes model.gguf with weights, vocabulary and chat template, in f32, f16 or q8_0 (`--outtype`); norms stay in f32.
+    Smaller formats, such as q4_k_m, are made of f16 by llama.cpp's own quantizer, where that is on the machine.
 
 When to use it
     For llama.cpp, LM Studio, and everything else that runs GGUF.
@@ -21,6 +22,7 @@ from dynlora_cli.export.gguf.file import read_model
 from dynlora_cli.export.gguf.merged import FILE, write_merged_gguf
 
 needs_base = True
+OUTTYPE = True
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:

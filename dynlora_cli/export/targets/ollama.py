@@ -26,6 +26,7 @@ from dynlora_cli.export.ollama_templates import modelfile
 from dynlora_cli.files.foreign import read_object
 
 needs_base = True
+OUTTYPE = True
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:
