@@ -188,7 +188,7 @@ def test_adapters_may_come_and_go():
         bank.add("d", adapters["d"])
         again = weights(bank, router)
         assert not again.pop("d").any()  # the router was opened without it
-        assert all(torch.equal(before[n], again[n]) for n in before)
+        torch.testing.assert_close(again, before)  # a product beside more rows may be summed in another order
         bank.remove("a")
         left = weights(bank, router)
         assert set(left) == {"b", "c", "d"}
