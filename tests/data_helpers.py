@@ -88,13 +88,14 @@ def space_tokenizer() -> PreTrainedTokenizerFast:
 
 def source(path: Path | str, **settings: Any) -> SimpleNamespace:
     defaults: dict[str, Any] = {"format": "auto", "split": "train", "name": None, "columns": {}, "ignore": []}
-    defaults |= {"rows": None, "weight": 1.0}
+    defaults |= {"rows": None, "weight": 1.0, "chat_template_kwargs": {}, "system": None}
     return SimpleNamespace(**(defaults | settings), path=str(path))
 
 
 def dataset(*train: Any, **settings: Any) -> Any:
     defaults: dict[str, Any] = {"val": [], "val_size": 0.0, "max_length": 128, "packing": False, "train_on": "auto"}
     defaults |= {"overlong": "truncate", "chat_template": None, "chat": "auto", "separator": "", "retrieve": None}
+    defaults |= {"chat_template_kwargs": {}, "system": None, "reasoning": "keep"}
     sources = [item if isinstance(item, SimpleNamespace) else source(item) for item in train]
     return SimpleNamespace(**(defaults | settings), train=sources)
 

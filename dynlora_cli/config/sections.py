@@ -24,6 +24,7 @@ from dynlora_cli.config.types import (
     Positive,
     Section,
     Share,
+    TemplateKwargs,
     Text,
     part,
     whole,
@@ -87,6 +88,10 @@ class Source(Section):
     """Columns to leave aside though they say how rows are to be learned, such as `[score]`."""
     rows: Count | None = None
     """At most so many of its rows, chosen by the seed; rows with the same prompt stay together. null: all."""
+    chat_template_kwargs: TemplateKwargs = {}
+    """Variables of the chat template for its rows, over those of `dataset.chat_template_kwargs`."""
+    system: str | None = None
+    """System message of its conversations that have none; null: that of `dataset.system`."""
 
 
 class TrainSource(Source):
@@ -171,6 +176,12 @@ class Dataset(Section):
     """Text behind a prompt of completion rows that stay bare text and that does not end in white space; "\\n", say."""
     chat_template: Text | None = None
     """A Jinja template or its file; null: the tokenizer's own."""
+    chat_template_kwargs: TemplateKwargs = {}
+    """Variables of the chat template, such as `{enable_thinking: false}`; `enable_thinking: auto` is by row."""
+    system: str | None = None
+    """System message of conversations that have none."""
+    reasoning: Literal["keep", "mask", "drop"] = "keep"
+    """What the assistant thinks before it answers: keep trains on it, mask only shows it, drop leaves it out."""
     retrieve: Retrieve | None = None
     """Passages to be looked for and put into the prompts; null: none."""
 

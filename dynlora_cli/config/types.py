@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,28 @@ class NotForeign:
         if hint:
             raise ValueError(f"got {show(value)}; {hint}")
         return value
+
+
+# What the call takes that has a template rendered, and what is said for each conversation.
+RESERVED_KWARGS = frozenset({
+    "messages", "conversation", "conversations", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "self",
+})  # fmt: skip
+
+
+def _template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuses variables that are set for every conversation, and values that no JSON holds."""
+    if taken := sorted(RESERVED_KWARGS & set(value)):
+        raise ValueError(f"{taken[0]} is no variable to be set here: dynlora says it for each conversation")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError(f"got {show(value)}, must hold what JSON can: text, numbers, true, false, lists") from None
+    return value
+
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_template_kwargs)]
 
 
 def path_text(value: str) -> str:

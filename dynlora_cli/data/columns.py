@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.data.chat.ways import COLUMN, Ways
 from dynlora_cli.data.examples import Located
 from dynlora_cli.data.forms import (
+    WITH_TURNS,
     BadRowError,
     Judged,
     Labelled,
@@ -151,10 +153,12 @@ class Account:
     Args:
         source: says what is renamed, and what is ignored.
         retrieves: passages are looked for (`dataset.retrieve`).
+        ways: how its conversations are written.
     """
 
     source: Source
     retrieves: bool = False
+    ways: Ways = field(default_factory=Ways)
     _unread: dict[str, Any] = field(default_factory=dict)  # the first value of each
     _seen: set[str] = field(default_factory=set)
     _choices: int = 0  # rows with several right answers
@@ -173,6 +177,7 @@ class Account:
         self._seen.update(row)
         self._choices += first_answer(row) is not row and len(row["completion"]) > 1
         aside = {*self.source.columns.values(), *self.source.ignore, CONFIDENCE, *([PASSAGE] if self.retrieves else [])}
+        aside |= {COLUMN} if form is not None and set(form.FORMS) & WITH_TURNS else set()
         for name in row.keys() - aside - (columns_of(form) if form else set()):
             value = row[name]
             if value is None or value in ("", [], {}, "[]", "{}", "null"):
@@ -372,7 +377,7 @@ def located(form: ModuleType, place: str, row: Row, has_template: bool, account:
     """
     account.enter(place, row, form)
     try:
-        example = form.to_example(row, has_template=has_template)
+        example = account.ways.applied(form.to_example(row, has_template=has_template), row)
         refuse_half_characters([getattr(example, field.name) for field in fields(example)])
         return Located(place, example, confidence_of(row, account.source.ignore), _passage_of(row, account))
     except BadRowError as error:

@@ -17,8 +17,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dynlora_cli.data.chat.fit import Fit
 from dynlora_cli.data.chat.mask import Mask, closing_of
-from dynlora_cli.data.chat.template import Arguments, Unwritten, draws_at_random, write
+from dynlora_cli.data.chat.reasoning import Reasoned
+from dynlora_cli.data.chat.template import Unwritten, draws_at_random, write
 from dynlora_cli.data.encode import Encoder, decode
 from dynlora_cli.data.examples import IGNORED, Draft, Example, Located, OneText
 from dynlora_cli.data.forms import BadRowError, Form, Pair, Plain, Turns
@@ -36,7 +38,18 @@ class TextEncoder(Encoder):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> None:
         super().__init__(tokenizer, train_on, max_length)
         self.unwritten = Unwritten(tokenizer)
-        self.arguments = Arguments(tokenizer)
+        self.fit = Fit(tokenizer)
+        self.reasoned = Reasoned(tokenizer, self.fit)
+
+    def apart(self, row: Located) -> list[Located]:
+        """A conversation whose template does not write all the reasoning at once is several; any other is one row."""
+        if not isinstance(row.form, Turns):
+            return [row]
+        try:
+            return [replace(row, form=part) for part in self.reasoned.parts(row.form, train_on=self.train_on)]
+        except BadRowError as error:
+            self.mask  # noqa: B018 - a template that leaves out all that the assistant says is refused for that
+            raise DataError(f"{row.place}: {error}") from error
 
     def encode(self, rows: list[Located]) -> list[Draft]:
         by_form: dict[type, Callable[[list[Located]], list[Draft]]] = {
@@ -52,7 +65,7 @@ class TextEncoder(Encoder):
 
     def notes(self, template: str) -> list[str]:
         """What a person should know about the conversations that were read; `template` is their template in words."""
-        notes = []
+        notes = [*self.fit.remarks, *self.reasoned.notes(template)]
         if lost := self.unwritten.fields():
             notes.append(f"{template} leaves out {', '.join(lost)}: nothing is learned from that")
         if "mask" in self.__dict__ and self.mask.marks_itself:
@@ -108,9 +121,9 @@ class TextEncoder(Encoder):
         texts, spans, prompts = [], [], []
         for row in rows:
             assert isinstance(row.form, Turns)
-            form = self.arguments.wanted(row.form)
             try:
-                text = write(self.tokenizer, form.messages, form.tools)
+                form = self.fit.wanted(row.form)
+                text = write(self.tokenizer, form.messages, form.tools, form.told.kwargs)
                 self.unwritten.look(form, text)
                 turns = self._spans(form, text)
             except BadRowError as error:

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the recipe, a source or a row says of how a conversation is written.
+
+    Args:
+        kwargs: further variables of the chat template, such as `enable_thinking`.
+        reasoning: the assistant's reasoning is kept (trained), masked (read, not trained), or dropped (not there).
+    """
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: str = "keep"
+
+
+PLAINLY = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +35,7 @@ class Turns:
         untrained: numbers of assistant messages, from 0, that are marked not to train.
         marks_others: a message of another role is marked to train.
         remarks: what the person should know about how the row was read.
+        told: how it is written.
     """
 
     messages: list[dict[str, Any]]
@@ -26,6 +43,7 @@ class Turns:
     untrained: frozenset[int] = frozenset()
     marks_others: bool = False
     remarks: tuple[str, ...] = ()
+    told: Told = PLAINLY
 
     @property
     def is_empty(self) -> bool:
@@ -88,7 +106,7 @@ class Preference:
         prompt: what both answers follow; empty where they share no beginning.
         chosen: the better answer.
         rejected: the other one.
-        tools: for the chat template, as of `Turns`.
+        tools, told: for the chat template, as of `Turns`.
         remarks: what the person should know about how the row was read.
     """
 
@@ -97,6 +115,7 @@ class Preference:
     rejected: Said
     tools: list[Any] | None = None
     remarks: tuple[str, ...] = ()
+    told: Told = PLAINLY
 
     @property
     def untaught(self) -> str:
@@ -114,7 +133,7 @@ class Judged:
         prompt: what the answer follows.
         completion: the answer.
         label: it is good.
-        tools, remarks: as of `Preference`.
+        tools, remarks, told: as of `Preference`.
     """
 
     prompt: Said
@@ -122,6 +141,7 @@ class Judged:
     label: bool
     tools: list[Any] | None = None
     remarks: tuple[str, ...] = ()
+    told: Told = PLAINLY
 
     @property
     def untaught(self) -> str:

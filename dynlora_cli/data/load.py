@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.chat.template import Writing, date_note, read_template, template_name
+from dynlora_cli.data.chat.ways import unread
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.mix import Span, mix_notes, spans_of
@@ -186,12 +187,37 @@ def _note_writing(reader: Reader) -> None:
     in_turns = Turns.__name__ in reader.forms or any(True in turns for turns in reader.turned.values())
     if in_turns and (note := date_note(template, reader.writing.moment)):
         reader.notes.append(note)
+    reader.notes += _template_notes(reader, str(template or ""), in_turns=in_turns)
+
+
+def _template_notes(reader: Reader, template: str, *, in_turns: bool) -> list[str]:
+    """What was said of how conversations are written and is not used, and what another server must be told."""
+    dataset = reader.dataset
+    named = {*dataset.chat_template_kwargs, *(name for one in dataset.train for name in one.chat_template_kwargs)}
+    system = dataset.system is not None or any(one.system is not None for one in dataset.train)
+    if not in_turns:
+        keys = [("chat_template_kwargs", named), ("system", system), ("reasoning", dataset.reasoning != "keep")]
+        return [f"dataset.{key} is not used: no row is a conversation" for key, is_set in keys if is_set]
+    notes = [note] if (note := unread(template, named)) else []
+    if set(dataset.chat_template_kwargs):
+        notes.append(
+            f"rows are written with chat_template_kwargs {json.dumps(dict(dataset.chat_template_kwargs))}, and so are "
+            "requests to this run by dynlora; any other server must be told (chat_template_kwargs of a request)"
+        )
+    return notes
 
 
 def _written(reader: Reader) -> Writing:
     """How the rows were written: of each format that could be turns whether it was, where that is one answer."""
     found = {name: turns == {True} for name, turns in reader.turned.items() if len(turns) == 1}
-    return replace(reader.writing, turned=found)
+    dataset = reader.dataset
+    return replace(
+        reader.writing,
+        turned=found,
+        template_kwargs=dict(dataset.chat_template_kwargs),
+        system=dataset.system,
+        reasoning=dataset.reasoning,
+    )
 
 
 # -- counts ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from dynlora_cli import plugins
 from dynlora_cli.data.chat.template import Writing, on_date
 from dynlora_cli.data.chat.turns import as_turns
+from dynlora_cli.data.chat.ways import Ways
 from dynlora_cli.data.columns import Account, example_for, in_yaml, located, renamed
 from dynlora_cli.data.examples import Draft, Located
 from dynlora_cli.data.forms import PREFERRING, WITH_TURNS, Judged, Pair, Plain, Preference, Turns, name_of
@@ -77,7 +78,8 @@ def read(reader: Reader, sources: Sequence[Source], *, held_out: bool, limited: 
     lost: Counter[str] = Counter()
     with on_date(reader.writing.moment):
         for number, source in enumerate(sources):
-            account, own = Account(source, reader.dataset.retrieve is not None), list[Kept]()
+            ways, own = Ways.of(reader.dataset, source), list[Kept]()
+            account = Account(source, reader.dataset.retrieve is not None, ways)
             for table in tables(source, reader.notes, held_out=held_out):
                 for place, draft in _drafts(reader, source, table, account):
                     row = fit(reader, place, draft, next(numbers))

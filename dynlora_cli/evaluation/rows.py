@@ -48,7 +48,10 @@ if TYPE_CHECKING:
 MICRO_BATCH = 8
 ALL_OF_A_FILE = "name rows with --data FILE, all of which are used"
 # Keys of `dataset` that say how a row becomes an example, and not which rows there are.
-OF_A_ROW = ("max_length", "train_on", "overlong", "chat", "separator", "chat_template")
+OF_A_ROW = (
+    "max_length", "train_on", "overlong", "chat", "separator", "chat_template", "chat_template_kwargs",
+    "system", "reasoning",
+)  # fmt: skip
 
 
 class NothingHeldOutError(UsageError):

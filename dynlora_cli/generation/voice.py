@@ -6,15 +6,18 @@ which `notes` names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import plugins
+from dynlora_cli.data.chat.fit import Fit, resolved
 from dynlora_cli.data.chat.mask import closing_of
-from dynlora_cli.data.chat.template import Arguments, Unwritten, Writing, on_date, write
+from dynlora_cli.data.chat.template import Unwritten, Writing, on_date, write
+from dynlora_cli.data.chat.ways import Ways, unread
 from dynlora_cli.data.forms import BadRowError, Turns, refuse_half_characters
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
 from dynlora_cli.errors import UsageError
@@ -45,6 +48,7 @@ class Voice:
         moment: what the template takes for now.
         ends: tokens at which an answer ends.
         notes: what was chosen by guess, and what else a person should know.
+        ways: variables of the template, the system message and the reasoning, as in training.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Voice:
     moment: datetime
     ends: frozenset[int]
     notes: tuple[str, ...] = ()
+    ways: Ways = field(default_factory=Ways)
 
     @cached_property
     def words(self) -> str:
@@ -67,7 +72,8 @@ class Voice:
         """What two voices must agree in to be one: then the same words become the same tokens."""
         template = str(self.tokenizer.chat_template) if self.chat else ""
         moment = self.moment if "strftime_now" in template else None
-        return self.chat, template, moment, self.format, self.separator, self.ends
+        ways = json.dumps([dict(self.ways.kwargs), self.ways.system, self.ways.reasoning], sort_keys=True, default=str)
+        return self.chat, template, moment, self.format, self.separator, self.ends, ways if self.chat else ""
 
     @cached_property
     def longest(self) -> int:
@@ -103,28 +109,39 @@ class Voice:
             prompt += self.separator
         return self.text_ids(prompt)
 
-    def chat_ids(self, messages: Messages, tools: list[Any] | None) -> tuple[tuple[int, ...], list[str]]:
+    def chat_ids(
+        self, messages: Messages, tools: list[Any] | None, kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[tuple[int, ...], list[str]]:
         """Tokens of a conversation up to where the assistant's answer begins, and notes.
+
+        Args:
+            messages, tools: as the format `chat` takes them.
+            kwargs: variables of the chat template, over those of training.
 
         Raises:
             UsageError: it is none, or the template refuses it.
         """
         _refuse_halves([dict(message) for message in messages])
         try:
-            read: Turns = plugins.load("formats", "chat").to_example(
-                {"messages": [dict(message) for message in messages], "tools": tools}, has_template=True
-            )
-            turns = Arguments(self.tokenizer).wanted(read)
-            unwritten = Unwritten(self.tokenizer)
+            row = {"messages": [dict(message) for message in messages], "tools": tools}
+            ways = replace(self.ways, kwargs=resolved(self.ways.kwargs, None) | dict(kwargs or {}))
+            read = ways.applied(plugins.load("formats", "chat").to_example(row, has_template=True), {})
+            assert isinstance(read, Turns)
+            fit, unwritten = Fit(self.tokenizer), Unwritten(self.tokenizer)
             with on_date(self.moment):
-                text = write(self.tokenizer, turns.messages, turns.tools, answer=True)
-                unwritten.look(turns, write(self.tokenizer, turns.messages, turns.tools))
+                turns = fit.wanted(read)
+                said = turns.told.kwargs
+                text = write(self.tokenizer, turns.messages, turns.tools, said, answer=True)
+                unwritten.look(turns, write(self.tokenizer, turns.messages, turns.tools, said))
         except BadRowError as error:
             raise UsageError(f"{self.name}: {error}") from None
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         lost = unwritten.fields()
         notes = [f"{self.name}: the chat template leaves out {', '.join(lost)}"] if lost else []
-        return tuple(ids), [*notes, *(f"{self.name}: {remark}" for remark in turns.remarks)]
+        notes += [f"{self.name}: {remark}" for remark in (*turns.remarks, *fit.remarks)]
+        if kwargs and (note := unread(str(self.tokenizer.get_chat_template(None, turns.tools)), kwargs)):
+            notes.append(f"{self.name}: {note}")
+        return tuple(ids), notes
 
 
 def voice_of(
@@ -166,6 +183,7 @@ def voice_of(
         moment=writing.moment,
         ends=frozenset(ends),
         notes=tuple(notes),
+        ways=Ways(writing.template_kwargs, writing.system, writing.reasoning),
     )
 
 

@@ -100,6 +100,12 @@ class Data(TypedDict, total=False):
     """The date that chat templates wrote into the rows."""
     turned: dict[str, bool]
     """Of each format that could be written as turns, whether it was."""
+    template_kwargs: dict[str, Any]
+    """Variables of the chat template that the recipe set."""
+    system: str | None
+    """System message of conversations without one."""
+    reasoning: str
+    """What became of the assistant's reasoning: keep, mask or drop."""
     labels: list[str] | None
     """Names of the classes, in the order of the classifier's outputs."""
     mix: list[dict[str, Any]]

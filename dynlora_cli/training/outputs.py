@@ -224,6 +224,9 @@ def _data_on_record(data: Data) -> records.Data:
         sha256=data.sha256,
         date=data.writing.date,
         turned=dict(data.writing.turned),
+        template_kwargs=dict(data.writing.template_kwargs),
+        system=data.writing.system,
+        reasoning=data.writing.reasoning,
         labels=data.labels,
         retrieval=data.retrieval,
     )

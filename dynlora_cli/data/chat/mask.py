@@ -11,10 +11,12 @@ by what they have in common with the shorter renderings.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.data.chat.reasoning import EMPTY_BLOCK, KEYS, found_in, marked_at
 from dynlora_cli.data.chat.template import ADVICE, MARKER, marked, write
 from dynlora_cli.data.forms import BadRowError, Turns
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-_OWN_WORDS = ("content", "reasoning_content", "thinking", "reasoning", "tool_calls", "function_call")
+_OWN_WORDS = ("content", *KEYS, "tool_calls", "function_call")
+_END_OF_THOUGHT = re.compile(r"\s*(?:<[^<>\s]+>|\[/[A-Z_]+\])\s*")  # </think>, <|end|>, [/THINK]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LEAST = 4  # a place is recognised by at least so many characters in common
 
@@ -65,7 +68,10 @@ class Mask:
         spans: list[Span] = []
         for number in wanted[-1:] if only_last else wanted:
             if number not in turns.untrained:
-                spans.append(self._span(turns, number, full, spans[-1][1] if spans else 0))
+                start, end = self._span(turns, number, full, spans[-1][1] if spans else 0)
+                if turns.told.reasoning == "mask":
+                    start = self._behind_reasoning(turns, number, full, start, end)
+                spans.append((start, end))
         return self._within_blocks(spans, _blocks(self.tokenizer, turns), full) if self.marks_itself else spans
 
     def _span(self, turns: Turns, number: int, full: str, low: int) -> Span:
@@ -84,12 +90,26 @@ class Mask:
         _check(turns.messages[number], full[start:end])
         return start, end
 
+    def _behind_reasoning(self, turns: Turns, number: int, full: str, start: int, end: int) -> int:
+        """Where a turn goes on behind what the assistant thinks, and behind the mark that ends that."""
+        if not found_in(turns.messages[number])[0]:
+            block = EMPTY_BLOCK.match(full, start, end)
+            return block.end() if block else start
+        messages = marked_at(turns.messages, number, MARKER)
+        other = write(self.tokenizer, messages, turns.tools, turns.told.kwargs)
+        if MARKER not in other:
+            raise BadRowError(f"message {number + 1}: the chat template leaves out what the assistant thinks; {ADVICE}")
+        first = _common(full, other)
+        last = len(full) - _common(full[first:][::-1], other[first:][::-1])
+        mark = _END_OF_THOUGHT.match(full, last, end)
+        return mark.end() if mark else last
+
     def _beginning(self, turns: Turns, length: int, *, answer: bool = False) -> str | None:
         """The first `length` messages, rendered alone, or None where the template cannot render them so."""
         if length == 0:
             return None
         try:
-            return write(self.tokenizer, turns.messages[:length], turns.tools, answer=answer)
+            return write(self.tokenizer, turns.messages[:length], turns.tools, turns.told.kwargs, answer=answer)
         except BadRowError:  # such as a lone system message, or a turn whose tool result has not come yet
             return None
 
@@ -99,7 +119,7 @@ class Mask:
         change = {key: marked(message[key]) for key in _OWN_WORDS if message.get(key)}
         change = change or {"content": MARKER}  # a turn of nothing
         messages = [*turns.messages[:number], message | change, *turns.messages[number + 1 :]]
-        other = write(self.tokenizer, messages, turns.tools)
+        other = write(self.tokenizer, messages, turns.tools, turns.told.kwargs)
         if MARKER not in other[low:]:
             raise BadRowError(f"message {number + 1}: the chat template leaves out what the assistant says; {ADVICE}")
         start = _common(text, other)
@@ -127,7 +147,7 @@ class Mask:
         """Where the turn's end-of-turn mark ends, for a turn whose own text ends at `behind`."""
         tail, rest = self.closing, full[behind:]
         if upto is not None:
-            alone = Turns(turns.messages[: number + 1], turns.tools)
+            alone = replace(turns, messages=turns.messages[: number + 1])
             tail = upto[self._own_text(alone, number, upto, 0)[1] :]
         same = _common(tail, rest)
         if same == len(tail):
@@ -166,7 +186,7 @@ def _blocks(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[Span]:
     """Start and end of the template's `{% generation %}` blocks, in characters."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    options: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    options: dict[str, Any] = {**tokenizer.special_tokens_map, **turns.told.kwargs}
     template = tokenizer.get_chat_template(None, turns.tools)
     found: Any = render_jinja_template(
         [turns.messages], turns.tools, chat_template=template, return_assistant_tokens_mask=True, **options
@@ -214,6 +234,9 @@ def _check(message: Mapping[str, Any], shown: str) -> None:
     lost = next((name for name in names if isinstance(name, str) and name not in shown), None)
     if lost is not None:
         raise BadRowError(f"the chat template leaves out the call of {lost!r}; {ADVICE}")
+    short = next((name for name, count in Counter(map(str, names)).items() if shown.count(name) < count), None)
+    if short is not None:
+        raise BadRowError(f"the chat template writes fewer calls of {short!r} in one turn than the row has; {ADVICE}")
     answer = message["content"].strip().rpartition("</think>")[2].strip()
     if answer not in shown and not names:
         raise BadRowError(

@@ -6,17 +6,17 @@ rows it began with, so a run writes all of them on the day it began, which its r
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.config.types import RESERVED_KWARGS
 from dynlora_cli.data.chat.limits import SECONDS, in_bounds
 from dynlora_cli.data.forms import BadRowError, Turns
 from dynlora_cli.errors import DynloraError, UsageError
@@ -30,6 +30,7 @@ ADVICE = "use another dataset.chat_template, or dataset.train_on: all"
 _DATE = "%Y-%m-%dT%H:%M:%S%z"
 _LINKS = {"role", "id", "tool_call_id", "type", "index"}  # they tie messages together; nobody reads them as text
 _CALLS = ("tool_calls", "function_call")
+_NOTHING: Mapping[str, Any] = {}
 _LOOKS = 8  # rows in which a field is looked for before it counts as left out: some show it in certain places only
 
 
@@ -41,11 +42,17 @@ class Writing:
         date: what the chat template takes for now, such as 2026-11-20T12:00:00+0000.
         turned: by format of pairs, whether its rows become turns; what is not there is decided by `dataset.chat`.
         labels: names of a classifier's classes in their order; none where the rows are to tell.
+        template_kwargs: variables of the chat template, by `dataset.chat_template_kwargs`.
+        system: the system message of conversations without one, by `dataset.system`.
+        reasoning: what becomes of the assistant's reasoning, by `dataset.reasoning`.
     """
 
     date: str = field(default_factory=lambda: time.strftime(_DATE))
     turned: Mapping[str, bool] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    reasoning: str = "keep"
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Writing:
@@ -53,8 +60,16 @@ class Writing:
         data = record.get("data") or {}
         labels = tuple(map(str, data.get("labels") or ()))
         if "date" in data:
-            turned = data.get("turned")
-            return cls(str(data["date"]), dict(turned) if isinstance(turned, Mapping) else {}, labels)
+            turned, kwargs, system = data.get("turned"), data.get("template_kwargs"), data.get("system")
+            kwargs = kwargs if isinstance(kwargs, Mapping) else {}
+            return cls(
+                str(data["date"]),
+                dict(turned) if isinstance(turned, Mapping) else {},
+                labels,
+                {str(name): value for name, value in kwargs.items() if name not in RESERVED_KWARGS},
+                system if isinstance(system, str) else None,
+                str(data.get("reasoning") or "keep"),
+            )
         if (record.get("recipe") or {}).get("dataset"):
             # Version 0.1 wrote no date but that of its start, kept pairs as text, and made turns of instructions.
             return cls(str(record.get("started", "")), {"completion": False, "alpaca": True}, labels)
@@ -121,9 +136,20 @@ def draws_at_random(template: object) -> bool:
 
 
 def write(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None, *, answer: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    kwargs: Mapping[str, Any] = _NOTHING,
+    *,
+    answer: bool = False,
 ) -> str:
     """The conversation as the chat template writes it; `answer` adds the generation prompt.
+
+    Args:
+        tokenizer: with the chat template.
+        messages, tools: as the template takes them.
+        kwargs: further variables of the template.
+        answer: an answer is asked for.
 
     Raises:
         BadRowError: the template refuses the conversation.
@@ -132,44 +158,33 @@ def write(
     try:
         with limited(SECONDS, refusal), in_bounds():
             return str(
-                tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=answer)
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=answer, **kwargs
+                )
             )
     except DynloraError:
         raise
     except Exception as error:  # whatever the program of whoever made the tokenizer raises
         said = str(error) or type(error).__name__
-        way = _without_system(tokenizer, messages, tools) or _with_ids(tokenizer, messages, tools)
+        way = _without_system(tokenizer, messages, tools, kwargs)
         raise BadRowError(f"the chat template refuses this conversation ({said}){way}") from error
 
 
-def _without_system(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+def _without_system(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    kwargs: Mapping[str, Any],
+) -> str:
     """What to do about a conversation that was refused for its system message, as Gemma 2's template does."""
     others = [message for message in messages if message.get("role") not in ("system", "developer")]
     if not others or len(others) == len(messages):
         return ""
     try:
-        write(tokenizer, others, tools)
+        write(tokenizer, others, tools, kwargs)
     except BadRowError:
         return ""
     return "; it takes no system message: put those words into the first question"
-
-
-def _with_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
-    """What to do about a conversation that was refused for the ids of its calls, as Mistral's templates do."""
-    others = [_with_id(message, "call00001") for message in messages]
-    if others == messages or not any(message.get("tool_calls") for message in messages):
-        return ""
-    try:
-        write(tokenizer, others, tools)
-    except BadRowError:
-        return ""
-    return "; give its calls ids of nine letters and digits, such as 'call00001', and their results the same"
-
-
-def _with_id(message: dict[str, Any], name: str) -> dict[str, Any]:
-    calls = [call | {"id": name} for call in message.get("tool_calls") or ()]
-    result = {"tool_call_id": name} if message.get("role") == "tool" else {}
-    return message | ({"tool_calls": calls} if calls else {}) | result
 
 
 def marked(value: Any, marker: str = MARKER) -> Any:
@@ -179,56 +194,6 @@ def marked(value: Any, marker: str = MARKER) -> Any:
     if isinstance(value, list) and value:
         return [marked(part, marker) for part in value]
     return marker
-
-
-class Arguments:
-    """The arguments of calls as one chat template wants them: as objects, or as their JSON.
-
-    Most write them by `tojson`, which would escape a text once more, or go through them key by key. Some print them, or
-    join them to other text; those need JSON.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._prints: dict[bool, bool] = {}  # by whether calls are {name, arguments}, not {function: {name, arguments}}
-
-    def wanted(self, turns: Turns) -> Turns:
-        """The same conversation, its calls as the template wants them."""
-        calls = [call for message in turns.messages for call in message.get("tool_calls") or ()]
-        if not calls:
-            return turns
-        bare = "function" not in calls[0]
-        if bare not in self._prints:
-            self._prints[bare] = self._look(bare)
-        if not self._prints[bare]:
-            return turns
-        changed = [
-            message | {"tool_calls": [_as_text(call) for call in message["tool_calls"]]}
-            if message.get("tool_calls")
-            else message
-            for message in turns.messages
-        ]
-        return replace(turns, messages=changed)
-
-    def _look(self, bare: bool) -> bool:
-        for arguments, means_text in (({MARKER: MARKER}, False), (json.dumps({MARKER: MARKER}), True)):
-            function = {"name": "f", "arguments": arguments}
-            call = function if bare else {"id": "123456789", "type": "function", "function": function}
-            answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-            try:
-                text = write(self._tokenizer, [{"role": "user", "content": "a"}, answer], None)
-            except BadRowError:  # such as a template that joins the arguments to other text
-                continue
-            return means_text or repr(arguments) in text
-        return False
-
-
-def _as_text(call: dict[str, Any]) -> dict[str, Any]:
-    """A call with its arguments as JSON."""
-    if "function" in call:
-        return call | {"function": _as_text(call["function"])}
-    arguments = call.get("arguments")
-    return call | {"arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}
 
 
 class Unwritten:
@@ -281,7 +246,7 @@ class Unwritten:
             variants = [(one, turns.tools), (other, turns.tools)]
         for messages, tools in variants:
             try:
-                if write(self._tokenizer, messages, tools) != text:
+                if write(self._tokenizer, messages, tools, turns.told.kwargs) != text:
                     return True
             except BadRowError:  # it reads the field, or it would not mind
                 return True

@@ -52,7 +52,7 @@ class PreferenceEncoder(TextEncoder):
         if self.pairs or not isinstance(form, Preference) or form.untaught:
             return [row]
         both = ((form.chosen, True), (form.rejected, False))
-        each = [Judged(form.prompt, said, label, form.tools, form.remarks) for said, label in both]
+        each = [Judged(form.prompt, said, label, form.tools, form.remarks, form.told) for said, label in both]
         return [replace(row, form=one) for one in each]
 
     def encode(self, rows: list[Located]) -> list[Draft]:
@@ -93,8 +93,8 @@ class PreferenceEncoder(TextEncoder):
         if isinstance(form.prompt, str):
             return [form.prompt, *(form.prompt + str(answer) for answer in _answers(form))]
         try:
-            alone = Turns(list(form.prompt), form.tools)
-            prompt = write(self.tokenizer, self.arguments.wanted(alone).messages, form.tools, answer=True)
+            alone = self.fit.wanted(Turns(list(form.prompt), form.tools, told=form.told))
+            prompt = write(self.tokenizer, alone.messages, alone.tools, alone.told.kwargs, answer=True)
             return [prompt, *(self._written(form, answer) for answer in _answers(form))]
         except BadRowError as error:
             raise DataError(f"{row.place}: {error}") from error
@@ -102,8 +102,8 @@ class PreferenceEncoder(TextEncoder):
     def _written(self, form: Preference | Judged, answer: Said) -> str:
         assert isinstance(form.prompt, list)
         assert isinstance(answer, list)
-        turns = self.arguments.wanted(Turns([*form.prompt, *answer], form.tools))
-        text = write(self.tokenizer, turns.messages, turns.tools)
+        turns = self.fit.wanted(Turns([*form.prompt, *answer], form.tools, told=form.told))
+        text = write(self.tokenizer, turns.messages, turns.tools, turns.told.kwargs)
         self.unwritten.look(turns, text)
         return text
 

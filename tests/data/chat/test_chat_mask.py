@@ -23,9 +23,10 @@ from data_helpers import (
 )
 from data_helpers import space_tokenizer as make_space_tokenizer
 
+from dynlora_cli.data.chat.fit import Fit
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.formats.chat import to_example
-from dynlora_cli.data.forms import BadRowError
+from dynlora_cli.data.forms import BadRowError, Turns
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import DataError
 
@@ -44,7 +45,7 @@ def trained(tmp_path: Path, messages: list[dict[str, Any]], template: str | None
     path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
     tokenizer = settings.pop("tokenizer", None) or byte_tokenizer(template)
     data = load_data(dataset(path, **settings), tokenizer, task=task_named(), seed=0)
-    return [text for text, in_loss in show_example(data.train[0], tokenizer) if in_loss]
+    return [text for row in data.train for text, in_loss in show_example(row, tokenizer) if in_loss]
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,9 @@ def trained(tmp_path: Path, messages: list[dict[str, Any]], template: str | None
         (LLAMA3, [THOUGHT + "a quick brown fox<|eot|>", "the lazy dog 🐕<|eot|>"]),
         (MISTRAL, [" " + THOUGHT + "a quick brown fox</s>", " the lazy dog 🐕</s>"]),
         (ROLE_TOKENS, [THOUGHT + "a quick brown fox</s>", "the lazy dog 🐕</s>"]),
-        (THINKING, ["a quick brown fox<|im_end|>", "<think>\n\n</think>\n\nthe lazy dog 🐕<|im_end|>"]),
+        (THINKING, [THOUGHT + "a quick brown fox<|im_end|>", "<think>\n\n</think>\n\nthe lazy dog 🐕<|im_end|>"]),
     ],
-    ids=["chatml", "llama3", "mistral", "role tokens", "drops old thinking"],
+    ids=["chatml", "llama3", "mistral", "role tokens", "drops old thinking: two rows"],
 )
 def test_every_assistant_turn_and_its_end_token_are_trained(tmp_path: Path, template: str, expected: list[str]) -> None:
     assert trained(tmp_path, TALK, template) == expected
@@ -255,7 +256,7 @@ def marked_tokenizer(template: str) -> Any:
     ("template", "expected"),
     [
         ("QWEN25", [THOUGHT_A + "<|im_end|>", TAGGED, "a<|im_end|>"]),
-        ("QWEN3", ["a<|im_end|>", TAGGED, "<think>\n\n</think>\n\na<|im_end|>"]),
+        ("QWEN3", [THOUGHT_A + "<|im_end|>", TAGGED, "<think>\n\n</think>\n\na<|im_end|>"]),
         ("LLAMA31", [THOUGHT_A + "<|eot|>", '{"name": "a", "parameters": {"city": "a"}}<|eot|>', "a<|eot|>"]),
         (
             "MISTRAL3",
@@ -268,7 +269,7 @@ def marked_tokenizer(template: str) -> Any:
         (
             "GPT_OSS",
             [
-                f"<|channel|>final<|message|>{THOUGHT_A}<|end|>",
+                "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>",
                 ' to=functions.a<|channel|>commentary json<|message|>{"city": "a"}<|call|>',
                 "<|channel|>final<|message|>a<|return|>",
             ],
@@ -284,22 +285,25 @@ def test_calls_and_turns_that_the_template_rewrites_are_found(
     path = tmp_path / "talk.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = load_data(dataset(path, max_length=1024), tokenizer, task=task_named(), seed=0)
-    pieces = show_example(data.train[0], tokenizer)
     turns = {6: 3, 4: 2, 2: 1}[ending]
-    found = [text for text, in_loss in pieces if in_loss]
+    found = [text for row in data.train for text, in_loss in show_example(row, tokenizer) if in_loss]
     if ending == 6:
         assert found == expected
     assert len(found) == turns
     # What is trained last is what a server asks for.
-    asked = tokenizer.apply_chat_template(LONG[: ending - 1], tools=TOOLS, tokenize=False, add_generation_prompt=True)
-    written = tokenizer.apply_chat_template(LONG[:ending], tools=TOOLS, tokenize=False)
+    fitted = Fit(tokenizer).wanted(Turns(LONG[:ending], TOOLS)).messages
+    asked = tokenizer.apply_chat_template(fitted[:-1], tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    written = tokenizer.apply_chat_template(fitted, tools=TOOLS, tokenize=False)
     assert asked + found[-1] == written.rstrip("\n")
 
 
 def test_a_prompt_that_no_row_shows_is_said(tmp_path: Path) -> None:
     tokenizer = marked_tokenizer(templates.DEEPSEEK_R1)
-    assert trained(tmp_path, TALK, None, tokenizer=tokenizer) == ["a quick brown fox</s>", "the lazy dog 🐕</s>"]
-    data = load_data(dataset(tmp_path / "talk.jsonl"), tokenizer, task=task_named(), seed=0)
+    with pytest.raises(DataError, match=r"talk\.jsonl:1: message 2: the chat template never writes what the assistant"):
+        trained(tmp_path, TALK, None, tokenizer=tokenizer)
+    answers = ["a quick brown fox</s>", "the lazy dog 🐕</s>"]
+    assert trained(tmp_path, TALK, None, tokenizer=tokenizer, reasoning="drop") == answers
+    data = load_data(dataset(tmp_path / "talk.jsonl", reasoning="drop"), tokenizer, task=task_named(), seed=0)
     assert [note for note in data.notes if "asks for an answer with '<|Assistant|><think>\\n'" in note]
 
 
