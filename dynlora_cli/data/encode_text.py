@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynlora_cli.data.chat.fit import Fit
 from dynlora_cli.data.chat.mask import Mask, closing_of
-from dynlora_cli.data.chat.reasoning import Reasoned
+from dynlora_cli.data.chat.split import Reasoned
 from dynlora_cli.data.chat.template import Unwritten, draws_at_random, write
 from dynlora_cli.data.encode import Encoder, decode
 from dynlora_cli.data.examples import IGNORED, Draft, Example, Located, OneText
@@ -125,7 +125,7 @@ class TextEncoder(Encoder):
                 form = self.fit.wanted(row.form)
                 text = write(self.tokenizer, form.messages, form.tools, form.told.kwargs)
                 self.unwritten.look(form, text)
-                turns = self._spans(form, text)
+                text, turns = self._as_asked(form, text, self._spans(form, text))
             except BadRowError as error:
                 raise DataError(f"{row.place}: {error}") from error
             texts.append(text)
@@ -151,6 +151,28 @@ class TextEncoder(Encoder):
         others = replace(turns, untrained=frozenset(speaks - turns.untrained))
         edges = [0, *itertools.chain.from_iterable(self.mask.spans(others, text, only_last=False)), len(text)]
         return list(zip(edges[::2], edges[1::2], strict=True))
+
+    def _as_asked(self, turns: Turns, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text and its spans, where only the last turn trains: behind the very prompt that a server would write.
+
+        Some templates show more before an answer than behind it, such as what was thought beside a call.
+        """
+        last = len(turns.messages) - 1
+        speaks = {number for number, message in enumerate(turns.messages) if message["role"] == "assistant"}
+        trains = {max(speaks, default=-1)} if self.train_on == "completion" else speaks
+        if self.train_on == "all" or trains - turns.untrained != {last} or len(spans) != 1:
+            return text, spans
+        (start, end), said = spans[0], turns.told.kwargs
+        try:
+            asked = write(self.tokenizer, turns.messages[:-1], turns.tools, said, answer=True)
+            shown = write(self.tokenizer, turns.messages[:-1], turns.tools, said)
+        except BadRowError:  # such as a conversation that the assistant begins
+            return text, spans
+        prompt = asked.removeprefix(shown)
+        if asked == text[:start] or prompt in ("", asked) or not text[:start].endswith(prompt):
+            return text, spans
+        moved = len(asked) - start
+        return asked + text[start:], [(len(asked), end + moved)]
 
     @cached_property
     def mask(self) -> Mask:

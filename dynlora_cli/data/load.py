@@ -187,10 +187,10 @@ def _note_writing(reader: Reader) -> None:
     in_turns = Turns.__name__ in reader.forms or any(True in turns for turns in reader.turned.values())
     if in_turns and (note := date_note(template, reader.writing.moment)):
         reader.notes.append(note)
-    reader.notes += _template_notes(reader, str(template or ""), in_turns=in_turns)
+    reader.notes += _template_notes(reader, template, in_turns=in_turns)
 
 
-def _template_notes(reader: Reader, template: str, *, in_turns: bool) -> list[str]:
+def _template_notes(reader: Reader, template: object, *, in_turns: bool) -> list[str]:
     """What was said of how conversations are written and is not used, and what another server must be told."""
     dataset = reader.dataset
     named = {*dataset.chat_template_kwargs, *(name for one in dataset.train for name in one.chat_template_kwargs)}

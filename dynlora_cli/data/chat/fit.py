@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.chat.reasoning import AUTO, EMPTY_BLOCK, KEYS, SWITCHES, found_in, thinks, with_reasoning
-from dynlora_cli.data.chat.template import MARKER, write
+from dynlora_cli.data.chat.template import MARKER, write, write_somehow
 from dynlora_cli.data.forms import BadRowError, Turns
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Fit:
     def _text(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> str | None:
         """A conversation that was made up, as the template writes it; None: refused."""
         try:
-            return write(self._tokenizer, messages, None, kwargs)
+            return write_somehow(self._tokenizer, messages, kwargs)
         except BadRowError:
             return None
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.chat.reasoning import EMPTY_BLOCK, KEYS, found_in, marked_at
-from dynlora_cli.data.chat.template import ADVICE, MARKER, marked, write
+from dynlora_cli.data.chat.template import ADVICE, MARKER, marked, write, write_somehow
 from dynlora_cli.data.forms import BadRowError, Turns
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def closing_of(tokenizer: PreTrainedTokenizerBase) -> str:
         BadRowError: the template leaves out what the assistant says.
     """
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
-    _, marker, after = write(tokenizer, probe, None).partition(MARKER)
+    _, marker, after = write_somehow(tokenizer, probe).partition(MARKER)
     if not marker:
         raise BadRowError(f"the chat template leaves out what the assistant says; {ADVICE}")
     return after

@@ -1,27 +1,13 @@
-"""What the assistant thinks before it answers: found in a message, kept, dropped, and never lost without a word.
+"""What the assistant thinks before it answers: found in a message, and put where a template wants it.
 
 Data have it as a field (`reasoning_content`, `thinking`, `reasoning`) or inside the content, as `<think>...</think>`.
-Templates read one of these fields, or none, and many write it for the last turn only, since a server shows a model no
-thoughts but those of its present answer. A turn whose thoughts are gone that way is a row of its own here, up to and
-with that turn, in which they are shown as a server would show them.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-from dynlora_cli.data.chat.template import MARKER, write
-from dynlora_cli.data.forms import BadRowError, Turns
-from dynlora_cli.text import counted
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from dynlora_cli.data.chat.fit import Fit
+from typing import Any
 
 KEYS = ("reasoning_content", "thinking", "reasoning")
 SWITCHES = ("enable_thinking", "thinking")  # variables of templates; `auto` says: by what each row holds
@@ -63,7 +49,8 @@ def with_reasoning(rest: dict[str, Any], reasoning: str, key: str) -> dict[str, 
     """A message with its reasoning in the field of this name, or in its content where there is no name."""
     if key:
         return rest | {key: reasoning}
-    return rest | {"content": f"<think>\n{reasoning.strip(chr(10))}\n</think>\n\n{rest['content']}"}
+    block = "<think>\n" + reasoning.strip("\n") + "\n</think>"
+    return rest | {"content": f"{block}\n\n{rest['content']}" if rest["content"] else block}
 
 
 def thinks(messages: list[dict[str, Any]]) -> bool:
@@ -81,124 +68,3 @@ def marked_at(messages: list[dict[str, Any]], number: int, marker: str) -> list[
     else:
         changed = message | {key: marker}
     return [*messages[:number], changed, *messages[number + 1 :]]
-
-
-@dataclass
-class Reasoned:
-    """Rows, so that the template writes the reasoning of every turn that trains.
-
-    Args:
-        tokenizer: with the chat template.
-        fit: makes conversations as the template wants them.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    fit: Fit
-    _rows: Counter[str] = field(default_factory=Counter)
-    _turns: Counter[str] = field(default_factory=Counter)
-    _wrote_empty: bool = False
-
-    def parts(self, turns: Turns, *, train_on: str) -> list[Turns]:
-        """The conversations that one is, the whole of it last.
-
-        Args:
-            turns: as the data have it.
-            train_on: the recipe's `dataset.train_on`.
-
-        Raises:
-            BadRowError: the template never writes the reasoning of a turn that trains.
-        """
-        kind = self._count(turns)
-        if kind != "with" or turns.told.reasoning == "drop":
-            return [turns]
-        speaks = [number for number, message in enumerate(turns.messages) if message["role"] == "assistant"]
-        speaks = speaks[-1:] if train_on == "completion" else speaks
-        wanted = [number for number in speaks if number not in turns.untrained]
-        left = {number for number in wanted if found_in(turns.messages[number])[0]} - self._shown(turns)
-        if not left:
-            return [turns]
-        if train_on == "all":
-            self._turns["unshown"] += len(left)
-            return [turns]
-        return self._apart(turns, wanted, left)
-
-    def _apart(self, turns: Turns, wanted: list[int], left: set[int]) -> list[Turns]:
-        """Rows for the turns whose reasoning the whole conversation does not show, and it for the others."""
-        whole = replace(turns, untrained=turns.untrained | left)
-        parts = [whole] if set(wanted) - left else []
-        while left:
-            last = max(left)
-            part = replace(turns, messages=turns.messages[: last + 1])
-            shown = self._shown(part) & left
-            if last not in shown:
-                raise BadRowError(
-                    f"message {last + 1}: the chat template never writes what the assistant thinks there; set "
-                    "dataset.reasoning: drop to train on answers alone, or a dataset.chat_template that writes it"
-                )
-            parts.append(replace(part, untrained=frozenset(range(last + 1)) - shown))
-            left = left - shown
-        self._rows["apart"] += 1
-        self._turns["apart"] += len(parts)
-        return parts[::-1]
-
-    def _shown(self, turns: Turns) -> set[int]:
-        """Numbers of the turns whose reasoning the template writes in this conversation."""
-        fitted = self.fit.wanted(turns)
-        messages, numbers = fitted.messages, []
-        for number, message in enumerate(messages):
-            if found_in(message)[0]:
-                messages = marked_at(messages, number, f"{MARKER}{number}{MARKER}")
-                numbers.append(number)
-        text = write(self.tokenizer, messages, fitted.tools, fitted.told.kwargs)
-        return {number for number in numbers if f"{MARKER}{number}{MARKER}" in text}
-
-    def _count(self, turns: Turns) -> str:
-        """Count a row by what it holds."""
-        answers = [found_in(message)[0] for message in turns.messages if message["role"] == "assistant"]
-        thoughts = sum(bool(thought) for thought in answers)
-        kind = "with" if thoughts else "without"
-        self._rows[kind] += 1
-        self._rows[turns.told.reasoning] += kind == "with"
-        self._turns[turns.told.reasoning] += thoughts
-        if not thoughts or turns.told.reasoning == "drop":
-            self._wrote_empty |= self.fit.puts_empty_block(turns)
-        return kind
-
-    def notes(self, template: str) -> list[str]:
-        """What a person should know about the reasoning in the rows; `template` is their template in words."""
-        rows, found = self._rows, []
-        if not rows["with"] and not self._wrote_empty:
-            return []
-        for mode, says in (
-            ("keep", "is trained on"),
-            ("mask", "is read and not trained on, with its marks (dataset.reasoning: mask)"),
-            ("drop", "is left out (dataset.reasoning: drop)"),
-        ):
-            if self._turns[mode]:
-                found.append(
-                    f"the reasoning of {counted(self._turns[mode], 'answer')} in {counted(rows[mode], 'row')} {says}"
-                )
-        if rows["with"] and rows["without"]:
-            how = f"written as {template} writes them" + (", with an empty think block" if self._wrote_empty else "")
-            found.append(
-                f"{counted(rows['without'], 'row')} without reasoning stand among {counted(rows['with'], 'row')} with "
-                f"it, and are {how}; `chat_template_kwargs: {{enable_thinking: auto}}` "
-                "asks for each answer in the mode that it is in, where the template knows that variable"
-            )
-        elif self._wrote_empty and not rows["with"]:
-            found.append(
-                f"{template} puts an empty think block before answers without reasoning: see it by --dry-run; "
-                "`chat_template_kwargs: {enable_thinking: false}` makes it part of the prompt"
-            )
-        if rows["apart"]:
-            found.append(
-                f"{template} leaves out what the assistant thought in earlier turns, as a server would: so "
-                f"{counted(rows['apart'], 'conversation')} became {counted(self._turns['apart'], 'row')}, in each of "
-                "which the last answer stands with its thoughts"
-            )
-        if self._turns["unshown"]:
-            found.append(
-                f"{template} leaves out the reasoning of {counted(self._turns['unshown'], 'earlier answer')}: with "
-                "dataset.train_on: all each conversation is written once"
-            )
-        return found

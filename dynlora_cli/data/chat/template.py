@@ -130,6 +130,30 @@ def date_note(template: object, moment: datetime) -> str | None:
     )
 
 
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "f",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}},
+    },
+}  # for templates that take no conversation without tools
+
+
+def write_somehow(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], kwargs: Mapping[str, Any] = _NOTHING
+) -> str:
+    """A conversation that was made up to see how a template writes it: without tools, or with one if it must have some.
+
+    Raises:
+        BadRowError: the template refuses it both ways.
+    """
+    try:
+        return write(tokenizer, messages, None, kwargs)
+    except BadRowError:
+        return write(tokenizer, messages, [TOOL], kwargs)
+
+
 def draws_at_random(template: object) -> bool:
     """Whether a chat template gives another text each time."""
     return bool(re.search(r"\|\s*random\b|\blipsum\s*\(", str(template or "")))
@@ -220,7 +244,8 @@ class Unwritten:
         kinds = {_kind(message, key): None for message in turns.messages for key, value in message.items() if value}
         kinds |= {("", "tools"): None} if turns.tools else {}
         for kind in kinds:
-            if kind in self._written or kind[1] in _LINKS or self._looks.get(kind, 0) >= _LOOKS:
+            ties = kind[1] in _LINKS or kind == ("tool", "name")
+            if kind in self._written or ties or self._looks.get(kind, 0) >= _LOOKS:
                 continue
             if self._shows(turns, text, *kind):
                 self._written.add(kind)

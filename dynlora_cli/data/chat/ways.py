@@ -86,9 +86,10 @@ def variables_of(template: str) -> set[str]:
         return set()
 
 
-def unread(template: str, names: Collection[str]) -> str:
+def unread(template: object, names: Collection[str]) -> str:
     """A sentence about variables that a chat template never reads; empty where it reads all."""
-    there = variables_of(template)
+    texts = template.values() if isinstance(template, Mapping) else [template]
+    there = set().union(*(variables_of(str(text)) for text in texts))
     lost = sorted(set(names) - there)
     if not lost:
         return ""

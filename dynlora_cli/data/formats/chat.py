@@ -166,6 +166,8 @@ def _message(number: int, turn: object) -> tuple[dict[str, Any], bool | None]:
     if _calls_by_role(message) and "tool_calls" not in message and (calls := _calls_in(message.get("content"))):
         message |= {"tool_calls": calls, "content": ""}
     message["role"] = _ROLES.get(role.strip().lower(), role)
+    if message.get("tool_calls") in ([], "", "[]"):  # templates test whether the key is there
+        del message["tool_calls"]
     if "tool_calls" in message:
         message["tool_calls"] = _calls(number, message["tool_calls"])
         message.setdefault("content", "")

@@ -118,9 +118,7 @@ def test_rows_with_and_without_thinking(tmp_path: Path, of: tuple[str, ...]) -> 
     rows = [[ASK, THOUGHT], [ASK, PLAIN]]
     found, data = read(tmp_path, rows, SWITCHED)
     assert found == [BLOCK + "the dog<|im_end|>", "<think>\n\n</think>\n\nthe cat<|im_end|>"]
-    assert any(
-        "1 row without reasoning stand among 1 row with it" in note and "empty think" in note for note in data.notes
-    )
+    assert any("1 row with reasoning, 1 row without" in note and "empty think" in note for note in data.notes)
     found, _ = read(tmp_path, rows, SWITCHED, chat_template_kwargs={"enable_thinking": "auto"}, of=of)
     assert found == [BLOCK + "the dog<|im_end|>", "the cat<|im_end|>"]
     tokens = read(tmp_path, rows[1:], SWITCHED, chat_template_kwargs={"enable_thinking": False}, of=of)[0]
