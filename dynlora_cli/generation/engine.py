@@ -185,6 +185,7 @@ class Engine:
         *,
         system: str | None = None,
         tools: list[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
         raw: bool = False,
     ) -> Request:
         """A prompt as tokens.
@@ -195,13 +196,14 @@ class Engine:
             sampling: how the answer is written.
             system: a system message before it.
             tools: as the chat template takes them.
+            kwargs: variables of the chat template, over those of training.
             raw: `content` is a text to go on with as it is, whatever the run learned from.
 
         Raises:
             UsageError: it cannot be asked so, or leaves no room in the context.
         """
         with quiet:
-            return self._request(use, content, sampling, system=system, tools=tools, raw=raw)
+            return self._request(use, content, sampling, system=system, tools=tools, kwargs=kwargs, raw=raw)
 
     def _request(
         self,
@@ -211,6 +213,7 @@ class Engine:
         *,
         system: str | None,
         tools: list[Any] | None,
+        kwargs: Mapping[str, Any] | None,
         raw: bool,
     ) -> Request:
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
@@ -222,13 +225,13 @@ class Engine:
         if use.auto:
             everybody = dict.fromkeys(self.names, 1.0)
             decision = self.deciding.decide(
-                _asked(messages), lambda: self._ids(self.voice(everybody), messages, tools, raw=raw)
+                _asked(messages), lambda: self._ids(self.voice(everybody), messages, tools, kwargs, raw=raw)
             )
             self._note(*self.deciding.notes)
         mix = use.mix if use.mix is not None else decision.weights if decision else {}
         voice = self.voice(mix)
         self._note(*voice.notes)
-        ids = self._ids(voice, messages, tools, raw=raw)
+        ids = self._ids(voice, messages, tools, kwargs, raw=raw)
         if self.context is not None and not self._two:
             refuse_full(len(ids), self.context)
         return Request(
@@ -243,13 +246,24 @@ class Engine:
             decision=decision,
         )
 
-    def _ids(self, voice: Voice, messages: Messages, tools: list[Any] | None, *, raw: bool) -> tuple[int, ...]:
+    def _ids(
+        self,
+        voice: Voice,
+        messages: Messages,
+        tools: list[Any] | None,
+        kwargs: Mapping[str, Any] | None,
+        *,
+        raw: bool,
+    ) -> tuple[int, ...]:
         """A prompt in tokens, in the form of a voice."""
         if raw or not voice.chat:
+            if kwargs:
+                text = f"{voice.name} is asked in bare text, for which chat_template_kwargs say nothing"
+                raise UsageError(text, "leave them out")
             return self._bare(voice, messages, tools, exact=raw)
         if not any(str(message.get("content") or "").strip() for message in messages):
             raise UsageError("the prompt is empty", "write something")
-        ids, notes = voice.chat_ids(messages, tools)
+        ids, notes = voice.chat_ids(messages, tools, kwargs)
         self._note(*notes)
         return ids
 

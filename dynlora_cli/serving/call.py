@@ -111,7 +111,7 @@ class Call:
         self.engine, self.worker, self.metrics, self.asked, self.timeout = engine, worker, metrics, asked, timeout
         self.began = time.monotonic()
         self.label = metrics.label(asked.body.model)
-        self.reply = Reply(asked.shape, asked.body.model, len(asked.contents), asked.body.n or 1)
+        self.reply = Reply(asked.shape, asked.body.model, len(asked.contents), asked.body.n or 1, asked.body.tool_names)
         self.jobs: list[Job] = []
         self.goes_on = False
         self._inbox: asyncio.Queue[Numbered] = asyncio.Queue()
@@ -150,7 +150,7 @@ class Call:
             raise Refusal(400, in_words(error), code="invalid_value") from None
         raw = not self.asked.shape.is_chat
         self.jobs = [
-            Job(use, content, ways[choice], self._listener(number * n + choice), names=names, raw=raw)
+            Job(use, content, ways[choice], self._listener(number * n + choice), names=names, raw=raw, more=body.more)
             for number, content in enumerate(self.asked.contents)
             for choice in range(n)
         ]
@@ -176,7 +176,7 @@ class Call:
         while missing:
             number, happened = await self._next(watched)
             if isinstance(happened, Prepared):
-                self.reply.prepared(happened.request)
+                self.reply.prepared(happened.request, number)
                 missing -= 1
             else:
                 self._early.append((number, happened))
@@ -204,7 +204,8 @@ class Call:
                 if happened is None:
                     yield SILENCE
                 elif isinstance(happened, Piece):
-                    yield reply.piece(number, happened.text)
+                    if piece := reply.piece(number, happened.text):
+                        yield piece
                 elif isinstance(happened, Finished):
                     reply.answers[number] = happened.answer
                     yield reply.end(number)

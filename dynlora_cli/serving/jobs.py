@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class Job:
         listener: told what happens, in the worker's thread; it must not wait.
         names: the adapters in `use`, where they are known.
         raw: the text as it is, without a chat template.
+        more: tools and variables of the chat template, where there are any.
 
     Attributes:
         cancelled: nobody waits for it any more.
@@ -77,7 +78,9 @@ class Job:
         *,
         names: Iterable[str] = (),
         raw: bool = False,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
+        self.more = dict(more or {})
         self.use, self.content, self.sampling, self.raw = use, content, sampling, raw
         self.listener, self.names = listener, frozenset(names)
         self.turn = 0

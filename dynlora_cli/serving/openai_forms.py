@@ -14,8 +14,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dynlora_cli.config.types import TemplateKwargs
 from dynlora_cli.decoding.sampling import Sampling
 from dynlora_cli.serving.refusals import Refusal
 from dynlora_cli.text import did_you_mean
@@ -110,6 +111,16 @@ class _Asked(_Strict):
     def new_tokens(self) -> int:
         return self.max_tokens or TEXT_TOKENS
 
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """The tools that may be called."""
+        return ()
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What else the engine is told."""
+        return {}
+
 
 class TextPart(_Strict):
     """A part of a message."""
@@ -121,14 +132,44 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    name: str | None = None
+    refusal: None = None  # as it stands in answers, which clients send back
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        calls = self.role == "assistant" and (self.tool_calls or self.reasoning_content or self.reasoning)
+        if self.content is None and not calls:
+            raise ValueError("content is missing")
+        return self
 
     @property
-    def turn(self) -> dict[str, str]:
+    def turn(self) -> dict[str, Any]:
         """As a chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in parts)
+        keys = ("tool_calls", "tool_call_id", "reasoning_content", "reasoning", "name")
+        more = {key: value for key in keys if (value := getattr(self, key))}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text} | more
+
+
+class Function(BaseModel):
+    """A tool's name and what belongs to it, which goes to the chat template as it is."""
+
+    model_config = ConfigDict(extra="allow")
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Tool(_Strict):
+    """A tool that may be called."""
+
+    type: Literal["function"]
+    function: Function
 
 
 class ChatBody(_Asked):
@@ -136,13 +177,26 @@ class ChatBody(_Asked):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        return tuple(tool.function.name for tool in self.tools or () if self.tool_choice != "none")
+
+    @property
+    def more(self) -> dict[str, Any]:
+        tools = [tool.model_dump(exclude_unset=True) for tool in self.tools or () if self.tool_choice != "none"]
+        found: dict[str, Any] = {"tools": tools, "kwargs": self.chat_template_kwargs}
+        return {name: value for name, value in found.items() if value}
 
     @property
     def new_tokens(self) -> int:
         return self.max_completion_tokens or self.max_tokens or CHAT_TOKENS
 
     @property
-    def turns(self) -> list[dict[str, str]]:
+    def turns(self) -> list[dict[str, Any]]:
         """The conversation."""
         return [message.turn for message in self.messages]
 

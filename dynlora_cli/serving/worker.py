@@ -223,7 +223,7 @@ class Worker:
                     return
                 job = self._new[0]
             try:
-                request = self.engine.request(self._use(job), job.content, job.sampling, raw=job.raw)
+                request = self.engine.request(self._use(job), job.content, job.sampling, raw=job.raw, **job.more)
                 if gone := sorted((set(request.mix) - job.names) & self._leaving):
                     message = f"the router's choice, {gone[0]!r}, is being unloaded"
                     raise Refusal(503, message, code="adapter_unloading", retry_after=1)

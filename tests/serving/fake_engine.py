@@ -25,6 +25,20 @@ class FakeDecision:
     reason: str
 
 
+class FakeTokenizer:
+    """Knows no tokens that mean something."""
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return ""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+class FakeVoice:
+    tokenizer = FakeTokenizer()
+
+
 @dataclass(frozen=True)
 class FakeRequest:
     prompt: str
@@ -33,6 +47,8 @@ class FakeRequest:
     router: str | None = None
     decision: FakeDecision | None = None
     state: int | None = None
+    ids: tuple[int, ...] = ()
+    voice: FakeVoice = field(default_factory=FakeVoice)
 
     @property
     def by_token(self) -> bool:
@@ -50,7 +66,9 @@ class FakeAnswer:
 
 
 def answer_of(model: str, prompt: str, tokens: int) -> str:
-    """What the fake says, whatever is asked beside it."""
+    """What the fake says, whatever is asked beside it; the words themselves where a prompt asks for them."""
+    if prompt.startswith("say "):
+        return prompt.removeprefix("say ")
     return f"{model} says:" + "".join(f" {prompt}{number}" for number in range(tokens - 1))
 
 
@@ -65,6 +83,7 @@ class FakeEngine:
         wait: lets so many seconds pass.
         breaks: a prompt with this word breaks its whole batch.
         batches: the prompts of each batch, as they came.
+        told: content and what stands beside it, of each request.
     """
 
     names: list[str] = field(default_factory=lambda: ["a", "b"])
@@ -78,11 +97,13 @@ class FakeEngine:
     router: str | None = "embedding"
     batches: list[list[str]] = field(default_factory=list)
     at_step: Callable[[int], None] = lambda step: None
+    told: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
     def use(self, text: str) -> FakeUse:
         return FakeUse(text, None if text == AUTO else parse_mix(text, self.names))
 
-    def request(self, use: FakeUse, content: Any, sampling: Sampling, *, raw: bool = False) -> FakeRequest:
+    def request(self, use: FakeUse, content: Any, sampling: Sampling, *, raw: bool = False, **more: Any) -> FakeRequest:
+        self.told.append((content, more))
         prompt = content if isinstance(content, str) else "|".join(turn["content"] for turn in content)
         if "too long" in prompt:
             raise UsageError("the prompt has 2,000 tokens, and the model's context 1,000", "shorten it")
@@ -123,8 +144,10 @@ class FakeEngine:
                 written[row] += 1
                 on_piece(row, self._text(whole, written[row])[len(before) :])
                 done = written[row] == request.sampling.max_new_tokens
-                if done or cancelled(row):
-                    answers[row] = self._answer(request, whole, written[row], "length" if done else "cancelled")
+                stops = request.prompt.startswith("say ") and written[row] >= whole.count(" ")
+                if done or stops or cancelled(row):
+                    reason = "stop" if stops else "length" if done else "cancelled"
+                    answers[row] = self._answer(request, whole, written[row], reason)
                     on_done(row, answers[row])
             if len(answers) < len(requests) and paused():
                 for row, request in enumerate(requests):

@@ -97,14 +97,17 @@ WRONG = [
     ({"messages": USER}, 400, "model", "model is missing"),
     ({"model": "a"}, 400, "messages", "messages is missing"),
     ({"model": "a", "messages": []}, 400, "messages", "at least 1"),
-    ({"model": "a", "messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "role"),
+    ({"model": "a", "messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role", "role"),
+    ({"model": "a", "messages": [{"role": "user"}]}, 400, None, "content is missing"),
+    ({"model": "a", "messages": USER, "chat_template_kwargs": {"tokenize": True}}, 400, None, "tokenize is no variable"),
+    ({"model": "a", "messages": USER, "tool_choice": "required"}, 400, "tool_choice", "'none' or 'auto'"),
     ({"model": "a", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "type"),
     ({"model": "a", "messages": USER, "temperature": 3}, 400, "temperature", "less than or equal to 2"),
     ({"model": "a", "messages": USER, "temperature": "1"}, 400, "temperature", "number"),
     ({"model": "a", "messages": USER, "max_tokens": 0}, 400, "max_tokens", "greater"),
     ({"model": "a", "messages": USER, "n": 100}, 400, "n", "at most 64"),
     ({"model": "a", "messages": USER, "stop": [""]}, 400, "stop", "characters"),
-    ({"model": "a", "messages": USER, "tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+    ({"model": "a", "messages": USER, "tools": [{"type": "function"}]}, 400, None, "tools.0.function is missing"),
     ({"model": "a", "messages": USER, "logprobs": True}, 400, "logprobs", "not supported"),
     ({"model": "a", "messages": USER, "response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     ({"model": "a", "messages": USER, "logit_bias": {"1": 2}}, 400, "logit_bias", "not supported"),
@@ -128,6 +131,51 @@ def test_what_changes_no_answer_is_taken(server: Server):
                 "response_format": {"type": "text"}, "presence_penalty": 0.0, "stream": None, "tool_choice": "none"}  # fmt: skip
     body = {"model": "a", "messages": USER, "max_tokens": 3, **harmless}
     assert server.ask("/v1/chat/completions", body)[1]["choices"][0]["message"]["content"] == answer_of("a", "hi", 3)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALLED = '<think>\nlet me\n</think>\n\nI ask. <tool_call>\n{"name": "f", "arguments": {"x": "y z"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_and_calls_are_fields_of_their_own(server: Server, stream: bool):
+    body = {"model": "a", "messages": [{"role": "user", "content": f"say {CALLED}"}], "tools": [TOOL]}
+    asked = server.client().chat.completions.create(**body, max_tokens=30, stream=stream)
+    deltas = [chunk.choices[0].delta for chunk in asked] if stream else [asked.choices[0].message]
+    assert "".join(delta.content or "" for delta in deltas) == "I ask."
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "let me"
+    (call,) = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert (call.function.name, json.loads(call.function.arguments)) == ("f", {"x": "y z"})
+    if not stream:
+        assert asked.choices[0].finish_reason == "tool_calls"
+    assert server.engine.told[-1][1] == {"tools": [TOOL]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_tools_a_call_is_text_and_thoughts_come_as_they_are_written(server: Server, stream: bool):
+    body = {"model": "a", "messages": [{"role": "user", "content": f"say {CALLED}"}], "tools": [TOOL]}
+    asked = server.client().chat.completions.create(**body, tool_choice="none", max_tokens=30, stream=stream)
+    deltas = [chunk.choices[0].delta for chunk in asked] if stream else [asked.choices[0].message]
+    assert "".join(delta.content or "" for delta in deltas) == CALLED.partition("\n\n")[2]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "let me"
+    assert server.engine.told[-1][1] == {}
+
+
+def test_a_conversation_with_calls_comes_to_the_engine_whole(server: Server):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm", "refusal": None}
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "7"}]}
+    body = {"model": "a", "messages": [*USER, answer, result], "max_tokens": 2}
+    status, _, _ = server.ask("/v1/chat/completions", body | {"chat_template_kwargs": {"enable_thinking": False}})
+    assert status == 200
+    assert server.engine.told[-1] == (
+        [
+            *USER,
+            {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "hm"},
+            {"role": "tool", "content": "7", "tool_call_id": "1"},
+        ],
+        {"kwargs": {"enable_thinking": False}},
+    )
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"1" * 5000, b'{"model": NaN}'])

@@ -120,13 +120,14 @@ class Fit:
     def _roles(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not any(message.get("role") == "developer" for message in messages):
             return messages
-        if self._once("developer", kwargs, lambda: self._says("developer", kwargs) or not self._says("system", kwargs)):
+        knows = "developer" in str(self._tokenizer.chat_template)
+        if knows or not self._once("system", kwargs, lambda: self._has_system(kwargs)):
             return messages
         self.remarks["the chat template does not know the role developer: such messages are its system messages"] = None
         return [message | {"role": "system"} if message.get("role") == "developer" else message for message in messages]
 
-    def _says(self, role: str, kwargs: Mapping[str, Any]) -> bool:
-        return MARKER in (self._text([{"role": role, "content": MARKER}, _ASK], kwargs) or "")
+    def _has_system(self, kwargs: Mapping[str, Any]) -> bool:
+        return MARKER in (self._text([{"role": "system", "content": MARKER}, _ASK], kwargs) or "")
 
     def _with_ids(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         ids = [call.get("id") for message in messages for call in message.get("tool_calls") or ()]
