@@ -21,10 +21,12 @@ from dynlora_cli.cli.generate import (
     StopStrings,
     System,
     Temperature,
+    TemplateKwargs,
     TopK,
     TopP,
     check_named,
     folders_of,
+    kwargs_of,
     sampling_of,
     settings_of,
     uses_of,
@@ -64,6 +66,7 @@ def chat(
     set_: PlugInOptions = None,
     compare: Compare = False,
     system: System = None,
+    chat_template_kwargs: TemplateKwargs = None,
     max_new_tokens: MaxNewTokens = 256,  # noqa: ARG001 - this and the others below by `context`
     do_sample: DoSample = False,  # noqa: ARG001
     temperature: Temperature = None,  # noqa: ARG001
@@ -81,6 +84,7 @@ def chat(
     out, stdin = sys.stdout, sys.stdin
     with reporting(as_json, lines=True):
         sampling_of(context)
+        kwargs = kwargs_of(chat_template_kwargs)
         options = set_ or []
         uses = uses_of([use] if use else [], router, options, compare)
         folders = folders_of(adapter or [], library, base)
@@ -91,7 +95,7 @@ def chat(
         from dynlora_cli.generation.opening import Wanted
 
         wanted = Wanted(folders, library, base, router, options, trust_remote_code)
-        start = command.Start(next(iter(uses), None), compare, system, settings_of(context))
+        start = command.Start(next(iter(uses), None), compare, system, settings_of(context), kwargs)
         screen = _screen(stdin, out, as_json)
         try:
             with as_it_was(out):

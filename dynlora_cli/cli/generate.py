@@ -12,6 +12,7 @@ import typer
 from dynlora_cli.cli.options import Base, PlugInOptions
 from dynlora_cli.cli.reporting import Trust, console, reporting
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files.strict_json import BadJsonError, loads
 from dynlora_cli.text import to_type
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ Compare = Annotated[bool, typer.Option("--compare", help="The base and every ada
 System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="A system message before each prompt.", show_default=False)
 ]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="Variables of the chat template over those of training, such as '{\"enable_thinking\": false}'.",
+        show_default=False,
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of an answer at most.")]
 DoSample = Annotated[
     bool, typer.Option("--do-sample", help="Draw tokens; without it, and the four below, the likeliest is taken.")
@@ -95,6 +104,7 @@ def generate(
     set_: PlugInOptions = None,
     compare: Compare = False,
     system: System = None,
+    chat_template_kwargs: TemplateKwargs = None,
     max_new_tokens: MaxNewTokens = 256,  # noqa: ARG001 - this and the others below by `context`
     do_sample: DoSample = False,  # noqa: ARG001
     temperature: Temperature = None,  # noqa: ARG001
@@ -111,7 +121,7 @@ def generate(
     """Let adapters and their base answer a prompt. stdout holds the answers, and nothing else."""
     out, stdin = sys.stdout, sys.stdin
     with reporting(as_json, lines=True):
-        sampling = sampling_of(context)
+        sampling, kwargs = sampling_of(context), kwargs_of(chat_template_kwargs)
         uses, options = uses_of(use or [], router, set_ or [], compare), set_ or []
         folders = folders_of(adapter or [], library, base)
         check_named(folders, library, base, router, options, uses)
@@ -132,11 +142,32 @@ def generate(
 
         wanted = Wanted(folders, library, base, router, options, trust_remote_code)
         try:
-            command.run(wanted, command.Asked(prompts, uses, compare, system, sampling), shown)
+            command.run(wanted, command.Asked(prompts, uses, compare, system, sampling, kwargs), shown)
         except ReaderGoneError:
             raise typer.Exit(0) from None
         finally:
             shown.leave()
+
+
+def kwargs_of(text: str | None) -> dict[str, Any]:
+    """The variables of `--chat-template-kwargs`.
+
+    Raises:
+        UsageError: it is no JSON object, or names something else.
+    """
+    option = "--chat-template-kwargs"
+    example = f"""such as: {option} '{{"enable_thinking": false}}'"""
+    try:
+        value = loads(text or "{}")
+    except BadJsonError as error:
+        raise UsageError(f"{option} is {error.reason}", example) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{option} is no JSON object", example)
+    from dynlora_cli.config.types import RESERVED_KWARGS  # brings pydantic
+
+    if taken := sorted(RESERVED_KWARGS & set(value)):
+        raise UsageError(f"{option}: {taken[0]} is no variable to be set here", "leave it out")
+    return value
 
 
 def sampling_of(context: typer.Context) -> Sampling:

@@ -34,12 +34,14 @@ class Start:
         compare: base and adapters answer side by side.
         system: a system message.
         settings: of `Sampling.of`, those that were given.
+        kwargs: variables of the chat template, over those of training.
     """
 
     use: str | None = None
     compare: bool = False
     system: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Screen(Protocol):
@@ -99,12 +101,12 @@ def run(wanted: Wanted, start: Start, screen: Screen) -> None:
             engine = held.enter_context(Engine.open(wanted))
             session = _begin(engine, wanted, start)
         screen.open(engine.base_name, engine.names)
-        converse(engine, session, screen)
+        converse(engine, session, screen, start.kwargs)
 
 
-def converse(engine: Engine, session: Session, screen: Screen) -> Session:
+def converse(engine: Engine, session: Session, screen: Screen, kwargs: Mapping[str, Any] | None = None) -> Session:
     """Read lines and do what follows from them, until there are no more; the session at the end."""
-    talk = _Talk(engine, screen)
+    talk = _Talk(engine, screen, kwargs)
     while True:
         try:
             talk.tell_notes()
@@ -138,10 +140,12 @@ class _Talk:
     Args:
         engine: answers.
         screen: shows it.
+        kwargs: variables of the chat template, over those of training.
     """
 
-    def __init__(self, engine: Engine, screen: Screen) -> None:
+    def __init__(self, engine: Engine, screen: Screen, kwargs: Mapping[str, Any] | None = None) -> None:
         self.engine, self.screen = engine, screen
+        self._kwargs: dict[str, Any] = {"kwargs": kwargs} if kwargs else {}
         self._notes = 0
         self._said: set[str] = set()
         self._left_out = 0
@@ -232,7 +236,10 @@ class _Talk:
             room = min(sampling.max_new_tokens, engine.context // LEAST_ROOM)
 
             def tokens(skip: int) -> int:
-                return max(len(voice.chat_ids(talk.messages(speaker, question, skip), None)[0]) for voice in voices)
+                return max(
+                    len(voice.chat_ids(talk.messages(speaker, question, skip), None, **self._kwargs)[0])
+                    for voice in voices
+                )
 
             skip = turns_to_skip(tokens, talk.turns, engine.context - room)
         if skip > self._left_out:
@@ -241,7 +248,7 @@ class _Talk:
                 f"{counted(skip, 'turn')} {'is' if skip == 1 else 'are'} left out"
             )
         self._left_out = skip
-        return engine.request(use, talk.messages(speaker, question, skip), sampling)
+        return engine.request(use, talk.messages(speaker, question, skip), sampling, **self._kwargs)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dynlora_cli.config.mix import AUTO, BASE
@@ -51,6 +51,7 @@ class Asked:
         compare: the base and all adapters answer.
         system: a system message before each prompt.
         sampling: how answers are written.
+        kwargs: variables of the chat template, over those of training and of rows.
     """
 
     prompts: Sequence[Prompt]
@@ -58,6 +59,7 @@ class Asked:
     compare: bool
     system: str | None
     sampling: Sampling
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(wanted: Wanted, asked: Asked, listener: Listener) -> None:
@@ -117,7 +119,10 @@ def _request(engine: Engine, asked: Asked, spoken: Spoken) -> Request:
     if raw and asked.system is not None:
         raise UsageError("--system is a turn of a conversation, and this prompt is bare text", "leave --system out")
     try:
-        return engine.request(spoken.use, content, asked.sampling, system=asked.system, tools=prompt.tools, raw=raw)
+        kwargs = {**prompt.kwargs, **asked.kwargs}
+        return engine.request(
+            spoken.use, content, asked.sampling, system=asked.system, tools=prompt.tools, kwargs=kwargs, raw=raw
+        )
     except UsageError as error:
         if not prompt.place:
             raise

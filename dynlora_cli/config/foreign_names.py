@@ -116,6 +116,9 @@ chat_template_path                TRL            dataset.chat_template
 prompt_template                   torchtune      dataset.chat_template
 prompt_style                      litgpt         dataset.chat_template
 data.prompt_style                 litgpt         dataset.chat_template
+enable_thinking                   LLaMA-Factory  dataset.chat_template_kwargs: {enable_thinking: true}
+preserve_thinking                 LLaMA-Factory  dataset.chat_template_kwargs: {preserve_thinking: true}
+default_system                    LLaMA-Factory  dataset.system
 finetuning_type                   LLaMA-Factory  adapter.variant
 train_type                        ms-swift       adapter.variant
 tuner_type                        ms-swift       adapter.variant

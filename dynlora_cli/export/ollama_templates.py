@@ -136,12 +136,16 @@ def modelfile(
     else:
         eos = tokenizer.eos_token or ""
         lines.append(f"TEMPLATE {_quoted(match.family.go(eos, match.bos))}")
-        lines += [] if match.system is None else [f"SYSTEM {_quoted(match.system)}"]
+        system = match.system if writing.system is None or "system" not in match.family.around else writing.system
+        lines += [] if system is None else [f"SYSTEM {_quoted(system)}"]
         if match.system is not None and "strftime_now" in str(tokenizer.chat_template):
             notes.append(f"the tokenizer's template writes the date; SYSTEM says {moment:%Y-%m-%d}, as in training")
         end = match.family.around["assistant"][1].replace("{eos}", eos).strip()
         stops += [end] if end not in stops and end in tokenizer.get_vocab() else []
         notes += match.notes
+    if writing.template_kwargs:
+        named = ", ".join(map(repr, writing.template_kwargs))
+        notes.append(f"training set {named} of the chat template, and the TEMPLATE is the one without: compare answers")
     if added_ids(tokenizer)[1]:
         notes.append("the tokenizer puts eos behind every text, so Ollama does behind every prompt")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]

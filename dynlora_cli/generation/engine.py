@@ -25,7 +25,7 @@ from dynlora_cli.decoding.write import Listener, Row, Written, own_ends, refuse_
 from dynlora_cli.errors import UsageError
 from dynlora_cli.generation.deciding import Deciding
 from dynlora_cli.generation.opening import Opened, Wanted, admit, open_all
-from dynlora_cli.generation.requests import Answer, Request, Use, answer_of
+from dynlora_cli.generation.requests import Answer, Request, Use, answer_of, question_of, said_in
 from dynlora_cli.generation.voice import Messages, Voice, voice_of
 from dynlora_cli.models.load import precision_of
 from dynlora_cli.models.quiet import quiet
@@ -225,7 +225,7 @@ class Engine:
         if use.auto:
             everybody = dict.fromkeys(self.names, 1.0)
             decision = self.deciding.decide(
-                _asked(messages), lambda: self._ids(self.voice(everybody), messages, tools, kwargs, raw=raw)
+                question_of(messages), lambda: self._ids(self.voice(everybody), messages, tools, kwargs, raw=raw)
             )
             self._note(*self.deciding.notes)
         mix = use.mix if use.mix is not None else decision.weights if decision else {}
@@ -275,7 +275,7 @@ class Engine:
                 f"{voice.name} is asked in bare text, and takes no {what.removeprefix('a ')}",
                 "give one prompt, with all that is to be said in it",
             )
-        content = _text(messages[0].get("content"))
+        content = said_in(messages[0].get("content"))
         ids = voice.text_ids(content) if exact else voice.prompt_ids(content)
         if not ids:
             raise UsageError("the prompt is empty", "write something")
@@ -391,23 +391,3 @@ class Engine:
 
     def _note(self, *notes: str) -> None:
         self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
-
-
-def _asked(messages: Messages) -> str:
-    """What the person asks: the last turn of theirs."""
-    theirs = [message for message in messages if message.get("role") == "user"]
-    return _text(theirs[-1].get("content")) if theirs else ""
-
-
-def _text(content: Any) -> str:
-    """What a message says, also where it comes in parts.
-
-    Raises:
-        UsageError: it is something else than text.
-    """
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    found = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    texts = [text for text in found if isinstance(text, str)]
-    if len(texts) < len(parts):
-        raise UsageError("the prompt is no text", "give text alone")
-    return "".join(texts)

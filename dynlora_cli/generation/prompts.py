@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from dynlora_cli import plugins
 from dynlora_cli.config.sections import Source
+from dynlora_cli.data.chat.ways import COLUMN, own_kwargs
 from dynlora_cli.data.forms import BadRowError, Pair, Turns, refuse_half_characters, text_of
 from dynlora_cli.data.row_files import READERS, TEXT_SUFFIXES, kind_of
 from dynlora_cli.data.sources import tables
@@ -35,6 +36,7 @@ class Prompt:
         tools: as chat templates take them.
         raw: it is gone on with as it is, without a chat template.
         bare: how it is asked where there are no turns, word for word; None: as `content`.
+        kwargs: variables of the chat template that its row names.
     """
 
     content: str | list[dict[str, Any]]
@@ -42,6 +44,7 @@ class Prompt:
     tools: list[Any] | None = None
     raw: bool = False
     bare: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(argument: str, stdin: TextIO) -> tuple[list[Prompt], list[str]]:
@@ -122,6 +125,8 @@ def _from_rows(path: Path) -> tuple[list[Prompt], list[str]]:
         try:
             refuse_half_characters(row)
             prompt, used = _prompt(place, row)
+            if own := own_kwargs(row):
+                prompt, used = replace(prompt, kwargs=own), used | {COLUMN}
         except BadRowError as error:
             raise DataError(f"{place}: {error}") from None
         prompts.append(prompt)
@@ -185,4 +190,4 @@ def _unanswered(prompt: Prompt) -> Prompt:
         messages.pop()
     if not messages:
         raise DataError(f"{prompt.place}: the conversation asks nothing", "it needs a turn of the user")
-    return Prompt(messages, prompt.place, prompt.tools)  # type: ignore[arg-type]
+    return replace(prompt, content=messages)  # type: ignore[arg-type]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dynlora_cli.decoding.sampling import Sampling
 from dynlora_cli.decoding.write import Reason, Row, Written
-from dynlora_cli.generation.voice import Voice
+from dynlora_cli.errors import UsageError
+from dynlora_cli.generation.voice import Messages, Voice
 from dynlora_cli.library.activation import Decision
 
 
@@ -97,3 +99,23 @@ def answer_of(request: Request, written: Written) -> Answer:
         request.decision,
         written.row,
     )
+
+
+def question_of(messages: Messages) -> str:
+    """What the person asks: the last turn of theirs."""
+    theirs = [message for message in messages if message.get("role") == "user"]
+    return said_in(theirs[-1].get("content")) if theirs else ""
+
+
+def said_in(content: Any) -> str:
+    """What a message says, also where it comes in parts.
+
+    Raises:
+        UsageError: it is something else than text.
+    """
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    found = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(parts):
+        raise UsageError("the prompt is no text", "give text alone")
+    return "".join(texts)

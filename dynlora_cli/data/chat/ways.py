@@ -45,7 +45,7 @@ class Ways:
         Raises:
             BadRowError: its own variables are no object.
         """
-        told = Told({**self.kwargs, **_own(row.get(COLUMN))}, self.reasoning)
+        told = Told({**self.kwargs, **own_kwargs(row)}, self.reasoning)
         if isinstance(form, Turns):
             opens = self._opening(form.messages)
             untrained = frozenset(number + len(opens) for number in form.untrained)
@@ -59,8 +59,13 @@ class Ways:
         return [] if has_one or not self.system else [{"role": "system", "content": self.system}]
 
 
-def _own(value: Any) -> Mapping[str, Any]:
-    """The variables that a row brings, as an object or its JSON."""
+def own_kwargs(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The variables that a row brings, as an object or its JSON.
+
+    Raises:
+        BadRowError: they are no object.
+    """
+    value = row.get(COLUMN)
     if isinstance(value, str):
         try:
             value = json.loads(value or "null")

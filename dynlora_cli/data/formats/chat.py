@@ -40,6 +40,7 @@ _ROLES |= dict.fromkeys(("observation", "function", "function_response", "tool_r
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "developer")}
 _CALLING = ("function_call", "tool_call")  # roles, not the keys of these names
 _TRAINS, _DOES_NOT = ("weight", "train", "training", "trainable", "loss", "loss_scale"), ("masked", "mask")
+_TEXTS, _THOUGHTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")  # types of parts
 _IN_PARTS = ("train_detail", "training_detail")
 
 
@@ -205,13 +206,37 @@ def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
     return read
 
 
-def _content(number: int, message: Mapping[str, Any]) -> str:
-    """The text of a message; a list of parts (the multimodal form) is joined if all parts are text."""
+def _content(number: int, message: dict[str, Any]) -> str:
+    """The text of a message. Parts are joined if all are text; what was thought goes to a field of its own.
+
+    Raises:
+        BadRowError: it holds something else than text, such as an image.
+    """
     content = as_text(message.get("content"))
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        content = "".join(_part(number, part, message) for part in content)
+    if content is None and any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning")):
+        return ""
     if not isinstance(content, str):
         kind = "missing or null" if content is None else f"of type {type(content).__name__}"
         keys = f" (keys: {', '.join(map(str, message))})" if content is None else ""
         raise BadRowError(f"message {number}: content is {kind}, expected text{keys}")
     return content
+
+
+def _part(number: int, part: Mapping[str, Any], message: dict[str, Any]) -> str:
+    """The text of a part, in the forms of OpenAI, Mistral and Anthropic."""
+    kind = part.get("type")
+    if kind in _TEXTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind in _THOUGHTS:
+        inner = part.get(kind)
+        texts = [one.get("text") for one in inner if isinstance(one, Mapping)] if isinstance(inner, list) else [inner]
+        thought = "".join(text for text in texts if isinstance(text, str))
+        message["reasoning_content"] = message.get("reasoning_content", "") + thought
+        return ""
+    what = f"of type {kind!r}" if kind in _TEXTS or not isinstance(kind, str) else f"a part of type {kind[:40]!r}"
+    raise BadRowError(
+        f"message {number}: content holds {what}, and a model of text learns from text alone: leave such rows out, or "
+        "the parts that are no text"
+    )

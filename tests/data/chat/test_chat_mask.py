@@ -201,7 +201,7 @@ def test_sharegpt_reads_as_messages() -> None:
         (["hi"], "message 1 is of type str"),
         ([{"content": "hi"}], "message 1 has no role"),
         ([{"role": "user"}], "message 1: content is missing or null"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "message 1: content is of type list"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1: content holds a part of type 'image'"),
     ],
 )
 def test_broken_conversations(tmp_path: Path, messages: Any, expected: str) -> None:

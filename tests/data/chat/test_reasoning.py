@@ -190,3 +190,24 @@ def test_reasoning_of_preference_rows_is_written_too(tmp_path: Path) -> None:
     text = tokenizer.decode(list(data.train[0].lines[0]))
     assert "system\nthink" in text
     assert BLOCK + "the dog" in text
+
+
+PARTS = {"type": "text", "text": "the "}
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [{"type": "thinking", "thinking": "hmm"}, {"type": "thinking", "thinking": [{"type": "text", "text": "hmm"}]}],
+)
+def test_content_in_parts(tmp_path: Path, thought: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "content": [thought, PARTS, {"type": "output_text", "text": "dog"}]}
+    asked = {"role": "user", "content": [{"type": "input_text", "text": "a fox"}]}
+    assert read(tmp_path, [[asked, answer]])[0] == [BLOCK + "the dog<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "image"}, {"type": "refusal"}]
+)
+def test_parts_that_are_no_text_are_refused_in_words(tmp_path: Path, part: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=rf"message 1: content holds a part of type '{part['type']}'.*a model of text"):
+        read(tmp_path, [[{"role": "user", "content": [PARTS, part]}, PLAIN]])
