@@ -238,7 +238,7 @@ def export(
 
     Args:
         adapter: a run, or a folder.
-        to: "peft", "uniform", "vllm", "sglang", "tgi", "lorax", "gguf", "ollama", "merged" or "merged-gguf"; of a
+        to: "peft", "uniform", "vllm", "sglang", "tgi", "lorax", "mlx", "gguf", "ollama", "merged" or "merged-gguf"; of a
             library "vllm-library".
         out: a new folder.
         library: all adapters of a library, in place of one adapter.

@@ -16,8 +16,10 @@ from torch import Tensor
 from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
+from dynlora_cli.adapters.find import WEIGHTS
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.options import given
+from dynlora_cli.config.sections import Model
 from dynlora_cli.config.types import Section
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.agreement import agreement
@@ -36,6 +38,7 @@ from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.place import Place, structure
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
+from dynlora_cli.tasks import task as tasks
 
 # The relative error of a number by rounding, in files of this type; of smaller ones what the number of bits gives.
 ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "q8_0": 2.0**-6}
@@ -86,6 +89,7 @@ def run(
     job = _job(adapter, place, outtype, options or given("exporters", to, []))
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         facts = exporter.write(job, folder)
+        _write_reading(job, place, folder)
         checks = _check(job, exporter, place, folder, MAX_KL[outtype] if max_kl is None else max_kl)
         if getattr(exporter, "for_peft", False):
             checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
@@ -171,8 +175,17 @@ def _one_of_many(
     """
     part.mkdir(parents=True)
     facts = exporter.write(job, part)
+    _write_reading(job, place, part)
     checks = _check(job, exporter, place, part, MAX_KL[job.outtype] if max_kl is None else max_kl)
     return {**facts, "parameters": job.adapter.parameters, **checks}
+
+
+def _write_reading(job: Job, place: Place | None, folder: Path) -> None:
+    """Put beside an adapter in PEFT's form what its task needs there, such as how texts become vectors."""
+    if (folder / WEIGHTS).is_file():
+        adapter = job.adapter
+        options = place.options if place else Model(name_or_path=str(adapter.folder), task=adapter.task)
+        tasks.of(options).carry((adapter.folder, *([place.folder] if place else [])), folder)
 
 
 def _name_of(place: Place | None) -> str | None:

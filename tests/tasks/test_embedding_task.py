@@ -19,7 +19,7 @@ from vector_helpers import pairs, scored, vector_recipe, written
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.commands import dry_run, evaluate, merge, prune
+from dynlora_cli.commands import dry_run, evaluate, export, merge, prune
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.load import Data, load_data
@@ -329,6 +329,14 @@ def test_a_merged_model_has_the_same_vectors_and_prompts(run: tuple[Path, dict[s
     for how in ({}, {"prompt_name": "query"}):
         merged, adapter = (their_vectors(folder, TEXTS, **how) for folder in (tmp_path / "merged", run[0]))
         torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["vllm", "uniform"])
+def test_an_exported_adapter_is_loaded_with_its_pooling_and_prompts(run: tuple[Path, Any], tmp_path: Path, form: str):
+    export.run(run[0], form, tmp_path / "out")
+    for how in ({}, {"prompt_name": "query"}):
+        exported, adapter = (their_vectors(folder, TEXTS, **how) for folder in (tmp_path / "out", run[0]))
+        torch.testing.assert_close(exported, adapter, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_measured_and_pruned_by_its_own_loss(run: tuple[Path, dict[str, Any]], tmp_path: Path):
