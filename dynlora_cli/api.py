@@ -238,8 +238,8 @@ def export(
 
     Args:
         adapter: a run, or a folder.
-        to: "peft", "uniform", "vllm", "sglang", "tgi", "lorax", "mlx", "gguf", "ollama", "merged" or "merged-gguf"; of a
-            library "vllm-library".
+        to: "peft", "uniform", "vllm", "sglang", "tgi", "lorax", "mlx", "gguf", "ollama", "merged" or "merged-gguf";
+            of a library "vllm-library".
         out: a new folder.
         library: all adapters of a library, in place of one adapter.
         set: options of the form.
