@@ -14,7 +14,8 @@ To = Annotated[
     str,
     typer.Option(
         metavar="FORM",
-        help="peft, uniform, vllm, sglang, tgi, lorax, mlx, gguf, ollama, merged, merged-gguf; vllm-library of a library.",
+        help="peft, uniform, vllm, sglang, tgi, lorax, mlx, gguf, ollama, merged or merged-gguf; "
+        "vllm-library of a library.",
         show_default=False,
     ),
 ]
