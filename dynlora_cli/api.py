@@ -231,6 +231,8 @@ def export(
     trust_remote_code: bool = False,
     outtype: str = "f16",
     max_kl: float | None = None,
+    push_to_hub: str | None = None,
+    public: bool = False,
     overwrite: bool = False,
     progress: Progress = "auto",
 ) -> Exported:
@@ -246,12 +248,15 @@ def export(
         outtype: number format of a GGUF model: "f32", "f16" or "q8_0", or one that llama.cpp's own quantizer writes,
             such as "q4_k_m".
         max_kl: nats per token by which the export may differ; by default 0.01, 0.1 for "q8_0", 0.5 for 4 bits.
+        push_to_hub: ORG/NAME of a repository of the hub to which the files and a card are sent.
+        public: everybody may see it there; else it is private.
         base, trust_remote_code, overwrite, progress: as of `prune`.
     """
     from dynlora_cli.cli import asked, results
 
     how: dict[str, Any] = {"library": _path(library), "options": asked.settings(set), "base": _text(base)}
     how |= {"trust_remote_code": trust_remote_code, "outtype": outtype, "max_kl": max_kl, "overwrite": overwrite}
+    how |= {"push_to_hub": push_to_hub, "public": public}
     folder = None if adapter is None else results.folder_of(adapter)
     summary, notes = _done(lambda: asked.export(to, Path(out), adapter=folder, **how), progress)
     return results.Exported(summary, notes, Path(out))

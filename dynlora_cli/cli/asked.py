@@ -22,6 +22,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.execution.launch import is_main_process
 from dynlora_cli.export.gguf.outtypes import DEFAULT, NAMES, QUANTIZED
 from dynlora_cli.export.gguf.quantizer import find_quantizer
+from dynlora_cli.export.hub.login import Address
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.folder import place_of, refuse_occupied
 
@@ -223,6 +224,8 @@ def export(
     outtype: str = "f16",
     max_kl: float | None = None,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    public: bool = False,
 ) -> Work:
     """An adapter in the form of another tool, or all of a library's."""
     from dynlora_cli.library.library import Library
@@ -232,6 +235,7 @@ def export(
     _check_outtype(to, outtype)
     own = given("exporters", to, options)
     _refuse_other_source(to, adapter, library)
+    address = _address(push_to_hub, public, library)
     if library is not None:
         Library.open(library)
     preflight.adapters([adapter] if adapter else [], base)
@@ -245,9 +249,22 @@ def export(
         if library is not None:
             return command.run_library(library, to, out, **common, emit=emit)
         assert adapter is not None
-        return command.run(adapter, to, out, **common, outtype=outtype, emit=emit)
+        return command.run(adapter, to, out, **common, outtype=outtype, address=address, emit=emit)
 
     return work
+
+
+def _address(repo: str | None, public: bool, library: Path | None) -> Address | None:
+    """Where on a hub the export goes, if it goes there and may."""
+    if repo is None:
+        if public:
+            raise UsageError("--public is for what --push-to-hub sends", "add --push-to-hub ORG/NAME")
+        return None
+    if library is not None:
+        raise UsageError("--push-to-hub sends one adapter, not a library", "export and send each by itself")
+    address = Address(repo, public)
+    address.check()
+    return address
 
 
 def _check_outtype(to: str, outtype: str) -> None:

@@ -46,6 +46,15 @@ MaxKl = Annotated[
         show_default=False,
     ),
 ]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORG/NAME",
+        help="Send the files and a card to the Hugging Face hub, to a private repository.",
+        show_default=False,
+    ),
+]
+Public = Annotated[bool, typer.Option("--public", help="Everybody may see what --push-to-hub sends.")]
 
 
 def export(
@@ -58,6 +67,8 @@ def export(
     trust_remote_code: Trust = False,
     outtype: OutType = "f16",
     max_kl: MaxKl = None,
+    push_to_hub: Push = None,
+    public: Public = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,6 +87,8 @@ def export(
             outtype=outtype,
             max_kl=max_kl,
             overwrite=overwrite,
+            push_to_hub=push_to_hub,
+            public=public,
         )
         return_memory_at_once()
         from dynlora_cli.cli.views.adapters import AdapterView

@@ -27,6 +27,8 @@ from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.export.exporter import Job, Merged, Shelf
 from dynlora_cli.export.gguf.outtypes import MAX_KL, QUANTIZED
+from dynlora_cli.export.hub.login import Address
+from dynlora_cli.export.hub.push import push
 from dynlora_cli.files import whole
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import sha256_of
@@ -56,6 +58,7 @@ def run(
     options: Section | None = None,
     max_kl: float | None = None,
     overwrite: bool = False,
+    address: Address | None = None,
     emit: Emit = lambda event: None,  # noqa: ARG005
 ) -> dict[str, Any]:
     """Write the export and check it.
@@ -70,6 +73,7 @@ def run(
         options: those that the exporter itself brings; None: their defaults.
         max_kl: nats per token by which the export may differ; None: by its number format.
         overwrite: replace an earlier export.
+        address: on a hub, where it is sent to; None: it stays here.
         emit: takes notes.
 
     Returns:
@@ -105,6 +109,8 @@ def run(
         whole.write_json(folder / run_folder.EXPORT_RECORD, summary)
     if "peft_check" in checks:
         tell(checks["peft_check"], out, emit)
+    if address:
+        summary["pushed"] = push(address, out, summary, adapter, place, emit)
     return summary
 
 

@@ -101,6 +101,8 @@ class AdapterView:
             rows.append(("largest |ΔW| difference", f"{summary['max_weight_difference']:.1e}"))
         for note in summary["notes"]:
             self.console.note(note)
+        if pushed := summary.get("pushed"):
+            rows.append(("on the hub", f"{pushed['url']}, {'private' if pushed['private'] else 'public'}"))
         self._done("Exported", f" to {summary['to']}", rows, summary)
 
     def show_exported_library(self, summary: dict[str, Any]) -> None:

@@ -28,6 +28,21 @@ def model_card(record: RunRecord) -> str:
     return without_secrets(f"{_front_matter(record)}\n{body}\n")
 
 
+def card_of_export(record: RunRecord, name: str, said: str, use: str) -> str:
+    """The card of files that were made of a run, without metadata.
+
+    Args:
+        record: of the run; what it lacks is left out.
+        name: of the files, as a heading.
+        said: what is to be said of them after what the run was.
+        use: the section that says how they are used.
+    """
+    what = _what_it_is(record) if record.info else "A LoRA adapter, written by dynlora from one of another tool."
+    numbers = _numbers(record).replace(" `report.html` has the pictures.", "")
+    parts = [what, said, numbers, _forgetting(record), _lineage(record), use, _training(record)]
+    return without_secrets("\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part) + "\n")
+
+
 def _base(record: RunRecord) -> str:
     return (record.info.get("base_model") or {}).get("name_or_path") or record.summary.get("model") or "unknown"
 
