@@ -215,6 +215,8 @@ def test_from_a_shell_with_another_address(tmp_path):
         files = hub.files[REPO]
     assert {"config.json", "model.safetensors", "README.md", "export.json"} <= set(files)
     assert metadata(files)["library_name"] == "transformers"
+    assert b"These files are the whole model" in files["README.md"]
+    assert b"plain PEFT LoRA" not in files["README.md"]
     assert f"{hub.url}/{REPO}, private" in " ".join(done.stderr.split())
     assert "%|" not in done.stderr
     assert not [name for name, content in files.items() if str(folder).encode() in content]

@@ -12,6 +12,7 @@ from dynlora_cli.runs.report.card import card_of_export
 from dynlora_cli.text import MEASURES, size
 
 ADAPTERS = ("peft", "uniform", "vllm", "sglang", "tgi", "lorax", "mlx", "gguf")
+PEFT = ADAPTERS[:6]  # those that PEFT loads as well
 # Hubs' names of what loads a form; PEFT where there is none here.
 LIBRARIES = {"mlx": "mlx", "gguf": "gguf", "ollama": "gguf", "merged-gguf": "gguf", "merged": "transformers"}
 _FILES = (".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
@@ -48,7 +49,8 @@ def card(record: RunRecord, base: Base, repo: str, summary: Mapping[str, Any]) -
         repo: where it goes, ORG/NAME.
         summary: of the export.
     """
-    text = card_of_export(record, repo.split("/")[1], _what_it_is(base, summary), _use(base, repo, summary))
+    said, use = _what_it_is(base, summary), _use(base, repo, summary)
+    text = card_of_export(record, repo.split("/")[1], said, use, plain=summary["to"] in PEFT)
     return f"---\n{_metadata(record, base, repo, summary['to'])}\n---\n\n{text}"
 
 
@@ -104,10 +106,12 @@ def _what_it_is(base: Base, summary: Mapping[str, Any]) -> str:
     form = summary["to"]
     parts = []
     if form not in ADAPTERS:
-        parts.append(f"These files are the whole model: the base with the adapter folded in (`--to {form}`).")
+        parts.append(f"These files are the whole model: the base, with that adapter folded in (`--to {form}`).")
     elif form not in ("peft", "uniform", "vllm"):
         parts.append(f"The files have the form that `dynlora export --to {form}` writes.")
-    if not base.on_hub:
+    if base.name.startswith("builtin:"):
+        parts.append("The base is the small model that comes with dynlora, and is not on the hub.")
+    elif not base.on_hub:
         parts.append(f"The base, `{base.name}`, was a folder of its author's machine, and not one of the hub.")
     parts.append(
         f"The base's license is `{base.license}`."

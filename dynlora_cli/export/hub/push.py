@@ -112,6 +112,7 @@ def pack(repo: str, folder: Path, summary: dict[str, Any], adapter: Adapter, pla
         if isinstance(content, bytes)
     }
     told = {key: value for key, value in summary.items() if key not in _NOT_TOLD}
+    told["notes"] = [text_without_paths(one, names) for one in told.get("notes", [])]
     told = without_paths(told, names) | {"base_model": base.name, "files": summary["files"] | changed}
     files[EXPORT_RECORD] = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
     record = _record(adapter)
@@ -144,9 +145,7 @@ def _base(adapter: Adapter, place: Place | None, api: HfApi, emit: Emit) -> Base
     on_hub = next((name for name in given if is_hub_name(name)), None)
     if on_hub is None:
         name = next((n for n in given if n.startswith("builtin:")), Path(given[0]).name if given else "unknown")
-        emit(
-            note(f"the base is a folder of this machine: the card calls it {name}; name the hub's with --base ORG/NAME")
-        )
+        emit(note(f"the base has no name on the hub here: the card calls it {name}; or say --base ORG/NAME"))
         license_ = _license_in(place.folder / CARD) if place else None
         base = Base(name, False, license_)
     else:

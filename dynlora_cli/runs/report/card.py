@@ -17,6 +17,7 @@ from dynlora_cli.runs.log import RunRecord
 from dynlora_cli.text import MEASURES, count, counted, duration, number, size
 
 TOKENS_SHOWN = 16
+_PLAIN_LORA = " The files are a plain PEFT LoRA whose scale is exactly 1."
 
 
 def model_card(record: RunRecord) -> str:
@@ -28,7 +29,7 @@ def model_card(record: RunRecord) -> str:
     return without_secrets(f"{_front_matter(record)}\n{body}\n")
 
 
-def card_of_export(record: RunRecord, name: str, said: str, use: str) -> str:
+def card_of_export(record: RunRecord, name: str, said: str, use: str, *, plain: bool = True) -> str:
     """The card of files that were made of a run, without metadata.
 
     Args:
@@ -36,8 +37,10 @@ def card_of_export(record: RunRecord, name: str, said: str, use: str) -> str:
         name: of the files, as a heading.
         said: what is to be said of them after what the run was.
         use: the section that says how they are used.
+        plain: whether they are an adapter as PEFT reads it.
     """
-    what = _what_it_is(record) if record.info else "A LoRA adapter, written by dynlora from one of another tool."
+    what = _what_it_is(record) if record.info else f"A LoRA adapter, exported by dynlora.{_PLAIN_LORA}"
+    what = what if plain else what.removesuffix(_PLAIN_LORA)
     numbers = _numbers(record).replace(" `report.html` has the pictures.", "")
     parts = [what, said, numbers, _forgetting(record), _lineage(record), use, _training(record)]
     return without_secrets("\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part) + "\n")
@@ -98,7 +101,7 @@ def _what_it_is(record: RunRecord) -> str:
         text += f", pruned {when}, from {count(first)} to {count(last)} of them"
         text += ". Every layer has the rank that this left it; layers that kept no component are not adapted"
     text += "."
-    return text + " The files are a plain PEFT LoRA whose scale is exactly 1."
+    return text + _PLAIN_LORA
 
 
 def _numbers(record: RunRecord) -> str:
