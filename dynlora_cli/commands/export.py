@@ -92,26 +92,14 @@ def run(
     run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
     job = _job(adapter, place, outtype, options or given("exporters", to, []))
     with run_folder.replaced(out, overwrite=overwrite) as folder:
-        facts = exporter.write(job, folder)
-        _write_reading(job, place, folder)
-        checks = _check(job, exporter, place, folder, MAX_KL[outtype] if max_kl is None else max_kl)
+        facts, checks = _write_checked(job, exporter, place, folder, max_kl)
         if getattr(exporter, "for_peft", False):
             checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
-        summary = {
-            **_source(job, place, to, out),
-            **facts,
-            **checks,
-            "notes": job.notes,
-            "files": _files(folder),
-            "dynlora_version": __version__,
-            "seconds": time.monotonic() - started,
-        }
+        summary = {**_source(job, place, to, out), **facts, **checks, "notes": job.notes, **_ends(folder, started)}
         whole.write_json(folder / run_folder.EXPORT_RECORD, summary)
     if "peft_check" in checks:
         tell(checks["peft_check"], out, emit)
-    if address:
-        summary["pushed"] = push(address, out, summary, adapter, place, emit)
-    return summary
+    return summary | ({"pushed": push(address, out, summary, adapter, place, emit)} if address else {})
 
 
 def run_library(
@@ -163,9 +151,7 @@ def run_library(
             **{"ok": True, "command": "export", "to": to, "output_dir": str(out), "library": str(root)},
             **{"base_model": shelf.base, "adapters": written, "left_out": left_out},
             **exporter.write_library(shelf, folder),
-            "files": _files(folder),
-            "dynlora_version": __version__,
-            "seconds": time.monotonic() - started,
+            **_ends(folder, started),
         }
         whole.write_json(folder / run_folder.EXPORT_RECORD, summary)
     return summary
@@ -180,10 +166,17 @@ def _one_of_many(
         UsageError: the consumer cannot read it.
     """
     part.mkdir(parents=True)
-    facts = exporter.write(job, part)
-    _write_reading(job, place, part)
-    checks = _check(job, exporter, place, part, MAX_KL[job.outtype] if max_kl is None else max_kl)
+    facts, checks = _write_checked(job, exporter, place, part, max_kl)
     return {**facts, "parameters": job.adapter.parameters, **checks}
+
+
+def _write_checked(
+    job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write one adapter and read it back; what the exporter tells of it, and how well it agrees."""
+    facts = exporter.write(job, folder)
+    _write_reading(job, place, folder)
+    return facts, _check(job, exporter, place, folder, MAX_KL[job.outtype] if max_kl is None else max_kl)
 
 
 def _write_reading(job: Job, place: Place | None, folder: Path) -> None:
@@ -216,6 +209,11 @@ def _source(job: Job, place: Place | None, to: str, out: Path) -> dict[str, Any]
         "ranks": adapter.ranks,
         **({"options": options} if options else {}),
     }
+
+
+def _ends(folder: Path, started: float) -> dict[str, Any]:
+    """The end of every summary: what was written, by which version, and how long it took."""
+    return {"files": _files(folder), "dynlora_version": __version__, "seconds": time.monotonic() - started}
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
