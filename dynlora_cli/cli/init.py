@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from dynlora_cli.cli.options import Columns
 from dynlora_cli.cli.reporting import AsJson, console, reporting
-from dynlora_cli.errors import UsageError
+from dynlora_cli.cli.values import column_names
 
 
 def init(
@@ -16,35 +17,16 @@ def init(
         str, typer.Argument(metavar="[DATA]", help="A file, folder or hub data set to train on.")
     ] = "builtin:stdlib-docs",
     model: Annotated[str, typer.Option(metavar="NAME", help="A folder, a hub id or builtin:tiny.")] = "builtin:tiny",
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OURS=THEIRS,...", help="Names of the data's columns, where they are not ours.", show_default=False
-        ),
-    ] = None,
+    columns: Columns = None,
     out: Annotated[Path, typer.Option(metavar="RECIPE.yaml", help="The file to write.")] = Path("recipe.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a first recipe for your rows."""
     with reporting(as_json) as result:
-        named = _columns(columns) if columns else {}
+        named = column_names(columns) if columns else {}
         from dynlora_cli.cli.views.start import show_starter
         from dynlora_cli.commands import init as starter
 
         result.update(starter.run(data, out, model=model, columns=named, overwrite=overwrite))
         show_starter(console(), result)
-
-
-def _columns(text: str) -> dict[str, str]:
-    """`prompt=question,completion=answer` as a mapping."""
-    named = {}
-    for part in text.split(","):
-        ours, equals, theirs = (word.strip() for word in part.partition("="))
-        if not (ours and equals and theirs):
-            raise UsageError(
-                f"--columns {text}: {part!r} is not OURS=THEIRS",
-                f"such as {ours or 'prompt'}=NAME, where NAME is a column of the data; commas go between several",
-            )
-        named[ours] = theirs
-    return named

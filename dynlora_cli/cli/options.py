@@ -48,3 +48,11 @@ PlugInOptions = Annotated[
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what dynlora made there before.")]
+
+
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OURS=THEIRS,...", help="Names of the data's columns, where they are not ours.", show_default=False
+    ),
+]

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynlora_cli import plugins
+from dynlora_cli.cli.options import Columns
 from dynlora_cli.cli.reporting import AsJson, console, reporting, typed
+from dynlora_cli.cli.values import column_names, size
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
 from dynlora_cli.text import counted
@@ -21,9 +23,34 @@ from dynlora_cli.text import counted
 if TYPE_CHECKING:
     from dynlora_cli.cli.views.console import Console
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.drafts.named import Named
 
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RECIPE.yaml]", help="The recipe; without one, --model and --dataset.", show_default=False),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="NAME", help="Without a recipe: a folder, a hub id or builtin:tiny.", show_default=False
+    ),
+]
+DatasetName = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset", metavar="PATH", help="Without a recipe: a file, folder or hub data set.", show_default=False
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        help="Without a recipe: average rank (8), share of the start (0.5), parameters (2M), or auto.",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."),
@@ -45,7 +72,11 @@ Devices = Annotated[
 
 def train(
     context: typer.Context,
-    recipe: RecipeFile,
+    recipe: RecipeFile = None,
+    model: ModelName = None,
+    dataset: DatasetName = None,
+    budget: Budget = None,
+    columns: Columns = None,
     overrides: Overrides = None,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
@@ -55,15 +86,21 @@ def train(
     devices: Devices = "1",
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter from a recipe."""
+    """Train an adapter: from a recipe, or from a model and rows."""
     with reporting(as_json) as result, ExitStack() as held:
         from dynlora_cli.cli import asked
 
         asked.refuse_both_ways(overwrite, resume, resume_from)
-        from dynlora_cli.config.load import load_recipe
-
-        checked = load_recipe(recipe, overrides or (), output_dir)
         view = console()
+        named, text = None, None
+        if recipe is None:
+            named = _named(model, dataset, budget, columns, overrides or (), output_dir)
+            checked, text = named.recipe, named.text
+            for note in named.notes if is_main_process() else ():
+                view.note(note)
+        else:
+            _refuse_names(recipe, {"--model": model, "--dataset": dataset, "--budget": budget, "--columns": columns})
+            checked, text = _from_file(recipe, overrides or (), output_dir)
         if dry_run:
             from dynlora_cli.commands import preflight
 
@@ -86,11 +123,64 @@ def train(
                 overwrite=overwrite,
                 resume=resume,
                 resume_from=resume_from,
+                recipe_text=text,
             )
-        summary = {**summary, "next": _next_commands(summary, checked)}
+        again = [named.again] if named else []
+        summary = {**summary, "next": [*_next_commands(summary, checked), *again]}
+        if named:
+            summary["recipe"] = str(named.path)
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
+
+
+def _named(
+    model: str | None,
+    dataset: str | None,
+    budget: str | None,
+    columns: str | None,
+    overrides: Sequence[str],
+    output_dir: str | None,
+) -> Named:
+    """The recipe of a run that names a model and rows."""
+    names = column_names(columns) if columns else None
+    if budget is not None:
+        size(budget, "--budget")
+    from dynlora_cli.drafts.named import named_run
+
+    return named_run(model, dataset, budget=budget, columns=names, overrides=overrides, output_dir=output_dir)
+
+
+def _refuse_names(recipe: Path, given: dict[str, str | None]) -> None:
+    """Refuse options that stand for a recipe beside one.
+
+    Raises:
+        UsageError: there are some.
+    """
+    keys = {
+        "--model": "model",
+        "--dataset": "dataset",
+        "--budget": "rank.budget",
+        "--columns": "dataset.train.0.columns",
+    }
+    if wrong := [option for option, value in given.items() if value is not None]:
+        changes = " ".join(f"--set {keys[option]}=..." for option in wrong)
+        raise UsageError(
+            f"{', '.join(wrong)}: {recipe} says that already",
+            f"to change what it says, write {changes}; or leave the recipe out",
+        )
+
+
+def _from_file(recipe: Path, overrides: Sequence[str], output_dir: str | None) -> tuple[Recipe, str | None]:
+    """A recipe file, checked; and its text, if it lies in its own run folder, which a new run would empty."""
+    from dynlora_cli.config.load import load_recipe
+    from dynlora_cli.drafts.named import settled
+    from dynlora_cli.runs.folder import RECIPE
+
+    checked = load_recipe(recipe, overrides, output_dir)
+    kept = (Path(checked.output_dir) / RECIPE).absolute() == recipe.absolute()
+    text = recipe.read_text(encoding="utf-8-sig") if kept else ""
+    return checked, settled(text, str(recipe), overrides, output_dir) if kept else None
 
 
 def _planned(recipe: Recipe, view: Console | None) -> dict[str, Any]:

@@ -73,3 +73,17 @@ def share(text: str | float, option: str) -> float:
     if not match:
         raise UsageError(f"{option} {text} is no share", f"for example {option} 0.5%")
     return float(match[1]) / (100 if match[2] else 1)
+
+
+def column_names(text: str) -> dict[str, str]:
+    """`prompt=question,completion=answer` as a mapping."""
+    named = {}
+    for part in text.split(","):
+        ours, equals, theirs = (word.strip() for word in part.partition("="))
+        if not (ours and equals and theirs):
+            raise UsageError(
+                f"--columns {text}: {part!r} is not OURS=THEIRS",
+                f"such as {ours or 'prompt'}=NAME, where NAME is a column of the data; commas go between several",
+            )
+        named[ours] = theirs
+    return named

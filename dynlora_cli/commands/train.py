@@ -27,6 +27,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     resume_from: Path | None = None,
+    recipe_text: str | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says and leave a complete run folder.
 
@@ -36,6 +37,7 @@ def run(
         overwrite: replace an earlier run in the output folder.
         resume: go on with the newest valid checkpoint of the output folder.
         resume_from: go on with this checkpoint folder.
+        recipe_text: of a recipe file that the run folder is to hold, since there is none elsewhere.
 
     Returns:
         The summary, as data.
@@ -46,6 +48,7 @@ def run(
     with Session.open(recipe, listener, overwrite=overwrite, resume=resume, resume_from=resume_from) as session:
         if isinstance(session, Finished):
             return session.summary
+        session.recipe_text = recipe_text
         modes, files = session.modes, BaseFiles.find(recipe.model)
         data = read_data(recipe, files, session.writing, session.before)
         session.refuse_other_inputs(data, files)

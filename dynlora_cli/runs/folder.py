@@ -4,6 +4,7 @@
       adapter_config.json  adapter_model.safetensors     a plain PEFT LoRA
       dynlora.json  metrics.jsonl  rank_events.jsonl     state of record
       report.html  README.md  tokenizer files            for people and for serving
+      recipe.yaml                                        of a run that was given no recipe file
       checkpoints/step-N/  last  best                    last and best are one-line files that name a step folder
 
 How files get there whole is in files/whole.py; how a folder is replaced, by one writer only, in files/place.py.
@@ -29,6 +30,7 @@ from dynlora_cli.runs.log import METRICS, RANK_EVENTS
 from dynlora_cli.runs.record import RECORD
 
 CHECKPOINTS = "checkpoints"
+RECIPE = "recipe.yaml"
 STATE = "state.json"
 MERGE_RECORD = "merge.json"
 EXPORT_RECORD = "export.json"

@@ -19,6 +19,7 @@ from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, tell
 from dynlora_cli.execution.launch import is_main_process
 from dynlora_cli.execution.mode import Modes, plan
 from dynlora_cli.files.place import OutputPlace
+from dynlora_cli.files.whole import write_text
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.place import Place
 from dynlora_cli.runs import events
@@ -56,6 +57,7 @@ class Session:
         before: the record of the run that the checkpoint is of.
         begins: nothing of the run is in the folder yet; it may go on from a checkpoint of another folder.
         run_id: names the run and its checkpoints.
+        recipe_text: goes into the run folder as its recipe.yaml; None: the recipe is a file elsewhere.
         record: dynlora.json, once the run is on record.
     """
 
@@ -69,6 +71,7 @@ class Session:
     before: Mapping[str, Any] | None
     begins: bool
     run_id: str | None
+    recipe_text: str | None = None
     record: Record = field(default_factory=Record)
 
     @classmethod
@@ -153,6 +156,8 @@ class Session:
             self.place.keep_old()
             self.place.path.mkdir(exist_ok=True)  # an old one stays where it is a volume of a container
             outputs.write_record(self.folder, self.record, run)
+            if self.recipe_text:
+                write_text(self.folder / run_folder.RECIPE, self.recipe_text)
         if self.checkpoint:
             refuse_other_members(self.before or {}, self.record)
             go_back_to(self.checkpoint, run, self.folder, self.record)
