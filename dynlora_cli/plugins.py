@@ -11,6 +11,7 @@ models/linears/      what is asked of a base's linear layers   found by the laye
 merging/methods/     how several adapters become one           dynlora merge --method
 export/targets/      files that other tools read               dynlora export --to
 routing/routers/     which adapter answers a request           --router
+drafts/importers/    configurations of other tools             dynlora init --from
 
 Nobody imports a plug-in: `load` finds it by its name. What the command line has to know of it before that, such as its
 own options (config/options.py), it writes as a literal, which `declared` reads from the text of the file.
@@ -42,6 +43,7 @@ FOLDERS = {
     "linears": "models.linears",
     "exporters": "export.targets",
     "routers": "routing.routers",
+    "importers": "drafts.importers",
 }
 # What one plug-in of a kind is called in messages.
 WORDS = {
@@ -56,6 +58,7 @@ WORDS = {
     "linears": "kind of linear layer",
     "exporters": "exporter",
     "routers": "router",
+    "importers": "importer",
 }
 # Section and key of a recipe that choose a plug-in. A mode is switched on by a key of its own: see `switch`.
 CHOSEN = {

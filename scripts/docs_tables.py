@@ -1,10 +1,14 @@
-"""Tables of docs/performance.md and docs/benchmarks.md, taken from those that the programs in scripts/bench have made."""
+"""Tables of docs/performance.md and docs/benchmarks.md, from those of scripts/bench; of docs/migrate/, from the importers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+
+from dynlora_cli import plugins
+from dynlora_cli.config import foreign_names
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -101,6 +105,20 @@ def three(text: str) -> str:
     )
 
 
+def keys_of(importer: str) -> str:
+    """What becomes of a tool's keys: its importer's own lines, and those of the table of all tools that are its."""
+    name = plugins.declared("importers", importer, "NAME")
+    known = plugins.declared("importers", importer, "DEFAULTS")
+    shared = {key: alias for key, alias in foreign_names.KEYS.items() if alias.tool == name or key in known}
+    lines = []
+    for key, alias in sorted((shared | foreign_names.keys_of(importer)).items(), key=lambda one: one[0].lower()):
+        here, _, value = alias.here.partition(": ")
+        ours = f"`{here}`" + (f", {value}" if value else "") if here else "none" if alias.lost else "not needed"
+        remark = re.sub(r"`(\w+(?:\.\w+)?: [^`]+)`", r"\1", alias.remark)
+        lines.append([f"`{key}`", ours, cell(remark)])
+    return table(["key", "here", ""], lines)
+
+
 BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("performance.md", "speed"): speed,
     ("performance.md", "memory"): memory,
@@ -108,6 +126,10 @@ BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("benchmarks.md", "larger"): lambda: against(LARGER),
     ("benchmarks.md", "afterwards"): afterwards,
     ("benchmarks.md", "updates"): updates,
+    **{
+        (f"migrate/{name}.md", "keys"): partial(keys_of, name)
+        for name in ("axolotl", "llama-factory", "trl", "torchtune", "ms-swift", "unsloth")
+    },
 }
 
 

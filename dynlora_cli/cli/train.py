@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -92,15 +92,10 @@ def train(
 
         asked.refuse_both_ways(overwrite, resume, resume_from)
         view = console()
-        named, text = None, None
-        if recipe is None:
-            named = _named(model, dataset, budget, columns, overrides or (), output_dir)
-            checked, text = named.recipe, named.text
-            for note in named.notes if is_main_process() else ():
-                view.note(note)
-        else:
-            _refuse_names(recipe, {"--model": model, "--dataset": dataset, "--budget": budget, "--columns": columns})
-            checked, text = _from_file(recipe, overrides or (), output_dir)
+        given = Given(model, dataset, budget, columns)
+        checked, text, named = _asked(recipe, given, overrides or (), output_dir)
+        for note in named.notes if named and is_main_process() else ():
+            view.note(note)
         if dry_run:
             from dynlora_cli.commands import preflight
 
@@ -125,48 +120,56 @@ def train(
                 resume_from=resume_from,
                 recipe_text=text,
             )
-        again = [named.again] if named else []
-        summary = {**summary, "next": [*_next_commands(summary, checked), *again]}
+        summary = {**summary, "next": _next_commands(summary, checked)}
         if named:
-            summary["recipe"] = str(named.path)
+            summary |= {"recipe": str(named.path), "next": [*summary["next"], named.again]}
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
 
 
-def _named(
-    model: str | None,
-    dataset: str | None,
-    budget: str | None,
-    columns: str | None,
-    overrides: Sequence[str],
-    output_dir: str | None,
-) -> Named:
-    """The recipe of a run that names a model and rows."""
-    names = column_names(columns) if columns else None
-    if budget is not None:
-        size(budget, "--budget")
+class Given(NamedTuple):
+    """What stands for a recipe."""
+
+    model: str | None
+    dataset: str | None
+    budget: str | None
+    columns: str | None
+
+
+def _asked(
+    recipe: Path | None, given: Given, overrides: Sequence[str], output_dir: str | None
+) -> tuple[Recipe, str | None, Named | None]:
+    """The recipe, what the run folder keeps of its text, and what was found where there is no file.
+
+    Raises:
+        UsageError: there is a file, and what stands for one.
+    """
+    if recipe is not None:
+        _refuse_names(recipe, given)
+        return *_from_file(recipe, overrides, output_dir), None
+    names = column_names(given.columns) if given.columns else None
+    if given.budget is not None:
+        size(given.budget, "--budget")
     from dynlora_cli.drafts.named import named_run
 
-    return named_run(model, dataset, budget=budget, columns=names, overrides=overrides, output_dir=output_dir)
+    found = named_run(
+        given.model, given.dataset, budget=given.budget, columns=names, overrides=overrides, output_dir=output_dir
+    )
+    return found.recipe, found.text, found
 
 
-def _refuse_names(recipe: Path, given: dict[str, str | None]) -> None:
+def _refuse_names(recipe: Path, given: Given) -> None:
     """Refuse options that stand for a recipe beside one.
 
     Raises:
         UsageError: there are some.
     """
-    keys = {
-        "--model": "model",
-        "--dataset": "dataset",
-        "--budget": "rank.budget",
-        "--columns": "dataset.train.0.columns",
-    }
-    if wrong := [option for option, value in given.items() if value is not None]:
-        changes = " ".join(f"--set {keys[option]}=..." for option in wrong)
+    keys = {"model": "model", "dataset": "dataset", "budget": "rank.budget", "columns": "dataset.train.0.columns"}
+    if wrong := [name for name, value in given._asdict().items() if value is not None]:
+        changes = " ".join(f"--set {keys[name]}=..." for name in wrong)
         raise UsageError(
-            f"{', '.join(wrong)}: {recipe} says that already",
+            f"{', '.join(f'--{name}' for name in wrong)}: {recipe} says that already",
             f"to change what it says, write {changes}; or leave the recipe out",
         )
 

@@ -1,15 +1,20 @@
 """Names and values known from other tools, and what they are called here; the values are in foreign_values.py.
 
 They are answered, never accepted: a silent rename would hide that the meaning differs in places. A line of the tables
-holds the foreign name, the tool that is best known for it, and our name. A remark follows `;`, and an answer that
-begins with `-` says why there is no counterpart. `own` marks names that come from nowhere in particular.
+holds the foreign name, the tool that is best known for it, and our name. A remark follows `;`. An answer that begins
+with `-` says why nothing is lost without a counterpart, and with `!` what is. `own` marks names that come from nowhere
+in particular. Names that one tool alone has are in its importer (drafts/importers), and are answered by the same lines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
 from typing import NamedTuple
 
+from dynlora_cli import plugins
+from dynlora_cli.config.foreign_arguments import ARGUMENTS
 from dynlora_cli.config.foreign_values import VALUES
 
 _KEYS = """
@@ -104,7 +109,7 @@ completion_only_loss              TRL            dataset.train_on: completion
 assistant_only_loss               TRL            dataset.train_on: assistant
 mask_prompt                       mlx-lm         dataset.train_on: completion
 data.mask_prompt                  litgpt         dataset.train_on: completion
-mask_history                      LLaMA-Factory  -every answer of the assistant carries loss
+mask_history                      LLaMA-Factory  !every answer of the assistant carries loss
 excess_length_strategy            axolotl        dataset.overlong
 truncation_mode                   TRL            dataset.overlong
 truncation_strategy               ms-swift       dataset.overlong
@@ -136,7 +141,7 @@ lora_target_linear                axolotl        adapter.target_modules: all-lin
 lora_target                       LLaMA-Factory  adapter.target_modules
 lora_attn_modules                 torchtune      adapter.target_modules
 apply_lora_to_mlp                 torchtune      adapter.target_modules: all-linear
-apply_lora_to_output              torchtune      -to adapt the output head, name it in `adapter.target_modules`
+apply_lora_to_output              torchtune      !to adapt the output head, name it in `adapter.target_modules`
 lora_query                        litgpt         adapter.target_modules
 lora_key                          litgpt         adapter.target_modules
 lora_value                        litgpt         adapter.target_modules
@@ -147,8 +152,8 @@ lora_layers                       mlx-lm         adapter.target_modules
 num_layers                        mlx-lm         adapter.target_modules; pruning finds the layers that matter
 layers_to_transform               PEFT           adapter.target_modules; with globs
 exclude_modules                   PEFT           adapter.target_modules; list what to adapt
-modules_to_save                   PEFT           -only a classifier head is trained besides the adapters
-lora_modules_to_save              axolotl        -only a classifier head is trained besides the adapters
+modules_to_save                   PEFT           !only a classifier head is trained besides the adapters
+lora_modules_to_save              axolotl        !only a classifier head is trained besides the adapters
 lora_parameters.keys              mlx-lm         adapter.target_modules
 lora_parameters.rank              mlx-lm         rank.budget
 lora_parameters.alpha             mlx-lm         adapter.alpha
@@ -168,8 +173,8 @@ resize_token_embeddings_to_32x    axolotl        -`adapter.new_tokens` get rows 
 mean_resizing                     transformers   adapter.new_tokens_init; `mean` is the mean itself, without noise
 init_lora_weights                 PEFT           adapter.init_weights
 peft_init_lora_weights            axolotl        adapter.init_weights
-lora_bias                         PEFT           -an adapter has no bias
-bias                              PEFT           -biases stay frozen
+lora_bias                         PEFT           !an adapter has no bias
+bias                              PEFT           !biases stay frozen
 r                                 PEFT           rank.budget
 lora_r                            axolotl        rank.budget
 lora_rank                         LLaMA-Factory  rank.budget
@@ -182,10 +187,10 @@ init_r                            PEFT           rank.init
 r_init                            own            rank.init
 adalora_init_r                    ms-swift       rank.init
 r_max                             own            rank.init
-rank_pattern                      PEFT           -the ranks per layer are a result, written to adapter_config.json
-alpha_pattern                     PEFT           -a result, written to adapter_config.json
-lora_rank_pattern                 axolotl        -the ranks per layer are a result, written to adapter_config.json
-lora_alpha_pattern                axolotl        -a result, written to adapter_config.json
+rank_pattern                      PEFT           !the ranks per layer are a result, written to adapter_config.json
+alpha_pattern                     PEFT           !a result, written to adapter_config.json
+lora_rank_pattern                 axolotl        !the ranks per layer are a result, written to adapter_config.json
+lora_alpha_pattern                axolotl        !a result, written to adapter_config.json
 total_step                        PEFT           -the schedule is given in shares of the run, see `pruning.start`
 tinit                             PEFT           pruning.start; a share of all steps, not a number
 adalora_tinit                     ms-swift       pruning.start; a share of all steps, not a number
@@ -220,10 +225,9 @@ optim                             transformers   train.optimizer
 lr_scheduler_type                 transformers   train.lr_scheduler
 lr_schedule                       mlx-lm         train.lr_scheduler
 lr_scheduler._component_          torchtune      train.lr_scheduler
-lr_scheduler.num_warmup_steps     torchtune      train.warmup_ratio; a share of all steps, not a number
-warmup_steps                      transformers   train.warmup_ratio; a share of all steps, not a number
-lr_warmup_steps                   litgpt         train.warmup_ratio; a share of all steps, not a number
-warmup                            mlx-lm         train.warmup_ratio; a share of all steps, not a number
+lr_scheduler.num_warmup_steps     torchtune      train.warmup_steps
+lr_warmup_steps                   litgpt         train.warmup_steps
+warmup                            mlx-lm         train.warmup_steps
 clip_grad_norm                    torchtune      train.max_grad_norm
 max_norm                          litgpt         train.max_grad_norm
 gradient_clipping                 DeepSpeed      train.max_grad_norm
@@ -293,39 +297,63 @@ kto_chosen_weight                 LLaMA-Factory  train.desirable_weight
 kto_rejected_weight               LLaMA-Factory  train.undesirable_weight
 kto_desirable_weight              axolotl        train.desirable_weight
 kto_undesirable_weight            axolotl        train.undesirable_weight
-ref_model                         LLaMA-Factory  -the model that the run starts from, adapter.from included
+ref_model                         LLaMA-Factory  !the model that the run starts from, adapter.from included
 precompute_ref_log_probs          TRL            -the reference is always asked once, before the first step
 max_prompt_length                 TRL            -prompt and answer together have dataset.max_length tokens
 """
 
 
 class Alias(NamedTuple):
-    """A foreign key: whose it is, our name (empty where there is none), and a remark."""
+    """A foreign key: whose it is, our name (empty where there is none), a remark, and whether something is lost."""
 
     tool: str
     here: str
     remark: str
+    lost: bool = False
+
+
+def read_line(tool: str, answer: str) -> Alias:
+    """The answer of a line of the tables."""
+    if answer[0] in "-!":
+        return Alias(tool, "", answer[1:], answer[0] == "!")
+    here, _, remark = answer.partition("; ")
+    return Alias(tool, here, remark)
 
 
 def _read_keys() -> dict[str, Alias]:
-    keys = {}
-    for line in _KEYS.strip().splitlines():
-        name, tool, answer = line.split(None, 2)
-        here, _, remark = ("", "", answer[1:]) if answer.startswith("-") else answer.partition("; ")
-        keys[name] = Alias(tool, here, remark)
-    return keys
+    lines = (line.split(None, 2) for line in [*_KEYS.strip().splitlines(), *ARGUMENTS.strip().splitlines()])
+    return {name: read_line(tool, answer) for name, tool, answer in lines}
 
 
 KEYS = _read_keys()
 
 
+@cache
+def keys_of(importer: str) -> dict[str, Alias]:
+    """The keys that the importer of a tool adds to these."""
+    tool = plugins.declared("importers", importer, "NAME")
+    lines = (line.split(None, 1) for line in plugins.declared("importers", importer, "KEYS").strip().splitlines())
+    return {name: read_line(tool, answer) for name, answer in lines}
+
+
+def _of_a_tool(names: Iterable[str]) -> tuple[str, Alias] | None:
+    """The first of some names that one tool alone has."""
+    for name in names:
+        for importer in plugins.names("importers"):
+            keys = keys_of(importer)
+            if known := name if name in keys else next((key for key in keys if "*" in key and fnmatchcase(name, key)), ""):
+                return name, keys[known]
+    return None
+
+
 def hint(path: Sequence[str | int]) -> str | None:
     """What a key known from elsewhere is called here; the whole path is looked up first, then its last word."""
     words = [step for step in path if isinstance(step, str)]
-    name = next((name for name in (".".join(words), words[-1]) if name in KEYS), None)
-    if name is None:
+    names = (".".join(words), words[-1])
+    found = next(((name, KEYS[name]) for name in names if name in KEYS), None) or _of_a_tool(names)
+    if found is None:
         return None
-    alias = KEYS[name]
+    name, alias = found
     remark = f" ({alias.remark})" if alias.remark else ""
     if alias.tool == "own":
         return f"`{name}` is `{alias.here}` here{remark}"

@@ -190,6 +190,14 @@ def _validate(root: Node) -> tuple[Recipe | None, list[Problem]]:
     return None, problems + conflict_problems(clashes, root, wrong)
 
 
+def problems_of(root: Node) -> list[tuple[str, str]]:
+    """What is wrong with a recipe that a program has made, as pairs of a dotted key and what is wrong with it."""
+    _spell_out(root)
+    _, problems = _validate(root)
+    split = (problem.text.partition(": ") for problem in problems)
+    return [(key, text) for key, _, text in split]
+
+
 def _without(data: dict[str, Any], wrong: Iterable[Sequence[str | int]]) -> dict[str, Any]:
     """The data without its wrong keys, so that the rest can be checked for conflicts.
 

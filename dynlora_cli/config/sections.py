@@ -255,6 +255,8 @@ class Train(Section):
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Share = 0.03
     """Share of all optimizer steps over which the learning rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0), BeforeValidator(whole)] | None = None
+    """The same as a number of optimizer steps; where set, it decides instead of `warmup_ratio`."""
     lora_plus_ratio: Positive | None = None
     """B learns at this multiple of A's rate (LoRA+; its authors advise 16); null: at the same."""
     weight_decay: Share = 0.0

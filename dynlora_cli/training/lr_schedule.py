@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 def rate_share(step: int, total_steps: int, options: Train) -> float:
     """The scheduled rate of optimizer step `step` (from 1), as a share of the highest one."""
     warmup = max(1, round(options.warmup_ratio * total_steps)) if options.warmup_ratio else 0
+    if options.warmup_steps is not None:
+        warmup = options.warmup_steps
     if step <= warmup:
         return step / warmup
     left = 1 - (step - warmup - 1) / max(1, total_steps - warmup)

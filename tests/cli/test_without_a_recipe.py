@@ -42,7 +42,7 @@ def test_it_trains_and_keeps_its_recipe_which_repeats_it(dynlora: Dynlora):
     again = "dynlora train out/my-rows/recipe.yaml --output-dir out/my-rows-again"
     assert answer.json["next"][-1] == again
     assert dynlora(*again.split()[1:]).code == 0
-    assert record("out/my-rows-again")["summary"]["val_loss"] == answer.json["val_loss"]
+    assert record("out/my-rows-again")["summary"]["loss_after"] == answer.json["loss_after"]
     # on top of it: --resume goes on, --overwrite keeps the recipe that lies in the folder
     assert "finished already" in dynlora("train", *NAMED, "--budget", "2", *SMALL, "--resume").err
     refused = dynlora("train", *NAMED, "--budget", "2", *SMALL)
@@ -85,7 +85,7 @@ def test_wrong_names_are_answered_before_torch():
         "import sys\nfrom dynlora_cli.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
     )
-    for names in (("--model", "nowhere/", "--dataset", "my rows.jsonl"), (*NAMED[:3], "no.jsonl")):
+    for names in (("--model", "builtin:huge", "--dataset", "my rows.jsonl"), (*NAMED[:3], "no.jsonl")):
         done = subprocess.run([sys.executable, "-c", code, "train", *names], capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["2", "False"], done.stderr
 

@@ -190,7 +190,7 @@ def test_bfloat16_trains_with_a_float32_pool(tmp_path):
 
 
 def rates(total=20, **options):
-    options = {"warmup_ratio": 0.2, "lr_scheduler": "cosine"} | options
+    options = {"warmup_ratio": 0.2, "warmup_steps": None, "lr_scheduler": "cosine"} | options
     return [rate_share(step, total, SimpleNamespace(**options)) for step in range(1, total + 1)]
 
 
@@ -212,6 +212,11 @@ def test_the_rate_of_short_runs_and_without_warm_up():
     assert rates(4, warmup_ratio=0.0, lr_scheduler="linear") == [1.0, 0.75, 0.5, 0.25]
     assert rates(4, warmup_ratio=0.03)[0] == 1.0
     assert rates(4, warmup_ratio=1.0) == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_warm_up_in_steps_decides_instead_of_the_share():
+    assert rates(6, warmup_steps=2, lr_scheduler="linear") == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert rates(4, warmup_steps=0, lr_scheduler="linear") == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_the_rate_follows_what_is_alive(tmp_path):

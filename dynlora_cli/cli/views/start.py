@@ -25,6 +25,28 @@ def show_starter(console: Console, summary: dict[str, Any]) -> None:
     console.show_next(summary["next"])
 
 
+KINDS = {"lost": "no equivalent", "differs": "not quite the same", "needless": "needless", "converted": "converted"}
+
+
+def show_converted(console: Console, summary: dict[str, Any]) -> None:
+    """What became of each key of another tool's file: losses first, and all of what is converted at the end."""
+    console.line(printable(summary["summary"]))
+    for kind, title in KINDS.items():
+        found = [key for key in summary["keys"] if key["kind"] == kind]
+        if not found:
+            continue
+        console.line()
+        console.line(Text(title, style="bad" if kind == "lost" else "head"))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for key in found:
+            line = f"line {key['line']}" if key["line"] else "default"
+            grid.add_row(Text(f"  {line}", style="label"), Text(printable(key["key"])), Text(printable(key["text"])))
+        console.show(grid)
+    console.line()
+    console.line(Text.assemble("wrote ", (printable(summary["recipe"]), "accent")))
+    console.show_next(summary["next"])
+
+
 def show_findings(console: Console, findings: Sequence[dict[str, Any]]) -> None:
     """Each finding with a mark; faults once more below, with what mends them."""
     grid = Table.grid(padding=(0, 2, 0, 0))
