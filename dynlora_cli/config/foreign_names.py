@@ -341,7 +341,8 @@ def _of_a_tool(names: Iterable[str]) -> tuple[str, Alias] | None:
     for name in names:
         for importer in plugins.names("importers"):
             keys = keys_of(importer)
-            if known := name if name in keys else next((key for key in keys if "*" in key and fnmatchcase(name, key)), ""):
+            known = name if name in keys else next((key for key in keys if fnmatchcase(name, key)), None)
+            if known:
                 return name, keys[known]
     return None
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_helpers import MINIMAL, problems
 from tutorials import code_of
 
 from dynlora_cli.config import foreign_names
 from dynlora_cli.config.load import load_text
 from dynlora_cli.drafts.convert import convert
+
+from recipe_helpers import MINIMAL, problems
 
 CONFIG = """\
 checkpoint_dir: checkpoints/pythia
@@ -34,13 +35,15 @@ def test_it_reads_the_files_of_its_tool_and_answers_its_keys(tmp_path: Path, plu
     assert (found.tool, recipe.model.name_or_path) == ("litgpt", "checkpoints/pythia")
     assert (recipe.rank.init, recipe.rank.budget, recipe.adapter.alpha, recipe.adapter.dropout) == (4, 4, 16, 0.05)
     assert recipe.dataset.train[0].path == "rows.json"
-    assert [one.entry.key for one in found.of_kind("lost")] == ["data.class_path", "num_nodes"]
+    assert [one.entry.key for one in found.of_kind("lost")] == ["num_nodes"]
     foreign_names.keys_of.cache_clear()
     answer = problems(MINIMAL, "num_nodes=2")
     assert any("`num_nodes` is litgpt's name" in line for line in answer), answer
 
 
-@pytest.mark.parametrize("key", ["sample_packing_bin_size", "kto_chosen_weight", "neat_packing", "loss_watchdog_patience"])
+@pytest.mark.parametrize(
+    "key", ["sample_packing_bin_size", "kto_chosen_weight", "neat_packing", "loss_watchdog_patience"]
+)
 def test_keys_of_one_tool_are_answered_in_a_wrong_recipe(key: str) -> None:
     answer = foreign_names.hint(["train", key])
     assert answer is not None

@@ -61,7 +61,9 @@ def trl_trainer(config: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scheduler", "decay", "more"), [("linear", 0.0, ""), ("cosine", 0.1, "use_rslora: true\n")], ids=["plain", "rslora"]
+    ("scheduler", "decay", "more"),
+    [("linear", 0.0, ""), ("cosine", 0.1, "use_rslora: true\n")],
+    ids=["plain", "rslora"],
 )
 def test_it_ends_with_the_loss_of_trls_own_run(
     scheduler: str, decay: float, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
