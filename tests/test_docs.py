@@ -47,6 +47,7 @@ WALK = [
     "howto/routing-proxy.md",
     "updates.md",
     "howto/preference.md",
+    "migrate/trl.md",
 ]
 BASE = {"model": {"name_or_path": "builtin:tiny"}, "dataset": {"train": [{"path": "builtin:stdlib-docs"}]}}
 OF_OTHER_TOOLS = {"--max-lora-rank", "--max-loras", "--lora-paths", "--lora-init-without-apply", "--cache-ram"}

@@ -78,6 +78,7 @@ def from_file(
         "tool": converted.tool,
         "summary": summary(converted),
         "keys": [finding.as_data for finding in converted.findings],
+        "unasked": [{"key": key, "value": value, "text": why} for key, (value, why) in converted.unasked.items()],
         "notes": [],
         "next": [f"{command} --dry-run", command],
     }

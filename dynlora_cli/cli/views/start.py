@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dynlora_cli.cli.views.console import Console
 from dynlora_cli.cli.views.progress import printable
-from dynlora_cli.text import counted
+from dynlora_cli.text import counted, show
 
 
 def show_starter(console: Console, summary: dict[str, Any]) -> None:
@@ -41,6 +41,13 @@ def show_converted(console: Console, summary: dict[str, Any]) -> None:
         for key in found:
             line = f"line {key['line']}" if key["line"] else "default"
             grid.add_row(Text(f"  {line}", style="label"), Text(printable(key["key"])), Text(printable(key["text"])))
+        console.show(grid)
+    if summary["unasked"]:
+        console.line()
+        console.line(Text("set as the tool does without being asked", style="head"))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for key in summary["unasked"]:
+            grid.add_row(Text(printable(f"  {key['key']}: {show(key['value'])}")), Text(printable(key["text"])))
         console.show(grid)
     console.line()
     console.line(Text.assemble("wrote ", (printable(summary["recipe"]), "accent")))
