@@ -111,6 +111,9 @@ def convert(path: Path, tool: str | None = None, model: str | None = None, data:
     move.by_table()
     move.defaults_by_table()
     _replace(move, model, data)
+    named = move.file.value("config")
+    if isinstance(named, str) and not {"model.name_or_path", "dataset.train"} <= move.recipe.keys():
+        move.refuse("config", f"it trains with {named}", f"give that file: --from {named}")
     for key, what, option in (("model.name_or_path", "model", "--model NAME"), ("dataset.train", "rows", "DATA")):
         if key not in move.recipe:
             way = f"name it: dynlora init {'DATA ' if option == 'DATA' else ''}--from {path}"

@@ -95,12 +95,18 @@ class Finding:
 
     @property
     def as_data(self) -> dict[str, Any]:
-        value = self.entry.value
+        value = self.shown
         plain = value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
         return {"key": self.entry.key, "value": plain, "line": self.entry.line, "kind": self.kind, "text": self.text}
 
+    @property
+    def shown(self) -> Any:
+        """The value, unless its key says that it is a secret."""
+        secret = re.search(r"(^|[._])(token|api_key|password|secret)$", self.entry.key)
+        return "***" if secret and isinstance(self.entry.value, str) else self.entry.value
+
     def __str__(self) -> str:
-        return f"{self.entry.place}: {self.entry.key}: {show(self.entry.value)}: {self.text}"
+        return f"{self.entry.place}: {self.entry.key}: {show(self.shown)}: {self.text}"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ def convert_script(move: Move, defaults: Mapping[str, Any]) -> None:
     kind = next(
         (name for name in ("ORPO", "DPO", "KTO") if f"{name}Trainer" in called or f"{name}Config" in called), "SFT"
     )
+    if f"{kind}Config" in called:  # TRL's own rates, in place of transformers'
+        own = {"SFT": 2e-5, "DPO": 1e-6, "KTO": 1e-6}.get(kind, 5e-5)
+        move.defaults = {**move.defaults, "train.learning_rate": own}
     if kind != "SFT":
         move.unasked["train.objective"] = (kind.lower(), f"its trainer is {kind}Trainer")
     for key in ("model.model_name", "model.pretrained_model_name_or_path"):

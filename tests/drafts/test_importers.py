@@ -188,6 +188,7 @@ REFUSED = {
     "merging": ("m.yaml", "model_name_or_path: a\nadapter_name_or_path: b\ntemplate: c\nexport_dir: d\n", "merging"),
     "another tuner": ("o.yaml", "model_name_or_path: a\nstage: sft\ndataset: b\nfinetuning_type: oft\n", "oft"),
     "Megatron": ("s.sh", "megatron sft --model a --dataset b\n", "Megatron"),
+    "another file": ("c.sh", "trl sft --config my.yaml\n", "it trains with my.yaml"),
     "a teacher": ("t.yaml", "model: {_component_: torchtune.a}\nteacher_model: {_component_: b}\n", "teacher"),
     "no rows": ("n.yml", "base_model: a/b\nsequence_len: 64\nadapter: lora\n", "names no rows"),
     "no tool": ("x.yaml", "alpha: 1\nbeta: 2\n", "of no tool that is known"),
@@ -205,6 +206,13 @@ def test_what_dynlora_does_not_train_is_refused_in_words(case: str, tmp_path: Pa
         converted(tmp_path, name, text)
     assert says in error.value.message
     assert error.value.hint
+
+
+def test_a_token_is_shown_nowhere(tmp_path: Path):
+    found, _ = converted(tmp_path, "a.yml", f"{AXOLOTL}hub_token: hf_abcdefghijkl\n")
+    assert "hf_abcdefghijkl" not in found.text("dynlora train r.yaml") + json.dumps(
+        [one.as_data for one in found.findings]
+    )
 
 
 def test_rows_and_model_can_be_named_in_place_of_the_files(tmp_path: Path):

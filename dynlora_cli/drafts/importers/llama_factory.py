@@ -155,6 +155,10 @@ def recognises(file: ForeignFile) -> bool:
     if file.kind == "shell":
         first = file.words[:1]
         return bool(first) and (first[0].endswith(("llamafactory-cli", "lmf")) or "llamafactory" in first[0])
+    if file.has("model_class", "peft_config") and file.has(
+        "train_dataset", "dist_config", "quant_config", "kernel_config"
+    ):
+        return True  # its new form, which `convert` refuses in words
     return file.has("model_name_or_path") and file.has(
         "stage", "finetuning_type", "template", "cutoff_len", "export_dir"
     )
@@ -164,6 +168,10 @@ def convert(move: Move) -> None:
     """Stage, rows, adapter and the Trainer's arguments."""
     if move.file.words[1:2] and move.file.words[1].endswith((".yaml", ".json")):
         move.refuse("", f"the script trains with {move.file.words[1]}", f"give that file: --from {move.file.words[1]}")
+    if not move.file.has("model_name_or_path") and move.file.has("model_class", "peft_config"):
+        move.refuse(
+            "model", "the form of LLaMA-Factory's v1, which is not read", "give the file of `llamafactory-cli train`"
+        )
     for key, hint in (("export_dir", "dynlora merge"), ("infer_backend", "dynlora chat")):
         if move.file.has(key) and not (move.has("do_train") or move.has("dataset")):
             move.refuse(key, "a file for inference or merging, which trains nothing", f"see {hint} --help")

@@ -180,7 +180,7 @@ def convert(move: Move) -> None:
     kind = common.OBJECTIVES.get(method) or common.objective(move, "", method, hints)
     if kind != "sft":
         move.unasked["train.objective"] = (kind, f"trl {method}")
-    if kind == "dpo" and not move.has("learning_rate"):
+    if kind in ("dpo", "kto") and not move.has("learning_rate"):
         move.defaults = {**move.defaults, "learning_rate": 1e-6}
     _rows(move, kind)
     if move.file.words or move.has("use_peft") or not any(k.startswith("lora_") for k in move.file.entries):
