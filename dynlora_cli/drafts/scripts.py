@@ -58,8 +58,8 @@ def convert_script(move: Move, defaults: Mapping[str, Any]) -> None:
         if move.has(key) and isinstance(move.value(key), str):
             move.give("model.dtype", move.translated("model.dtype", move.value(key)), key)
     lengths = ("train.max_length", "train.max_seq_length", "model.max_seq_length")
-    own = next((key for key in lengths if move.has(key)), None)
-    length(move, own or next((key for key in lengths if key in move.defaults), lengths[0]))
+    given = next((key for key in lengths if move.has(key)), None)
+    length(move, given or next((key for key in lengths if key in move.defaults), lengths[0]))
     move.needless("the length is known already", "model.max_seq_length", "train.max_seq_length", "train.max_length")
     _script_rows(move)
     common.trainer(move, "train.")
