@@ -311,6 +311,13 @@ def checkpointing(move: Move, key: str) -> None:
         move.give("train.gradient_checkpointing", True, key)
 
 
+def thinking(move: Move, key: str) -> None:
+    """The chat template's own switch."""
+    value = move.value(key)
+    if isinstance(value, bool):
+        move.give("dataset.chat_template_kwargs", {"enable_thinking": value}, key)
+
+
 def held_out(move: Move, key: str, value: Any) -> None:
     """The share of rows that is measured on: 0 to 1, or a number of rows, which our recipes do not have."""
     if not _is_number(value) or float(value) < 0:

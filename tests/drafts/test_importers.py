@@ -129,7 +129,7 @@ LOST = [
     ("axolotl.yml", "special_tokens.pad_token", "needless", "padding carries no loss"),
     ("sft.yaml", "template", "lost", "the tokenizer's own chat template"),
     ("sft.yaml", "trust_remote_code", "differs", "runs no code of others unasked"),
-    ("ms_swift.sh", "system", "lost", "write it into the rows"),
+    ("ms_swift.sh", "system", "converted", "dataset.system: 'You are a helpful"),
     ("torchtune.yaml", "tokenizer.path", "needless", "the folder of the base has its tokenizer"),
     ("unsloth_notebook.ipynb", "train.fp16", "lost", "only running the file would tell its value"),
     ("trl_dpo.sh", "output_dir", "converted", "output_dir: 'out/$RUN'"),
@@ -206,6 +206,12 @@ def test_what_dynlora_does_not_train_is_refused_in_words(case: str, tmp_path: Pa
         converted(tmp_path, name, text)
     assert says in error.value.message
     assert error.value.hint
+
+
+def test_the_switch_of_a_template_is_one_of_its_variables(tmp_path: Path):
+    text = (FOREIGN / "llama_factory" / "sft.yaml").read_text() + "enable_thinking: false\ndefault_system: Be kind.\n"
+    _, recipe = converted(tmp_path, "sft.yaml", text)
+    assert (recipe.dataset.chat_template_kwargs, recipe.dataset.system) == ({"enable_thinking": False}, "Be kind.")
 
 
 def test_a_token_is_shown_nowhere(tmp_path: Path):

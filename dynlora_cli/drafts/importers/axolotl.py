@@ -45,7 +45,7 @@ base_model_config             -the model's own config is read
 base_model_ignore_patterns    -only what is needed of a repository is read
 tokenizer_config              !the tokenizer is the model's; name a folder that has both as `model.name_or_path`
 chat_template                 !the tokenizer's own template is used; `dataset.chat_template` for another
-default_system_message        !write it into the rows, as a message of the system
+default_system_message        dataset.system
 hub_*                         !adapters are not uploaded from training
 dataset_prepared_path         -rows are read anew in seconds, and nothing is cached
 dataset_num_proc              -one process reads the rows

@@ -53,9 +53,7 @@ buffer_size                   -rows are in memory
 streaming                     -rows are in memory
 plot_loss                     -the report has the picture
 plot_name                     -the report has the picture
-enable_thinking               !write it into the rows, or take a template that has it
 preserve_thinking             !write it into the rows, or take a template that has it
-default_system                !write it into the rows, as a message of the system
 tool_format                   !the template writes tools as the model knows them
 efficient_eos                 -the token that ends an answer trains
 flash_attn                    model.attn_implementation
@@ -187,6 +185,7 @@ def convert(move: Move) -> None:
         move.give("train.loss_type", move.value("pref_loss"), "pref_loss")
     _rows(move, stage)
     _adapter(move)
+    common.thinking(move, "enable_thinking")
     common.trainer(move)
     if move.has("compute_type"):
         move.give("model.dtype", move.translated("model.dtype", move.value("compute_type")), "compute_type")

@@ -49,8 +49,6 @@ torch_dtype                   model.dtype
 template                      !the tokenizer's own chat template is used; another as `dataset.chat_template`
 template_backend              !the tokenizer's own chat template is used
 agent_template                !the template writes tools as the model knows them
-system                        !write it into the rows, as a message of the system
-enable_thinking               !write it into the rows, or take a template that has it
 add_non_thinking_prefix       !write it into the rows, or take a template that has it
 response_prefix               !write it into the rows
 loss_scale                    !all answers of the assistant carry loss alike
@@ -190,6 +188,12 @@ def convert(move: Move) -> None:
         move.say("streaming", "differs", "rows are read whole")
     _rows(move)
     _tuner(move)
+    common.thinking(move, "enable_thinking")
+    if isinstance(system := move.value("system"), str):
+        if system.endswith(".txt"):
+            move.say("system", "lost", "a file; its text can be written as `dataset.system`")
+        else:
+            move.give("dataset.system", system, "system")
     common.trainer(move)
     if command == "pt":
         move.unasked["dataset.train_on"] = ("all", "swift pt")
