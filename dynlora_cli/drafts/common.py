@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dynlora_cli.config.foreign_values import VALUES
-from dynlora_cli.drafts.importer import Move, listed, whole_number
+from dynlora_cli.drafts.importer import Move, listed, number, whole_number
 
 OBJECTIVES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "orpo": "orpo", "kto": "kto"}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -36,7 +36,7 @@ def lora(
     elif dora:
         move.needless("off, as here", dora)
     fixed = whole_number(move.value(rank))
-    if fixed is None:
+    if fixed is None or fixed < 1:
         return
     pissa = _start(move, init) == "pissa" if init else False
     budget = 2 * fixed if pissa else fixed  # PiSSA's start is saved with it, and the budget counts what is saved
@@ -45,16 +45,15 @@ def lora(
     )
     move.give("rank.budget", budget, rank)
     move.findings.pop()  # one line is enough
-    number = move.value(alpha)
-    if number is not None and float(number) > 0:
-        scaled = _alpha(float(number), fixed, budget, bool(rslora and move.value(rslora)))
+    top = number(move.value(alpha))
+    if top is not None and top > 0:
+        scaled = _alpha(top, fixed, budget, bool(rslora and move.value(rslora)))
         move.give("adapter.alpha", scaled, alpha, remark=f"{alpha}: the scale stays what it was")
     if rslora and move.value(rslora):
         move.give("adapter.scaling", "rslora", rslora)
     elif rslora:
         move.needless("off, as here", rslora)
-    if dropout and move.value(dropout) is not None:
-        move.give("adapter.dropout", float(move.value(dropout)), dropout)
+    move.give_number("adapter.dropout", dropout)
 
 
 def _alpha(alpha: float, rank: int, budget: int, rslora: bool) -> int | float:
@@ -125,8 +124,7 @@ def trainer(move: Move, prefix: str = "") -> None:
     optimizer(move, key["optim"])
     trackers(move, key["report_to"])
     checkpointing(move, key["gradient_checkpointing"])
-    if (clip := move.value(key["max_grad_norm"])) is not None:
-        clip = float(clip)
+    if (clip := number(move.value(key["max_grad_norm"]))) is not None:
         move.give("train.max_grad_norm", clip if clip > 0 else None, key["max_grad_norm"])
     steps = whole_number(move.value(key["logging_steps"]))
     if move.has(key["logging_steps"]):
@@ -172,12 +170,12 @@ def epochs(move: Move, key: str, decides: bool = True) -> None:
     value = move.value(key)
     if value is None:
         return
-    number = whole_number(value)
-    if number:
+    whole = whole_number(value)
+    if whole:
         if decides or move.has(key):
-            move.give("train.epochs", number, key)
+            move.give("train.epochs", whole, key)
     elif decides:
-        rounded = max(1, math.ceil(float(value))) if _is_number(value) else 1
+        rounded = min(max(1, math.ceil(number(value) or 1)), 10**6)
         move.give(
             "train.epochs", rounded, key, differs=f"epochs are whole here, and {value} is none: set `train.max_steps`"
         )
@@ -186,13 +184,11 @@ def epochs(move: Move, key: str, decides: bool = True) -> None:
 
 
 def _schedule(move: Move, key: Mapping[str, str]) -> None:
-    if (rate := move.value(key["learning_rate"])) is not None and _is_number(rate):
-        move.give("train.learning_rate", float(rate), key["learning_rate"])
+    move.give_number("train.learning_rate", key["learning_rate"])
     scheduler(move, key["lr_scheduler_type"])
     move.lost("the course of the rate has no further settings", key["lr_scheduler_kwargs"])
     warm_up(move, key["warmup_steps"], key["warmup_ratio"])
-    if (decay := move.value(key["weight_decay"])) is not None and _is_number(decay):
-        move.give("train.weight_decay", float(decay), key["weight_decay"])
+    move.give_number("train.weight_decay", key["weight_decay"])
     if (seed := whole_number(move.value(key["seed"]))) is not None:
         move.give("seed", seed, key["seed"])
 
@@ -216,14 +212,14 @@ def scheduler(move: Move, key: str) -> None:
 def warm_up(move: Move, steps: str, ratio: str) -> None:
     """The warm-up, in steps or as a share; steps decide, as everywhere."""
     count = move.value(steps)
-    number = whole_number(count)
-    if number is not None and (number > 0 or not move.value(ratio)):
-        move.give("train.warmup_steps", number, steps)
+    whole = whole_number(count)
+    if whole is not None and (whole > 0 or not move.value(ratio)):
+        move.give("train.warmup_steps", whole, steps)
         move.needless(f"{steps} decides", ratio)
-    elif _is_number(count) and 0 < float(count) < 1:  # transformers 5 has a share under this name
-        move.give("train.warmup_ratio", float(count), steps)
-    elif _is_number(move.value(ratio)):
-        move.give("train.warmup_ratio", float(move.value(ratio)), ratio)
+    elif 0 < (number(count) or 0) < 1:  # transformers 5 has a share under this name
+        move.give_number("train.warmup_ratio", steps)
+    elif number(move.value(ratio)) is not None:
+        move.give_number("train.warmup_ratio", ratio)
         move.needless(f"{ratio} decides", steps)
 
 
@@ -320,10 +316,11 @@ def thinking(move: Move, key: str) -> None:
 
 def held_out(move: Move, key: str, value: Any) -> None:
     """The share of rows that is measured on: 0 to 1, or a number of rows, which our recipes do not have."""
-    if not _is_number(value) or float(value) < 0:
+    share = number(value)
+    if share is None or share < 0:
         move.say(key, "lost", "no share of the rows: `dataset.val_size`")
-    elif float(value) < 1:
-        move.give("dataset.val_size", float(value), key)
+    elif share < 1:
+        move.give("dataset.val_size", share, key)
     else:
         text = "a number of rows; here a share: `dataset.val_size`, or rows of their own in `dataset.val`"
         move.give("dataset.val_size", 0.05, key, differs=text)
@@ -347,14 +344,6 @@ def loss_type(move: Move, key: str, kind: str) -> None:
         move.give("train.loss_type", value, key)
     elif isinstance(value, list):
         move.say(key, "lost", "a mixture of losses; one here: `train.loss_type`")
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
 
 
 def refuse_pictures(move: Move, keys: Iterable[str]) -> None:

@@ -75,7 +75,8 @@ class Converted:
             if own:
                 yield f"{section}:"
             for key, (value, remark) in own.items():
-                yield from _several(key, value) if key in ("train", "val") else [f"  {_line(key, value, remark)}"]
+                rows = section == "dataset" and key in ("train", "val")
+                yield from _several(key, value) if rows else [f"  {_line(key, value, remark)}"]
 
 
 def _line(key: str, value: Any, remark: str) -> str:
@@ -84,11 +85,11 @@ def _line(key: str, value: Any, remark: str) -> str:
     return f"{text:<{WIDTH - 2}} # {comment(remark)}" if remark else text
 
 
-def _several(key: str, sources: list[dict[str, Any]]) -> Iterator[str]:
+def _several(key: str, sources: Any) -> Iterator[str]:
     yield f"  {key}:"
-    for source in sources:
-        inside = ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in source.items())
-        yield f"    - {{{inside}}}"
+    for source in sources if isinstance(sources, list) else [sources]:
+        items = source.items() if isinstance(source, dict) else [("path", source)]
+        yield f"    - {{{', '.join(f'{name}: {json.dumps(value, ensure_ascii=False)}' for name, value in items)}}}"
 
 
 def convert(path: Path, tool: str | None = None, model: str | None = None, data: str | None = None) -> Converted:

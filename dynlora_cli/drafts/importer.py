@@ -29,6 +29,7 @@ NAME, READS, KEYS and DEFAULTS are literals, which are read without running the 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -179,6 +180,11 @@ class Move:
             key, "differs" if differs else "converted", f"{here}: {show(value)}" + (f"; {differs}" * bool(differs))
         )
 
+    def give_number(self, here: str, key: str) -> None:
+        """Set a key to a number; what is none is left to the table, and the recipe's reader says what is wrong."""
+        if (found := number(self.value(key))) is not None:
+            self.give(here, found, key)
+
     def say(self, key: str, kind: str, text: str) -> None:
         """List a key under one of the four kinds; what the file does not say is listed where it matters alone."""
         self.used.add(key)
@@ -310,10 +316,16 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
+def number(value: Any) -> float | None:
+    """A finite number, also where it is written as a text; None for anything else."""
+    try:
+        found = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if found is not None and math.isfinite(found) else None
+
+
 def whole_number(value: Any) -> int | None:
     """A number as a whole one; None where it is none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return int(number) if number.is_integer() else None
+    found = number(value)
+    return int(found) if found is not None and found.is_integer() and abs(found) < 2**53 else None

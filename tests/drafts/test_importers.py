@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,21 @@ def test_a_value_that_does_not_go_is_listed_and_the_rest_stays(tmp_path: Path):
     found, recipe = converted(tmp_path, "a.yml", f"{AXOLOTL}learning_rate: 7\nmicro_batch_size: 3\n")
     assert found_at(found, "learning_rate")[0] == "lost"
     assert (recipe.train.learning_rate, recipe.train.micro_batch_size) == ("auto", 3)
+
+
+@pytest.mark.parametrize("value", ["[]", "{a: 1}", "x y", "-1", "0", "nan", ".inf", "true", "${a}", "9" * 40])
+@pytest.mark.parametrize(
+    "path", [path for path in EACH if path.suffix in (".yml", ".yaml")], ids=lambda path: path.name
+)
+def test_any_value_is_listed_or_refused(path: Path, value: str, tmp_path: Path):
+    lines = path.read_text().splitlines()
+    for at, line in enumerate(lines):
+        if match := re.match(r"([\w ]+:) \S", line):
+            text = "\n".join([*lines[:at], f"{match[1]} {value}", *lines[at + 1 :]])
+            try:
+                converted(tmp_path, path.name, text)
+            except UsageError as error:
+                assert error.hint
 
 
 def test_pissa_keeps_its_rank_and_its_scale(tmp_path: Path):

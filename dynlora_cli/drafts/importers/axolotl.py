@@ -16,7 +16,7 @@ from typing import Any
 
 from dynlora_cli.drafts import common
 from dynlora_cli.drafts.files.entries import ForeignFile
-from dynlora_cli.drafts.importer import Move, whole_number
+from dynlora_cli.drafts.importer import Move, number, whole_number
 
 NAME = "axolotl"
 READS = "yaml"
@@ -206,8 +206,7 @@ def convert(move: Move) -> None:
     common.checkpointing(move, "gradient_checkpointing")
     if move.value("activation_offloading"):
         move.give("train.gradient_checkpointing", "offload", "activation_offloading")
-    if move.has("max_grad_norm"):
-        clip = float(move.value("max_grad_norm"))
+    if (clip := number(move.value("max_grad_norm"))) is not None and move.has("max_grad_norm"):
         move.give("train.max_grad_norm", clip if clip > 0 else None, "max_grad_norm")
     if move.has("wandb_project"):
         move.give("train.report_to", ["wandb"], "wandb_project", differs="its name comes from WANDB_PROJECT")

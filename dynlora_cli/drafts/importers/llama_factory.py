@@ -18,7 +18,7 @@ from typing import Any
 
 from dynlora_cli.drafts import common
 from dynlora_cli.drafts.files.entries import ForeignFile
-from dynlora_cli.drafts.importer import Move, listed, whole_number
+from dynlora_cli.drafts.importer import Move, listed, number, whole_number
 from dynlora_cli.files.strict_json import BadJsonError, loads
 
 NAME = "LLaMA-Factory"
@@ -270,7 +270,7 @@ def _rows(move: Move, stage: str) -> None:
 
 
 def _weigh(move: Move, sources: list[dict[str, Any]]) -> None:
-    shares = [float(share) for share in listed(move.value("interleave_probs"))]
+    shares = [share for one in listed(move.value("interleave_probs")) if (share := number(one)) is not None]
     move.needless("as `weight` of the items", *(["mix_strategy"] if not shares else []))
     if shares and len(shares) == len(sources):
         for source, share in zip(sources, shares, strict=True):

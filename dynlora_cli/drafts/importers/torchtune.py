@@ -127,9 +127,9 @@ def convert(move: Move) -> None:
             move.refuse("loss._component_", f"{name} has no equivalent", "dynlora has DPO's losses: train.loss_type")
         move.give("train.objective", "dpo", "loss._component_")
         if move.has("loss.beta"):
-            move.give("train.beta", float(move.value("loss.beta")), "loss.beta")
+            move.give_number("train.beta", "loss.beta")
         if move.value("loss.label_smoothing"):
-            move.give("train.label_smoothing", float(move.value("loss.label_smoothing")), "loss.label_smoothing")
+            move.give_number("train.label_smoothing", "loss.label_smoothing")
         else:
             move.needless("off", "loss.label_smoothing")
     _model(move)
@@ -312,10 +312,10 @@ def _training(move: Move) -> None:
         move.give("train.max_steps", steps * epochs, "max_steps_per_epoch", remark="of the whole run")
     common.optimizer(move, "optimizer._component_")
     if move.has("optimizer.lr"):
-        move.give("train.learning_rate", float(move.value("optimizer.lr")), "optimizer.lr")
+        move.give_number("train.learning_rate", "optimizer.lr")
     adamw = str(move.value("optimizer._component_")).endswith("AdamW")
     if move.has("optimizer.weight_decay"):
-        move.give("train.weight_decay", float(move.value("optimizer.weight_decay")), "optimizer.weight_decay")
+        move.give_number("train.weight_decay", "optimizer.weight_decay")
     elif adamw:
         move.unasked["train.weight_decay"] = (0.01, "PyTorch's own default")
     schedule = str(move.value("lr_scheduler._component_") or "")
@@ -333,7 +333,7 @@ def _training(move: Move) -> None:
     else:
         move.unasked["train.warmup_ratio"] = (0.0, "torchtune has no other warm-up")
     if move.value("clip_grad_norm"):
-        move.give("train.max_grad_norm", float(move.value("clip_grad_norm")), "clip_grad_norm")
+        move.give_number("train.max_grad_norm", "clip_grad_norm")
     else:
         move.unasked["train.max_grad_norm"] = (None, "torchtune does not clip")
         move.needless("off", "clip_grad_norm")

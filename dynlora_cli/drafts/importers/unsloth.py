@@ -152,7 +152,7 @@ def _yaml(move: Move) -> None:
             move.give(f"train.{ours}", number, f"training.{theirs}")
     for theirs, here in (("learning_rate", "train.learning_rate"), ("weight_decay", "train.weight_decay")):
         if move.value(f"training.{theirs}") is not None:
-            move.give(here, float(move.value(f"training.{theirs}")), f"training.{theirs}")
+            move.give_number(here, f"training.{theirs}")
     if (seed := whole_number(move.value("training.random_seed"))) is not None:
         move.give("seed", seed, "training.random_seed")
     common.warm_up(move, "training.warmup_steps", "training.warmup_ratio")
