@@ -8,8 +8,7 @@ in particular. Names that one tool alone has are in its importer (drafts/importe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -336,25 +335,28 @@ def keys_of(importer: str) -> dict[str, Alias]:
     return {name: read_line(tool, answer) for name, answer in lines}
 
 
-def _of_a_tool(names: Iterable[str]) -> tuple[str, Alias] | None:
-    """The first of some names that one tool alone has."""
-    for name in names:
+def hint(path: Sequence[str | int]) -> str | None:
+    """What a key known from elsewhere is called here; the whole path is looked up first, then its last word."""
+    names = _names(path)
+    found = next(((name, KEYS[name]) for name in names if name in KEYS), None)
+    return _sentence(*found) if found else None
+
+
+def tool_hint(path: Sequence[str | int]) -> str | None:
+    """The same for a key that one tool alone has, by the table of its importer."""
+    for name in _names(path):
         for importer in plugins.names("importers"):
-            keys = keys_of(importer)
-            known = name if name in keys else next((key for key in keys if fnmatchcase(name, key)), None)
-            if known:
-                return name, keys[known]
+            if name in (keys := keys_of(importer)):
+                return _sentence(name, keys[name])
     return None
 
 
-def hint(path: Sequence[str | int]) -> str | None:
-    """What a key known from elsewhere is called here; the whole path is looked up first, then its last word."""
+def _names(path: Sequence[str | int]) -> tuple[str, str]:
     words = [step for step in path if isinstance(step, str)]
-    names = (".".join(words), words[-1])
-    found = next(((name, KEYS[name]) for name in names if name in KEYS), None) or _of_a_tool(names)
-    if found is None:
-        return None
-    name, alias = found
+    return ".".join(words), words[-1]
+
+
+def _sentence(name: str, alias: Alias) -> str:
     remark = f" ({alias.remark})" if alias.remark else ""
     if alias.tool == "own":
         return f"`{name}` is `{alias.here}` here{remark}"

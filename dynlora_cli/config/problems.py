@@ -77,7 +77,7 @@ def _unknown(path: Path, value: object, schema: Schema) -> Iterator[str]:
     answer = foreign_names.hint(path)
     if not answer and not below:
         choices = present(at(schema, path[:-1]), schema)["properties"]
-        answer = _of_a_plug_in(path) or _belongs(path, schema)
+        answer = _of_a_plug_in(path) or _belongs(path, schema) or foreign_names.tool_hint(path)
         answer = answer or "unknown key" + did_you_mean(str(path[-1]), choices)
     if answer:
         yield f"{dotted(path)}: {answer}"

@@ -41,10 +41,8 @@ def test_it_reads_the_files_of_its_tool_and_answers_its_keys(tmp_path: Path, plu
     assert any("`num_nodes` is litgpt's name" in line for line in answer), answer
 
 
-@pytest.mark.parametrize(
-    "key", ["sample_packing_bin_size", "kto_chosen_weight", "neat_packing", "loss_watchdog_patience"]
-)
+@pytest.mark.parametrize("key", ["pissa_iter", "gptq", "lorap_lr_ratio", "low_cpu_ram"])
 def test_keys_of_one_tool_are_answered_in_a_wrong_recipe(key: str) -> None:
-    answer = foreign_names.hint(["train", key])
+    answer = foreign_names.tool_hint(["train", key])
     assert answer is not None
     assert key in answer
