@@ -268,6 +268,21 @@ def test_every_pre_tokenizer(name, tmp_path, llama_cpp):
     assert answer["add_bos"] is False
 
 
+@pytest.mark.shared
+def test_gemmas_way_with_spaces(shared, tmp_path, llama_cpp):
+    """No space before a text, each space a piece of its own kind, bytes for what is no token; the words are Llama's."""
+    folder, space = make(tmp_path / "model", "gemma3", vocab_size=520), {"String": " "}
+    words = json.loads((shared / "models" / "stories260K" / "tokenizer.json").read_text())
+    words |= {"normalizer": {"type": "Replace", "pattern": space, "content": "▁"}, "decoder": None}
+    words["pre_tokenizer"] = {"type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    tokenizer, texts = load_tokenizer(folder), TEXTS + random_texts(500)
+    export_base(folder, tmp_path / "base.gguf", "f16")
+    answer = llama_cpp(model=tmp_path / "base.gguf", tokenize=texts)
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert dict(zip(texts, answer["tokens"], strict=True)) == dict(zip(texts, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_architecture(kind, tmp_path, llama_cpp):
     folder = make(tmp_path / "model", kind)
