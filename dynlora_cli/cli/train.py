@@ -94,8 +94,6 @@ def train(
         view = console()
         given = Given(model, dataset, budget, columns)
         checked, text, named = _asked(recipe, given, overrides or (), output_dir)
-        for note in named.notes if named and is_main_process() else ():
-            view.note(note)
         if dry_run:
             from dynlora_cli.commands import preflight
 
@@ -106,6 +104,8 @@ def train(
             held.close()  # the first of the processes takes it
             _launch(devices, context.obj)
         end_with_launcher()
+        for note in named.notes if named and is_main_process() else ():
+            view.note(note)
         if dry_run:
             result.update({"ok": True, "plan": _planned(checked, None if as_json else view)})
             return

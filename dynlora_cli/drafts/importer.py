@@ -47,6 +47,8 @@ from dynlora_cli.drafts.files.python_calls import Unknown
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import show
 
+# Sections of scripts and of Unsloth's YAML, whose keys have the names that they have elsewhere without a section.
+_FLAT = ("train", "training", "lora", "model", "quantization", "logging")
 OFF = (None, False, 0, "", "none", "no", "off", "false", "null")
 
 
@@ -234,14 +236,15 @@ class Move:
 
     def find(self, key: str) -> Alias | None:
         """The line of the tables for a key: the whole of it, its last word, or our own key of that name."""
-        leaf = key.rpartition(".")[2]
+        section, _, leaf = key.rpartition(".")
+        names = (key, leaf) if section in ("", *_FLAT) else (key,)  # `lr` of some other section is not the run's
         for table in (self.table, foreign_names.KEYS):
-            for name in (key, leaf):
+            for name in names:
                 if name in table:
                     return table[name]
             if pattern := next((name for name in table if "*" in name and fnmatchcase(key, name)), None):
                 return table[pattern]
-        here = own_keys().get(leaf)
+        here = own_keys().get(names[-1])
         return Alias(self.tool, here, "") if here else None
 
     def _by_line(self, key: str, entry: Entry) -> None:

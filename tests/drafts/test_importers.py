@@ -230,6 +230,14 @@ def test_the_switch_of_a_template_is_one_of_its_variables(tmp_path: Path):
     assert (recipe.dataset.chat_template_kwargs, recipe.dataset.system) == ({"enable_thinking": False}, "Be kind.")
 
 
+def test_a_key_of_some_other_section_is_not_the_runs(tmp_path: Path):
+    found, recipe = converted(
+        tmp_path, "a.yml", f"{AXOLOTL}hatchery: {{lora_rank: 99, lr: 0.5}}\nlearning_rate: 0.001\n"
+    )
+    assert (recipe.rank.budget, recipe.train.learning_rate) == (8, 0.001)
+    assert {found_at(found, f"hatchery.{key}")[0] for key in ("lora_rank", "lr")} == {"lost"}
+
+
 def test_a_token_is_shown_nowhere(tmp_path: Path):
     found, _ = converted(tmp_path, "a.yml", f"{AXOLOTL}hub_token: hf_abcdefghijkl\n")
     assert "hf_abcdefghijkl" not in found.text("dynlora train r.yaml") + json.dumps(

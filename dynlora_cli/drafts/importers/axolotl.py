@@ -34,6 +34,8 @@ DEFAULTS = {
     "lora_dropout": 0.0,
 }
 KEYS = """
+bnb_config_kwargs.bnb_4bit_quant_type  model.bnb_4bit_quant_type
+bnb_config_kwargs.bnb_4bit_use_double_quant  model.bnb_4bit_use_double_quant
 adapter                       adapter.variant; lora here, and full where axolotl has no adapter
 num_epochs                    train.epochs
 micro_batch_size              train.micro_batch_size
