@@ -36,6 +36,7 @@ WRITTEN = [page for page in PAGES if page not in GENERATED]
 WALK = [
     "quickstart.md",
     "howto/data.md",
+    "howto/chat.md",
     "howto/new-tokens.md",
     "howto/eval.md",
     "howto/prune.md",

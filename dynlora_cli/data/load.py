@@ -14,6 +14,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.data.chat.fit import resolved
 from dynlora_cli.data.chat.template import Writing, date_note, read_template, template_name
 from dynlora_cli.data.chat.ways import unread
 from dynlora_cli.data.examples import Example
@@ -199,10 +200,10 @@ def _template_notes(reader: Reader, template: object, *, in_turns: bool) -> list
         keys = [("chat_template_kwargs", named), ("system", system), ("reasoning", dataset.reasoning != "keep")]
         return [f"dataset.{key} is not used: no row is a conversation" for key, is_set in keys if is_set]
     notes = [note] if (note := unread(template, named)) else []
-    if set(dataset.chat_template_kwargs):
+    if fixed := resolved(dataset.chat_template_kwargs, None):
         notes.append(
-            f"rows are written with chat_template_kwargs {json.dumps(dict(dataset.chat_template_kwargs))}, and so are "
-            "requests to this run by dynlora; any other server must be told (chat_template_kwargs of a request)"
+            f"rows are written with chat_template_kwargs {json.dumps(fixed)}, and so are requests to this run by "
+            "dynlora; any other server must be told (chat_template_kwargs of a request)"
         )
     return notes
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dynlora_cli.data.chat.fit import Fit
-from dynlora_cli.data.chat.reasoning import found_in, marked_at
+from dynlora_cli.data.chat.reasoning import AUTO, SWITCHES, found_in, marked_at
 from dynlora_cli.data.chat.template import MARKER, write
 from dynlora_cli.data.forms import BadRowError, Turns
 from dynlora_cli.text import counted
@@ -34,6 +34,7 @@ class Reasoned:
     _rows: Counter[str] = field(default_factory=Counter)
     _turns: Counter[str] = field(default_factory=Counter)
     _wrote_empty: bool = False
+    _by_row: bool = False
 
     def parts(self, turns: Turns, *, train_on: str) -> list[Turns]:
         """The conversations that one is, the whole of it last.
@@ -97,6 +98,7 @@ class Reasoned:
         self._rows[kind] += 1
         self._rows[turns.told.reasoning] += kind == "with"
         self._turns[turns.told.reasoning] += thoughts
+        self._by_row |= any(turns.told.kwargs.get(name) == AUTO for name in SWITCHES)
         if not thoughts or turns.told.reasoning == "drop":
             self._wrote_empty |= self.fit.puts_empty_block(turns)
         return kind
@@ -116,12 +118,15 @@ class Reasoned:
                     f"the reasoning of {counted(self._turns[mode], 'answer')} in {counted(rows[mode], 'row')} {says}"
                 )
         if rows["with"] and rows["without"]:
-            how = f"written as {template} writes them" + (", with an empty think block" if self._wrote_empty else "")
-            found.append(
-                f"{counted(rows['with'], 'row')} with reasoning, {counted(rows['without'], 'row')} without, which "
-                f"stay as they are, {how}; `chat_template_kwargs: {{enable_thinking: auto}}` "
-                "asks for each answer in the mode that it is in, where the template knows that variable"
-            )
+            counts = f"{counted(rows['with'], 'row')} with reasoning, {counted(rows['without'], 'row')} without"
+            if self._by_row:
+                found.append(f"{counts}: each is asked for in the mode that it is in (enable_thinking: auto)")
+            else:
+                how = ", with an empty think block" if self._wrote_empty else ""
+                found.append(
+                    f"{counts}, which stay as {template} writes them{how}; where it knows the variable, "
+                    "`chat_template_kwargs: {enable_thinking: auto}` asks for each row in the mode that it is in"
+                )
         elif self._wrote_empty and not rows["with"]:
             found.append(
                 f"{template} puts an empty think block before answers without reasoning: see it by --dry-run; "
