@@ -108,6 +108,9 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict("dataset.packing", "model.task", f"packing does not go with {model.task}")
     if data.chat is True and "Turns" not in plugins.declared("tasks", model.task, "FORMS", ()):
         yield Conflict("dataset.chat", "model.task", f"{model.task} knows no turns; leave it at auto")
+    if data.reasoning == "mask" and recipe.train.objective != plugins.OBJECTIVE:
+        text = f"{recipe.train.objective} compares whole answers, thoughts and all; keep or drop the reasoning"
+        yield Conflict("dataset.reasoning", "train.objective", text)
     if data.packing and not data.shuffle:
         text = "packing puts rows together by their lengths, which leaves no order; set one of the two to its default"
         yield Conflict("dataset.shuffle", "dataset.packing", text)

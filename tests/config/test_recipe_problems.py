@@ -141,6 +141,7 @@ CONFLICTS = [
     (["model.task=sequence-classification", "dataset.packing=true"], "dataset.packing", 1),
     (["dataset.val_size=0", "eval.early_stopping_patience=2"], "eval.early_stopping_patience", 1),
     (["dataset.val_size=0", "eval.steps=2"], "eval.steps", 1),
+    (["dataset.reasoning=mask", "train.objective=dpo"], "dataset.reasoning", 0),
     (["rank.init=4"], "rank.init", 0),
     (["rank.init=3", "adapter.init_weights=pissa"], "rank.init", 0),
     (["adapter.init_weights=loftq"], "adapter.init_weights", 0),
@@ -234,3 +235,11 @@ def test_a_library_is_for_a_variant_that_chooses() -> None:
     found = "\n".join(problems(MINIMAL, "adapter.library=[out/a]"))
     assert "adapter.library" in found
     assert "variant lora does not choose among adapters" in found
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("{tools: 1}", "tools is no variable to be set here"), ("{a: .inf}", "JSON")]
+)
+def test_variables_of_a_chat_template_that_are_none(value: str, words: str) -> None:
+    (problem,) = problems(MINIMAL, f"dataset.chat_template_kwargs={value}")
+    assert words in problem

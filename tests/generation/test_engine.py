@@ -261,6 +261,31 @@ def test_the_date_is_that_of_training(places: dict[str, Path], tmp_path: Path):
         assert any("another than in training" in note for note in engine.notes)
 
 
+def test_variables_of_the_template_and_the_system_message_are_those_of_training(
+    places: dict[str, Path], tmp_path: Path
+):
+    run = shutil.copytree(places["chat"], tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    tokenizer.chat_template = "{{ mode }}|" + ROLE_TOKENS
+    tokenizer.save_pretrained(run)
+    record = json.loads((run / "dynlora.json").read_text())
+    record["data"] |= {"template_kwargs": {"mode": "x", "tokenize": True}, "system": "y"}
+    (run / "dynlora.json").write_text(json.dumps(record))
+    with Engine.open(Wanted(adapters=[run])) as engine:
+        use = engine.use("out")
+
+        def text(content: Any, **more: Any) -> str:
+            return str(tokenizer.decode(engine.request(use, content, SHORT, **more).ids))
+
+        assert text("sort 3").startswith("x|<s><|system|>y</s><|user|>sort 3")
+        assert text("sort 3", system="z").startswith("x|<s><|system|>z</s><|user|>")
+        assert text("sort 3", kwargs={"mode": "w"}).startswith("w|")
+        text("sort 3", kwargs={"mod": 1})
+        assert any("never reads 'mod' of chat_template_kwargs; did you mean 'mode'?" in note for note in engine.notes)
+        with pytest.raises(UsageError, match="in bare text, for which chat_template_kwargs say nothing"):
+            engine.request(use, "sort 3", SHORT, kwargs={"mode": "w"}, raw=True)
+
+
 def test_a_turn_ends_where_the_template_ends_it(places: dict[str, Path], tmp_path: Path):
     run = shutil.copytree(places["chat"], tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(run)

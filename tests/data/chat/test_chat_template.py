@@ -87,7 +87,8 @@ def test_a_run_goes_on_and_is_measured_on_another_day(tmp_path: Path, monkeypatc
     for number, row in enumerate(rows):
         row["messages"][0] = {"role": "user", "content": f"sort {number}"}
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"train": [str(tmp_path / "chat.jsonl")], "val_size": 0.2, "max_length": 96, "chat_template": DATED}
+    settings = {"train": [str(tmp_path / "chat.jsonl")], "val_size": 0.2, "max_length": 96}
+    settings |= {"chat_template": "{{ mode }}" + DATED, "chat_template_kwargs": {"mode": "x"}, "system": "y"}
     recipe = load_recipe(pico_recipe(tmp_path, dataset=settings))
     with monkeypatch.context() as patch:
         patch.setattr(chat_template, "time", SimpleNamespace(strftime=lambda form: THEN))
@@ -97,6 +98,8 @@ def test_a_run_goes_on_and_is_measured_on_another_day(tmp_path: Path, monkeypatc
     record = json.loads((Path(recipe.output_dir) / "dynlora.json").read_text())
     assert record["data"]["date"] == THEN
     assert record["started"] != THEN
+    kept = Writing.of(record)
+    assert (kept.template_kwargs, kept.system, kept.reasoning) == ({"mode": "x"}, "y", "keep")
     report = evaluate.run([Path(recipe.output_dir)], None, options.Options(generate=0, samples=0), lambda line: None)
     assert not [note for note in report["notes"] if "have changed" in note or "among them" in note]
     assert report["data"]["sha256"] == record["data"]["sha256"]
