@@ -157,10 +157,12 @@ class TextEncoder(Encoder):
 
         Some templates show more before an answer than behind it, such as what was thought beside a call.
         """
+        if self.train_on == "all" or self.mask.as_asked or len(spans) != 1:
+            return text, spans
         last = len(turns.messages) - 1
         speaks = {number for number, message in enumerate(turns.messages) if message["role"] == "assistant"}
         trains = {max(speaks, default=-1)} if self.train_on == "completion" else speaks
-        if self.train_on == "all" or trains - turns.untrained != {last} or len(spans) != 1:
+        if trains - turns.untrained != {last}:
             return text, spans
         (start, end), said = spans[0], turns.told.kwargs
         try:

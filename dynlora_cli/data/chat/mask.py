@@ -40,6 +40,7 @@ class Mask:
         special: texts of its special tokens.
 
     Attributes:
+        as_asked: all turns of the last conversation begin right behind the prompt that a server would write.
         unlike_serving: the end of a generation prompt that the rendered answer does not begin with, if there was one.
     """
 
@@ -47,6 +48,7 @@ class Mask:
     closing: str
     special: list[str] = field(default_factory=list)
     unlike_serving: str = ""
+    as_asked: bool = True
 
     @property
     def marks_itself(self) -> bool:
@@ -66,6 +68,7 @@ class Mask:
         """
         wanted = [number for number, message in enumerate(turns.messages) if message["role"] == "assistant"]
         spans: list[Span] = []
+        self.as_asked = True
         for number in wanted[-1:] if only_last else wanted:
             if number not in turns.untrained:
                 start, end = self._span(turns, number, full, spans[-1][1] if spans else 0)
@@ -82,6 +85,7 @@ class Mask:
         if before and upto and upto.startswith(before) and full.startswith(upto):
             start, end = len(before), len(upto)
         else:
+            self.as_asked = False
             first, behind = self._own_text(turns, number, full, low)
             start = self._start(turns, number, full, before, low, first)
             end = len(full) if last else self._end(turns, number, full, behind, upto)

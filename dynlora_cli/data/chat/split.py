@@ -69,15 +69,22 @@ class Reasoned:
             part = replace(turns, messages=turns.messages[: last + 1])
             shown = self._shown(part) & left
             if last not in shown:
-                raise BadRowError(
-                    f"message {last + 1}: the chat template never writes what the assistant thinks there; set "
-                    "dataset.reasoning: drop to train on answers alone, or a dataset.chat_template that writes it"
-                )
+                raise _never(last)
             parts.append(replace(part, untrained=frozenset(range(last + 1)) - shown))
             left = left - shown
         self._rows["apart"] += 1
         self._turns["apart"] += len(parts)
         return parts[::-1]
+
+    def refuse_lost(self, turns: Turns) -> None:
+        """Refuse an answer at the end of a conversation whose reasoning is to be learned, and is not written.
+
+        Raises:
+            BadRowError: it is so.
+        """
+        last = len(turns.messages) - 1
+        if turns.told.reasoning != "drop" and found_in(turns.messages[last])[0] and last not in self._shown(turns):
+            raise _never(last)
 
     def _shown(self, turns: Turns) -> set[int]:
         """Numbers of the turns whose reasoning the template writes in this conversation."""
@@ -144,3 +151,10 @@ class Reasoned:
                 "dataset.train_on: all each conversation is written once"
             )
         return found
+
+
+def _never(number: int) -> BadRowError:
+    return BadRowError(
+        f"message {number + 1}: the chat template never writes what the assistant thinks there; set "
+        "dataset.reasoning: drop to train on answers alone, or a dataset.chat_template that writes it"
+    )

@@ -102,7 +102,9 @@ class PreferenceEncoder(TextEncoder):
     def _written(self, form: Preference | Judged, answer: Said) -> str:
         assert isinstance(form.prompt, list)
         assert isinstance(answer, list)
-        turns = self.fit.wanted(Turns([*form.prompt, *answer], form.tools, told=form.told))
+        whole = Turns([*form.prompt, *answer], form.tools, told=form.told)
+        self.reasoned.refuse_lost(whole)
+        turns = self.fit.wanted(whole)
         text = write(self.tokenizer, turns.messages, turns.tools, turns.told.kwargs)
         self.unwritten.look(turns, text)
         return text

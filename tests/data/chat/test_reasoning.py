@@ -190,6 +190,10 @@ def test_reasoning_of_preference_rows_is_written_too(tmp_path: Path) -> None:
     text = tokenizer.decode(list(data.train[0].lines[0]))
     assert "system\nthink" in text
     assert BLOCK + "the dog" in text
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:1: message 2: the chat template never writes what the assistant"
+    ):
+        load_data(dataset(path), byte_tokenizer(templates.DEEPSEEK_R1), task=task, seed=0)
 
 
 PARTS = {"type": "text", "text": "the "}
