@@ -16,6 +16,7 @@ OPEN, CLOSE = "<think>", "</think>"
 _BLOCK = re.compile(r"\s*<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 _XML = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|$)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?(?:</parameter>|$)", re.DOTALL)
+_BRACKETS = re.compile(r"\s*\[THINK\](.*?)(?:\[/THINK\]|$)(.*)", re.DOTALL)
 _MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*")
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][^\[]*)?\[ARGS\]\s*")
 _CHANNEL = re.compile(
@@ -54,13 +55,16 @@ def parse(text: str, raw: str, *, opened: bool = False, tools: Collection[str] =
     """
     if "<|channel|>" in raw and "<|message|>" in raw:
         return _channels(raw, tools)
-    reasoning, said = thought_in(text, opened=opened)
+    if brackets := _BRACKETS.match(raw):  # they are special tokens, and so not in the text
+        text = raw = brackets[2]
+    reasoning, said = (brackets[1].strip(), text) if brackets else thought_in(text, opened=opened)
     if not tools:
         return Parsed(said, reasoning)
     if _MISTRAL.search(raw):
         before, _, behind = raw.partition("[TOOL_CALLS]")
         if calls := _mistral(behind):
-            return Parsed(thought_in(before, opened=opened)[1].strip(), reasoning, calls)
+            words = before if brackets else thought_in(before, opened=opened)[1]
+            return Parsed(words.strip(), reasoning, calls)
     calls = [call for block in _BLOCK.finditer(said) for call in _in_block(block[1])]
     if calls and len(calls) >= said.count("<tool_call>"):
         return Parsed(_BLOCK.sub("", said).strip(), reasoning, calls)

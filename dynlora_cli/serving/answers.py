@@ -52,8 +52,9 @@ class Parts:
         self._tokenizer, self._tools = request.voice.tokenizer, tools
         self._stops = bool(request.sampling.stop_strings)
         self._opened = self._spelled(request.ids[-8:]).rstrip().endswith(OPEN)
-        # What is a call is known at the end alone; so are the channels of gpt-oss, which are special tokens.
-        self._holds = bool(tools) or "<|channel|>" in self._tokenizer.get_vocab()
+        # What is a call is known at the end alone; so are thoughts of gpt-oss and Mistral, in special tokens.
+        words = self._tokenizer.get_vocab()
+        self._holds = bool(tools) or "<|channel|>" in words or "[THINK]" in words
         self._split = Split(opened=self._opened)
         self._parsed: Parsed | None = None
         self._calls = f"call_{uuid.uuid4().hex[:16]}"

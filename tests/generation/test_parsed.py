@@ -47,6 +47,12 @@ def test_nothing_is_a_call_where_there_are_no_tools() -> None:
     assert parse(HERMES, HERMES) == Parsed(HERMES)
 
 
+def test_thoughts_in_brackets() -> None:
+    raw = '[THINK]hm[/THINK]yes[TOOL_CALLS]weather[ARGS]{"city": "Paris", "days": 2}'
+    assert parse("hmyes", raw.partition("[TOOL")[0]) == Parsed("yes", "hm")
+    assert parse("", raw, tools=["weather"]) == Parsed("yes", "hm", [CALL])
+
+
 def test_channels_of_gpt_oss() -> None:
     raw = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>It rains."
     assert parse("analysishmfinalIt rains.", raw) == Parsed("It rains.", "hm")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.data.chat.reasoning import AUTO, EMPTY_BLOCK, KEYS, SWITCHES, found_in, thinks, with_reasoning
+from dynlora_cli.data.chat.reasoning import AUTO, EMPTY_BLOCK, KEYS, PARTS, SWITCHES, found_in, thinks, with_reasoning
 from dynlora_cli.data.chat.template import MARKER, write, write_somehow
 from dynlora_cli.data.forms import BadRowError, Turns
 
@@ -79,7 +79,10 @@ class Fit:
             for messages in ([_ASK, answers], [_ASK, calls, result]):
                 if MARKER in (self._text(messages, kwargs) or ""):
                     return key
-        return ""
+        parts = with_reasoning({"role": "assistant", "content": "b"}, MARKER, PARTS)
+        text = self._text([_ASK, parts], kwargs) or ""
+        # A template that prints any content prints a list as Python or JSON has it: that is no reading of parts.
+        return PARTS if MARKER in text and not re.search(r"""["']thinking["']""", text) else ""
 
     def puts_empty_block(self, turns: Turns) -> bool:
         """Whether the template writes an empty think block into answers like those of a conversation without any."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.data.chat.reasoning import EMPTY_BLOCK, KEYS, found_in, marked_at
+from dynlora_cli.data.chat.reasoning import EMPTY_BLOCK, KEYS, found_in, marked_at, text_of_parts
 from dynlora_cli.data.chat.template import ADVICE, MARKER, marked, write, write_somehow
 from dynlora_cli.data.forms import BadRowError, Turns
 
@@ -241,7 +241,7 @@ def _check(message: Mapping[str, Any], shown: str) -> None:
     short = next((name for name, count in Counter(map(str, names)).items() if shown.count(name) < count), None)
     if short is not None:
         raise BadRowError(f"the chat template writes fewer calls of {short!r} in one turn than the row has; {ADVICE}")
-    answer = message["content"].strip().rpartition("</think>")[2].strip()
+    answer = text_of_parts(message["content"]).strip().rpartition("</think>")[2].strip()
     if answer not in shown and not names:
         raise BadRowError(
             f"the chat template changes what the assistant says ({answer[:40]!r} is not in its turn); {ADVICE}"

@@ -38,6 +38,22 @@ def read(tmp_path: Path, rows: list[Any], template: str = templates.QWEN3, **set
     return [text for row in shown for text, in_loss in row if in_loss], data
 
 
+IN_PARTS = (  # as Mistral's newer models have it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for b in m.content %}{% if b.type == 'thinking' %}[THINK]{{ b.thinking }}[/THINK]{% else %}{{ b.text }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_reasoning_as_a_part_of_the_content(tmp_path: Path) -> None:
+    inline = PLAIN | {"content": BLOCK + "the dog"}
+    expected = "[THINK]hmm[/THINK]the dog<|im_end|>"
+    assert read(tmp_path, [[ASK, THOUGHT, ASK, inline]], IN_PARTS)[0] == [expected] * 2
+    assert read(tmp_path, [[ASK, THOUGHT]], IN_PARTS, reasoning="mask")[0] == ["the dog<|im_end|>"]
+    assert read(tmp_path, [[ASK, THOUGHT]], IN_PARTS, reasoning="drop")[0] == ["the dog<|im_end|>"]
+
+
 @pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning", "content"])
 @pytest.mark.parametrize(
     ("template", "expected"),
