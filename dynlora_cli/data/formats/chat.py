@@ -237,6 +237,5 @@ def _part(number: int, part: Mapping[str, Any], message: dict[str, Any]) -> str:
         return ""
     what = f"of type {kind!r}" if kind in _TEXTS or not isinstance(kind, str) else f"a part of type {kind[:40]!r}"
     raise BadRowError(
-        f"message {number}: content holds {what}, and a model of text learns from text alone: leave such rows out, or "
-        "the parts that are no text"
+        f"message {number}: content holds {what}, and only text is read here: leave such parts out, or the whole row"
     )

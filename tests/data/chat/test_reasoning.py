@@ -229,5 +229,7 @@ def test_content_in_parts(tmp_path: Path, thought: dict[str, Any]) -> None:
     "part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "image"}, {"type": "refusal"}]
 )
 def test_parts_that_are_no_text_are_refused_in_words(tmp_path: Path, part: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=rf"message 1: content holds a part of type '{part['type']}'.*a model of text"):
+    with pytest.raises(
+        DataError, match=rf"message 1: content holds a part of type '{part['type']}'.*only text is read here"
+    ):
         read(tmp_path, [[{"role": "user", "content": [PARTS, part]}, PLAIN]])
