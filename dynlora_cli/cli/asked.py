@@ -27,7 +27,9 @@ from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.folder import place_of, refuse_occupied
 
 if TYPE_CHECKING:
+    from dynlora_cli.commands.sweep import Standing
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sweep import Grid
 
 Work = Callable[[Emit], dict[str, Any]]
 POLICY, TOLERANCE = "magnitude", "0.5%"  # of prune, where nobody says
@@ -87,6 +89,22 @@ def training(
     with place_of(Path(recipe.output_dir)):
         preflight.training(recipe, writes=True, overwrite=overwrite, resume=resume, resume_from=resume_from)
         yield
+
+
+@contextmanager
+def sweeping(grid: Grid, *, overwrite: bool = False, resume: bool = False) -> Iterator[Mapping[str, Standing]]:
+    """Hold the folder of a sweep as its only writer, and check what its runs need of the disk.
+
+    Yields:
+        How each run stands, by its name.
+
+    Raises:
+        UsageError, MachineError, DataError: every problem of any run.
+    """
+    from dynlora_cli.commands import sweep as command
+
+    with place_of(grid.folder):
+        yield command.check(grid, writes=True, overwrite=overwrite, resume=resume)
 
 
 def refuse_both_ways(overwrite: bool, resume: bool, resume_from: Path | None) -> None:

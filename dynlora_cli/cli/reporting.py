@@ -104,6 +104,12 @@ def typed(*words: str) -> str:
     return shlex.join(["dynlora", *words])
 
 
+def opened(page: Path) -> str:
+    """A command that shows a page in the browser."""
+    python = "python" if shutil.which("python") else "python3"
+    return shlex.join([python, "-m", "webbrowser", str(page.resolve())])
+
+
 def _below_here(path: str) -> str:
     """Relative to the present folder, where that is shorter than the whole path."""
     relative = os.path.relpath(path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +12,7 @@ import typer
 
 from dynlora_cli import plugins
 from dynlora_cli.cli.options import Columns
-from dynlora_cli.cli.reporting import AsJson, console, reporting, typed
+from dynlora_cli.cli.reporting import AsJson, console, opened, reporting, typed
 from dynlora_cli.cli.values import column_names, size
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
@@ -55,6 +53,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as rank.budget=4. Repeatable."),
 ]
+Sweeps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        metavar="KEY=A,B",
+        help="Train once for each value, in a folder of its own; repeated: for each combination.",
+    ),
+]
 OutputDir = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="Where the run goes, in place of the recipe's.", show_default=False),
@@ -78,6 +84,7 @@ def train(
     budget: Budget = None,
     columns: Columns = None,
     overrides: Overrides = None,
+    sweep: Sweeps = None,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -87,12 +94,16 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter: from a recipe, or from a model and rows."""
+    given = Given(model, dataset, budget, columns)
+    if sweep:
+        ways = {"overwrite": overwrite, "resume": resume, "dry_run": dry_run, "as_json": as_json}
+        _sweep(context.obj, recipe, given, sweep, overrides or (), output_dir, resume_from, devices, **ways)
+        return
     with reporting(as_json) as result, ExitStack() as held:
         from dynlora_cli.cli import asked
 
         asked.refuse_both_ways(overwrite, resume, resume_from)
         view = console()
-        given = Given(model, dataset, budget, columns)
         checked, text, named = _asked(recipe, given, overrides or (), output_dir)
         if dry_run:
             from dynlora_cli.commands import preflight
@@ -186,6 +197,44 @@ def _from_file(recipe: Path, overrides: Sequence[str], output_dir: str | None) -
     return checked, settled(text, str(recipe), overrides, output_dir) if kept else None
 
 
+def _sweep(
+    arguments: Sequence[str],
+    recipe: Path | None,
+    given: Given,
+    texts: Sequence[str],
+    changes: Sequence[str],
+    output_dir: str | None,
+    resume_from: Path | None,
+    devices: str,
+    **ways: bool,
+) -> None:
+    """Train all runs of a sweep."""
+    with reporting(ways["as_json"]) as result:
+        from dynlora_cli.cli import asked
+        from dynlora_cli.cli.sweeps.run import Asked, sweep
+        from dynlora_cli.config.load import load_recipe
+
+        if recipe is not None:
+            _refuse_names(recipe, given)
+        asked.refuse_both_ways(ways["overwrite"], ways["resume"], resume_from)
+        if resume_from:
+            raise UsageError(
+                "--resume-from goes on with a single run", "with --sweep, --resume goes on with all of them"
+            )
+        if "RANK" in os.environ:
+            raise UsageError("--sweep starts the processes of its runs itself", "leave torchrun out; add --devices N")
+
+        def load(settings: Sequence[str], folder: str | None) -> Recipe:
+            if recipe is None:
+                return _asked(None, given, [*changes, *settings], folder or output_dir)[0]
+            return load_recipe(recipe, changes, folder or output_dir, settings)
+
+        several = None if devices == "1" else lambda: _device_count(devices)
+        result.update(sweep(Asked(texts, changes, load, arguments=arguments, devices=several, **ways)))
+    if result.get("exit_code"):  # not an error: the table is the result, also where runs have failed
+        raise typer.Exit(result["exit_code"])
+
+
 def _planned(recipe: Recipe, view: Console | None) -> dict[str, Any]:
     """What a run would do; shown, if there is a view."""
     from dynlora_cli.cli.views.plan import show_plan
@@ -202,7 +251,6 @@ def _next_commands(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     if "ranks" not in summary:
         return []
     folder = summary["output_dir"]
-    python = "python" if shutil.which("python") else "python3"
     small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
     writes_text = not plugins.declared("tasks", recipe.model.task, "SILENT")
     return [
@@ -210,7 +258,7 @@ def _next_commands(summary: dict[str, Any], recipe: Recipe) -> list[str]:
         *([typed("chat", "--adapter", folder)] if writes_text else []),
         typed("prune", "--adapter", folder, *small),
         typed("merge", "--adapter", folder),
-        shlex.join([python, "-m", "webbrowser", str((Path(folder) / "report.html").resolve())]),
+        opened(Path(folder) / "report.html"),
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dynlora_cli import plugins
 from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.runs.events import Emit
@@ -28,6 +30,7 @@ def run(
     resume: bool = False,
     resume_from: Path | None = None,
     recipe_text: str | None = None,
+    load: Callable[..., Data] = load_data,
 ) -> dict[str, Any]:
     """Train as the recipe says and leave a complete run folder.
 
@@ -38,6 +41,7 @@ def run(
         resume: go on with the newest valid checkpoint of the output folder.
         resume_from: go on with this checkpoint folder.
         recipe_text: of a recipe file that the run folder is to hold, since there is none elsewhere.
+        load: reads the rows, as `load_data` does.
 
     Returns:
         The summary, as data.
@@ -50,7 +54,7 @@ def run(
             return session.summary
         session.recipe_text = recipe_text
         modes, files = session.modes, BaseFiles.find(recipe.model)
-        data = read_data(recipe, files, session.writing, session.before)
+        data = read_data(recipe, files, session.writing, session.before, load)
         session.refuse_other_inputs(data, files)
         also = read_also(recipe, files, data)
         base = read_base(recipe, files, data, session.accelerator.device, modes)

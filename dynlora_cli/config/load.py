@@ -27,28 +27,33 @@ SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in (
 SCHEMA_HINT = "all keys and what they mean: dynlora schema"
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None, swept: Sequence[str] = ()
+) -> Recipe:
     """Reads a recipe file and checks all of it.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` texts, applied in order; values are YAML.
         output_dir: replaces the recipe's own.
+        swept: further overrides, which `--sweep` has made.
 
     Raises:
         UsageError: the file cannot be read.
         RecipeError: every problem of the file and of the overrides, in the order of lines.
     """
-    return load_text(strict_yaml.read_text(path), str(path), overrides, output_dir)
+    return load_text(strict_yaml.read_text(path), str(path), overrides, output_dir, swept)
 
 
-def load_text(text: str, source: str, overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
+def load_text(
+    text: str, source: str, overrides: Sequence[str] = (), output_dir: str | None = None, swept: Sequence[str] = ()
+) -> Recipe:
     """The same for the text of a recipe file, which need not exist yet.
 
     Args:
         text: YAML.
         source: the file's path, for messages and the name of the run.
-        overrides, output_dir: as of `load_recipe`.
+        overrides, output_dir, swept: as of `load_recipe`.
 
     Raises:
         RecipeError: every problem.
@@ -60,15 +65,17 @@ def load_text(text: str, source: str, overrides: Sequence[str] = (), output_dir:
         found = "the file is empty" if root.value is None else f"the file holds {show(root.plain())}"
         raise RecipeError([f"{root.place}: {found}; a recipe is made of sections such as `model: NAME`"], SCHEMA_HINT)
     root.value.setdefault("output_dir", Node(f"out/{Path(source).stem}", Place(source)))
-    return _checked(root, problems, overrides, output_dir)
+    return _checked(root, problems, overrides, output_dir, swept)
 
 
-def check_recipe(data: Mapping[str, Any], overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
+def check_recipe(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), output_dir: str | None = None, swept: Sequence[str] = ()
+) -> Recipe:
     """The same check of a recipe that a program has made: dicts, lists and scalars, as in the file.
 
     Args:
         data: as YAML would hold it; paths may be `Path`s, and lists tuples.
-        overrides, output_dir: as of `load_recipe`.
+        overrides, output_dir, swept: as of `load_recipe`.
 
     Raises:
         RecipeError: every problem; each names the path of its key.
@@ -76,15 +83,18 @@ def check_recipe(data: Mapping[str, Any], overrides: Sequence[str] = (), output_
     root, problems = strict_yaml.from_plain(data, "recipe")
     if root is None:
         raise RecipeError([str(problem) for problem in problems], SCHEMA_HINT)
-    return _checked(root, problems, overrides, output_dir)
+    return _checked(root, problems, overrides, output_dir, swept)
 
 
-def _checked(root: Node, problems: list[Problem], overrides: Sequence[str], output_dir: str | None) -> Recipe:
+def _checked(
+    root: Node, problems: list[Problem], overrides: Sequence[str], output_dir: str | None, swept: Sequence[str]
+) -> Recipe:
     """The recipe of a tree, or all of its problems."""
     assert isinstance(root.value, dict)
     _spell_out(root)
-    for override in overrides:
-        problems += _apply(root, override)
+    for option, settings in (("--set", overrides), ("--sweep", swept)):
+        for setting in settings:
+            problems += _apply(root, setting, option)
     if output_dir is not None:
         root.value["output_dir"] = Node(output_dir, Place("--output-dir"))
     recipe, faults = _validate(root)
@@ -149,9 +159,9 @@ def _spell_out_list(items: Node | None, key: str) -> None:
             item.value = {key: Node(item.value, item.place)}
 
 
-def _apply(root: Node, override: str) -> list[Problem]:
-    """Puts one `section.key=value` into the tree; returns what is wrong with it."""
-    place = Place(f"--set {override if len(override) <= 120 else override[:117] + '...'}")
+def _apply(root: Node, override: str, option: str) -> list[Problem]:
+    """Puts one `section.key=value` of an option into the tree; returns what is wrong with it."""
+    place = Place(f"{option} {override if len(override) <= 120 else override[:117] + '...'}")
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):

@@ -82,7 +82,11 @@ def make_accelerator(recipe: Recipe, folder: Path, modes: Modes) -> Accelerator:
 
 
 def read_data(
-    recipe: Recipe, files: BaseFiles, writing: Writing | None = None, before: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    files: BaseFiles,
+    writing: Writing | None = None,
+    before: Mapping[str, Any] | None = None,
+    load: Callable[..., Data] = load_data,
 ) -> Data:
     """The rows of a run as tokens, none longer than the model's context.
 
@@ -91,6 +95,7 @@ def read_data(
         files: of its base model, whose tokenizer is used; it gets the run's new tokens.
         writing: how rows are written, of a run that goes on; None: as today.
         before: the record of a run that is resumed.
+        load: reads the rows; what it remembers must be the same as reading them again.
     """
     files.refuse_fixed_lengths()
     add_new_tokens(recipe, files, before)
@@ -98,7 +103,7 @@ def read_data(
     if reads_own_rows(recipe):
         return read_own_rows(recipe, files, task)
     earlier = [_earlier(folder, files, task) for folder in runs_to_replay(recipe)]
-    data = load_data(
+    data = load(
         recipe.dataset,
         tokenizer,
         task=task,

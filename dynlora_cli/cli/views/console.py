@@ -205,6 +205,11 @@ class TrainView:
         elif self._live is None and (line := self.progress.line(event)):
             self.console.line(line)
 
+    def begin(self, event: Event) -> None:
+        """Take the `start` event without showing what it says: the picture alone."""
+        self.progress.hear(event)
+        self._start()
+
     def _start(self) -> None:
         if self.console.terminal:
             # stdout is left alone: it may be carrying the JSON of --json

@@ -111,13 +111,13 @@ def line_chart(
 
     def picture(broad: bool, style: str = "") -> str:
         frame = replace(_fit(shown, (0, last_step or 1), broad, from_zero), x_unit=x_unit)
-        body = _axes(frame, unit, y_text) + _marks(frame, marks) + "".join(_draw(frame, one, y_text) for one in shown)
-        return _svg(frame, _spoken(title, shown, unit, y_text, x_unit), body, style)
+        body = axes(frame, unit, y_text) + _marks(frame, marks) + "".join(_draw(frame, one, y_text) for one in shown)
+        return drawn(frame, _spoken(title, shown, unit, y_text, x_unit), body, style)
 
     legend = [(one.style, one.label) for one in shown if one.label] + ([("mark", "prune event")] if marks else [])
     # A wide chart is drawn for a narrow screen, too, where it would be too small to read or would not be whole.
-    drawn = picture(True, "broad") + picture(False, "small") if wide else picture(False)
-    return figure(title, drawn, legend, wide)
+    pictures = picture(True, "broad") + picture(False, "small") if wide else picture(False)
+    return figure(title, pictures, legend, wide)
 
 
 def dumbbell_chart(title: str, pairs: Sequence[tuple[float, float, float]], *, unit: str) -> str:
@@ -128,7 +128,7 @@ def dumbbell_chart(title: str, pairs: Sequence[tuple[float, float, float]], *, u
     side = 0.04 * (pairs[-1][0] - pairs[0][0]) or 1.0
     frame = _fit([*shown, Series("zero", [(pairs[0][0], 0.0)])], (pairs[0][0] - side, pairs[-1][0] + side))
     zero = frame.y(0)
-    body = _axes(frame, unit, _signed)
+    body = axes(frame, unit, _signed)
     body += f'<path class="zero" d="M{frame.left} {zero:.1f}H{frame.width - frame.right}"/>'
     for step, predicted, measured in pairs:
         x, y_predicted, y_measured = frame.x(step), frame.y(predicted), frame.y(measured)
@@ -139,7 +139,7 @@ def dumbbell_chart(title: str, pairs: Sequence[tuple[float, float, float]], *, u
             f'<circle class="full" cx="{x:.1f}" cy="{y_measured:.1f}" r="4"/></g>'
         )
     spoken = _spoken(title, shown, unit, _signed)
-    return figure(title, _svg(frame, spoken, body), [("hollow", "predicted"), ("full", "measured")])
+    return figure(title, drawn(frame, spoken, body), [("hollow", "predicted"), ("full", "measured")])
 
 
 def rank_map(layers: Sequence[str], ranks: dict[str, int], start: dict[str, int]) -> str:
@@ -221,7 +221,8 @@ def _fit(series: Sequence[Series], x_range: Point, wide: bool = False, from_zero
     return Frame(1040 if wide else 508, 300 if wide else 232, x_range, y_range)
 
 
-def _axes(frame: Frame, unit: str, y_text: Callable[[float], str]) -> str:
+def axes(frame: Frame, unit: str, y_text: Callable[[float], str]) -> str:
+    """The grid, the numbers on both axes and their units."""
     right, floor = frame.width - frame.right, frame.height - frame.bottom
     out = ""
     for value in nice_ticks(*frame.y_range):
@@ -257,7 +258,8 @@ def _draw(frame: Frame, series: Series, y_text: Callable[[float], str]) -> str:
     return out
 
 
-def _svg(frame: Frame, spoken: str, body: str, style: str = "") -> str:
+def drawn(frame: Frame, spoken: str, body: str, style: str = "") -> str:
+    """The picture itself, with the sentence that says what is in it."""
     kind = f' class="{style}"' if style else ""
     return (
         f'<svg{kind} viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{text(spoken)}">'

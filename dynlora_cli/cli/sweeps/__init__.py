@@ -1,0 +1,1 @@
+"""`dynlora train --sweep`."""
