@@ -48,6 +48,15 @@ def dynlora(capfd: pytest.CaptureFixture[str]) -> Dynlora:
     return runner(capfd)
 
 
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A program to run as `dynlora` in a process of its own, without loading torch anew."""
+    from cli_helpers import warm_process
+
+    with warm_process(tmp_path_factory.mktemp("warm")) as program:
+        yield program
+
+
 @pytest.fixture
 def dynlora_eval(dynlora: Dynlora) -> Dynlora:
     """Runs `dynlora eval ARGUMENTS`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -286,7 +285,7 @@ def test_a_baseline(llama: Run, dynlora_eval: Callable[..., Answer], tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.shared
-def test_facts_to_sentences(shared: Path, tmp_path: Path):
+def test_facts_to_sentences(shared: Path, tmp_path: Path, warm: Path):
     """A real model and real rows with several references each, as a shell runs it, in a folder of its own."""
     rows = (shared / "data" / "e2e_nlg" / "valid_clean.jsonl").read_text().splitlines()[:1500]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
@@ -300,8 +299,7 @@ def test_facts_to_sentences(shared: Path, tmp_path: Path):
     (tmp_path / "facts.yaml").write_text(json.dumps(recipe))
 
     def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "dynlora_cli", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return subprocess.run([str(warm), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     trained = shell("train", "facts.yaml", "--json")
     assert trained.returncode == 0, trained.stderr

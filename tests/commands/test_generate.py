@@ -155,8 +155,8 @@ def test_what_nobody_says_is_said(generate: Callable[..., Answer], plain: Path, 
     assert "does not say" not in generate("x", "--adapter", runs("llama").folder).err
 
 
-def test_stdin_is_one_prompt(runs: Callable[[str], Run]):
-    command = [sys.executable, "-m", "dynlora_cli", "generate", "--adapter", str(runs("llama").folder)]
+def test_stdin_is_one_prompt(runs: Callable[[str], Run], warm: Path):
+    command = [str(warm), "generate", "--adapter", str(runs("llama").folder)]
     command += ["--max-new-tokens", "4", "--json"]
     done = subprocess.run([*command, "-"], input="sort: b\na -> \n", capture_output=True, text=True, check=True)
     line = json.loads(done.stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -14,9 +15,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_train_prune_merge_eval_export_in_one_script(tmp_path: Path):
+def test_train_prune_merge_eval_export_in_one_script(tmp_path: Path, warm: Path):
     out = tmp_path / "life"
     environment = os.environ | {"STEPS": "40", "OMP_NUM_THREADS": "1"}
+    environment["BASH_FUNC_dynlora%%"] = f'() {{ {shlex.quote(str(warm))} "$@"; }}'  # bash takes it for the command
     command = ["bash", "scripts/lifecycle", str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
