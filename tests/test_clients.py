@@ -42,6 +42,7 @@ def by_peft(recipe: Recipe) -> tuple[dict[str, float], PeftModel]:
     return held_out(model, steps, describe=task.held_out), model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_stock_peft_finds_the_loss_that_the_summary_tells(kind, tmp_path):
     recipe = make_recipe(tmp_path, "rank.budget=0.1", "train.learning_rate=2e-2", kind=kind)

@@ -192,6 +192,7 @@ def test_a_report_that_was_not_finished_is_made_when_resumed(run: Path, missing:
     assert all((run / name).is_file() for name in outputs.FOR_PEOPLE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved"))])
 @pytest.mark.parametrize("when", ["tick", "checkpoint"])
 def test_a_run_whose_folder_has_gone_says_so_and_ends(tmp_path: Path, how: Callable, when: str):

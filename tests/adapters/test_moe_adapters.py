@@ -102,6 +102,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(ids()).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "form"), COMBINATIONS)
 def test_what_peft_computes(kind: str, form: str, bases: dict[str, Path], tmp_path: Path):
     base, close = bases[kind], partial(assert_close_to_truth, terms=4 * TERMS)

@@ -114,6 +114,7 @@ def test_untrained_copies_are_left_out(tmp_path: Path, dynlora: Dynlora):
 OFF = {"lora_alpha": 0}, {"alpha_pattern": {"q_proj": 0}}, {"alpha_pattern": {"v_proj": 0}, "use_rslora": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", OFF)
 @pytest.mark.parametrize("kind", ["patterns", "dora", "embedding"])
 def test_an_alpha_of_0_switches_off(kind: str, changes: dict, tmp_path: Path, dynlora: Dynlora):

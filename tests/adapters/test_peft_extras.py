@@ -24,6 +24,7 @@ REFUSED = {"bias-parameter": "is a Conv1D, whose weight PEFT's target_parameters
 EXACT = [name for name in CASES if name not in REFUSED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_attached_it_computes_what_peft_computes(name: str, tmp_path: Path):
     base, folder = make(name, tmp_path)
@@ -37,6 +38,7 @@ def test_attached_it_computes_what_peft_computes(name: str, tmp_path: Path):
     assert model.config.vocab_size == vocabulary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_peft_reads_what_is_written(name: str, tmp_path: Path):
     base, folder = make(name, tmp_path)
@@ -223,6 +225,7 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_extra_gets_one_clear_message(name: str, tmp_path: Path, dynlora: Dynlora):
     case, damage, message, code = DAMAGES[name]

@@ -144,6 +144,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "kind"), RUNS)
 def test_peft_and_a_merge_compute_what_a_pruned_run_computed(
     variant: str, kind: str, tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch

@@ -123,6 +123,7 @@ def test_an_adapter_answers_while_another_thread_trains(tmp_path: Path):
     assert run.summary["steps"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["a thread", "the main thread"])
 def test_a_listener_can_stop_a_run(tmp_path: Path, where: str, alone: dict[int, bytes]):
     recipe = recipe_in(tmp_path, 1)

@@ -51,6 +51,7 @@ def test_texts_are_cut_at_words():
     assert rows._cut("abcdefgh", 3) == "abc"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*rows.TASKS, *rows.STRANGERS])
 def test_no_prompt_names_its_task_and_all_end_alike(name, shared, tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "SHARED", shared)

@@ -62,6 +62,7 @@ def test_orders_are_three_different_ones_of_all_ten_tasks():
     assert all(set(order) == set(tasks.TASKS) for order in orders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["law", "finance", "medicine", "arithmetic", "agnews"])
 def test_no_prompt_is_in_two_parts(name, tmp_path):
     if not (tasks.SHARED / "data").is_dir():

@@ -250,6 +250,7 @@ def test_a_script_ends_at_its_first_mistake(script: Callable[..., Answer]):
     assert json.loads(line)["error"] == "there is no command /adaptor; did you mean '/adapter'?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

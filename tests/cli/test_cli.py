@@ -327,6 +327,7 @@ def test_train_for_a_person(train: Callable[..., Answer], recipe: Path, tmp_path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["2", "0.05"])
 def test_the_next_commands_work(
     budget: str, train: Callable[..., Answer], dynlora: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
@@ -362,6 +363,7 @@ def test_dry_run_writes_nothing(train: Callable[..., Answer], recipe: Path, tmp_
     assert contents(recipe.parent) == before
 
 
+@pytest.mark.slow
 def test_dry_run_plans_what_the_run_does(train: Callable[..., Answer]):
     plan = train("--dry-run", "--json").json["plan"]
     summary = train("--json").json

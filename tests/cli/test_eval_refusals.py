@@ -25,6 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -61,6 +62,7 @@ def test_help(dynlora_eval: Callable[..., Answer], monkeypatch: pytest.MonkeyPat
     assert answer == (0, golden.read_text(encoding="utf-8"), "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

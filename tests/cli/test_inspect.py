@@ -13,6 +13,7 @@ from tiny_run import make_recipe, train
 from dynlora_cli.adapters.read import read_adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_adapter(kind: str, tmp_path: Path, dynlora: Dynlora):
     _, folder = make(kind, tmp_path)
@@ -36,6 +37,7 @@ def test_any_adapter(kind: str, tmp_path: Path, dynlora: Dynlora):
         assert name in plain.err
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_tells_where_it_comes_from(tmp_path: Path, dynlora: Dynlora):
     recipe = make_recipe(tmp_path, "rank.budget=0.1")
     summary, _ = train(recipe)

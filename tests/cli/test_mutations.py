@@ -90,6 +90,7 @@ def answered(read: Any, *arguments: Any) -> None:
     assert error is None or "\x1b" not in f"{error.message}{error.hint}"
 
 
+@pytest.mark.slow
 def test_recipes(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     for content in mutations(RECIPE, 1):

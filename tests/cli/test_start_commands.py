@@ -41,6 +41,7 @@ def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
 # -- init ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_arguments_it_is_a_recipe_that_trains(dynlora: Dynlora):
     answer = dynlora("init")
     assert answer.code == 0
@@ -66,6 +67,7 @@ def base_without_template() -> str:
     return "base"
 
 
+@pytest.mark.slow
 def test_columns_of_other_names(dynlora: Dynlora):
     write_rows("rows.jsonl", [{"question: long": "1 + 1 =", "it": "2"}] * 30)
     refused = dynlora("init", "rows.jsonl")
@@ -97,6 +99,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", KNOWN)
 def test_names_that_others_use_are_known_and_said(names: str, dynlora: Dynlora):
     form, columns = KNOWN[names]
@@ -137,6 +140,7 @@ def test_what_is_not_read_is_named(dynlora: Dynlora):
     assert "columns that are not read: topic" in dynlora("init", "rows.jsonl").err
 
 
+@pytest.mark.slow
 def test_bare_text_that_would_run_together_gets_a_newline_between(dynlora: Dynlora):
     rows = [{"question": f"{number} + 1 =", "answer": f"{number + 1}"} for number in range(30)]
     write_rows("rows.jsonl", rows)
@@ -163,6 +167,7 @@ def test_conversations_need_a_base_with_a_template(dynlora: Dynlora):
     assert "conversations need a chat template" in answer.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "val", "test"),
     [
@@ -192,6 +197,7 @@ def test_a_file_of_another_split_that_does_not_fit_is_named(dynlora: Dynlora):
     assert "valid.jsonl is left aside: valid.jsonl:1: its columns are not those of completion rows" in answer.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signs", [256, 1000, 20000])
 def test_a_short_text_is_cut_into_several_pieces(signs: int, dynlora: Dynlora):
     Path("a.txt").write_text(("Once upon a time there was a fox. " * 1000)[:signs])
@@ -202,6 +208,7 @@ def test_a_short_text_is_cut_into_several_pieces(signs: int, dynlora: Dynlora):
     assert "16 characters of text are too few" in dynlora("init", "a.txt", "--overwrite").err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ROWS)
 def test_the_smallest_rows_pass_a_dry_run(form: str, dynlora: Dynlora):
     write_rows("rows.jsonl", ROWS[form])

@@ -56,6 +56,7 @@ def several_answers(path: Path) -> list[dict[str, str]]:
 # -- the same numbers as everybody else ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_the_losses_that_training_told(kind: str, runs: Callable[[str], Run], dynlora_eval: Callable[..., Answer]):
     folder, _, summary = runs(kind)
@@ -83,6 +84,7 @@ def test_the_losses_that_training_told(kind: str, runs: Callable[[str], Run], dy
         assert {"bleu", "chrf", "rouge_l", "exact_match", "token_accuracy"} <= set(adapter) & set(report["base"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["model.dtype=bfloat16", "model.load_in_4bit=true", "dataset.packing=true"])
 def test_the_loss_of_a_run_in_another_form(setting: str, dynlora_eval: Callable[..., Answer], tmp_path: Path):
     summary, _ = train(make_recipe(tmp_path, setting))
@@ -239,6 +241,7 @@ def test_samples_stand_side_by_side(llama: Run, dynlora_eval: Callable[..., Answ
 # -- thresholds -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate", "code"),
     [

@@ -59,6 +59,7 @@ def test_all_forms_of_the_design_are_there():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mixed_rank_run_in_every_form(form: str, mixed: Path, tmp_path: Path, dynlora: Dynlora):
     before = contents(mixed)
@@ -77,6 +78,7 @@ def test_a_mixed_rank_run_in_every_form(form: str, mixed: Path, tmp_path: Path, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["peft", "uniform", "vllm", "sglang", "tgi", "lorax"])
 @pytest.mark.parametrize("kind", ["lora", "rslora", "patterns"])
 def test_stock_peft_computes_the_same_with_every_adapter_form(kind: str, form: str, tmp_path: Path, dynlora: Dynlora):
@@ -127,6 +129,7 @@ def test_q8_is_smaller_and_close(mixed: Path, tmp_path: Path, dynlora: Dynlora):
     assert half["check"]["kl"] < byte["check"]["kl"] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "embedding", "whole-head", "conv1d", "classifier", "dora", "hira", "vera"])
 def test_merged_takes_every_kind(kind: str, tmp_path: Path, dynlora: Dynlora):
     base, adapter = make(kind, tmp_path)
@@ -153,6 +156,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "form", "message"), REFUSED)
 def test_what_a_consumer_cannot_read_is_refused_with_advice(kind, form, message, tmp_path: Path, dynlora: Dynlora):
     _, adapter = make(kind, tmp_path)
@@ -163,6 +167,7 @@ def test_what_a_consumer_cannot_read_is_refused_with_advice(kind, form, message,
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dora", "hira", "conv1d-hira", "vera"])
 def test_for_peft_it_stays_what_it_is_or_becomes_the_same_lora(kind: str, tmp_path: Path, dynlora: Dynlora):
     base, adapter = make(kind, tmp_path)
@@ -214,6 +219,7 @@ def test_no_space_left(mixed: Path, tmp_path: Path, dynlora: Dynlora, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_no_space_left_for_a_gguf(mixed: Path, tmp_path: Path, dynlora: Dynlora):
     """numpy tells of a full disk without an error number, so a real one is needed: no file may grow beyond 30 kB."""
     code = (

@@ -86,6 +86,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"), REFUSED, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
 )
@@ -95,6 +96,7 @@ def test_refused(arguments: list[str], message: str, elsewhere: Path, dynlora: C
     assert message in " ".join(shown.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 9, 10, 15], ids=lambda number: REFUSED[number][1])
 def test_refused_before_anything_heavy_loads(number: int, elsewhere: Path):
     arguments, message = REFUSED[number]
@@ -111,6 +113,7 @@ def test_help_loads_nothing_heavy():
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stdout_holds_the_answer_alone(generate: Callable[..., Answer], runs: Callable[[str], Run]):
     text = generate("sort: b a -> ", "--adapter", runs("llama").folder)
     assert text.code == 0
@@ -132,6 +135,7 @@ def test_the_newest_run_below_out(
     assert "the newest below out" in answer.err
 
 
+@pytest.mark.slow
 def test_base_adapter_and_mix_one_below_the_other(
     generate: Callable[..., Answer], runs: Callable[[str], Run], plain: Path
 ):
@@ -155,6 +159,7 @@ def test_what_nobody_says_is_said(generate: Callable[..., Answer], plain: Path, 
     assert "does not say" not in generate("x", "--adapter", runs("llama").folder).err
 
 
+@pytest.mark.slow
 def test_stdin_is_one_prompt(runs: Callable[[str], Run], warm: Path):
     command = [str(warm), "generate", "--adapter", str(runs("llama").folder)]
     command += ["--max-new-tokens", "4", "--json"]
@@ -335,6 +340,7 @@ def test_ctrl_c_ends_a_real_process(runs: Callable[[str], Run]):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_is_no_error(runs: Callable[[str], Run]):
     command = f"{sys.executable} -m dynlora_cli generate x --adapter {runs('llama').folder} --max-new-tokens 60"
     done = subprocess.run(

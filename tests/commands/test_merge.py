@@ -159,6 +159,7 @@ def test_two_qlora_runs_keep_what_their_base_was(quantized_run: Path, tmp_path: 
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.slow
 def test_dequantized_needs_a_quantized_run(tmp_path: Path, dynlora: Dynlora):
     recipe = make_recipe(tmp_path)
     train(recipe)
@@ -182,6 +183,7 @@ def test_a_fine_tune_of_the_same_shape_is_another_base(tmp_path: Path, dynlora: 
         assert (answer.code, "its numbers differ" in " ".join(answer.err.split())) == (2, True), answer.err
 
 
+@pytest.mark.slow
 def test_the_bare_form(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
     recipe = make_recipe(tmp_path, out="out/run")
     train(recipe)

@@ -57,6 +57,7 @@ def base_size(run):
     return record["tokens"]["base_rows"]
 
 
+@pytest.mark.slow
 def test_merged_it_is_a_model_with_the_tokens_and_says_the_same(run, merged, dynlora: Dynlora):
     size = base_size(run)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)

@@ -104,6 +104,7 @@ def test_report_and_card_show_margins(trained: tuple[Recipe, dict[str, Any], lis
     assert "| held-out accuracy |" in card
 
 
+@pytest.mark.slow
 def test_prune_goes_by_the_objective(dpo: Recipe, tmp_path: Path, dynlora: Dynlora) -> None:
     options = ["--adapter", dpo.output_dir, "--budget", "0.5", "--policy", "fisher", "--json"]
     answer = dynlora("prune", *options, "--out", tmp_path / "small")
@@ -118,6 +119,7 @@ def test_prune_goes_by_the_objective(dpo: Recipe, tmp_path: Path, dynlora: Dynlo
     assert again.json["adapters"][0]["loss"] == same_loss(answer.json["loss_after"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     whole, stopped = (recipe_of(tmp_path, "dpo", out=name) for name in ("whole", "stopped"))
     train(whole)
@@ -129,6 +131,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     assert lines(tmp_path / "whole" / "metrics.jsonl") == lines(tmp_path / "stopped" / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_the_rank_is_found_and_training_stops_by_the_objective(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "dpo", "rank.budget=auto", "pruning={}", "eval.early_stopping_patience=1", rows=120)
     summary, events = train(recipe)
@@ -138,6 +141,7 @@ def test_the_rank_is_found_and_training_stops_by_the_objective(tmp_path: Path) -
     assert summary["loss_after"] < math.log(2)
 
 
+@pytest.mark.slow
 def test_dpo_after_sft_compares_with_the_sft_adapter(tmp_path: Path) -> None:
     train(make_recipe(tmp_path, out="sft"))
     recipe = recipe_of(tmp_path, "dpo", f"adapter.from={tmp_path / 'sft'}", "rank.init=auto", out="after")
@@ -160,6 +164,7 @@ def test_dpo_after_sft_compares_with_the_sft_adapter(tmp_path: Path) -> None:
     assert not [event for event in events if event["event"] == "warning"]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_another_by_now_is_no_reference(tmp_path: Path) -> None:
     """One of another tool, which has no run to be known by; and one whose run was interrupted, and went on later."""
     train(make_recipe(tmp_path, out="sft"))
@@ -185,6 +190,7 @@ def test_an_adapter_that_is_another_by_now_is_no_reference(tmp_path: Path) -> No
         measured(from_sft)
 
 
+@pytest.mark.slow
 def test_rows_of_an_sft_run_are_not_replayed_between_pairs(tmp_path: Path) -> None:
     train(make_recipe(tmp_path, out="sft"))
     origin = f"adapter.from={tmp_path / 'sft'}"
@@ -192,6 +198,7 @@ def test_rows_of_an_sft_run_are_not_replayed_between_pairs(tmp_path: Path) -> No
         train(recipe_of(tmp_path, "dpo", origin, "dataset.replay={share: 0.1}", "rank.init=auto", out="after"))
 
 
+@pytest.mark.slow
 def test_other_rows_are_measured_by_likelihood(dpo: Recipe, folder: Path) -> None:
     answers = folder / "llama.jsonl"  # prompts and completions
     report = measured(dpo, answers)
@@ -229,6 +236,7 @@ def test_a_library_keeps_requests_only(dpo: Recipe, tmp_path: Path, dynlora: Dyn
     assert any("its rows compare or judge answers" in note for note in answer.json["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 @pytest.mark.parametrize(
     ("setting", "says"),

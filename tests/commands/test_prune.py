@@ -30,6 +30,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return recipe, summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_run_is_pruned_by_every_policy_and_peft_agrees(policy, trained, tmp_path: Path, dynlora: Dynlora):
     recipe, trained_summary = trained
@@ -51,6 +52,7 @@ def test_a_run_is_pruned_by_every_policy_and_peft_agrees(policy, trained, tmp_pa
     assert points[0]["energy"] == pytest.approx(1.0, abs=rounding(torch.float32, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("policy", ["activation", "fisher"])
 def test_a_base_in_sixteen_bits(kind: str, policy: str, tmp_path: Path, dynlora: Dynlora):
@@ -63,6 +65,7 @@ def test_a_base_in_sixteen_bits(kind: str, policy: str, tmp_path: Path, dynlora:
     assert answer.json["loss_before"] == pytest.approx(trained_summary["loss_after"], abs=1e-2)
 
 
+@pytest.mark.slow
 def test_what_is_left_is_a_run_folder_with_the_curve_in_its_report(trained, tmp_path: Path, dynlora: Dynlora):
     recipe, _ = trained
     out = tmp_path / "small"
@@ -81,6 +84,7 @@ def test_what_is_left_is_a_run_folder_with_the_curve_in_its_report(trained, tmp_
     assert again.json["loss_before"] == same_loss(record["summary"]["loss_after"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["magnitude", "activation"])
 def test_auto_is_within_the_tolerance(policy: str, trained, tmp_path: Path, dynlora: Dynlora):
     recipe, _ = trained
@@ -101,6 +105,7 @@ def lean(run) -> bool:
     return any("forward" in vars(module) for module in run.model.model.layers.modules())
 
 
+@pytest.mark.slow
 def test_healing_saves_memory_as_the_run_did(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
     found = []
     for setting in ("true", "false"):
@@ -124,6 +129,7 @@ def test_healing_saves_memory_as_the_run_did(tmp_path: Path, dynlora: Dynlora, m
     assert found == [(True, True), (False, False)]
 
 
+@pytest.mark.slow
 def test_healing_trains_what_is_left(tmp_path: Path, dynlora: Dynlora):
     recipe = make_recipe(tmp_path, "train.learning_rate=5e-3", "rank.budget=6")
     train(recipe)
@@ -140,6 +146,7 @@ def test_healing_trains_what_is_left(tmp_path: Path, dynlora: Dynlora):
     assert max(steps) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rslora", "patterns", "dora", "conv1d", "embedding", "classifier", "hira", "vera"])
 def test_adapters_of_other_tools_need_no_data(kind: str, tmp_path: Path, dynlora: Dynlora):
     _, adapter = make(kind, tmp_path)
@@ -158,6 +165,7 @@ def test_adapters_of_other_tools_need_no_data(kind: str, tmp_path: Path, dynlora
     assert merged.json["check"]["max_logit_difference"] < SAME_LOGITS
 
 
+@pytest.mark.slow
 def test_adapters_of_other_tools_with_rows_from_a_file(tmp_path: Path, dynlora: Dynlora):
     recipe = make_recipe(tmp_path)
     train(recipe)
@@ -190,6 +198,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "message"), REFUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
 )

@@ -227,6 +227,7 @@ def test_what_is_refused(options, message, chain, tmp_path: Path, dynlora: Dynlo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_of_two_adapters_that_were_merged_is_taken_out_again(chain, tmp_path: Path, dynlora: Dynlora):
     other = make_recipe(tmp_path, "train.learning_rate=2e-2", "seed=3", out="other")
     train(other)
@@ -299,6 +300,7 @@ def test_what_the_common_budget_has_removed_of_the_earlier_ones_is_counted(train
     assert f"less {less}" in summary["words"]
 
 
+@pytest.mark.slow
 def test_rows_that_a_later_run_replayed_are_named(trained, tmp_path: Path, dynlora: Dynlora):
     grow = [f"adapter.from={trained / 'v2'}", "dataset.replay={share: 20%}", "rank.budget=10", "rank.init=10"]
     also = "eval.also=[{name: own, path: " + str(trained / "llama.jsonl") + "}]"

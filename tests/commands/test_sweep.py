@@ -104,6 +104,7 @@ def test_and_what_it_gives_in_a_process_of_its_own(recipe: Path, swept: Path, tm
     assert_same_run(swept / NAMES[-1], tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "settings"),
     [
@@ -123,6 +124,7 @@ def test_what_ran_before_in_the_process_changes_nothing(recipe: Path, axis: str,
     assert_same_run(tmp_path / "sweep" / last["run"], tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_rows_are_read_once_for_all_runs_that_read_the_same(recipe: Path, tmp_path, monkeypatch, dynlora: Dynlora):
     read = []
     load = data.load_data
@@ -156,6 +158,7 @@ def test_rows_are_read_again_where_they_might_be_others(recipe: Path, setting: s
     assert len(read) == 1 + again
 
 
+@pytest.mark.slow
 def test_rows_that_a_run_changes_are_new_for_the_next(tmp_path: Path, dynlora: Dynlora):
     """An objective that compares hangs itself, and what its reference said, on the rows."""
     rows = [{"prompt": f"say {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(20)]
@@ -256,6 +259,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
         assert_same_run(out / name, swept / name)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once_and_it_goes_on_all_the_same(
     recipe: Path, swept, tmp_path, monkeypatch, dynlora: Dynlora
 ):
@@ -269,6 +273,7 @@ def test_a_second_ctrl_c_stops_at_once_and_it_goes_on_all_the_same(
     assert_same_run(out / "seed-1", swept / "budget-2_seed-1")
 
 
+@pytest.mark.slow
 def test_a_sweep_can_grow(recipe: Path, mine: Path, dynlora: Dynlora):
     before = [moment(mine / name) for name in NAMES]
     answer = dynlora(
@@ -328,6 +333,7 @@ def test_a_run_that_fails_is_noted_and_the_rest_goes_on(recipe: Path, tmp_path, 
     assert state_of(out) == ["done"] * 2
 
 
+@pytest.mark.slow
 def test_failures_of_several_kinds_and_bugs(recipe: Path, tmp_path, monkeypatch, dynlora: Dynlora):
     def fails(run) -> None:
         if run.recipe.seed:
@@ -342,6 +348,7 @@ def test_failures_of_several_kinds_and_bugs(recipe: Path, tmp_path, monkeypatch,
     assert answer.json["best"] is None
 
 
+@pytest.mark.slow
 def test_losses_over_other_tokens_are_not_compared(recipe: Path, tmp_path, dynlora: Dynlora):
     answer = dynlora("train", recipe, "--sweep", "dataset.max_length=36,64", "--output-dir", tmp_path / "out", "--json")
     assert answer.code == 0

@@ -40,6 +40,7 @@ def adapter_numbers(folder):
 # -- budgets ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "limit", "start"),
     [("2", 2 * ONE_RANK, 8 * ONE_RANK), ("0.3", int(0.3 * 8 * ONE_RANK), 8 * ONE_RANK), ("1.5k", 1500, 8 * ONE_RANK)],
@@ -62,6 +63,7 @@ def test_the_budget_is_met_and_reported_alike_everywhere(tmp_path, budget, limit
     assert len(config["target_modules"]) == sum(rank > 0 for rank in summary["ranks"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [["rank.init=2", "rank.budget=2"], ["rank.init=3", "rank.budget=4k"]])
 def test_a_start_within_the_budget_is_never_pruned(tmp_path, settings):
     summary, events = train(make_recipe(tmp_path, *settings))
@@ -75,6 +77,7 @@ def test_a_start_within_the_budget_is_never_pruned(tmp_path, settings):
     assert max(rates) == 5e-3  # nothing was removed, so nothing is coupled
 
 
+@pytest.mark.slow
 def test_a_start_above_half_the_layer_is_capped(tmp_path):
     summary, events = train(make_recipe(tmp_path, "rank.init=100", "rank.budget=2"))
     layers = events[0]["layers"]
@@ -109,6 +112,7 @@ def held_out_losses(monkeypatch, values):
     monkeypatch.setattr(loop, "held_out_loss", lambda run: {"loss": next(left), "tokens": 1, "perplexity": 1.0})
 
 
+@pytest.mark.slow
 def test_patience_counts_once_the_budget_is_met_and_the_root_is_the_best(tmp_path, monkeypatch):
     # Evaluations after steps 1 to 12. The lowest loss comes before the budget is met (step 8) and does not count.
     held_out_losses(monkeypatch, [9, 5, 1, 2, 3, 4, 5, 6, 7, 6.5, 6.8, 6.9, 0])
@@ -142,6 +146,7 @@ def test_without_patience_the_root_is_the_last(tmp_path, monkeypatch):
     assert (folder / "adapter_model.safetensors").read_bytes() == last.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_crash_after_patience_ran_out_does_not_train_on(tmp_path, monkeypatch):
     from dynlora_cli.training import roots
 
@@ -159,6 +164,7 @@ def test_a_crash_after_patience_ran_out_does_not_train_on(tmp_path, monkeypatch)
     assert (summary["steps"], summary["loss_after"], summary["adapter"]) == (9, 5, "best")
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_has_the_held_out_loss_that_is_reported(tmp_path):
     """Stock PEFT, on the files of the run folder, computes the loss of the summary."""
     recipe = make_recipe(tmp_path)
@@ -179,6 +185,7 @@ def test_the_saved_adapter_has_the_held_out_loss_that_is_reported(tmp_path):
 # -- plain LoRA ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
 def test_without_pruning_it_trains_as_peft_does(tmp_path, scaling, kind):
@@ -242,6 +249,7 @@ def test_full_fine_tuning_trains_everything_and_saves_a_model(tmp_path):
 # -- classification --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_classifier_trains_its_head_and_reports_accuracy(tmp_path):
     settings = [
         "train.max_steps=40",
@@ -279,6 +287,7 @@ def test_a_classifier_trains_its_head_and_reports_accuracy(tmp_path):
 # -- trackers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -35,6 +35,7 @@ def toy(plug_in: PlugIn) -> Path:
     return plug_in("variants", "toy", HEAD + OPTIONS)
 
 
+@pytest.mark.slow
 def test_without_such_plug_ins_a_recipe_is_a_recipe() -> None:
     assert type(load(MINIMAL)) is Recipe
     for variant in plugins.names("variants"):

@@ -112,6 +112,7 @@ def test_anchors_work_and_merge_keys_do_not() -> None:
     assert "merge keys" in problems(MINIMAL + "train:\n  <<: {epochs: 2}\n")[0]
 
 
+@pytest.mark.slow
 def test_anchors_cannot_blow_a_file_up() -> None:
     bomb = "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
     bomb += "".join(

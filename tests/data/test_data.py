@@ -367,6 +367,7 @@ def test_shown_pieces_join_to_the_decoded_text_even_where_a_character_is_split()
         assert "".join(text for text, _ in show_example(example, tokenizer)) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_real_data(shared: Path) -> None:
     data = load(dataset(shared / "data" / "e2e_nlg" / "valid_clean.jsonl", val_size=0.05, max_length=512))

@@ -142,6 +142,7 @@ def test_rows_to_measure_on_may_be_limited_too(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val)) == (20, 5)
 
 
+@pytest.mark.slow
 def test_the_built_in_rows_are_limited_to_train_on_alone() -> None:
     data, all_of_them = (read(source("builtin:stdlib-docs", rows=most)) for most in (50, None))
     assert len(data.train) == 50

@@ -77,6 +77,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield patch
 
 
+@pytest.mark.slow
 def test_this_python_gives_thousands_of_rows_and_a_stable_split(cache: Any) -> None:
     train, val = stdlib_docs.rows("train"), stdlib_docs.rows("val")
     assert len(train) > 2000

@@ -52,6 +52,7 @@ def test_greedy_is_that_of_transformers(tiny: tuple[Any, Any]):
         assert list(answer.ids) == expected[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.slow
 def test_a_batch_writes_as_each_row_alone(tiny: tuple[Any, Any]):
     """Whoever shares the batch: of other length, drawn, with other ends, cancelled."""
     samplings = [
@@ -112,6 +113,7 @@ def shaped_by_transformers(scores_V: torch.Tensor, ids_T: list[int], **settings:
     return processors(torch.tensor([ids_T]), scores_V[None].clone())[0].softmax(-1, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -195,6 +197,7 @@ def test_cancelled_rows_end_and_others_do_not(tiny: tuple[Any, Any]):
     assert answers[0].ids == whole[0].ids[:4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 7])
 def test_a_paused_answer_goes_on_exactly_there(after: int, tiny: tuple[Any, Any]):
     """In other company, too: greedy and drawn, with a stop string half there and half a character held back."""

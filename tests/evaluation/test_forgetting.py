@@ -20,6 +20,7 @@ from dynlora_cli.runs.folder import read_record
 # -- the number ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_before_and_after_are_what_peft_computes_in_fp64(tmp_path: Path):
     recipe = with_also(tmp_path)
     summary, _ = train(recipe)
@@ -37,6 +38,7 @@ def test_before_and_after_are_what_peft_computes_in_fp64(tmp_path: Path):
     assert read_record(out)["summary"]["also"] == summary["also"]
 
 
+@pytest.mark.slow
 def test_a_run_that_only_learns_words_forgets_sums(tmp_path: Path):
     # First the sums are learned; then a run that goes on from that model learns words.
     first = make_recipe(tmp_path, "adapter.variant=full", "train.learning_rate=1e-2", "train.max_steps=60",
@@ -64,6 +66,7 @@ def test_the_largest_of_several_sets(tmp_path: Path):
     assert forgotten({}, {}) == {"also": {}, "forgetting": None}
 
 
+@pytest.mark.slow
 def test_a_run_without_sets_measures_nothing_else(tmp_path: Path):
     summary, events = train(make_recipe(tmp_path, "eval.also=[]"))
     assert summary["also"] == {}
@@ -71,6 +74,7 @@ def test_a_run_without_sets_measures_nothing_else(tmp_path: Path):
     assert not [event for event in events if event["event"] == "also"]
 
 
+@pytest.mark.slow
 def test_the_rows_are_the_same_whatever_their_order(tmp_path: Path):
     train(with_also(tmp_path, rows=10))
     first = read_record(tmp_path / "out")["summary"]["also"]["sums"]
@@ -100,6 +104,7 @@ def test_picks_keeps_the_order_and_takes_all_of_a_few():
 # -- in a run --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_does_not_change_what_is_learned(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -110,6 +115,7 @@ def test_it_does_not_change_what_is_learned(tmp_path: Path):
     assert [line["step"] for line in logs[1] if line["event"] == "also"] == [0, 12]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_what_was_before(tmp_path: Path):
     whole, _ = train(with_also(tmp_path, f"output_dir={tmp_path / 'whole'}"))
     recipe = with_also(tmp_path)
@@ -120,6 +126,7 @@ def test_a_resumed_run_has_what_was_before(tmp_path: Path):
     assert [event["step"] for event in events if event["event"] == "also"] == [12]
 
 
+@pytest.mark.slow
 def test_rows_that_changed_while_the_run_stood_still(tmp_path: Path):
     recipe = with_also(tmp_path)
     with pytest.raises(Interrupted):
@@ -132,6 +139,7 @@ def test_rows_that_changed_while_the_run_stood_still(tmp_path: Path):
     assert any("forgetting on sums is not measured" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_the_best_state_is_measured_where_it_is_the_one_that_is_kept(tmp_path: Path):
     # At this rate the run breaks after its best step.
     recipe = with_also(tmp_path, "eval.early_stopping_patience=9", "eval.steps=1", "train.learning_rate=0.3",

@@ -121,6 +121,7 @@ def test_an_adapter_of_another_tool_has_no_rows(tmp_path: Path):
     assert "another tool" in note
 
 
+@pytest.mark.slow
 def test_rows_of_an_earlier_run_that_are_trained_on_now_are_counted(tmp_path: Path):
     train(version(tmp_path, "v1"))
     _, (start, *_) = train(version(tmp_path, "v2", "seed=5", before="v1"))

@@ -94,6 +94,7 @@ def learn(recipe, *, recorded: bool, steps: int = 12, autocast: bool = False):
     return losses, run, notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some_fast("llama", "gpt2", "bert", "t5", "mixtral"))
 def test_every_architecture_learns_the_same(kind, tmp_path, monkeypatch):
     name, special, task, layers = CASES[kind]
@@ -174,6 +175,7 @@ def take(run, count: int) -> None:
         run.progress.step = 0
 
 
+@pytest.mark.slow
 def test_an_event_ends_a_recording_and_the_next_one_holds_what_is_left(run):
     take(run, 4)
     before = run.graphs.recorded

@@ -73,6 +73,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 ROUNDING = rounding(torch.float32, round((2 * 4 * (32 + 64)) ** 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*CASES, *MORE])
 def test_every_architecture_learns_the_same(kind):
     model = frozen_model(kind)

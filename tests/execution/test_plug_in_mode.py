@@ -31,6 +31,7 @@ def ran(folder: Path, name: str, dynlora: Dynlora, *settings: str) -> tuple[dict
     return answer.json, answer.err.splitlines()
 
 
+@pytest.mark.slow
 def test_it_is_asked_at_every_step_and_reports(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
     models = []
     honest = train_command.fit

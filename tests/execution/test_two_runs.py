@@ -92,6 +92,7 @@ def take_turns(runs: list[Iterator[None]]) -> None:
         runs = [run for run in runs if next(run, "done") != "done"]
 
 
+@pytest.mark.slow
 def test_runs_that_take_turns_give_what_each_gives_alone(tmp_path):
     recipes = [
         make_recipe(tmp_path, *settings, kind=kind, out=str(number))

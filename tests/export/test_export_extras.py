@@ -47,6 +47,7 @@ def test_who_cannot_read_it_is_named_and_the_merge_is_offered(case: str, tmp_pat
         assert not (tmp_path / target).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["peft", "uniform"])
 @pytest.mark.parametrize("case", ["rows-of-both", "bias-some", "lora-bias-all", "more-tokens-rows-alone", "dora-table"])
 def test_peft_folders_keep_it(case: str, target: str, tmp_path: Path):

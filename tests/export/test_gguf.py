@@ -55,6 +55,7 @@ def keys(path: Path) -> dict[str, Any]:
 # -- round trips -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("model", CONFIGS)
 def test_a_model_comes_back_with_its_logits(model, kind, folders, tmp_path):

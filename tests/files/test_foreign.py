@@ -78,6 +78,7 @@ COMMANDS: list[list[str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_an_adapter_does_not_switch_on_code(
     command: list[str], with_code: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +111,7 @@ def test_the_recipe_of_the_person_trusts_its_own_base_alone(with_code: Path, dyn
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.slow
 def test_code_beside_an_adapter_never_runs(with_code: Path, dynlora: Dynlora):
     out = with_code / "out"
     (out / "tok.py").write_text(f"open({str(with_code / 'ran_too')!r}, 'w').close()\nclass Tok: pass\n")
@@ -233,6 +235,7 @@ def test_no_regular_expression(pattern: str):
 # -- numbers and damage ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "key"),
     [
@@ -281,6 +284,7 @@ def with_header(file: Path, change: Callable[[dict[str, Any], str], Any]) -> Non
     file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", HEADERS)
 @pytest.mark.parametrize("where", ["llama/model.safetensors", "out/adapter_model.safetensors"])
 def test_a_damaged_header_is_told_in_one_message(change: str, where: str, place: Path, dynlora: Dynlora):
@@ -322,6 +326,7 @@ def test_a_file_of_json_is_an_object(tmp_path: Path):
         read_object(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["0x" + "f" * 5000, "1" + "0" * 400, "1" + "0" * 5000, "1e999", "-0x" + "f" * 300])
 @pytest.mark.parametrize(
     "key", ["seed", "train.max_steps", "train.learning_rate", "rank.budget", "eval.steps", "adapter.alpha"]

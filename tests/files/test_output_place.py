@@ -89,6 +89,7 @@ print(change, sorted(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 @pytest.mark.parametrize("kind", ["command", "current folder", "train"])
 def test_killed_at_any_change_to_the_disk_the_old_or_the_new_is_whole(tmp_path: Path, kind: str):

@@ -226,6 +226,7 @@ def test_what_is_not_fused(why, monkeypatch):
     assert made(x).shape == (3, 20)
 
 
+@pytest.mark.slow
 def test_loss_curves_of_both_are_equal(tmp_path, monkeypatch):
     """Through the whole loop, with its events."""
     curves = []

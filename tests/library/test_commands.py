@@ -196,6 +196,7 @@ def test_a_library_of_a_later_version(made: Made, dynlora: Dynlora):
     assert (answer.code, "update dynlora" in answer.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_two_do_not_write_at_once(made: Made, tmp_path: Path):
     with library_for_writing(made.root):
         for words in (["remove", str(made.root), "first"], ["calibrate", str(made.root)]):

@@ -20,6 +20,7 @@ from dynlora_cli.library.held_out import read_held_out
 from dynlora_cli.library.library import EMPTY, library_for_writing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS | SPECIAL if "bert" not in kind and "class" not in kind])
 def test_the_copy_computes_the_same(kind: str, tmp_path: Path):
     base, folder = make(kind, tmp_path)
@@ -33,6 +34,7 @@ def test_the_copy_computes_the_same(kind: str, tmp_path: Path):
         assert (before - after).abs().max() < 1e-4 * before.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_held_out_rows_come_back_as_they_were(kind: str, tmp_path: Path, runs: Callable[[str], Run]):
     folder = runs(kind).folder

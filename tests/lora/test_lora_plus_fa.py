@@ -66,6 +66,7 @@ def test_the_ratio_is_that_of_two_parameter_groups(tmp_path):
         assert_close_to_truth(half, expected.detach().double(), terms=4 * 8)  # four steps of the same arithmetic
 
 
+@pytest.mark.slow
 def test_a_run_with_the_ratio_resumes_and_learns_more_in_few_steps(tmp_path):
     plain, _ = train(make_recipe(tmp_path, "train.learning_rate=1e-3", out="plain"))
     recipe = make_recipe(tmp_path, "train.learning_rate=1e-3", "train.lora_plus_ratio=8", "train.save_steps=5")
@@ -174,6 +175,7 @@ def test_neither_momentum_nor_weight_decay_move_a(optimizer, tmp_path):
     assert state.get("exp_avg", state.get("state1")).numel() == run.trained.parameters, "they exist, as zeros"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_a_whole_run_trains_prunes_and_resumes(variant, tmp_path):
     """Without the gauge every A that is left is one that was there at the start."""
@@ -193,6 +195,7 @@ def test_a_whole_run_trains_prunes_and_resumes(variant, tmp_path):
     assert_resumes(recipe)
 
 
+@pytest.mark.slow
 def test_healing_leaves_a_as_it_is(tmp_path, dynlora: Dynlora):
     recipe = make_recipe(tmp_path, "adapter.freeze_a=true", "train.weight_decay=0.1")
     train(recipe)

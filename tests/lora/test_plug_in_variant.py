@@ -36,6 +36,7 @@ def largest(folder: Path) -> float:
     return max(float(tensor.abs().max()) for name, tensor in tensors.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_its_key_has_an_effect_and_every_command_takes_the_run(tmp_path: Path, dynlora: Dynlora):
     for limit, out in ((0.005, "low"), (1.0, "high")):
         answer = dynlora("train", recipe_of(tmp_path, limit, out), "--json")
@@ -58,6 +59,7 @@ def test_its_key_has_an_effect_and_every_command_takes_the_run(tmp_path: Path, d
     assert read_adapter(small).parameters < read_adapter(run).parameters
 
 
+@pytest.mark.slow
 def test_it_is_resumed_with_its_own_limit_alone(tmp_path: Path, dynlora: Dynlora):
     whole, _ = train(make_recipe(tmp_path, "adapter.variant=bounded", "adapter.limit=0.02", out="whole"))
     with pytest.raises(Interrupted):

@@ -189,6 +189,7 @@ def test_loftq_comes_nearer_to_the_weight_before_quantization(folder, kind):
         assert left.item() == pytest.approx(s[layer.count :].norm().item(), rel=1e-3), "the best of that rank"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ALLOCATIONS)
 def test_a_layer_that_was_made_to_matter_gets_more(folder, how):
     name = "model.layers.0.self_attn.o_proj"
@@ -241,6 +242,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_cut_in_two_is_the_same_run(folder, name):
     recipe = make_recipe(folder, *RUNS[name], "train.save_steps=5", out=name)

@@ -157,6 +157,7 @@ def test_components_go_down_to_one(folder, name):
     assert layer(x).isfinite().all()
 
 
+@pytest.mark.slow
 def test_trained_pruned_saved_and_resumed(folder, name):
     """The folder alone computes what training computed; a run that was cut in two is the same run, bit by bit."""
     recipe = recipe_of(folder, name, "train.save_steps=5", "eval.steps=12")

@@ -115,6 +115,7 @@ def test_ties_is_trim_elect_and_disjoint_mean(pair):
     assert_close_to_truth(exact_delta(found.layers[name]), expected, terms=32, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_dare_is_right_on_average(pair):
     _, first, second = pair
     adapters = [read_adapter(first), read_adapter(second)]
@@ -185,6 +186,7 @@ def test_a_run_that_is_not_finished_is_not_replaced_by_its_own_pruning(tmp_path:
     assert (answer.code, contents(out)) == (2, before)
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_and_an_adapter_of_peft_on_one_base(tmp_path: Path, dynlora: Dynlora):
     recipe = make_recipe(tmp_path)
     train(recipe)
@@ -199,6 +201,7 @@ def test_a_run_of_ours_and_an_adapter_of_peft_on_one_base(tmp_path: Path, dynlor
         assert_close_to_truth(delta, 2 * deltas(ours)[name], terms=2 * RANK, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_two_fine_tunes_of_one_model_are_two_bases(tmp_path: Path, dynlora: Dynlora):
     first = make_recipe(tmp_path / "a")
     train(first)

@@ -35,6 +35,7 @@ def merge(adapter, folder):
     return plan, place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_model_computes_what_peft_computes(kind, tmp_path):
     base, folder = make(kind, tmp_path)
@@ -49,6 +50,7 @@ def test_merged_model_computes_what_peft_computes(kind, tmp_path):
         assert_close_to_truth(peft_logits(base, folder, merged=True), expected, terms=TERMS, dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_row_by_row_is_what_is_made_whole(kind, tmp_path, monkeypatch):
     """Tensors here are smaller than what is made at once, so that is made smaller: two rows or so."""
@@ -102,6 +104,7 @@ def test_tensors_made_whole_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
     assert all((tensor == 1).all() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_attached_adapter_computes_what_peft_computes_and_leaves_no_trace(kind, tmp_path):
     base, folder = make(kind, tmp_path)
@@ -119,6 +122,7 @@ def test_attached_adapter_computes_what_peft_computes_and_leaves_no_trace(kind, 
     assert again.ranks == adapter.ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_models_compute_the_same_without_holding_weights(kind, tmp_path):
     base, folder = make(kind, tmp_path)
@@ -137,6 +141,7 @@ def test_streamed_models_compute_the_same_without_holding_weights(kind, tmp_path
     assert not any(p.device.type != "meta" for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_again_is_read_by_peft_with_the_same_result(kind, tmp_path):
     base, folder = make(kind, tmp_path)

@@ -26,6 +26,7 @@ PARTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_merged_it_computes_what_peft_computes(name: str, tmp_path: Path):
     base, folder = make(name, tmp_path)
@@ -38,6 +39,7 @@ def test_merged_it_computes_what_peft_computes(name: str, tmp_path: Path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["rows-tied", "rows-of-both", "more-tokens", "more-tokens-rows-alone", "bias-all", "lora-bias-new", "dora-table"],

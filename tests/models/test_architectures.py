@@ -47,6 +47,7 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 def test_trained_pruned_saved_loaded_and_merged(folder, kind):
     _, settings, task, layers = CASES[kind]
@@ -81,6 +82,7 @@ def test_trained_pruned_saved_loaded_and_merged(folder, kind):
 
 
 # A dozen that stand for others; `scripts/sweep` and the long suite have all. The other tests of this file have more.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "task"),
     [
@@ -126,6 +128,7 @@ def test_the_table_is_that_of_the_results():
     assert sweep.table(sweep.read_results(sweep.RESULTS)) == sweep.TABLE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["hira", "vera"])
 def test_kinds_that_peft_does_not_change_name_every_module(variant, tmp_path):
     write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
@@ -144,6 +147,7 @@ def test_what_peft_does_not_adapt_in_a_mamba_is_left_out_and_said(tmp_path):
         train(make_recipe(tmp_path, "adapter.target_modules=[out_proj]", kind="mamba", out="other"))
 
 
+@pytest.mark.slow
 def test_dora_of_what_peft_takes_for_experts_is_refused(tmp_path):
     write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
     with pytest.raises(UsageError, match="PEFT has no dora for model"):
@@ -152,6 +156,7 @@ def test_dora_of_what_peft_takes_for_experts_is_refused(tmp_path):
     assert train(recipe)[0]["ok"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_adapter_peft_reads_otherwise_ends_with_4_and_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "taken_for_experts", lambda model_type: frozenset())  # as before version 0.2
     write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
@@ -170,6 +175,7 @@ def test_without_peft_a_run_says_that_nobody_checked(tmp_path, monkeypatch):
     assert {"event": "note", "text": peft_check.ABSENT} in events
 
 
+@pytest.mark.slow
 def test_other_commands_ask_peft_too(tmp_path):
     write_tiny(tmp_path / "glm4_moe", "glm4_moe", LANGUAGE)
     train(make_recipe(tmp_path, kind="glm4_moe"))
@@ -184,6 +190,7 @@ def test_other_commands_ask_peft_too(tmp_path):
     assert "PEFT puts nothing into" in peft_check.check_files(adapter, tmp_path / "uniform")["problem"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     ("kind", "task", "targets"),
@@ -209,6 +216,7 @@ def test_a_weight_of_several_places_is_merged_where_its_components_are(kind, tas
     assert_close_to_truth(sweep.logits(merged), sweep.logits(model).double(), terms=TERMS)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_table_of_tokens_is_merged(tmp_path):
     result = try_type(tmp_path, "canine", CLASSES)
     assert {step: result.get(step) for step in STEPS} == dict.fromkeys(STEPS, "ok"), result

@@ -169,6 +169,7 @@ def test_a_head_that_parts_from_its_table_gets_a_name_that_loads(tmp_path):
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SEEING)
 def test_a_model_that_sees_is_trained_on_text_and_keeps_its_eyes(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(AUTO, "sees", AutoModelForImageTextToText)

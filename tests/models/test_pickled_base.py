@@ -43,6 +43,7 @@ def pickled(folder: Path, *, shards: int = 1) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 2])
 def test_it_is_trained_on_merged_and_told_from_another(shards: int, tmp_path: Path, dynlora: Dynlora):
     plain = make_recipe(tmp_path, "train.max_steps=3", out="plain")

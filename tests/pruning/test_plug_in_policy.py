@@ -32,6 +32,7 @@ def ranks(folder: Path) -> list[dict[str, int]]:
     return [event["ranks"] for event in lines(folder / "rank_events.jsonl")]
 
 
+@pytest.mark.slow
 def test_it_prunes_in_training_and_its_key_counts(tmp_path: Path, dynlora: Dynlora):
     for out, settings in (("a", LEARNING), ("b", (*LEARNING[:1], "pruning.decay=0.1")), ("fisher", ())):
         recipe = make_recipe(tmp_path, *settings, out=out)
@@ -46,6 +47,7 @@ def test_it_prunes_in_training_and_its_key_counts(tmp_path: Path, dynlora: Dynlo
     assert ranks(tmp_path / "a") != ranks(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_what_it_has_seen_goes_on_with_the_run(tmp_path: Path):
     whole, _ = train(make_recipe(tmp_path, *LEARNING, out="whole"))
     cut = make_recipe(tmp_path, *LEARNING, out="cut")
@@ -59,6 +61,7 @@ def test_what_it_has_seen_goes_on_with_the_run(tmp_path: Path):
     assert lines(tmp_path / "cut" / "rank_events.jsonl") == lines(tmp_path / "whole" / "rank_events.jsonl")
 
 
+@pytest.mark.slow
 def test_it_prunes_a_trained_adapter(tmp_path: Path, dynlora: Dynlora):
     train(make_recipe(tmp_path, "train.learning_rate=2e-2"))
     told = {}

@@ -41,6 +41,7 @@ def ordered(kind: str, policy: str, folder):
     return model, adapter, Order.by_policy(adapter, plugins.load("policies", policy), model, batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "patterns", "dora", "conv1d", "hira"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_putting_in_order_changes_no_layer(kind: str, policy: str, tmp_path):
@@ -59,6 +60,7 @@ def test_putting_in_order_changes_no_layer(kind: str, policy: str, tmp_path):
     assert not order.scores_K.isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_cuts_are_nested_and_within_their_size(policy: str, tmp_path):
     _, adapter, order = ordered("lora", policy, tmp_path)

@@ -116,6 +116,7 @@ def test_another_column_can_be_the_confidence(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_training_prunes_and_resumes_by_it(tmp_path):
     recipe = recipe_with(tmp_path, lambda n: (n % 3) / 2, "pruning.weigh=doubt")
     summary, events = train(recipe)
@@ -123,6 +124,7 @@ def test_training_prunes_and_resumes_by_it(tmp_path):
     assert summary["parameters"] <= summary["budget_parameters"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_pruned_by_the_rows_of_a_file(tmp_path):
     train(make_recipe(tmp_path, "rank.init=4", "rank.budget=4"))
     file = write_rows(tmp_path / "more.jsonl", 12)

@@ -161,6 +161,7 @@ def test_rows_to_choose_by_are_neither_trained_on_nor_reported(tmp_path: Path):
     assert not fixed.sizing
 
 
+@pytest.mark.slow
 def test_without_objection_it_goes_down_to_the_floor(tmp_path: Path):
     summary, events = train(recipe_of(tmp_path, ANYTHING))
     run = assembled(recipe_of(tmp_path, ANYTHING))
@@ -172,6 +173,7 @@ def test_without_objection_it_goes_down_to_the_floor(tmp_path: Path):
     assert all(event["measured_loss_change"] is not None and event["held_out_loss"] > 0 for event in pruned)
 
 
+@pytest.mark.slow
 def test_what_does_harm_is_refused_and_then_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dynlora_cli.pruning.stopping.paired_change", lambda before, after: (1.0, 0.1))
     summary, events = train(recipe_of(tmp_path))
@@ -181,6 +183,7 @@ def test_what_does_harm_is_refused_and_then_it_ends(tmp_path: Path, monkeypatch:
     assert [line["measured_loss_change"] for line in kept] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_event_after_a_refusal_takes_half_and_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     changes = iter([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     monkeypatch.setattr("dynlora_cli.pruning.stopping.paired_change", lambda before, after: (next(changes), 0.1))
@@ -197,6 +200,7 @@ def test_the_event_after_a_refusal_takes_half_and_is_the_last(tmp_path: Path, mo
     assert summary["parameters"] == told[-1]["parameters"] < summary["parameters_start"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_finds_the_same_rank(tmp_path: Path):
     whole, _ = train(recipe_of(tmp_path, NOTHING, out="whole"))
     for step in (5, 9):
@@ -224,6 +228,7 @@ def test_a_classifier_finds_its_rank(tmp_path: Path):
     assert any(event["event"] == "prune" for event in events)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, dynlora: Dynlora):
     recipe = recipe_of(tmp_path)
     path = tmp_path / "auto.yaml"

@@ -57,6 +57,7 @@ def of_ours(base: Path, folders: list[Path], *options: str) -> torch.Tensor:
             return model(ids()).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "temperature"), [(3, 1.0), (2, 0.5), (1, 1.0)])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], "all-linear"], ids=["some", "all"])
 def test_the_same_as_peft_s(top_k: int, temperature: float, targets: Any, tmp_path: Path):

@@ -54,6 +54,7 @@ RULES: dict[tuple[str, ...], Rule] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", RULES, ids=" ".join)
 def test_adapters_of_any_ranks_and_layers_are_weighed_as_dense_updates_are(how: tuple[str, ...]):
     model = a_model()

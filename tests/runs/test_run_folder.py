@@ -75,6 +75,7 @@ def test_what_fails_leaves_what_was_there(place: Path, tmp_path: Path):
     assert not list(tmp_path.rglob("*.dynlora"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", KINDS, indirect=True)
 def test_a_run_and_what_is_made_of_it_go_there(place: Path, tmp_path: Path, dynlora: Dynlora):
     recipe = make_recipe(tmp_path / "work", "train.max_steps=3")

@@ -59,6 +59,7 @@ def test_everything_but_the_model_reaches_the_upstream_byte_for_byte():
     assert got.header("host") != [address.removeprefix("http://").encode()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body", [b'{"model": "law"}', b"not json", b"", b'{"model": "auto"', b'["auto"]', os.urandom(200_000)]
 )
@@ -89,6 +90,7 @@ def test_what_says_that_it_is_no_json_is_not_looked_into(kind, monkeypatch):
     assert fake.received[0].body == b"{" * 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-8"]
 )
@@ -104,6 +106,7 @@ def test_clients_that_forget_to_say_that_it_is_json(kind):
     assert fake.received[0].form["model"] == "law"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
 def test_other_methods_and_paths(method):
     fake = FakeUpstream()

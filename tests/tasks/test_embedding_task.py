@@ -56,6 +56,7 @@ def their_vectors(folder: Path, texts: list[str], **how: Any) -> Tensor:
     return torch.tensor(SentenceTransformer(str(folder), device="cpu").encode(texts, **how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "pooling"), [("bert", "mean"), ("llama", "last")])
 def test_a_run_is_a_folder_that_sentence_transformers_loads(tmp_path: Path, kind: str, pooling: str):
     summary, events = train(vector_recipe(tmp_path, kind=kind))
@@ -69,6 +70,7 @@ def test_a_run_is_a_folder_that_sentence_transformers_loads(tmp_path: Path, kind
     assert not any("pooler" in name for name in summary["ranks"])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_tells_how_well_held_out_rows_rank(tmp_path: Path):
     summary, events = train(vector_recipe(tmp_path, "train.max_steps=40", "eval.steps=20"))
     assert summary["loss_after"] < summary["loss_before"]
@@ -313,6 +315,7 @@ def test_the_card_loads_it_as_what_it_is(
     assert "tensor([[" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_lines_that_have_a_graph_at_a_time(tmp_path: Path):
     rows = pairs(22) + pairs(2, negatives=2)  # some rows have more texts than others
     whole = dry_run.plan(vector_recipe(tmp_path, rows=rows))["memory"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from cli_helpers import Dynlora
 from tiny_run import make_recipe
 from tutorials import code_of
@@ -29,6 +30,7 @@ def test_a_task_is_one_new_file(tmp_path: Path, dynlora: Dynlora, plug_in: Calla
     assert measured.json["adapters"][0]["tokens"] == record["data"]["counts"]["val"]["rows"]
 
 
+@pytest.mark.slow
 def test_an_objective_is_one_new_file(tmp_path: Path, dynlora: Dynlora, plug_in: Callable[..., Path]):
     (code,) = code_of("objectives").values()
     plug_in("objectives", "smooth", code)

@@ -139,6 +139,7 @@ def test_answers_are_the_decoders(tiny: tuple[Any, Any], tmp_path: Path):
         assert alone.startswith(answer) or answer.startswith(alone)  # one of the two is cut earlier
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_its_adapter_pruned(tmp_path: Path):
     write_model(tmp_path / "t5", "t5")
     summary, _ = train(make_recipe(tmp_path, f"model.task={TASK}", "train.max_steps=3", "eval.steps=3", kind="t5"))
@@ -163,6 +164,7 @@ def test_the_plan_of_a_run(tmp_path: Path):
     assert plan["memory"]["length"] > 0
 
 
+@pytest.mark.slow
 def test_a_tokenizer_written_in_python(tmp_path: Path):
     """ByT5's has no backend whose text could be kept."""
     sizes: dict[str, Any] = {"vocab_size": 384, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}

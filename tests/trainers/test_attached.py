@@ -59,6 +59,7 @@ def test_attaching_changes_no_output_and_detaching_brings_the_model_back(tmp_pat
     assert attach(model, 2).rank_map  # it can have others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "numbers"), [(2, 1856), (0.5, 3712), ("1k", 1000), (3, 2784)], ids=["rank", "share", "count", "more"]
 )
@@ -83,6 +84,7 @@ def test_a_variant_is_pruned_and_read_by_stock_peft(tmp_path: Path, variant: str
     assert (answers(loaded) - answers(tiny_llama())).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fisher", "magnitude", "gradient", "sensitivity", "squeeze", "random"])
 def test_policies_that_work_in_training(tmp_path: Path, policy: str) -> None:
     trainer, attached, _ = trainer_of(tmp_path, attaching={"policy": policy})
@@ -91,6 +93,7 @@ def test_policies_that_work_in_training(tmp_path: Path, policy: str) -> None:
     assert (len(set(attached.rank_map.values())) == 1) == (policy == "squeeze") or policy == "magnitude"
 
 
+@pytest.mark.slow
 def test_the_seed_of_attach_is_that_of_the_lots(tmp_path: Path) -> None:
     kept = []
     for seed in (0, 0, 1):
@@ -117,6 +120,7 @@ def test_options_of_lora(tmp_path: Path) -> None:
     assert (layer.scale, layer.dropout, layer.count) == (8.0, 0.1, 8)
 
 
+@pytest.mark.slow
 def test_a_classifiers_head_trains_whole_and_is_saved(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "bert")
 
@@ -185,6 +189,7 @@ def test_what_a_checkpoint_lacks_on_top_trains_whole(tmp_path: Path) -> None:
         attach(model, modules_to_save=["lm_head"])
 
 
+@pytest.mark.slow
 def test_a_head_does_not_take_the_components_rate(tmp_path: Path) -> None:
     """After an event components learn faster than the schedule says, and whatever else trains does not."""
     model = tiny_llama()
@@ -215,6 +220,7 @@ def test_a_head_does_not_take_the_components_rate(tmp_path: Path) -> None:
     assert raised[9] > 1.9
 
 
+@pytest.mark.slow
 def test_a_base_in_4_bits(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -270,6 +276,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "what"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_attached_is_refused_in_words(given: dict[str, Any], what: str) -> None:
     model = tiny_llama()
@@ -302,6 +309,7 @@ def test_models_that_cannot_have_components() -> None:
         model.save_pretrained("nowhere", push_to_hub=True)
 
 
+@pytest.mark.slow
 def test_two_models_in_one_process_do_not_know_each_other(tmp_path: Path) -> None:
     alone, first, _ = trainer_of(tmp_path / "a")
     alone.train()

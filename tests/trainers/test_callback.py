@@ -34,6 +34,7 @@ def numbers_of(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", SETTINGS.values(), ids=SETTINGS)
 def test_the_same_losses_until_the_first_event_and_fewer_numbers_after_it(
     tmp_path: Path, changed: dict[str, Any]

@@ -40,6 +40,7 @@ class Keeping(Trainer):
         return loss
 
 
+@pytest.mark.slow
 def test_a_live_graph_is_an_error_in_words(tmp_path: Path) -> None:
     attached = attach(tiny_llama(), 2, init=8)
     callback = DynamicRankCallback(attached, **EVENTS)
@@ -62,6 +63,7 @@ class Cyclic(TrainerCallback):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_graph_that_nobody_holds_is_no_error(tmp_path: Path) -> None:
     trainer, attached, _ = trainer_of(tmp_path, options={"callbacks": [Cyclic()]})
     try:
@@ -103,6 +105,7 @@ class Averaging(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["averaging", "amsgrad", "galore_adamw", "lion_32bit"])
 def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_the_first_event(tmp_path: Path, optim: str) -> None:
     attached = attach(tiny_llama(), 2, init=8)
@@ -144,6 +147,7 @@ class Scaled(Trainer):
         return super()._clip_grad_norm(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overflows", [False, True])
 def test_a_scaled_loss_is_seen_unscaled(tmp_path: Path, overflows: bool) -> None:
     plain, pruned, told = trainer_of(tmp_path)
@@ -184,6 +188,7 @@ def test_wrong_settings_of_the_callback(pruning: dict[str, Any], what: str) -> N
         DynamicRankCallback(attach(tiny_llama()), **pruning)
 
 
+@pytest.mark.slow
 def test_a_callback_can_be_added_later_and_be_given_the_model(tmp_path: Path) -> None:
     trainer, attached, _ = trainer_of(tmp_path, pruned=False)
     trainer.callback_handler.callbacks.insert(0, DynamicRankCallback(attached.model, **EVENTS))

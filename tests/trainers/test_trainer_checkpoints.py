@@ -80,6 +80,7 @@ def test_a_run_goes_on_bit_for_bit_from_before_between_and_after_its_events(
         assert told == [{**event, "seconds": 0} for event in callback.rank_events]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_one_within_the_budget(tmp_path: Path) -> None:
     trainer, attached, _ = trainer_of(
         tmp_path, **EVERY_SECOND, options={"eval_dataset": rows()[:8]}, eval_strategy="steps", eval_steps=2,
@@ -111,6 +112,7 @@ def _trained_elsewhere(tmp_path: Path, attaching: Any, pruning: Any) -> tuple[An
     return trainer_of(tmp_path, attaching=attaching, pruning=pruning)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attaching", "pruning", "what"),
     [
@@ -127,6 +129,7 @@ def test_a_run_with_other_settings_does_not_go_on(
         later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_rank_control_is_refused(tmp_path: Path) -> None:
     trainer_of(tmp_path, **EVERY_SECOND)[0].train()
     state = tmp_path / "checkpoint-6" / "model.safetensors"

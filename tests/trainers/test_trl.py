@@ -54,6 +54,7 @@ def peft_logits(folder, name):
         return kind.from_pretrained(folder, dtype=torch.float32, **more).eval()(IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_components_go_in_the_trainer(tmp_path, name):
     """The losses are those without the callback until the first event; then components go, and stock PEFT agrees."""
@@ -145,6 +146,7 @@ def test_the_reference_is_the_base_and_no_second_model(tmp_path, name):
     assert not {tensor.data_ptr() for tensor in second.ref_model.parameters()} & ours
 
 
+@pytest.mark.slow
 def test_dpo_can_compute_the_reference_beforehand(tmp_path):
     """B is zero at the start, so the model is its own reference. (TRL 1.0 still loads a second one for it.)"""
     _, second, _ = train(tmp_path, "dpo", out="second")

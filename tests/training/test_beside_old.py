@@ -47,6 +47,7 @@ def overlaps(path: Path) -> float:
     return sum(overlap(factors.a_CI, factors.born[0]).item() for factors in adapter.layers.values())
 
 
+@pytest.mark.slow
 def test_the_penalty_keeps_new_directions_away_from_old_ones(folder: Path):
     found = {}
     for weight in (0, 0.5):
@@ -116,6 +117,7 @@ def heard(begun_run, rows) -> float:
     return (sums[0] / sums[1]).item()
 
 
+@pytest.mark.slow
 def test_new_components_are_silent_on_earlier_rows(folder: Path):
     earlier = read_data(make_recipe(folder, out="v1"), BaseFiles.find(make_recipe(folder, out="v1").model)).train
     plain, silent = begun(second(folder, out="plain")), begun(second(folder, *INFLORA, out="silent"))
@@ -124,6 +126,7 @@ def test_new_components_are_silent_on_earlier_rows(folder: Path):
     assert heard(silent, silent[0].train) > 1.5 * heard(silent, earlier)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_inflora_leaves_a_where_it_began_and_the_old_ones_as_they_were(folder: Path):
     recipe = second(folder, *INFLORA, "train.learning_rate=2e-2", out="inflora")
     summary, _ = train(recipe)

@@ -117,6 +117,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path):
     assert "finished already" in events[0]["text"]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     train(make_recipe(tmp_path, out="straight"))
     recipe = make_recipe(tmp_path, "train.save_steps=2", out="stopped")
@@ -158,6 +159,7 @@ def test_other_rows_are_refused(tmp_path):
         train(recipe, resume=True)
 
 
+@pytest.mark.slow
 def test_resume_from_goes_on_with_that_checkpoint(tmp_path):
     train(make_recipe(tmp_path, out="straight"))
     recipe = make_recipe(tmp_path, "train.save_steps=3", out="stopped")
@@ -255,6 +257,7 @@ def test_a_checkpoint_is_a_plain_adapter(tmp_path):
     assert sum(tensor.numel() for tensor in early.values()) == 8192
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
     recipe = make_recipe(tmp_path, "train.save_steps=3")
     train(recipe)
@@ -279,6 +282,7 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     write_state = checkpoint_module.write_state
 

@@ -53,6 +53,7 @@ def _energy(factors, part) -> float:
     return (factors.b_OC[:, part] @ factors.a_CI[part]).square().sum().item()
 
 
+@pytest.mark.slow
 def test_it_is_what_variant_dylora_does(tmp_path: Path):
     found = []
     for how in (("rank.elastic=true",), ("adapter.variant=dylora",)):

@@ -81,6 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- the start -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", ["tune", "freeze", "magnitudes"])
 @pytest.mark.parametrize("form", ["plain", "rslora", "patterns"])
 @torch.no_grad()
@@ -115,6 +116,7 @@ def test_old_components_are_in_their_svd_basis_or_untouched(folder: Path) -> Non
                 assert_close_to_truth(gram, wanted, terms=4 * 64, dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["default", "orthogonal", "eva"])
 @torch.no_grad()
 def test_new_rows_are_orthogonal_to_the_old_ones(folder: Path, start: str) -> None:
@@ -159,6 +161,7 @@ def rows_of(folder: Path) -> dict[str, list[bytes]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_frozen_components_stay_bit_for_bit(folder: Path, optimizer: str) -> None:
     if optimizer != "adamw":
@@ -186,6 +189,7 @@ def test_frozen_components_stay_bit_for_bit(folder: Path, optimizer: str) -> Non
     assert summary["peft_check"]["checked"]
 
 
+@pytest.mark.slow
 def test_of_old_components_the_magnitude_alone_trains(folder: Path) -> None:
     recipe = second(folder, "adapter.old=magnitudes", "train.weight_decay=0.1", out="sized")
     summary, _ = train(recipe)
@@ -210,6 +214,7 @@ def test_the_first_loss_is_the_old_adapters(folder: Path) -> None:
     assert summary["loss_before"] == pytest.approx(before["loss_after"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tuned_components_move_and_keep_their_birth(folder: Path) -> None:
     train(second(folder, out="tuned"))
     adapter = read_adapter(folder / "tuned")
@@ -220,6 +225,7 @@ def test_tuned_components_move_and_keep_their_birth(folder: Path) -> None:
         assert sum(factors.born) == factors.rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["gradient", "magnitude", "sensitivity"])
 def test_every_policy_judges_held_components_too(folder: Path, policy: str) -> None:
     out = f"by-{policy}"
@@ -231,6 +237,7 @@ def test_every_policy_judges_held_components_too(folder: Path, policy: str) -> N
     assert all(set(after[name][: f.born[0]]) <= set(before.get(name, ())) for name, f in left.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", ["tune", "freeze", "magnitudes"])
 def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(tmp_path: Path, old: str) -> None:
     train(make_recipe(tmp_path, out="v1"))
@@ -250,6 +257,7 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(tmp_path: Path,
     }
 
 
+@pytest.mark.slow
 def test_three_versions(folder: Path) -> None:
     train(second(folder, "adapter.old=freeze", out="two"))
     train(second(folder, "adapter.old=freeze", origin="two", out="three"))

@@ -49,6 +49,7 @@ def relative(one, other):
     return ((one.double() - other.double()).norm() / other.double().norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_micro_batches_and_accumulation_give_one_gradient(tmp_path, kind):
     settings = [*EIGHT_ROWS, "train.max_grad_norm=null"]
@@ -170,6 +171,7 @@ def test_gradient_checkpointing_prunes_too(tmp_path):
     assert saving["loss_after"] == same_loss(plain["loss_after"])
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_with_a_float32_pool(tmp_path):
     recipe = make_recipe(tmp_path, "model.dtype=bfloat16", "adapter.alpha=1")
     run = assembled(recipe)

@@ -88,6 +88,7 @@ def real_peak(recipe, ids):
     return peak.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -105,6 +106,7 @@ def test_activations_are_those_of_a_real_step(settings, tmp_path):
     assert need.activations == pytest.approx(real_peak(recipe, (8, 64)), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize("variant", ["lora", "full"])
 def test_other_models_and_variants(kind, variant, tmp_path):
@@ -114,6 +116,7 @@ def test_other_models_and_variants(kind, variant, tmp_path):
     assert (small.base == 0) == (variant == "full"), "all that trains counts as the adapter"
 
 
+@pytest.mark.slow
 def test_weights_adapter_and_growth(tmp_path):
     recipe = make_recipe(tmp_path)
     files = BaseFiles.find(recipe.model)
@@ -146,6 +149,7 @@ def test_four_bits_are_a_seventh_of_the_linear_weights(tmp_path):
 # -- what a run holds ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_what_trains_and_its_moments_shrink_with_the_components(optimizer, tmp_path):
     summary, events = run_training(make_recipe(tmp_path, f"train.optimizer={optimizer}"))

@@ -44,6 +44,7 @@ def notes_of(recipe):
     return [note for note in dry_run.plan(recipe)["notes"] if "new" in note and "tokens" in note]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_only_rows_and_components_train_and_stock_peft_computes_the_same(tmp_path, kind):
     """gpt2 ties its head to its table, this llama does not."""

@@ -170,6 +170,7 @@ def test_a_saved_state_comes_back_bit_by_bit():
     assert torch.equal(pool.values, other.values)
 
 
+@pytest.mark.slow
 def test_a_run_in_8_bits_prunes_saves_resumes_and_learns_as_much(tmp_path):
     """It starts with 8,192 numbers and ends with 2,048, so it also crosses bitsandbytes' limit."""
     plain, _ = train(make_recipe(tmp_path, "train.learning_rate=2e-2", out="plain"))
@@ -190,6 +191,7 @@ def test_a_run_in_8_bits_prunes_saves_resumes_and_learns_as_much(tmp_path):
     assert again["loss_after"] == summary["loss_after"]
 
 
+@pytest.mark.slow
 def test_other_variants_and_full_fine_tuning_take_it_too(tmp_path):
     for variant in ("ard", "full"):  # numbers of no dimension, and matrices
         overrides = f"adapter.variant={variant}", "train.optimizer=adamw_8bit", "train.max_steps=5"
@@ -198,6 +200,7 @@ def test_other_variants_and_full_fine_tuning_take_it_too(tmp_path):
         assert summary["loss_after"] < summary["loss_before"]
 
 
+@pytest.mark.slow
 def test_the_rate_is_searched_for_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr("dynlora_cli.training.rate_search.STEPS", 3)
     summary, _ = train(

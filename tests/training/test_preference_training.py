@@ -20,6 +20,7 @@ from dynlora_cli.training.step import backward
 LOG_2 = 0.6931471805599453
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_a_run_learns_what_is_preferred(tmp_path, objective):
     _, events = train(preference_recipe(tmp_path, objective=objective))
@@ -104,6 +105,7 @@ def test_the_reference_of_a_pissa_start_is_the_base(tmp_path):
     assert not torch.equal(base_L, now_L), "components that were filled with numbers do something"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", ["tune", "freeze", "magnitudes"])
 def test_the_reference_stays_the_adapter_that_a_run_goes_on_from(tmp_path, old):
     """Though its components train, go and are turned."""
@@ -144,6 +146,7 @@ def test_components_are_scored_by_the_objectives_own_gradient(tmp_path, objectiv
     assert alike < 0.99, "those of a cross-entropy are others"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 @pytest.mark.parametrize("setting", ["train.fused=false", "train.gradient_checkpointing=true"])
 def test_how_the_steps_are_run_changes_nothing(tmp_path, objective, setting):

@@ -19,6 +19,7 @@ from dynlora_cli.training import rate_search, step
 AUTO = "train.learning_rate=auto"
 
 
+@pytest.mark.slow
 def test_the_best_rate_has_a_worse_neighbour_on_both_sides(tmp_path: Path):
     run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False)
     losses, untrained = rate_search.search(run)
@@ -28,6 +29,7 @@ def test_the_best_rate_has_a_worse_neighbour_on_both_sides(tmp_path: Path):
     assert losses[best] < untrained
 
 
+@pytest.mark.slow
 def test_the_search_starts_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = []
     for first in (2e-3 / 16, 2e-3 * 16):
@@ -72,6 +74,7 @@ def test_of_broken_models_none_is_the_best(tmp_path: Path, monkeypatch: pytest.M
     assert rate_search.choose(*rate_search.search(run)) < 1e-3
 
 
+@pytest.mark.slow
 def test_where_nothing_is_learned_the_highest_rate_that_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A classifier may stand at chance for longer than a trial; the search must not go down to rates that do nothing."""
     recipe = make_recipe(tmp_path, AUTO, "train.max_steps=40")
@@ -95,6 +98,7 @@ def test_a_model_is_untrained_where_the_rate_is_nothing(tmp_path: Path):
     assert rate_search._untrained(run) == same_loss(rate_search._trial(run, 0.0, lambda: False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
     run = assembled(make_recipe(tmp_path, AUTO, f"adapter.dropout={dropout}"), fill=False)
@@ -107,6 +111,7 @@ def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
     assert rate_search.search(run) == first
 
 
+@pytest.mark.slow
 def test_a_run_uses_what_it_found_and_says_so(tmp_path: Path):
     summary, events = train(make_recipe(tmp_path, AUTO))
     rates = dict(summary["rates_tried"])
@@ -120,6 +125,7 @@ def test_a_run_uses_what_it_found_and_says_so(tmp_path: Path):
     assert fixed["rates_tried"] == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_search_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, _ = train(make_recipe(tmp_path, AUTO, out="whole"))
     recipe = make_recipe(tmp_path, AUTO)
@@ -132,6 +138,7 @@ def test_a_resumed_run_does_not_search_again(tmp_path: Path, monkeypatch: pytest
     assert lines(tmp_path / "out" / "metrics.jsonl") == lines(tmp_path / "whole" / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_classifier_and_all_weights(tmp_path: Path):
     for number, settings in enumerate((["rank.budget=2"], ["adapter.variant=full"])):
         summary, _ = train(make_recipe(tmp_path, AUTO, *settings, kind="bert", out=f"out{number}"))

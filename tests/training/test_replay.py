@@ -101,6 +101,7 @@ def test_a_dry_run_counts_the_replayed_rows(tmp_path: Path) -> None:
     assert plan["data"]["replay"]["runs"][0]["tokens"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_a_resumed_run_with_weights_and_replay_ends_at_the_same_bits(tmp_path: Path, packing: str) -> None:
     earlier(tmp_path)
@@ -119,6 +120,7 @@ def test_a_resumed_run_with_weights_and_replay_ends_at_the_same_bits(tmp_path: P
     assert record["mix"] == whole["mix"]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_where_the_earlier_one_is_another(tmp_path: Path) -> None:
     earlier(tmp_path)
     recipe = later(tmp_path)

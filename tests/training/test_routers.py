@@ -43,6 +43,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     return load_file(file if file.is_file() else folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ROUTERS)
 def test_a_router_learns_and_its_adapters_stay_as_they_are(library: Path, variant: str) -> None:
     summary, _ = train(router_recipe(library, variant, out=variant))
@@ -77,6 +78,7 @@ def test_where_rows_need_one_adapter_each_a_router_beats_an_equal_share_of_all(
     assert summary["loss_after"] < share * summary["loss_before"]
 
 
+@pytest.mark.slow
 def test_adapters_of_other_kinds_are_weighed_by_moa_alone(own: Path) -> None:
     rows = write_rows_of(own, "fours")
     for kind in ("dora", "hira"):
@@ -210,6 +212,7 @@ def test_the_rows_of_a_library_need_one() -> None:
     assert "builtin:library stands for rows of adapters named there" in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ROUTERS)
 def test_a_dry_run_shows_the_adapters_and_estimates_the_memory(library: Path, variant: str) -> None:
     plan = dry_run.plan(router_recipe(library, variant, out="planned"))

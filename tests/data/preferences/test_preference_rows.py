@@ -75,6 +75,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "template"), SHAPES)
 def test_the_tokens_are_trls(tmp_path: Path, row: dict[str, Any], template: str | None) -> None:
     tokenizer = byte_tokenizer(template)
