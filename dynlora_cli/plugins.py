@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -83,13 +84,13 @@ def names(kind: str) -> list[str]:
 def _files(kind: str) -> dict[str, Path]:
     """Name to file, of every folder that belongs to the kind's package."""
     folders = importlib.import_module(f"dynlora_cli.{FOLDERS[kind]}").__path__
-    files = [path for folder in map(Path, folders) for path in _in_folder(folder, folder.stat().st_mtime_ns)]
+    return _in_folders(tuple((folder, os.stat(folder).st_mtime_ns) for folder in folders))
+
+
+@cache  # asked dozens of times for a recipe; the times say whether a file has come or gone
+def _in_folders(folders: tuple[tuple[str, int], ...]) -> dict[str, Path]:
+    files = [path for folder, _ in folders for path in Path(folder).glob("*.py") if not path.stem.startswith("_")]
     return {path.stem.replace("_", "-"): path for path in files}
-
-
-@cache  # asked dozens of times for a recipe; the time says whether a file has come or gone
-def _in_folder(folder: Path, _changed: int) -> list[Path]:
-    return [path for path in folder.glob("*.py") if not path.stem.startswith("_")]
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -115,7 +116,8 @@ def declared(kind: str, name: str, constant: str, default: Any = None) -> Any:
         UsageError: the file is no Python, or the constant is set to something that only running the file could tell.
     """
     path = _files(kind)[name]
-    text = path.read_text(encoding="utf-8")
+    about = os.stat(path)
+    text = _text(path, about.st_mtime_ns, about.st_size)
     if constant not in text:
         return default
     for target, value in _parsed(path, text):
@@ -128,6 +130,11 @@ def declared(kind: str, name: str, constant: str, default: Any = None) -> Any:
                     "write a literal: texts, numbers, True, False, None, and lists, tuples and dicts of them",
                 ) from None
     return default
+
+
+@cache  # time and size say whether the file has changed
+def _text(path: Path, _changed: int, _size: int) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 @cache

@@ -19,7 +19,7 @@ why, hint     the message: the reason, and what to do
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, reduce
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -79,6 +79,11 @@ def _any_of(values: Any) -> Any:
     return values if isinstance(values, (list, tuple)) else [values]
 
 
+@cache
+def _reader() -> TypeAdapter[list[Rule]]:
+    return TypeAdapter(list[Rule])
+
+
 def rules(kind: str, name: str) -> list[Rule]:
     """The CONFLICTS of a plug-in; most have none.
 
@@ -86,7 +91,7 @@ def rules(kind: str, name: str) -> list[Rule]:
         UsageError: its declaration is wrong; the message is for whoever wrote the plug-in.
     """
     try:
-        return TypeAdapter(list[Rule]).validate_python(plugins.declared(kind, name, "CONFLICTS", []))
+        return _reader().validate_python(plugins.declared(kind, name, "CONFLICTS", []))
     except ValidationError as error:
         raise misdeclared(kind, name, "CONFLICTS", first_fault(error)) from None
 

@@ -60,6 +60,11 @@ class Option(BaseModel):
         return kind if self.default is not None else kind | None
 
 
+@cache
+def _reader() -> TypeAdapter[dict[str, Option]]:
+    return TypeAdapter(dict[str, Option])
+
+
 def options(kind: str, name: str) -> dict[str, Option]:
     """The options that a plug-in declares; most declare none.
 
@@ -70,7 +75,7 @@ def options(kind: str, name: str) -> dict[str, Option]:
     if not declared:
         return {}
     try:
-        found = TypeAdapter(dict[str, Option]).validate_python(declared)
+        found = _reader().validate_python(declared)
         for key, option in found.items():
             _check(key, option)
     except ValidationError as error:
