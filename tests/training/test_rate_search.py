@@ -19,6 +19,13 @@ from dynlora_cli.training import rate_search, step
 AUTO = "train.learning_rate=auto"
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of a few steps, where it does not matter which rate they find."""
+    for name, value in {"STEPS": 5, "WARMUP": 1, "JUDGED": 2}.items():
+        monkeypatch.setattr(rate_search, name, value)
+
+
 @pytest.mark.slow
 def test_the_best_rate_has_a_worse_neighbour_on_both_sides(tmp_path: Path):
     run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=40"), fill=False)
@@ -100,6 +107,7 @@ def test_a_model_is_untrained_where_the_rate_is_nothing(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.usefixtures("brief")
 def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
     run = assembled(make_recipe(tmp_path, AUTO, f"adapter.dropout={dropout}"), fill=False)
     values, random_state = run.trained.values.detach().clone(), torch.get_rng_state()
@@ -112,6 +120,7 @@ def test_nothing_of_a_trial_stays(tmp_path: Path, dropout: float):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_a_run_uses_what_it_found_and_says_so(tmp_path: Path):
     summary, events = train(make_recipe(tmp_path, AUTO))
     rates = dict(summary["rates_tried"])
@@ -126,6 +135,7 @@ def test_a_run_uses_what_it_found_and_says_so(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_a_resumed_run_does_not_search_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, _ = train(make_recipe(tmp_path, AUTO, out="whole"))
     recipe = make_recipe(tmp_path, AUTO)
@@ -139,6 +149,7 @@ def test_a_resumed_run_does_not_search_again(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_a_classifier_and_all_weights(tmp_path: Path):
     for number, settings in enumerate((["rank.budget=2"], ["adapter.variant=full"])):
         summary, _ = train(make_recipe(tmp_path, AUTO, *settings, kind="bert", out=f"out{number}"))
