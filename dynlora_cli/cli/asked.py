@@ -104,7 +104,7 @@ def sweeping(grid: Grid, *, overwrite: bool = False, resume: bool = False) -> It
     from dynlora_cli.commands import sweep as command
 
     with place_of(grid.folder):
-        yield command.check(grid, writes=True, overwrite=overwrite, resume=resume)
+        yield command.check(grid, preflight.training, writes=True, overwrite=overwrite, resume=resume)
 
 
 def refuse_both_ways(overwrite: bool, resume: bool, resume_from: Path | None) -> None:

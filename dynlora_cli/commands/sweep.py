@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dynlora_cli import __version__
-from dynlora_cli.commands import preflight
 from dynlora_cli.config.plug_in_keys import owners
 from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.config.sweep import SEED, Grid, Member
@@ -48,6 +47,13 @@ NOT_OF_ROWS = {
 MOST_KEPT = 8  # sets of rows in memory: one for each seed, as a rule
 
 
+class Preflight(Protocol):
+    """Checks what the disk alone can answer, as `preflight.training` does."""
+
+    def __call__(self, recipe: Recipe, *, writes: bool) -> None:
+        """`writes`: not a dry run."""
+
+
 class Train(Protocol):
     """Trains one run and returns its summary, as `dynlora train` does."""
 
@@ -58,8 +64,15 @@ class Train(Protocol):
 # -- before anything runs --------------------------------------------------------------------------------------------
 
 
-def check(grid: Grid, *, writes: bool, overwrite: bool = False, resume: bool = False) -> dict[str, Standing]:
+def check(
+    grid: Grid, preflight: Preflight, *, writes: bool, overwrite: bool = False, resume: bool = False
+) -> dict[str, Standing]:
     """Check what the runs need of the disk, and find out how each of them stands.
+
+    Args:
+        grid: of the sweep.
+        preflight: checks the paths of one recipe, as for a run of its own.
+        writes, overwrite, resume: as of a run.
 
     Returns:
         By name of the run: "new"; "go on" from its checkpoint; "finished"; "anew", since what is there is to be
@@ -75,7 +88,7 @@ def check(grid: Grid, *, writes: bool, overwrite: bool = False, resume: bool = F
     for member in grid.members:
         try:
             standing[member.name] = _standing(member, overwrite=overwrite, resume=resume) if writes else "new"
-            preflight.training(member.recipe, writes=False)
+            preflight(member.recipe, writes=False)
         except DynloraError as error:
             faults.setdefault(error.message, error)
     if faults:

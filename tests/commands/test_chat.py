@@ -377,7 +377,6 @@ def test_a_saved_talk_is_read_by_training(engine: Engine, tmp_path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_run_on_bare_text_is_asked_line_by_line(runs: Callable[[str], Run], tmp_path: Path):
     path = tmp_path / "bare.jsonl"
     typed = Typed("sort: b a -> ", "count: c -> ", f"/save {path}")

@@ -196,7 +196,6 @@ def controlled(policy="fisher", *, steps=40, target=100, seed=0, lr=1e-2, gauge=
 
 
 class TestControl:
-    @pytest.mark.slow
     @pytest.mark.parametrize("gauge", [True, False])
     @pytest.mark.parametrize("policy", POLICIES)
     @pytest.mark.parametrize("target", [32, 60, 100, 279])

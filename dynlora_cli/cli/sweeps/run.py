@@ -56,11 +56,12 @@ def sweep(asked_for: Asked) -> dict[str, Any]:
         Interrupted: Ctrl-C; `--resume` goes on.
     """
     from dynlora_cli.cli import asked
+    from dynlora_cli.commands import preflight
     from dynlora_cli.commands import sweep as command
 
     grid, view = make_grid(read_axes(asked_for.sweeps, asked_for.changes), asked_for.load), console()
     if asked_for.dry_run:
-        command.check(grid, writes=False)
+        command.check(grid, preflight.training, writes=False)
         return _planned(grid, None if asked_for.as_json else view)
     from dynlora_cli.cli.views.sweep import SweepView, show_sweep
 
