@@ -98,11 +98,6 @@ def read_axes(texts: Sequence[str], changed: Sequence[str] = ()) -> tuple[Axis, 
     return tuple(axes)
 
 
-def axes_of(values: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The same as texts, of what a program has made: a list of values for each key."""
-    return [f"{key}={', '.join(map(_text, several))}" for key, several in values.items()]
-
-
 def _axis(text: str) -> tuple[Axis | None, list[str]]:
     key, equals, listed = (part.strip() for part in text.partition("="))
     place = f"--sweep {text if len(text) <= 120 else text[:117] + '...'}"
