@@ -94,16 +94,15 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter: from a recipe, or from a model and rows."""
-    given = Given(model, dataset, budget, columns)
     if sweep:
-        ways = {"overwrite": overwrite, "resume": resume, "dry_run": dry_run, "as_json": as_json}
-        _sweep(context.obj, recipe, given, sweep, overrides or (), output_dir, resume_from, devices, **ways)
+        _sweep(context)
         return
     with reporting(as_json) as result, ExitStack() as held:
         from dynlora_cli.cli import asked
 
         asked.refuse_both_ways(overwrite, resume, resume_from)
         view = console()
+        given = Given(model, dataset, budget, columns)
         checked, text, named = _asked(recipe, given, overrides or (), output_dir)
         if dry_run:
             from dynlora_cli.commands import preflight
@@ -197,27 +196,21 @@ def _from_file(recipe: Path, overrides: Sequence[str], output_dir: str | None) -
     return checked, settled(text, str(recipe), overrides, output_dir) if kept else None
 
 
-def _sweep(
-    arguments: Sequence[str],
-    recipe: Path | None,
-    given: Given,
-    texts: Sequence[str],
-    changes: Sequence[str],
-    output_dir: str | None,
-    resume_from: Path | None,
-    devices: str,
-    **ways: bool,
-) -> None:
+def _sweep(context: typer.Context) -> None:
     """Train all runs of a sweep."""
-    with reporting(ways["as_json"]) as result:
+    options = context.params
+    recipe, given = options["recipe"], Given(*(options[name] for name in Given._fields))
+    changes = options["overrides"] or ()
+    ways = {name: options[name] for name in ("overwrite", "resume", "dry_run", "as_json")}
+    with reporting(options["as_json"]) as result:
         from dynlora_cli.cli import asked
         from dynlora_cli.cli.sweeps.run import Asked, sweep
         from dynlora_cli.config.load import load_recipe
 
         if recipe is not None:
             _refuse_names(recipe, given)
-        asked.refuse_both_ways(ways["overwrite"], ways["resume"], resume_from)
-        if resume_from:
+        asked.refuse_both_ways(options["overwrite"], options["resume"], options["resume_from"])
+        if options["resume_from"]:
             raise UsageError(
                 "--resume-from goes on with a single run", "with --sweep, --resume goes on with all of them"
             )
@@ -225,12 +218,13 @@ def _sweep(
             raise UsageError("--sweep starts the processes of its runs itself", "leave torchrun out; add --devices N")
 
         def load(settings: Sequence[str], folder: str | None) -> Recipe:
+            out = folder or options["output_dir"]
             if recipe is None:
-                return _asked(None, given, [*changes, *settings], folder or output_dir)[0]
-            return load_recipe(recipe, changes, folder or output_dir, settings)
+                return _asked(None, given, [*changes, *settings], out)[0]
+            return load_recipe(recipe, changes, out, settings)
 
-        several = None if devices == "1" else lambda: _device_count(devices)
-        result.update(sweep(Asked(texts, changes, load, arguments=arguments, devices=several, **ways)))
+        several = None if options["devices"] == "1" else lambda: _device_count(options["devices"])
+        result.update(sweep(Asked(options["sweep"], changes, load, arguments=context.obj, devices=several, **ways)))
     if result.get("exit_code"):  # not an error: the table is the result, also where runs have failed
         raise typer.Exit(result["exit_code"])
 
