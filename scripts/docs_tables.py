@@ -1,4 +1,5 @@
-"""Tables of docs/performance.md and docs/benchmarks.md, from those of scripts/bench; of docs/migrate/, from the importers."""
+"""Tables of docs/performance.md and docs/benchmarks.md, from those of scripts/bench; of docs/migrate/, from the importers;
+and of docs/recipes.md, the recipes for named models, from their headers."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 from dynlora_cli import plugins
 from dynlora_cli.config import foreign_names
 
 BENCH = Path(__file__).parent / "bench"
+ROOT = Path(__file__).parent.parent
 
 # Columns of speed.md that a user asks for, and what they are called in the documentation.
 SPEED = {
@@ -119,6 +123,22 @@ def keys_of(importer: str) -> str:
     return table(["key", "here", ""], lines)
 
 
+def named() -> str:
+    """Every recipe for a model by its name on the hub: those in recipes/untested, and those that were run."""
+    rows = []
+    for path in sorted([*(ROOT / "recipes").glob("smollm2-*.yaml"), *(ROOT / "recipes" / "untested").glob("*.yaml")]):
+        text = path.read_text(encoding="utf-8")
+        model = yaml.safe_load(text)["model"]
+        options = {"name_or_path": model} if isinstance(model, str) else model
+        header = dict(re.findall(r"(?m)^# (\w+): *(.*)", text))
+        kind = "QLoRA" if options.get("load_in_4bit") else "LoRA"
+        kind += {"sequence-classification": ", classes", "embedding": ", vectors"}.get(options.get("task", ""), "")
+        needs = re.sub(r" by --dry-run.*", "", header["Hardware"])
+        run = "no" if "untested" in path.parts else "yes"
+        rows.append([f"`{options['name_or_path']}`", f"`{path.relative_to(ROOT)}`", kind, needs, run])
+    return table(["model", "recipe", "kind", "needs", "run with its weights"], sorted(rows))
+
+
 BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("performance.md", "speed"): speed,
     ("performance.md", "memory"): memory,
@@ -130,6 +150,7 @@ BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
         (f"migrate/{name}.md", "keys"): partial(keys_of, name)
         for name in ("axolotl", "llama-factory", "trl", "torchtune", "ms-swift", "unsloth")
     },
+    ("recipes.md", "named"): named,
 }
 
 

@@ -16,7 +16,7 @@ from dynlora_cli.execution import mode as execution
 from dynlora_cli.lora.start import Start
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import linear_shape
-from dynlora_cli.models.load import Base, resolve_dtype
+from dynlora_cli.models.load import Base, quantized_to, resolve_dtype
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.training.batches import total_steps, training_batches
@@ -43,7 +43,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         recipe_yaml, example, modules, parameters, schedule, steps, data, memory and notes; see cli/views/plan.py.
     """
     modes = execution.plan(recipe.train).for_short_runs()
-    files = BaseFiles.find(recipe.model)
+    files = BaseFiles.find(recipe.model, planning=True)
     data = read_data(recipe, files)
     base = read_base(recipe, files, data, torch.device("meta"), modes)
     steps = total_steps(recipe, training_batches(recipe, data, base))
@@ -131,8 +131,12 @@ def _memory(
     if need.rows > need.most_rows:
         most = need.most_rows if part else need.most_rows // lines
         size = "model.mini_batch_size" if part else "train.micro_batch_size"
-        advice = f"lower {size} to {most}, " if most else ""
-        advice += "set train.gradient_checkpointing: true or model.load_in_4bit: true, or lower dataset.max_length"
+        steps = [f"lower {size} to {most}"] if most else []
+        if not recipe.train.gradient_checkpointing:
+            steps.append("set train.gradient_checkpointing: true")
+        if not quantized_to(recipe.model) and not base.files.quantization:
+            steps.append("set model.load_in_4bit: true")
+        advice = ", ".join([*steps, "lower dataset.max_length"])
         found["notes"] = [*data.notes, f"this may not fit into memory: {advice}"]
     return found
 

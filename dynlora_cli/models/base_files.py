@@ -35,21 +35,25 @@ class BaseFiles:
 
     Attributes:
         rows: the table must have so many, with those that an adapter brings; 0: it brings none.
+        planning: nothing is to be loaded: the folder may lack weights.
         new: tokens that the tokenizer got for a run, and whose rows train.
     """
 
     def __init__(self, options: Model, folder: Path, reference: str, rows: int = 0) -> None:
         self.options, self.folder, self.reference, self.rows = options, folder, reference, rows
+        self.planning = False
         self.new: NewTokens | None = None
 
     @classmethod
-    def find(cls, options: Model) -> BaseFiles:
-        """The files of the model that a recipe names.
+    def find(cls, options: Model, *, planning: bool = False) -> BaseFiles:
+        """The files of the model that a recipe names; for a plan, weights are neither fetched nor asked for.
 
         Raises:
             UsageError, MachineError: as `find_model`.
         """
-        return cls(options, *find_model(options))
+        files = cls(options, *find_model(options, weights=not planning))
+        files.planning = planning
+        return files
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.models.linear import dense_weight, is_plain, kind_of
-from dynlora_cli.models.load import DTYPES, Base, load_structure
+from dynlora_cli.models.load import DTYPES, MXFP4, Base, load_structure
 from dynlora_cli.models.place import Place
 
 BESIDE = ("*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*token*.json", "vocab.json", "generation_config.json")
@@ -35,10 +35,11 @@ def write_dequantized(base: Base, place: Place, folder: Path, dtype: torch.dtype
         the new model's place.
 
     Raises:
-        UsageError: it is quantized by another method than bitsandbytes.
+        UsageError: it is quantized by a method that is not known here.
     """
     method, layers = place.files.quantization, quantized_layers(base)
-    if method != "bitsandbytes" or not all(_is_ours(base.model.get_submodule(name)) for name in layers):
+    known = method in ("bitsandbytes", MXFP4)  # the latter is loaded as plain numbers
+    if not known or not all(_is_ours(base.model.get_submodule(name)) for name in layers):
         raise UsageError(
             f"{place.folder} is stored quantized by {method}, which is not turned back here",
             "name the model it was made from: --base FOLDER",

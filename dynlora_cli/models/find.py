@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "assets" / "builtin_tiny"}
 ASKS_FOR_TRUST = "trust_remote_code=True"  # in the errors of transformers
 # What a model needs to run; no pickles, and no weights of other frameworks.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+HUB_WEIGHTS = ["*.safetensors"]
 
 
-def find_model(options: Model) -> tuple[Path, str]:
+def find_model(options: Model, *, weights: bool = True) -> tuple[Path, str]:
     """The model's local folder, and how an adapter should name it.
+
+    Args:
+        options: a recipe's `model` section.
+        weights: fetch them, too, where the model is the hub's.
 
     Raises:
         UsageError: a local folder that holds no model, or an unknown built-in one.
@@ -44,7 +49,7 @@ def find_model(options: Model) -> tuple[Path, str]:
         return folder.resolve(), str(folder.resolve())
     if folder.exists() or not is_hub_name(name):
         raise UsageError(f"model.name_or_path: there is no folder {name}", "name a folder, a hub id or builtin:tiny")
-    return _from_hub(name, options.revision), name
+    return _from_hub(name, options.revision, weights=weights), name
 
 
 def is_hub_name(name: str) -> bool:
@@ -106,12 +111,12 @@ def _refuse_unsafe(folder: Path) -> None:
             inside(folder, name, index)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, *, weights: bool) -> Path:
     """The local snapshot of a hub model, fetched if need be and allowed."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES + HUB_WEIGHTS * weights))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise MachineError(

@@ -1,8 +1,9 @@
-"""The output layer of a classifier: whose classes it answers with, and new values where those are others."""
+"""The output layer: whose classes a classifier answers with, new values where those are others, a weight of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,3 +30,16 @@ def renew(model: PreTrainedModel, head: str) -> None:
             module.weight.normal_(0, spread)
             if module.bias is not None:
                 module.bias.zero_()
+
+
+def part_head(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
+    """Give the output layer of a model without weights its own weight, where its config.json says that it has one.
+
+    transformers 5 shares it in every T5, and parts the two when it sees that the files hold both.
+    """
+    outer = model.get_output_embeddings()
+    if config.get("tie_word_embeddings") is False and outer is not None:
+        own = getattr(outer, "weight", None)
+        shared = getattr(model.get_input_embeddings(), "weight", None)
+        if isinstance(own, nn.Parameter) and id(own) == id(shared):
+            outer.weight = nn.Parameter(torch.empty_like(own), requires_grad=False)

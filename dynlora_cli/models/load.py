@@ -13,15 +13,17 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import Mxfp4Config
 
 from dynlora_cli import plugins
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.models.alone import making_a_model
 from dynlora_cli.models.base_files import BaseFiles
-from dynlora_cli.models.find import ASKS_FOR_TRUST, needs_trust
-from dynlora_cli.models.heads import class_names, renew, same_classes
+from dynlora_cli.models.find import ASKS_FOR_TRUST, needs_trust, quantization_of
+from dynlora_cli.models.heads import class_names, part_head, renew, same_classes
 from dynlora_cli.models.layout import Layout
 from dynlora_cli.models.randomness import seeded
+from dynlora_cli.models.supposed import SupposedWeights, has_weights
 from dynlora_cli.models.targets import inside
 from dynlora_cli.models.weights import Weights
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 # What transformers calls the output layer of a classifier, and PEFT with it.
 HEAD_NAMES = ("classifier", "score")
 CAUSAL = "AutoModelForCausalLM"
+MXFP4 = "mxfp4"  # how the experts of gpt-oss are stored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,14 +93,16 @@ def load_base(
         UsageError, MachineError: the model cannot be loaded; the message says why.
     """
     folder = files.folder
+    _refuse_quantized_twice(options, files)
     if any(folder.glob("*.bin")):
         Weights(folder)  # what merging could not read later is not trained on
     dtype = resolve_dtype(options.dtype, computes or device)
     structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
-    head, new, whole = _whole(structure, folder) if structure is not None and labels else (None, False, ())
+    head, new, whole = _whole(structure, _weights(files)) if structure is not None and labels else (None, False, ())
     others = labels and head and not new and not same_classes(labels, class_names(_config(options, folder, None)))
     if structure is not None and device.type == "meta":
         model = structure
+        part_head(model, files.config)
     else:
         with making_a_model(), seeded(seed, device):  # what its files lack, such as a new head
             model = _from_pretrained(options, folder, _config(options, folder, labels), dtype, device, whole)
@@ -118,26 +123,44 @@ def load_base(
     return Base(model, tokenizer, files, dtype, head, new or bool(others), whole)
 
 
-def own_classes(options: Model, folder: Path) -> list[str] | None:
+def _refuse_quantized_twice(options: Model, files: BaseFiles) -> None:
+    """Refuse to quantize what is stored in few bits by another method.
+
+    Raises:
+        UsageError: a recipe asks for that.
+    """
+    if (bits := quantized_to(options)) and files.quantization not in (None, "bitsandbytes"):
+        raise UsageError(
+            f"model.{bits}: the weights in {files.folder} are stored quantized by {files.quantization} already",
+            f"leave {bits} out, or name the model in full precision",
+        )
+
+
+def quantized_to(options: Model) -> str:
+    """The key by which a recipe has the base quantized; "" where it does not."""
+    return next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(options, key)), "")
+
+
+def own_classes(options: Model, files: BaseFiles) -> list[str] | None:
     """The classes that a checkpoint has a head for, in its order; None where it has no head."""
-    structure = load_structure(options, folder, None)
-    head, new, _ = _whole(structure, folder)
+    structure = load_structure(options, files.folder, None)
+    head, new, _ = _whole(structure, _weights(files))
     return None if head is None or new else class_names(structure.config)
 
 
 def trains_whole(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     """The modules of a classifier in memory that have to train whole, by the checkpoint that it was loaded from."""
-    return _whole(model, folder)[2]
+    return _whole(model, Weights(folder))[2]
 
 
-def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tuple[str, ...]]:
+def _whole(model: PreTrainedModel, weights: Weights) -> tuple[str | None, bool, tuple[str, ...]]:
     """Of a classifier: its head, whether its checkpoint lacks that, and all modules that train whole.
 
     Beside the head, those are the modules on top of the encoder that the checkpoint lacks: they are as random as a new
     head, and nobody who loads the adapter would get the same numbers again. And whatever has a name that ends like a
     head's (DistilBERT's pre_classifier): PEFT takes all of them out of the file.
     """
-    layout = Layout(Weights(folder), model)
+    layout = Layout(weights, model)
     head = next((name for name in HEAD_NAMES if hasattr(model, name)), None)
     found = {} if head is None else {head: None}
     found |= {name: None for name, _ in model.named_modules() if name.endswith(HEAD_NAMES) and not inside(name, found)}
@@ -147,6 +170,13 @@ def _whole(model: PreTrainedModel, folder: Path) -> tuple[str | None, bool, tupl
         if not inside(name, found):
             found[name.rpartition(".")[0]] = None
     return head, head is not None and any(inside(name, [head]) for name in lacking), tuple(found)
+
+
+def _weights(files: BaseFiles) -> Weights:
+    """What a base's files hold; for a plan, what they would hold."""
+    if files.planning and not has_weights(files.folder):
+        return SupposedWeights(files.folder, _config(files.options, files.folder, None))
+    return Weights(files.folder)
 
 
 def load_structure(
@@ -254,6 +284,8 @@ def _from_pretrained(
     if options.load_in_4bit or options.load_in_8bit:
         arguments["quantization_config"] = _quantization(options, dtype, whole)
         arguments["device_map"] = {"": device}
+    elif quantization_of(folder) == MXFP4:  # kernels that compute in it have no backward pass
+        arguments["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
         model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
     except (MemoryError, torch.OutOfMemoryError):

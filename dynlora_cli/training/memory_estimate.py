@@ -24,9 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli import plugins
 from dynlora_cli.kernels.linear_cross_entropy import decoder_inputs, linear_cross_entropy, run_to_head
-from dynlora_cli.models.place import tied
 from dynlora_cli.models.targets import inside
-from dynlora_cli.models.token_rows import without_rows
 from dynlora_cli.training.optimizers import state_bytes
 
 if TYPE_CHECKING:
@@ -127,8 +125,11 @@ def measure(
     vectors = plugins.declared("tasks", options.task, "AUTO_MODEL") == AUTO_MODEL
     model: PreTrainedModel = base.model.to(dtype=base.dtype)  # type: ignore[call-arg]
     with FakeTensorMode(allow_non_fake_inputs=True):
+        shared = _shared(model)
         model.to_empty(device=device)
-        _tie(base)
+        for (first, key), *others in shared:  # each module got a tensor of its own
+            for module, name in others:
+                module._parameters[name] = first._parameters[key]
         model.train()
         quantized = _quantized(base, options)
         trains = attach()
@@ -150,13 +151,14 @@ def measure(
     return Need(weights, 2 * _bytes(trained), moments, peak.peak + largest, libraries, *ids, free)
 
 
-def _tie(base: Base) -> None:
-    """Make the weights one again that are shared; transformers does not know tables with rows of new tokens."""
-    inner, outer = base.model.get_input_embeddings(), base.model.get_output_embeddings()
-    if not base.rows:
-        base.model.tie_weights()
-    elif outer is not None and tied(base.model):
-        without_rows(outer)._parameters["weight"] = without_rows(inner)._parameters["weight"]
+def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places of each parameter that several modules have in common."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
 
 
 def _around(device: torch.device) -> tuple[int, int]:

@@ -29,8 +29,9 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.whole import Trained
 from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.experts import fused_experts
 from dynlora_cli.models.fingerprint import changed_since
-from dynlora_cli.models.load import Base, load_base, own_classes, resolve_dtype
+from dynlora_cli.models.load import Base, load_base, own_classes, quantized_to, resolve_dtype
 from dynlora_cli.models.randomness import Randomness
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.row_fisher import weights_note
@@ -40,7 +41,7 @@ from dynlora_cli.runs.folder import read_record
 from dynlora_cli.tasks import objective as objectives
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating, summed_loss
-from dynlora_cli.text import counted
+from dynlora_cli.text import counted, size
 from dynlora_cli.training import samples
 from dynlora_cli.training.batches import make_batches, on_device, total_steps, training_batches
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
@@ -50,6 +51,7 @@ from dynlora_cli.training.run import Progress, Run
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Model
     from dynlora_cli.evaluation.also import RowSet
     from dynlora_cli.pruning.policy import Policy
     from dynlora_cli.tasks.task import Task
@@ -113,7 +115,7 @@ def read_data(
         sizing=sizing_rows(recipe),
         writing=writing,
         table=files.table_rows,
-        own_classes=own_classes(recipe.model, files.folder) if task.has_classes else None,
+        own_classes=own_classes(recipe.model, files) if task.has_classes else None,
     )
     if len(data.train) == 1:
         raise DataError(
@@ -165,10 +167,21 @@ def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device
         seed=recipe.seed,
         computes=device,
     )
+    data.notes += _kept_in_full(recipe.model, base)
     modes.prepare(base.model)
     if files.new is not None:
         data.notes += [*put_new_tokens(base, recipe.adapter), *untaught(files.new, data)]
     return base
+
+
+def _kept_in_full(options: Model, base: Base) -> list[str]:
+    """A note on experts beside 4 or 8 bits: bitsandbytes quantizes linear layers, which they are not."""
+    bits = quantized_to(options)
+    held = [p for name in fused_experts(base.model) for p in base.model.get_submodule(name).parameters(recurse=False)]
+    if not bits or not held:
+        return []
+    kept = size(sum(parameter.numel() for parameter in held) * base.dtype.itemsize)
+    return [f"model.{bits}: the experts are no linear layers and stay as they are, {kept} of the base's memory"]
 
 
 def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:

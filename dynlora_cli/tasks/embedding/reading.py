@@ -31,7 +31,7 @@ def reading_of(options: Model, longest: int | None = None) -> tuple[Reading, lis
     Raises:
         UsageError: the base is an encoder with a decoder, or its files say something that is not done here.
     """
-    folder, _ = find_model(options)
+    folder, _ = find_model(options, weights=False)
     if is_encoder_decoder(folder):
         raise UsageError(
             f"model.task: {options.task} needs a model that is an encoder or a decoder alone, and {folder} is both",
