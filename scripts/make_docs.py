@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from dynlora_cli.cli.app import app
 from dynlora_cli.config.load import json_schema
 from dynlora_cli.config.plug_in_keys import recipe_form
+from dynlora_cli.config.schema import is_list_of_others
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -138,7 +139,9 @@ def kind(field: Schema) -> str:
     if "enum" in field:
         return cell(" | ".join(f"`{choice}`" for choice in field["enum"]))
     if "anyOf" in field:
-        return cell(" | ".join(dict.fromkeys(kind(option).replace(r"\|", "|") for option in field["anyOf"])))
+        options = sorted(field["anyOf"], key=lambda option: is_list_of_others(option, field))
+        kinds = ("list of these" if is_list_of_others(option, field) else kind(option) for option in options)
+        return cell(" | ".join(dict.fromkeys(text.replace(r"\|", "|") for text in kinds)))
     if "const" in field:
         return f"`{field['const']}`"
     if "$ref" in field:

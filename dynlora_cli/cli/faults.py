@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
 from dynlora_cli.execution.launch import lost_others
+from dynlora_cli.extras import broken
 
 LESS_MEMORY = (
     "in training: lower train.micro_batch_size, dataset.max_length, or set train.gradient_checkpointing: true, "
@@ -69,4 +70,4 @@ def _known(error: BaseException) -> DynloraError | None:
         return MachineError("the GPU has not enough memory", LESS_MEMORY)
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         return MachineError("the machine has not enough memory", LESS_MEMORY)
-    return None
+    return broken(error)

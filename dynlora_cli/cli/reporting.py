@@ -67,12 +67,12 @@ def reporting(as_json: bool, *, lines: bool = False) -> Iterator[dict[str, Any]]
     except KeyboardInterrupt:
         result, code = {"ok": False, "error": "interrupted"}, 130
         typer.echo("interrupted", err=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a package may end the program when it is imported
         if is_launched() and lost_others(error):
             raise typer.Exit(LOST_OTHERS) from None
         known = as_ours(error)
         if known is None:
-            if as_json and is_main_process():
+            if as_json and is_main_process() and isinstance(error, Exception):
                 print(json.dumps({"ok": False, "error": f"{type(error).__name__}: {error}"}), file=stdout)
             raise
         result, code = _failure(known), known.exit_code

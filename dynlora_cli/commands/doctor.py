@@ -6,6 +6,7 @@ named here, with the command that mends it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -19,22 +20,12 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 from dynlora_cli import __version__
+from dynlora_cli.extras import EXTRAS, first_line, install, repair, try_imports
 
 if TYPE_CHECKING:
     import torch
 
 LEAST_DISK = 2 << 30  # bytes, enough for a small model, its cache and a few checkpoints
-EXTRAS = {
-    "gguf": "export to llama.cpp and Ollama",
-    "eval": "BLEU, chrF and ROUGE of answers",
-    "harness": "eval --tasks",
-    "retrieve": "dataset.retrieve with BM25",
-    "library": "the encoder minilm and the calibration of libraries",
-    "serve": "dynlora serve",
-    "trl": "attach in TRL's trainers",
-    "embedding": "reading embedding models and rerankers with sentence-transformers",
-    "notebook": "recipes/walkthrough.ipynb",
-}
 # What decides how the libraries below us behave, and is easily forgotten in a shell's profile.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -110,11 +101,34 @@ def _version(package: str) -> str | None:
 
 
 def _optional() -> Iterator[Finding]:
-    for extra, purpose in EXTRAS.items():
-        packages = [requirement.name for requirement in _requirements(extra)]
-        missing = [package for package in packages if _version(package) is None]
-        found = f"not installed; for {purpose}" if missing else f"installed; for {purpose}"
-        yield Finding("optional", extra, found, hint=f'pip install "dynlora[{extra}]"' if missing else None)
+    """The extras: what is installed of each, and whether that can be imported."""
+    missing = {extra: _missing(extra) for extra in EXTRAS}
+    there = dict.fromkeys(
+        module for extra, (_, modules) in EXTRAS.items() for module in modules if module not in missing[extra]
+    )
+    faults = dict(try_imports(list(there)))
+    for extra, (purpose, modules) in EXTRAS.items():
+        absent = [module for module in modules if module in missing[extra]]
+        broken = next((module for module in modules if module in faults and module not in absent), None)
+        old = next(
+            (found for r in _requirements(extra) if (found := _compared(r)).fault and found.found != "missing"), None
+        )
+        if broken:
+            fault = f"{broken} cannot be imported: {first_line(faults[broken])}"
+            yield Finding("optional", extra, f"broken; for {purpose}", fault, repair(broken))
+        elif old:
+            fault = f"{old.name} {old.found} is installed, and {old.fault}"
+            yield Finding("optional", extra, f"of another version; for {purpose}", fault, install(extra))
+        elif absent:
+            some = f", {' and '.join(absent)}" if len(absent) < len(modules) else ""
+            yield Finding("optional", extra, f"not installed{some}; for {purpose}", hint=install(extra))
+        else:
+            yield Finding("optional", extra, f"installed; for {purpose}")
+
+
+def _missing(extra: str) -> set[str]:
+    """Modules of an extra that are nowhere to be found."""
+    return {module for module in EXTRAS[extra][1] if importlib.util.find_spec(module) is None}
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, create_model
 
-from dynlora_cli.config.types import HomePath, NotForeign, PlugIn, Positive, Section, Text
+from dynlora_cli.config.types import HomePath, NotForeign, OneAlone, PlugIn, Positive, Section, Text
 from dynlora_cli.text import show
 
 LIBRARY_ROWS = "builtin:library"  # a source of rows: those that the adapters of `library` were trained on
@@ -79,7 +79,7 @@ class Adapter(_AdapterFrom):
     new_tokens_init: Literal["mean", "text"] = "mean"
     """First values of their rows: the mean of all old rows, or of the old tokens that the text had."""
 
-    library: Annotated[list[HomePath], Field(min_length=1)] | None = None
+    library: Annotated[list[HomePath], Field(min_length=1), OneAlone()] | None = None
     """Adapters that a router learns to choose from: their folders; a library folder stands for all that is in it."""
 
     @property

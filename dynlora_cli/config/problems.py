@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dynlora_cli import plugins
 from dynlora_cli.config import foreign_names, plug_in_keys
-from dynlora_cli.config.schema import Path, Schema, allowed, at, present, sections
+from dynlora_cli.config.schema import Path, Schema, allowed, at, present, sections, words
 from dynlora_cli.config.strict_yaml import Node, Problem, dotted
 from dynlora_cli.text import did_you_mean, show
 
@@ -64,7 +64,7 @@ def _wrong_value(path: Path, value: object, schema: Schema, whole: Schema) -> st
         number = value.replace("_", "").replace(",", "")
         if number.isdecimal() and number != value:
             return f"{text}; write {number}"
-        return text + did_you_mean(value, map(str, schema.get("enum", ())))
+        return text + did_you_mean(value, words(schema))
     if isinstance(value, int | float) and "a text" in allowed(schema, whole):
         return f"{text}; put it in quotes"
     return text

@@ -12,7 +12,10 @@ Schema = dict[str, Any]
 def allowed(schema: Schema, whole: Schema) -> str:
     """What a value must be, in words, from its JSON schema; `whole` holds the definitions."""
     if "anyOf" in schema:
-        return " or ".join(allowed(choice, whole) for choice in schema["anyOf"])
+        return " or ".join(
+            "a list of these" if is_list_of_others(choice, schema) else allowed(choice, whole)
+            for choice in sorted(schema["anyOf"], key=lambda choice: is_list_of_others(choice, schema))
+        )
     schema = resolve(schema, whole)
     if "enum" in schema:
         return f"one of: {', '.join(map(str, schema['enum']))}"
@@ -51,10 +54,20 @@ def at(schema: Schema, path: Path) -> Schema:
     for step in path:
         section = present(here, schema)
         if isinstance(step, int):
-            here = section["items"]
+            here = next(choice for choice in (section, *section.get("anyOf", ())) if "items" in choice)["items"]
         else:
             here = section["properties"][step] if "properties" in section else section["additionalProperties"]
     return here
+
+
+def is_list_of_others(choice: Schema, schema: Schema) -> bool:
+    """Whether one of the choices of a schema is a list of what another is alone."""
+    return "items" in choice and choice["items"] in schema["anyOf"]
+
+
+def words(schema: Schema) -> list[str]:
+    """What may stand at a place where only certain words may, alone or in a list."""
+    return [str(word) for choice in (schema, *schema.get("anyOf", ())) for word in choice.get("enum", ())]
 
 
 def resolve(here: Schema, schema: Schema) -> Schema:

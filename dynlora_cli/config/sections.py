@@ -19,6 +19,7 @@ from dynlora_cli.config.types import (
     Count,
     HomePath,
     NotForeign,
+    OneAlone,
     PathText,
     PlugIn,
     Positive,
@@ -84,7 +85,7 @@ class Source(Section):
     """Configuration of a hub data set."""
     columns: dict[str, Text] = {}
     """Our field name to the data's column, such as `{prompt: question}`."""
-    ignore: list[Text] = []
+    ignore: Annotated[list[Text], OneAlone()] = []
     """Columns to leave aside though they say how rows are to be learned, such as `[score]`."""
     rows: Count | None = None
     """At most so many of its rows, chosen by the seed; rows with the same prompt stay together. null: all."""
@@ -280,8 +281,8 @@ class Train(Section):
     """Optimizer steps between log lines."""
     save_steps: Count | None = None
     """Optimizer steps between checkpoints; null: every 10 minutes and at each evaluation."""
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    """Trackers that also receive the metrics."""
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], OneAlone()] = []
+    """Trackers that also receive the metrics; one alone may be just a word."""
 
 
 class Also(Section):
@@ -299,7 +300,7 @@ class Also(Section):
     """Configuration of a hub data set."""
     columns: dict[str, Text] = {}
     """Our field name to the data's column."""
-    ignore: list[Text] = []
+    ignore: Annotated[list[Text], OneAlone()] = []
     """Columns to leave aside though they say how rows are to be learned."""
     rows: Count = 256
     """Rows at most; the same ones each time, chosen by a hash of their text."""
@@ -322,11 +323,13 @@ class Eval(Section):
     """Measuring while training."""
 
     steps: Count | None = None
-    """Optimizer steps between evaluations; null: after every epoch. Always at the start and at the end as well."""
+    """Optimizer steps between evaluations; null: 8 of them, evenly over the run, or fewer, so that they take at most
+    about an eighth of its time, but one an epoch. The start and the end are always measured."""
     max_samples: Count | None = None
     """Held-out examples used at most; null: all."""
     samples: Annotated[int, Field(ge=0), BeforeValidator(whole)] = 2
-    """Held-out prompts whose answers are shown at each evaluation, at most 64 tokens of each; 0: none."""
+    """Held-out prompts whose answers are shown, at most 64 tokens of each: at the start, after each epoch and at the
+    end, with `eval.steps` at each evaluation. 0: none."""
     early_stopping_patience: Count | None = None
     """Evaluations without a lower held-out loss after which training stops; null: never."""
     also: Annotated[list[Also], AfterValidator(_names_differ)] | None = None

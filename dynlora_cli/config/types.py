@@ -104,6 +104,19 @@ class PlugIn:
         return value
 
 
+class OneAlone:
+    """A list of words, of which one alone may be written without brackets."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_before_validator_function(
+            lambda value: [value] if isinstance(value, str) else value, handler(source)
+        )
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        several = handler(core)
+        return {"anyOf": [several, several["items"]]}
+
+
 def part(value: object) -> object:
     """A share that is neither nothing nor all, also as `5%`."""
     number = value

@@ -58,7 +58,9 @@ def certainty(scores_Q2: Numbers, first_is_right_Q: Sequence[bool | None], queri
 def _fitted(features: Numbers, right: NDArray[np.bool_], asked: Numbers) -> Numbers:
     try:
         from sklearn.linear_model import LogisticRegression
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise  # it is there, and broken
         raise MachineError("the confidence of a retriever needs the package scikit-learn", INSTALL) from None
     model = LogisticRegression().fit(features, right)
     return np.asarray(model.predict_proba(asked)[:, 1], dtype=np.float64)

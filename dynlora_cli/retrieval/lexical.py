@@ -36,7 +36,9 @@ class Lexical:
     def __init__(self, texts: Sequence[str]) -> None:
         try:
             import bm25s
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != "bm25s":
+                raise  # it is there, and broken
             raise MachineError("BM25 needs the package bm25s, which is not installed", INSTALL) from None
         self.count = len(texts)
         words = [words_of(text) for text in texts]

@@ -40,7 +40,7 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
     """
     usual: dict[str, Any] = {"save_steps": None, "report_to": [], **without_long_runs(recipe.train)}
     train = recipe.train.model_copy(update={"max_steps": steps, **usual})
-    evaluation = recipe.eval.model_copy(update={"steps": None, "samples": 0, "early_stopping_patience": None})
+    evaluation = recipe.eval.model_copy(update={"steps": steps, "samples": 0, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
     variant, rate = recipe.adapter.variant, recipe.train.learning_rate
     if variant != adapter.form and rate != "auto":

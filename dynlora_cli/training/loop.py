@@ -16,7 +16,7 @@ from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.runs import events
 from dynlora_cli.training import samples
-from dynlora_cli.training.held_out import also_losses, held_out_loss
+from dynlora_cli.training.held_out import also_losses, answers_due, evaluation_due, few_evaluations, held_out_loss
 from dynlora_cli.training.metrics import Window, count_step, log_window
 from dynlora_cli.training.rate_search import choose, search
 from dynlora_cli.training.references import remember_references
@@ -36,6 +36,8 @@ def fit(run: Run) -> None:
     progress, window, saved_at = run.progress, Window(), time.monotonic()
     with run.random, interruptible() as interrupted:
         remember_references(run, interrupted)
+        if note := few_evaluations(run):
+            run.note(note)
         if progress.first is None and run.val_batches:
             progress.first = progress.last = held_out_loss(run)
             _emit_evaluation(run, progress.first, best=False)
@@ -53,7 +55,7 @@ def fit(run: Run) -> None:
             if progress.step == run.total_steps or progress.step % run.recipe.train.log_steps == 0:
                 log_window(run, window)
                 window = Window()
-            evaluated = _evaluation_due(run)
+            evaluated = evaluation_due(run)
             if evaluated:
                 _evaluate_and_judge(run)
             leaving = _finished(run) or record["stop"]
@@ -94,13 +96,6 @@ def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:
     return run.progress.step % every == 0 or (best is not None and best["step"] == run.progress.step)
 
 
-def _evaluation_due(run: Run) -> bool:
-    """Every `eval.steps`, by default after each epoch, and at the end."""
-    every = run.recipe.eval.steps or run.batches.steps_per_epoch
-    done = run.progress.step == run.total_steps
-    return run.val_batches is not None and (done or run.progress.step % every == 0)
-
-
 def _finished(run: Run) -> bool:
     return run.progress.step >= run.total_steps or _out_of_patience(run)
 
@@ -130,4 +125,5 @@ def _emit_evaluation(run: Run, result: dict[str, float], *, best: bool) -> None:
     progress = run.progress
     run.emit(events.evaluation(progress.step, result, best=best, seconds=progress.seconds))
     run.accelerator.log({f"eval/{key}": value for key, value in result.items()}, step=progress.step)
-    samples.show(run)
+    if answers_due(run):
+        samples.show(run)

@@ -82,7 +82,7 @@ class Run:
         modes: how the steps are run: fused, compiled and so on.
         random: the random numbers of this process's part in the run.
         also: rows of other kinds, measured before and after.
-        samples: prompts that are answered at each evaluation.
+        samples: prompts that are answered now and then.
         objective: what training lowers.
     """
 

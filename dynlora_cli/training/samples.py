@@ -1,4 +1,4 @@
-"""What the model answers while it trains: a few held-out prompts, at each evaluation (`eval.samples`).
+"""What the model answers while it trains: a few held-out prompts, now and then (`eval.samples`).
 
     choose   the prompts, the same ones at each evaluation
     show     the most likely answers to them, as an event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -278,6 +279,12 @@ def test_a_mistake_is_named_and_nothing_is_left(case: str, dynlora: Dynlora):
 # -- doctor ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing every extra takes long, and tests/cli/test_broken_extras.py does it."""
+    monkeypatch.setattr("dynlora_cli.commands.doctor.try_imports", lambda modules: [])
+
+
 def findings(answer: Any) -> dict[str, dict[str, Any]]:
     return {finding["name"]: finding for finding in answer.json["findings"]}
 
@@ -313,10 +320,18 @@ def test_a_version_that_does_not_fit(version: str | None, dynlora: Dynlora, monk
 
 
 def test_something_optional_is_no_fault(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
-    with_version(monkeypatch, "gguf", None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
     answer = dynlora("doctor", "--json")
     assert answer.code == 0
     assert findings(answer)["gguf"]["hint"] == 'pip install "dynlora[gguf]"'
+
+
+def test_something_optional_of_another_version_is_a_fault(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    with_version(monkeypatch, "gguf", "0.1")
+    answer = dynlora("doctor", "--json")
+    assert answer.code == 3
+    assert findings(answer)["gguf"]["fault"] == "gguf 0.1 is installed, and gguf>=0.16 is needed"
 
 
 def test_a_torch_that_cannot_be_imported(dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):

@@ -140,6 +140,8 @@ def test_a_huge_rank_is_taken_for_a_parameter_count() -> None:
     [
         ("train.learning_rate=1e-5", 1e-5),
         ("train.report_to=[wandb, mlflow]", ["wandb", "mlflow"]),
+        ("train.report_to=wandb", ["wandb"]),
+        ("dataset.train.0.ignore=score", ["score"]),
         ("train={epochs: 3}", {"epochs": 3}),
         ("train.max_steps=1e3", 1000),
         ("eval.steps=null", None),

@@ -199,7 +199,9 @@ def _package() -> ModuleType:
     try:
         import gguf
         import gguf.quants
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise  # it is there, and broken
         raise MachineError("reading and writing GGUF needs the package gguf", 'pip install "dynlora[gguf]"') from error
     return gguf
 
