@@ -25,6 +25,7 @@ from dynlora_cli.evaluation.also import Reading, row_sets
 from dynlora_cli.evaluation.held_out_loss import held_out, row_sums
 from dynlora_cli.execution.accelerator import RunAccelerator
 from dynlora_cli.execution.mode import Modes
+from dynlora_cli.extras import install
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
 from dynlora_cli.lora.whole import Trained
@@ -68,9 +69,8 @@ def make_accelerator(recipe: Recipe, folder: Path, modes: Modes) -> Accelerator:
     """
     for name in recipe.train.report_to:
         if importlib.util.find_spec(name) is None:
-            raise MachineError(
-                f"train.report_to: the package {name} is not installed", f'pip install "dynlora[{name}]"'
-            )
+            raise MachineError(f"train.report_to: the package {name} is not installed", install(name))
+        importlib.import_module(name)  # if it is broken, better now than when all is loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_optimizer(recipe.train.optimizer, device)
     dtype = resolve_dtype(recipe.model.dtype, device)
