@@ -83,7 +83,7 @@ def test_a_run_learns_the_same_however_often_it_is_measured(tmp_path: Path):
         weights.append((folder / "adapter_model.safetensors").read_bytes())
         losses.append([line for line in lines(folder / "metrics.jsonl") if line["event"] == "step"])
         curves.append([event["step"] for event in events if event["event"] == "eval"])
-    assert curves == [[0, 4, 7, 10, 14, 17, 20], [0, 20]]
+    assert curves == [[0, 5, 10, 15, 20], [0, 20]]
     assert weights[0] == weights[1]
     assert losses[0] == losses[1]
     assert losses[0]
