@@ -31,7 +31,7 @@ from dynlora_cli.cli.generate import (
     settings_of,
     uses_of,
 )
-from dynlora_cli.cli.options import Base, PlugInOptions
+from dynlora_cli.cli.options import Base, PlugInOptions, adapters
 from dynlora_cli.cli.reporting import Trust, console, reporting
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ TalkingAdapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="FOLDER",
+        autocompletion=adapters,
         help="A run folder or any PEFT LoRA; by default the newest run below ./out. The first one answers until "
         "/adapter names another. Repeatable.",
         show_default=False,

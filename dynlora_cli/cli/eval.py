@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynlora_cli.cli.eval_library import evaluate_library, one_file
-from dynlora_cli.cli.options import PlugInOptions
+from dynlora_cli.cli.options import PlugInOptions, adapters, plug_ins, recipes
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MeasureError
 
@@ -19,13 +19,20 @@ RecipeFile = Annotated[
     Path | None,
     typer.Argument(
         metavar="RECIPE.yaml",
+        autocompletion=recipes,
         help="Measure on its held-out rows, by default the adapter it made.",
         show_default=False,
     ),
 ]
 Adapters = Annotated[
     list[Path] | None,
-    typer.Option("--adapter", metavar="FOLDER", help="A run folder or any PEFT LoRA. Repeatable.", show_default=False),
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="A run folder or any PEFT LoRA. Repeatable.",
+        show_default=False,
+        autocompletion=adapters,
+    ),
 ]
 Data = Annotated[
     list[str] | None,
@@ -49,6 +56,7 @@ Router = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
+        autocompletion=plug_ins("routers"),
         help="What decides: calibrated, embedding, likelihood, fixed, arrow, spectr, lag or another. With --library or "
         "several --adapter.",
         show_default=False,

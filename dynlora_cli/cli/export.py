@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import Base, Overwrite, PlugInOptions
+from dynlora_cli.cli.options import Base, Overwrite, PlugInOptions, adapters, plug_ins
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting, return_memory_at_once
 
 To = Annotated[
     str,
     typer.Option(
         metavar="FORM",
+        autocompletion=plug_ins("exporters"),
         help="peft, uniform, vllm, sglang, tgi, lorax, mlx, gguf, ollama, merged or merged-gguf; "
         "vllm-library of a library.",
         show_default=False,
@@ -24,6 +25,7 @@ One = Annotated[
     typer.Option(
         "--adapter",
         metavar="FOLDER",
+        autocompletion=adapters,
         help="A run folder, or any PEFT LoRA folder; a folder that holds none means the newest run below it.",
         show_default=False,
     ),

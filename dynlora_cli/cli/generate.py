@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynlora_cli.cli.options import Base, PlugInOptions
+from dynlora_cli.cli.options import Base, PlugInOptions, adapters, plug_ins
 from dynlora_cli.cli.reporting import Trust, console, reporting
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.strict_json import BadJsonError, loads
@@ -33,6 +33,7 @@ SpeakingAdapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="FOLDER",
+        autocompletion=adapters,
         help="A run folder or any PEFT LoRA; by default the newest run below ./out. Several answer one below the "
         "other. Repeatable.",
         show_default=False,
@@ -53,7 +54,12 @@ Uses = Annotated[
 ]
 Router = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The router of --use auto; calibrated if the library is.", show_default=False),
+    typer.Option(
+        metavar="NAME",
+        help="The router of --use auto; calibrated if the library is.",
+        show_default=False,
+        autocompletion=plug_ins("routers"),
+    ),
 ]
 Compare = Annotated[bool, typer.Option("--compare", help="The base and every adapter answer.")]
 System = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import Adapters, Base, Overwrite, PlugInOptions
+from dynlora_cli.cli.options import Adapters, Base, Overwrite, PlugInOptions, words
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting, return_memory_at_once
 from dynlora_cli.cli.values import METHODS
 
@@ -15,6 +15,7 @@ Into = Annotated[
     str | None,
     typer.Option(
         metavar="base|adapter",
+        autocompletion=words("base", "adapter"),
         help="By default one adapter goes into its base, several into one adapter.",
         show_default=False,
     ),
@@ -28,7 +29,11 @@ Out = Annotated[
     ),
 ]
 Method = Annotated[
-    str, typer.Option(help=f"How several adapters are combined: {', '.join(METHODS[:-1])} or {METHODS[-1]}.")
+    str,
+    typer.Option(
+        help=f"How several adapters are combined: {', '.join(METHODS[:-1])} or {METHODS[-1]}.",
+        autocompletion=words(*METHODS),
+    ),
 ]
 Weights = Annotated[
     str | None,

@@ -1,17 +1,50 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what a shell completes of them: files, folders and words of ours.
+
+Where nothing of ours begins with what was typed, a shell completes names of files as ever.
+"""
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dynlora_cli import plugins
+
+
+def words(*choices: str) -> Callable[[str], list[str]]:
+    """Completes one of some words."""
+    return lambda incomplete: [word for word in choices if word.startswith(incomplete)]
+
+
+def plug_ins(kind: str) -> Callable[[str], list[str]]:
+    """Completes the name of a plug-in; not asked for before somebody presses Tab."""
+    return lambda incomplete: words(*plugins.names(kind))(incomplete)
+
+
+def recipes(incomplete: str) -> list[str]:
+    """Completes recipes here, and in the folders here."""
+    begun = glob.escape(incomplete)
+    found = [path for end in ("*", "*/*") for kind in ("yaml", "yml") for path in glob.glob(f"{begun}{end}.{kind}")]
+    return sorted(path for path in found if Path(path).name != "mkdocs.yml")
+
+
+def adapters(incomplete: str) -> list[str]:
+    """Completes folders with an adapter in them, down to the third level from here."""
+    begun = glob.escape(incomplete)
+    found = [path for end in ("*", "*/*", "*/*/*") for path in glob.glob(f"{begun}{end}/adapter_config.json")]
+    return sorted(str(Path(path).parent) for path in found if "checkpoints" not in Path(path).parts)
+
 
 AdapterPath = Annotated[
     Path,
     typer.Option(
         "--adapter",
         metavar="FOLDER",
+        autocompletion=adapters,
         help="A run folder, or any PEFT LoRA folder; a folder that holds none means the newest run below it.",
         show_default=False,
     ),
@@ -23,6 +56,7 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="FOLDER",
+        autocompletion=adapters,
         help="A run folder, or any PEFT LoRA folder; a folder that holds none means the newest run below it. "
         "Repeatable.",
         show_default=False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions
+from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions, plug_ins
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 
 BudgetText = Annotated[
@@ -28,7 +28,11 @@ Born = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the smaller adapter goes.", show_default=False)]
 Policy = Annotated[
-    str, typer.Option(help="magnitude needs no data; activation, the best, fisher and gradient look at held-out rows.")
+    str,
+    typer.Option(
+        help="magnitude needs no data; activation, the best, fisher and gradient look at held-out rows.",
+        autocompletion=plug_ins("policies"),
+    ),
 ]
 Data = Annotated[
     Path | None,

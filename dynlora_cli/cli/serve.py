@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynlora_cli.cli.options import PlugInOptions
+from dynlora_cli.cli.options import PlugInOptions, adapters, plug_ins
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 from dynlora_cli.errors import MachineError, UsageError
 
@@ -35,12 +35,19 @@ LibraryFolder = Annotated[
 ]
 Adapters = Annotated[
     list[Path] | None,
-    typer.Option("--adapter", metavar="FOLDER", help="A run folder or any PEFT LoRA. Repeatable.", show_default=False),
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="A run folder or any PEFT LoRA. Repeatable.",
+        show_default=False,
+        autocompletion=adapters,
+    ),
 ]
 Router = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
+        autocompletion=plug_ins("routers"),
         help="What decides on `auto`. By default calibrated where the library is, else embedding.",
         show_default=False,
     ),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from dynlora_cli import plugins
-from dynlora_cli.cli.options import Columns
+from dynlora_cli.cli.options import Columns, recipes
 from dynlora_cli.cli.reporting import AsJson, console, opened, reporting, typed
 from dynlora_cli.cli.values import column_names, size
 from dynlora_cli.errors import MachineError, UsageError
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 RecipeFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[RECIPE.yaml]", help="The recipe; without one, --model and --dataset.", show_default=False),
+    typer.Argument(
+        metavar="[RECIPE.yaml]",
+        help="The recipe; without one, --model and --dataset.",
+        show_default=False,
+        autocompletion=recipes,
+    ),
 ]
 ModelName = Annotated[
     str | None,

@@ -111,6 +111,7 @@ def test_who_uses_it_says_the_same(
 
 
 def test_training_with_a_broken_tracker(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "wandb.py").write_text("raise SystemExit('protobuf is too new')\n")
     monkeypatch.syspath_prepend(tmp_path / "alone")
