@@ -81,7 +81,7 @@ def test_a_run_learns_the_same_however_often_it_is_measured(tmp_path: Path):
         summary, events = train(make_recipe(tmp_path, *settings, f"eval.steps={steps}", out=f"out{steps}"))
         folder = Path(summary["output_dir"])
         weights.append((folder / "adapter_model.safetensors").read_bytes())
-        losses.append([line for line in lines(folder / "metrics.jsonl") if line["event"] == "step"])
+        losses.append([line for line in lines(folder / "metrics.jsonl") if line["event"] == "train"])
         curves.append([event["step"] for event in events if event["event"] == "eval"])
     assert curves == [[0, 5, 10, 15, 20], [0, 20]]
     assert weights[0] == weights[1]
