@@ -113,19 +113,19 @@ def _active(console: Console, report: Mapping[str, Any]) -> None:
     console.line()
     shares = (f"{name} {percent(share)}" for name, share in report["all"]["active"].items())
     weighed = "average weight" if report["unit"] == "token" else "active"
-    console.line(f"{weighed} on {counted(report['all']['rows'], 'row')}: {printable(', '.join(shares))}")
+    console.sentence(f"{weighed} on {counted(report['all']['rows'], 'row')}: {printable(', '.join(shares))}")
     right = [(one["origin"], one["right"]) for one in report["sets"] if one["origin"] not in (None, "unrelated")]
     if right:
         shares = (f"{name} {percent(share)}" for name, share in right)
-        console.line(f"of its own rows each adapter had: {printable(', '.join(shares))}")
+        console.sentence(f"of its own rows each adapter had: {printable(', '.join(shares))}")
     best = min(
         ((loss, name) for name, loss in report["all"]["losses"].items() if name not in ("base", "library")),
     )
-    console.line(f"the best single one for all of these rows is {printable(best[1])}: {number(best[0])}")
+    console.sentence(f"the best single one for all of these rows is {printable(best[1])}: {number(best[0])}")
     difference = report["all"]["difference"]
     interval = f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}"
-    console.line(f"{_who(report)} against base: {difference['loss']:+.4f} nats per target ({interval})")
+    console.sentence(f"{_who(report)} against base: {difference['loss']:+.4f} nats per target ({interval})")
     if report["false_activations"] is not None:
         share = percent(report["false_activations"])
         wanted = "" if report["rate"] is None else f"; {percent(report['rate'])} was wanted"
-        console.line(f"activated on {share} of the unrelated rows{wanted}")
+        console.sentence(f"activated on {share} of the unrelated rows{wanted}")

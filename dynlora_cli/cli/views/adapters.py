@@ -30,7 +30,7 @@ class AdapterView:
             self.console.note(event["text"])
         elif event["event"] == "point":
             facts = f"{counted(event['parameters'], 'parameter')}, {counted(event['components'], 'component')}"
-            self.console.line(f"held-out loss {number(event['loss'])}  at {facts}")
+            self.console.sentence(f"held-out loss {number(event['loss'])}  at {facts}")
 
     def show_pruned(self, summary: dict[str, Any]) -> None:
         """Before and after, loss against size, and what each layer kept."""

@@ -8,11 +8,13 @@ rank_map       blocks x module types with the components alive in each layer
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -37,7 +39,18 @@ from dynlora_cli.errors import DynloraError
 from dynlora_cli.runs.log import Event
 from dynlora_cli.text import MEASURES, change, count, counted, duration, number, percent, rate, short, size
 
-THEME = Theme({"accent": "cyan", "label": "dim", "good": "green", "bad": "red", "head": "bold"})
+# Readable on dark and on light terminals: no yellow and no white. What is good or bad is not dimmed with its column.
+THEME = Theme(
+    {
+        "accent": "cyan",
+        "label": "dim",
+        "good": "not dim green",
+        "bad": "not dim red",
+        "warn": "not dim magenta",
+        "head": "bold",
+        "bar.back": "dim",
+    }
+)
 REFRESHES_PER_SECOND = 4
 PLAIN_WIDTH = 100  # width of tables where there is no terminal window
 SHOWN_OF_PIECE = 600  # characters of one piece of the example
@@ -84,11 +97,19 @@ class Console:
         """One line, which we never break: paths and commands are there to be copied."""
         self.rich.print(printable(text) if isinstance(text, str) else text, soft_wrap=True)
 
+    def sentence(self, text: str | Text, indent: int = 2) -> None:
+        """Words; in a window broken between them, further lines set in. A word longer than the window stays whole."""
+        text = Text(printable(text)) if isinstance(text, str) else text
+        first, *more = between_words(text, max(20, self.rich.width - indent)) if self.terminal else [text]
+        self.line(first)
+        for line in more:
+            self.line(Text.assemble(" " * indent, line))
+
     def note(self, text: str) -> None:
-        self.line(Text.assemble(("note: ", "accent"), printable(text)))
+        self.sentence(Text.assemble(("note: ", "accent"), printable(text)), len("note: "))
 
     def warning(self, text: str) -> None:
-        self.line(Text.assemble(("warning: ", "yellow"), printable(text)))
+        self.sentence(Text.assemble(("warning: ", "warn"), printable(text)), len("warning: "))
 
     def error(self, error: DynloraError) -> None:
         """What is wrong, line by line, and what to do next."""
@@ -128,7 +149,7 @@ class Console:
             shown = middle_cut(printable(content), SHOWN_OF_PIECE)
             text.append(f"⟦{shown}⟧" if in_loss else shown, style="bold cyan" if in_loss else "dim")
         legend = Text("one example; ", style="label")
-        legend.append("⟦this⟧ counts in the loss", style="cyan")
+        legend.append("⟦this⟧ counts in the loss", style="not dim cyan")
         self.line()
         self.line(legend)
         self.show(Padding(text, (0, 2)))
@@ -166,6 +187,20 @@ class Console:
         self.line(Text("Next", style="head"))
         for command in commands:
             self.line(Text(f"  {printable(command)}", style="accent"))
+
+
+def between_words(text: Text, width: int) -> list[Text]:
+    """The text in lines of at most `width` cells, but for words that are longer, which stay whole to be copied."""
+    ends, used = [], 0
+    for word in re.finditer(r"\S+\s*", text.plain):
+        if used and used + cell_len(word[0].rstrip()) > width:
+            ends.append(word.start())
+            used = 0
+        used += cell_len(word[0])
+    lines = list(text.divide(ends))
+    for line in lines:
+        line.rstrip()
+    return lines
 
 
 class TrainView:

@@ -48,7 +48,7 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     unit = plugins.target(report["task"], report.get("objective"))
     console.line()
     if report["rows"]:
-        console.line(Text(_what(report), style="head"))
+        console.sentence(Text(_what(report), style="head"))
         console.show(_table(report))
     compared = [adapter for adapter in report["adapters"] if adapter["difference"]]
     if compared:
@@ -57,12 +57,12 @@ def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
         if values and "confusion" in values:
             console.line()
             for line in confusion_in_words(values["confusion"], report["labels"]):
-                console.line(f"{_short(name)}: {printable(line)}")
+                console.sentence(f"{_short(name)}: {line}")
     for adapter in compared:
-        console.line(_verdict(adapter["name"], adapter["difference"]["to"], adapter["difference"], unit))
+        console.sentence(_verdict(adapter["name"], adapter["difference"]["to"], adapter["difference"], unit))
     if report["best"] and len(report["adapters"]) > 1:
         best = report["best"]
-        console.line(_verdict(best["name"], best["next"], best["difference"], unit))
+        console.sentence(_verdict(best["name"], best["next"], best["difference"], unit))
     if any(adapter["also"] for adapter in report["adapters"]):
         console.line()
         console.show(_forgetting(report))
@@ -131,7 +131,7 @@ def _verdict(name: str, other: str, difference: Mapping[str, float], unit: str) 
     if loss == low == high == 0:
         return Text(f"{printable(name)} and {printable(other)} have the very same loss on every row")
     if low <= 0 <= high:
-        text, style = "is neither clearly better nor clearly worse than", "yellow"
+        text, style = "is neither clearly better nor clearly worse than", "warn"
     else:
         text, style = ("is better than", "good") if high < 0 else ("is worse than", "bad")
     margin, most = sorted((abs(low), abs(high)))
