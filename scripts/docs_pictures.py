@@ -3,20 +3,33 @@
 take_run(folder)      what a picture needs of a run folder, as plain data
 ranks_svg(run)        components per layer, before and after; the picture of the README
 schedule_svg(run)     components alive over the steps
+terminal_svg(run)     what a terminal shows while a run goes on, and at its end
 components_svg()      a weight and the rank-1 components that are added to it
 """
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from rich.terminal_theme import SVG_EXPORT_THEME
+from rich.text import Text
+
+from dynlora_cli.cli.views.console import Console
 
 INK, PALE, EDGE, BLUE = "#1f2328", "#59636e", "#d1d9e0", (9, 105, 218)
 FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
 
 Run = dict[str, Any]
+# What a terminal shows of an event.
+TOLD = (
+    "event", "step", "loss", "learning_rate", "tokens_per_second", "step_seconds", "memory_bytes", "components", "parameters",
+    "components_before", "parameters_before", "ranks",
+)  # fmt: skip
 
 
 def take_run(folder: Path) -> Run:
@@ -38,6 +51,12 @@ def take_run(folder: Path) -> Run:
         "end_parameters": record["history"][-1][1],
         "events": [[line["step"], line["components"]] for line in prunes],
         "held_out": [[line["step"], round(line["loss"], 4)] for line in evals],
+        "told": [
+            {key: line[key] for key in TOLD if key in line}
+            for line in sorted([*lines["metrics"], *prunes], key=lambda line: line["step"])
+            if line["event"] in ("train", "eval", "prune") and line["step"] <= evals[-1]["step"] * 2 // 3
+        ],
+        "summary": {key: value for key, value in record["summary"].items() if key not in ("next", "notes")},
     }
 
 
@@ -115,6 +134,31 @@ def schedule_svg(run: Run) -> str:
         body.append(text(left - 8, at(0, components)[1] + 5, str(components), fill=PALE, anchor="end"))
     body.append(text((left + width) / 2, height - 10, f"optimizer step; {run['recipe']}", fill=PALE, anchor="middle"))
     return svg(width, height, f"{start} components until a quarter of the run, {alive} from half of it", "".join(body))
+
+
+def terminal_svg(run: Run, width: int = 96) -> str:
+    """The live picture at two thirds of the run, and the summary of it."""
+    told, summary = run["told"], run["summary"]
+    about = {"name": "quickstart", "steps": run["steps"], "components": sum(run["start"].values())}
+    about |= {key: summary.get(key) for key in ("parameters", "budget_parameters")}
+    console = Console(io.StringIO(), terminal=True, width=width, height=40)
+    console.rich.record = True
+    view = console.train_view()
+    layers = [{"name": name, "components": count} for name, count in run["start"].items()]
+    for event in ({"event": "start", "run": about, "layers": layers}, *told):
+        view.progress.hear(event)
+        if event["event"] == "train":  # the log has every tenth of the steps that a terminal hears of
+            view.progress.hear(event | {"event": "tick"})
+    # The pace is that of the run, not that of this loop.
+    view.progress._step_seconds = next(line["step_seconds"] for line in reversed(told) if line["event"] == "train")
+    console.line(Text("while it trains", style="label"))
+    console.rich.print(view)
+    console.line()
+    console.line(Text("at the end", style="label"))
+    console.show_summary(summary | {"output_dir": "out/quickstart"})
+    drawn = console.rich.export_svg(title="dynlora train", theme=SVG_EXPORT_THEME, unique_id="terminal")
+    drawn = re.sub(r"@font-face \{.*?\}\n", "", drawn, flags=re.DOTALL)  # nothing is fetched from elsewhere
+    return "\n".join(line.rstrip() for line in drawn.replace("Fira Code, monospace", "monospace").splitlines()) + "\n"
 
 
 def components_svg() -> str:

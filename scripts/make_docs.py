@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from docs_pictures import components_svg, ranks_svg, schedule_svg, take_run
+from docs_pictures import components_svg, ranks_svg, schedule_svg, take_run, terminal_svg
 from docs_tables import BLOCKS, cell, table
 from pydantic import ValidationError
 
@@ -43,7 +43,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a run folder of recipes/quickstart.yaml")
     arguments = parser.parse_args()
     if arguments.run:
-        RUN.write_text(json.dumps(take_run(arguments.run), indent=1) + "\n", encoding="utf-8")
+        run = take_run(arguments.run)
+        RUN.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        # Not among the files that are made anew each time: another version of rich draws other boxes.
+        (DOCS / "pictures" / "terminal.svg").write_text(terminal_svg(run), encoding="utf-8")
     for path, text in files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
