@@ -15,7 +15,7 @@ def samples_part(record: RunRecord) -> str:
     if not looks:
         return ""
     tables = "".join(_table(at, record) for at in range(len(looks[-1]["samples"])))
-    lead = "The most likely answers to the same held-out prompts at each evaluation, at most 64 tokens of each."
+    lead = "The most likely answers to the same held-out prompts as training went on, at most 64 tokens of each."
     return f'<h2>Answers while it trained</h2><p class="muted">{lead}</p>{tables}'
 
 
