@@ -72,6 +72,23 @@ def test_a_dry_run_shows_what_would_run(recipe: Path, tmp_path, dynlora: Dynlora
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_needs_no_recipe_file(recipe: Path, tmp_path, dynlora: Dynlora):
+    named = (
+        "--model",
+        recipe.parent / "pico",
+        "--dataset",
+        recipe.parent / "rows.jsonl",
+        "--output-dir",
+        tmp_path / "out",
+    )
+    answer = dynlora("train", *named, "--sweep", "rank.budget=1,2", "--dry-run", "--json")
+    assert answer.code == 0, answer.err
+    assert [run["run"] for run in answer.json["plan"]["runs"]] == ["budget-1", "budget-2"]
+    assert [run["plan"]["parameters"]["budget"] for run in answer.json["plan"]["runs"]] == [1024, 2048]
+    both = dynlora("train", recipe, *named, "--sweep", "rank.budget=1,2", "--dry-run")
+    assert (both.code, "says that already" in both.err) == (2, True)
+
+
 @pytest.mark.slow
 def test_several_devices_train_each_run(recipe: Path, tmp_path: Path):
     """On CPUs: two processes for each run; one run fails in them, and what they say is not lost."""
