@@ -55,6 +55,7 @@ def test_all_forms_of_the_design_are_there():
         "gguf",
         "ollama",
         "merged",
+        "mlx",
         "merged-gguf",
     }
 
