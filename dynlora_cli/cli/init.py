@@ -58,7 +58,11 @@ def init(
         if from_file is None:
             if from_tool is not None:
                 raise UsageError("--from-tool goes with --from", "name the file: --from FILE")
-            found = starter.run(data or DATA, out, model=model or MODEL, columns=named, overwrite=overwrite)
+            data, model = (
+                DATA if data is None else data,
+                MODEL if model is None else model,
+            )  # an empty text is a mistake
+            found = starter.run(data, out, model=model, columns=named, overwrite=overwrite)
             result.update(found)
             show_starter(console(), result)
             return
