@@ -93,6 +93,11 @@ def targets(move: Move, key: str, names: Mapping[str, str] | None = None) -> Non
         move.give("adapter.target_modules", wanted, key)
 
 
+def usual_targets(move: Move) -> None:
+    """The layers that PEFT adapts where nobody names any."""
+    move.unasked["adapter.target_modules"] = ("qv", "PEFT's own choice for most models; all-linear is dynlora's")
+
+
 def objective(move: Move, key: str, name: Any, others: Mapping[str, str] | None = None) -> str:
     """What is learned; refuses what dynlora does not train.
 

@@ -111,6 +111,7 @@ def convert(path: Path, tool: str | None = None, model: str | None = None, data:
     importer.convert(move)
     move.by_table()
     move.defaults_by_table()
+    move.unasked = {key: one for key, one in move.unasked.items() if key not in move.recipe}  # the file decides
     _replace(move, model, data)
     named = move.file.value("config")
     if isinstance(named, str) and not {"model.name_or_path", "dataset.train"} <= move.recipe.keys():

@@ -11,6 +11,8 @@ from dynlora_cli.drafts.importer import Move, listed, whole_number
 SCRIPT = {f"train.{key}": value for key, value in common.TRAINER.items()} | {
     "train.output_dir": "trainer_output",
 }  # fmt: skip
+# What TRL's own arguments have for the learning rate in place of transformers'.
+TRL_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6}
 REWARDED = ("GRPO", "Reward", "PPO", "RLOO", "OnlineDPO", "GKD", "GSPO")
 SEES = ("Vision", "Whisper", "Speech", "Audio", "AutoModelForImage", "SentenceTransformer", "FastDiffusion")
 
@@ -28,12 +30,11 @@ def convert_script(move: Move, defaults: Mapping[str, Any]) -> None:
     kind = next(
         (name for name in ("ORPO", "DPO", "KTO") if f"{name}Trainer" in called or f"{name}Config" in called), "SFT"
     )
-    if f"{kind}Config" in called:  # TRL's own rates, in place of transformers'
-        own = {"SFT": 2e-5, "DPO": 1e-6, "KTO": 1e-6}.get(kind, 5e-5)
-        move.defaults = {**move.defaults, "train.learning_rate": own}
+    if f"{kind}Config" in called:
+        move.defaults = {**move.defaults, "train.learning_rate": TRL_RATES[kind.lower()]}
     if kind != "SFT":
         move.unasked["train.objective"] = (kind.lower(), f"its trainer is {kind}Trainer")
-    for key in ("model.model_name", "model.pretrained_model_name_or_path"):
+    for key in ("train.model", "model.model_name", "model.pretrained_model_name_or_path"):
         if isinstance(name := move.value(key), str):
             move.give("model.name_or_path", name, key)
     if move.value("model.full_finetuning") or not (
@@ -114,7 +115,10 @@ def _script_rows(move: Move) -> None:
 def script_lora(move: Move, rank: str, checkpointing: list[str]) -> None:
     common.lora(move, rank, "lora.lora_alpha", "lora.lora_dropout", "lora.use_rslora", "lora.use_dora",
                 "lora.init_lora_weights" if move.has("lora.init_lora_weights") else "")  # fmt: skip
-    common.targets(move, "lora.target_modules")
+    if "lora.target_modules" in move.file.entries or "lora.target_modules" in move.defaults:
+        common.targets(move, "lora.target_modules")
+    else:
+        common.usual_targets(move)
     if str(move.value("lora.bias")).lower() in ("none", "null"):
         move.needless("biases stay frozen, as here", "lora.bias")
     for key in ("lora.use_gradient_checkpointing", *checkpointing):

@@ -198,6 +198,44 @@ def test_pissa_keeps_its_rank_and_its_scale(tmp_path: Path):
     assert (recipe.rank.init, recipe.rank.budget, recipe.adapter.alpha) == (8, 16, 32)
 
 
+SWIFT = "swift sft --model a/b --dataset c/d --per_device_train_batch_size 4"
+SCRIPT = """
+from peft import LoraConfig
+from trl import {kind}Config, {kind}Trainer
+args = {kind}Config({more})
+{kind}Trainer(model="a/b", args=args, train_dataset=load_dataset("c/d"), peft_config=LoraConfig(r=4))
+"""
+TUNE = """
+model: {{_component_: torchtune.models.llama3_2.lora_llama3_2_1b, lora_attn_modules: [q_proj], lora_rank: 4}}
+checkpointer: {{checkpoint_dir: a/b}}
+dataset: {{_component_: torchtune.datasets.{builder}}}
+optimizer: {{_component_: torch.optim.AdamW}}
+"""
+UNASKED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "16 rows a step": ("s.sh", SWIFT, {"train.gradient_accumulation_steps": 4, "train.learning_rate": 1e-4}),
+    "a rate of its own": ("s.sh", f"{SWIFT} --train_type full", {"train.learning_rate": 1e-5}),
+    "a loss that is named": (
+        "s.py",
+        SCRIPT.format(kind="SFT", more="completion_only_loss=True"),
+        {"dataset.train_on": "completion", "model.name_or_path": "a/b", "adapter.target_modules": "qv"},
+    ),
+    "ORPO's rate": (
+        "s.py",
+        SCRIPT.format(kind="ORPO", more="beta=0.2"),
+        {"train.objective": "orpo", "train.learning_rate": 1e-6},
+    ),
+    "prompts": ("t.yaml", TUNE.format(builder="alpaca_cleaned_dataset"), {"dataset.train_on": "all"}),
+    "answers": ("t.yaml", TUNE.format(builder="samsum_dataset"), {"dataset.train_on": "auto"}),
+}
+
+
+@pytest.mark.parametrize("case", UNASKED)
+def test_what_a_tool_does_unasked_depends_on_what_it_is_told(case: str, tmp_path: Path):
+    name, text, wanted = UNASKED[case]
+    values = flat(converted(tmp_path, name, text)[1].model_dump(mode="json"))
+    assert {key: values[key] for key in wanted} == wanted
+
+
 REFUSED = {
     "rewards": ("g.sh", "trl grpo --model_name_or_path a --dataset_name b --reward_funcs c\n", "rewards"),
     "pictures": ("l.yaml", "model_name_or_path: a\nstage: sft\ndataset: b\nimage_max_pixels: 9\n", "pictures"),

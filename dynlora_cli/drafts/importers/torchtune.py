@@ -96,6 +96,7 @@ FRAMED = (
     "grammar_dataset",
     "stack_exchange_paired_dataset",
 )
+ON_PROMPTS = ("alpaca_cleaned_dataset", "alpaca_dataset")  # unless train_on_input is false
 GENERAL = {"chat_dataset": "chat", "instruct_dataset": "completion", "text_completion_dataset": "text",
            "preference_dataset": "preference"}  # fmt: skip
 PROJECTIONS = {"output_proj": "o_proj"}
@@ -191,8 +192,9 @@ def _rows(move: Move) -> None:
     if move.value("dataset.train_on_input"):
         move.give("dataset.train_on", "all", "dataset.train_on_input")
     else:
-        if str(move.value("dataset._component_")).endswith("alpaca_dataset") and not move.has("dataset.train_on_input"):
-            move.unasked["dataset.train_on"] = ("all", "alpaca_dataset trains on the prompts too")
+        builder = str(move.value("dataset._component_")).rpartition(".")[2]
+        if builder in ON_PROMPTS and not move.has("dataset.train_on_input"):
+            move.unasked["dataset.train_on"] = ("all", f"{builder} trains on the prompts too")
         move.needless("off, as here", "dataset.train_on_input")
     common.nothing_held_out(move)
 

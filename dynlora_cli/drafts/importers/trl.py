@@ -19,12 +19,11 @@ from typing import Any
 from dynlora_cli.drafts import common
 from dynlora_cli.drafts.files.entries import ForeignFile
 from dynlora_cli.drafts.importer import Move, whole_number
-from dynlora_cli.drafts.scripts import convert_script
+from dynlora_cli.drafts.scripts import TRL_RATES, convert_script
 
 NAME = "TRL"
 READS = "yaml shell python"
 DEFAULTS = {
-    "learning_rate": 2e-5,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.0,
     "num_train_epochs": 3,
@@ -180,8 +179,7 @@ def convert(move: Move) -> None:
     kind = common.OBJECTIVES.get(method) or common.objective(move, "", method, hints)
     if kind != "sft":
         move.unasked["train.objective"] = (kind, f"trl {method}")
-    if kind in ("dpo", "kto") and not move.has("learning_rate"):
-        move.defaults = {**move.defaults, "learning_rate": 1e-6}
+    move.defaults = {**move.defaults, "learning_rate": TRL_RATES[kind]}
     _rows(move, kind)
     if move.file.words or move.has("use_peft") or not any(k.startswith("lora_") for k in move.file.entries):
         _adapter(move)
@@ -208,7 +206,7 @@ def _lora(move: Move) -> None:
     if move.has("lora_target_modules"):
         common.targets(move, "lora_target_modules")
     else:
-        move.unasked["adapter.target_modules"] = ("qv", "PEFT's own choice for most models; all-linear is dynlora's")
+        common.usual_targets(move)
 
 
 def _rows(move: Move, kind: str) -> None:
