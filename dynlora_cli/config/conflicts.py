@@ -116,6 +116,8 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     if data.reasoning == "mask" and recipe.train.objective != plugins.OBJECTIVE:
         text = f"{recipe.train.objective} compares whole answers, thoughts and all; keep or drop the reasoning"
         yield Conflict("dataset.reasoning", "train.objective", text)
+    if data.reasoning == "mask" and data.train_on == "all":
+        yield Conflict("dataset.reasoning", "dataset.train_on", "`all` has loss on every token, thoughts as well")
     if data.packing and not data.shuffle:
         text = "packing puts rows together by their lengths, which leaves no order; set one of the two to its default"
         yield Conflict("dataset.shuffle", "dataset.packing", text)

@@ -194,8 +194,9 @@ def _note_writing(reader: Reader) -> None:
 def _template_notes(reader: Reader, template: object, *, in_turns: bool) -> list[str]:
     """What was said of how conversations are written and is not used, and what another server must be told."""
     dataset = reader.dataset
-    named = {*dataset.chat_template_kwargs, *(name for one in dataset.train for name in one.chat_template_kwargs)}
-    system = dataset.system is not None or any(one.system is not None for one in dataset.train)
+    sources = (*dataset.train, *dataset.val)
+    named = {*dataset.chat_template_kwargs, *(name for one in sources for name in one.chat_template_kwargs)}
+    system = dataset.system is not None or any(one.system is not None for one in sources)
     if not in_turns:
         keys = [("chat_template_kwargs", named), ("system", system), ("reasoning", dataset.reasoning != "keep")]
         return [f"dataset.{key} is not used: no row is a conversation" for key, is_set in keys if is_set]

@@ -143,6 +143,7 @@ CONFLICTS = [
     (["dataset.val_size=0", "eval.early_stopping_patience=2"], "eval.early_stopping_patience", 1),
     (["dataset.val_size=0", "eval.steps=2"], "eval.steps", 1),
     (["dataset.reasoning=mask", "train.objective=dpo"], "dataset.reasoning", 0),
+    (["dataset.reasoning=mask", "dataset.train_on=all"], "dataset.reasoning", 0),
     (["rank.init=4"], "rank.init", 0),
     (["rank.init=3", "adapter.init_weights=pissa"], "rank.init", 0),
     (["adapter.init_weights=loftq"], "adapter.init_weights", 0),

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from dynlora_cli.data.chat.fit import resolved
 from dynlora_cli.data.chat.template import write
 from dynlora_cli.data.encode import decode
 from dynlora_cli.data.encode_text import TextEncoder
@@ -93,6 +94,8 @@ class PreferenceEncoder(TextEncoder):
         if isinstance(form.prompt, str):
             return [form.prompt, *(form.prompt + str(answer) for answer in _answers(form))]
         try:
+            form = _in_one_mode(form)
+            assert isinstance(form.prompt, list)
             alone = self.fit.wanted(Turns(list(form.prompt), form.tools, told=form.told))
             prompt = write(self.tokenizer, alone.messages, alone.tools, alone.told.kwargs, answer=True)
             return [prompt, *(self._written(form, answer) for answer in _answers(form))]
@@ -143,6 +146,13 @@ class PreferenceEncoder(TextEncoder):
             draft.other = answered[1]
             draft.untaught = draft.untaught or _alike(answered, start, self.max_length)
         return draft
+
+
+def _in_one_mode(form: Preference | Judged) -> Preference | Judged:
+    """A row whose answers are asked for in one mode, where the template's switch is `auto`: thinking if one thinks."""
+    said = [message for one in (form.prompt, *_answers(form)) if isinstance(one, list) for message in one]
+    kwargs = resolved(form.told.kwargs, Turns(said, told=form.told))
+    return replace(form, told=replace(form.told, kwargs=kwargs))
 
 
 def _answers(form: Preference | Judged) -> list[Said]:

@@ -151,6 +151,15 @@ def test_a_variable_that_no_template_reads_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_variable_of_held_out_rows_that_no_template_reads_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"messages": [ASK, PLAIN]}) + "\n")
+    held_out = source(tmp_path / "b.jsonl", chat_template_kwargs={"enable_thinkng": False})
+    read = dataset(tmp_path / "a.jsonl", val=[held_out])
+    data = load_data(read, byte_tokenizer(SWITCHED), task=task_named(), seed=0)
+    assert any("never reads 'enable_thinkng' of chat_template_kwargs" in note for note in data.notes)
+
+
 @pytest.mark.parametrize("value", ["[1]", "{", 5, {"tokenize": True}])
 def test_variables_of_a_row_that_are_none(tmp_path: Path, value: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'chat_template_kwargs'"):
@@ -210,6 +219,25 @@ def test_reasoning_of_preference_rows_is_written_too(tmp_path: Path) -> None:
         DataError, match=r"pairs\.jsonl:1: message 2: the chat template never writes what the assistant"
     ):
         load_data(dataset(path), byte_tokenizer(templates.DEEPSEEK_R1), task=task, seed=0)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_answers_that_are_compared_are_asked_for_in_one_mode(tmp_path: Path, thinks: bool) -> None:
+    from dynlora_cli.config.sections import Model, Train
+    from dynlora_cli.tasks import task as tasks
+
+    path = tmp_path / "pairs.jsonl"
+    other = PLAIN | {"content": "a bird"}
+    path.write_text(json.dumps({"prompt": [ASK], "chosen": [THOUGHT if thinks else other], "rejected": [PLAIN]}) + "\n")
+    tokenizer = byte_tokenizer(SWITCHED)
+    tokenizer.add_tokens(templates.MARKS, special_tokens=True)
+    task = tasks.of(Model(name_or_path="builtin:tiny"), Train(objective="dpo"))
+    read = dataset(path, chat_template_kwargs={"enable_thinking": "auto"})
+    (row,) = load_data(read, tokenizer, task=task, seed=0).train
+    chosen, rejected = (tokenizer.decode(list(line)[row.start :]) for line in row.lines)
+    empty = "<think>\n\n</think>\n\n"
+    expected = (BLOCK + "the dog", empty + "the cat") if thinks else ("a bird", "the cat")
+    assert (chosen, rejected) == tuple(f"{text}<|im_end|>\n" for text in expected)
 
 
 PARTS = {"type": "text", "text": "the "}
