@@ -225,6 +225,11 @@ UNASKED: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"train.objective": "orpo", "train.learning_rate": 1e-6},
     ),
     "prompts": ("t.yaml", TUNE.format(builder="alpaca_cleaned_dataset"), {"dataset.train_on": "all"}),
+    "a rank": (
+        "t.yaml",
+        TUNE.format(builder="samsum_dataset").replace(", lora_rank: 4", ""),
+        {"rank.init": 8, "rank.budget": 8, "adapter.alpha": 16},
+    ),
     "answers": ("t.yaml", TUNE.format(builder="samsum_dataset"), {"dataset.train_on": "auto"}),
 }
 

@@ -26,6 +26,8 @@ DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "epochs": 1,
     "shuffle": True,
+    "model.lora_rank": 8,
+    "model.lora_alpha": 16,
     "model.lora_dropout": 0.0,
     "model.apply_lora_to_mlp": False,
 }
@@ -274,7 +276,7 @@ def _adapter(move: Move, component: str) -> None:
         move.give(
             "adapter.variant", "full", "model._component_", differs="a component without lora_: all of the model trains"
         )
-        move.used |= {"model.lora_dropout", "model.apply_lora_to_mlp"}
+        move.used |= {key for key in DEFAULTS if key.startswith("model.")}
         return
     if leaf.startswith("qlora_"):
         move.give("model.load_in_4bit", True, "model._component_")
