@@ -6,7 +6,6 @@ Nothing of the file is run, and no path in it is followed; a list of data sets t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from dynlora_cli.config.sections import Settings
 from dynlora_cli.config.strict_yaml import Node, Place
 from dynlora_cli.drafts.files.entries import ForeignFile, read_foreign
 from dynlora_cli.drafts.importer import Entry, Finding, Importer, Move, Setting
-from dynlora_cli.drafts.text import comment, scalar
+from dynlora_cli.drafts.text import comment, flow, scalar
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import counted, did_you_mean
 
@@ -80,7 +79,7 @@ class Converted:
 
 
 def _line(key: str, value: Any, remark: str) -> str:
-    shown = scalar(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # JSON is YAML
+    shown = scalar(value) if isinstance(value, str) else flow(value)
     text = f"{key}: {shown}"
     return f"{text:<{WIDTH - 2}} # {comment(remark)}" if remark else text
 
@@ -89,7 +88,7 @@ def _several(key: str, sources: Any) -> Iterator[str]:
     yield f"  {key}:"
     for source in sources if isinstance(sources, list) else [sources]:
         items = source.items() if isinstance(source, dict) else [("path", source)]
-        yield f"    - {{{', '.join(f'{name}: {json.dumps(value, ensure_ascii=False)}' for name, value in items)}}}"
+        yield f"    - {{{', '.join(f'{name}: {flow(value)}' for name, value in items)}}}"
 
 
 def convert(path: Path, tool: str | None = None, model: str | None = None, data: str | None = None) -> Converted:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,8 +45,14 @@ def source_text(source: Source) -> str:
 
 
 def comment(text: str) -> str:
-    """Text that stays on the line of its comment."""
-    return " ".join(text.split())
+    """Text that stays on the line of its comment, with the signs made visible that YAML does not take."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.split()))
+
+
+def flow(value: Any) -> str:
+    """A list, a mapping, a number or a text as YAML in one line: JSON, with escapes where YAML takes no sign bare."""
+    shown = json.dumps(value, ensure_ascii=False)
+    return "".join(sign if sign.isprintable() else f"\\U{ord(sign):08x}" for sign in shown)
 
 
 def scalar(text: str) -> str:

@@ -273,6 +273,13 @@ def test_the_switch_of_a_template_is_one_of_its_variables(tmp_path: Path):
     assert (recipe.dataset.chat_template_kwargs, recipe.dataset.system) == ({"enable_thinking": False}, "Be kind.")
 
 
+def test_signs_that_yaml_does_not_take_bare_are_written_as_escapes(tmp_path: Path):
+    text = f'{AXOLOTL}"a\\x07\\u202e": 1\nlora_target_modules: ["q\\x07ä"]\n'.replace("x/y", "b\\x1bc")
+    found, recipe = converted(tmp_path, "a.yml", text)
+    assert recipe.adapter.target_modules == ["q\x07ä"]
+    assert "a\\x07\\u202e: 1" in found.text("dynlora train r.yaml")
+
+
 def test_a_key_of_some_other_section_is_not_the_runs(tmp_path: Path):
     found, recipe = converted(
         tmp_path, "a.yml", f"{AXOLOTL}hatchery: {{lora_rank: 99, lr: 0.5}}\nlearning_rate: 0.001\n"
