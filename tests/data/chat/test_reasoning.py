@@ -137,8 +137,10 @@ def test_rows_with_and_without_thinking(tmp_path: Path, of: tuple[str, ...]) -> 
     assert any("1 row with reasoning, 1 row without" in note and "empty think" in note for note in data.notes)
     found, _ = read(tmp_path, rows, SWITCHED, chat_template_kwargs={"enable_thinking": "auto"}, of=of)
     assert found == [BLOCK + "the dog<|im_end|>", "the cat<|im_end|>"]
-    tokens = read(tmp_path, rows[1:], SWITCHED, chat_template_kwargs={"enable_thinking": False}, of=of)[0]
-    assert tokens == ["the cat<|im_end|>"]
+    found, data = read(tmp_path, rows[1:], SWITCHED, chat_template_kwargs={"enable_thinking": False}, of=of)
+    assert found == ["the cat<|im_end|>"]
+    assert any("is for their rows alone" in note for note in data.notes) == bool(of)
+    assert any("any other server must be told" in note for note in data.notes) != bool(of)
     own = {"messages": rows[1], "chat_template_kwargs": json.dumps({"enable_thinking": False})}
     assert read(tmp_path, [own], SWITCHED)[0] == ["the cat<|im_end|>"]
 
