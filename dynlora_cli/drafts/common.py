@@ -137,8 +137,7 @@ def trainer(move: Move, prefix: str = "") -> None:
             move.give("train.log_steps", steps, key["logging_steps"])
         else:
             move.say(key["logging_steps"], "needless", "no share of the steps; here every 10")
-    for name in ("data_seed",):
-        move.needless("the order of rows comes from `seed`", key[name])
+    move.needless("the order of rows comes from `seed`", key["data_seed"])
     if move.has(key["trust_remote_code"]):
         move.say(key["trust_remote_code"], "differs" if move.value(key["trust_remote_code"]) else "needless", NO_REMOTE)
 

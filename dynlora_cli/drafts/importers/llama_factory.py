@@ -193,10 +193,10 @@ def convert(move: Move) -> None:
         move.give(f"model.load_in_{bits}bit", True, "quantization_bit")
         if str(move.value("quantization_method")).lower() not in ("none", "bnb", "bitsandbytes"):
             move.say("quantization_method", "lost", "bitsandbytes quantizes here")
-    for key, ours in (("train_on_prompt", "all"),):
-        if move.value(key) is True:
-            move.give("dataset.train_on", ours, key)
-        move.needless("answers alone carry loss, as here", *([key] if move.value(key) is False else []))
+    if move.value("train_on_prompt") is True:
+        move.give("dataset.train_on", "all", "train_on_prompt")
+    elif move.value("train_on_prompt") is False:
+        move.needless("answers alone carry loss, as here", "train_on_prompt")
     if move.value("disable_gradient_checkpointing") is None and "train.gradient_checkpointing" not in move.recipe:
         move.unasked["train.gradient_checkpointing"] = (True, "LLaMA-Factory has it on")
     if move.value("packing") or move.value("neat_packing"):
