@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,8 +45,19 @@ RESERVED_KWARGS = frozenset({
 })  # fmt: skip
 
 
+def text_for_a_truth(kwargs: Mapping[str, Any]) -> str:
+    """A sentence about a variable that is the text 'false', which a template takes for true; empty where none is."""
+    for name, value in kwargs.items():
+        if isinstance(value, str) and value.strip().casefold() in ("true", "false"):
+            truth = value.strip().lower()
+            return f"{name} is the text {value!r}, which templates do not take for {truth}: leave the quotes out"
+    return ""
+
+
 def _template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     """Refuses variables that are set for every conversation, and values that no JSON holds."""
+    if said := text_for_a_truth(value):
+        raise ValueError(said)
     if taken := sorted(RESERVED_KWARGS & set(value)):
         raise ValueError(f"{taken[0]} is no variable to be set here: dynlora says it for each conversation")
     try:

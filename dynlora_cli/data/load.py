@@ -196,6 +196,7 @@ def _template_notes(reader: Reader, template: object, *, in_turns: bool) -> list
     dataset = reader.dataset
     sources = (*dataset.train, *dataset.val)
     named = {*dataset.chat_template_kwargs, *(name for one in sources for name in one.chat_template_kwargs)}
+    named |= reader.variables  # those of rows as well
     system = dataset.system is not None or any(one.system is not None for one in sources)
     if not in_turns:
         keys = [("chat_template_kwargs", named), ("system", system), ("reasoning", dataset.reasoning != "keep")]

@@ -68,6 +68,7 @@ class Reader:
     forms: set[str] = field(default_factory=set)
     lost: dict[bool, Counter[str]] = field(default_factory=lambda: {False: Counter(), True: Counter()})  # held out
     turned: dict[str, set[bool]] = field(default_factory=dict)
+    variables: set[str] = field(default_factory=set)  # of the chat template, that recipe, source or row set
     set_apart: bool = False  # rows have `dataset.separator` in them
 
 
@@ -214,8 +215,9 @@ def _note_form(reader: Reader, table: Table, batch: list[Located]) -> None:
             "dataset.train_on: all trains every turn that is not marked otherwise"
         )
     forms = [row.form for row in batch]
-    remarks = [form.remarks for form in forms if isinstance(form, (Turns, Preference, Judged))]
-    reader.notes += [f"{table.name}: {remark}" for remark in itertools.chain(*remarks)]
+    talks = [form for form in forms if isinstance(form, (Turns, Preference, Judged))]
+    reader.variables.update(*(form.told.kwargs for form in talks))
+    reader.notes += [f"{table.name}: {remark}" for form in talks for remark in form.remarks]
     if any(isinstance(form, (Turns, Pair)) and form.is_empty for form in forms):
         reader.notes.append(f"{table.name}: some answers are empty: the model learns to say nothing there")
     pairs = [form for form in forms if isinstance(form, Pair)]

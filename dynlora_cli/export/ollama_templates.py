@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.chat.template import Writing, on_date, write
+from dynlora_cli.data.chat.ways import reads
 from dynlora_cli.export.gguf.vocabulary import added_ids
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ def modelfile(
         end = match.family.around["assistant"][1].replace("{eos}", eos).strip()
         stops += [end] if end not in stops and end in tokenizer.get_vocab() else []
         notes += match.notes
+        if reads(tokenizer.chat_template, "tools"):
+            notes.append("the TEMPLATE writes no tools, as the tokenizer's does: Ollama refuses requests with tools")
     if writing.template_kwargs:
         named = ", ".join(map(repr, writing.template_kwargs))
         notes.append(f"training set {named} of the chat template, and the TEMPLATE is the one without: compare answers")

@@ -124,7 +124,7 @@ class Voice:
         _refuse_halves([dict(message) for message in messages])
         try:
             row = {"messages": [dict(message) for message in messages], "tools": tools}
-            ways = replace(self.ways, kwargs=resolved(self.ways.kwargs, None) | dict(kwargs or {}))
+            ways = replace(self.ways, kwargs=resolved({**self.ways.kwargs, **(kwargs or {})}, None))
             read = ways.applied(plugins.load("formats", "chat").to_example(row, has_template=True), {})
             assert isinstance(read, Turns)
             fit, unwritten = Fit(self.tokenizer), Unwritten(self.tokenizer)

@@ -134,6 +134,12 @@ def test_what_go_cannot_do_is_noted():
     assert ["thinking" in note for note in notes] == [True]
 
 
+def test_tools_that_ollamas_template_does_not_write_are_noted():
+    calling = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    _, notes = modelfile("m.gguf", tokenizer_with(calling, adds_bos=False), {})
+    assert ["Ollama refuses requests with tools" in note for note in notes] == [True]
+
+
 def test_a_model_without_a_chat_template_continues_the_prompt():
     text, notes = modelfile("m.gguf", tokenizer_with(None), {})
     assert (parsed(text)["TEMPLATE"], notes) == ("{{ .Prompt }}", [])

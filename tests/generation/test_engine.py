@@ -266,7 +266,7 @@ def test_variables_of_the_template_and_the_system_message_are_those_of_training(
 ):
     run = shutil.copytree(places["chat"], tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(run)
-    tokenizer.chat_template = "{{ mode }}|" + ROLE_TOKENS
+    tokenizer.chat_template = "{{ mode }}|{{ thinking is defined }}|" + ROLE_TOKENS
     tokenizer.save_pretrained(run)
     record = json.loads((run / "dynlora.json").read_text())
     record["data"] |= {"template_kwargs": {"mode": "x", "tokenize": True}, "system": "y"}
@@ -277,9 +277,10 @@ def test_variables_of_the_template_and_the_system_message_are_those_of_training(
         def text(content: Any, **more: Any) -> str:
             return str(tokenizer.decode(engine.request(use, content, SHORT, **more).ids))
 
-        assert text("sort 3").startswith("x|<s><|system|>y</s><|user|>sort 3")
-        assert text("sort 3", system="z").startswith("x|<s><|system|>z</s><|user|>")
+        assert text("sort 3").startswith("x|False|<s><|system|>y</s><|user|>sort 3")
+        assert text("sort 3", system="z").startswith("x|False|<s><|system|>z</s><|user|>")
         assert text("sort 3", kwargs={"mode": "w"}).startswith("w|")
+        assert text("sort 3", kwargs={"thinking": "auto"}).startswith("x|False|")  # as if it were not said
         text("sort 3", kwargs={"mod": 1})
         assert any("never reads 'mod' of chat_template_kwargs; did you mean 'mode'?" in note for note in engine.notes)
         with pytest.raises(UsageError, match="in bare text, for which chat_template_kwargs say nothing"):

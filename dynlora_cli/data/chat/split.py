@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dynlora_cli.data.chat.fit import Fit
 from dynlora_cli.data.chat.reasoning import AUTO, SWITCHES, found_in, marked_at
 from dynlora_cli.data.chat.template import MARKER, write
+from dynlora_cli.data.chat.ways import reads
 from dynlora_cli.data.forms import BadRowError, Turns
 from dynlora_cli.text import counted
 
@@ -110,6 +111,13 @@ class Reasoned:
             self._wrote_empty |= self.fit.puts_empty_block(turns)
         return kind
 
+    def _advice(self) -> str:
+        """How rows with and without reasoning can be told apart, where the template has a variable for that."""
+        name = next((name for name in SWITCHES if reads(self.tokenizer.chat_template, name)), None)
+        if name is None:
+            return ": nothing in the prompt tells the model which of the two is wanted"
+        return f"; `chat_template_kwargs: {{{name}: auto}}` asks for each row in the mode that it is in"
+
     def notes(self, template: str) -> list[str]:
         """What a person should know about the reasoning in the rows; `template` is their template in words."""
         rows, found = self._rows, []
@@ -130,10 +138,7 @@ class Reasoned:
                 found.append(f"{counts}: each is asked for in the mode that it is in (enable_thinking: auto)")
             else:
                 how = ", with an empty think block" if self._wrote_empty else ""
-                found.append(
-                    f"{counts}, which stay as {template} writes them{how}; where it knows the variable, "
-                    "`chat_template_kwargs: {enable_thinking: auto}` asks for each row in the mode that it is in"
-                )
+                found.append(f"{counts}, which stay as {template} writes them{how}{self._advice()}")
         elif self._wrote_empty and not rows["with"]:
             found.append(
                 f"{template} puts an empty think block before answers without reasoning: see it by --dry-run; "

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.config.types import RESERVED_KWARGS
+from dynlora_cli.config.types import RESERVED_KWARGS, text_for_a_truth
 from dynlora_cli.data.forms import BadRowError, Form, Judged, Preference, Told, Turns
 from dynlora_cli.text import did_you_mean
 
@@ -77,6 +77,8 @@ def own_kwargs(row: Mapping[str, Any]) -> Mapping[str, Any]:
     found = {str(name): one for name, one in (value or {}).items() if one is not None}
     if taken := sorted(RESERVED_KWARGS & set(found)):
         raise BadRowError(f"column {COLUMN!r}: {taken[0]} is no variable of a template: it is set by dynlora")
+    if said := text_for_a_truth(found):
+        raise BadRowError(f"column {COLUMN!r}: {said}")
     return found
 
 
@@ -91,10 +93,19 @@ def variables_of(template: str) -> set[str]:
         return set()
 
 
+def _all_variables(template: object) -> set[str]:
+    texts = template.values() if isinstance(template, Mapping) else [template]
+    return set().union(*(variables_of(str(text)) for text in texts))
+
+
+def reads(template: object, name: str) -> bool:
+    """Whether a chat template reads a variable."""
+    return name in _all_variables(template)
+
+
 def unread(template: object, names: Collection[str]) -> str:
     """A sentence about variables that a chat template never reads; empty where it reads all."""
-    texts = template.values() if isinstance(template, Mapping) else [template]
-    there = set().union(*(variables_of(str(text)) for text in texts))
+    there = _all_variables(template)
     lost = sorted(set(names) - there)
     if not lost:
         return ""

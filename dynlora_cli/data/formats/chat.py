@@ -41,6 +41,7 @@ _ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "devel
 _CALLING = ("function_call", "tool_call")  # roles, not the keys of these names
 _TRAINS, _DOES_NOT = ("weight", "train", "training", "trainable", "loss", "loss_scale"), ("masked", "mask")
 _TEXTS, _THOUGHTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")  # types of parts
+_THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # the first that is there is read
 _IN_PARTS = ("train_detail", "training_detail")
 
 
@@ -121,6 +122,15 @@ def _remarks(row: Mapping[str, Any], turns: list[Any], messages: list[dict[str, 
         found.append(
             "some turns that should call hold no JSON of {name, arguments}: they are trained as text, not as calls"
         )
+    spoken = [message for message in messages if message["role"] == "assistant"]
+    if any(
+        len({message[key].strip() for key in _THOUGHT_KEYS if isinstance(message.get(key), str)} - {""}) > 1
+        for message in spoken
+    ):
+        found.append(f"some answers have several different thoughts: of {', '.join(_THOUGHT_KEYS)} the first is read")
+    contents = [message["content"].lstrip() for message in spoken]
+    if any(content.startswith("<think>") and "</think>" not in content for content in contents):
+        found.append("some answers open <think> and never close it, as cut ones do: they are trained as they are")
     unknown = sorted({message["role"] for message in messages} - set(_ROLES.values()))
     found += [f"turns of the role {role[:40]!r}, which is not known here, are not the assistant's" for role in unknown]
     return tuple(found)
@@ -143,10 +153,12 @@ def _json(what: str, value: Any) -> Any:
 def _tools(row: Mapping[str, Any]) -> Any:
     """The tools of a conversation, or the functions of an older one."""
     tools, functions = _json("'tools'", row.get("tools")), _json("'functions'", row.get("functions"))
+    for name, value in (("tools", tools), ("functions", functions)):
+        if value and not (isinstance(value, list) and all(isinstance(one, Mapping) for one in value)):
+            kind = "a list that holds others" if isinstance(value, list) else f"of type {type(value).__name__}"
+            raise BadRowError(f"{name!r} is {kind}, expected a list of objects")
     if tools or not functions:
         return tools or None
-    if not isinstance(functions, list):
-        raise BadRowError(f"'functions' is of type {type(functions).__name__}, expected a list")
     return [{"type": "function", "function": function} for function in functions]
 
 
@@ -172,6 +184,10 @@ def _message(number: int, turn: object) -> tuple[dict[str, Any], bool | None]:
     if "tool_calls" in message:
         message["tool_calls"] = _calls(number, message["tool_calls"])
         message.setdefault("content", "")
+    for key in _THOUGHT_KEYS if message["role"] == "assistant" else ():  # no template writes it, and it would be lost
+        if message.get(key) and not isinstance(message[key], (str, bool)):
+            kind = type(message[key]).__name__
+            raise BadRowError(f"message {number}: {key} is of type {kind}, expected text")
     message["content"] = _content(number, message)
     return message, _mark(number, message)
 
@@ -201,7 +217,10 @@ def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
         if not isinstance(function.get("name"), str):
             raise BadRowError(f"message {number}: a call has no name (keys: {', '.join(map(str, function))})")
         arguments = _json(f"message {number}: the arguments of {function['name']}", function.get("arguments"))
-        function = {**function, "arguments": {} if arguments is None else arguments}
+        if not isinstance(arguments, (Mapping, type(None))):
+            kind = "text" if isinstance(arguments, str) else f"of type {type(arguments).__name__}"
+            raise BadRowError(f"message {number}: the arguments of {function['name']} are {kind}, expected an object")
+        function = {**function, "arguments": arguments or {}}
         read.append({**call, "function": function} if "function" in call else function)
     return read
 
@@ -215,7 +234,7 @@ def _content(number: int, message: dict[str, Any]) -> str:
     content = as_text(message.get("content"))
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         content = "".join(_part(number, part, message) for part in content)
-    if content is None and any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning")):
+    if content is None and any(message.get(key) for key in _THOUGHT_KEYS):
         return ""
     if not isinstance(content, str):
         kind = "missing or null" if content is None else f"of type {type(content).__name__}"

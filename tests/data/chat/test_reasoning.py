@@ -162,10 +162,48 @@ def test_a_variable_of_held_out_rows_that_no_template_reads_is_named(tmp_path: P
     assert any("never reads 'enable_thinkng' of chat_template_kwargs" in note for note in data.notes)
 
 
-@pytest.mark.parametrize("value", ["[1]", "{", 5, {"tokenize": True}])
+@pytest.mark.parametrize("value", ["[1]", "{", 5, {"tokenize": True}, {"enable_thinking": "False"}])
 def test_variables_of_a_row_that_are_none(tmp_path: Path, value: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'chat_template_kwargs'"):
         read(tmp_path, [{"messages": [ASK, PLAIN], "chat_template_kwargs": value}], SWITCHED)
+
+
+def test_a_variable_of_one_row_that_no_template_reads_is_named(tmp_path: Path) -> None:
+    rows = [{"messages": [ASK, PLAIN]}, {"messages": [ASK, PLAIN], "chat_template_kwargs": {"enable_thinkng": False}}]
+    _, data = read(tmp_path, rows, SWITCHED)
+    assert any("never reads 'enable_thinkng'" in note for note in data.notes)
+
+
+def test_auto_is_offered_where_the_template_knows_it(tmp_path: Path) -> None:
+    rows = [[ASK, THOUGHT], [ASK, PLAIN]]
+    assert any("{enable_thinking: auto}" in note for note in read(tmp_path, rows, SWITCHED)[1].notes)
+    notes = read(tmp_path, rows, CHATML)[1].notes
+    assert not any("auto}" in note for note in notes)
+    assert any("nothing in the prompt tells the model which of the two" in note for note in notes)
+
+
+def test_thoughts_that_would_be_lost_are_told_or_refused(tmp_path: Path) -> None:
+    _, data = read(tmp_path, [[ASK, PLAIN | {"thinking": "one", "reasoning": "two"}]])
+    assert any("several different thoughts" in note for note in data.notes)
+    _, data = read(tmp_path, [[ASK, PLAIN | {"thinking": "one", "reasoning": " one"}]])
+    assert not any("several different thoughts" in note for note in data.notes)
+    _, data = read(tmp_path, [[ASK, {"role": "assistant", "content": "<think>\nhm, and th"}]])
+    assert any("open <think> and never close it" in note for note in data.notes)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: message 2: reasoning_content is of type list, expected text"):
+        read(tmp_path, [[ASK, PLAIN | {"reasoning_content": ["hmm"]}]])
+
+
+@pytest.mark.parametrize(("arguments", "kind"), [('"x"', "text"), ("[1]", "of type list"), (3, "of type int")])
+def test_arguments_of_a_call_are_an_object(tmp_path: Path, arguments: Any, kind: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(DataError, match=f"message 2: the arguments of f are {kind}, expected an object"):
+        read(tmp_path, [[ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]])
+
+
+@pytest.mark.parametrize("tools", [3, {"a": 1}, ["weather"], '"weather"'])
+def test_tools_are_a_list_of_objects(tmp_path: Path, tools: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: 'tools' is .*expected a list of objects"):
+        read(tmp_path, [{"messages": [ASK, PLAIN], "tools": tools}])
 
 
 def test_the_system_message_of_the_recipe_is_for_rows_without_one(tmp_path: Path) -> None:
