@@ -109,6 +109,8 @@ def convert(path: Path, tool: str | None = None, model: str | None = None, data:
     _refuse_unreadable(move)
     importer.convert(move)
     move.by_table()
+    for key in move.recipe.keys() & move.unasked.keys():
+        del move.unasked[key]  # the file says it
     move.defaults_by_table()
     move.unasked = {key: one for key, one in move.unasked.items() if key not in move.recipe}  # the file decides
     _replace(move, model, data)
@@ -153,6 +155,10 @@ def _chosen(file: ForeignFile, tool: str | None) -> str:
 
 def _refuse_unreadable(move: Move) -> None:
     """List what could not be read of the file at all."""
+    if move.file.processes and move.file.processes[0] > 1:
+        count, at = move.file.processes
+        text = f"a step has the rows of {count}: --devices {count}, or gradient_accumulation_steps times {count} on one"
+        move.findings.append(Finding(Entry("(processes)", count, at), "differs", text))
     for line, fault in move.file.faults:
         move.findings.append(Finding(Entry("(unread)", "", line or 0), "lost", fault))
 

@@ -105,7 +105,9 @@ class Finding:
     @property
     def shown(self) -> Any:
         """The value, unless its key says that it is a secret."""
-        secret = re.search(r"(^|[._])(token|api_key|password|secret)$", self.entry.key)
+        secret = re.search(
+            r"(^|[._])(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(token|api_key|password|secret)$", self.entry.key
+        )
         return "***" if secret and isinstance(self.entry.value, str) else self.entry.value
 
     def __str__(self) -> str:
@@ -231,7 +233,7 @@ class Move:
         for key in self.defaults:
             if key not in self.used and key not in self.file.entries and self.defaults[key] is not None:
                 alias = self.find(key)
-                if alias and alias.here and alias.here not in self.recipe:
+                if alias and alias.here and alias.here not in self.recipe and alias.here not in self.unasked:
                     self._assign(key, alias)
 
     def find(self, key: str) -> Alias | None:

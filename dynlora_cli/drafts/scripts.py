@@ -55,6 +55,7 @@ def convert_script(move: Move, defaults: Mapping[str, Any]) -> None:
     for width in ("4", "8"):
         bits(move, f"model.load_in_{width}bit", width)
         bits(move, f"quantization.load_in_{width}bit", width)
+    _quantization(move)
     for key in ("model.dtype", "model.torch_dtype"):
         if move.has(key) and isinstance(move.value(key), str):
             move.give("model.dtype", move.translated("model.dtype", move.value(key)), key)
@@ -71,6 +72,19 @@ def convert_script(move: Move, defaults: Mapping[str, Any]) -> None:
         move.unasked["dataset.train_on"] = ("auto", "train_on_responses_only: answers alone carry loss")
     elif kind == "SFT" and not move.value("train.assistant_only_loss"):
         move.unasked["dataset.train_on"] = ("all", "without train_on_responses_only all tokens carry loss")
+
+
+def _quantization(move: Move) -> None:
+    """What BitsAndBytesConfig says, and what it does unasked."""
+    if move.value("quantization.load_in_4bit") is not True:
+        return
+    move.needless("what BitsAndBytesConfig is given above", "model.quantization_config")
+    for name, unasked in (("bnb_4bit_quant_type", "fp4"), ("bnb_4bit_use_double_quant", False)):
+        value = move.value(f"quantization.{name}")
+        if value is not None:
+            move.give(f"model.{name}", value, f"quantization.{name}")
+        elif f"quantization.{name}" not in move.file.entries:
+            move.unasked[f"model.{name}"] = (unasked, "BitsAndBytesConfig's own default")
 
 
 def _refuse_others(move: Move) -> None:

@@ -51,6 +51,7 @@ class ForeignFile:
             Of Python: the calls that were found, such as `SFTConfig`.
         faults: what could not be read, with the line.
         text: all of it.
+        processes: of a shell script: how many train together, and the line that says so; None: it does not say.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class ForeignFile:
     words: tuple[str, ...] = ()
     faults: list[tuple[int | None, str]] = field(default_factory=list)
     text: str = ""
+    processes: tuple[int, int] | None = None
 
     def has(self, *keys: str) -> bool:
         """Whether one of some keys is there, as it is or as a section."""
@@ -86,7 +88,7 @@ def read_foreign(path: Path) -> ForeignFile:
     if kind in (".sh", ".bash"):
         command = shell_words.read(text, path)
         given = {key: Entry(key, value, line) for key, value, line in command.options}
-        return ForeignFile(path, "shell", given, command.words, command.faults, text)
+        return ForeignFile(path, "shell", given, command.words, command.faults, text, command.processes)
     if kind == ".json":
         try:
             loads(text)
@@ -104,6 +106,8 @@ def read_foreign(path: Path) -> ForeignFile:
 
 def _text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device would be read without an end
+            raise UsageError(f"--from {path}: no file", "name a training configuration")
         if path.stat().st_size > LARGEST:
             raise UsageError(f"--from {path}: larger than any configuration", "name the configuration itself")
         return path.read_text(encoding="utf-8-sig")

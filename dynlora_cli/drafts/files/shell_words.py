@@ -24,6 +24,7 @@ TRAINERS = re.compile(
     r"^(?:\S*/)?(swift|megatron|trl|llamafactory-cli|lmf|axolotl|tune|unsloth|\S+\.py|(?:swift|trl|axolotl|llamafactory)\.\S+)$"
 )
 ENDS = {";", "&", "&&", "||", "|", ">", ">>", "2>&1", "&>", "<"}
+QUOTIENT = re.compile(r"\$\((?:expr |\()\s*(\d+|\$\w+|\$\{\w+\})\s*/\s*(\d+|\$\w+|\$\{\w+\})\s*\)?\)")
 VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
@@ -34,6 +35,7 @@ class Command:
     words: tuple[str, ...]
     options: list[tuple[str, Any, int]]
     faults: list[tuple[int | None, str]] = field(default_factory=list)
+    processes: tuple[int, int] | None = None  # how many train together, and the line
 
 
 def read(text: str, path: Path) -> Command:
@@ -64,6 +66,7 @@ def _commands(text: str) -> Iterator[list[tuple[str, int]]]:
     """
     marked = []
     for line in text.splitlines():
+        line = _quotients(line)
         bare = line.strip()
         if bare.startswith("#"):
             line, bare = "", ""
@@ -84,10 +87,12 @@ def _commands(text: str) -> Iterator[list[tuple[str, int]]]:
             break
         if word in (_END, *ENDS) or word.endswith(";"):
             _note_variable(words, known)
+            if "NPROC_PER_NODE" in known and words:
+                words.insert(0, (f"NPROC_PER_NODE={known['NPROC_PER_NODE']}", words[0][1]))
             yield words
             words = []
             continue
-        words.append((_put_in(word.replace(f" {_END}\n", "\n"), known), number))
+        words.append((_divided(_put_in(word.replace(f" {_END}\n", "\n"), known)), number))
     yield words
 
 
@@ -105,6 +110,17 @@ def _put_in(word: str, known: dict[str, str]) -> str:
     return VARIABLE.sub(lambda match: known.get(match[1] or match[2], match[0]), word)
 
 
+def _quotients(line: str) -> str:
+    """`$(expr 16 / 4)` and `$((16 / 4))`, as scripts write the number of passes, without the blanks inside."""
+    return QUOTIENT.sub(lambda match: f"$(({match[1]}/{match[2]}))", line)
+
+
+def _divided(word: str) -> str:
+    """A quotient of two whole numbers, once its variables are put in."""
+    found = re.fullmatch(r"\$\(\((\d{1,9})/(\d{1,9})\)\)", word)
+    return str(int(found[1]) // int(found[2])) if found and int(found[2]) else word
+
+
 def _training(words: list[tuple[str, int]]) -> Command | None:
     """The part of a command that a training tool sees; None where it is of another program."""
     places = [at for at, (word, _) in enumerate(words) if TRAINERS.match(word)]
@@ -117,7 +133,17 @@ def _training(words: list[tuple[str, int]]) -> Command | None:
         before.append(rest.pop(0))
     text = "a variable of the shell, whose value only a run would tell"
     faults: list[tuple[int | None, str]] = [(line, f"{text}: {word}") for word, line in rest if VARIABLE.search(word)]
-    return Command(tuple(word for word, _ in before), list(_options(rest)), faults)
+    return Command(tuple(word for word, _ in before), list(_options(rest)), faults, _processes(words[:start]))
+
+
+def _processes(words: list[tuple[str, int]]) -> tuple[int, int] | None:
+    """How many processes train together, by what stands before the program."""
+    for at, (word, line) in enumerate(words):
+        name, _, value = word.partition("=")
+        if name.lstrip("-").replace("-", "_").lower() in ("num_processes", "nproc_per_node"):
+            value = value or (words[at + 1][0] if at + 1 < len(words) else "")
+            return (int(value), line) if re.fullmatch(r"\d{1,4}", value) else None
+    return None
 
 
 def _options(words: Iterable[tuple[str, int]]) -> Iterator[tuple[str, Any, int]]:

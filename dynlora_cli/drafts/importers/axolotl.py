@@ -16,7 +16,7 @@ from typing import Any
 
 from dynlora_cli.drafts import common
 from dynlora_cli.drafts.files.entries import ForeignFile
-from dynlora_cli.drafts.importer import Move, number, whole_number
+from dynlora_cli.drafts.importer import Move, listed, number, whole_number
 
 NAME = "axolotl"
 READS = "yaml"
@@ -200,6 +200,11 @@ def convert(move: Move) -> None:
     _adapter(move)
     common.precision(move, "bf16", "fp16")
     common.epochs(move, "num_epochs", decides=not move.value("max_steps"))
+    rows, whole = whole_number(move.value("micro_batch_size")), whole_number(move.value("batch_size"))
+    if rows and whole and not move.has("gradient_accumulation_steps"):
+        move.give("train.gradient_accumulation_steps", max(1, whole // rows), "batch_size")
+    if move.value("rl") == "orpo" and move.has("orpo_alpha"):
+        move.give_number("train.beta", "orpo_alpha")
     common.scheduler(move, "lr_scheduler")
     common.warm_up(move, "warmup_steps", "warmup_ratio")
     if not (move.has("warmup_steps") or move.has("warmup_ratio")):
@@ -306,16 +311,21 @@ _ITEM = {
 }  # fmt: skip
 
 
+_ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt"), "system": ("system",), "tool": ("tool",)}
+
+
 def _item_key(move: Move, key: str, path: str, name: str, value: Any) -> None:
     """A key of an item that is not converted: nothing where the rows are read the same, else a loss."""
     if value in (None, False, [], {}):
         return
-    usual = {"roles_to_train": (["assistant"], ["gpt", "assistant"]), "train_on_eos": ("turn", "all"),
+    usual = {"roles_to_train": (["assistant"], ["gpt", "assistant"], ["gpt"]), "train_on_eos": ("turn", "all"),
              "message_field_role": ("role", "from"), "message_field_content": ("content", "value"),
              "chat_template": ("tokenizer_default",)}  # fmt: skip
-    known = name in ("ds_type", "roles", "conversation", "trust_remote_code", "train_on_split", "num_proc", "streaming")
+    known = name in ("ds_type", "conversation", "trust_remote_code", "train_on_split", "num_proc", "streaming")
     if name == "message_property_mappings" and isinstance(value, dict):
         known = value.get("role") in (None, "role", "from") and value.get("content") in (None, "content", "value")
+    if name == "roles" and isinstance(value, dict):
+        known = all(one in _ROLES.get(role, ()) for role, words in value.items() for one in listed(words))
     if known or value in usual.get(name, ()):
         move.say(key, "needless", f"{path}: {name}: rows are read so anyway")
     else:

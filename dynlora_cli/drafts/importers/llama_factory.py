@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.drafts import common
-from dynlora_cli.drafts.files.entries import ForeignFile
+from dynlora_cli.drafts.files.entries import LARGEST, ForeignFile
 from dynlora_cli.drafts.importer import Move, listed, number, whole_number
 from dynlora_cli.files.strict_json import BadJsonError, loads
 
@@ -271,7 +271,7 @@ def _rows(move: Move, stage: str) -> None:
 
 def _weigh(move: Move, sources: list[dict[str, Any]]) -> None:
     shares = [share for one in listed(move.value("interleave_probs")) if (share := number(one)) is not None]
-    move.needless("as `weight` of the items", *(["mix_strategy"] if not shares else []))
+    move.needless("as `weight` of the items", "mix_strategy")
     if shares and len(shares) == len(sources):
         for source, share in zip(sources, shares, strict=True):
             source["weight"] = share
@@ -282,11 +282,13 @@ def _weigh(move: Move, sources: list[dict[str, Any]]) -> None:
 def _info(move: Move) -> tuple[dict[str, Any] | None, str]:
     """dataset_info.json, of the file's own folder or of a dataset_dir below it; or why it is not read."""
     folder = move.file.path.parent
-    given = str(move.value("dataset_dir") or "")
+    given = str(move.value("dataset_dir") or "data")  # as LLaMA-Factory takes it
     inside = bool(given) and not Path(given).is_absolute() and ".." not in Path(given).parts
     places = [folder / "dataset_info.json", *([folder / given / "dataset_info.json"] if inside else [])]
     for place in places:
         if place.is_file() and not place.is_symlink():
+            if place.stat().st_size > LARGEST:
+                return None, f"{place} is larger than any list of data sets"
             try:
                 found = loads(place.read_text(encoding="utf-8"))
             except (BadJsonError, UnicodeDecodeError, OSError) as error:

@@ -20,6 +20,7 @@ from typing import Any
 from dynlora_cli.drafts import common
 from dynlora_cli.drafts.files.entries import ForeignFile
 from dynlora_cli.drafts.importer import Move, whole_number
+from dynlora_cli.files.strict_json import BadJsonError, loads
 
 NAME = "ms-swift"
 READS = "yaml shell"
@@ -259,6 +260,7 @@ def _rows(move: Move) -> None:
         names = value if isinstance(value, list) else [] if value is None else [value]
         if sources := [_source(move, key, str(name)) for name in names]:
             move.give(here, sources, key)
+    _columns(move)
     ratio = move.value("split_dataset_ratio")
     if "dataset.val" in move.recipe:
         move.needless("there is a val_dataset", "split_dataset_ratio")
@@ -268,6 +270,27 @@ def _rows(move: Move) -> None:
         move.used.add("split_dataset_ratio")
         move.needless("off", "split_dataset_ratio")
         common.nothing_held_out(move)
+
+
+def _columns(move: Move) -> None:
+    """`columns`, from the rows' own names to ms-swift's; alike for all sets."""
+    given = move.value("columns")
+    if isinstance(given, str):
+        try:
+            given = loads(given)
+        except BadJsonError:
+            given = None
+    if given is None:  # a mapping of YAML
+        given = {key[8:]: entry.value for key, entry in move.file.entries.items() if key.startswith("columns.")}
+    names = {"query": "instruction", "response": "output"}
+    found = {names.get(str(ours), str(ours)): str(theirs) for theirs, ours in dict(given).items()} if given else {}
+    if not found or "dataset.train" not in move.recipe:
+        return
+    for here in ("dataset.train", "dataset.val"):
+        for source in move.recipe[here].value if here in move.recipe else ():
+            source["columns"] = found
+    for key in [one for one in move.file.entries if one == "columns" or one.startswith("columns.")]:
+        move.say(key, "converted", "as `columns` of the items")
 
 
 def _source(move: Move, key: str, name: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ DEFAULTS = {
     "model.apply_lora_to_mlp": False,
 }
 KEYS = """
+tokenizer.prompt_template     !the tokenizer's own chat template is used; another as `dataset.chat_template`
 tokenizer.*                   -the folder of the base has its tokenizer
 tokenizer                     -the folder of the base has its tokenizer
 checkpointer.*                -the folder of the base is read as a whole
@@ -245,9 +246,16 @@ def _source(move: Move, section: str, here: str) -> dict[str, Any] | None:
             if ours == "name":
                 source["name"] = str(move.value(f"{section}.{name}"))
             move.say(f"{section}.{name}", "converted", f"as `{ours}` of the item")
-    for name in ("conversation_style", "new_system_prompt", "prompt_template", "filter_fn"):
+    if isinstance(system := move.value(f"{section}.new_system_prompt"), str):
+        source["system"] = system
+        text = "as `system` of the item: of rows without one, while there it replaces theirs as well"
+        move.say(f"{section}.new_system_prompt", "differs", text)
+    if move.value(f"{section}.conversation_style") in ("sharegpt", "openai"):
+        move.needless("rows of either form are known", f"{section}.conversation_style")
+    else:
+        move.lost("an item of dataset.train has no such setting", f"{section}.conversation_style")
+    for name in ("prompt_template", "filter_fn"):
         move.lost("an item of dataset.train has no such setting", f"{section}.{name}")
-    move.needless("rows without such words are read the same", f"{section}.conversation_style")
     move.needless("an end-of-text token closes every row", f"{section}.add_eos")
     return source
 

@@ -39,6 +39,7 @@ DEFAULTS = {
     "lora_alpha": 32,
     "lora_dropout": 0.05,
     "output_dir": "trainer_output",
+    "dataset_test_split": "test",
 }
 KEYS = """
 use_peft                      adapter.variant; without it all of the model trains
@@ -234,15 +235,14 @@ def _rows(move: Move, kind: str) -> None:
         move.say("dataset_text_field", "converted", "as `columns` of the item")
     if sources:
         move.give("dataset.train", sources, key)
-    if (
-        move.has("dataset_test_split")
-        and sources
-        and str(move.value("eval_strategy")).lower() not in ("none", "no", "false")
-    ):
+    if move.has("dataset_name") and sources and str(move.value("eval_strategy")).lower() not in ("none", "no", "false"):
         move.give("dataset.val", [{**sources[0], "split": str(move.value("dataset_test_split"))}], "dataset_test_split")
     else:
+        move.used.add("dataset_test_split")
         move.needless("nothing is measured without eval_strategy", "dataset_test_split")
         common.nothing_held_out(move)
+    if move.value("load_in_4bit") and not move.has("use_bnb_nested_quant"):
+        move.unasked["model.bnb_4bit_use_double_quant"] = (False, "TRL's own default")
     _length(move)
     _loss_on(move, kind)
 
