@@ -109,8 +109,6 @@ def convert(path: Path, tool: str | None = None, model: str | None = None, data:
     _refuse_unreadable(move)
     importer.convert(move)
     move.by_table()
-    for key in move.recipe.keys() & move.unasked.keys():
-        del move.unasked[key]  # the file says it
     move.defaults_by_table()
     move.unasked = {key: one for key, one in move.unasked.items() if key not in move.recipe}  # the file decides
     _replace(move, model, data)

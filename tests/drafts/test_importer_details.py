@@ -149,3 +149,11 @@ def test_only_secrets_are_hidden(tmp_path: Path, key: str, shown: str):
     text = f"model_name_or_path: x/y\ndataset_name: a/b\nuse_peft: true\n{key}: <end>\n"
     found: Any = [one for one in made(tmp_path, "t.yaml", text)[0].findings if one.entry.key == key]
     assert found[0].shown == shown
+
+
+@pytest.mark.parametrize("columns", ["5", "[a, b]", "'{'", "'[1]'"])
+def test_columns_that_are_no_mapping_are_listed(tmp_path: Path, columns: str):
+    text = f"model: builtin:tiny\ntuner_type: lora\ndataset: [a.jsonl]\ncolumns: {columns}\n"
+    found, recipe = made(tmp_path, "s.yaml", text)
+    assert recipe.dataset.train[0].columns == {}
+    assert any(one.entry.key == "columns" and one.kind != "converted" for one in found.findings)

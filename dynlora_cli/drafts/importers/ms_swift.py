@@ -283,7 +283,9 @@ def _columns(move: Move) -> None:
     if given is None:  # a mapping of YAML
         given = {key[8:]: entry.value for key, entry in move.file.entries.items() if key.startswith("columns.")}
     names = {"query": "instruction", "response": "output"}
-    found = {names.get(str(ours), str(ours)): str(theirs) for theirs, ours in dict(given).items()} if given else {}
+    if not isinstance(given, dict):
+        return
+    found = {names.get(str(ours), str(ours)): str(theirs) for theirs, ours in given.items()}
     if not found or "dataset.train" not in move.recipe:
         return
     for here in ("dataset.train", "dataset.val"):
