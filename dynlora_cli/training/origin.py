@@ -14,6 +14,7 @@ from dynlora_cli.adapters.adapter import PLAIN, Adapter, Factors
 from dynlora_cli.adapters.find import find_origin, merge_first
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.data.load import Data
+from dynlora_cli.data.vocabulary import sha256_of_text
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.growth import exact, turn_from_old, write_old
 from dynlora_cli.lora.pool import Pool
@@ -109,9 +110,27 @@ def read_origin(recipe: Recipe, base: Base, data: Data) -> Begun | None:
     _take_over_whole(adapter, base, data)
     if adapter.note:
         data.notes.append(f"adapter.from: {adapter.note}")
+    if any(data.writing.turned.values()):
+        data.notes += template_notes(adapter.record, adapter.folder, base.tokenizer.chat_template)
     if recipe.adapter.old == "tune":
         adapter = adapter.with_layers({name: factors.turned(svd_factors) for name, factors in adapter.layers.items()})
     return Begun.from_adapter(adapter)
+
+
+def template_notes(record: Mapping[str, Any], folder: Path, template: object) -> list[str]:
+    """That an adapter learned conversations in another form than a run's rows have, if so.
+
+    Args:
+        record: the adapter's.
+        folder: its own.
+        template: the chat template that the run writes its rows with.
+    """
+    then = record.get("chat_template_sha256")
+    if not then or then == sha256_of_text(str(template)):
+        return []
+    kept = folder / "chat_template.jinja"
+    advice = f"; set dataset.chat_template: {kept} to go on with its own" if kept.is_file() else ""
+    return [f"adapter.from: {folder} learned from another chat template than this run's rows are written with{advice}"]
 
 
 def put_origin(pool: Pool, begun: Begun) -> None:

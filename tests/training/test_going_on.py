@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM
 from dynlora_cli import plugins
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.commands.dry_run import plan as dry_run
+from dynlora_cli.data.vocabulary import sha256_of_text
 from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.training.components import begin
-from dynlora_cli.training.origin import read_origin
+from dynlora_cli.training.origin import read_origin, template_notes
 from dynlora_cli.training.setup import make_accelerator, read_base, read_data
 
 # PEFT's forms of a scale and of ranks.
@@ -305,6 +306,17 @@ def test_that_an_adapter_was_pruned_stays_on_record(folder: Path, tmp_path: Path
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_another_chat_template_than_the_adapters_is_told(tmp_path: Path) -> None:
+    record = {"chat_template_sha256": sha256_of_text("a")}
+    assert not template_notes(record, tmp_path, "a")
+    assert not template_notes({}, tmp_path, "b")  # of another tool, or of rows without a template
+    assert not any("set dataset.chat_template" in note for note in template_notes(record, tmp_path, "b"))
+    (tmp_path / "chat_template.jinja").write_text("a")
+    (note,) = template_notes(record, tmp_path, "b")
+    assert "learned from another chat template" in note
+    assert f"set dataset.chat_template: {tmp_path / 'chat_template.jinja'}" in note
 
 
 def test_the_adapter_that_would_be_replaced_is_refused(folder: Path) -> None:
