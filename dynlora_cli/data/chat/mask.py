@@ -89,10 +89,30 @@ class Mask:
             first, behind = self._own_text(turns, number, full, low)
             start = self._start(turns, number, full, before, low, first)
             end = len(full) if last else self._end(turns, number, full, behind, upto)
+            self._refuse_result_inside(turns, number, full, start, end)
         if self.closing.strip() and full[:end].endswith(self.closing):
             end -= len(self.closing) - len(self.closing.rstrip())  # generation has stopped before the newline after it
         _check(turns.messages[number], full[start:end])
         return start, end
+
+    def _refuse_result_inside(self, turns: Turns, number: int, full: str, start: int, end: int) -> None:
+        """Refuse a turn that calls, in whose own text the template writes the result: nobody is to learn that.
+
+        Gemma 4 writes what is said beside a call behind the call's result.
+        """
+        behind = turns.messages[number + 1 :]
+        if not (behind and behind[0]["role"] == "tool" and turns.messages[number].get("tool_calls")):
+            return
+        messages = [*turns.messages[: number + 1], behind[0] | {"content": MARKER}, *behind[1:]]
+        try:
+            other = write(self.tokenizer, messages, turns.tools, turns.told.kwargs)
+        except BadRowError:  # a template that reads results, such as their JSON
+            return
+        if MARKER in other and start <= _common(full, other) < end:
+            raise BadRowError(
+                f"message {number + 1}: the chat template writes the result of its call among the assistant's own "
+                "words; leave out what is said beside the call"
+            )
 
     def _behind_reasoning(self, turns: Turns, number: int, full: str, start: int, end: int) -> int:
         """Where a turn goes on behind what the assistant thinks, and behind the mark that ends that."""

@@ -140,6 +140,14 @@ def test_an_empty_list_of_calls_is_none(tmp_path: Path) -> None:
     ]
 
 
+def test_a_result_among_the_words_beside_its_call_is_refused(tmp_path: Path) -> None:
+    talk = [ASK, CALL | {"content": "Let me look."}, RESULT, ANSWER]
+    with pytest.raises(DataError, match="message 2: the chat template writes the result of its call among"):
+        read(tmp_path, tokenizer_of("gemma4_v5"), talk, TOOLS)
+    read(tmp_path, tokenizer_of("gemma4_v5"), [ASK, CALL, RESULT, ANSWER], TOOLS)
+    read(tmp_path, tokenizer_of("qwen3"), talk, TOOLS)
+
+
 def test_templates_for_talk_with_tools_and_without(tmp_path: Path) -> None:
     """Hermes has two: transformers takes `tool_use` for rows with tools."""
     plain = tokenizer_of("qwen2_5").chat_template
