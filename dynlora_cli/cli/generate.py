@@ -169,10 +169,12 @@ def kwargs_of(text: str | None) -> dict[str, Any]:
         raise UsageError(f"{option} is {error.reason}", example) from None
     if not isinstance(value, dict):
         raise UsageError(f"{option} is no JSON object", example)
-    from dynlora_cli.config.types import RESERVED_KWARGS  # brings pydantic
+    from dynlora_cli.config.types import RESERVED_KWARGS, text_for_a_truth  # brings pydantic
 
     if taken := sorted(RESERVED_KWARGS & set(value)):
         raise UsageError(f"{option}: {taken[0]} is no variable to be set here", "leave it out")
+    if said := text_for_a_truth(value):
+        raise UsageError(f"{option}: {said}", example)
     return value
 
 
