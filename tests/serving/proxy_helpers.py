@@ -51,7 +51,9 @@ def listening(app: Any, lifespan: str = "off") -> Iterator[str]:
     """Serve an application from a thread of its own; its address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         options = {"log_level": "error", "lifespan": lifespan, "ws": "none"}
-        config = uvicorn.Config(app, server_header=False, date_header=False, timeout_graceful_shutdown=2, **options)
+        # Setting logging up anew closes the handlers of everybody, and absl's closes its stream: a capture of pytest.
+        options |= {"log_config": None, "timeout_graceful_shutdown": 2}
+        config = uvicorn.Config(app, server_header=False, date_header=False, **options)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
