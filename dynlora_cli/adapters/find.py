@@ -7,6 +7,7 @@ from pathlib import Path
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.place import is_workplace
+from dynlora_cli.runs import sweep
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, STATE, fault_of, pointed, step_folders
 from dynlora_cli.text import to_type
 
@@ -21,7 +22,7 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
     """The adapter folder that `path` names, and a sentence about it where it was looked for.
 
     A run's own adapter comes first, then its best and its last checkpoint; a folder that holds no run means the newest
-    one below it.
+    one below it, that of a sweep its best.
 
     Args:
         path: as a person names it.
@@ -45,12 +46,22 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
     names = (RECORD, CONFIG, ROUTER)
     files = [file for name in names for file in path.rglob(name) if not _is_part(file.parent)]
     records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
+    if (best := _best_of_sweep(path)) and (found := _in_folder(best)):
+        return found[0], f"adapter: {found[0]}, the best of the sweep in {path}"
     for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
         if found := _in_folder(file.parent):
             return found[0], f"adapter: {found[0]}, the newest below {path}"
     if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
         raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
     raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def _best_of_sweep(path: Path) -> Path | None:
+    """The run of a sweep's folder that the sweep calls the best: the newest is only the last one that was trained."""
+    if not sweep.is_ours(path):
+        return None
+    best = read_object(path / sweep.RECORD).get("best")
+    return next((folder for folder in path.iterdir() if folder.name == best and (folder / RECORD).is_file()), None)
 
 
 def find_origin(path: Path, out: Path) -> Path:

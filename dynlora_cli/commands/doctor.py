@@ -7,6 +7,7 @@ named here, with the command that mends it.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -207,6 +208,9 @@ def _four_bits(device: torch.device) -> Finding:
     import torch
 
     name, hint = f"4 bits on {device}", "pip install --force-reinstall bitsandbytes"
+    theirs = logging.getLogger("bitsandbytes")  # asks for a package that is not needed
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -214,6 +218,8 @@ def _four_bits(device: torch.device) -> Finding:
         exact = torch.equal(dequantize_4bit(*quantize_4bit(matrix, quant_type="nf4")), matrix)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # as its native library is missing or wrong
         return Finding("machine", name, "fails", _first_line(error), hint)
+    finally:
+        theirs.setLevel(level)
     if not exact:
         return Finding("machine", name, "wrong numbers", "a matrix of ones did not come back", hint)
     return Finding("machine", name, "works")

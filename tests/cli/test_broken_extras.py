@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_helpers import Dynlora
@@ -142,3 +144,20 @@ def test_an_error_behind_the_import_is_none_of_these():
         raise ImportError("of somebody else")
     assert broken(caught.value) is None
     assert as_ours(caught.value) is None
+
+
+def test_what_bitsandbytes_says_to_itself_is_not_shown(
+    dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    functional, logger = pytest.importorskip("bitsandbytes.functional"), logging.getLogger("bitsandbytes.backends")
+    right = functional.quantize_4bit
+
+    def talkative(*given: Any, **how: Any) -> Any:
+        logger.warning("no package kernels")
+        return right(*given, **how)
+
+    monkeypatch.setattr(functional, "quantize_4bit", talkative)
+    assert dynlora("doctor").code == 0
+    assert "no package kernels" not in caplog.text
+    logger.warning("as before")
+    assert "as before" in caplog.text

@@ -205,6 +205,25 @@ def test_what_to_type_next_names_the_best(recipe: Path, swept: Path, dynlora: Dy
     assert "optimistic" in answer.err
 
 
+def test_the_folder_of_a_sweep_stands_for_its_best_run(swept: Path, dynlora: Dynlora):
+    best = json.loads((swept / "sweep.json").read_text("utf-8"))["best"]
+    record = swept / (next(name for name in NAMES if name != best)) / "dynlora.json"
+    before = record.stat()
+    os.utime(record, (before.st_atime, before.st_mtime + 1000))  # another one is the newest
+    try:
+        answer = dynlora("inspect", "--adapter", swept)
+        assert answer.code == 0
+        assert f"{swept / best}, the best of the sweep in" in " ".join(answer.err.split())
+    finally:
+        os.utime(record, (before.st_atime, before.st_mtime))
+
+
+def test_a_sweep_of_one_run_compares_it_with_nothing(recipe: Path, tmp_path: Path, dynlora: Dynlora):
+    answer = dynlora("train", recipe, "--sweep", "rank.budget=1", "--output-dir", tmp_path / "one", "--json")
+    assert answer.code == 0
+    assert [line for line in answer.json["next"] if line.count("--adapter") > 1] == []
+
+
 def test_a_person_sees_a_table(recipe: Path, swept: Path, dynlora: Dynlora):
     shown = dynlora("train", recipe, *GRID, "--output-dir", swept, "--resume").err
     assert shown.count("done before") == 4

@@ -88,6 +88,12 @@ def test_a_choice_by_held_out_rows_is_called_optimistic():
     assert "optimistic" not in " ".join(sentences(record(rows({(2, 0): None, (4, 0): None}))))
 
 
+def test_a_sentence_that_begins_with_a_runs_name_leaves_the_name_as_it_is():
+    several = rows({(2, 0): 1.0, (4, 0): 0.9})
+    lines = sentences(record(several, ["budget-2_seed-0 and budget-4_seed-0 differ", "each seed holds out other rows"]))
+    assert {"budget-2_seed-0 and budget-4_seed-0 differ.", "Each seed holds out other rows."} <= set(lines)
+
+
 def test_losses_that_measure_something_else_are_not_compared():
     several = rows({(2, 0): 1.0, (2, 1): 1.1, (4, 0): 0.9, (4, 1): 0.95})
     judges = [{"held-out rows": str(row["values"]["seed"]), "tokens": "t"} for row in several]

@@ -157,6 +157,6 @@ def _runner_up(result: Mapping[str, Any], best: Mapping[str, Any]) -> Mapping[st
     second = min(measured, key=lambda one: one["mean"]["loss"], default=None)
     for row in result["runs"]:
         alike = row["values"].get(SEED) == best["values"].get(SEED)
-        if second and row["run"] in second["runs"] and row["state"] == "done" and alike:
+        if second and row["run"] in second["runs"] and row["state"] == "done" and alike and row is not best:
             return dict(row)
     return None

@@ -100,7 +100,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             lines.append("Against the best: the mean difference over equal seeds, and its 95 % interval.")
     elif most:
         lines.append("One run of each: no interval, and small differences may be chance; add --sweep seed=0,1,2.")
-    lines += [f"{text[:1].upper()}{text[1:]}." for text in record["notes"]]
+    named = tuple(row["run"] for row in runs)  # a name stays as it is written
+    lines += [f"{note if note.startswith(named) else note[:1].upper() + note[1:]}." for note in record["notes"]]
     if record["best"]:
         lines.append(f"The best is {OPTIMISTIC}.")
     return lines
