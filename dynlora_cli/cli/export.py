@@ -26,7 +26,7 @@ One = Annotated[
         "--adapter",
         metavar="FOLDER",
         autocompletion=adapters,
-        help="A run folder, or any PEFT LoRA folder; a folder that holds none means the newest run below it.",
+        help="A run folder or any PEFT LoRA; a folder of runs means the newest of them, a sweep's folder its best.",
         show_default=False,
     ),
 ]

@@ -45,7 +45,7 @@ AdapterPath = Annotated[
         "--adapter",
         metavar="FOLDER",
         autocompletion=adapters,
-        help="A run folder, or any PEFT LoRA folder; a folder that holds none means the newest run below it.",
+        help="A run folder or any PEFT LoRA; a folder of runs means the newest of them, a sweep's folder its best.",
         show_default=False,
     ),
 ]
@@ -57,7 +57,7 @@ Adapters = Annotated[
         "--adapter",
         metavar="FOLDER",
         autocompletion=adapters,
-        help="A run folder, or any PEFT LoRA folder; a folder that holds none means the newest run below it. "
+        help="A run folder or any PEFT LoRA; a folder of runs means the newest of them, a sweep's folder its best. "
         "Repeatable.",
         show_default=False,
     ),
