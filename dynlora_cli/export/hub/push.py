@@ -73,7 +73,8 @@ def push(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    base = _base(adapter, place, api, emit)
+    with _hub_errors(address, folder):
+        base = _base(adapter, place, api, emit)
     parcel = pack(address.repo, folder, summary, adapter, place, base)
     total = size(sum(parcel.sizes.values()))
     seen = "public: everybody may see it" if address.public else "private"
@@ -156,10 +157,12 @@ def _base(adapter: Adapter, place: Place | None, api: HfApi, emit: Emit) -> Base
 
 
 def _license_on(api: HfApi, name: str) -> str | None:
-    """The license that a model's card on the hub names; None where the hub does not say."""
+    """The license that a model's card on the hub names; None where the hub does not say, or not to everybody."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         data = api.model_info(name).card_data
-    except Exception:
+    except HfHubHTTPError:
         return None
     found = getattr(data, "license", None)
     return found if isinstance(found, str) else None
