@@ -56,6 +56,23 @@ def test_what_the_file_says_is_never_replaced_by_the_tools_own_default(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("more", "kind", "train_on"),
+    [
+        ("", "differs", "auto"),
+        ("assistant_only_loss: false\n", "differs", "auto"),
+        ("assistant_only_loss: true\n", "converted", "assistant"),
+        ("completion_only_loss: false\n", "converted", "all"),
+    ],
+)
+def test_where_trl_has_loss_is_said_where_it_may_be_elsewhere_here(tmp_path: Path, more: str, kind: str, train_on: str):
+    text = f"model_name_or_path: builtin:tiny\ndataset_name: a/b\nuse_peft: true\n{more}"
+    found, recipe = made(tmp_path, "t.yaml", text)
+    assert recipe.dataset.train_on == train_on
+    assert "only_loss" in texts(found, kind)
+    assert ("only_loss" in texts(found, "differs")) == (kind == "differs")
+
+
+@pytest.mark.parametrize(
     "passes", ["$(expr 16 / $NPROC_PER_NODE)", "$((16/$NPROC_PER_NODE))", "$(( 16 / ${NPROC_PER_NODE} ))"]
 )
 def test_the_passes_and_processes_of_a_script_are_read(tmp_path: Path, passes: str):

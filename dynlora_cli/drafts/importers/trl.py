@@ -34,6 +34,7 @@ DEFAULTS = {
     "gradient_checkpointing": True,
     "seed": 42,
     "max_length": 1024,
+    "assistant_only_loss": False,
     "bf16": True,
     "lora_r": 16,
     "lora_alpha": 32,
@@ -255,11 +256,14 @@ def _length(move: Move) -> None:
 
 def _loss_on(move: Move, kind: str) -> None:
     """Which tokens carry loss."""
-    for key, ours in (("assistant_only_loss", "assistant"), ("completion_only_loss", "completion")):
-        if move.value(key) is True:
-            move.give("dataset.train_on", ours, key)
-        elif move.has(key):
-            move.give("dataset.train_on", "all", key) if key == "completion_only_loss" else move.needless("off", key)
-    if kind == "sft" and "dataset.train_on" not in move.recipe:
-        text = "in conversations TRL has loss on all tokens: write all for that"
-        move.unasked["dataset.train_on"] = ("auto", text)
+    if move.value("completion_only_loss") is not None:
+        ours = "completion" if move.value("completion_only_loss") else "all"
+        move.give("dataset.train_on", ours, "completion_only_loss")
+    if move.value("assistant_only_loss"):
+        move.give("dataset.train_on", "assistant", "assistant_only_loss")
+    elif kind == "sft" and "dataset.train_on" not in move.recipe:
+        move.unasked["dataset.train_on"] = ("auto", "the rows' answers alone carry loss")
+        text = "in conversations TRL has loss on all tokens, here on answers; `dataset.train_on: all` is TRL's"
+        move.say("assistant_only_loss", "differs", text)
+    else:
+        move.needless("off", "assistant_only_loss")
