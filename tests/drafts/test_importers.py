@@ -190,7 +190,9 @@ def test_any_value_is_listed_or_refused(path: Path, value: str, tmp_path: Path):
         if match := re.match(r"([\w ]+:) \S", line):
             text = "\n".join([*lines[:at], f"{match[1]} {value}", *lines[at + 1 :]])
             with suppress(UsageError):  # or a recipe
-                converted(tmp_path, path.name, text)
+                found, _ = converted(tmp_path, path.name, text)
+                listed = {one.entry.key for one in found.findings}
+                assert set(read_foreign(tmp_path / path.name).entries) <= listed, text
 
 
 def test_pissa_keeps_its_rank_and_its_scale(tmp_path: Path):

@@ -127,4 +127,5 @@ def test_a_preference_recipe_ends_with_trls_components(tmp_path: Path, monkeypat
     for name, layer in run.trained.layers.items():
         other = theirs.model.base_model.model.get_submodule(name).lora_B["default"].weight
         assert layer.b_OC.detach().abs().max() > 0.01
-        torch.testing.assert_close(layer.b_OC.detach(), other.detach(), atol=1e-5, rtol=0)
+        # As a whole: Adam makes a full step of a gradient next to zero, whose sign is a matter of rounding.
+        assert (layer.b_OC - other).norm() < 1e-3 * other.norm()
