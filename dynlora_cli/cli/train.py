@@ -137,7 +137,7 @@ def train(
             )
         summary = {**summary, "next": _next_commands(summary, checked)}
         if named:
-            summary |= {"recipe": str(named.path), "next": [*summary["next"], named.again]}
+            summary |= {"recipe": str(named.path), "next": [*summary["next"], typed(*named.again)]}
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)

@@ -32,10 +32,9 @@ class Named:
     notes: list[str]
 
     @property
-    def again(self) -> str:
-        """The command that repeats the run in another folder."""
-        folder = f"{self.recipe.output_dir}-again"
-        return shlex.join(["dynlora", "train", str(self.path), "--output-dir", folder])
+    def again(self) -> tuple[str, ...]:
+        """The words of the command that repeats the run in another folder."""
+        return "train", str(self.path), "--output-dir", f"{self.recipe.output_dir}-again"
 
 
 def named_run(

@@ -128,13 +128,22 @@ def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: 
 
 
 def tell(found: dict[str, Any], folder: Path, emit: Emit) -> None:
-    """Say so if nothing was checked. Fail if PEFT reads the adapter otherwise; its files stay where they are.
+    """Say so if nothing was checked, and `refuse` what PEFT reads otherwise.
 
     Raises:
         MeasureError: there is a problem.
     """
     if not found["checked"]:
         emit(note(found["reason"]))
+    refuse(found, folder)
+
+
+def refuse(found: dict[str, Any], folder: Path) -> None:
+    """Fail if PEFT reads the adapter otherwise; its files stay where they are.
+
+    Raises:
+        MeasureError: there is a problem.
+    """
     if problem := found.get("problem"):
         raise MeasureError(
             f"stock PEFT does not compute what was written: {problem}",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.config.resume import flat
 from dynlora_cli.data.load import Data
-from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, tell
+from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, refuse
 from dynlora_cli.execution.launch import is_main_process
 from dynlora_cli.execution.mode import Modes, plan
 from dynlora_cli.files.place import OutputPlace
@@ -170,7 +170,7 @@ class Session:
             yield
         self.accelerator.end_training()
         if "peft_check" in self.record["summary"]:
-            tell(self.record["summary"]["peft_check"], self.folder, lambda event: send(self.listener, event))
+            refuse(self.record["summary"]["peft_check"], self.folder)
 
     @contextmanager
     def _log(self, run: Run) -> Iterator[None]:
