@@ -5,6 +5,8 @@
     python scripts/bench/quality.py final             # the table: the other tasks, budgets 1, 2, 4
     python scripts/bench/quality.py run --tasks e2e --methods lora,dynlora --budgets 1 --seeds 3
     python scripts/bench/quality.py table             # only write RESULTS.md again
+    python scripts/bench/quality.py run --tasks e2e@800,e2e@2000 --methods lora,dynlora --budgets 1 --seeds 2 \\
+        --results scripts/bench/quality_long.jsonl    # longer runs, in a file and a table (quality_long.md) of their own
 
 A cell is a task, a method and a budget. Its learning rate is chosen on seed 0 by the loss on the `val` part, from a grid
 of factors of 2 that is extended until the best is inside it, and then half a factor on either side; with the best it
@@ -31,7 +33,7 @@ from statistics import median
 from typing import Any
 
 from quality_tables import choose, pareto_svg, results
-from quality_tasks import TASKS
+from quality_tasks import TASKS, base_name, find_task
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 # Where the search for the learning rate begins, until other tasks tell better.
@@ -61,7 +63,10 @@ def choose_rate(cell: Cell, results: Path, work: Path) -> float:
     Methods whose best rates lie a factor of 1.4 apart would differ by a percent on a grid of factors of 2 alone, either
     way, by nothing but where the grid happens to fall.
     """
-    first = first_rate(cell, read_results(results))
+    known = read_results(results)
+    if "@" in cell[0]:  # runs of the usual length tell where to begin
+        known += read_results(RESULTS)
+    first = first_rate(cell, known)
     losses: dict[float, float] = {}
 
     def loss(k: float) -> float:
@@ -85,6 +90,7 @@ def choose_rate(cell: Cell, results: Path, work: Path) -> float:
 def first_rate(cell: Cell, records: list[Record]) -> float:
     """A guess at the cell's best rate, from cells like it; always on the same grid of powers of 2."""
     task, method, budget = cell
+    base = base_name(task)
     best: dict[Cell, tuple[float, float]] = {}
     for record in records:
         if record["seed"] == 0 and record["method"] in (method, method.split()[0]):
@@ -92,6 +98,7 @@ def first_rate(cell: Cell, records: list[Record]) -> float:
             best[key] = min(best.get(key, (math.inf, 0.0)), (record["loss"], record["rate"]))
     near = [
         {k: v for k, v in best.items() if k[0] == task and k[2] == budget},
+        {k: v for k, v in best.items() if base_name(k[0]) == base and k[2] == budget},
         {k: v for k, v in best.items() if k[2] == budget},
         best,
     ]
@@ -109,9 +116,10 @@ def measure(cell: Cell, rate: float, seed: int, results: Path, work: Path) -> fl
     for record in earlier:
         if Job(*(record[k] for k in ("task", "method", "budget", "rate", "seed"))).key == job.key:
             return float(record["loss"])
-    started = time.time()
+    started, used = time.time(), time.process_time()
     found = run(job, work, earlier)
-    record = {**job.__dict__, **found, "wall": round(time.time() - started, 1)}
+    times = {"wall": round(time.time() - started, 1), "cpu": round(time.process_time() - used, 1)}
+    record = {**job.__dict__, **found, **times}
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return float(found["loss"])
@@ -161,6 +169,8 @@ def main() -> int:
         ),
         "table": ([], [], [], 0),
     }[options.stage]
+    for task in tasks:
+        find_task(task)  # a wrong name is told before anything runs
     cells = [(task, method, budget) for budget, method, task in product(budgets, methods, tasks)]
     if cells:
         run_cells(cells, seeds, options.results, options.work.resolve(), options.workers)

@@ -19,7 +19,7 @@ from typing import Any
 
 import peft
 import torch
-from quality_tasks import TASKS, model_path, prepare
+from quality_tasks import base_name, find_task, model_path, prepare
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -92,16 +92,18 @@ def lay_ground(job: Job, work: Path, earlier: list[Result]) -> Ground:
     recipe = recipe_for(job, work, "val", settings_of(job.method))
     # An open budget holds rows out of its training rows.
     files = BaseFiles.find(recipe.model)
-    data = read_data(recipe, files) if job.method.split()[0] == "dynlora-auto" else _rows(job.task, work, "val")
+    data = (
+        read_data(recipe, files) if job.method.split()[0] == "dynlora-auto" else _rows(base_name(job.task), work, "val")
+    )
     base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
-    testing = _rows(job.task, work, "test").val
+    testing = _rows(base_name(job.task), work, "test").val
     batches = [make_batches(recipe, rows, base, shuffle=rows is data.train) for rows in (data.train, data.val, testing)]
     return Ground(recipe, data, base, *batches, earlier)
 
 
 def recipe_for(job: Job, work: Path, part: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe of a task, as a user would write it."""
-    task, folder = TASKS[job.task], prepare(job.task, work)
+    task, folder = find_task(job.task), prepare(job.task, work)
     path = work / "recipe.yaml"
     if not path.exists():
         path.write_text("model: builtin:tiny\ndataset: none.jsonl\n", encoding="utf-8")
@@ -252,7 +254,7 @@ def _wrap(job: Job, ground: Ground, config: Callable[..., Any], rank: int) -> tu
     targets, _ = plan_ranks(ground.recipe.adapter, ground.recipe.rank, ground.base)
     more: dict[str, Any] = {"target_modules": list(targets)}
     if "steps" in config.__annotations__:
-        more["steps"] = TASKS[job.task].steps
+        more["steps"] = find_task(job.task).steps
     torch.manual_seed(job.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from quality_tasks import TASKS
+from quality_tasks import TASKS, base_name
 
 CONTEST = ("lora", "rslora", "dora", "adalora", "eva", "dynlora")  # who gets a mean rank
 LANGUAGE = "language models alone"
@@ -133,9 +133,14 @@ def duel_table(cells: dict[Cell, Chosen], tasks: Sequence[str], duels: Sequence[
     return table(["ours against", *tasks, "ours has", "better on", "mean, 95 % interval", LANGUAGE], rows)
 
 
+def is_classifier(task: str) -> bool:
+    known = TASKS.get(base_name(task))
+    return known is not None and known.classify
+
+
 def intervals(differences: dict[str, list[float]]) -> list[str]:
     """Of all tasks, and of those that are no classifiers."""
-    language = {task: group for task, group in differences.items() if not (task in TASKS and TASKS[task].classify)}
+    language = {task: group for task, group in differences.items() if not is_classifier(task)}
     return [
         "{:+.2f} % ({:+.2f} to {:+.2f})".format(*interval(part)) if part else "" for part in (differences, language)
     ]

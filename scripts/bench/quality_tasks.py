@@ -2,7 +2,7 @@
 
 A task is a folder with train.jsonl, val.jsonl and test.jsonl. `val` serves every choice (learning rates, designs), `test`
 only the final table. Rows with the same prompt are in the same part. Where a set comes with a test part, that is the
-one; elsewhere a tenth of the prompts is.
+one; elsewhere a tenth of the prompts is. `e2e@800` is e2e with 800 steps: the same rows and folder, a longer run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,28 @@ TASKS = {
 }
 
 
+def base_name(name: str) -> str:
+    """The name without the steps: `e2e` of `e2e@800`."""
+    return name.partition("@")[0]
+
+
+def find_task(name: str) -> Task:
+    """A task by name; `e2e@800` is e2e with 800 steps.
+
+    Raises:
+        SystemExit: there is no such task, or what follows the @ is no number of steps.
+    """
+    base, at, steps = name.partition("@")
+    if base not in TASKS:
+        raise SystemExit(f"no task {name}; there are {', '.join(TASKS)}, each with @STEPS too")
+    if at and not (steps.isdecimal() and int(steps)):
+        raise SystemExit(f"{name}: after the @ comes the number of steps, as in {base}@800")
+    return replace(TASKS[base], steps=int(steps)) if at else TASKS[base]
+
+
 def prepare(name: str, work: Path) -> Path:
     """Write the parts of a task, if they are not there, and return their folder."""
+    name = base_name(name)
     folder = work / "data" / name
     if folder.is_dir():
         return folder
