@@ -4,7 +4,7 @@
     python scripts/bench/quality.py design            # the design tasks, for choosing the algorithm
     python scripts/bench/quality.py final             # the table: the other tasks, budgets 1, 2, 4
     python scripts/bench/quality.py run --tasks e2e --methods lora,dynlora --budgets 1 --seeds 3
-    python scripts/bench/quality.py table             # only write RESULTS.md again
+    python scripts/bench/quality.py table             # only write RESULTS.md again; with --results FILE, FILE's own page
     python scripts/bench/quality.py run --tasks e2e@800,e2e@2000 --methods lora,dynlora --budgets 1 --seeds 2 \\
         --results scripts/bench/quality_long.jsonl    # longer runs, in a file and a table (quality_long.md) of their own
 
@@ -32,10 +32,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from quality_lengths import page
 from quality_tables import choose, pareto_svg, results
 from quality_tasks import TASKS, base_name, find_task
 
-RESULTS = Path(__file__).with_suffix(".jsonl")
+RESULTS = Path(__file__).resolve().with_suffix(".jsonl")
 # Where the search for the learning rate begins, until other tasks tell better.
 FIRST_RATE = {"rslora": 1e-3, "adalora": 8e-3, "lora-4x": 2e-3}  # 4e-3 elsewhere
 RIVALS = ["lora", "rslora", "dora", "adalora", "eva"]
@@ -49,19 +50,19 @@ def read_results(path: Path = RESULTS) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def run_cell(cell: Cell, seeds: int, results: Path, work: Path) -> str:
+def run_cell(cell: Cell, seeds: int, results: Path, work: Path, coarse: bool = False) -> str:
     """Choose the cell's learning rate, then run the other seeds with it."""
     task, method, budget = cell
-    rate = 0.0 if method.startswith("dynlora-auto") else choose_rate(cell, results, work)
+    rate = 0.0 if method.startswith("dynlora-auto") else choose_rate(cell, results, work, coarse)
     losses = [measure(cell, rate, seed, results, work) for seed in range(seeds)]
     return f"{task:12} {method:16} budget {budget}  rate {rate:.1e}  " + " ".join(f"{loss:.4f}" for loss in losses)
 
 
-def choose_rate(cell: Cell, results: Path, work: Path) -> float:
+def choose_rate(cell: Cell, results: Path, work: Path, coarse: bool = False) -> float:
     """The best of a geometric grid on seed 0, neither end of which is the best, with a finer step around it.
 
     Methods whose best rates lie a factor of 1.4 apart would differ by a percent on a grid of factors of 2 alone, either
-    way, by nothing but where the grid happens to fall.
+    way, by nothing but where the grid happens to fall. `coarse` leaves the finer step out.
     """
     known = read_results(results)
     if "@" in cell[0]:  # runs of the usual length tell where to begin
@@ -82,6 +83,8 @@ def choose_rate(cell: Cell, results: Path, work: Path) -> float:
     while not {best() - 1, best() + 1} <= losses.keys():
         loss(best() + 1 if best() + 1 not in losses else best() - 1)
     middle = best()
+    if coarse:
+        return first * 2.0**middle
     loss(middle - 0.5)
     loss(middle + 0.5)
     return first * 2.0 ** best()
@@ -131,13 +134,29 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run_cells(cells: Iterable[Cell], seeds: int, results: Path, work: Path, workers: int) -> None:
+def run_cells(cells: Iterable[Cell], seeds: int, results: Path, work: Path, workers: int, coarse: bool = False) -> None:
     work.mkdir(parents=True, exist_ok=True)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     with ProcessPoolExecutor(workers, get_context("spawn"), one_thread) as pool:
-        futures = [pool.submit(run_cell, cell, seeds, results, work) for cell in cells]
+        futures = [pool.submit(run_cell, cell, seeds, results, work, coarse) for cell in cells]
         for future in as_completed(futures):
             print(future.result(), flush=True)
+
+
+def write_tables(path: Path, design: list[str]) -> None:
+    """RESULTS.md and its picture; of lines in another file, a page beside them under their own name."""
+    records = read_results(path)
+    if path.resolve() != RESULTS:
+        path.with_suffix(".md").write_text(page(records, read_results(RESULTS)), encoding="utf-8")
+        return
+    final, known = [name for name in TASKS if name not in design], [*RIVALS, "dynlora", *BOUNDS]
+    path.with_name("RESULTS.md").write_text(results(records, design, final, known), encoding="utf-8")
+    # Over the language tasks: the losses of classifiers that are nearly right differ by a third from seed to seed.
+    language = [name for name in final if not TASKS[name].classify]
+    shown = ["lora", "dynlora", *RIVALS[1:], "dynlora-dora-size", "lora-4x-cut"]
+    picture = pareto_svg(choose(records), language, shown, [1, 2, 4])
+    if picture:
+        path.with_suffix(".svg").write_text(picture, encoding="utf-8")
 
 
 def main() -> int:
@@ -148,6 +167,7 @@ def main() -> int:
     parser.add_argument("--budgets", default="1,2,4")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--coarse", action="store_true", help="rates a factor of 2 apart, without the finer step")
     parser.add_argument("--work", type=Path, default=Path("out/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -173,16 +193,8 @@ def main() -> int:
         find_task(task)  # a wrong name is told before anything runs
     cells = [(task, method, budget) for budget, method, task in product(budgets, methods, tasks)]
     if cells:
-        run_cells(cells, seeds, options.results, options.work.resolve(), options.workers)
-    records, final = read_results(options.results), [name for name in TASKS if name not in design]
-    known = [*RIVALS, "dynlora", *BOUNDS]
-    options.results.with_name("RESULTS.md").write_text(results(records, design, final, known), encoding="utf-8")
-    # Over the language tasks: the losses of classifiers that are nearly right differ by a third from seed to seed.
-    language = [name for name in final if not TASKS[name].classify]
-    shown = ["lora", "dynlora", *RIVALS[1:], "dynlora-dora-size", "lora-4x-cut"]
-    picture = pareto_svg(choose(records), language, shown, [1, 2, 4])
-    if picture:
-        options.results.with_suffix(".svg").write_text(picture, encoding="utf-8")
+        run_cells(cells, seeds, options.results, options.work.resolve(), options.workers, options.coarse)
+    write_tables(options.results, design)
     return 0
 
 

@@ -363,7 +363,7 @@ def _result(model: PreTrainedModel, ground: Ground, parameters: int, seconds: fl
     result: Result = {"parameters": parameters, "seconds": round(seconds, 2)}
     for key, batches in (("loss", ground.val), ("test", ground.test)):
         rows = (b for index in range(batches.steps_per_epoch) for b in batches.step(0, index))
-        found = row_sums(model, rows, classify=ground.base.head is not None)
+        found = row_sums(model, rows)
         residual_R = found.loss_R - found.loss * found.targets_R
         error = math.sqrt(float((residual_R**2).sum())) / found.targets
         result |= {key: round(found.loss, 5), f"{key}_error": round(error, 5)}

@@ -13,6 +13,7 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import quality  # noqa: E402 - they are scripts, not a package
+import quality_lengths as lengths  # noqa: E402
 import quality_tables as tables  # noqa: E402
 import quality_tasks as tasks  # noqa: E402
 
@@ -102,3 +103,48 @@ def test_no_prompt_is_in_two_parts(name, tmp_path):
         prompts[part] = {row.get("prompt") or row["text"] for row in rows}
     assert not prompts["train"] & prompts["val"]
     assert not (prompts["train"] | prompts["val"]) & prompts["test"]
+
+
+def test_a_longer_task_has_the_same_rows_and_another_number_of_steps():
+    longer = tasks.find_task("e2e@800")
+    assert (longer.steps, tasks.TASKS["e2e"].steps) == (800, 200)
+    assert (longer.rows, longer.model, longer.batch) == (tasks.TASKS["e2e"].rows, "stories3M", 4)
+    assert tasks.base_name("e2e@800") == "e2e"
+    assert not any("@" in name for name in tasks.TASKS), "design and final are of the usual length"
+
+
+@pytest.mark.parametrize("name", ["e2e@", "e2e@0", "e2e@long", "nothing", "nothing@800"])
+def test_a_wrong_task_is_told(name):
+    with pytest.raises(SystemExit, match=name.partition("@")[0]):
+        tasks.find_task(name)
+
+
+def test_the_search_at_a_new_length_begins_where_the_usual_one_ended():
+    lines = [record(task="e2e", rate=2e-3, loss=1.0), record(task="dolly", rate=1.6e-2)]
+    assert quality.first_rate(("e2e@800", "lora", 1), lines) == 2e-3
+    assert quality.first_rate(("e2e@800", "lora", 1), [*lines, record(task="e2e@800", rate=8e-3)]) == 8e-3
+
+
+def test_lines_of_another_file_get_their_own_page(tmp_path, monkeypatch):
+    usual = tmp_path / "quality.jsonl"
+    usual.write_text(json.dumps(record(task="e2e", test=2.0)) + "\n", encoding="utf-8")
+    monkeypatch.setattr(quality, "RESULTS", usual)
+    longer = tmp_path / "quality_long.jsonl"
+    longer.write_text(json.dumps(record(task="e2e@800", test=1.0)) + "\n", encoding="utf-8")
+    quality.write_tables(longer, ["e2e"])
+    assert not (tmp_path / "RESULTS.md").exists()
+    text = (tmp_path / "quality_long.md").read_text(encoding="utf-8")
+    assert "| e2e | 1 | 200 |" in text
+    assert "| e2e | 1 | 800 |" in text
+    quality.write_tables(usual, ["e2e"])
+    assert "@800" not in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_the_lead_is_told_by_length_with_its_spread():
+    long = [record(task="e2e@800", seed=s, test=4.0) for s in range(2)]
+    long += [record(task="e2e@800", method="dynlora", seed=s, test=4.0 * (1 + 0.01 * s)) for s in range(2)]
+    usual = [record(task="e2e", test=4.0), record(task="e2e", method="dynlora", test=3.96), record(task="dolly")]
+    text = lengths.page(long, usual)
+    assert "| `dynlora` | 1 | -1.0 % (-1.0 to -1.0), 1 task, 1 run | +0.5 % (+0.0 to +1.0), 1 task, 2 runs |" in text
+    assert "+0.5 % (+0.0 to +1.0; 2)" in text
+    assert "dolly" not in text, "a task without a longer run"
