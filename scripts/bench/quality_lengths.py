@@ -77,17 +77,9 @@ def cell_table(cells: dict[Cell, Chosen]) -> str:
             size = f"{chosen.mean('parameters') / lora.mean('parameters'):.3f}x"
         cpu = [run["cpu"] for run in chosen.runs.values() if "cpu" in run]
         losses = [f"{chosen.mean(key):.4f}" for key in ("loss", "test")]
-        rows.append(
-            [
-                base_name(task),
-                str(budget),
-                str(find_task(task).steps),
-                f"`{method}`",
-                f"{chosen.rate:.1e}",
-                str(len(chosen.runs)),
-            ]
-            + [*losses, against, size, f"{mean(cpu):.0f}" if cpu else ""]
-        )
+        about = [base_name(task), str(budget), str(find_task(task).steps), f"`{method}`"]
+        seeds = [f"{chosen.rate:.1e}", str(len(chosen.runs))]
+        rows.append([*about, *seeds, *losses, against, size, f"{mean(cpu):.0f}" if cpu else ""])
     head = [
         "task",
         "rank",
