@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from multiprocessing import get_context
@@ -67,12 +67,22 @@ def choose_rate(cell: Cell, results: Path, work: Path, coarse: bool = False) -> 
     known = read_results(results)
     if "@" in cell[0]:  # runs of the usual length tell where to begin
         known += read_results(RESULTS)
-    first = first_rate(cell, known)
+    return climb(lambda rate: measure(cell, rate, 0, results, work), first_rate(cell, known), finer=not coarse)
+
+
+def climb(loss_at: Callable[[float], float], first: float, *, finer: bool = True) -> float:
+    """The rate with the lowest loss among factors of 2 around it, both neighbours of which were tried.
+
+    Args:
+        loss_at: of a whole run at this rate.
+        first: a guess, on the grid.
+        finer: half a factor on either side is tried too.
+    """
     losses: dict[float, float] = {}
 
     def loss(k: float) -> float:
         if k not in losses:
-            losses[k] = measure(cell, first * 2.0**k, 0, results, work)
+            losses[k] = loss_at(first * 2.0**k)
         return losses[k]
 
     def best() -> float:
@@ -83,10 +93,9 @@ def choose_rate(cell: Cell, results: Path, work: Path, coarse: bool = False) -> 
     while not {best() - 1, best() + 1} <= losses.keys():
         loss(best() + 1 if best() + 1 not in losses else best() - 1)
     middle = best()
-    if coarse:
-        return first * 2.0**middle
-    loss(middle - 0.5)
-    loss(middle + 0.5)
+    if finer:
+        loss(middle - 0.5)
+        loss(middle + 0.5)
     return first * 2.0 ** best()
 
 

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -292,32 +293,74 @@ def _at_tokens(layer_input: Any, tokens_N2: torch.Tensor, _name: str) -> torch.T
     return x[tokens_N2.T.unbind()] if x.ndim == 3 else x.contiguous()
 
 
-def _train_rival(model: Any, ground: Ground, budget: int = 0) -> None:
-    """The loop; `budget` is the number of parameters that AdaLoRA may keep."""
-    options, batches = ground.recipe.train, ground.train
-    steps = options.max_steps
-    assert steps is not None
+@dataclass(frozen=True)
+class Course:
+    """How a model of PEFT's is trained: AdamW over so many steps, at `rate` times the share of each step (from 1)."""
+
+    steps: int
+    rate: float
+    share: Callable[[int], float]
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+def train_peft(
+    model: Any,
+    batches: Batches,
+    course: Course,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    penalty: Callable[[], torch.Tensor] | None = None,
+    stepped: Callable[[int], None] = lambda _: None,
+) -> None:
+    """The loop around stock PEFT: dynlora's own without rank control.
+
+    Args:
+        autocast: makes the context of the forward pass.
+        penalty: what is added to the loss.
+        stepped: hears of each step (from 0) before its gradient goes.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
-    adaptive = isinstance(model.peft_config["default"], peft.AdaLoraConfig)
+    optimizer = torch.optim.AdamW(parameters, lr=course.rate, weight_decay=course.weight_decay, betas=course.betas)
     model.train()
-    for done in range(steps):
-        epoch, index = divmod(done, batches.steps_per_epoch)
-        (batch,) = batches.step(epoch, index)
-        loss = summed_loss(model, batch) / batch.supervised
-        if adaptive:
-            loss = loss + _orthogonality(model)
-        if not math.isfinite(loss.item()):
-            raise MeasureError(f"the loss of step {done + 1} is {loss.item()}", "lower the rate")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
+    for done in range(course.steps):
+        micro_batches = batches.step(*divmod(done, batches.steps_per_epoch))
+        supervised = sum(batch.supervised for batch in micro_batches)
+        for batch in micro_batches:
+            with autocast():
+                loss = summed_loss(model, batch) / supervised
+            if penalty:
+                loss = loss + penalty() / len(micro_batches)
+            if not math.isfinite(loss.item()):
+                raise MeasureError(f"the loss of step {done + 1} is {loss.item()}", "lower the rate")
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, course.clip or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * rate_share(done + 1, steps, options)
+            group["lr"] = course.rate * course.share(done + 1)
         optimizer.step()
-        if adaptive:
-            model.base_model.rankallocator.target_bgt = _components_for(model, budget)
-            model.base_model.update_and_allocate(done)
+        stepped(done)
         optimizer.zero_grad()
+
+
+def _train_rival(model: Any, ground: Ground, budget: int = 0) -> None:
+    """The loop with the recipe's settings; `budget` is the number of parameters that AdaLoRA may keep."""
+    options = ground.recipe.train
+    steps, rate = options.max_steps, options.learning_rate
+    assert steps is not None
+    assert rate != "auto"
+    course = Course(
+        steps, rate, lambda step: rate_share(step, steps, options), options.weight_decay, options.max_grad_norm
+    )
+    if not isinstance(model.peft_config["default"], peft.AdaLoraConfig):
+        train_peft(model, ground.train, course)
+        return
+
+    def allocate(done: int) -> None:
+        model.base_model.rankallocator.target_bgt = _components_for(model, budget)
+        model.base_model.update_and_allocate(done)
+
+    train_peft(model, ground.train, course, penalty=lambda: _orthogonality(model), stepped=allocate)
 
 
 def _components_for(model: Any, budget: int) -> int:
@@ -362,14 +405,25 @@ def _parameters(model: Any, head: str | None) -> int:
 def _result(model: PreTrainedModel, ground: Ground, parameters: int, seconds: float) -> Result:
     result: Result = {"parameters": parameters, "seconds": round(seconds, 2)}
     for key, batches in (("loss", ground.val), ("test", ground.test)):
-        rows = (b for index in range(batches.steps_per_epoch) for b in batches.step(0, index))
-        found = row_sums(model, rows)
-        residual_R = found.loss_R - found.loss * found.targets_R
-        error = math.sqrt(float((residual_R**2).sum())) / found.targets
-        result |= {key: round(found.loss, 5), f"{key}_error": round(error, 5)}
-        if ground.base.head is not None:
-            result[f"{key}_accuracy"] = found.accuracy
+        result |= measure(model, batches, key, classify=ground.base.head is not None)
     return result
+
+
+def measure(
+    model: Any,
+    batches: Batches,
+    key: str,
+    *,
+    classify: bool = False,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Result:
+    """The loss over rows, nats per target, with its standard error over rows; under the name `key`."""
+    rows = (b for index in range(batches.steps_per_epoch) for b in batches.step(0, index))
+    found = row_sums(model, rows, autocast=autocast)
+    residual_R = found.loss_R - found.loss * found.targets_R
+    error = math.sqrt(float((residual_R**2).sum())) / found.targets
+    result: Result = {key: round(found.loss, 5), f"{key}_error": round(error, 5)}
+    return result | ({f"{key}_accuracy": found.accuracy} if classify else {})
 
 
 def settings_of(method: str) -> tuple[str, ...]:

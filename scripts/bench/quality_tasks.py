@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,18 +60,18 @@ def model_path(name: str) -> str:
     return name if name.startswith("builtin:") else str(SHARED / "models" / name)
 
 
-def _lines(path: str) -> Iterator[Row]:
+def lines(path: str) -> Iterator[Row]:
     with (SHARED / "data" / path).open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def _e2e() -> Iterator[tuple[str | None, Row]]:
-    for row in _lines("e2e_nlg/valid_clean.jsonl"):
+    for row in lines("e2e_nlg/valid_clean.jsonl"):
         yield None, row
 
 
 def _dolly() -> Iterator[tuple[str | None, Row]]:
-    for row in _lines("dolly_3k/train.jsonl"):
+    for row in lines("dolly_3k/train.jsonl"):
         prompt = "\n".join(filter(None, (row["instruction"], row["input"])))
         if len(prompt) + len(row["output"]) < LONGEST:
             yield None, {"prompt": f"Question: {prompt}\nAnswer: ", "completion": row["output"]}
@@ -79,20 +79,20 @@ def _dolly() -> Iterator[tuple[str | None, Row]]:
 
 def _gsm8k() -> Iterator[tuple[str | None, Row]]:
     for part, name in ((None, "train"), ("test", "test")):
-        for row in _lines(f"gsm8k/{name}.jsonl"):
+        for row in lines(f"gsm8k/{name}.jsonl"):
             if len(row["question"]) + len(row["answer"]) < LONGEST:
                 yield part, {"prompt": f"{row['question']}\n", "completion": row["answer"]}
 
 
 def _svamp() -> Iterator[tuple[str | None, Row]]:
     for part, name in ((None, "train_mawps_asdiv"), ("test", "test_svamp")):
-        for row in _lines(f"svamp_asdiv_mawps/{name}.jsonl"):
+        for row in lines(f"svamp_asdiv_mawps/{name}.jsonl"):
             yield part, {"prompt": f"{row['Question']}\n", "completion": f"{row['Equation']} with {row['Numbers']}"}
 
 
 def _chat() -> Iterator[tuple[str | None, Row]]:
     for name in ("train", "valid"):
-        for row in _lines(f"chat_mlx_wwdc/{name}.jsonl"):
+        for row in lines(f"chat_mlx_wwdc/{name}.jsonl"):
             yield None, row
 
 
@@ -114,7 +114,7 @@ def _wikitext() -> Iterator[tuple[str | None, Row]]:
 def _labelled(folder: str) -> Callable[[], Iterator[tuple[str | None, Row]]]:
     def rows() -> Iterator[tuple[str | None, Row]]:
         for part, name in ((None, "train"), ("test", "test")):
-            for row in _lines(f"{folder}/{name}.jsonl"):
+            for row in lines(f"{folder}/{name}.jsonl"):
                 yield part, {"text": row["text"], "label": str(row["label"])}
 
     return rows
@@ -167,16 +167,26 @@ def prepare(name: str, work: Path) -> Path:
     if folder.is_dir():
         return folder
     limits = CLASSIFIER_ROWS if TASKS[name].classify else ROWS
+    return write(divide(TASKS[name].rows(), limits), folder)
+
+
+def divide(rows: Iterable[tuple[str | None, Row]], limits: dict[str, int]) -> dict[str, list[Row]]:
+    """The parts of a set, at most so many rows of each; what the test part has is in no other."""
     parts: dict[str, list[Row]] = {part: [] for part in limits}
-    rows = [(_digest(row), part, row) for part, row in TASKS[name].rows()]
-    tested = {digest for digest, part, _ in rows if part == "test"}
-    for digest, given, row in sorted(rows, key=lambda item: (item[0], json.dumps(item[2]))):
+    known = [(_digest(row), part, row) for part, row in rows]
+    tested = {digest for digest, part, _ in known if part == "test"}
+    for digest, given, row in sorted(known, key=lambda item: (item[0], json.dumps(item[2]))):
         part = given or _part(digest, bool(tested))
         if part != "test" and digest in tested:  # some sets have rows of their test part in their training part
             continue
         if len(parts[part]) < limits[part]:
             parts[part].append(row)
-    making = folder.with_name(f".{name}.{os.getpid()}")
+    return parts
+
+
+def write(parts: dict[str, list[Row]], folder: Path) -> Path:
+    """One file of rows a part; the folder appears whole or not at all."""
+    making = folder.with_name(f".{folder.name}.{os.getpid()}")
     making.mkdir(parents=True)
     for part, chosen in parts.items():
         (making / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")

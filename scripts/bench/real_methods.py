@@ -1,0 +1,307 @@
+"""One run of real.py: a tool's shipped defaults, LoRA of a sweep, or `dynlora train`, on a real model in bf16.
+
+Stock PEFT runs in the loop of quality_methods.py, under autocast as the tools have it; adapters are fp32. `dynlora train`
+runs as a user runs it: its recipe holds the model, the data and what the method's name says, nothing else. Every adapter is
+saved, read back by PEFT, and measured by the same code.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from quality_methods import Course, lora_config, measure, rslora_config, train_peft
+from real_tasks import GENERAL_TOKENS, general, prepare
+from real_tools import SEVEN, TOOLS, Tool, tool
+from safetensors import safe_open
+
+from dynlora_cli import api
+from dynlora_cli.config.load import load_recipe
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.data.batches import Batches
+from dynlora_cli.data.load import Data
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.execution.mode import plan
+from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.load import Base
+from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.lr_schedule import rate_share
+from dynlora_cli.training.setup import read_base, read_data
+
+Result = dict[str, Any]
+MODELS = Path(os.environ.get("DYNLORA_REAL_MODELS", "~/.cache/dynlora-models")).expanduser()
+MODEL = "SmolLM2-135M-Instruct"
+SWEPT = {
+    "lora": lora_config,
+    "rslora": rslora_config,
+    "dora": partial(lora_config, use_dora=True),
+}
+OURS = ("dynlora", "dynlora-auto")
+STRETCHED = "+stretched"
+autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        method: `lora`, `rslora`, `dora` at a rank and rate; a tool, as shipped or `+batch8`, or `+stretched`; `dynlora` (rank 0: as it
+            comes), `dynlora-auto`. Ours may end in @LABEL, for another state of the code.
+        rank, rate: 0 where the method decides.
+        stretch: how many times the rows are seen, of a stretched run.
+    """
+
+    task: str
+    method: str
+    rank: int
+    rate: float
+    seed: int
+    stretch: float = field(default=1.0, compare=False)
+
+    @property
+    def key(self) -> tuple[str, str, int, str, int]:
+        return (self.task, self.method, self.rank, f"{self.rate:.3e}", self.seed)
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(part) for part in self.key)
+
+
+def is_ours(method: str) -> bool:
+    return method.split("@")[0] in OURS
+
+
+def run(job: Job, work: Path, keep: Path | None = None) -> Result:
+    """Train once and measure; CPU seconds are of this process, whatever else the machine does.
+
+    Args:
+        keep: a folder in which the adapter stays, under the job's name.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    if not (MODELS / MODEL).is_dir():
+        raise SystemExit(
+            f"{MODELS / MODEL} is not there: put the model there, or name its parent in DYNLORA_REAL_MODELS"
+        )
+    folder = work / "adapters" / job.name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        result = (_train_ours if is_ours(job.method) else _train_stock)(job, work, folder)
+    except MeasureError:  # diverged; a learning rate too far
+        return {"loss": math.inf}
+    gc.collect()
+    result |= _measured(job, work, folder)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(keep / job.name, ignore_errors=True)
+        shutil.move(folder, keep / job.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    return result | {"rows": rows_of(job, work), "commit": _commit(), "torch_threads": torch.get_num_threads()}
+
+
+def rows_of(job: Job, work: Path) -> int:
+    return len((prepare(job.task, work) / "train.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+# -- stock PEFT ------------------------------------------------------------------------------------------------------
+
+
+def _train_stock(job: Job, work: Path, folder: Path) -> Result:
+    """PEFT's LoRA as a tool configures it, or one of a sweep."""
+    swept = job.method in SWEPT
+    shipped = Tool(job.rank, 2 * job.rank, job.rate, "") if swept else tool(job.method.removesuffix(STRETCHED))
+    with clock() as load:
+        recipe = recipe_for(job, work, "val", shipped)
+        data, base = _read(recipe)
+        if shipped.packed:
+            recipe = recipe_for(job, work, "val", unpacked(shipped, [len(row.lines[0]) for row in data.train]))
+        torch.manual_seed(job.seed)
+        model = peft.get_peft_model(base.model, _config(job, shipped))
+    batches = make_batches(recipe, data.train, base, shuffle=True)
+    steps = max(1, round(job.stretch * batches.steps_per_epoch))
+    if swept:  # as dynlora's own: no step of rate zero, the most that the rate can give
+        share = lambda step: rate_share(step, steps, recipe.train)  # noqa: E731
+    else:
+        shares = shipped.shares(steps)
+        share = lambda step: shares[step - 1]  # noqa: E731
+    course = Course(steps, shipped.rate, share, shipped.weight_decay, shipped.clip, shipped.betas)
+    with clock() as train:
+        train_peft(model, batches, course, autocast=autocast)
+    model.save_pretrained(folder)
+    return {
+        "cpu_load": load(),
+        "cpu_train": train(),
+        "steps": steps,
+        "rate_used": shipped.rate,
+        "source": shipped.source,
+    }
+
+
+def unpacked(shipped: Tool, tokens: list[int]) -> Tool:
+    """The same steps without packing: as many rows as fill a packed step.
+
+    Packed rows do not see each other, and a step's loss is the mean over its tokens, so packing decides how many rows
+    make a step and nothing else; on a CPU it would cost attention over whole lines.
+    """
+    steps = math.ceil(sum(tokens) / (shipped.rows * shipped.accumulation * shipped.packed))
+    return replace(shipped, rows=8, accumulation=math.ceil(len(tokens) / steps / 8), packed=0)
+
+
+def _config(job: Job, shipped: Tool) -> peft.LoraConfig:
+    if job.method in SWEPT:
+        return SWEPT[job.method](job.rank, target_modules=list(SEVEN), task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=shipped.rank,
+        lora_alpha=shipped.alpha,
+        lora_dropout=shipped.dropout,
+        target_modules=list(shipped.targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+# -- dynlora train ---------------------------------------------------------------------------------------------------
+
+
+def _train_ours(job: Job, work: Path, folder: Path) -> Result:
+    """`dynlora train` with nothing set but model and data, and the budget or rate that the job names."""
+    recipe: dict[str, Any] = {
+        "model": {"name_or_path": str(MODELS / MODEL), "dtype": "bfloat16"},
+        "dataset": str(prepare(job.task, work) / "train.jsonl"),
+        "seed": job.seed,
+        "output_dir": str(folder),
+    }
+    if job.rank or job.method.startswith("dynlora-auto"):
+        recipe["rank"] = {"budget": "auto" if job.method.startswith("dynlora-auto") else job.rank}
+    if job.rate:
+        recipe["train"] = {"learning_rate": job.rate}
+    marks: list[tuple[str, float]] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        kind = event["event"]
+        marks.append(("race" if kind == "note" and "by short trials" in event["text"] else kind, time.process_time()))
+
+    begun = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = api.train(recipe, overwrite=True, progress=hear)
+    ended = time.process_time()
+    return _spent(marks, begun, ended) | _ours_found(found.summary)
+
+
+def _spent(marks: list[tuple[str, float]], begun: float, ended: float) -> Result:
+    """CPU seconds: all of the command, of them the race for the rate (up to its note), and the rest after it."""
+    place = next((number for number, (kind, _) in enumerate(marks) if kind == "race"), None)
+    # Nothing is told between the first look at the held-out rows and the note that ends the race.
+    race = marks[place][1] - (marks[place - 1][1] if place else begun) if place is not None else 0.0
+    return {
+        "cpu_total": round(ended - begun, 1),
+        "cpu_race": round(race, 1),
+        "cpu_train": round(ended - begun - race, 1),
+    }
+
+
+def _ours_found(summary: dict[str, Any]) -> Result:
+    """What the run found out for itself, from its summary."""
+    kept = ("rates_tried", "loss_before", "loss_after", "steps", "average_rank", "components", "components_start")
+    return {"summary": {key: summary[key] for key in kept if key in summary}, "rate_used": summary.get("learning_rate")}
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+def recipe_for(job: Job, work: Path, part: str, shipped: Tool | None = None) -> Recipe:
+    """The recipe by which rows are read: those of `part` are measured on."""
+    folder, stub = prepare(job.task, work), work / "recipe.yaml"
+    if not stub.exists():
+        stub.write_text("model: none\ndataset: none.jsonl\n", encoding="utf-8")
+    val = general(work) if part == "general" else folder / f"{part}.jsonl"
+    settings: dict[str, Any] = {
+        "model.name_or_path": MODELS / MODEL,
+        "model.dtype": "bfloat16",
+        "dataset": f"{{train: [{{path: {folder / 'train.jsonl'}}}], val: [{{path: {val}}}]}}",
+        "seed": job.seed,
+    }
+    if part == "general":
+        settings["dataset.max_length"] = GENERAL_TOKENS
+        settings["dataset"] = f"{{train: [{{path: {val}}}], val: [{{path: {val}}}]}}"
+    if shipped:
+        settings |= {
+            "dataset.train_on": shipped.train_on,
+            "train.micro_batch_size": shipped.rows,
+            "train.gradient_accumulation_steps": shipped.accumulation,
+        }
+    return load_recipe(stub, [f"{key}={value}" for key, value in settings.items()])
+
+
+def _read(recipe: Recipe) -> tuple[Data, Base]:
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    return data, read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
+
+
+def _measured(job: Job, work: Path, folder: Path) -> Result:
+    """The saved adapter, read back by PEFT: its losses, size, and what the model has forgotten."""
+    _, base = _read(recipe_for(job, work, "val"))
+    before = _general_before(base, work)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(base.model, folder)
+    result: Result = {}
+    for key, part in (("loss", "val"), ("test", "test"), ("general", "general")):
+        with clock() as seconds:
+            result |= measure(model, _batches(recipe_for(job, work, part), base), key, autocast=autocast)
+        if part == "val":
+            result["cpu_val"] = seconds()
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return result | {
+        "general_before": before,
+        "parameters": parameters,
+        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
+    }
+
+
+_BEFORE: dict[Path, float] = {}
+
+
+def _general_before(base: Base, work: Path) -> float:
+    """The loss of the bare model on general text; the same for all runs of a process."""
+    if work not in _BEFORE:
+        recipe = recipe_for(Job("e2e", "", 0, 0, 0), work, "general")
+        _BEFORE[work] = measure(base.model, _batches(recipe, base), "general", autocast=autocast)["general"]
+    return _BEFORE[work]
+
+
+def _batches(recipe: Recipe, base: Base) -> Batches:
+    return make_batches(recipe, read_data(recipe, base.files).val, base, shuffle=False)
+
+
+@contextmanager
+def clock() -> Iterator[Any]:
+    """CPU seconds of the block, once it is over."""
+    begun, ended = time.process_time(), 0.0
+    yield lambda: round(ended - begun, 1)
+    ended = time.process_time()
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+assert set(TOOLS).isdisjoint(SWEPT)
