@@ -1,6 +1,6 @@
 """The methods of quality.py: one run of each, over the same batches with the same loop.
 
-A rival is stock PEFT on the same base; its loop (`_train_rival`) is dynlora's without rank control: the same batches in
+A rival is stock PEFT on the same base; its loop (quality_loop.py) is dynlora's without rank control: the same batches in
 the same order, token-normalised loss, clipping, schedule and AdamW. dynlora's own runs go through `loop.fit`.
 """
 
@@ -12,7 +12,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import peft
 import torch
+from quality_loop import Course, measure, train_peft
 from quality_tasks import base_name, find_task, model_path, prepare
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,7 +29,6 @@ from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import MeasureError
-from dynlora_cli.evaluation.held_out_loss import row_sums
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start
@@ -37,7 +36,6 @@ from dynlora_cli.lora.variants import lora
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base
-from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training import loop
 from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.components import attach, plan_ranks
@@ -293,56 +291,6 @@ def _at_tokens(layer_input: Any, tokens_N2: torch.Tensor, _name: str) -> torch.T
     return x[tokens_N2.T.unbind()] if x.ndim == 3 else x.contiguous()
 
 
-@dataclass(frozen=True)
-class Course:
-    """How a model of PEFT's is trained: AdamW over so many steps, at `rate` times the share of each step (from 1)."""
-
-    steps: int
-    rate: float
-    share: Callable[[int], float]
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-
-
-def train_peft(
-    model: Any,
-    batches: Batches,
-    course: Course,
-    *,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    penalty: Callable[[], torch.Tensor] | None = None,
-    stepped: Callable[[int], None] = lambda _: None,
-) -> None:
-    """The loop around stock PEFT: dynlora's own without rank control.
-
-    Args:
-        autocast: makes the context of the forward pass.
-        penalty: what is added to the loss.
-        stepped: hears of each step (from 0) before its gradient goes.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=course.rate, weight_decay=course.weight_decay, betas=course.betas)
-    model.train()
-    for done in range(course.steps):
-        micro_batches = batches.step(*divmod(done, batches.steps_per_epoch))
-        supervised = sum(batch.supervised for batch in micro_batches)
-        for batch in micro_batches:
-            with autocast():
-                loss = summed_loss(model, batch) / supervised
-            if penalty:
-                loss = loss + penalty() / len(micro_batches)
-            if not math.isfinite(loss.item()):
-                raise MeasureError(f"the loss of step {done + 1} is {loss.item()}", "lower the rate")
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, course.clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = course.rate * course.share(done + 1)
-        optimizer.step()
-        stepped(done)
-        optimizer.zero_grad()
-
-
 def _train_rival(model: Any, ground: Ground, budget: int = 0) -> None:
     """The loop with the recipe's settings; `budget` is the number of parameters that AdaLoRA may keep."""
     options = ground.recipe.train
@@ -407,23 +355,6 @@ def _result(model: PreTrainedModel, ground: Ground, parameters: int, seconds: fl
     for key, batches in (("loss", ground.val), ("test", ground.test)):
         result |= measure(model, batches, key, classify=ground.base.head is not None)
     return result
-
-
-def measure(
-    model: Any,
-    batches: Batches,
-    key: str,
-    *,
-    classify: bool = False,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Result:
-    """The loss over rows, nats per target, with its standard error over rows; under the name `key`."""
-    rows = (b for index in range(batches.steps_per_epoch) for b in batches.step(0, index))
-    found = row_sums(model, rows, autocast=autocast)
-    residual_R = found.loss_R - found.loss * found.targets_R
-    error = math.sqrt(float((residual_R**2).sum())) / found.targets
-    result: Result = {key: round(found.loss, 5), f"{key}_error": round(error, 5)}
-    return result | ({f"{key}_accuracy": found.accuracy} if classify else {})
 
 
 def settings_of(method: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """One run of real.py: a tool's shipped defaults, LoRA of a sweep, or `dynlora train`, on a real model in bf16.
 
-Stock PEFT runs in the loop of quality_methods.py, under autocast as the tools have it; adapters are fp32. `dynlora train`
+Stock PEFT runs in the loop of quality_loop.py, under autocast as the tools have it; adapters are fp32. `dynlora train`
 runs as a user runs it: its recipe holds the model, the data and what the method's name says, nothing else. Every adapter is
 saved, read back by PEFT, and measured by the same code.
 """
@@ -23,7 +23,8 @@ from typing import Any
 
 import peft
 import torch
-from quality_methods import Course, lora_config, measure, rslora_config, train_peft
+from quality_loop import Course, measure, train_peft
+from quality_methods import lora_config, rslora_config
 from real_tasks import GENERAL_TOKENS, general, prepare
 from real_tools import SEVEN, TOOLS, Tool, tool
 from safetensors import safe_open
