@@ -1,0 +1,102 @@
+"""The runs of by_bytes.py: quality.py's, whose adapters are kept, in fp32 as they were trained.
+
+LoRA is stock PEFT, saved by PEFT. Rates are those that quality.py has chosen (`val` part, seed 0); a cell that it has
+not is searched here in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from quality import RESULTS as QUALITY
+from quality import read_results
+from quality_methods import Job, _fit, _train_rival, _wrap, lay_ground, lora_config
+
+from dynlora_cli.adapters.adapter import PLAIN
+from dynlora_cli.adapters.write import write_pool
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.evaluation.held_out_loss import row_sums
+from dynlora_cli.files.whole import whole_folder
+from dynlora_cli.training.components import attach
+
+Record = dict[str, Any]
+
+
+def rate_of(task: str, method: str, rank: int, results: Path, work: Path) -> float:
+    """The best rate on seed 0 by `val` loss: quality.py's, or of a grid of factors of 2 with half a step around."""
+    known = {
+        record["rate"]: record["loss"]
+        for record in read_results(QUALITY)
+        if (record["task"], record["method"], record["budget"], record["seed"]) == (task, method, rank, 0)
+    }
+    if known:
+        return float(min(known, key=lambda rate: known[rate]))
+    first = 1e-3 * 2.0 ** round(math.log2(rate_of(task, method, rank // 2, results, work) / 1.4e-3))
+    losses: dict[float, float] = {}
+
+    def loss(k: float) -> float:
+        if k not in losses:
+            losses[k] = float(trained(Job(task, method, rank, first * 2.0**k, 0), results, work)["loss"])
+        return losses[k]
+
+    def best() -> float:
+        return min(losses, key=lambda k: (losses[k], k))
+
+    loss(0)
+    loss(1)
+    while not {best() - 1, best() + 1} <= losses.keys():
+        loss(best() + 1 if best() + 1 not in losses else best() - 1)
+    middle = best()
+    loss(middle - 0.5)
+    loss(middle + 0.5)
+    return first * 2.0 ** best()
+
+
+def folder_of(job: Job, work: Path) -> Path:
+    """Where the adapter of a run is kept."""
+    return work / "adapters" / f"{job.task}-{job.method}-{job.budget}-{job.rate:.3e}-{job.seed}"
+
+
+def trained(job: Job, results: Path, work: Path) -> Record:
+    """The line of a run; trained now, where it is not there."""
+    for record in read_results(results):
+        if record["what"] == "run" and Job(*(record[key] for key in job.__dict__)).key == job.key:
+            return record
+    started = time.process_time()
+    torch.manual_seed(job.seed)
+    ground = lay_ground(job, work, [])
+    folder = folder_of(job, work)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole_folder(folder) as temporary:
+            if job.method == "lora":
+                model, _ = _wrap(job, ground, lora_config, job.budget)
+                _train_rival(model, ground)
+                model.save_pretrained(temporary)
+                parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            else:
+                pool, start = attach(ground.base, ground.recipe.adapter, ground.recipe.rank, job.seed)
+                _fit(ground, pool, start)
+                model, parameters = ground.base.model, pool.parameters
+                write_pool(
+                    pool, temporary, kind=PLAIN, model_type=model.config.model_type,
+                    base_model=ground.base.files.reference, revision=None, task="causal-lm", whole={},
+                )  # fmt: skip
+        batches = ground.val
+        rows = (batch for index in range(batches.steps_per_epoch) for batch in batches.step(0, index))
+        loss = row_sums(model, rows).loss
+    except MeasureError:  # diverged; a learning rate too far
+        loss, parameters = math.inf, 0
+    record = {"what": "run", **job.__dict__, "parameters": parameters, "loss": round(loss, 5)}
+    record["cpu"] = round(time.process_time() - started, 1)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
