@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from quality import RESULTS as QUALITY
 from quality import read_results
-from quality_methods import Job, _fit, _train_rival, _wrap, lay_ground, lora_config
+from quality_methods import Ground, Job, _train_rival, _wrap, lay_ground, lora_config
 
 from dynlora_cli.adapters.adapter import PLAIN
 from dynlora_cli.adapters.write import write_pool
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.evaluation.held_out_loss import row_sums
+from dynlora_cli.execution.mode import plan
 from dynlora_cli.files.whole import whole_folder
+from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.start import Start
+from dynlora_cli.training import loop
 from dynlora_cli.training.components import attach
+from dynlora_cli.training.setup import make_accelerator, make_run
 
 Record = dict[str, Any]
 
@@ -63,6 +69,17 @@ def rate_of(task: str, method: str, rank: int, results: Path, work: Path) -> flo
 def folder_of(job: Job, work: Path) -> Path:
     """Where the adapter of a run is kept."""
     return work / "adapters" / f"{job.task}-{job.method}-{job.budget}-{job.rate:.3e}-{job.seed}"
+
+
+def _fit(ground: Ground, pool: Pool, start: Start) -> None:
+    """A run of ours, as quality.py has it, but without its measurements."""
+    recipe, modes = ground.recipe, plan(ground.recipe.train)
+    accelerator = make_accelerator(recipe, Path(recipe.output_dir), modes)
+    modes.apply(ground.base.model, pool)
+    unmeasured = replace(ground.data, val=[])
+    training = make_run(recipe, accelerator, ground.base, unmeasured, pool, start, modes, save=lambda _: None)
+    training.control.loss_now = None
+    loop.fit(training)
 
 
 def trained(job: Job, results: Path, work: Path) -> Record:
