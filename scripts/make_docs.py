@@ -161,7 +161,7 @@ def kind(field: Schema) -> str:
 def bounds(field: Schema) -> str:
     """`, at least 1` and the like."""
     if "pattern" in field:
-        return " such as `5%`" if "%" in field["pattern"] else " such as `2M`, or `auto`"
+        return " such as `5%`" if "%" in field["pattern"] else " such as `2M` or `200kB`, or `auto`"
     words = {
         "minimum": "at least",
         "exclusiveMinimum": "above",

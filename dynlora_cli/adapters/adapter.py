@@ -28,6 +28,7 @@ from torch import Tensor
 from dynlora_cli import plugins
 from dynlora_cli.adapters.births import births_of
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.rounding.floats import rounded
 from dynlora_cli.runs.record import Birth
 
 PREFIX = "base_model.model."
@@ -105,6 +106,11 @@ class Factors:
         ]
         born = tuple(len(a) for a, _ in parts) if self.born else ()
         return replace(self, a_CI=torch.cat([a for a, _ in parts]), b_OC=torch.cat([b for _, b in parts], 1), born=born)
+
+    def rounded(self, dtype: str) -> Factors:
+        """The same with factors that a file in this format holds as they are; see rounding/floats.py."""
+        a_CI, b_OC = rounded(self.a_CI, self.b_OC, dtype)
+        return replace(self, a_CI=a_CI, b_OC=b_OC)
 
     def delta_OI(self) -> Tensor:
         """ΔW as a dense matrix."""
@@ -269,6 +275,14 @@ class Adapter:
         factors = self.layers.get(name)
         known = factors.born if factors else ()
         return known or (*[0] * (len(self.births) - 1), factors.rank if factors else 0)
+
+    def rounded(self, dtype: str) -> Adapter:
+        """The adapter as it is in files whose factors have this format, of config/dtypes.py.
+
+        Raises:
+            MeasureError: a component is too large for it.
+        """
+        return self.with_layers({name: factors.rounded(dtype) for name, factors in self.layers.items()})
 
     def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
         """The same adapter with other factors; layers without components are left out.

@@ -66,6 +66,7 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
     names = _without_wrappers(tensors, found.notes)
     untrained: list[str] = []
     of_training: list[str] = []
+    tensors = {key: _in_words_of_torch(tensor) for key, tensor in tensors.items()}
     adapters: set[str | None] = set()
     taken: dict[str, str] = {}
     known = kind.tensor_names()
@@ -88,6 +89,7 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
             adapters.add(match["adapter"])
         elif (match := part_of_a_layer.fullmatch(name)) and (match["leaf"] != "bias" or match["part"] == "lora_B"):
             part = BIAS if match["leaf"] == "bias" else match["part"]
+            _refuse_integers(tensors[key], key, path)
             found.parts.setdefault(match["module"], {})[part] = tensors[key].float()
             adapters.add(match["adapter"])
         elif any(part in (own := _SAVED_WHOLE.sub("", name)) for part in ours):
@@ -107,6 +109,24 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
         found.notes.append(f"left out, since only training uses them: {_some(of_training)}")
     found.parts = {module: found.parts[module] for module in sorted(found.parts, key=natural_order)}
     return found
+
+
+def _in_words_of_torch(tensor: Tensor) -> Tensor:
+    """In fp32, where it has a type of eight bits that nothing can compute with."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
+def _refuse_integers(tensor: Tensor, key: str, path: Path) -> None:
+    """Refuse factors of whole numbers: they were quantized, and what they stand for is not to be told.
+
+    Raises:
+        UsageError: it holds such.
+    """
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{path}: {key} holds whole numbers ({kind}), without what they stand for", "save it in floats"
+        )
 
 
 def without_wrappers(name: str) -> str:

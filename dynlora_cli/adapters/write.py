@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -18,25 +19,45 @@ from dynlora_cli.adapters.find import CONFIG, WEIGHTS
 from dynlora_cli.adapters.keys import BIAS
 from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.token_rows import indices_of, tensors_of
+from dynlora_cli.config.dtypes import FULL, IN_FILES
 from dynlora_cli.errors import MeasureError, UsageError
+from dynlora_cli.files.tensor_file import file_bytes
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.linear import is_transposed
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
+from dynlora_cli.rounding.floats import TORCH
+
+# The tensors that are factors of components; all others stay in fp32, whatever the format of a file.
+_FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB]|hira_[AB])")
 
 
-def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
+def save(adapter: Adapter, folder: Path, *, for_peft: bool = True, dtype: str = FULL) -> None:
     """Write adapter_config.json and adapter_model.safetensors; the bytes depend on the adapter only.
 
     Args:
         adapter: to be written.
         folder: exists.
         for_peft: False: every layer is named in `target_modules`, also where PEFT would not find it there.
+        dtype: of the factors, of config/dtypes.py; they are rounded to it.
     """
-    config = adapter.config
     if not adapter.layers:
         _save_rows(adapter, folder)
         return
+    written, tensors = files_of(adapter.rounded(dtype), for_peft=for_peft)
+    write_adapter(folder, written, tensors, dtype)
+
+
+def bytes_of(adapter: Adapter, dtype: str) -> int:
+    """Bytes of the adapter_model.safetensors that `save` writes; factors may be on the device "meta"."""
+    _, tensors = files_of(adapter)
+    kinds = {name: IN_FILES[dtype if _FACTOR.fullmatch(name) else FULL] for name in tensors}
+    return file_bytes({name: (kinds[name], tuple(tensor.shape)) for name, tensor in tensors.items()})
+
+
+def files_of(adapter: Adapter, *, for_peft: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors of adapter_model.safetensors, of an adapter that has layers."""
+    config = adapter.config
     written = lora_config(
         adapter.ranks,
         base_model=config.get("base_model_name_or_path") or "",
@@ -70,7 +91,7 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True) -> None:
     tensors |= tensors_of(adapter.token_rows)
     own = {name: factors.own for name, factors in adapter.layers.items()}
     written, tensors = plugins.load("kinds", adapter.form).written(written, tensors, own)
-    write_adapter(folder, written, {PREFIX + name: tensor for name, tensor in tensors.items()})
+    return written, {PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 def write_pool(
@@ -84,6 +105,7 @@ def write_pool(
     task: str | None,
     whole: Mapping[str, nn.Module],
     token_rows: Mapping[str, TokenRows] | None = None,
+    dtype: str = FULL,
 ) -> None:
     """Write the components of a pool as they are now, and the modules that train whole, such as a new head.
 
@@ -97,6 +119,7 @@ def write_pool(
         task: as in a recipe; None: of no task that PEFT knows.
         whole: modules that train whole, by name.
         token_rows: trained rows of tables.
+        dtype: of the factors, which have been rounded to it.
     """
     experts = experts_of(pool)
     taken = taken_for_experts(model_type) if kind == PLAIN else frozenset()  # others stay
@@ -116,7 +139,7 @@ def write_pool(
     for name, module in whole.items():
         # Copies: modules may share weights, which safetensors would refuse.
         tensors |= {f"{PREFIX}{name}.{key}": tensor.clone() for key, tensor in module.state_dict().items()}
-    write_adapter(folder, config, tensors)
+    write_adapter(folder, config, tensors, dtype)
 
 
 def _save_rows(adapter: Adapter, folder: Path) -> None:
@@ -230,17 +253,37 @@ def _bias_of(adapter: Adapter) -> str:
     return "lora_only" if own.issuperset(adapter.biases) else "all"
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str = FULL) -> None:
     """Write adapter_model.safetensors and adapter_config.json; the bytes depend on the arguments only.
 
+    Args:
+        folder: exists.
+        config: of adapter_config.json.
+        tensors: by their names in the file.
+        dtype: of the factors, which have only values that it has; everything else is fp32.
+
     Raises:
-        MeasureError: a tensor is not finite.
+        MeasureError: a tensor is not finite, or comes back from the file as another one.
     """
     on_cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(tensors.items())}
     for name, tensor in on_cpu.items():
         if not tensor.isfinite().all():
             hint = "lower the learning rate, or look at the adapters that went in"
             raise MeasureError(f"{name} holds NaN or infinity; nothing was written", hint)
+    stored = {name: tensor.to(TORCH[dtype]) if _FACTOR.fullmatch(name) else tensor for name, tensor in on_cpu.items()}
     # Not `save_file`, which makes files that only their owner can read.
-    (folder / WEIGHTS).write_bytes(to_bytes(on_cpu, metadata={"format": "pt"}))
+    whole = to_bytes(stored, metadata={"format": "pt"})
+    if dtype != FULL:
+        _check(from_bytes(whole), on_cpu, dtype)
+    (folder / WEIGHTS).write_bytes(whole)
     write_json(folder / CONFIG, config)
+
+
+def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: str) -> None:
+    """Check that a file holds what it was to hold.
+
+    Raises:
+        MeasureError: it does not.
+    """
+    if other := [name for name, tensor in wanted.items() if not found[name].float().equal(tensor)]:
+        raise MeasureError(f"{other[0]} does not come back from {dtype} as it went in", "please report this")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import plugins
-from dynlora_cli.cli.values import METHODS, choice, numbers, share, size
+from dynlora_cli.cli.values import METHODS, choice, numbers, saved_dtype, share, size
 from dynlora_cli.commands import preflight
 from dynlora_cli.config.arguments import place, several
+from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.config.options import given
 from dynlora_cli.errors import UsageError
 from dynlora_cli.execution.launch import is_main_process
@@ -128,6 +129,7 @@ def prune(
     data: Path | None = None,
     tolerance: str | float = TOLERANCE,
     heal: int = 0,
+    dtype: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     max_samples: int | None = None,
@@ -137,12 +139,14 @@ def prune(
 ) -> Work:
     """A smaller adapter; or one without an update that it holds."""
     choosing = {"--policy": policy != POLICY, "--set": options, "--tolerance": tolerance != TOLERANCE, "--seed": seed}
+    choosing["--dtype"] = dtype is not None
     _refuse_cut_and_birth(budget, born, [option for option, is_given in choosing.items() if is_given])
     cut: dict[str, Any] = {}
     if budget is not None:
         choice(policy, plugins.names("policies"), "--policy")
         cut = {"budget": size(budget, "--budget"), "tolerance": share(tolerance, "--tolerance"), "policy": policy}
         cut["options"] = given("policies", policy, options)
+        cut["dtype"] = saved_dtype(dtype)
     preflight.adapters([adapter], base, data)
     refuse_occupied(out, overwrite=overwrite, option="--out")
     common: dict[str, Any] = {"data": data, "heal_steps": heal, "base_name": base, "measure": measure}
@@ -207,7 +211,7 @@ def merge(
     choice(method, (*METHODS, *others), "--method")
     way: dict[str, Any] = {"method": method, "density": density, "seed": seed}
     way["weights"] = numbers(weights, "--weights") if weights else None
-    way["budget"] = size(budget, "--budget", auto=False) if budget else None
+    way["budget"] = size(budget, "--budget", auto=False, in_bytes=False) if budget else None
     if not 0 < density <= 1:
         raise UsageError(f"--density {density} is no share above 0", "for example --density 0.5")
     if options and len(adapters) == 1:
@@ -240,6 +244,7 @@ def export(
     base: str | None = None,
     trust_remote_code: bool = False,
     outtype: str = "f16",
+    dtype: str | None = None,
     max_kl: float | None = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
@@ -251,6 +256,7 @@ def export(
     choice(to, plugins.names("exporters"), "--to")
     outtype = outtype.lower()
     _check_outtype(to, outtype)
+    saved = _export_dtype(to, dtype)
     own = given("exporters", to, options)
     _refuse_other_source(to, adapter, library)
     address = _address(push_to_hub, public, library)
@@ -267,9 +273,18 @@ def export(
         if library is not None:
             return command.run_library(library, to, out, **common, emit=emit)
         assert adapter is not None
-        return command.run(adapter, to, out, **common, outtype=outtype, address=address, emit=emit)
+        return command.run(adapter, to, out, **common, outtype=outtype, dtype=saved, address=address, emit=emit)
 
     return work
+
+
+def _export_dtype(to: str, dtype: str | None) -> str:
+    """The number format of the factors; refused where the form's reader does not take it."""
+    saved, taken = saved_dtype(dtype), plugins.declared("exporters", to, "DTYPES", ())
+    if dtype is not None and saved not in (*taken, *((FULL,) if taken else ())):
+        how = f"writes float32, {' or '.join(taken)}" if taken else "writes what its reader takes"
+        raise UsageError(f"--to {to} {how}, and --dtype {dtype} is not for it", "leave --dtype out, or use --to peft")
+    return saved
 
 
 def _address(repo: str | None, public: bool, library: Path | None) -> Address | None:

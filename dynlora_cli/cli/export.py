@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import Base, Overwrite, PlugInOptions, adapters, plug_ins
+from dynlora_cli.cli.options import Base, Overwrite, PlugInOptions, SavedDtype, adapters, plug_ins
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting, return_memory_at_once
 
 To = Annotated[
@@ -68,6 +68,7 @@ def export(
     base: Base = None,
     trust_remote_code: Trust = False,
     outtype: OutType = "f16",
+    dtype: SavedDtype = None,
     max_kl: MaxKl = None,
     push_to_hub: Push = None,
     public: Public = False,
@@ -87,6 +88,7 @@ def export(
             base=base,
             trust_remote_code=trust_remote_code,
             outtype=outtype,
+            dtype=dtype,
             max_kl=max_kl,
             overwrite=overwrite,
             push_to_hub=push_to_hub,

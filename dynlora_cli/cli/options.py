@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from dynlora_cli import plugins
+from dynlora_cli.config.dtypes import BYTES
 
 
 def words(*choices: str) -> Callable[[str], list[str]]:
@@ -38,6 +39,17 @@ def adapters(incomplete: str) -> list[str]:
     found = [path for end in ("*", "*/*", "*/*/*") for path in glob.glob(f"{begun}{end}/adapter_config.json")]
     return sorted(str(Path(path).parent) for path in found if "checkpoints" not in Path(path).parts)
 
+
+SavedDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Number format of the saved factors: float32, bf16 or fp8.",
+        autocompletion=words(*BYTES),
+        show_default=False,
+    ),
+]
 
 AdapterPath = Annotated[
     Path,

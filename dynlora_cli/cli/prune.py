@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions, plug_ins
+from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions, SavedDtype, plug_ins
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 
 BudgetText = Annotated[
     str | None,
     typer.Option(
-        metavar="8|0.5|2M|auto",
-        help="An average rank, a share of the parameters, a number of them, or as few as --tolerance allows.",
+        metavar="8|0.5|2M|200kB|auto",
+        help="An average rank, a share or a number of parameters, bytes of the file, or as few as --tolerance allows.",
         show_default=False,
     ),
 ]
@@ -63,6 +63,7 @@ def prune(
     data: Data = None,
     tolerance: Tolerance = "0.5%",
     heal: Heal = 0,
+    dtype: SavedDtype = None,
     base: Base = None,
     trust_remote_code: Trust = False,
     max_samples: MaxSamples = None,
@@ -85,6 +86,7 @@ def prune(
             data=data,
             tolerance=tolerance,
             heal=heal,
+            dtype=dtype,
             base=base,
             trust_remote_code=trust_remote_code,
             max_samples=max_samples,

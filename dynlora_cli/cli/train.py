@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from dynlora_cli import plugins
-from dynlora_cli.cli.options import Columns, recipes
+from dynlora_cli.cli.options import Columns, SavedDtype, recipes
 from dynlora_cli.cli.reporting import AsJson, console, opened, reporting, typed
-from dynlora_cli.cli.values import column_names, size
+from dynlora_cli.cli.values import column_names, saved_dtype, size
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
 from dynlora_cli.text import counted
@@ -50,7 +50,7 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         metavar="SIZE",
-        help="Without a recipe: average rank (8), share of the start (0.5), parameters (2M), or auto.",
+        help="Without a recipe: average rank (8), share of the start (0.5), parameters (2M), bytes (200kB), or auto.",
         show_default=False,
     ),
 ]
@@ -90,6 +90,7 @@ def train(
     columns: Columns = None,
     overrides: Overrides = None,
     sweep: Sweeps = None,
+    dtype: SavedDtype = None,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -108,7 +109,7 @@ def train(
         asked.refuse_both_ways(overwrite, resume, resume_from)
         view = console()
         given = Given(model, dataset, budget, columns)
-        checked, text, named = _asked(recipe, given, overrides or (), output_dir)
+        checked, text, named = _asked(recipe, given, _changes(overrides, dtype), output_dir)
         if dry_run:
             from dynlora_cli.commands import preflight
 
@@ -126,21 +127,20 @@ def train(
             return
         from dynlora_cli.commands import train as command
 
+        ways = {"overwrite": overwrite, "resume": resume, "resume_from": resume_from}
         with view.train_view() as listener:
-            summary = command.run(
-                checked,
-                listener=listener,
-                overwrite=overwrite,
-                resume=resume,
-                resume_from=resume_from,
-                recipe_text=text,
-            )
+            summary = command.run(checked, listener=listener, recipe_text=text, **ways)  # type: ignore[arg-type]
         summary = {**summary, "next": _next_commands(summary, checked)}
         if named:
             summary |= {"recipe": str(named.path), "next": [*summary["next"], typed(*named.again)]}
         result.update(summary)
         if is_main_process():
             view.show_summary(summary)
+
+
+def _changes(overrides: Sequence[str] | None, dtype: str | None) -> list[str]:
+    """Changes of the recipe, with what an option of its own stands for."""
+    return [*(overrides or ()), *([f"adapter.save_dtype={saved_dtype(dtype)}"] if dtype else [])]
 
 
 class Given(NamedTuple):
@@ -205,7 +205,7 @@ def _sweep(context: typer.Context) -> None:
     """Train all runs of a sweep."""
     options = context.params
     recipe, given = options["recipe"], Given(*(options[name] for name in Given._fields))
-    changes = options["overrides"] or ()
+    changes = _changes(options["overrides"], options["dtype"])
     ways = {name: options[name] for name in ("overwrite", "resume", "dry_run", "as_json")}
     with reporting(options["as_json"]) as result:
         from dynlora_cli.cli import asked

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from dynlora_cli.config.budget import Budget, parse_budget
+from dynlora_cli.config.dtypes import BYTES, FULL
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import did_you_mean
 
@@ -28,6 +29,16 @@ def choice(text: str, choices: Sequence[str], option: str) -> None:
         )
 
 
+def saved_dtype(text: str | None) -> str:
+    """A number format of saved factors; float32 where none is named.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    choice(text or FULL, tuple(BYTES), "--dtype")
+    return text or FULL
+
+
 def numbers(text: str | Sequence[float], option: str) -> list[float]:
     """Numbers with commas between them, or some already.
 
@@ -40,8 +51,8 @@ def numbers(text: str | Sequence[float], option: str) -> list[float]:
         raise UsageError(f"{option} {text}: not all are numbers", f"for example {option} 0.7,0.3") from None
 
 
-def size(text: str | float, option: str, *, auto: bool = True) -> Budget:
-    """A budget as on the command line: `8`, `0.5`, `2M`, and with `auto` the word.
+def size(text: str | float, option: str, *, auto: bool = True, in_bytes: bool = True) -> Budget:
+    """A budget as on the command line: `8`, `0.5`, `2M`, with `in_bytes` `200kB`, and with `auto` the word.
 
     Raises:
         UsageError: it is none of these.
@@ -56,9 +67,12 @@ def size(text: str | float, option: str, *, auto: bool = True) -> Budget:
     elif re.fullmatch(r"\d*\.\d+([eE]-?\d+)?|\d+\.\d*|\d+[eE]-?\d+", text):
         value = float(text)
     try:
-        return parse_budget(value)
+        found = parse_budget(value)
     except ValueError as error:
         raise UsageError(f"{option} {text}: {error}", f"for example {option} 8, {option} 0.5 or {option} 2M") from None
+    if found.kind == "bytes" and not in_bytes:
+        raise UsageError(f"{option} {text}: bytes are for train and prune", f"for example {option} 8 or {option} 2M")
+    return found
 
 
 def share(text: str | float, option: str) -> float:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.adapter import PLAIN
+from dynlora_cli.config.dtypes import BYTES
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
@@ -18,6 +20,7 @@ from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base, quantized_to, resolve_dtype
 from dynlora_cli.models.quiet import quiet
+from dynlora_cli.pruning.bytes_budget import beside
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.training.batches import total_steps, training_batches
 from dynlora_cli.training.components import attach, left_out, plan_ranks
@@ -30,6 +33,8 @@ from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
+
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.lora.whole import Trained
@@ -40,7 +45,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What `train.run` would do.
 
     Returns:
-        recipe_yaml, example, modules, parameters, schedule, steps, data, memory and notes; see cli/views/plan.py.
+        recipe_yaml, example, modules, parameters, file, schedule, steps, data, memory and notes; see cli/views/plan.py.
     """
     modes = execution.plan(recipe.train).for_short_runs()
     files = BaseFiles.find(recipe.model, planning=True)
@@ -76,12 +81,24 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         for name, module in targets.items()
     ]
     found["parameters"].update(start=start.parameters, budget=start.limit)
+    found |= _file(recipe, base, targets, start)
     if base.rows:
         new = found["parameters"]["new token"] = sum(rows.own_TI.numel() for rows in base.rows.values())
         found["parameters"]["base"] -= new
     data.notes += too_short(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
     return found | _memory(recipe, base, data, modes, begun)
+
+
+def _file(recipe: Recipe, base: Base, targets: Mapping[str, nn.Module], start: Start) -> dict[str, Any]:
+    """The adapter's file at the budget, at most; nothing where its size is no function of the parameters."""
+    options, dtype = recipe.adapter, recipe.adapter.save_dtype
+    if start.limit is None or options.names_experts or not plugins.declared("variants", options.variant, "rounds"):
+        return {}
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    form = getattr(plugins.load("variants", options.variant), "saved_as", PLAIN)
+    aside = beside(start, base, shapes, form, dtype)
+    return {"file": {"dtype": dtype, "bytes": aside + BYTES[dtype] * min(start.limit, start.parameters)}}
 
 
 def _mix(data: Data) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.find import WEIGHTS
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.config.dtypes import FULL, rounding_note
 from dynlora_cli.config.options import given
 from dynlora_cli.config.sections import Model
 from dynlora_cli.config.types import Section
@@ -38,12 +39,13 @@ from dynlora_cli.merging.fold import plan_merge, write_merged
 from dynlora_cli.models.find import is_hub_name
 from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.place import Place, structure
+from dynlora_cli.rounding.floats import changed
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
 from dynlora_cli.tasks import task as tasks
 
 # The relative error of a number by rounding, in files of this type; of smaller ones what the number of bits gives.
-ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "q8_0": 2.0**-6}
+ROUNDING = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "fp8": 2.0**-3, "q8_0": 2.0**-6}
 ROUNDING |= {name: 2.0 ** -int(name.lstrip("iq")[0]) for name in QUANTIZED}
 
 
@@ -55,6 +57,7 @@ def run(
     base_name: str | None = None,
     trust_remote_code: bool = False,
     outtype: str = "f16",
+    dtype: str = FULL,
     options: Section | None = None,
     max_kl: float | None = None,
     overwrite: bool = False,
@@ -70,6 +73,7 @@ def run(
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
         outtype: of a GGUF model, see export/gguf/outtypes.py.
+        dtype: of the factors, one that the exporter takes, see config/dtypes.py.
         options: those that the exporter itself brings; None: their defaults.
         max_kl: nats per token by which the export may differ; None: by its number format.
         overwrite: replace an earlier export.
@@ -90,9 +94,10 @@ def run(
         emit(note(adapter.note))
     place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
     run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
-    job = _job(adapter, place, outtype, options or given("exporters", to, []))
+    job = replace(_job(adapter.rounded(dtype), place, outtype, options or given("exporters", to, [])), dtype=dtype)
     with run_folder.replaced(out, overwrite=overwrite) as folder:
-        facts, checks = _write_checked(job, exporter, place, folder, max_kl)
+        facts, checks = _write_checked(job, exporter, place, folder, max_kl, adapter)
+        facts |= _rounding(adapter, job)
         if getattr(exporter, "for_peft", False):
             checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         summary = {**_source(job, place, to, out), **facts, **checks, "notes": job.notes, **_ends(folder, started)}
@@ -166,17 +171,28 @@ def _one_of_many(
         UsageError: the consumer cannot read it.
     """
     part.mkdir(parents=True)
-    facts, checks = _write_checked(job, exporter, place, part, max_kl)
+    facts, checks = _write_checked(job, exporter, place, part, max_kl, job.adapter)
     return {**facts, "parameters": job.adapter.parameters, **checks}
 
 
 def _write_checked(
-    job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float | None
+    job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float | None, source: Adapter
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write one adapter and read it back; what the exporter tells of it, and how well it agrees."""
+    """Write one adapter and read it back; what the exporter tells of it, and how well it agrees with its source."""
     facts = exporter.write(job, folder)
     _write_reading(job, place, folder)
-    return facts, _check(job, exporter, place, folder, MAX_KL[job.outtype] if max_kl is None else max_kl)
+    return facts, _check(job, exporter, place, folder, MAX_KL[job.outtype] if max_kl is None else max_kl, source)
+
+
+def _rounding(source: Adapter, job: Job) -> dict[str, Any]:
+    """What rounding changed, for the summary and the notes; nothing where nothing was rounded."""
+    if job.dtype == FULL:
+        return {}
+    names = [name for name in source.layers if name in job.adapter.layers]
+    before, after = ([(f.layers[name].a_CI, f.layers[name].b_OC) for name in names] for f in (source, job.adapter))
+    lost = changed(before, after)
+    job.notes.append(rounding_note(job.dtype, lost))
+    return {"dtype": job.dtype, "rounding": lost}
 
 
 def _write_reading(job: Job, place: Place | None, folder: Path) -> None:
@@ -267,7 +283,9 @@ def _linear_layers(place: Place) -> dict[str, tuple[int, int]]:
     return {name: linear_shape(module) for name, module in modules if is_linear(module)}
 
 
-def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float) -> dict[str, Any]:
+def _check(
+    job: Job, exporter: ModuleType, place: Place | None, folder: Path, max_kl: float, source: Adapter
+) -> dict[str, Any]:
     """What was written, read back by the consumer's rules, against the adapter it came from."""
     found = exporter.read_back(job, folder)
     if place is None:
@@ -278,14 +296,18 @@ def _check(job: Job, exporter: ModuleType, place: Place | None, folder: Path, ma
             )
         return {"max_logit_difference": None, "max_weight_difference": difference}
     rows = rows_to_compare(job.adapter, place)
-    reference = adapted_predictions(job.adapter, place, rows)
-    rounding = ROUNDING[job.outtype] if isinstance(found, Adapter) else max(ROUNDING[job.outtype], ROUNDING["bf16"])
+    reference = adapted_predictions(source, place, rows)
+    rounding = (
+        ROUNDING[job.outtype if job.dtype == FULL else job.dtype]
+        if isinstance(found, Adapter)
+        else max(ROUNDING[job.outtype], ROUNDING["bf16"])
+    )
     measured = agreement(reference, _predictions(found, job, place, rows), rows, rounding)
     if math.isnan(max_kl) or measured.kl > max_kl:
         raise MeasureError(
             f"the export is {measured.kl:.3g} nats per token away from base + adapter, more than {max_kl:g}; "
             "nothing was kept",
-            "raise --max-kl if that is meant, or choose --outtype f16",
+            "raise --max-kl if that is meant, or choose " + ("--outtype f16" if job.dtype == FULL else "--dtype bf16"),
         )
     return {"max_logit_difference": measured.max_logit_difference, "check": measured.as_dict()}
 

@@ -15,9 +15,11 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
+from dynlora_cli.adapters.find import WEIGHTS
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.adapters.write import save
+from dynlora_cli.adapters.write import bytes_of, save
 from dynlora_cli.config.budget import Budget
+from dynlora_cli.config.dtypes import FULL, rounding_note
 from dynlora_cli.config.options import given
 from dynlora_cli.config.types import Section
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
@@ -28,10 +30,12 @@ from dynlora_cli.evaluation.rows import Rows, held_out_rows, own_recipe
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
+from dynlora_cli.pruning.bytes_budget import most_within
 from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
 from dynlora_cli.pruning.row_fisher import weights_note
+from dynlora_cli.rounding.floats import changed
 from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
@@ -60,6 +64,7 @@ class Request:
         measure: measure the loss where rows are known; False: only where it is needed.
         overwrite: `out` may hold an earlier run.
         seed: of policies that choose at random.
+        dtype: of the factors of the result, of config/dtypes.py.
     """
 
     path: Path
@@ -76,6 +81,7 @@ class Request:
     measure: bool = True
     overwrite: bool = False
     seed: int = 0
+    dtype: str = FULL
 
 
 @quiet
@@ -102,13 +108,17 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     run_folder.refuse_inputs(out, [adapter.folder, *([request.data] if request.data else [])])
     if adapter.note:
         emit(run_events.note(adapter.note))
+    if request.dtype == FULL and (was := (adapter.record.get("summary") or {}).get("save_dtype", FULL)) != FULL:
+        emit(
+            run_events.note(f"the adapter was saved in {was}; this one goes into float32, or with --dtype {was} again")
+        )
     bench = _bench(request, adapter, policy, emit)
     recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
     if request.heal_steps and recipe is None:
         raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
     order = _order(request, adapter, policy, bench)
     curve = Curve(order, bench if request.measure or budget.kind == "auto" else None, emit)
-    target = _target(order, budget, adapter, curve, request.tolerance)
+    target = _target(order, budget, adapter, curve, request)
     if budget.kind != "auto":
         curve.measure_sizes(target)
     keep_K, threshold = order.keep(target)
@@ -118,18 +128,34 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
         assert bench is not None
         assert recipe is not None
         smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, events.append)
-    summary = _summary(request, adapter, smaller, curve, target, keep_K)
+    saved = smaller.rounded(request.dtype)
+    summary = _summary(request, adapter, saved, curve, target, keep_K)
     if bench and request.heal_steps:
         summary |= {"heal_steps": request.heal_steps, "loss_after": bench.loss(smaller)}
+    if request.dtype != FULL:
+        summary |= _rounding(request, smaller, saved, bench, summary["loss_after"], emit)
     summary["seconds"] = time.monotonic() - started
     own = request.options.model_dump() if request.options else {}
     with run_folder.replaced(out, overwrite=request.overwrite) as folder:
-        save(smaller, folder)
+        save(saved, folder, dtype=request.dtype)
+        summary["adapter_bytes"] = (folder / WEIGHTS).stat().st_size
         run_folder.copy_tokenizer(adapter.folder, folder)
-        summary["peft_check"] = check_files(smaller, folder, request.base_name, request.trust_remote_code)
-        write_record(folder, adapter, smaller, summary, own, curve.points, threshold, events)
+        summary["peft_check"] = check_files(saved, folder, request.base_name, request.trust_remote_code)
+        write_record(folder, adapter, saved, summary, own, curve.points, threshold, events)
     tell(summary["peft_check"], out, emit)
     return summary
+
+
+def _rounding(
+    request: Request, smaller: Adapter, saved: Adapter, bench: Bench | None, before: float | None, emit: Emit
+) -> dict[str, Any]:
+    """What rounding changed, for the summary: the loss is that of what is saved."""
+    pairs = [[(f.a_CI, f.b_OC) for f in each.layers.values()] for each in (smaller, saved)]
+    lost = changed(*pairs)
+    after = bench.loss(saved) if bench and (request.measure or request.heal_steps) else None
+    emit(run_events.note(rounding_note(request.dtype, lost, before, after)))
+    found = {"save_dtype": request.dtype, "rounding": lost}
+    return found if after is None else found | {"loss_float32": before, "loss_after": after}
 
 
 @dataclass
@@ -188,12 +214,14 @@ def _order(request: Request, adapter: Adapter, policy: ModuleType, bench: Bench 
     return Order.by_policy(adapter, policy, bench.base.model, bench.batches, autocast=precision_of(bench.base), **how)
 
 
-def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, tolerance: float) -> int:
+def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, request: Request) -> int:
     """The parameters that may stay."""
     if budget.kind == "auto":
         full = curve.loss(adapter.parameters)
-        limit = full + abs(full) * tolerance
+        limit = full + abs(full) * request.tolerance
         return smallest_within(curve.loss, order.least, order.adapter.parameters, limit)
+    if budget.kind == "bytes":
+        return _within_bytes(order, int(budget.value), adapter, request)
     target = parameters_of(budget, [adapter])
     if target < order.least:
         what = (
@@ -208,6 +236,26 @@ def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, tolera
         raise UsageError(
             f"the adapter has {adapter.parameters:,} parameters, which is within the budget of {target:,} already",
             "ask for fewer, such as --budget 0.5 for half of them",
+        )
+    return target
+
+
+def _within_bytes(order: Order, limit: int, adapter: Adapter, request: Request) -> int:
+    """The parameters that may stay for the file to be within so many bytes.
+
+    Raises:
+        UsageError: not even the least that could stay is, or everything is.
+    """
+    within = f"--budget {limit:,} bytes in {request.dtype}"
+    target = most_within(limit, order, request.dtype, order.least, order.adapter.parameters)
+    if not target:
+        smallest = bytes_of(order.cut(order.keep(order.least)[0]), request.dtype)
+        raise UsageError(f"{within} are too few: the least that could stay makes a file of {smallest:,}", "allow more")
+    if target >= adapter.parameters:
+        size = bytes_of(adapter, request.dtype)
+        raise UsageError(
+            f"{within}: all of the adapter is within that already, with {size:,} bytes",
+            "to change the number format alone: dynlora export --to peft --dtype ...",
         )
     return target
 
@@ -264,6 +312,7 @@ def _summary(
         "model": before.config.get("base_model_name_or_path"),
         "policy": request.policy,
         "budget_parameters": target,
+        **({"budget_bytes": int(request.budget.value)} if request.budget.kind == "bytes" else {}),
         "parameters_start": before.parameters,
         "parameters": after.parameters,
         "components_start": before.components,

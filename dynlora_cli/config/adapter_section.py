@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, create_model
 
+from dynlora_cli.config.dtypes import SavedDtype
 from dynlora_cli.config.types import HomePath, NotForeign, OneAlone, PlugIn, Positive, Section, Text
 from dynlora_cli.text import show
 
@@ -73,6 +74,9 @@ class Adapter(_AdapterFrom):
     """With `from`: weight of O-LoRA's penalty, Σ |cos| between old and new rows of A; 0.5 is a strong one."""
     init_weights: Literal["default", "orthogonal", "eva", "pissa", "loftq", "inflora"] = "default"
     """Start of A and B; default: B = 0, A kaiming_uniform(a=sqrt 5), as PEFT; the others: dynlora_cli/lora/init.py."""
+
+    save_dtype: SavedDtype = "float32"
+    """Number format of the factors in the finished adapter: float32, bf16 or fp8 (e4m3); training is in float32."""
 
     new_tokens: Annotated[list[NewToken], AfterValidator(_each_once)] = []  # noqa: RUF012 - pydantic copies it
     """Texts that become one token each, whose rows of the input and output tables train as well, beside the budget."""

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dynlora_cli import plugins
 from dynlora_cli.config.adapter_section import LIBRARY_ROWS
+from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.config.options import misdeclared, options
 from dynlora_cli.config.sections import Settings
 from dynlora_cli.files.foreign import first_fault
@@ -135,6 +136,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     yield from _origin_conflicts(recipe)
     yield from _start_conflicts(recipe, [conflict for conflict in of_task if conflict not in of_data])
     yield from _elastic_conflicts(recipe)
+    yield from _rounding_conflicts(recipe)
     budget = rank.parsed_budget()
     saved = 2 if recipe.adapter.init_weights == "pissa" else 1  # rank of a component in the files
     short = isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value
@@ -142,6 +144,8 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict(
             "rank.init", "rank.budget", f"got {rank.init}, below the budget {budget.value}; pruning only removes"
         )
+    if budget.kind == "bytes":
+        yield from _bytes_conflicts(recipe)
     if pruning.tolerance is not None and budget.kind != "auto":
         yield Conflict("pruning.tolerance", "rank.budget", "only `rank.budget: auto` measures what its events add")
     start, end = recipe.pruning_window
@@ -284,6 +288,40 @@ def _elastic_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if adapter.init_weights == "pissa":
         text = "PiSSA's start is subtracted whole, so a part of it is no adapter; write `init_weights: default`"
         yield Conflict("adapter.init_weights", "rank.elastic", text)
+
+
+def _rounding_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """What cannot be saved in fewer bits."""
+    adapter, key = recipe.adapter, "adapter.save_dtype"
+    if adapter.save_dtype == FULL:
+        return
+    afterwards = f"save it in float32, then `dynlora export --to peft --dtype {adapter.save_dtype}`"
+    if not plugins.declared("variants", adapter.variant, "rounds"):
+        has = plugins.declared("variants", adapter.variant, "has_components") and adapter.variant != "vera"
+        text = "trains numbers that its factors are made of" if has else "has no factors of its own to round"
+        hint = f"; {afterwards}" if has else "; leave it out"
+        yield Conflict(key, "adapter.variant", f"variant {adapter.variant} {text}{hint}")
+    if adapter.init_weights == "pissa":
+        yield Conflict(key, "adapter.init_weights", f"a component and PiSSA's start are saved together; {afterwards}")
+    if adapter.old != "tune":
+        text = "old components stay as they are, and rounding changes them; write `old: tune`, or leave it out"
+        yield Conflict(key, "adapter.old", text)
+    if recipe.rank.elastic:
+        yield Conflict(key, "rank.elastic", f"elastic components are made of what trains; {afterwards}")
+
+
+def _bytes_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """Adapters whose files have other sizes than their components say."""
+    adapter, hint = (
+        recipe.adapter,
+        "write an average rank, or parameters (2M), and `dynlora prune --budget 200kB` after",
+    )
+    if not plugins.declared("variants", adapter.variant, "rounds"):
+        text = f"a file of variant {adapter.variant} is not as large as what it trains; {hint}"
+        yield Conflict("rank.budget", "adapter.variant", text)
+    if adapter.names_experts:
+        text = f"PEFT fills the experts of a block up to one rank, so bytes are not known before the end; {hint}"
+        yield Conflict("rank.budget", "adapter.target_modules", text)
 
 
 def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:

@@ -202,12 +202,12 @@ class Rank(Section):
                 "anyOf": [
                     {"type": "integer", "minimum": 1, "maximum": MAX_RANK},
                     {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                    {"type": "string", "pattern": r"^\d+(\.\d+)?[kKmMbB]$|^auto$"},
+                    {"type": "string", "pattern": r"^\d+(\.\d+)?([kKmMbB]| ?[kmgKMG]i?[bB])$|^auto$"},
                 ]
             }
         ),
     ] = 8
-    """What may live at the end: an average rank (8), a share of the start (0.5), a parameter count (2M), or auto."""
+    """What may live at the end: average rank (8), share of the start (0.5), parameters (2M), bytes (200kB), or auto."""
 
     elastic: bool = False
     """Each step trains a first part of all components, of a length drawn anew, so that any first part is an adapter."""

@@ -33,7 +33,7 @@ dataset:
   train: [{source}]
 {held_out}  max_length: {length:<4}                # tokens; what is longer is cut, and counted
 {chat}{separator}rank:
-  budget: {budget:<23} # average rank when training is done | 0.5 of the start | 2M parameters | auto
+  budget: {budget:<23} # average rank when training is done | 0.5 of the start | 2M parameters | 200kB | auto
 train:
 {objective}  epochs: 1
   micro_batch_size: 8             # --dry-run says how many rows fit

@@ -17,6 +17,9 @@
     OUTTYPE = True
         Optional: it writes a GGUF model, and `--outtype` says in which number format.
 
+    DTYPES = ("bf16", "fp8")
+        Optional: formats besides float32 in which its reader takes the factors; `--dtype` names one (`job.dtype`).
+
     OF_LIBRARY = True, write_library(shelf, folder) -> dict
         Optional: it takes a whole library. `write` and `read_back` are called for each adapter, in a folder
         `adapters/NAME` of its own, then `write_library` once, for what stands beside them.
@@ -38,6 +41,7 @@ import torch
 from torch import Tensor
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.config.types import Section
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import counted
@@ -76,6 +80,7 @@ class Job:
         merged: base and adapter as one model, made when asked for.
         options: those that the exporter itself brings.
         outtype: number format of a GGUF model, see export/gguf/outtypes.py.
+        dtype: number format of the factors, to whose values those of `adapter` are rounded already.
         notes: for the person; exporters add to them.
     """
 
@@ -87,6 +92,7 @@ class Job:
     merged: Callable[[], Merged]
     options: Section = field(default_factory=Section)
     outtype: str = "f16"
+    dtype: str = FULL
     notes: list[str] = field(default_factory=list)
 
 

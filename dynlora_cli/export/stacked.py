@@ -44,7 +44,7 @@ def write_stacked(
     wanted = expected_layers(job, adapter.layers, together)
     missing = {name: job.linear_layers[name] for name in wanted if name not in adapter.layers}
     wide = padded(adapter, missing, rank_rule(max(adapter.ranks.values())))
-    save(wide, folder, for_peft=False)
+    save(wide, folder, for_peft=False, dtype=job.dtype)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
     return {"rank": max(wide.ranks.values()), "filled_layers": len(missing)}

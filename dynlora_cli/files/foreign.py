@@ -175,6 +175,8 @@ class NumbersForm(BaseModel):
     memory_bytes: Count | None = None
     peak_memory_bytes: Count | None = None
     adapter_bytes: Count | None = None
+    budget_bytes: Count | None = None
+    save_dtype: str | None = None
 
 
 class SampleForm(BaseModel):

@@ -76,6 +76,7 @@ def plan_start(
     Raises:
         UsageError: the budget is smaller than one component.
     """
+    assert budget.kind != "bytes", "see pruning/bytes_budget.py"
     costs = {name: sum(kind.widths(*shape)) for name, shape in shapes.items()}
     per_rank = sum(costs.values()) // kind.terms
     asked = {"rank": budget.value * per_rank, "parameters": budget.value}.get(budget.kind)

@@ -36,6 +36,9 @@ attach(model, targets, start, options, seed) -> Pool
     Puts layers on a frozen model; the model's output stays the same, or the file says that it does not. `put` does
     the work.
 
+rounds = True
+    Optional: its leaves are the factors that are saved, so that `adapter.save_dtype` may round them.
+
 saved_as = "dora"
     Optional: the kind of adapter (a file of adapters/kinds/) that its factors are saved as; without it, a plain LoRA.
 """

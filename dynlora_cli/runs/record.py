@@ -77,6 +77,8 @@ class Budget(TypedDict, total=False):
     """As in the recipe."""
     parameters: int | None
     """Numbers that may be left at the end; None where the run finds its own budget."""
+    bytes: int
+    """Bytes that the adapter's file may have, where the budget is of bytes."""
     start_parameters: int
     """Numbers at the start."""
     start_components: dict[str, int]

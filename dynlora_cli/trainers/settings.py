@@ -54,6 +54,11 @@ def checked(sections: Mapping[str, Mapping[str, Any]], *, task: str | None, seed
         where,
     )
     adapter, policy = recipe.adapter, recipe.pruning.policy
+    if recipe.rank.parsed_budget().kind == "bytes":
+        raise UsageError(
+            f"{where}: budget: bytes of a file are for `dynlora train` and `dynlora prune`",
+            'write an average rank (8) or a count ("2M"), then `dynlora prune --budget 200kB` what is saved',
+        )
     if recipe.rank.parsed_budget().kind == "auto":
         raise UsageError(
             f"{where}: budget: auto is found on held-out rows, which a callback does not have",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.adapter import PLAIN
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.directions import Directions
@@ -30,6 +32,7 @@ from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.targets import find_targets, group_names, layers_left_out, text_part
 from dynlora_cli.pruning.allocation import in_proportion, share_out
+from dynlora_cli.pruning.bytes_budget import in_parameters
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.batches import training_batches
 from dynlora_cli.training.origin import Begun, put_origin, read_origin, settle, tell
@@ -235,7 +238,9 @@ def plan_ranks(
     layers = {name: module for name, module in base.model.named_modules() if name in targets or name in old}
     shapes = {name: linear_shape(module) for name, module in layers.items()}
     kind = layer_kind(options, variant.Layer)
-    start = plan_start(shapes, rank.parsed_budget(), rank.init, kind, old=old, grows=targets)
+    plan = partial(plan_start, shapes, init=rank.init, kind=kind, old=old, grows=targets)
+    form = getattr(variant, "saved_as", PLAIN)
+    start = plan(in_parameters(rank.parsed_budget(), plan, base, shapes, form, options.save_dtype))
     start = replace(start, elastic=rank.elastic)
     return layers, begun.at(start) if begun else start
 

@@ -207,7 +207,9 @@ def _birth(training: Run, run: str, started: str) -> records.Birth:
 
 
 def _budget_on_record(training: Run, start: Start) -> records.Budget:
+    asked = training.recipe.rank.parsed_budget()
     return records.Budget(
+        **({"bytes": int(asked.value)} if asked.kind == "bytes" else {}),
         requested=training.recipe.rank.budget,
         parameters=start.limit,
         start_parameters=start.parameters,
@@ -271,17 +273,18 @@ def start_event(training: Run) -> dict[str, Any]:
     return events.start(facts, layers, data.notes, example)
 
 
-def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
+def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | None = None) -> dict[str, Any]:
     """What came out; the same dict is printed, returned with --json and kept in dynlora.json.
 
     Args:
         training: the run, at its end.
         folder: of it.
         kind: "last" or "best", whichever the root of the run folder holds.
+        saved: what its components are worth as they were saved, where they were rounded for it.
     """
     recipe, progress, trained, start = training.recipe, training.progress, training.trained, training.start
     first = progress.first or {}
-    last = (progress.best if kind == "best" else progress.last) or {}
+    last = saved or (progress.best if kind == "best" else progress.last) or {}
     holds_factors = "adapter_model.safetensors" if trained.layers else "model.safetensors"
     if isinstance(trained, Routed):
         holds_factors = ROUTER_WEIGHTS if (folder / ROUTER_WEIGHTS).is_file() else WEIGHTS
@@ -301,11 +304,14 @@ def summarize(training: Run, folder: Path, kind: str) -> dict[str, Any]:
     for name in (measure.key for measure in MEASURES if measure.key != "loss"):
         if name in last:
             summary |= {f"{name}_before": first.get(name), f"{name}_after": last[name]}
+    summary |= {key: last[key] for key in ("save_dtype", "rounding", "loss_float32") if key in last}
     summary["parameters"] = trained.parameters or sum(parameter.numel() for parameter in training.parameters)
     if start:
+        asked = recipe.rank.parsed_budget()
         summary |= {
             "parameters_start": start.parameters,
             "budget_parameters": start.limit,
+            **({"budget_bytes": int(asked.value)} if asked.kind == "bytes" else {}),
             "average_rank": start.rank_of(trained.parameters),
             "components_start": sum(start.counts.values()),
             "components": trained.components,

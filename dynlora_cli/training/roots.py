@@ -11,16 +11,38 @@ from dynlora_cli.adapters.routed import MEMBERS, write_routed
 from dynlora_cli.adapters.write import write_pool
 from dynlora_cli.adapters.xlora import METHOD as XLORA
 from dynlora_cli.adapters.xlora import write_xlora
+from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.files.whole import remove, sync, sync_all, whole_folder
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
+from dynlora_cli.rounding.floats import changed, rounded
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.training.checkpoint import fault_in, read_state, restore
 from dynlora_cli.training.routers import options_of
 from dynlora_cli.training.run import Run
 
 
-def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
+def round_off(training: Run, pool: Pool) -> float:
+    """Give the components the values that `adapter.save_dtype` has for them; how much of the update that changes.
+
+    Returns:
+        ‖ΔW' - ΔW‖ / ‖ΔW‖ over all layers.
+    """
+    dtype = training.recipe.adapter.save_dtype
+    before, after = [], []
+    values_P = pool.values.detach().clone()
+    for layer, (a_CI, b_OC) in zip(pool.layers.values(), pool.views(values_P), strict=True):
+        assert layer.plain
+        if layer.count:
+            before.append((a_CI.clone(), layer.scale * b_OC))
+            after.append(rounded(*before[-1], dtype))
+            a_CI.copy_(after[-1][0])
+            b_OC.copy_(after[-1][1] / layer.scale)
+    pool.adopt(values_P, pool.counts)
+    return changed(before, after)
+
+
+def write_adapter_of(training: Run, pool: Pool, folder: Path, dtype: str = FULL) -> None:
     """Write the adapter as it is now, in PEFT's layout, and the modules that train whole, such as a new head."""
     base = training.base
     write_pool(
@@ -33,14 +55,15 @@ def write_adapter_of(training: Run, pool: Pool, folder: Path) -> None:
         task=training.recipe.model.task,
         whole={name: base.model.get_submodule(name) for name in base.whole},
         token_rows={table: TokenRows(own.tokens, own().detach()) for table, own in base.rows.items()},
+        dtype=dtype,
     )
 
 
-def write_root(folder: Path, training: Run) -> str:
-    """Adapter (or model) and tokenizer in the root of the run folder.
+def settle_root(folder: Path, training: Run) -> str:
+    """Bring the run to what its root is to hold: the best state where early stopping is on, else the last.
 
     Returns:
-        "best" where early stopping is on and has chosen one, else "last".
+        "best" or "last".
     """
     best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
     if best is not None and (fault := fault_in(best, run_folder.read_record(folder))):
@@ -51,6 +74,11 @@ def write_root(folder: Path, training: Run) -> str:
         with training.random:  # a checkpoint holds random states, too
             restore(tensors, training.parameters, training.optimizer)
         training.trained.stand_after(position["progress"]["step"], training.total_steps)
+    return "last" if best is None else "best"
+
+
+def write_root(folder: Path, training: Run) -> None:
+    """Adapter (or model) and tokenizer in the root of the run folder."""
     if training.accelerator.is_main_process:
         training.base.tokenizer.save_pretrained(folder)
         limits = training.recipe.dataset.max_length, training.base.files.context_length
@@ -65,13 +93,12 @@ def write_root(folder: Path, training: Run) -> str:
             if path.is_file():
                 sync(path)
         sync(folder)
-    return "last" if best is None else "best"
 
 
 def _put_adapter(training: Run, pool: Pool, folder: Path) -> None:
     """Write the adapter beside a run's root and move it there, its config last."""
     with whole_folder(folder / "adapter") as temporary:
-        write_adapter_of(training, pool, temporary)
+        write_adapter_of(training, pool, temporary, training.recipe.adapter.save_dtype)
     (folder / CONFIG).unlink(missing_ok=True)  # so that no old one stands beside new weights
     for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
         path.replace(folder / path.name)

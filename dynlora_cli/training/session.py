@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.config.dtypes import FULL, rounding_note
 from dynlora_cli.config.resume import flat
 from dynlora_cli.data.load import Data
 from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, refuse
@@ -20,6 +21,7 @@ from dynlora_cli.execution.launch import is_main_process
 from dynlora_cli.execution.mode import Modes, plan
 from dynlora_cli.files.place import OutputPlace
 from dynlora_cli.files.whole import write_text
+from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.place import Place
 from dynlora_cli.runs import events
@@ -28,7 +30,7 @@ from dynlora_cli.runs.events import Emit, send
 from dynlora_cli.runs.log import RunLog
 from dynlora_cli.runs.record import Record
 from dynlora_cli.training import outputs, roots
-from dynlora_cli.training.held_out import forgotten
+from dynlora_cli.training.held_out import forgotten, held_out_loss
 from dynlora_cli.training.origin import Begun
 from dynlora_cli.training.resume import find_checkpoint, go_back_to, same_inputs, writing
 from dynlora_cli.training.routers import refuse_other_members
@@ -193,13 +195,26 @@ class Session:
         Returns:
             The summary.
         """
-        kind = roots.write_root(self.folder, run)
-        summary = outputs.summarize(run, self.folder, kind) | forgotten(run)
+        kind = roots.settle_root(self.folder, run)
+        saved = self._rounded(run, kind)
+        roots.write_root(self.folder, run)
+        summary = outputs.summarize(run, self.folder, kind, saved) | forgotten(run)
         if run.trained.layers and self.accelerator.is_main_process:
             summary["peft_check"] = self._read_back(run)
         outputs.finish(self.folder, self.record, run, summary)
         run.emit(events.end(summary))
         return summary
+
+    def _rounded(self, run: Run, kind: str) -> dict[str, Any] | None:
+        """Round the components to `adapter.save_dtype`, and measure what is left; None where nothing is rounded."""
+        dtype = self.recipe.adapter.save_dtype
+        if dtype == FULL or not isinstance(run.trained, Pool):
+            return None
+        was = (run.progress.best if kind == "best" else run.progress.last) or {}
+        lost = roots.round_off(run, run.trained)
+        saved: dict[str, Any] = held_out_loss(run) if run.val_batches else {}
+        run.note(rounding_note(dtype, lost, was.get("loss"), saved.get("loss")))
+        return {**was, **saved, "save_dtype": dtype, "rounding": lost, "loss_float32": was.get("loss")}
 
     def _read_back(self, run: Run) -> dict[str, Any]:
         """What PEFT makes of the adapter in the run's root."""

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dynlora_cli.cli.views.console import Console, pairs, plain_table
-from dynlora_cli.cli.views.progress import printable
+from dynlora_cli.cli.views.progress import joined, printable
 from dynlora_cli.cli.views.rank_map import rank_map
 from dynlora_cli.runs.lineage import DID, day
 from dynlora_cli.runs.log import Event
@@ -276,6 +276,8 @@ def _before_after(summary: dict[str, Any]) -> RenderableType:
         table.add_row("held-out loss", number(before), number(after), change(before, after))
     for key in ("parameters", "components"):
         table.add_row(key, count(summary[f"{key}_start"]), count(summary[key]), "")
+    most = f"budget {count(summary['budget_bytes'])}" if summary.get("budget_bytes") else ""
+    table.add_row("bytes of the file", "", count(summary.get("adapter_bytes")), joined(most, summary.get("save_dtype")))
     table.add_row("update kept", "", percent(summary["energy_kept"]), "of ‖ΔW‖²")
     return table
 

@@ -349,6 +349,10 @@ def _before_after(summary: dict[str, Any]) -> Table:
             table.add_row(f"held-out {label}", show(before), show(after), Text(change(before, after), style=style))
     budget = f"budget {count(summary['budget_parameters'])}" if summary.get("budget_parameters") else ""
     table.add_row("parameters", count(summary.get("parameters_start")), count(summary.get("parameters")), budget)
+    if summary.get("budget_bytes") or summary.get("save_dtype"):
+        most = f"budget {count(summary['budget_bytes'])}" if summary.get("budget_bytes") else ""
+        of = joined(most, summary.get("save_dtype"))
+        table.add_row("bytes of the file", "", count(summary.get("adapter_bytes")), of)
     ranks = list((summary.get("ranks") or {}).values())
     spread = f"per layer {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}" if ranks else ""
     table.add_row("components", count(summary.get("components_start")), count(summary.get("components")), spread)

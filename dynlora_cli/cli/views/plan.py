@@ -26,6 +26,8 @@ def show_plan(console: Console, plan: dict[str, Any]) -> None:
         console.show(Group(Text("Target modules", style="head"), _module_table(plan["modules"]), Text()))
     parameters = plan.get("parameters") or {}
     rows = [(f"{key} parameters", count(value)) for key, value in parameters.items()]
+    if file := plan.get("file"):
+        rows.append(("adapter's file", f"at most {count(file['bytes'])} bytes, in {file['dtype']}"))
     rows.append(("optimizer steps", count(plan.get("steps"))))
     console.show(pairs([*rows, *_memory_rows(plan.get("memory"))]))
     if plan.get("schedule"):

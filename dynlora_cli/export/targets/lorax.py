@@ -22,6 +22,7 @@ from dynlora_cli.export.exporter import Job, Read
 from dynlora_cli.export.stacked import read_stacked, sgmv_rank, write_stacked
 
 needs_base = True
+DTYPES = ("bf16", "fp8")  # LoraWeights.load casts every tensor to the model's type
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:

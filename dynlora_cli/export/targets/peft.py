@@ -27,11 +27,12 @@ from dynlora_cli.runs.folder import copy_tokenizer
 
 needs_base = False
 for_peft = True
+DTYPES = ("bf16", "fp8")
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:
     """Write the adapter and its tokenizer."""
-    save(job.adapter, folder)
+    save(job.adapter, folder, dtype=job.dtype)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
     return {"largest_rank": max(job.adapter.ranks.values(), default=0)}

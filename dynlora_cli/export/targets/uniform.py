@@ -25,6 +25,7 @@ from dynlora_cli.runs.folder import copy_tokenizer
 
 needs_base = False
 for_peft = True
+DTYPES = ("bf16", "fp8")
 
 
 def write(job: Job, folder: Path) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     if not job.adapter.layers:
         raise UsageError(f"{job.adapter.folder} has no layers, which could have one rank", "use --to peft, or merged")
     wide = padded(plain_lora(job.adapter, "a consumer of one rank", heads=True))
-    save(wide, folder)
+    save(wide, folder, dtype=job.dtype)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
     return {"rank": max(wide.ranks.values()), "parameters_padded": wide.parameters}

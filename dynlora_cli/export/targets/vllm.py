@@ -25,6 +25,7 @@ from dynlora_cli.export.exporter import Job, Read, plain_lora
 from dynlora_cli.runs.folder import copy_tokenizer
 
 needs_base = False
+DTYPES = ("bf16", "fp8")  # LoRAModel.from_lora_tensors casts every tensor to the type that it serves in
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -37,7 +38,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"a layer has rank {largest}, and vLLM goes to {MAX_LORA_RANKS[-1]}", "prune it first, or use --to merged"
         )
-    save(adapter, folder, for_peft=False)
+    save(adapter, folder, for_peft=False, dtype=job.dtype)
     if job.tokenizer_folder:
         copy_tokenizer(job.tokenizer_folder, folder)
     job.notes.append(f"serve with: vllm serve BASE --enable-lora --lora-modules NAME=FOLDER --max-lora-rank {allowed}")

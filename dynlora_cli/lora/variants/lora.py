@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynlora_cli.config.adapter_section import Adapter
 
 has_components = True
+rounds = True
 takes = ("alpha", "dropout", "freeze_a", "lora_plus_ratio")
 starts = ("orthogonal", "eva", "pissa", "loftq", "inflora")
 Layer = ComponentLinear

@@ -142,10 +142,13 @@ def _cost(summary: dict[str, Any]) -> str:
         parts.append(
             f"{duration(summary['seconds'])} of {'pruning' if summary.get('command') == 'prune' else 'training'}"
         )
-    if summary.get("budget_parameters"):
+    if summary.get("budget_bytes"):
+        parts.append(f"a budget of {count(summary['budget_bytes'])} bytes")
+    elif summary.get("budget_parameters"):
         parts.append(f"a budget of {count(summary['budget_parameters'])} parameters")
     if summary.get("adapter_bytes"):
-        parts.append(f"{size(summary['adapter_bytes'])} on disk")
+        kind = f", factors in {summary['save_dtype']}" if summary.get("save_dtype") else ""
+        parts.append(f"{size(summary['adapter_bytes'])} on disk{kind}")
     return f"{', '.join(parts)}. `report.html` has the pictures." if parts else ""
 
 

@@ -1,6 +1,6 @@
 """Loss against bytes: LoRA (stock PEFT) and dynlora, both through the same rounding.
 
-    python scripts/bench/bytes/by_bytes.py train      # adapters of both at ranks 1, 2, 4, 8; kept in the work folder
+python scripts/bench/bytes/by_bytes.py train      # adapters of both at ranks 1, 2, 4, 8; kept in the work folder
 """
 
 from __future__ import annotations

@@ -1,0 +1,26 @@
+"""How large a safetensors file is, before anybody writes it; known without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}  # bytes of a number
+Shapes = Mapping[str, tuple[str, Sequence[int]]]  # by name: the number format, and the shape
+
+
+def file_bytes(tensors: Shapes) -> int:
+    """Bytes of the file that holds these tensors, as safetensors writes it with `{"format": "pt"}`.
+
+    Eight bytes, the header (JSON, filled up with spaces to a multiple of eight), then the numbers: widest format
+    first, and names in order.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-WIDTHS[tensors[name][0]], name)):
+        kind, shape = tensors[name]
+        begin, end = end, end + WIDTHS[kind] * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end

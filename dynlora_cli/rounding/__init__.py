@@ -1,0 +1,1 @@
+"""An adapter's numbers in fewer bits."""
