@@ -34,7 +34,7 @@ trian: {}
         "recipe.yaml:4: dataset.cutoff_len: `cutoff_len` is LLaMA-Factory's name; here it is `dataset.max_length`",
         "recipe.yaml:5: dataset.max_length: got '1_000', must be a whole number, at least 8; write 1000",
         "recipe.yaml:7: rank.budget: got -3, must be an average rank (a whole number from 1), a share of the start "
-        "between 0 and 1, a parameter count like 2M, or auto",
+        "between 0 and 1, a parameter count like 2M, bytes of the file like 200kB, or auto",
         "recipe.yaml:9: train.learning_rte: unknown key; did you mean 'learning_rate'?",
         "recipe.yaml:11: train.epochs: repeated key; it is already on line 10",
         "recipe.yaml:12: trian: unknown key; did you mean 'train'?",
@@ -78,7 +78,7 @@ WRONG = [
     ("adapter.init_weights=true", "write `init_weights: default`"),
     ("rank.init=0", "auto or a whole number, at least 1"),
     ("rank.init=all", "auto or"),
-    ("rank.budget=automatic", "a parameter count like 2M, or auto"),
+    ("rank.budget=automatic", "a parameter count like 2M, bytes of the file like 200kB, or auto"),
     ("pruning.policy=fischer", "did you mean 'fisher'?"),
     ("pruning.start=-0.1", "at least 0"),
     ("pruning.end=2", "at most 1"),

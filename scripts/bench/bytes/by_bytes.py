@@ -28,7 +28,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for seed, rank, task, method in product(range(options.seeds), RANKS, TASKS, METHODS):
-        job = Job(task, method, rank, rate_of(task, method, rank, RESULTS, work), seed)
+        job = Job(task, method, rank, rate_of(task, method, rank, RESULTS), seed)
         print(job, trained(job, RESULTS, work)["loss"], flush=True)
     return 0
 

@@ -36,34 +36,23 @@ from dynlora_cli.training.setup import make_accelerator, make_run
 Record = dict[str, Any]
 
 
-def rate_of(task: str, method: str, rank: int, results: Path, work: Path) -> float:
-    """The best rate on seed 0 by `val` loss: quality.py's, or of a grid of factors of 2 with half a step around."""
-    known = {
-        record["rate"]: record["loss"]
-        for record in read_results(QUALITY)
-        if (record["task"], record["method"], record["budget"], record["seed"]) == (task, method, rank, 0)
-    }
-    if known:
-        return float(min(known, key=lambda rate: known[rate]))
-    first = 1e-3 * 2.0 ** round(math.log2(rate_of(task, method, rank // 2, results, work) / 1.4e-3))
-    losses: dict[float, float] = {}
+def rate_of(task: str, method: str, rank: int, results: Path) -> float:
+    """The best rate on seed 0 by `val` loss, of quality.py's grid or of runs here.
 
-    def loss(k: float) -> float:
-        if k not in losses:
-            losses[k] = float(trained(Job(task, method, rank, first * 2.0**k, 0), results, work)["loss"])
-        return losses[k]
-
-    def best() -> float:
-        return min(losses, key=lambda k: (losses[k], k))
-
-    loss(0)
-    loss(1)
-    while not {best() - 1, best() + 1} <= losses.keys():
-        loss(best() + 1 if best() + 1 not in losses else best() - 1)
-    middle = best()
-    loss(middle - 0.5)
-    loss(middle + 0.5)
-    return first * 2.0 ** best()
+    A cell that has neither takes over the rate of the ranks around it: their geometric mean, or the rate of half the
+    rank by sqrt 2. That is no advantage for the cell.
+    """
+    runs = [*read_results(QUALITY), *(r for r in read_results(results) if r["what"] == "run")]
+    of_rank: dict[int, dict[float, float]] = {}
+    for record in runs:
+        if (record["task"], record["method"], record["seed"]) == (task, method, 0):
+            of_rank.setdefault(record["budget"], {}).setdefault(round(record["rate"], 6), record["loss"])
+    best = {budget: min(losses, key=lambda rate: losses[rate]) for budget, losses in of_rank.items()}
+    if rank in best:
+        return best[rank]
+    if 2 * rank in best:
+        return math.sqrt(best[rank // 2] * best[2 * rank])
+    return best[rank // 2] / math.sqrt(2)
 
 
 def folder_of(job: Job, work: Path) -> Path:
