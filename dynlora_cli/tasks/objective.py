@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import plugins
 from dynlora_cli.data.examples import Judge
@@ -44,6 +44,8 @@ class Objective(ABC):
     Args:
         options: the recipe's `train` section, with the objective's own keys.
     """
+
+    tally: Any = None  # what `take` will tell of so far; to be put back where steps are taken back
 
     def __init__(self, options: Train) -> None:
         self.options = options

@@ -109,13 +109,13 @@ class Means:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self._sums: Tensor | None = None  # of the numbers, and how many there are [2, names]
+        self.sums: Tensor | None = None  # of the numbers, and how many there are [2, names]
 
     def add(self, numbers: Mapping[str, Tensor]) -> None:
         """Take rows in. [P] each, NaN where a row has none of it"""
         found = torch.stack([numbers[name].detach().double() for name in self.names])
         sums = torch.stack([found.nansum(1), (~found.isnan()).double().sum(1)])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self, total: Callable[..., list[float]]) -> dict[str, float]:
         """The means over all processes, and begin anew.
@@ -123,8 +123,8 @@ class Means:
         Args:
             total: sums numbers over processes; it is called in every process, by all together.
         """
-        sums = self._sums if self._sums is not None else torch.zeros(2, len(self.names), dtype=torch.float64)
-        self._sums = None
+        sums = self.sums if self.sums is not None else torch.zeros(2, len(self.names), dtype=torch.float64)
+        self.sums = None
         found = total(*sums.flatten().tolist())
         pairs = zip(self.names, found[: len(self.names)], found[len(self.names) :], strict=True)
         return {name: summed / count for name, summed, count in pairs if count}
@@ -164,6 +164,14 @@ class PreferenceObjective(objective.Objective, Judge):
         if "margin" not in found and {"reward_chosen", "reward_rejected"} <= found.keys():
             found["margin"] = found["reward_chosen"] - found["reward_rejected"]
         return found
+
+    @property
+    def tally(self) -> Any:
+        return self.seen.sums
+
+    @tally.setter
+    def tally(self, tally: Any) -> None:
+        self.seen.sums = tally
 
     def numbers(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`loss` and the numbers of `measured` for every row. [P], NaN where a row has none of it"""

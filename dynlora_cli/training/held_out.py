@@ -45,6 +45,14 @@ def evaluations(run: Run) -> int:
     return epochs * max(1, min(round(EVALUATIONS / epochs), int(_affordable(run) / epochs)))
 
 
+def first_evaluation(run: Run) -> int:
+    """The first step after which the held-out loss is taken; the last one at the latest."""
+    if run.val_batches is None:
+        return run.total_steps
+    often = evaluations(run)
+    return min(run.recipe.eval.steps or -(-run.total_steps // often), run.total_steps)
+
+
 def few_evaluations(run: Run) -> str:
     """What to say where so many rows are held out that the run can look at them a few times only; else nothing."""
     if run.val_batches is None or run.recipe.eval.steps or (often := evaluations(run)) >= EVALUATIONS // 2:

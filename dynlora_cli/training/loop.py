@@ -10,18 +10,17 @@ fit ── step ── backward         the gradient of the token-normalised los
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.runs import events
 from dynlora_cli.training import samples
 from dynlora_cli.training.held_out import also_losses, answers_due, evaluation_due, few_evaluations, held_out_loss
-from dynlora_cli.training.metrics import Window, count_step, log_window
-from dynlora_cli.training.rate_search import choose, search
+from dynlora_cli.training.metrics import Window
+from dynlora_cli.training.rate.race import settle_rate
 from dynlora_cli.training.references import remember_references
 from dynlora_cli.training.run import Run
-from dynlora_cli.training.step import step
+from dynlora_cli.training.step import advance
 
 AUTOSAVE_SECONDS = 600.0
 
@@ -33,28 +32,17 @@ def fit(run: Run) -> None:
         Interrupted: Ctrl-C, after the step in hand was finished and saved.
         MeasureError: the loss or the gradient is not finite.
     """
-    progress, window, saved_at = run.progress, Window(), time.monotonic()
+    window, saved_at = Window(), time.monotonic()
     with run.random, interruptible() as interrupted:
         remember_references(run, interrupted)
         if note := few_evaluations(run):
             run.note(note)
-        if progress.first is None and run.val_batches:
-            progress.first = progress.last = held_out_loss(run)
-            _emit_evaluation(run, progress.first, best=False)
-        if progress.also is None and progress.step == 0 and run.also:
-            progress.also = also_losses(run)
+        _measure_before(run)
         run.model.train()
-        if progress.learning_rate is None:
-            _find_rate(run, interrupted)
+        if run.progress.learning_rate is None:
+            window = settle_rate(run, interrupted)
         while not _finished(run):
-            epoch, index = divmod(progress.step, run.batches.steps_per_epoch)
-            started = time.perf_counter()
-            record = step(run, run.batches.step(epoch, index), interrupted)
-            count_step(run, record, time.perf_counter() - started)
-            window.add(record)
-            if progress.step == run.total_steps or progress.step % run.recipe.train.log_steps == 0:
-                log_window(run, window)
-                window = Window()
+            record = advance(run, window, interrupted)
             evaluated = evaluation_due(run)
             if evaluated:
                 _evaluate_and_judge(run)
@@ -68,24 +56,20 @@ def fit(run: Run) -> None:
                 run.accelerator.wait_for_everyone()
             if record["stop"] and not _finished(run):
                 raise Interrupted(
-                    f"interrupted after step {progress.step} of {run.total_steps}; everything is saved",
+                    f"interrupted after step {run.progress.step} of {run.total_steps}; everything is saved",
                     "go on with --resume",
                 )
     if _out_of_patience(run):
-        run.note(f"no better for {progress.evaluations_since_best} evaluations: done")
+        run.note(f"no better for {run.progress.evaluations_since_best} evaluations: done")
 
 
-def _find_rate(run: Run, interrupted: Callable[[], bool]) -> None:
-    """The learning rate of a run whose recipe leaves it open."""
-    tried, untrained = search(run, interrupted)
-    run.objective.take(run.total)  # what was found on rows of trials is none of the run's
-    rate = choose(tried, untrained)
-    run.progress.learning_rate, run.progress.rates_tried = rate, sorted(tried.items())
-    text = f"learning rate {rate:.1e}, by short trials: "
-    text += ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in run.progress.rates_tried)
-    if min(tried.values()) >= untrained:
-        text += f"; none ended below the {untrained:.3f} of no training, so a number may do better"
-    run.note(text)
+def _measure_before(run: Run) -> None:
+    progress = run.progress
+    if progress.first is None and run.val_batches:
+        progress.first = progress.last = held_out_loss(run)
+        _emit_evaluation(run, progress.first, best=False)
+    if progress.also is None and progress.step == 0 and run.also:
+        progress.also = also_losses(run)
 
 
 def _save_due(run: Run, evaluated: bool, seconds_since: float) -> bool:

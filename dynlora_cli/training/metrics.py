@@ -19,6 +19,10 @@ class Window:
     """What happened since the last line of metrics."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with the next line."""
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.tokens: list[int] = []
@@ -71,7 +75,7 @@ def log_window(run: Run, window: Window) -> None:
     }
     run.emit(events.train(_alive(run), metrics))
     numbers = {**_alive(run), **metrics}
-    run.accelerator.log({f"train/{k}": v for k, v in numbers.items() if v is not None}, step=progress.step)
+    run.track({f"train/{k}": v for k, v in numbers.items() if v is not None}, progress.step)
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -102,7 +102,7 @@ def finish(folder: Path, record: Record, training: Run, summary: dict[str, Any])
             for name, layer in layers.items()
         },
         adapter=summary["adapter"],
-        timings={"training_seconds": summary["seconds"]},
+        timings={"training_seconds": summary["seconds"], "rate_seconds": summary["rate_seconds"]},
         peak_memory_bytes=summary["peak_memory_bytes"],
         finished=records.now(),
         summary=summary,
@@ -297,6 +297,7 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
         "policy": recipe.pruning.policy if training.control.schedule.steps else None,
         "steps": progress.step,
         "learning_rate": progress.learning_rate,
+        "learning_rate_from": progress.rate_from,
         "rates_tried": progress.rates_tried,
         "loss_before": first.get("loss"),
         "loss_after": last.get("loss"),
@@ -322,8 +323,9 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
         summary["mix"] = mix_on_record(training.data.spans)
     return summary | {
         "seconds": progress.seconds,
+        "rate_seconds": progress.rate_seconds,
         "tokens": progress.tokens,
-        "tokens_per_second": progress.tokens / progress.seconds,
+        "tokens_per_second": progress.tokens / (progress.seconds - progress.rate_seconds),
         "tokens_per_second_start": progress.tokens_per_second_start,
         "tokens_per_second_end": progress.tokens_per_second_end,
         "peak_memory_bytes": _peak_memory(training.accelerator.device),

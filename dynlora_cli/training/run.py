@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -39,9 +39,11 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         learning_rate: the highest of the run, before the coupling; None until it is settled.
+        rate_from: where it is from: "recipe", "prior" (a guess before training), "race of 3" (short trials).
         rates_tried: where it was searched for: rates with the loss of their trials.
+        rate_seconds: spent on that, beside the trial that became the run; a part of `seconds`.
         tokens: tokens seen, padding not counted.
-        seconds: spent in steps, over all sessions of the run.
+        seconds: spent in steps and on finding the learning rate, over all sessions of the run.
         tokens_per_second_start, tokens_per_second_end: median over the first and the newest line of metrics.
         held_start, held_end: bytes of base, of what trains and of the optimizer, likewise.
         first: held-out result before training.
@@ -53,7 +55,9 @@ class Progress:
 
     step: int = 0
     learning_rate: float | None = None
+    rate_from: str = "recipe"
     rates_tried: list[tuple[float, float]] = field(default_factory=list)
+    rate_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
     tokens_per_second_start: float | None = None
@@ -84,6 +88,7 @@ class Run:
         also: rows of other kinds, measured before and after.
         samples: prompts that are answered now and then.
         objective: what training lowers.
+        track: sends numbers of a step to the trackers.
     """
 
     recipe: Recipe
@@ -105,6 +110,10 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     also: Sequence[RowSet] = ()
     samples: Sequence[Prompt] = ()
+    track: Callable[[Mapping[str, float], int], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.track = lambda numbers, step: self.accelerator.log(dict(numbers), step=step)
 
     @property
     def model(self) -> PreTrainedModel:

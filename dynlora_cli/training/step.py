@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.training.lr_schedule import rate_share
+from dynlora_cli.training.metrics import Window, count_step, log_window
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
@@ -121,6 +123,25 @@ def update(run: Run, *, skipped: bool) -> None:
             run.optimizer.step()
     run.trained.after_update(0.0 if skipped else run.optimizer.param_groups[0]["lr"])
     run.trained.zero_grad(run.optimizer)
+
+
+def advance(run: Run, window: Window, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """The next step of a run, counted and, where a line of metrics is due, logged; returns what `step` does.
+
+    Args:
+        run: the run.
+        window: what happened since the last line.
+        interrupted: whether Ctrl-C was pressed.
+    """
+    epoch, index = divmod(run.progress.step, run.batches.steps_per_epoch)
+    started = time.perf_counter()
+    record = step(run, run.batches.step(epoch, index), interrupted)
+    count_step(run, record, time.perf_counter() - started)
+    window.add(record)
+    if run.progress.step == run.total_steps or run.progress.step % run.recipe.train.log_steps == 0:
+        log_window(run, window)
+        window.clear()
+    return record
 
 
 def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:

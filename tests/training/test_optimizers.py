@@ -202,10 +202,8 @@ def test_other_variants_and_full_fine_tuning_take_it_too(tmp_path):
 
 @pytest.mark.slow
 def test_the_rate_is_searched_for_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynlora_cli.training.rate_search.STEPS", 3)
-    summary, _ = train(
-        make_recipe(tmp_path, "train.learning_rate=auto", "train.optimizer=adamw_8bit", "train.max_steps=5")
-    )
+    monkeypatch.setattr("dynlora_cli.training.rate.race.SHARE", 1.0)
+    summary, _ = train(make_recipe(tmp_path, "train.learning_rate=auto", "train.optimizer=adamw_8bit", "eval.steps=12"))
     assert summary["loss_after"] < summary["loss_before"]
 
 

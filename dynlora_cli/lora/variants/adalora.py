@@ -31,6 +31,7 @@ from dynlora_cli.lora.variant import penalty_weight, put
 if TYPE_CHECKING:
     from dynlora_cli.config.adapter_section import Adapter
 
+RATE = 3.0  # its best learning rates as a multiple of those of lora: scripts/bench/variants.md
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio", "penalty")
 ORTHOGONALITY = 0.1  # PEFT's orth_reg_weight is 0.5, over the mean of all layers' matrices; the paper has 0.1 to 0.5

@@ -29,6 +29,7 @@ from dynlora_cli.lora.variant import put
 if TYPE_CHECKING:
     from dynlora_cli.config.adapter_section import Adapter
 
+RATE = 0.5  # its best learning rates as a multiple of those of lora: scripts/bench/variants.md
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio")
 

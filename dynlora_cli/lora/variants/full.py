@@ -12,6 +12,7 @@ Reference
 
 from __future__ import annotations
 
+RATE = 0.1  # of the rate that lora would get: a tenth is usual where all weights train
 has_components = False
 takes = ()
 CONFLICTS = [

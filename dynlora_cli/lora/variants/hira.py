@@ -32,6 +32,7 @@ from dynlora_cli.models.linear import dense_weight
 if TYPE_CHECKING:
     from dynlora_cli.config.adapter_section import Adapter
 
+RATE = 6.0  # its best learning rates as a multiple of those of lora: scripts/bench/variants.md
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio")
 saved_as = "hira"

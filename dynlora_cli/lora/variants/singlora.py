@@ -30,6 +30,7 @@ from dynlora_cli.lora.variant import put
 if TYPE_CHECKING:
     from dynlora_cli.config.adapter_section import Adapter
 
+RATE = 0.7  # its best learning rates as a multiple of those of lora: scripts/bench/variants.md
 has_components = True
 takes = ("alpha", "dropout")
 RAMP = 0.1  # of the run

@@ -33,6 +33,7 @@ from dynlora_cli.models.linear import linear_shape
 if TYPE_CHECKING:
     from dynlora_cli.config.adapter_section import Adapter
 
+RATE = 9.0  # its best learning rates as a multiple of those of lora: scripts/bench/variants.md
 has_components = True
 takes = ("dropout",)
 saved_as = "vera"

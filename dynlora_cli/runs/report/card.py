@@ -14,7 +14,7 @@ from dynlora_cli.errors import without_secrets
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import RunRecord
-from dynlora_cli.text import MEASURES, count, counted, duration, number, size
+from dynlora_cli.text import MEASURES, count, counted, duration, number, rate, size
 
 TOKENS_SHOWN = 16
 _PLAIN_LORA = " The files are a plain PEFT LoRA whose scale is exactly 1."
@@ -142,6 +142,9 @@ def _cost(summary: dict[str, Any]) -> str:
         parts.append(
             f"{duration(summary['seconds'])} of {'pruning' if summary.get('command') == 'prune' else 'training'}"
         )
+    if summary.get("learning_rate") is not None:
+        origin = summary.get("learning_rate_from") or "recipe"
+        parts.append(f"learning rate {rate(summary['learning_rate'])}{'' if origin == 'recipe' else f' ({origin})'}")
     if summary.get("budget_bytes"):
         parts.append(f"a budget of {count(summary['budget_bytes'])} bytes")
     elif summary.get("budget_parameters"):

@@ -14,7 +14,7 @@ from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
 from dynlora_cli.runs.report.samples import samples_part
 from dynlora_cli.runs.report.svg import Series, text
-from dynlora_cli.text import MEASURES, change, count, counted, duration, number, short, size
+from dynlora_cli.text import MEASURES, change, count, counted, duration, number, rate, short, size
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -78,6 +78,10 @@ def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
             duration(summary["seconds"]),
             f"{short(summary['tokens'])} tokens" if summary.get("tokens") else "",
         )
+    if summary.get("learning_rate") is not None:
+        spent = summary.get("rate_seconds")
+        origin = f"{summary.get('learning_rate_from') or ''}{f', {duration(spent)}' if spent else ''}"
+        yield "learning rate", rate(summary["learning_rate"]), origin
     if summary.get("tokens_per_second") is not None:
         yield "speed", f"{short(summary['tokens_per_second'])} tok/s", _speeds(summary)
     memory = record.info.get("peak_memory_bytes") or summary.get("peak_memory_bytes")
