@@ -17,7 +17,7 @@ from dynlora_cli import plugins
 if TYPE_CHECKING:
     from dynlora_cli.training.run import Run
 
-AT, RANK, WIDTH, STEPS = 2e-3, 16, 192, 200
+AT, RANK, WIDTH, STEPS = 1.75e-3, 16, 192, 200
 OF_RANK, OF_WIDTH, OF_STEPS = -0.5, -0.5, -0.1
 LOWEST, HIGHEST = 1e-6, 5e-2
 
