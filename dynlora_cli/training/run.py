@@ -40,7 +40,7 @@ class Progress:
         step: optimizer steps done.
         learning_rate: the highest of the run, before the coupling; None until it is settled.
         rate_from: where it is from: "recipe", "prior" (a guess before training), "race of 3" (short trials).
-        rates_tried: where it was searched for: rates with the loss of their trials.
+        rates_tried: where it was searched for: rates with the loss of their trials, None where one diverged.
         rate_seconds: spent on that, beside the trial that became the run; a part of `seconds`.
         tokens: tokens seen, padding not counted.
         seconds: spent in steps and on finding the learning rate, over all sessions of the run.
@@ -56,7 +56,7 @@ class Progress:
     step: int = 0
     learning_rate: float | None = None
     rate_from: str = "recipe"
-    rates_tried: list[tuple[float, float]] = field(default_factory=list)
+    rates_tried: list[tuple[float, float | None]] = field(default_factory=list)
     rate_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0

@@ -106,7 +106,7 @@ def settle_rate(run: Run, interrupted: Callable[[], bool] = lambda: False) -> Wi
         best.progress,
         learning_rate=best.rate,
         rate_from=f"race of {len(race.losses)}",
-        rates_tried=sorted(race.losses.items()),
+        rates_tried=[(rate, loss if math.isfinite(loss) else None) for rate, loss in sorted(race.losses.items())],
         rate_seconds=cost,
         seconds=best.progress.seconds + cost,
     )
