@@ -231,7 +231,8 @@ class Race:
     def tell(self, rate: float) -> None:
         """Leave a note of what was found."""
         text = f"learning rate {rate:.1e}, by a race of {len(self.losses)}: "
-        text += ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in sorted(self.losses.items()))
+        tried = ((f"{loss:.3f}" if loss < math.inf else "diverged", rate) for rate, loss in sorted(self.losses.items()))
+        text += ", ".join(f"{loss} at {rate:.1e}" for loss, rate in tried)
         if min(self.losses.values()) >= self.untrained:
             text += f"; none ended below the {self.untrained:.3f} of no training, so a number may do better"
         self.run.note(text)
