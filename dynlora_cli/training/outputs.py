@@ -33,7 +33,7 @@ from dynlora_cli.text import MEASURES, counted
 from dynlora_cli.training.checkpoint import write_state
 from dynlora_cli.training.roots import write_adapter_of
 from dynlora_cli.training.routers import library_on_record
-from dynlora_cli.training.run import Run
+from dynlora_cli.training.run import Progress, Run
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
@@ -296,9 +296,7 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
         "variant": recipe.adapter.variant,
         "policy": recipe.pruning.policy if training.control.schedule.steps else None,
         "steps": progress.step,
-        "learning_rate": progress.learning_rate,
-        "learning_rate_from": progress.rate_from,
-        "rates_tried": progress.rates_tried,
+        **_rate(progress),
         "loss_before": first.get("loss"),
         "loss_after": last.get("loss"),
     }
@@ -323,7 +321,6 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
         summary["mix"] = mix_on_record(training.data.spans)
     return summary | {
         "seconds": progress.seconds,
-        "rate_seconds": progress.rate_seconds,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / (progress.seconds - progress.rate_seconds),
         "tokens_per_second_start": progress.tokens_per_second_start,
@@ -333,6 +330,15 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
         **{f"{key}_start": value for key, value in (progress.held_start or {}).items() if key != "base_bytes"},
         "adapter": kind,
         "adapter_bytes": weights.stat().st_size if weights.is_file() else None,
+    }
+
+
+def _rate(progress: Progress) -> dict[str, Any]:
+    return {
+        "learning_rate": progress.learning_rate,
+        "learning_rate_from": progress.rate_from,
+        "rates_tried": progress.rates_tried,
+        "rate_seconds": progress.rate_seconds,
     }
 
 
