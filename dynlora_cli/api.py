@@ -122,7 +122,7 @@ def prune(
     out: PathLike,
     budget: str | float | None = None,
     born: Adapter | Sequence[Adapter] = (),
-    policy: str = "magnitude",
+    policy: str = "auto",
     set: Settings = None,
     data: PathLike | None = None,
     tolerance: str | float = "0.5%",
@@ -143,7 +143,7 @@ def prune(
         budget: an average rank (8), a share of the parameters (0.5), a number of them ("2M"), or "auto": as few as
             `tolerance` allows.
         born: instead of a budget: take out what this run put in; the run itself, its name, its id or its folder.
-        policy: what chooses: "magnitude" needs no data; "activation", the best, "fisher" and "gradient" look at rows.
+        policy: what chooses; "auto" is "activation" where rows are known, and "magnitude", which needs none, elsewhere.
         set: options of the policy.
         data: rows to look at and to measure on, a file or a recipe; by default the run's own held-out rows.
         tolerance: with budget "auto", the share by which the held-out loss may rise.

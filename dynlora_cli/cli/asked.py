@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dynlora_cli.config.sweep import Grid
 
 Work = Callable[[Emit], dict[str, Any]]
-POLICY, TOLERANCE = "magnitude", "0.5%"  # of prune, where nobody says
+POLICY, TOLERANCE = "auto", "0.5%"  # of prune, where nobody says
 MAX_KL, MAX_CHANGED = 0.01, "1%"  # of merge
 SETTINGS = "a dict such as {'rank.budget': 4}, or texts such as 'rank.budget=4'"
 
@@ -143,9 +143,11 @@ def prune(
     _refuse_cut_and_birth(budget, born, [option for option, is_given in choosing.items() if is_given])
     cut: dict[str, Any] = {}
     if budget is not None:
-        choice(policy, plugins.names("policies"), "--policy")
+        choice(policy, [POLICY, *plugins.names("policies")], "--policy")
+        if policy == POLICY and options:
+            raise UsageError("--set is of a policy, and none is named", "name it with --policy")
         cut = {"budget": size(budget, "--budget"), "tolerance": share(tolerance, "--tolerance"), "policy": policy}
-        cut["options"] = given("policies", policy, options)
+        cut["options"] = None if policy == POLICY else given("policies", policy, options)
         cut["dtype"] = saved_dtype(dtype)
     preflight.adapters([adapter], base, data)
     refuse_occupied(out, overwrite=overwrite, option="--out")

@@ -30,7 +30,7 @@ Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the smaller ada
 Policy = Annotated[
     str,
     typer.Option(
-        help="magnitude needs no data; activation, the best, fisher and gradient look at held-out rows.",
+        help="auto: activation, which looks at held-out rows, or magnitude where there are none.",
         autocompletion=plug_ins("policies"),
     ),
 ]
@@ -38,7 +38,7 @@ Data = Annotated[
     Path | None,
     typer.Option(
         metavar="RECIPE|FILE",
-        help="Rows to look at and to measure on; by default the run's own held-out rows.",
+        help="Rows to look at, measure on and heal by; by default the run's own.",
         show_default=False,
     ),
 ]
@@ -58,7 +58,7 @@ def prune(
     out: Out,
     budget: BudgetText = None,
     born: Born = None,
-    policy: Policy = "magnitude",
+    policy: Policy = "auto",
     set_: PlugInOptions = None,
     data: Data = None,
     tolerance: Tolerance = "0.5%",

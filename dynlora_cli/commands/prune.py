@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -21,12 +22,13 @@ from dynlora_cli.adapters.write import bytes_of, save
 from dynlora_cli.config.budget import Budget
 from dynlora_cli.config.dtypes import FULL, rounding_note
 from dynlora_cli.config.options import given
+from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.types import Section
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.references import learn_reference
-from dynlora_cli.evaluation.rows import Rows, held_out_rows, own_recipe
+from dynlora_cli.evaluation.rows import Rows, held_out_rows, is_rows, own_recipe
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
@@ -40,9 +42,12 @@ from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.text import counted
-from dynlora_cli.training.heal import heal
+from dynlora_cli.training.heal import heal, recipe_of
 
 CURVE_POINTS = 7
+FILE_ROWS = 128  # of a file, where nobody says how many: a thousand choose hardly better, and take 8 times as long
+AUTO = "auto"
+WITH_ROWS, WITHOUT_ROWS = "activation", "magnitude"  # what `auto` is, by what there is to look at
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,14 @@ class Request:
         path: a run folder, or any LoRA folder in PEFT's layout.
         budget: as in a recipe; a share is of the parameters there are now; auto: as few as `tolerance` allows.
         out: a new folder.
-        policy: scores the components; a file of policies/.
+        policy: scores the components; a file of policies/, or auto: by what there is to look at.
         options: those that the policy itself brings; None: their defaults.
         data: rows to look at and to measure on, a file or a recipe; None: the run's own held-out rows.
         tolerance: with budget auto, the share by which the held-out loss may rise.
         heal_steps: training steps after the cut.
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
-        max_samples: rows at most.
+        max_samples: rows at most; None: all that were held out, and of a file so many as tell enough.
         measure: measure the loss where rows are known; False: only where it is needed.
         overwrite: `out` may hold an earlier run.
         seed: of policies that choose at random.
@@ -70,7 +75,7 @@ class Request:
     path: Path
     budget: Budget
     out: Path
-    policy: str = "magnitude"
+    policy: str = AUTO
     options: Section | None = None
     data: Path | None = None
     tolerance: float = 0.005
@@ -97,9 +102,6 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     """
     started, out, budget = time.monotonic(), request.out, request.budget
     run_folder.refuse_occupied(out, overwrite=request.overwrite, option="--out")
-    policy = plugins.load("policies", request.policy)
-    if request.options is None:
-        request = replace(request, options=given("policies", request.policy, ()))
     adapter = read_adapter(request.path, request.base_name)
     if not adapter.layers:
         raise UsageError(
@@ -108,15 +110,11 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     run_folder.refuse_inputs(out, [adapter.folder, *([request.data] if request.data else [])])
     if adapter.note:
         emit(run_events.note(adapter.note))
-    if request.dtype == FULL and (was := (adapter.record.get("summary") or {}).get("save_dtype", FULL)) != FULL:
-        emit(
-            run_events.note(f"the adapter was saved in {was}; this one goes into float32, or with --dtype {was} again")
-        )
-    bench = _bench(request, adapter, policy, emit)
-    recipe = own_recipe(adapter) or (bench.rows.recipe if bench else None)
-    if request.heal_steps and recipe is None:
-        raise UsageError("--heal needs a recipe to train by", "name one with --data RECIPE.yaml")
-    order = _order(request, adapter, policy, bench)
+    _tell_dtype(request, adapter, emit)
+    own = _own_recipe(request, adapter)
+    bench = _bench(request, adapter, emit, heals_by_file=own is None)
+    recipe = own or (bench.rows.recipe if bench else None)
+    request, order = _ordered(request, adapter, bench, emit)
     curve = Curve(order, bench if request.measure or budget.kind == "auto" else None, emit)
     target = _target(order, budget, adapter, curve, request)
     if budget.kind != "auto":
@@ -127,7 +125,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if request.heal_steps:
         assert bench is not None
         assert recipe is not None
-        smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, events.append)
+        smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, partial(_keep, events, emit))
     saved = smaller.rounded(request.dtype)
     summary = _summary(request, adapter, saved, curve, target, keep_K)
     if bench and request.heal_steps:
@@ -135,13 +133,13 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if request.dtype != FULL:
         summary |= _rounding(request, smaller, saved, bench, summary["loss_after"], emit)
     summary["seconds"] = time.monotonic() - started
-    own = request.options.model_dump() if request.options else {}
+    options = request.options.model_dump() if request.options else {}
     with run_folder.replaced(out, overwrite=request.overwrite) as folder:
         save(saved, folder, dtype=request.dtype)
         summary["adapter_bytes"] = (folder / WEIGHTS).stat().st_size
         run_folder.copy_tokenizer(adapter.folder, folder)
         summary["peft_check"] = check_files(saved, folder, request.base_name, request.trust_remote_code)
-        write_record(folder, adapter, saved, summary, own, curve.points, threshold, events)
+        write_record(folder, adapter, saved, summary, options, curve.points, threshold, events)
     tell(summary["peft_check"], out, emit)
     return summary
 
@@ -183,21 +181,54 @@ class Bench:
         return loss
 
 
-def _bench(request: Request, adapter: Adapter, policy: ModuleType, emit: Emit) -> Bench | None:
+def _tell_dtype(request: Request, adapter: Adapter, emit: Emit) -> None:
+    if request.dtype == FULL and (was := (adapter.record.get("summary") or {}).get("save_dtype", FULL)) != FULL:
+        emit(
+            run_events.note(f"the adapter was saved in {was}; this one goes into float32, or with --dtype {was} again")
+        )
+
+
+def _own_recipe(request: Request, adapter: Adapter) -> Recipe | None:
+    """The recipe that the adapter was trained by; None where nobody knows it, and nothing asks for it."""
+    own = own_recipe(adapter)
+    if request.heal_steps and own is None and request.data is None:
+        raise UsageError(
+            "--heal needs rows to train on, and nothing says what the adapter was trained on",
+            "name them with --data FILE, or a recipe with --data RECIPE.yaml",
+        )
+    return own
+
+
+def _keep(events: list[dict[str, Any]], emit: Emit, event: dict[str, Any]) -> None:
+    """Keep an event of the healing for the log; notes are for the person as well."""
+    events.append(event)
+    if event["event"] == "note":
+        emit(event)
+
+
+def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: bool) -> Bench | None:
     """What measuring needs, or None where it is not there and the policy can do without; then a note says so."""
-    looks = observer_of(policy, request.options, training=False) is not None
+    looks = request.policy != AUTO and _looks(plugins.load("policies", request.policy), request.options)
     needed = looks or request.budget.kind == "auto" or request.heal_steps or request.data is not None
     if not (needed or request.measure):
         return None
     try:
         place = find_base(adapter, request.base_name, request.trust_remote_code)
         tokenizer = read_tokenizer(adapter, place)
-        rows = held_out_rows(adapter, place, tokenizer, request.data, max_samples=request.max_samples)
+        data: Path | Recipe | None = request.data
+        if request.heal_steps and heals_by_file and request.data and is_rows(request.data):
+            data = recipe_of(place.options, request.data, out=request.out)
+        rows = held_out_rows(adapter, place, tokenizer, data, max_samples=request.max_samples)
     except (MachineError, UsageError) as error:
         if needed or request.base_name:
             raise
-        emit(run_events.note(f"the loss is not measured: {error.message}"))
+        fix = "" if request.data else "; --data FILE names rows, by which components are chosen better, too"
+        emit(run_events.note(f"the loss is not measured: {error.message}{fix}"))
         return None
+    if request.data and request.max_samples is None and len(rows.examples) > FILE_ROWS:
+        some = f"{FILE_ROWS} of {counted(len(rows.examples), 'row')}, evenly spread"
+        emit(run_events.note(f"looks at {some}; --max-samples says how many"))
+        rows.examples = [rows.examples[i * len(rows.examples) // FILE_ROWS] for i in range(FILE_ROWS)]
     emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
     for note in [*rows.notes, *weights_note(request.policy, request.options, rows.examples)]:
         emit(run_events.note(note))
@@ -207,7 +238,28 @@ def _bench(request: Request, adapter: Adapter, policy: ModuleType, emit: Emit) -
     return Bench(place, base, rows)
 
 
-def _order(request: Request, adapter: Adapter, policy: ModuleType, bench: Bench | None) -> Order:
+def _looks(policy: ModuleType, options: Section | None) -> bool:
+    return observer_of(policy, options, training=False) is not None
+
+
+def _ordered(request: Request, adapter: Adapter, bench: Bench | None, emit: Emit) -> tuple[Request, Order]:
+    """The components in their order, and the request with the policy that made it."""
+    if request.policy != AUTO:
+        if request.options is None:
+            request = replace(request, options=given("policies", request.policy, ()))
+        return request, _order(request, adapter, bench)
+    if bench is not None:
+        by_rows = replace(request, policy=WITH_ROWS, options=given("policies", WITH_ROWS, ()))
+        try:
+            return by_rows, _order(by_rows, adapter, bench)
+        except UsageError as error:  # it cannot judge this kind of adapter
+            emit(run_events.note(f"policy {WITHOUT_ROWS}: {error.message}"))
+    without = replace(request, policy=WITHOUT_ROWS, options=given("policies", WITHOUT_ROWS, ()))
+    return without, _order(without, adapter, None)
+
+
+def _order(request: Request, adapter: Adapter, bench: Bench | None) -> Order:
+    policy = plugins.load("policies", request.policy)
     how: dict[str, Any] = {"options": request.options, "seed": request.seed}
     if bench is None:
         return Order.by_policy(adapter, policy, None, None, **how)

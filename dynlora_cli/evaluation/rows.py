@@ -116,7 +116,7 @@ def held_out_rows(
     adapter: Adapter,
     place: Place,
     tokenizer: PreTrainedTokenizerBase,
-    data: Path | None = None,
+    data: Path | Recipe | None = None,
     *,
     max_samples: int | None = None,
     writing: Writing | None = None,
@@ -129,7 +129,8 @@ def held_out_rows(
         adapter: says what it was trained on.
         place: its base; no row may be longer than its context.
         tokenizer: makes the tokens; a recipe's `chat_template` is set on it.
-        data: a recipe, whose held-out rows are taken, or a file, all of whose rows are; None: the run's own.
+        data: a recipe or its file, whose held-out rows are taken, or a file of rows, all of which are; None: the
+            run's own.
         max_samples: at most so many; None: as the recipe says of its own rows, and all of a file.
         writing: how rows are written; None: as the adapter's own run did.
         passages: rows of a file get passages in their prompts, where the adapter was trained so (`dataset.retrieve`).
@@ -139,6 +140,7 @@ def held_out_rows(
         UsageError: no rows are known, none are held out, or they cannot be read.
     """
     notes: list[str] = []
+    named = data.dataset.train[0].path if isinstance(data, Recipe) else data
     recipe, dataset, is_file = _what_to_read(adapter, data, notes, passages=passages)
     task = fitting_task(place, None if plain else recipe, dataset.train[0] if is_file else None, notes)
     read = own_rows_of(recipe, place, tokenizer) if recipe and not is_file else None
@@ -156,11 +158,11 @@ def held_out_rows(
         to_measure=is_file,
     )
     if not (examples := read.train if is_file else read.val):
-        raise NothingHeldOutError(f"{data or adapter.folder}: the recipe holds no rows out", ALL_OF_A_FILE)
+        raise NothingHeldOutError(f"{named or adapter.folder}: the recipe holds no rows out", ALL_OF_A_FILE)
     notes += [*read.notes, *(_changed(adapter, read) if data is None else [])]
     return Rows(
         examples=examples[: max_samples or (recipe.eval.max_samples if recipe and not is_file else None)],
-        source=str(data) if is_file else f"held-out rows of {data or adapter.name}",
+        source=str(named) if is_file else f"held-out rows of {named or adapter.name}",
         sha256=read.sha256,
         max_length=max(len(line) for example in examples for line in example.lines),
         micro_batch_size=recipe.train.micro_batch_size if recipe else MICRO_BATCH,
@@ -172,6 +174,11 @@ def held_out_rows(
         objective=_judging(examples, recipe, task),
         in_turns=Turns.__name__ in read.forms or any(read.writing.turned.values()),
     )
+
+
+def is_rows(data: Path) -> bool:
+    """Does a path name rows, and no recipe?"""
+    return data.suffix.lower() not in RECIPES
 
 
 def _changed(adapter: Adapter, read: Data) -> list[str]:
@@ -209,7 +216,7 @@ def fitting_task(place: Place, recipe: Recipe | None, source: Source | None, not
 
 
 def _what_to_read(
-    adapter: Adapter, data: Path | None, notes: list[str], *, passages: bool
+    adapter: Adapter, data: Path | Recipe | None, notes: list[str], *, passages: bool
 ) -> tuple[Recipe | None, Dataset, bool]:
     """The recipe whose rows these are, where there is one; its data settings; and whether they are all rows of a file.
 
@@ -222,9 +229,11 @@ def _what_to_read(
             f"{adapter.folder} does not say what it was trained on (it holds no dynlora.json)",
             "name rows with --data FILE, or a recipe with --data RECIPE.yaml",
         )
-    is_file = data is not None and data.suffix.lower() not in RECIPES
+    if isinstance(data, Recipe):
+        return data, data.dataset, False
+    is_file = data is not None and is_rows(data)
     recipe = load_recipe(data) if data is not None and not is_file else own
-    if is_file:
+    if data is not None and is_file:
         dataset = of_file(as_trained(Source(path=str(data)), own, notes), own)
         retrieve = own.dataset.retrieve if own and passages else None
         return recipe, dataset.model_copy(update={"retrieve": retrieve}), True

@@ -1,4 +1,4 @@
-"""A few training steps for an adapter that was cut, with the recipe it was trained by."""
+"""A few training steps for an adapter that was cut, by the recipe it was trained by, another, or rows alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli.adapters.attach import attached, detached
+from dynlora_cli.config.recipe import Recipe
+from dynlora_cli.config.sections import Dataset, TrainSource
 from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.load import load_data
 from dynlora_cli.errors import Interrupted
@@ -20,8 +22,34 @@ from dynlora_cli.training.setup import make_accelerator, make_run
 
 if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
-    from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Model
     from dynlora_cli.models.load import Base
+
+RATE = 5e-4  # where nobody says; measured on a model of 135 M, where half and twice of it are as good within 1 %
+HELD_OUT = 0.2  # of a file's rows, to choose components and measure by; the others are trained on
+
+
+def recipe_of(model: Model, file: Path, *, out: Path) -> Recipe:
+    """What to heal by where there are only rows: one part of them to train on, another to measure on.
+
+    Args:
+        model: the base.
+        file: rows.
+        out: where the adapter will be.
+    """
+    dataset = Dataset(train=[TrainSource(path=str(file))], val_size=HELD_OUT)
+    return Recipe(model=model, dataset=dataset, output_dir=str(out))
+
+
+def _rate(adapter: Adapter, recipe: Recipe, emit: Emit) -> float:
+    """The recipe's learning rate; for `auto` that of the adapter's run, since a race would cost more than healing."""
+    if recipe.train.learning_rate != "auto":
+        return recipe.train.learning_rate
+    trained = (adapter.record.get("trained") or adapter.record.get("summary") or {}).get("learning_rate")
+    if isinstance(trained, float):
+        return trained
+    emit(note(f"heals at the learning rate {RATE:g}; a recipe's train.learning_rate says another"))
+    return RATE
 
 
 def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path, emit: Emit) -> Adapter:
@@ -39,11 +67,12 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
         Interrupted: Ctrl-C; nothing is saved.
     """
     usual: dict[str, Any] = {"save_steps": None, "report_to": [], **without_long_runs(recipe.train)}
-    train = recipe.train.model_copy(update={"max_steps": steps, **usual})
+    rate = _rate(adapter, recipe, emit)
+    train = recipe.train.model_copy(update={"max_steps": steps, "learning_rate": rate, **usual})
     evaluation = recipe.eval.model_copy(update={"steps": steps, "samples": 0, "early_stopping_patience": None})
     recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
-    variant, rate = recipe.adapter.variant, recipe.train.learning_rate
-    if variant != adapter.form and rate != "auto":
+    variant = recipe.adapter.variant
+    if variant != adapter.form:
         text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
         emit(note(text))
     if recipe.dataset.replay:

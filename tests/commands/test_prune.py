@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pico
 import pytest
 import torch
 from cli_helpers import Dynlora, contents
 from numeric import rounding, same_loss
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
 from peft_adapters import SAME_LOGITS, make
 from test_clients import by_peft
 from tiny_run import make_recipe, train, write_rows
+from transformers import AutoModelForCausalLM
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.commands import prune
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.training import heal
 
@@ -179,8 +183,8 @@ def test_adapters_of_other_tools_with_rows_from_a_file(tmp_path: Path, dynlora: 
     answer = dynlora(*common, "--data", rows, "--out", tmp_path / "a", "--json")
     assert answer.code == 0, answer.err
     assert answer.json["rows"] == 12
-    heal = dynlora(*common, "--data", rows, "--heal", "2", "--out", tmp_path / "b")
-    assert (heal.code, "--data RECIPE.yaml" in heal.err) == (2, True), heal.err
+    heal = dynlora(*common[:-2], "--heal", "2", "--out", tmp_path / "b")
+    assert (heal.code, "--data FILE" in heal.err) == (2, True), heal.err
     by_recipe = dynlora(*common, "--data", tmp_path / "llama.yaml", "--heal", "2", "--out", tmp_path / "b", "--json")
     assert by_recipe.code == 0, by_recipe.err
 
@@ -192,6 +196,7 @@ REFUSED = [
     (["--budget", "0.001"], 2, "there must be"),
     (["--budget", "999"], 2, "within the budget"),
     (["--budget", "0.5", "--policy", "activations"], 2, "did you mean 'activation'"),
+    (["--budget", "0.5", "--set", "power=1"], 2, "name it with --policy"),
     (["--budget", "auto", "--tolerance", "half"], 2, "--tolerance half is no share"),
     (["--budget", "0.5", "--data", "none.jsonl"], 2, "none.jsonl"),
     (["--budget", "0.5", "--base", "none"], 3, "none"),
@@ -208,6 +213,73 @@ def test_what_is_refused(options, code, message, trained, tmp_path: Path, dynlor
     assert (answer.code, message in " ".join(answer.err.split())) == (code, True), answer.err
     assert answer.json["ok"] is False
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An adapter that says nothing of its training, as other tools leave them, and rows like those of its training."""
+    folder = tmp_path_factory.mktemp("foreign")
+    return stock_adapter(folder, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM")), pico.rows(folder, 60)
+
+
+def stock_adapter(folder: Path, config: PeftConfig) -> Path:
+    """An adapter of stock PEFT on pico's model, with random numbers that are not small."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pico.pico_model(folder)), config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.15, generator=generator)
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def test_the_policy_is_chosen_by_what_there_is_to_look_at(foreign, tmp_path: Path, dynlora: Dynlora):
+    adapter, rows = foreign
+    common = ["prune", "--adapter", adapter, "--budget", "0.5", "--json"]
+    blind = dynlora(*common, "--out", tmp_path / "blind")
+    assert (blind.code, blind.json["policy"]) == (0, "magnitude"), blind.err
+    assert "--data FILE names rows" in " ".join(blind.err.split())
+    seeing = dynlora(*common, "--data", rows, "--out", tmp_path / "seeing")
+    assert seeing.code == 0, seeing.err
+    assert seeing.json["policy"] == "activation"
+    record = json.loads((tmp_path / "seeing" / "dynlora.json").read_text())
+    assert record["prune"]["policy"] == "activation"
+
+
+def test_a_kind_that_activation_cannot_judge_is_cut_by_magnitude(tmp_path: Path, dynlora: Dynlora):
+    adapter = stock_adapter(tmp_path, HiraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    common = ["--budget", "0.5", "--data", pico.rows(tmp_path, 8), "--out", tmp_path / "small", "--json"]
+    answer = dynlora("prune", "--adapter", adapter, *common)
+    assert answer.code == 0, answer.err
+    assert answer.json["policy"] == "magnitude"
+    assert "policy magnitude:" in answer.err
+
+
+def test_a_large_file_is_looked_at_in_part(foreign, tmp_path: Path, dynlora: Dynlora, monkeypatch):
+    adapter, rows = foreign
+    monkeypatch.setattr(prune, "FILE_ROWS", 7)
+    common = ["prune", "--adapter", adapter, "--budget", "0.5", "--data", rows, "--json"]
+    answer = dynlora(*common, "--out", tmp_path / "some")
+    assert answer.json["rows"] == 7, answer.err
+    assert "7 of 60 rows, evenly spread" in " ".join(answer.err.split())
+    assert dynlora(*common, "--max-samples", "9", "--out", tmp_path / "nine").json["rows"] == 9
+
+
+def test_an_adapter_of_another_tool_heals_on_rows_of_a_file(foreign, tmp_path: Path, dynlora: Dynlora):
+    """A part of the rows is trained on, and another tells whether it helped."""
+    adapter, rows = foreign
+    common = ["prune", "--adapter", adapter, "--budget", "0.3", "--data", rows, "--json"]
+    cut = dynlora(*common, "--out", tmp_path / "cut")
+    healed = dynlora(*common, "--heal", "12", "--out", tmp_path / "healed")
+    assert healed.code == 0, healed.err
+    assert 0 < healed.json["rows"] < 30
+    points = {point["parameters"]: point["loss"] for point in healed.json["curve"]}
+    assert healed.json["loss_after"] < points[healed.json["parameters"]], "lower than as it was cut"
+    assert healed.json["parameters"] <= cut.json["budget_parameters"]
+    assert f"{heal.RATE:g}" in healed.err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 12
 
 
 def test_not_measuring_where_it_is_not_needed(trained, tmp_path: Path, dynlora: Dynlora):
