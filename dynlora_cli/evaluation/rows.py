@@ -129,8 +129,7 @@ def held_out_rows(
         adapter: says what it was trained on.
         place: its base; no row may be longer than its context.
         tokenizer: makes the tokens; a recipe's `chat_template` is set on it.
-        data: a recipe or its file, whose held-out rows are taken, or a file of rows, all of which are; None: the
-            run's own.
+        data: a recipe or its file, whose held-out rows are taken; a file of rows, all of which are; None: the run's.
         max_samples: at most so many; None: as the recipe says of its own rows, and all of a file.
         writing: how rows are written; None: as the adapter's own run did.
         passages: rows of a file get passages in their prompts, where the adapter was trained so (`dataset.retrieve`).
