@@ -138,8 +138,7 @@ def held_out_rows(
     Raises:
         UsageError: no rows are known, none are held out, or they cannot be read.
     """
-    notes: list[str] = []
-    named = data.dataset.train[0].path if isinstance(data, Recipe) else data
+    notes, named = list[str](), data.dataset.train[0].path if isinstance(data, Recipe) else data
     recipe, dataset, is_file = _what_to_read(adapter, data, notes, passages=passages)
     task = fitting_task(place, None if plain else recipe, dataset.train[0] if is_file else None, notes)
     read = own_rows_of(recipe, place, tokenizer) if recipe and not is_file else None
