@@ -342,13 +342,21 @@ class Curve:
             "parameters": kept,
             "components": int(keep_K.sum()),
             "energy": self.order.energy_kept(keep_K),
-            "loss": self.bench.loss(self.order.cut(keep_K)) if self.bench else None,
+            "loss": self._loss(keep_K),
         }
         if self.bench:
             self.emit(run_events.point(point))
         self.points.append(point)
         self.points.sort(key=lambda point: -point["parameters"])
         return point
+
+    def _loss(self, keep_K: torch.Tensor) -> float | None:
+        """Of the whole adapter, what the policy's own pass over the rows has found."""
+        if self.bench is None:
+            return None
+        if self.order.loss is not None and bool(keep_K.all()):
+            return self.order.loss
+        return self.bench.loss(self.order.cut(keep_K))
 
 
 def _summary(

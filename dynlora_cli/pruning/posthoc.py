@@ -50,10 +50,12 @@ class Order:
     Attributes:
         adapter: computes the same as the one that it was made from.
         scores_K: higher is better; layer by layer, in the adapter's order.
+        loss: of the whole adapter on the rows that were looked at, nats per target; None: none were, or it is not told.
     """
 
     adapter: Adapter
     scores_K: Tensor
+    loss: float | None = None
 
     @classmethod
     def by_policy(
@@ -95,11 +97,12 @@ class Order:
                 )
         if not own_basis and not getattr(policy, "as_they_stand", False):
             adapter = _turned(adapter, lambda _, a_CI, b_OC: svd_factors(a_CI, b_OC))
+        loss = None
         if observer is not None and model is not None and batches is not None:
-            _show(observer, adapter, model, batches, autocast)
+            loss = _show(observer, adapter, model, batches, autocast)
         if observer is not None and own_basis:
             adapter = _turned(adapter, observer.turn)
-        return cls(adapter, _scores(policy, adapter, observer, seed))
+        return cls(adapter, _scores(policy, adapter, observer, seed), loss)
 
     @property
     def costs_K(self) -> Tensor:
@@ -190,8 +193,15 @@ def _refuse_others(adapter: Adapter, pool: Pool) -> None:
         raise UsageError(f"{others[0]} is no linear layer, which only --policy magnitude can judge", "use that")
 
 
-def _show(observer: Observer, adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast) -> None:
-    """Let the observer see the forward and backward passes over all rows; what it keeps is on the CPU afterwards."""
+def _show(
+    observer: Observer, adapter: Adapter, model: PreTrainedModel, batches: Batches, autocast: Autocast
+) -> float | None:
+    """Let the observer see the forward and backward passes over all rows; what it keeps is on the CPU afterwards.
+
+    Returns:
+        The mean loss per target, or None where a judge says how good rows are, whose numbers are others.
+    """
+    total, targets, judged = 0.0, 0, False
     with attached(model, adapter) as pool:
         _refuse_others(adapter, pool)
         for batch in (batch.in_one() for batch in batches()):
@@ -203,8 +213,10 @@ def _show(observer: Observer, adapter: Adapter, model: PreTrainedModel, batches:
             pool.values.grad.div_(batch.supervised)
             observer.observe(pool, batch.supervised)
             pool.values.grad.zero_()
+            total, targets, judged = total + loss.item(), targets + batch.supervised, judged or batch.judge is not None
             del loss
     observer.load_state_dict({key: tensor.cpu() for key, tensor in observer.state_dict().items()})
+    return total / targets if targets and not judged and math.isfinite(total) else None
 
 
 def _real(batch: Batch, model: PreTrainedModel) -> Tensor | None:

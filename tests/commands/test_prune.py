@@ -245,6 +245,8 @@ def test_the_policy_is_chosen_by_what_there_is_to_look_at(foreign, tmp_path: Pat
     assert seeing.json["policy"] == "activation"
     record = json.loads((tmp_path / "seeing" / "dynlora.json").read_text())
     assert record["prune"]["policy"] == "activation"
+    measured = dynlora(*common, "--data", rows, "--policy", "magnitude", "--out", tmp_path / "measured").json
+    assert seeing.json["loss_before"] == same_loss(measured["loss_before"]), "the policy's own pass has found it"
 
 
 def test_a_kind_that_activation_cannot_judge_is_cut_by_magnitude(tmp_path: Path, dynlora: Dynlora):

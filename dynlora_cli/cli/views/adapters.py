@@ -17,6 +17,7 @@ from dynlora_cli.runs.log import Event
 from dynlora_cli.text import change, count, counted, duration, number, percent, size
 
 BAR = 24  # characters
+MAP_LINES = 20  # of the map under a curve, so that both are on one screen
 
 
 class AdapterView:
@@ -45,7 +46,7 @@ class AdapterView:
             title = "Loss against size" if measured else "Share of the update against size"
             parts += [Text(), Text(title, style="head"), _curve(summary)]
         before = {**dict.fromkeys(summary["ranks"], 0), **summary["ranks_before"]}
-        parts += [Text(), rank_map(summary["ranks"], before, self.console.rich.width - 2, 40)]
+        parts += [Text(), rank_map(summary["ranks"], before, self.console.rich.width - 2, MAP_LINES)]
         parts += [Text(), Text.assemble(("adapter  ", "label"), summary["output_dir"])]
         self.console.show(Group(*parts))
 

@@ -43,8 +43,8 @@ POLICIES = {"magnitude": False, "activation": True, "fisher": True}  # whether i
 CALIBRATION_ROWS = 48
 SHARE, HEAL_ROWS = 0.25, 240
 HEALED = [
-    ("magnitude", 0, 0.0), ("activation", 0, 0.0), ("activation", 10, 5e-4), ("activation", 10, 1e-3),
-    ("activation", 10, 2.5e-4), ("magnitude", 10, 5e-4), ("activation", 20, 5e-4),
+    ("activation", 0, 0.0), ("activation", 10, 5e-4), ("activation", 10, 1e-3), ("activation", 10, 2.5e-4),
+    ("magnitude", 0, 0.0), ("magnitude", 10, 5e-4),
 ]  # fmt: skip
 Result = dict[str, Any]
 
