@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -145,10 +146,10 @@ def test_lora_side_by_side_is_stock_pefts(tmp_path, monkeypatch):
 def test_rates_are_tried_until_the_best_is_inside():
     losses = {}
     while rates := sharing.next_rates(losses, 4e-3, coarse=False):
-        losses |= {rate: abs(rate / 5e-4 - 1) + 1 for rate in rates}
+        losses |= {rate: 1 + abs(math.log2(rate / 5e-4)) for rate in rates}
     assert min(losses, key=losses.get) == pytest.approx(5e-4)
-    assert min(losses) < 5e-4 < max(losses)
-    assert len(losses) == 7, "16, 8, ... 2.5e-4 by factors of 2, and half a factor around 5e-4"
+    assert sorted(round(2 * math.log2(rate / 4e-3)) for rate in losses) == [-8, -7, -6, -5, -4, -2, 0, 2]
+    assert sharing.next_rates({2e-3: 2.0, 4e-3: 1.0, 8e-3: math.inf}, 4e-3, coarse=True) == []
 
 
 def record(method, rate, seed, test, task="e2e@800"):

@@ -34,11 +34,12 @@ from quality_tables import Cell, Chosen, choose, paired, table  # noqa: E402
 from quality_tasks import TASKS, base_name, find_task  # noqa: E402
 
 RESULTS = HERE / "sharing.jsonl"
+STOCK = HERE.parent / "quality_long.jsonl"
 SHARING = ["pool", "rasa", "mos", "mos-gated", "pool-equal"]
 STARTS = ["lora-one", "lora-one-g16"]
 TITLES = {"Components shared across layers": SHARING, "Both factors from the first gradient (LoRA-One)": STARTS}
 # The middle of the first three rates; at rank 4 half of it.
-FIRST = {"lora": 8e-3, **dict.fromkeys(SHARING, 4e-3), **dict.fromkeys(STARTS, 1e-3)}
+FIRST = {"lora": 8e-3, **dict.fromkeys(SHARING, 8e-3), **dict.fromkeys(STARTS, 1e-3)}
 FIRST_OF_THREE_MILLION = 0.5  # stories3M wants half the rates of stories260K
 THRESHOLD = 1.5  # percent
 PLAN = [
@@ -54,19 +55,27 @@ if "small" not in TASKS:  # not among quality.py's own: its final table has one 
 
 def run(task: str, rank: int, methods: Sequence[str], seeds: int, results: Path, work: Path, coarse: bool) -> None:
     """Search every method's rate on seed 0, then run the other seeds with it."""
-    while wanted := {
-        m: rates
-        for m in methods
-        if (rates := next_rates(tried(results, task, rank, m, 0), first(task, rank, m), coarse))
-    }:
+    while wanted := rates_left(task, rank, methods, results, coarse):
         train(task, rank, wanted, 0, results, work)
     for seed in range(1, seeds):
-        best = {
-            m: min(found, key=lambda rate: found[rate]) for m in methods if (found := tried(results, task, rank, m, 0))
-        }
-        wanted = {m: [rate] for m, rate in best.items() if rate not in tried(results, task, rank, m, seed)}
-        if wanted:
-            train(task, rank, wanted, seed, results, work)
+        losses = {method: tried(results, task, rank, method, 0) for method in methods}
+        best = {method: [min(found, key=found.__getitem__)] for method, found in losses.items()}
+        train_new(task, rank, best, seed, results, work)
+
+
+def train_new(task: str, rank: int, wanted: dict[str, list[float]], seed: int, results: Path, work: Path) -> None:
+    """Train what is not there."""
+    new = {m: [r for r in rates if r not in tried(results, task, rank, m, seed)] for m, rates in wanted.items()}
+    new = {method: rates for method, rates in new.items() if rates}
+    if new:
+        train(task, rank, new, seed, results, work)
+
+
+def rates_left(task: str, rank: int, methods: Sequence[str], results: Path, coarse: bool) -> dict[str, list[float]]:
+    """By method, what its search wants to try next."""
+    losses = {method: tried(results, task, rank, method, 0) for method in methods}
+    found = {method: next_rates(losses[method], first(task, rank, method), coarse) for method in methods}
+    return {method: rates for method, rates in found.items() if rates}
 
 
 def first(task: str, rank: int, method: str) -> float:
@@ -105,11 +114,12 @@ def train(task: str, rank: int, wanted: dict[str, list[float]], seed: int, resul
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def page(records: Iterable[Record]) -> str:
-    """The whole of sharing.md."""
+def page(records: Iterable[Record], stock: Iterable[Record] = ()) -> str:
+    """The whole of sharing.md; stock PEFT's LoRA stands where no LoRA ran side by side."""
     records = list(records)
-    cells = choose(records)
-    hours = sum(record["cpu"] for record in records) / 3600
+    own = {(r["task"], r["budget"]) for r in records if r["method"] == "lora"}
+    stock = [r for r in stock if r["method"] == "lora" and (r["task"], r["budget"]) not in own]
+    cells, hours = choose([*records, *stock]), sum(record["cpu"] for record in records) / 3600
     parts = [
         "# Two ideas against tuned LoRA at equal size\n",
         f"Made by `scripts/bench/sharing/sharing.py table`: {len(records)} runs, {hours:.1f} CPU hours. The rule: an idea that gains "
@@ -119,7 +129,7 @@ def page(records: Iterable[Record]) -> str:
         "trained, the same update saved as plain LoRA, and saved as PEFT's VeRA type.\n",
     ]
     for title, methods in TITLES.items():
-        parts += [f"## {title}\n", verdict(cells, methods), rows_of(cells, methods, records)]
+        parts += [f"## {title}\n", verdict(cells, methods), rows_of(cells, methods, [*records, *stock])]
     return "\n".join(parts)
 
 
@@ -177,6 +187,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="1,4")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--coarse", action="store_true", help="rates a factor of 2 apart, without the finer step")
+    parser.add_argument("--rates", default="", help="seed 0 at these rates alone, without a search")
     parser.add_argument("--work", type=Path, default=Path("out/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -188,8 +199,14 @@ def main() -> None:
         for task in tasks:
             find_task(task)
             for rank in ranks:
-                run(task, rank, methods, seeds, options.results, work, options.coarse)
-    options.results.with_suffix(".md").write_text(page(read_results(options.results)), encoding="utf-8")
+                if options.rates:
+                    rates = [float(rate) for rate in options.rates.split(",")]
+                    train_new(task, rank, dict.fromkeys(methods, rates), 0, options.results, work)
+                else:
+                    run(task, rank, methods, seeds, options.results, work, options.coarse)
+    options.results.with_suffix(".md").write_text(
+        page(read_results(options.results), read_results(STOCK)), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
