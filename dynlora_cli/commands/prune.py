@@ -37,6 +37,7 @@ from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
 from dynlora_cli.pruning.row_fisher import weights_note
+from dynlora_cli.pruning.rows import halves, some_of
 from dynlora_cli.rounding.floats import changed
 from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
@@ -45,7 +46,6 @@ from dynlora_cli.text import counted
 from dynlora_cli.training.heal import heal, recipe_of
 
 CURVE_POINTS = 7
-FILE_ROWS = 128  # of a file, where nobody says how many: a thousand choose hardly better, and take 8 times as long
 AUTO = "auto"
 WITH_ROWS, WITHOUT_ROWS = "activation", "magnitude"  # what `auto` is, by what there is to look at
 
@@ -158,15 +158,16 @@ def _rounding(
 
 @dataclass
 class Bench:
-    """The base in memory and the rows, to measure on."""
+    """The base in memory, the rows to measure on, and those that a policy looks at; None: the same."""
 
     place: Place
     base: Base
     rows: Rows
+    choosing: Rows | None = None
 
-    def batches(self) -> Any:
+    def batches(self, rows: Rows | None = None) -> Any:
         """All rows, anew at each call."""
-        return self.rows.batches(cast("int", self.base.tokenizer.pad_token_id), self.base.model.device)
+        return (rows or self.rows).batches(cast("int", self.base.tokenizer.pad_token_id), self.base.model.device)
 
     def loss(self, adapter: Adapter) -> float:
         """Held-out loss with this adapter, nats per target.
@@ -225,16 +226,16 @@ def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: boo
         fix = "" if request.data else "; --data FILE names rows, by which components are chosen better, too"
         emit(run_events.note(f"the loss is not measured: {error.message}{fix}"))
         return None
-    if request.data and request.max_samples is None and len(rows.examples) > FILE_ROWS:
-        some = f"{FILE_ROWS} of {counted(len(rows.examples), 'row')}, evenly spread"
-        emit(run_events.note(f"looks at {some}; --max-samples says how many"))
-        rows.examples = [rows.examples[i * len(rows.examples) // FILE_ROWS] for i in range(FILE_ROWS)]
+    rows = some_of(rows, emit) if request.data and request.max_samples is None else rows
     emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
     for note in [*rows.notes, *weights_note(request.policy, request.options, rows.examples)]:
         emit(run_events.note(note))
     base = base_in_memory(adapter, place, tokenizer)
     for note in learn_reference(adapter, [rows], base):
         emit(run_events.note(note))
+    if request.data and (looks or request.policy == AUTO):
+        choosing, rows = halves(rows, emit)
+        return Bench(place, base, rows, choosing)
     return Bench(place, base, rows)
 
 
@@ -263,7 +264,8 @@ def _order(request: Request, adapter: Adapter, bench: Bench | None) -> Order:
     how: dict[str, Any] = {"options": request.options, "seed": request.seed}
     if bench is None:
         return Order.by_policy(adapter, policy, None, None, **how)
-    return Order.by_policy(adapter, policy, bench.base.model, bench.batches, autocast=precision_of(bench.base), **how)
+    shown = partial(bench.batches, bench.choosing)
+    return Order.by_policy(adapter, policy, bench.base.model, shown, autocast=precision_of(bench.base), **how)
 
 
 def _target(order: Order, budget: Budget, adapter: Adapter, curve: Curve, request: Request) -> int:
@@ -354,7 +356,7 @@ class Curve:
         """Of the whole adapter, what the policy's own pass over the rows has found."""
         if self.bench is None:
             return None
-        if self.order.loss is not None and bool(keep_K.all()):
+        if self.order.loss is not None and self.bench.choosing is None and bool(keep_K.all()):
             return self.order.loss
         return self.bench.loss(self.order.cut(keep_K))
 

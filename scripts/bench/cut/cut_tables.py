@@ -25,7 +25,7 @@ TITLES = {
     "gradience_median": "Gradience, global median", "gradience_p90": "Gradience, global p90",
     "effective": "Gradience, effective rank", "stable": "Gradience, stable rank",
     "hard_threshold": "Gradience, optimal hard threshold", "kohya_ratio": "kohya sv_ratio",
-    "kohya_cumulative": "kohya sv_cumulative",
+    "kohya_cumulative": "kohya sv_cumulative", "scaled": "no cut: the update times",
 }  # fmt: skip
 CURVE = "activation"  # beside which the other rules' sizes are put
 
