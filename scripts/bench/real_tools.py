@@ -1,7 +1,8 @@
 """What others ship for LoRA fine-tuning, in numbers: an example recipe, or what their code does where nothing is set.
 
 Rows are read once and in one order by everybody, so the epochs that a tool ships (1 to 3, Unsloth Studio's cap of 30 steps) are
-one pass here. 8-bit AdamW is plain AdamW on a CPU. A last step that is not full is taken, not dropped.
+one pass here. 8-bit AdamW is plain AdamW on a CPU. A last step that is not full is taken, not dropped. Tinker also trains
+the unembedding, which this model shares with its embedding: left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Tool:
 
     Attributes:
         warmup: a share of the steps, rounded up as transformers does; or a number of steps.
-        rounds_down: the share is rounded down, as axolotl does.
+        axolotls: the share is rounded down and 1 becomes 2, as axolotl has it.
         rows, accumulation: rows (packed: lines of `packed` tokens) of a forward pass, and passes of a step.
         packed: 0: rows are not packed.
         source: repository and file.
@@ -36,7 +37,7 @@ class Tool:
     targets: tuple[str, ...] = SEVEN
     schedule: Literal["cosine", "linear"] = "cosine"
     warmup: float | int = 0
-    rounds_down: bool = False
+    axolotls: bool = False
     rows: int = 8
     accumulation: int = 1
     packed: int = 0
@@ -50,7 +51,8 @@ class Tool:
         if isinstance(self.warmup, int):
             warmup = self.warmup
         else:
-            warmup = (math.floor if self.rounds_down else math.ceil)(self.warmup * steps)
+            warmup = (math.floor if self.axolotls else math.ceil)(self.warmup * steps)
+            warmup = 2 if self.axolotls and warmup == 1 else warmup
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         found = []
@@ -65,14 +67,14 @@ TINKER_RATE = 5e-4 * (2000 / 576) ** 0.781  # get_lr of hyperparam_utils.py for 
 TOOLS = {
     "axolotl": Tool(
         16, 32, 2e-4, "axolotl-ai-cloud/axolotl examples/llama-3/lora-1b.yml",
-        dropout=0.05, warmup=0.1, rounds_down=True, rows=2, accumulation=2, packed=2048,
+        dropout=0.05, warmup=0.1, axolotls=True, rows=2, accumulation=2, packed=2048,
     ),
     "llamafactory": Tool(
         8, 16, 1e-4, "hiyouga/LLaMA-Factory examples/train_lora/qwen3_lora_sft.yaml", warmup=0.1, rows=1, accumulation=8
     ),
     "ms-swift": Tool(
-        8, 32, 1e-4, "modelscope/ms-swift swift/arguments/tuner_args.py, train_args.py, sft_args.py",
-        dropout=0.05, rows=1, accumulation=16, weight_decay=0.1,
+        8, 32, 1e-4, "modelscope/ms-swift swift/arguments/tuner_args.py, swift/trainers/arguments.py",
+        dropout=0.05, rows=1, accumulation=16, weight_decay=0.1, betas=(0.9, 0.95),
     ),
     "unsloth": Tool(
         16, 16, 2e-4, "unslothai/unsloth studio/backend/assets/configs/model_defaults/default.yaml",
