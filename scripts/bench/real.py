@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from quality import climb
 HERE = Path(__file__)
 SWEEP, OUR_BUDGET = (16, 4, 64), 8
 FIRST_RATE = {4: 1.6e-3, 16: 8e-4, 64: 8e-4}
+CELL = ("task", "method", "rank", "seed")
 Record = dict[str, Any]
 
 
@@ -39,20 +41,30 @@ class Bench:
     def __init__(self, results: Path, work: Path, keep: Path | None, label: str) -> None:
         self.results, self.work, self.keep, self.label = results, work, keep, label
 
-    def record(self, task: str, method: str, rank: int, rate: float, seed: int, stretch: float = 1.0) -> Record:
-        """The line of a run, from the file or by running it."""
+    def record(
+        self,
+        task: str,
+        method: str,
+        rank: int,
+        rate: float,
+        seed: int,
+        *,
+        stretch: float = 1.0,
+        beat: float = math.inf,
+    ) -> Record:
+        """The line of a run, from the file or by running it; see `run` for `beat`."""
         from real_methods import Job, is_ours, run
 
         if is_ours(method) and self.label:
             method = f"{method}@{self.label}"
-        job = Job(task, method, rank, rate, seed, stretch)
+        job = Job(task, method, rank, rate, seed, stretch=stretch)
         for line in read(self.results):
             if Job(*(line[k] for k in ("task", "method", "rank", "rate", "seed"))).key == job.key and not self._lost(
                 job
             ):
                 return line
         line = {"task": task, "method": method, "rank": rank, "rate": rate, "seed": seed}
-        line |= run(job, self.work, self.keep)
+        line |= run(job, self.work, self.keep, beat)
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{task:12} {method:20} rank {rank:2}  rate {rate:.1e}  seed {seed}  {line['loss']:.4f}", flush=True)
@@ -63,12 +75,16 @@ class Bench:
 
     def tuned(self, task: str, method: str, rank: int, seeds: int) -> Record:
         """The best rate on seed 0, and the other seeds with it."""
-        tried = [
-            r for r in read(self.results) if (r["task"], r["method"], r["rank"], r["seed"]) == (task, method, rank, 0)
-        ]
-        tried = [r for r in tried if r["rate"]]
-        first = min(tried, key=lambda r: r["loss"])["rate"] if tried else FIRST_RATE.get(rank, 1.6e-3)
-        best = climb(lambda rate: float(self.record(task, method, rank, rate, 0)["loss"]), first, finer=False)
+        lines = [r for r in read(self.results) if [r[k] for k in CELL] == [task, method, rank, 0]]
+        tried = {r["rate"]: r["loss"] for r in lines if r["rate"]}
+
+        def loss_at(rate: float) -> float:
+            line = self.record(task, method, rank, rate, 0, beat=min(tried.values(), default=math.inf))
+            tried[rate] = float(line["loss"])
+            return tried[rate]
+
+        first = min(tried, key=tried.__getitem__, default=FIRST_RATE.get(rank, 1.6e-3))
+        best = climb(loss_at, first, finer=False)
         for seed in range(1, seeds):
             self.record(task, method, rank, best, seed)
         return self.record(task, method, rank, best, 0)
@@ -79,7 +95,7 @@ class Bench:
         ours, own = lines.get(("dynlora", 0)) or lines.get(("dynlora@before", 0)), lines.get((method, 0))
         if ours and own:
             stretch = (ours["cpu_total"] - own["cpu_load"]) / own["cpu_train"]
-            self.record(task, f"{method}+stretched", 0, 0.0, seed, stretch)
+            self.record(task, f"{method}+stretched", 0, 0.0, seed, stretch=stretch)
 
 
 def everything(bench: Bench, task: str, seeds: int) -> None:

@@ -55,6 +55,16 @@ STRETCHED = "+stretched"
 autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
 
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+COMMIT = _commit()  # when the process began, whatever is checked out since
+
+
 @dataclass(frozen=True)
 class Job:
     """One run.
@@ -86,11 +96,12 @@ def is_ours(method: str) -> bool:
     return method.split("@")[0] in OURS
 
 
-def run(job: Job, work: Path, keep: Path | None = None) -> Result:
+def run(job: Job, work: Path, keep: Path | None = None, beat: float = math.inf) -> Result:
     """Train once and measure; CPU seconds are of this process, whatever else the machine does.
 
     Args:
         keep: a folder in which the adapter stays, under the job's name.
+        beat: a loss on `val`; a run that ends above it is not the one to be chosen, and nothing else is measured of it.
     """
     work.mkdir(parents=True, exist_ok=True)
     if not (MODELS / MODEL).is_dir():
@@ -104,13 +115,13 @@ def run(job: Job, work: Path, keep: Path | None = None) -> Result:
     except MeasureError:  # diverged; a learning rate too far
         return {"loss": math.inf}
     gc.collect()
-    result |= _measured(job, work, folder)
+    result |= _measured(job, work, folder, beat)
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(keep / job.name, ignore_errors=True)
         shutil.move(folder, keep / job.name)
     shutil.rmtree(folder, ignore_errors=True)
-    return result | {"rows": rows_of(job, work), "commit": _commit(), "torch_threads": torch.get_num_threads()}
+    return result | {"rows": rows_of(job, work), "commit": COMMIT, "torch_threads": torch.get_num_threads()}
 
 
 def rows_of(job: Job, work: Path) -> int:
@@ -199,24 +210,33 @@ def _train_ours(job: Job, work: Path, folder: Path) -> Result:
         warnings.simplefilter("ignore")
         found = api.train(recipe, overwrite=True, progress=hear)
     ended = time.process_time()
-    return _spent(marks, begun, ended) | _ours_found(found.summary)
+    return _spent(marks, begun, ended, found.summary) | _ours_found(found.summary)
 
 
-def _spent(marks: list[tuple[str, float]], begun: float, ended: float) -> Result:
-    """CPU seconds: all of the command, of them the race for the rate (up to its note), and the rest after it."""
-    place = next((number for number, (kind, _) in enumerate(marks) if kind == "race"), None)
-    # Nothing is told between the first look at the held-out rows and the note that ends the race.
-    race = marks[place][1] - (marks[place - 1][1] if place else begun) if place is not None else 0.0
-    return {
-        "cpu_total": round(ended - begun, 1),
-        "cpu_race": round(race, 1),
-        "cpu_train": round(ended - begun - race, 1),
-    }
+def _spent(marks: list[tuple[str, float]], begun: float, ended: float, summary: dict[str, Any]) -> Result:
+    """CPU seconds: all of the command, of them those that went for the rate alone, and the rest."""
+    if summary.get("rate_seconds") is not None:  # by the clock; their share is the same of CPU seconds
+        started = next((at for kind, at in marks if kind == "start"), begun)
+        race = (ended - started) * summary["rate_seconds"] / summary["seconds"]
+    else:  # before a run told it: nothing is said between the first look at held-out rows and the note that ends the race
+        place = next((number for number, (kind, _) in enumerate(marks) if kind == "race"), None)
+        race = 0.0 if place is None else marks[place][1] - (marks[place - 1][1] if place else begun)
+    total = ended - begun
+    return {"cpu_total": round(total, 1), "cpu_race": round(race, 1), "cpu_train": round(total - race, 1)}
 
 
 def _ours_found(summary: dict[str, Any]) -> Result:
     """What the run found out for itself, from its summary."""
-    kept = ("rates_tried", "loss_before", "loss_after", "steps", "average_rank", "components", "components_start")
+    kept = (
+        "rates_tried",
+        "learning_rate_from",
+        "loss_before",
+        "loss_after",
+        "steps",
+        "average_rank",
+        "components",
+        "components_start",
+    )
     return {"summary": {key: summary[key] for key in kept if key in summary}, "rate_used": summary.get("learning_rate")}
 
 
@@ -253,23 +273,23 @@ def _read(recipe: Recipe) -> tuple[Data, Base]:
     return data, read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
 
 
-def _measured(job: Job, work: Path, folder: Path) -> Result:
+def _measured(job: Job, work: Path, folder: Path, beat: float) -> Result:
     """The saved adapter, read back by PEFT: its losses, size, and what the model has forgotten."""
     _, base = _read(recipe_for(job, work, "val"))
-    before = _general_before(base, work)
+    result: Result = {"general_before": _general_before(base, work)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(base.model, folder)
-    result: Result = {}
     for key, part in (("loss", "val"), ("test", "test"), ("general", "general")):
         with clock() as seconds:
             result |= measure(model, _batches(recipe_for(job, work, part), base), key, autocast=autocast)
         if part == "val":
             result["cpu_val"] = seconds()
+            if result["loss"] > beat:
+                break
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return result | {
-        "general_before": before,
         "parameters": parameters,
         "bytes": (folder / "adapter_model.safetensors").stat().st_size,
     }
@@ -296,13 +316,6 @@ def clock() -> Iterator[Any]:
     begun, ended = time.process_time(), 0.0
     yield lambda: round(ended - begun, 1)
     ended = time.process_time()
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 assert set(TOOLS).isdisjoint(SWEPT)

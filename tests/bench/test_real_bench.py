@@ -76,14 +76,21 @@ def test_the_parts_of_a_task_share_no_prompt(name, tmp_path):
 def test_a_run_that_is_there_is_not_run_again_and_the_grid_is_extended(monkeypatch, tmp_path):
     ran = []
 
-    def run(job, work, keep):
+    beaten = []
+
+    def run(job, work, keep, beat):
         ran.append(job)
+        beaten.append(beat)
         return {"loss": abs(math.log2(job.rate / 6.4e-3))}
 
     monkeypatch.setattr(methods, "run", run)
     bench = real.Bench(tmp_path / "lines.jsonl", tmp_path, None, "")
     assert bench.tuned("e2e", "lora", 16, 2)["rate"] == pytest.approx(6.4e-3)
     assert {job.seed for job in ran} == {0, 1}
+    assert beaten[:3] == pytest.approx([math.inf, 3.0, 2.0]), (
+        "of a rate that is worse than an earlier one, test is not read"
+    )
+    assert beaten[-1] == math.inf, "another seed is measured in full"
     count = len(ran)
     bench.tuned("e2e", "lora", 16, 2)
     assert len(ran) == count
@@ -100,8 +107,10 @@ def test_ours_of_another_state_of_the_code_is_another_method(monkeypatch, tmp_pa
 
 def test_the_race_is_in_the_total_and_told_apart():
     marks = [("start", 10.0), ("eval", 12.0), ("samples", 15.0), ("race", 75.0), ("tick", 80.0)]
-    assert methods._spent(marks, 5.0, 105.0) == {"cpu_total": 100.0, "cpu_race": 60.0, "cpu_train": 40.0}
-    assert methods._spent([("start", 10.0), ("tick", 12.0)], 5.0, 25.0)["cpu_race"] == 0.0
+    assert methods._spent(marks, 5.0, 105.0, {}) == {"cpu_total": 100.0, "cpu_race": 60.0, "cpu_train": 40.0}
+    assert methods._spent([("start", 10.0), ("tick", 12.0)], 5.0, 25.0, {})["cpu_race"] == 0.0
+    told = {"rate_seconds": 20.0, "seconds": 100.0}
+    assert methods._spent([("start", 5.0)], 5.0, 105.0, told)["cpu_race"] == 20.0
 
 
 def test_the_table_compares_with_the_sweeps_best_and_counts_all_of_its_time():
