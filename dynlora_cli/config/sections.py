@@ -252,7 +252,7 @@ class Train(Section):
     """Forward passes per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     """Highest learning rate, before `pruning.lr_coupling` raises it; auto: a guess from model and components, and in
-    runs of 100 steps or more short trials around it, the best of which becomes the run."""
+    runs of 140 steps or more short trials around it, the best of which becomes the run."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Share = 0.03

@@ -3,7 +3,7 @@
 A trial is the beginning of the run at one rate: its own first steps, on its own batches, with its own warm-up. So the
 best trial is not thrown away: its steps are the run's, and what comes out is what a recipe with that number in it would
 have given, bit for bit. All trials see the same rows in the same order, so a few steps tell two rates apart; a trial is
-judged by its mean training loss over its last steps.
+judged by its mean training loss over the last three quarters of its steps.
 
 What the other trials take is at most a tenth of the run's steps (`SHARE`). So short runs have no race and take the
 guess (prior.py), and long ones go on from trial to trial, a factor of 2 apart, until the best has a worse neighbour on
@@ -33,8 +33,9 @@ from dynlora_cli.training.run import Progress, Run
 from dynlora_cli.training.step import advance
 
 SHARE = 0.1  # of the run's steps: what trials may cost beside those that become the run
-SHORTEST, LONGEST = 4, 24  # steps of a trial
+SHORTEST, LONGEST = 6, 24  # steps of a trial
 LOWEST = 1e-7
+JUDGED = 0.75
 FORWARD = 1 / 3  # what a step costs that is only measured
 HARMLESS = 0.01  # a trial does no harm if it ends at most this share above the untrained model's loss
 
@@ -55,8 +56,8 @@ class Terms:
 
     @property
     def judged(self) -> int:
-        """Steps at the end of a trial that it is judged by."""
-        return max(2, self.steps // 3)
+        """Steps at the end of a trial that it is judged by: with the last third alone, one odd batch decides."""
+        return max(1, int(JUDGED * self.steps))
 
     def thrown_away(self, trials: int) -> float:
         """Steps beside the run's own, after so many trials."""
@@ -119,7 +120,7 @@ def settle_rate(run: Run, interrupted: Callable[[], bool] = lambda: False) -> Wi
 def _terms(run: Run) -> Terms:
     """How long trials may be so that three of them fit, two beside the one that becomes the run."""
     spare = int(SHARE * run.total_steps)
-    alone, with_winner = (min(LONGEST, int(spare / (trials + FORWARD / 3))) for trials in (3, 2))
+    alone, with_winner = (min(LONGEST, int(spare / (trials + JUDGED * FORWARD))) for trials in (3, 2))
     quiet = min(with_winner, _quiet_steps(run))
     steps = quiet if quiet >= max(SHORTEST, alone) else alone
     return Terms(steps if steps >= SHORTEST else 0, spare, kept=steps == quiet)

@@ -20,7 +20,7 @@ from dynlora_cli.training.rate.standing import Standing
 from dynlora_cli.training.run import Progress
 from dynlora_cli.training.step import advance
 
-AUTO, LONG = "train.learning_rate=auto", ("train.max_steps=100", "eval.steps=50")
+AUTO, LONG = "train.learning_rate=auto", ("train.max_steps=140", "eval.steps=70")
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # -- what it may cost ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("total", [2, 12, 30, 60, 100, 137, 200, 800, 3000])
+@pytest.mark.parametrize("total", [2, 12, 30, 60, 100, 139, 140, 200, 800, 3000])
 def test_three_trials_fit_into_a_tenth_of_the_run(total: int, tmp_path: Path):
     run = assembled(make_recipe(tmp_path, AUTO, f"train.max_steps={total}", "eval.steps=null", "dataset.val_size=0"))
     terms = race._terms(run)
     assert not terms.steps or race.SHORTEST <= terms.steps <= race.LONGEST
     assert terms.thrown_away(3) <= max(0.1 * total, terms.judged / 3)
-    assert bool(terms.steps) == (total >= 100)
+    assert bool(terms.steps) == (total >= 140)
     assert terms.kept or not terms.steps
 
 
@@ -69,11 +69,11 @@ def test_where_its_state_may_not_be_kept_all_trials_are_thrown_away(tmp_path: Pa
 def test_the_race_costs_a_tenth_and_its_time_is_in_every_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     taken = steps_taken(monkeypatch)
     summary, events = train(make_recipe(tmp_path, AUTO, *LONG))
-    assert 100 < len(taken) <= 110
+    assert 140 < len(taken) <= 154
     assert summary["learning_rate_from"] == f"race of {len(summary['rates_tried'])}"
     assert 0 < summary["rate_seconds"] < 0.5 * summary["seconds"]
     told = [event for event in events if event["event"] == "train"]
-    assert [event["step"] for event in told] == list(range(1, 101))
+    assert [event["step"] for event in told] == list(range(1, 141))
     own = sum(event["step_seconds"] for event in told)
     assert summary["seconds"] == pytest.approx(own + summary["rate_seconds"], rel=0.01)
     assert told[0]["seconds"] > summary["rate_seconds"]
