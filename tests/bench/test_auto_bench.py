@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench" / "auto"))
 
-import tables  # noqa: E402 - a script, not a package
+import tables
 
 LOSSES = {1e-3: 2.2, 2e-3: 2.0, 4e-3: 2.1, 8e-3: 3.0}
 
