@@ -77,6 +77,16 @@ def test_equal_cost_is_a_longer_run():
     assert tables.against(cells, ("e2e@100", "ours k=0.9", 1), "ours", "loss", longer=True) == [], "no run so long"
 
 
+@pytest.mark.parametrize(("taught", "plain"), [
+    ("ours k=0.7 pruning.start=0.5", "ours"),
+    ("ours k=0.7 rows=240", "ours rows=240"),
+    ("flat k=0.7 kind=whole", "ours"),
+    ("ours kind=heal wide=16 at=1e-3 k=0.7", "ours kind=heal wide=16 at=1e-3"),
+])  # fmt: skip
+def test_a_teacher_is_held_against_the_same_without_one(taught, plain):
+    assert tables.untaught(taught) == plain
+
+
 def test_runs_of_others_are_counted_once():
     mine, longer = record(), record(task="e2e@400", method="dynlora")
     found = tables.with_baselines(

@@ -8,6 +8,9 @@ others say what the teacher is:
             latest   taken anew before every event
             whole    an unpruned run, `wide` times the budget (2 as ours begins), trained to its end first, its rate
                      lower by the root of how much wider it is than ours begins; there from the first step
+            heal     the unpruned run of `whole`, of 200 steps, was trained anyway: its components are cut to the budget
+                     in their SVD basis after the first step, and what is left is healed under it, as `dynlora prune
+                     --heal` does without a teacher; `rate` is the healing's, and `at` that of the unpruned run
     fade    1: k falls linearly to 0, from where the teacher comes in to the end of the run
     every   the teacher is asked at every n-th step only
     until   share of the run after which the teacher is not asked any more
@@ -30,6 +33,7 @@ from typing import Any
 import quality_methods
 import torch
 from quality_methods import Ground, Job, Result, _result, lay_ground, lora_config, rival
+from quality_tasks import base_name
 from torch import Tensor, nn
 
 from dynlora_cli.data.batches import Batch
@@ -60,20 +64,12 @@ class Teaching:
     until: float = 1.0
     rows: int = 0
     wide: int = 2
+    at: float = 0.0
 
     @classmethod
     def of(cls, method: str) -> Teaching:
         found = dict(part.split("=", 1) for part in method.split()[1:] if "." not in part.split("=")[0])
-        known: dict[str, type] = {
-            "k": float,
-            "kind": str,
-            "fade": int,
-            "every": int,
-            "until": float,
-            "rows": int,
-            "wide": int,
-        }
-        return cls(**{key: known[key](value) for key, value in found.items()})
+        return cls(**{key: type(getattr(cls, key))(value) for key, value in found.items()})
 
 
 def recipe_settings(method: str) -> tuple[str, ...]:
@@ -165,10 +161,15 @@ def put(layer: ComponentLinear, a: nn.Parameter, b: nn.Parameter) -> None:
 
 
 def train(ground: Ground, teaching: Teaching, taught: Factors | None = None) -> tuple[Result, Pool]:
-    """A run of ours with a teacher; `taught`: there from the first step."""
+    """A run of ours with a teacher; `taught`: there from the first step; where it heals, it begins as that."""
     recipe = ground.recipe
     pool, start = attach(ground.base, recipe.adapter, recipe.rank, recipe.seed)
     assert isinstance(pool, Pool)
+    if teaching.kind == "heal":
+        assert taught is not None
+        for mine, theirs in zip(pool.views(pool.values.detach()), taught, strict=True):
+            mine[0].copy_(theirs[0])
+            mine[1].copy_(theirs[1])
     modes = plan(recipe.train)
     accelerator = make_accelerator(recipe, Path(recipe.output_dir), modes)
     modes.apply(ground.base.model, pool)
@@ -210,20 +211,25 @@ def dynlora(job: Job, ground: Ground, work: Path) -> Result:
     """Ours; `flat` is ours that begins at its budget and keeps it."""
     teaching, taught, before = Teaching.of(job.method), None, 0.0
     if teaching.kind == "whole":
-        found, before = whole(job, work)
-        taught = found
+        taught, before = whole(job, work)
+    if teaching.kind == "heal":  # its run counts for nothing: both sides have it
+        taught, _ = whole(replace(job, task=base_name(job.task), rate=teaching.at * (teaching.wide / 2) ** 0.5), work)
     result, _ = train(ground, teaching, taught)
     return result | {"before_cpu": round(before, 3)}
 
 
 def whole(job: Job, work: Path) -> tuple[Factors, float]:
-    """The teacher that is trained to its end first: as wide as ours begins, never pruned; and its CPU seconds."""
+    """The teacher that is trained to its end first, never pruned; and its CPU seconds. Kept in the work folder."""
     teaching = Teaching.of(job.method)
     wide, rate = teaching.wide * job.budget, job.rate * (2 / teaching.wide) ** 0.5
-    ground = lay_ground(Job(job.task, f"flat rank.init={wide}", wide, rate, job.seed), work, [])
-    ground = few_rows(ground, teaching.rows)
-    result, pool = train(ground, Teaching())
-    return factors_of(pool), result["cpu"]
+    rows = teaching.rows if teaching.kind == "whole" else 0  # whoever heals may have few rows of what was learned from
+    kept = work / f"{job.task}-{wide}-{rate:.3e}-{job.seed}-{rows}.pt"
+    if not kept.exists():
+        ground = lay_ground(Job(job.task, f"flat rank.init={wide}", wide, rate, job.seed), work, [])
+        result, pool = train(few_rows(ground, rows), Teaching())
+        torch.save((factors_of(pool), result["cpu"], result["loss"]), kept)
+    factors, cpu, _ = torch.load(kept)
+    return factors, cpu
 
 
 def lora(job: Job, ground: Ground, work: Path) -> Result:  # noqa: ARG001
@@ -241,15 +247,18 @@ def few_rows(ground: Ground, rows: int) -> Ground:
     return replace(ground, data=data, train=make_batches(ground.recipe, data.train, ground.base, shuffle=True))
 
 
+# A cut in the SVD basis, whose components go after the first step; the rate stays as it is given.
+HEAL = " rank.init={} pruning.policy=magnitude pruning.start=0 pruning.end=0.01 pruning.events=1 pruning.lr_coupling=0"
 METHODS = {"ours": dynlora, "flat": dynlora, "lora": lora}
 
 
 def run(job: Job, work: Path) -> Result:
     torch.manual_seed(job.seed)
-    name = job.method.split()[0]
-    laid = replace(job, method=f"{job.method} rank.init={job.budget}") if name == "flat" else job
+    name, teaching = job.method.split()[0], Teaching.of(job.method)
+    more = {"flat": f" rank.init={job.budget}", "heal": HEAL.format(teaching.wide * job.budget)}
+    laid = replace(job, method=job.method + more.get(teaching.kind, more.get(name, "")))
     try:
-        ground = few_rows(lay_ground(laid, work, []), Teaching.of(job.method).rows)
+        ground = few_rows(lay_ground(laid, work, []), teaching.rows)
         return METHODS[name](job, ground, work)
     except MeasureError:
         return {"loss": float("inf")}

@@ -18,7 +18,6 @@ from quality_tables import Cell, Chosen, choose, table
 from quality_tasks import base_name, find_task
 
 Record = dict[str, Any]
-RIVALS = ("ours", "lora")
 HEAD = [
     "task",
     "steps",
@@ -30,8 +29,8 @@ HEAD = [
     "teacher's `val`",
     "seeds",
     "cost",
-    "to ours, equal steps",
-    "to ours, equal cost",
+    "to ours without, equal steps",
+    "to ours without, equal cost",
     "to LoRA, equal cost",
 ]
 
@@ -54,6 +53,15 @@ def with_baselines(records: list[Record], measured: Iterable[Record]) -> list[Re
 
 def _key(record: Record) -> tuple[Any, ...]:
     return (record["task"], record["method"], record["budget"], f"{record['rate']:.3e}", record["seed"])
+
+
+def untaught(method: str) -> str:
+    """Ours without a teacher and with the usual schedule, on the same rows and from the same start."""
+    name, *settings = method.split()
+    kept = [each for each in settings if each.startswith("rows=")]
+    if "kind=heal" in settings:
+        kept = [each for each in settings if not each.startswith("k=")]
+    return " ".join(["ours" if name == "flat" else name, *kept])
 
 
 def cost(run: Record) -> float:
@@ -119,11 +127,11 @@ def lines(records: Iterable[Record], key: str) -> list[list[str]]:
     found = []
     for cell in sorted(cells, key=place):
         chosen, (task, method, budget) = cells[cell], cell
-        taught = "k=" in method
+        taught, rival = "k=" in method, untaught(method)
         others = [
-            against(cells, cell, "ours", key, longer=False) if method != "ours" else [],
-            against(cells, cell, "ours", key, longer=True) if taught else [],
-            against(cells, cell, "lora", key, longer=True) if method != "lora" else [],
+            against(cells, cell, rival, key, longer=False) if method != rival else [],
+            against(cells, cell, rival, key, longer=True) if taught else [],
+            against(cells, cell, "lora", key, longer=True) if "=" not in rival and method != "lora" else [],
         ]
         found.append(
             [
