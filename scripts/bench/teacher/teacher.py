@@ -2,6 +2,7 @@
 
     python scripts/bench/teacher/teacher.py at --tasks e2e --methods "ours;ours k=0.7" --budgets 1 --rates 4e-3 --seeds 0,1
     python scripts/bench/teacher/teacher.py tune --tasks e2e@800 --methods "ours k=0.7" --budgets 1,2 --seeds 0,1,2
+    python scripts/bench/teacher/teacher.py baselines     # runs without a teacher, from the results of quality.py
     python scripts/bench/teacher/teacher.py table
 
 A task is one of quality.py's, `e2e@800` the same with so many steps. `at` runs at the rates given, `tune` chooses the
@@ -44,14 +45,20 @@ def measure(cell: quality.Cell, rate: float, seed: int, results: Path, work: Pat
     return float(record["loss"])
 
 
-def baselines() -> list[quality.Record]:
-    """The lines of quality.py, of runs of the usual length and of longer ones."""
-    return [line for path in BASELINES for line in quality.read_results(path)]
+def take_baselines(results: Path) -> None:
+    """Copy the runs without a teacher that quality.py made of our tasks and ranks, and that are not there yet."""
+    from teacher_tables import missing
+
+    records = quality.read_results(results)
+    with results.open("a", encoding="utf-8") as file:
+        for path in BASELINES:
+            for record in missing(records, quality.read_results(path)):
+                file.write(json.dumps({**record, "from": path.name}) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["at", "tune", "table"])
+    parser.add_argument("stage", choices=["at", "tune", "baselines", "table"])
     parser.add_argument("--tasks", default="e2e,svamp")
     parser.add_argument("--methods", default="ours;ours k=0.7")
     parser.add_argument("--budgets", default="1")
@@ -60,10 +67,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("out/teacher"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.stage == "baselines":
+        take_baselines(options.results)
+        return 0
     if options.stage == "table":
         from teacher_tables import results
 
-        text = results(quality.read_results(options.results), baselines())
+        text = results(quality.read_results(options.results))
         options.results.with_suffix(".md").write_text(text, encoding="utf-8")
         return 0
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")

@@ -35,10 +35,10 @@ HEAD = [
 ]
 
 
-def with_baselines(records: list[Record], measured: Iterable[Record]) -> list[Record]:
-    """Add the runs without a teacher that were measured elsewhere (quality.jsonl, quality_long.jsonl), of our tasks.
+def missing(records: list[Record], measured: Iterable[Record]) -> list[Record]:
+    """Runs without a teacher that were measured elsewhere, of our tasks and ranks, and are not there yet.
 
-    A run that is in both counts once: same code, same seed, same loss.
+    Same code, same seed, same loss: they need not be run again.
     """
     wanted = {(base_name(record["task"]), record["budget"]) for record in records}
     names = {"dynlora": "ours", "lora": "lora"}
@@ -48,7 +48,7 @@ def with_baselines(records: list[Record], measured: Iterable[Record]) -> list[Re
         for record in measured
         if record["method"] in names and (base_name(record["task"]), record["budget"]) in wanted
     ]
-    return records + [record for record in others if _key(record) not in known]
+    return [record for record in others if _key(record) not in known]
 
 
 def _key(record: Record) -> tuple[Any, ...]:
@@ -151,9 +151,8 @@ def lines(records: Iterable[Record], key: str) -> list[list[str]]:
     return found
 
 
-def results(records: list[Record], measured: Iterable[Record]) -> str:
-    """teacher.md; `measured`: the lines of quality.py, whose runs without a teacher are used as they are."""
-    records = with_baselines(records, measured)
+def results(records: list[Record]) -> str:
+    """teacher.md."""
     head = (
         "# A teacher from the run itself\n\nMade by `python scripts/bench/teacher/teacher.py table` from teacher.jsonl: "
         f"{len(records)} runs. What the columns mean: teacher_tables.py; the methods: teacher_methods.py.\n"
