@@ -22,7 +22,7 @@ from dynlora_cli.models.load import Base, quantized_to, resolve_dtype
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.bytes_budget import beside
 from dynlora_cli.pruning.schedule import Schedule
-from dynlora_cli.training.batches import total_steps, training_batches
+from dynlora_cli.training.batches import passes_note, total_steps, training_batches
 from dynlora_cli.training.components import attach, left_out, plan_ranks
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
@@ -51,7 +51,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     files = BaseFiles.find(recipe.model, planning=True)
     data = read_data(recipe, files)
     base = read_base(recipe, files, data, torch.device("meta"), modes)
-    steps = total_steps(recipe, training_batches(recipe, data, base))
+    batches = training_batches(recipe, data, base)
+    steps = total_steps(recipe, batches)
+    data.notes += passes_note(recipe.train, batches)
     found: dict[str, Any] = {
         "recipe_yaml": to_yaml(recipe),
         "example": show_example(data.train[0], files.tokenizer, data.labels),

@@ -37,7 +37,8 @@ def same_recipe(folder: Path, recipe: Recipe) -> None:
     # Read by today's rules: keys that are younger than the run have the values that they had in its time.
     before = flat(fits(recipe_form(record["recipe"]), record["recipe"], path).model_dump(mode="json"))
     now = flat(recipe.model_dump(mode="json"))
-    differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
+    free = (*FREE_ON_RESUME, "train.epochs") if recipe.train.max_steps is not None else FREE_ON_RESUME
+    differing = [key for key in now | before if before.get(key) != now.get(key) and not key.startswith(free)]
     if differing:
         lines = "\n".join(f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted(differing))
         raise UsageError(

@@ -242,8 +242,9 @@ class Train(Section):
     objective: Annotated[str, PlugIn("objectives")] = plugins.OBJECTIVE
     """What is learned from the rows: sft from right answers, dpo and orpo from two of which one is better, kto from
     answers that are good or bad."""
-    epochs: Count = 1
-    """Passes over the training rows."""
+    epochs: Count | Literal["auto"] = "auto"
+    """Passes over the training rows; auto: as many as make 1,000 steps, 1 to 4 of them. Where that is more than one,
+    the adapter is the best of those that were measured."""
     max_steps: Count | None = None
     """Optimizer steps; where set, it decides instead of `epochs`."""
     micro_batch_size: Count = 8

@@ -12,13 +12,18 @@ from dynlora_cli.data.examples import Example
 from dynlora_cli.data.packing_check import packed_mask_dtype
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.load import Base
+from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.sections import Train
     from dynlora_cli.data.load import Data
     from dynlora_cli.data.mix import Span
+
+# Of a run that chooses its length: steps that it makes if that takes no more than so many passes over the rows.
+ENOUGH_STEPS, MOST_PASSES = 1000, 4
 
 
 def training_batches(recipe: Recipe, data: Data, base: Base, accelerator: Accelerator | None = None) -> Batches:
@@ -70,7 +75,33 @@ def make_batches(
 
 def total_steps(recipe: Recipe, batches: Batches) -> int:
     """Optimizer steps of the whole run."""
-    return recipe.train.max_steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
+    return recipe.train.max_steps or passes(recipe.train, batches.steps_per_epoch) * batches.steps_per_epoch
+
+
+def passes(train: Train, steps_per_epoch: int) -> int:
+    """Passes over the training rows, where `train.max_steps` does not decide: `train.epochs`.
+
+    Left open, small data come up a few times, and large ones once: a few hundred steps are what it takes to learn
+    anything, and rows that were seen four times teach little more (scripts/bench/NOTES.md).
+    """
+    if train.epochs != "auto":
+        return train.epochs
+    return min(MOST_PASSES, max(1, -(-ENOUGH_STEPS // steps_per_epoch)))
+
+
+def passes_note(train: Train, batches: Batches) -> list[str]:
+    """What to say of a run that chose its length."""
+    if not chose_passes(train):
+        return []
+    often, steps = passes(train, batches.steps_per_epoch), batches.steps_per_epoch
+    rows = counted(len(batches.examples), "row")
+    best = "; the adapter is the best of those that are measured on the way" if often > 1 else ""
+    return [f"train.epochs: auto is {counted(often, 'pass', 'passes')} over {rows}, {often * steps} steps{best}"]
+
+
+def chose_passes(train: Train) -> bool:
+    """Whether how long the run is was left open."""
+    return train.epochs == "auto" and train.max_steps is None
 
 
 def on_device(recipe: Recipe, accelerator: Accelerator, base: Base, examples: list[Example]) -> list[Batch]:

@@ -17,6 +17,7 @@ from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
 from dynlora_cli.rounding.floats import changed, rounded
 from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.training.batches import chose_passes
 from dynlora_cli.training.checkpoint import fault_in, read_state, restore
 from dynlora_cli.training.routers import options_of
 from dynlora_cli.training.run import Run
@@ -60,12 +61,14 @@ def write_adapter_of(training: Run, pool: Pool, folder: Path, dtype: str = FULL)
 
 
 def settle_root(folder: Path, training: Run) -> str:
-    """Bring the run to what its root is to hold: the best state where early stopping is on, else the last.
+    """Bring the run to what its root is to hold: the best state where early stopping is on or the run chose its length.
 
     Returns:
         "best" or "last".
     """
-    best = run_folder.pointed(folder, "best") if training.recipe.eval.early_stopping_patience is not None else None
+    several = chose_passes(training.recipe.train) and training.total_steps > training.batches.steps_per_epoch
+    keeps = several or training.recipe.eval.early_stopping_patience is not None
+    best = run_folder.pointed(folder, "best") if keeps else None
     if best is not None and (fault := fault_in(best, run_folder.read_record(folder))):
         training.note(f"{best} {fault}; the adapter is that of the last step instead")
         best = None

@@ -58,7 +58,7 @@ pruning:
   lr_coupling: 0.5
   events: auto
   tolerance: null
-train: {epochs: 1, max_steps: null, micro_batch_size: 8, gradient_accumulation_steps: 1, learning_rate: auto,
+train: {epochs: auto, max_steps: null, micro_batch_size: 8, gradient_accumulation_steps: 1, learning_rate: auto,
         lr_scheduler: cosine, warmup_ratio: 0.03, weight_decay: 0.0, max_grad_norm: 1.0, gradient_checkpointing: false, fused: true,
         optimizer: adamw, log_steps: 10, save_steps: null, report_to: []}
 eval: {steps: null, max_samples: null, early_stopping_patience: null}

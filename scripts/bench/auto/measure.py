@@ -31,7 +31,7 @@ from dynlora_cli.errors import MeasureError  # noqa: E402
 from dynlora_cli.evaluation.held_out_loss import row_sums  # noqa: E402
 from dynlora_cli.execution.mode import plan  # noqa: E402
 from dynlora_cli.models.base_files import BaseFiles  # noqa: E402
-from dynlora_cli.training import loop  # noqa: E402
+from dynlora_cli.training import loop, step  # noqa: E402
 from dynlora_cli.training.batches import make_batches  # noqa: E402
 from dynlora_cli.training.components import attach  # noqa: E402
 from dynlora_cli.training.setup import make_accelerator, make_run, read_base, read_data  # noqa: E402
@@ -89,19 +89,24 @@ def measure(record: Record, work: Path) -> Record:
     training.samples = ()
     if training.control.loss_now is not None:
         training.control.loss_now = None
+    taken, one = [], step._step
+    step._step = lambda *arguments: (taken.append(1), one(*arguments))[1]  # those of trials are counted too
     events: list[Record] = []
     training.emit = events.append
     began = time.process_time()
     try:
         loop.fit(training)
     except MeasureError:
+        step._step = one
         return {"loss": math.inf, "cpu": round(time.process_time() - began, 1)}
-    cpu = time.process_time() - began
+    cpu, step._step = time.process_time() - began, one
     losses = [e["loss"] for e in events if e["event"] == "train"]
     # Of a real model the last training losses must do, on the same batches at every rate.
     measured = {"loss": round(sum(losses[-8:]) / len(losses[-8:]), 5)}
-    if not record["model"]:
+    if not record["model"] and not record["rows"]:
         measured = {"loss": _loss(base.model, validating), "test": _loss(base.model, testing)}
+    elif record["rows"]:
+        measured = {"loss": _loss(base.model, validating)}
     return {
         **measured,
         "parameters": pool.parameters,
@@ -109,6 +114,9 @@ def measure(record: Record, work: Path) -> Record:
         "done": training.progress.step,
         "steps_per_epoch": training.batches.steps_per_epoch,
         "rate_used": training.progress.learning_rate,
+        "rate_from": training.progress.rate_from,
+        "rates_tried": training.progress.rates_tried,
+        "thrown_away": len(taken) - training.progress.step,
         "average_rank": round(start.rank_of(pool.parameters), 2),
         "trace": [round(e["loss"], 5) for e in events if e["event"] == "train"][:TRACE],
         "evaluations": [[e["step"], round(e["loss"], 5)] for e in events if e["event"] == "eval"],

@@ -1,0 +1,46 @@
+"""`train.epochs: auto`: how often rows come up where nothing says it, and which adapter such a run keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_run import make_recipe, train
+
+from dynlora_cli.config.resume import same_recipe
+from dynlora_cli.errors import UsageError
+from dynlora_cli.training.batches import passes
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(8, 4), (200, 4), (2000, 4), (2800, 3), (4000, 2), (8000, 1), (50_000, 1), (5_000_000, 1)]
+)
+def test_few_rows_come_up_four_times_and_many_once(tmp_path: Path, rows: int, expected: int):
+    options = make_recipe(tmp_path).train
+    assert options.epochs == "auto"
+    assert passes(options, -(-rows // 8)) == expected
+    assert passes(options.model_copy(update={"epochs": 7}), -(-rows // 8)) == 7
+
+
+@pytest.mark.slow
+def test_a_run_that_chose_its_length_says_so_and_keeps_the_best(tmp_path: Path):
+    """At such a rate it learns 32 rows by heart, and is worse at the end than it was on the way."""
+    rate = "train.learning_rate=0.03"
+    summary, events = train(make_recipe(tmp_path, "train.max_steps=null", rate))
+    assert summary["steps"] == 4 * 8
+    told = [event["text"] for event in events if event["event"] == "note"] + events[0].get("notes", [])
+    assert any("train.epochs: auto is 4 passes over 32 rows, 32 steps" in text for text in told)
+    losses = {event["step"]: event["loss"] for event in events if event["event"] == "eval" and event["step"]}
+    met = min(event["step"] for event in events if event["event"] == "eval" and event["best"])
+    assert summary["adapter"] == "best"
+    assert summary["loss_after"] == min(loss for step, loss in losses.items() if step >= met)
+
+
+def test_a_run_with_a_number_of_steps_is_as_it_was(tmp_path: Path):
+    one, events = train(make_recipe(tmp_path))
+    assert (one["steps"], one["adapter"]) == (12, "last")
+    assert not any("train.epochs" in str(event) for event in events if event["event"] == "note")
+    other = make_recipe(tmp_path, "train.epochs=1")  # the default of older versions
+    same_recipe(tmp_path / "out", other)
+    with pytest.raises(UsageError, match="max_steps: 12 then"):
+        same_recipe(tmp_path / "out", make_recipe(tmp_path, "train.max_steps=null"))
