@@ -102,6 +102,14 @@ def updates() -> str:
     return table(["method", "loss in the end", "forgotten", "seeds"], lines)
 
 
+def out_of_the_box() -> str:
+    """dynlora with nothing set and what other tools ship, against the best of a sweep, on a real model."""
+    page = (BENCH / "REAL.md").read_text(encoding="utf-8")
+    rows = rows_of(page.split("## Against the best of a sweep")[1].split("\n## ")[0])
+    kept = [r for r in rows if "@" not in r[""] and re.match("dynlora|.*(as shipped|with our batch)$", r[""])]
+    return table(list(rows[0]), (list(row.values()) for row in kept)) if rows else ""
+
+
 def three(text: str) -> str:
     """Every number of a text with three digits behind the point, its sign kept."""
     return re.sub(
@@ -144,6 +152,7 @@ BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("performance.md", "memory"): memory,
     ("benchmarks.md", "equal"): lambda: against(EQUAL),
     ("benchmarks.md", "larger"): lambda: against(LARGER),
+    ("benchmarks.md", "box"): out_of_the_box,
     ("benchmarks.md", "afterwards"): afterwards,
     ("benchmarks.md", "updates"): updates,
     **{

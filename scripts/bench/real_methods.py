@@ -138,8 +138,7 @@ def _train_stock(job: Job, work: Path, folder: Path) -> Result:
     with clock() as load:
         recipe = recipe_for(job, work, "val", shipped)
         data, base = _read(recipe)
-        if shipped.packed:
-            recipe = recipe_for(job, work, "val", unpacked(shipped, [len(row.lines[0]) for row in data.train]))
+        recipe = recipe_for(job, work, "val", in_eights(shipped, [len(row.lines[0]) for row in data.train]))
         torch.manual_seed(job.seed)
         model = peft.get_peft_model(base.model, _config(job, shipped))
     batches = make_batches(recipe, data.train, base, shuffle=True)
@@ -162,14 +161,19 @@ def _train_stock(job: Job, work: Path, folder: Path) -> Result:
     }
 
 
-def unpacked(shipped: Tool, tokens: list[int]) -> Tool:
-    """The same steps without packing: as many rows as fill a packed step.
+def in_eights(shipped: Tool, tokens: list[int]) -> Tool:
+    """The same steps in forward passes of 8 rows, not packed: what a CPU does fastest, for everybody.
 
-    Packed rows do not see each other, and a step's loss is the mean over its tokens, so packing decides how many rows
-    make a step and nothing else; on a CPU it would cost attention over whole lines.
+    A step's loss is the mean over its tokens, and packed rows do not see each other: packing and the size of a pass decide
+    how many rows make a step, and nothing else of what is learned.
+
+    Args:
+        tokens: of each row.
     """
-    steps = math.ceil(sum(tokens) / (shipped.rows * shipped.accumulation * shipped.packed))
-    return replace(shipped, rows=8, accumulation=math.ceil(len(tokens) / steps / 8), packed=0)
+    rows = shipped.rows * shipped.accumulation
+    if shipped.packed:  # as many rows as fill the lines of a step
+        rows = math.ceil(len(tokens) / math.ceil(sum(tokens) / (rows * shipped.packed)))
+    return replace(shipped, rows=8, accumulation=math.ceil(rows / 8), packed=0)
 
 
 def _config(job: Job, shipped: Tool) -> peft.LoraConfig:

@@ -85,9 +85,9 @@ def best_of(lines: Sequence[Record]) -> Record | None:
     return min(finite, key=lambda line: line["loss"]) if finite else None
 
 
-def finished(records: Sequence[Record], task: str) -> bool:
-    """Whether every rank of the sweep has its best rate inside its grid."""
-    for rank in SWEEP:
+def finished(records: Sequence[Record], task: str, ranks: Sequence[int] = SWEEP) -> bool:
+    """Whether each of these ranks of the sweep has its best rate inside its grid."""
+    for rank in ranks:
         lines = sweep(records, task, (rank,))
         best = best_of(lines)
         if best is None or not min(r["rate"] for r in lines) < best["rate"] < max(r["rate"] for r in lines):
@@ -207,7 +207,7 @@ def details(records: Sequence[Record], task: str) -> str:
 
 def draw(records: Sequence[Record]) -> str:
     """Bars: percent above the best of the sweep, mean over tasks with a dot for each; empty where nothing can be compared."""
-    references = {t: best for t in TASKS if finished(records, t) and (best := best_of(sweep(records, t)))}
+    references = {t: best for t in TASKS if finished(records, t, (16,)) and (best := best_of(sweep(records, t)))}
     runs = {task: chosen(records, task) for task in references}
     ours = next(
         (m for m in (("dynlora", 0), ("dynlora@before", 0)) if any(m in found for found in runs.values())), None
@@ -221,8 +221,11 @@ def draw(records: Sequence[Record]) -> str:
             cost = sum(spent(runs[t][method][0]) for t in references) / sum(sweep_cost(records, t) for t in references)
             name = "dynlora, nothing set" if method == ours else TOOLS[method[0]]
             shown.append(Bar(name, points, f"{100 * cost:.0f} %", strong=method == ours))
+    sets = f"{len(references)} data sets (dots)" if len(references) > 1 else f"the data set {next(iter(references))}"
+    if not all(finished(records, task) for task in references):
+        sets += ", sweeps unfinished"
     return bars(
         sorted(shown, key=lambda bar: mean(bar.points)),
         "Held-out loss, percent above the best LoRA of a sweep over rank and rate",
-        f"SmolLM2-135M-Instruct, {len(references)} data sets (dots), the same rows once; right: CPU time, of the sweep's",
+        f"SmolLM2-135M-Instruct, {sets}, the same rows once; right: CPU time, of the sweep's",
     )

@@ -54,10 +54,15 @@ def test_our_batch_changes_nothing_else():
     assert tools.needs_our_batch("ms-swift")
 
 
-def test_a_packed_step_is_as_many_rows_as_fill_it():
-    found = methods.unpacked(tools.TOOLS["axolotl"], [100] * 320)
-    assert found.rows * found.accumulation == 80, "4 steps of 8192 tokens"
-    assert not found.packed
+def test_a_step_has_the_rows_that_the_tool_gives_it():
+    def rows(name, tokens):
+        found = methods.in_eights(tools.TOOLS[name], tokens)
+        return found.rows * found.accumulation
+
+    assert rows("axolotl", [100] * 320) == 80, "4 packed steps of 8192 tokens"
+    assert {name: rows(name, [100] * 320) for name in ("llamafactory", "ms-swift", "torchtune", "tinker")} == {
+        "llamafactory": 8, "ms-swift": 16, "torchtune": 32, "tinker": 128,
+    }  # fmt: skip
 
 
 @pytest.mark.shared
@@ -131,3 +136,7 @@ def test_the_picture_has_a_bar_for_ours_and_for_each_tool(tmp_path):
     assert "prefers-color-scheme:dark" in drawn
     assert drawn.index("dynlora, nothing set") < drawn.index("axolotl")
     assert "-3.0 %" in picture.bars([picture.Bar("a", [-3.0], "", strong=True)], "t", "b")
+
+
+def test_the_committed_page_is_made_from_the_committed_lines():
+    assert (BENCH / "REAL.md").read_text("utf-8") == tables.page(real.read(BENCH / "real.jsonl"))
