@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from dynlora_cli.training.run import Run
 
-AT, RANK, WIDTH, WEIGHT, STEPS = 3e-3, 16, 192, 0.1, 200
-OF_RANK, OF_WIDTH, OF_WEIGHTS, OF_STEPS = -0.5, -0.5, 0.6, -0.2
+AT, RANK, WIDTH, WEIGHT, STEPS = 2.7e-3, 16, 192, 0.1, 200
+OF_RANK, OF_WIDTH, OF_WEIGHTS, OF_STEPS = -0.5, -0.55, 0.5, -0.2
 SHORTEST = 30  # steps: below, the rate rises no further
 USUAL_WEIGHT = 0.025  # of models of billions of weights
 LOWEST, HIGHEST = 1e-6, 0.1

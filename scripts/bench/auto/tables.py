@@ -121,7 +121,7 @@ def curve_table(records: list[Record]) -> str:
         if model not in MODELS:
             continue
         guess = rate_for(16, *MODELS[model], steps=steps)
-        listed = ", ".join(f"{loss:.4f} at {rate:.0e}" for rate, loss in sorted(losses.items()))
+        listed = ", ".join(f"{loss:.4f} at {rate:.1e}" for rate, loss in sorted(losses.items()))
         best = min(losses, key=losses.__getitem__)
         lines.append(
             f"| {task} | {model} | {steps} | {listed} | {best:.1e} | {guess:.1e} | {excess(losses, guess):.2f} % |"
