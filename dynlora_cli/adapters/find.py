@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
@@ -13,6 +14,7 @@ from dynlora_cli.text import to_type
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PACKED, PACKED_WEIGHTS = "adapter_packed.json", "adapter_packed.safetensors"  # see adapters/packed/archive.py
 ROUTER = "router.json"  # of a trained router over adapters, see adapters/routed.py
 ROUTER_WEIGHTS = "router.safetensors"
 ORIGIN = "adapter.from"  # the key of a recipe that names an adapter to go on from
@@ -43,7 +45,7 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
         raise UsageError(
             f"{path} holds several adapters side by side: {_names(others)}", f"name one: {said} {others[0]}"
         )
-    names = (RECORD, CONFIG, ROUTER)
+    names = (RECORD, CONFIG, ROUTER, PACKED)
     files = [file for name in names for file in path.rglob(name) if not _is_part(file.parent)]
     records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
     if (best := _best_of_sweep(path)) and (found := _in_folder(best)):
@@ -80,7 +82,7 @@ def find_origin(path: Path, out: Path) -> Path:
             f"{ORIGIN}: {folder} lies in the output folder {out}, which the new run would replace",
             "name another folder in output_dir: both versions stay, and a later one can leave either of them out",
         )
-    config = {} if (folder / ROUTER).is_file() else read_object(folder / CONFIG)
+    config = {} if (folder / ROUTER).is_file() else config_in(folder)
     kind = str(config.get("peft_type")).upper()
     if not config or kind == "XLORA":
         text = "a router over adapters, which is no sum of components"
@@ -91,6 +93,23 @@ def find_origin(path: Path, out: Path) -> Path:
             f"{ORIGIN}: {folder} is a {name}, whose components do not add up to its update", merge_first(folder)
         )
     return folder
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed adapter, and not one as PEFT has it as well."""
+    return (folder / PACKED).is_file() and not (folder / CONFIG).is_file()
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter's folder; of a packed one that of what it unpacks to.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if not is_packed(folder):
+        return read_object(folder / CONFIG)
+    config = read_object(folder / PACKED).get("adapter_config")
+    return config if isinstance(config, dict) else {}
 
 
 def merge_first(folder: Path) -> str:
@@ -133,7 +152,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
-    if (folder / CONFIG).is_file() or (folder / ROUTER).is_file():
+    if any((folder / name).is_file() for name in (CONFIG, ROUTER, PACKED)):
         return folder, None
     named = [(name, pointed(folder, name)) for name in ("best", "last")]
     named += [("newest whole", checkpoint) for checkpoint in reversed(step_folders(folder))]

@@ -20,9 +20,10 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters import mlx as mlx_adapter
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.births import born_of
-from dynlora_cli.adapters.find import CONFIG, WEIGHTS, damage, find_adapter
+from dynlora_cli.adapters.find import CONFIG, PACKED, PACKED_WEIGHTS, WEIGHTS, damage, find_adapter, is_packed
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.adapters.numbers import check_numbers
+from dynlora_cli.adapters.packed import archive
 from dynlora_cli.adapters.routed import is_routed, read_routed
 from dynlora_cli.adapters.token_rows import TOKEN_ADAPTER, token_rows
 from dynlora_cli.adapters.xlora import is_xlora, read_xlora
@@ -55,9 +56,14 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
             raise no_single_update(folder)
         read = read_routed if in_ours else read_xlora
         return read(folder, lambda own: read_adapter(own, base), _record_of(folder), note)
-    config, mlx = _read_config(folder / CONFIG)
-    file = folder / (mlx_adapter.FILE if mlx else WEIGHTS)
-    tensors = _read_tensors(file)
+    if is_packed(folder):
+        mlx, file = False, folder / PACKED_WEIGHTS
+        config, tensors = archive.read(folder, _read_tensors(file))
+        config, _ = _checked(config, folder / PACKED)
+    else:
+        config, mlx = _checked(read_object(folder / CONFIG), folder / CONFIG)
+        file = folder / (mlx_adapter.FILE if mlx else WEIGHTS)
+        tensors = _read_tensors(file)
     found = sorted_tensors(mlx_adapter.peft_tensors(tensors, file) if mlx else tensors, file)
     if mlx:
         found.notes.append("an adapter of mlx-lm's")
@@ -115,9 +121,8 @@ def _model_type(adapter: Adapter, base: str | None) -> str:
     return str(recorded or "")
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
-    """adapter_config.json as PEFT writes it, and whether it was mlx-lm's."""
-    config = read_object(path)
+def _checked(config: dict[str, Any], path: Path) -> tuple[dict[str, Any], bool]:
+    """adapter_config.json, of a file, as PEFT writes it, and whether it was mlx-lm's."""
     mlx = mlx_adapter.is_of_mlx(config)
     if mlx:
         config = mlx_adapter.peft_config(config, path)

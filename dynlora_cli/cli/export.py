@@ -15,7 +15,7 @@ To = Annotated[
     typer.Option(
         metavar="FORM",
         autocompletion=plug_ins("exporters"),
-        help="peft, uniform, vllm, sglang, tgi, lorax, mlx, gguf, ollama, merged or merged-gguf; "
+        help="peft, uniform, vllm, sglang, tgi, lorax, mlx, gguf, ollama, merged, merged-gguf or packed; "
         "vllm-library of a library.",
         show_default=False,
     ),

@@ -181,7 +181,8 @@ def _write_checked(
     """Write one adapter and read it back; what the exporter tells of it, and how well it agrees with its source."""
     facts = exporter.write(job, folder)
     _write_reading(job, place, folder)
-    return facts, _check(job, exporter, place, folder, MAX_KL[job.outtype] if max_kl is None else max_kl, source)
+    most = getattr(exporter, "MAX_KL", MAX_KL[job.outtype]) if max_kl is None else max_kl
+    return facts, _check(job, exporter, place, folder, most, source)
 
 
 def _rounding(source: Adapter, job: Job) -> dict[str, Any]:
@@ -297,11 +298,8 @@ def _check(
         return {"max_logit_difference": None, "max_weight_difference": difference}
     rows = rows_to_compare(job.adapter, place)
     reference = adapted_predictions(source, place, rows)
-    rounding = (
-        ROUNDING[job.outtype if job.dtype == FULL else job.dtype]
-        if isinstance(found, Adapter)
-        else max(ROUNDING[job.outtype], ROUNDING["bf16"])
-    )
+    of_files = getattr(exporter, "ROUNDING", ROUNDING[job.outtype if job.dtype == FULL else job.dtype])
+    rounding = of_files if isinstance(found, Adapter) else max(of_files, ROUNDING["bf16"])
     measured = agreement(reference, _predictions(found, job, place, rows), rows, rounding)
     if math.isnan(max_kl) or measured.kl > max_kl:
         raise MeasureError(

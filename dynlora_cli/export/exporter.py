@@ -14,6 +14,9 @@
         names in the base, or the folder of a whole model. The command computes logits with it and compares them with
         those of the source.
 
+    MAX_KL = 0.5, ROUNDING = 0.25
+        Optional: nats per token by which it may differ where nobody says otherwise, and by how much it rounds.
+
     OUTTYPE = True
         Optional: it writes a GGUF model, and `--outtype` says in which number format.
 

@@ -1,0 +1,1 @@
+"""An adapter in a few bits a number, to be sent and stored; `dynlora export --to peft` unpacks it."""

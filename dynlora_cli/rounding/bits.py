@@ -1,0 +1,89 @@
+"""How many bits each component gets: those of much energy more, those of little none.
+
+Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): for the least squared error at a given
+rate, all components are left with the same error a bit more would save, so that bits rise with log2 σ, and what lies
+below the water is dropped. Here the errors are not those of a formula but measured, at every number of bits.
+
+In SVD form the errors of components add up: they are orthogonal.
+
+Dimensions: C components of a layer, K of all layers, B numbers of bits from 0, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.rounding.codes import MOST_BITS, bytes_of, quantized, restored
+
+Pair = tuple[Tensor, Tensor]  # a_CI and b_OC
+
+
+class Costs(NamedTuple):
+    """What each component of a layer is at every number of bits.
+
+    Attributes:
+        errors_CB: ‖b'a'ᵀ - b aᵀ‖².
+        bytes_B: bytes that it takes.
+    """
+
+    errors_CB: Tensor
+    bytes_B: Tensor
+
+
+def balanced(a_CI: Tensor, b_OC: Tensor) -> Pair:
+    """The same components with both vectors of a length."""
+    ratio_C = (b_OC.norm(dim=0) / a_CI.norm(dim=1).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
+    return a_CI * ratio_C[:, None], b_OC / ratio_C
+
+
+def costs(a_CI: Tensor, b_OC: Tensor) -> Costs:
+    """Errors and sizes of a layer's components, whose vectors are balanced."""
+    whole_C = a_CI.square().sum(1) * b_OC.square().sum(0)
+    errors = [whole_C]
+    for bits in range(1, MOST_BITS + 1):
+        a, b = through(a_CI, bits), through(b_OC.T, bits)
+        both_C = (a * a_CI).sum(1) * (b * b_OC.T).sum(1)
+        errors.append((a.square().sum(1) * b.square().sum(1) - 2 * both_C + whole_C).clamp(min=0))
+    sizes = [bytes_of(a_CI.shape[1], bits) + bytes_of(b_OC.shape[0], bits) for bits in range(MOST_BITS + 1)]
+    return Costs(torch.stack(errors, 1).double(), torch.tensor(sizes, dtype=torch.float64))
+
+
+def through(x_VN: Tensor, bits: int) -> Tensor:
+    """Vectors as they come back from so many bits; zeros from none."""
+    return restored(*quantized(x_VN, bits), bits) if bits else torch.zeros_like(x_VN)
+
+
+def share_out(layers: Mapping[str, Costs], limit: int) -> dict[str, list[int]]:
+    """Bits of every component, with the smallest squared error that a number of bytes allows.
+
+    Args:
+        layers: costs by layer.
+        limit: bytes of all components.
+
+    Raises:
+        UsageError: not even one component at one bit is within it.
+    """
+
+    def at(price: float) -> dict[str, Tensor]:
+        return {name: (cost.errors_CB + price * cost.bytes_B).argmin(1) for name, cost in layers.items()}
+
+    def size(bits: Mapping[str, Tensor]) -> float:
+        return sum(layers[name].bytes_B[bits_C].sum().item() for name, bits_C in bits.items())
+
+    most = max(cost.errors_CB.max().item() for cost in layers.values())
+    low, high = 0.0, max(most, 1e-300)  # at the highest price nothing is worth a byte
+    if size(at(low)) <= limit:
+        return {name: bits_C.tolist() for name, bits_C in at(low).items()}
+    for _ in range(200):
+        middle = math.sqrt(max(low, high * 1e-40) * high)
+        low, high = (low, middle) if size(at(middle)) <= limit else (middle, high)
+    found = at(high)
+    if not any(bits_C.any() for bits_C in found.values()):
+        raise UsageError("so few bits leave nothing of the adapter", "allow more, such as 2")
+    return {name: bits_C.tolist() for name, bits_C in found.items()}
