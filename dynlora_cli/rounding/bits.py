@@ -1,10 +1,12 @@
-"""How many bits each component gets: those of much energy more, those of little none.
+"""How many bits each component gets, by its energy.
 
 Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): for the least squared error at a given
 rate, all components are left with the same error a bit more would save, so that bits rise with log2 σ, and what lies
 below the water is dropped. Here the errors are not those of a formula but measured, at every number of bits.
 
-In SVD form the errors of components add up: they are orthogonal.
+But the squared error of ΔW is not the loss: large updates bear as large an error, relative to them, as small ones do. So
+the error of a component counts by σ^-WORTH; 0 would be water-filling as in the book, 2 the relative error alone. What
+is measured best is near the latter (scripts/bench/NOTES.md): components differ by a bit at most where σ differs by 16.
 
 Dimensions: C components of a layer, K of all layers, B numbers of bits from 0, I inputs, O outputs.
 """
@@ -21,6 +23,7 @@ from torch import Tensor
 from dynlora_cli.errors import UsageError
 from dynlora_cli.rounding.codes import MOST_BITS, bytes_of, quantized, restored
 
+WORTH = 1.5
 Pair = tuple[Tensor, Tensor]  # a_CI and b_OC
 
 
@@ -28,7 +31,7 @@ class Costs(NamedTuple):
     """What each component of a layer is at every number of bits.
 
     Attributes:
-        errors_CB: ‖b'a'ᵀ - b aᵀ‖².
+        errors_CB: ‖b'a'ᵀ - b aᵀ‖², by what it is worth.
         bytes_B: bytes that it takes.
     """
 
@@ -42,7 +45,7 @@ def balanced(a_CI: Tensor, b_OC: Tensor) -> Pair:
     return a_CI * ratio_C[:, None], b_OC / ratio_C
 
 
-def costs(a_CI: Tensor, b_OC: Tensor) -> Costs:
+def costs(a_CI: Tensor, b_OC: Tensor, worth: float = WORTH) -> Costs:
     """Errors and sizes of a layer's components, whose vectors are balanced."""
     whole_C = a_CI.square().sum(1) * b_OC.square().sum(0)
     errors = [whole_C]
@@ -51,7 +54,15 @@ def costs(a_CI: Tensor, b_OC: Tensor) -> Costs:
         both_C = (a * a_CI).sum(1) * (b * b_OC.T).sum(1)
         errors.append((a.square().sum(1) * b.square().sum(1) - 2 * both_C + whole_C).clamp(min=0))
     sizes = [bytes_of(a_CI.shape[1], bits) + bytes_of(b_OC.shape[0], bits) for bits in range(MOST_BITS + 1)]
-    return Costs(torch.stack(errors, 1).double(), torch.tensor(sizes, dtype=torch.float64))
+    by_C = whole_C.double().clamp(min=1e-60) ** (-worth / 2)
+    return Costs(torch.stack(errors, 1).double() * by_C[:, None], torch.tensor(sizes, dtype=torch.float64))
+
+
+def within(cost: Costs, bits: float) -> float:
+    """Bytes that a layer's components take where all have so many bits, which may lie between two whole numbers."""
+    low = min(int(bits), MOST_BITS - 1)
+    one = cost.bytes_B[low] + (bits - low) * (cost.bytes_B[low + 1] - cost.bytes_B[low])
+    return len(cost.errors_CB) * one.item()
 
 
 def through(x_VN: Tensor, bits: int) -> Tensor:

@@ -1,8 +1,8 @@
 """An archive of a few bits a number, for sending and storing.
 
 What it does
-    Turns each layer's components into SVD form and gives each as many bits as its energy is worth, from 0 to 8, so that
-    `bits` is their average over all numbers of the adapter; components worth nothing are dropped. Writes
+    Turns each layer's components into SVD form and gives each from 0 to 8 bits a number by its energy, so that `bits`
+    is their average; components worth nothing are dropped. Writes
     adapter_packed.safetensors and adapter_packed.json, whose layout adapters/packed/archive.py describes. Every
     command of dynlora reads it; `dynlora export --adapter PACKED --to peft` makes a plain PEFT LoRA of it, exactly.
 
@@ -24,7 +24,7 @@ from dynlora_cli.adapters.packed.archive import write as write_archive
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import files_of
 from dynlora_cli.export.exporter import Job, Read, plain_lora
-from dynlora_cli.rounding.bits import Pair, costs, share_out
+from dynlora_cli.rounding.bits import Pair, costs, share_out, within
 from dynlora_cli.rounding.floats import changed
 from dynlora_cli.runs.folder import copy_tokenizer
 
@@ -37,7 +37,7 @@ OPTIONS = {
         "default": 3.0,
         "above": 0,
         "at_most": 8,
-        "help": "Bits a number on average, such as 2.5; components get more or fewer by their energy.",
+        "help": "Bits a number on average, such as 2.5; a component gets more or fewer by its energy.",
     },
 }
 
@@ -46,7 +46,8 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     """Write both files and the tokenizer; the job's adapter becomes what they hold."""
     bits: float = job.options.model_dump()["bits"]
     turned = in_svd_form(plain_lora(job.adapter, "a packed archive", heads=True))
-    shares = share_out({name: costs(f.a_CI, f.b_OC) for name, f in turned.layers.items()}, _bytes(turned, bits))
+    sizes = {name: costs(f.a_CI, f.b_OC) for name, f in turned.layers.items()}
+    shares = share_out(sizes, int(sum(within(cost, bits) for cost in sizes.values())))
     job.adapter, data = pack(turned, shares)
     write_archive(folder, job.adapter, shares, data, files_of(job.adapter))
     if job.tokenizer_folder:
@@ -58,11 +59,6 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
         "dynlora export --to peft --adapter FOLDER --out NEW"
     )
     return {"components_by_bits": {k: kept.count(k) for k in range(9) if k in kept}, "rounding": lost}
-
-
-def _bytes(adapter: Adapter, bits: float) -> int:
-    """Bytes of so many bits a number."""
-    return int(adapter.parameters * bits / 8)
 
 
 def read_back(job: Job, folder: Path) -> Adapter | Read | Path:  # noqa: ARG001

@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("stage", choices=["run", "table"])
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
-    parser.add_argument("--forms", default="float32,bf16,fp8,nf4,int3,mixed4,mixed3,mixed2.5")
+    parser.add_argument("--forms", default="float32,bf16,fp8,nf4,int4,int3,energy3,mixed2.5")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("out/bytes"))
     options = parser.parse_args()

@@ -16,11 +16,12 @@ from torch import Tensor
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.packed.archive import in_svd_form, pack, write
 from dynlora_cli.adapters.write import bytes_of, files_of
-from dynlora_cli.rounding.bits import costs, share_out
+from dynlora_cli.rounding.bits import WORTH, costs, share_out, within
 
 FLOATS = ("float32", "bf16", "fp8")
 ALIKE = {"int4": 4, "int3": 3, "int2": 2}  # the same bits for all components
-MIXED = {"mixed4": 4.0, "mixed3": 3.0, "mixed2.5": 2.5}  # by energy
+# As many bytes as so many bits for all; shared out as the product does, and by squared error alone.
+MIXED = {"mixed4": (4.0, WORTH), "mixed3": (3.0, WORTH), "mixed2.5": (2.5, WORTH), "energy3": (3.0, 0.0)}
 FORMS = (*FLOATS, "nf4", *ALIKE, *MIXED)
 # The 16 values of NF4 (Dettmers et al. 2023, QLoRA, appendix E), and numbers that share an absolute largest one.
 NF4 = torch.tensor(
@@ -39,8 +40,9 @@ def through(adapter: Adapter, form: str) -> tuple[Adapter, int]:
         return _nf4(turned), _packed(turned, dict.fromkeys(turned.layers, 4))[1]
     if form in ALIKE:
         return _packed(turned, dict.fromkeys(turned.layers, ALIKE[form]))
-    limit = int(turned.parameters * MIXED[form] / 8)
-    return _packed(turned, share_out({name: costs(f.a_CI, f.b_OC) for name, f in turned.layers.items()}, limit))
+    bits, worth = MIXED[form]
+    sizes = {name: costs(f.a_CI, f.b_OC, worth) for name, f in turned.layers.items()}
+    return _packed(turned, share_out(sizes, int(sum(within(cost, bits) for cost in sizes.values()))))
 
 
 def _packed(turned: Adapter, bits: dict[str, int | list[int]]) -> tuple[Adapter, int]:
