@@ -4,9 +4,9 @@ Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3)
 rate, all components are left with the same error a bit more would save, so that bits rise with log2 σ, and what lies
 below the water is dropped. Here the errors are not those of a formula but measured, at every number of bits.
 
-But the squared error of ΔW is not the loss: large updates bear as large an error, relative to them, as small ones do. So
-the error of a component counts by σ^-WORTH; 0 would be water-filling as in the book, 2 the relative error alone. What
-is measured best is near the latter (scripts/bench/NOTES.md): components differ by a bit at most where σ differs by 16.
+But the squared error of ΔW is not the loss: large updates bear as large an error, relative to them, as small ones do.
+So the error of a component counts by σ^-WORTH; 0 would be water-filling as in the book, 2 the relative error alone.
+What is measured best is near the latter (scripts/bench/NOTES.md): a bit more where σ is 16 times as large.
 
 Dimensions: C components of a layer, K of all layers, B numbers of bits from 0, I inputs, O outputs.
 """

@@ -12,7 +12,8 @@ adapter_packed.safetensors
     steps   uint8, in the same order: a byte for every 64 numbers of a vector, ceil(n / 64) bytes
     ...     what is no factor, as PEFT names it, in float32: a classifier head, rows of new tokens, biases
 
-A number is (q + ½ - 2ᵏ⁻¹) · 2^((c - 192) / 8), with its code q and the step's byte c; 0 where c is 0.
+A number is round(1024 Φ⁻¹((q + ½) / 2ᵏ)) / 1024 · 2^((c - 192) / 8), with its code q and the step's byte c, and Φ the
+normal distribution; 0 where c is 0.
 
 Dimensions: C components of a layer, I inputs, O outputs, V vectors.
 """
