@@ -86,7 +86,7 @@ def _quantized(x_VN: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     for tried in range(_TRIED):
         tried_VG = (widest_VG - tried).clamp(1, 255)
         step_VG1 = _steps(tried_VG)[..., None]
-        found_VGS = torch.bucketize(x_VGS / step_VG1, between_Q)
+        found_VGS = torch.bucketize((x_VGS / step_VG1).contiguous(), between_Q)
         lost_VG = ((level_Q[found_VGS] * step_VG1 - x_VGS).square() * real_GS).sum(2)
         better_VG = lost_VG < error_VG
         error_VG = torch.where(better_VG, lost_VG, error_VG)
