@@ -21,7 +21,7 @@ from dynlora_cli.adapters.read import read_adapter
 def adapter(tmp_path: Path, plug_in: Callable[..., Path]) -> Path:
     """An adapter; the tutorial's exporter is there."""
     (code,) = code_of("exporters").values()
-    plug_in("exporters", "packed", code)
+    plug_in("exporters", "gzipped", code)
     return make("lora", tmp_path)[1]
 
 
@@ -30,7 +30,7 @@ def test_it_writes_with_its_option_and_is_checked(adapter: Path, tmp_path: Path,
     for level in (None, 0, 9):
         out = tmp_path / f"packed-{level}"
         given = () if level is None else ("--set", f"level={level}")
-        answer = dynlora("export", "--adapter", adapter, "--to", "packed", *given, "--out", out, "--json")
+        answer = dynlora("export", "--adapter", adapter, "--to", "gzipped", *given, "--out", out, "--json")
         assert answer.code == 0, answer.err
         assert answer.json["check"]["kl"] == pytest.approx(0, abs=1e-9)
         assert json.loads((out / "export.json").read_text())["options"] == {"level": 6 if level is None else level}
@@ -44,10 +44,10 @@ def test_it_writes_with_its_option_and_is_checked(adapter: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("packed", "--set", "levl=3"), "did you mean 'level'"),
-        (("packed", "--set", "level=10"), "got 10, must be"),
-        (("packed", "--set", "level=fast"), "must be"),
-        (("packed", "--set", "level=2.5"), "must be"),
+        (("gzipped", "--set", "levl=3"), "did you mean 'level'"),
+        (("gzipped", "--set", "level=10"), "got 10, must be"),
+        (("gzipped", "--set", "level=fast"), "must be"),
+        (("gzipped", "--set", "level=2.5"), "must be"),
         (("peft", "--set", "level=3"), "exporter peft has no option 'level'"),
     ],
 )
