@@ -68,7 +68,7 @@ def test_the_table_puts_other_sizes_beside_our_curve():
     assert cuts.curve_at(cuts.of(CUT, "e2e-r16"), 500, "loss") == pytest.approx(1.1)  # halfway over the logarithm
     text = cuts.table(CUT)
     assert "| loraspectra `--policy mp` | 50.0 % | 1.2500 | +0.1500 | -0.0075 |" in text
-    assert "activation, 10 steps at 0.0005 | 25.0 % | 1.0500" in text
+    assert "activation, healed 10 steps at 0.0005 | 25.0 % | 1.0500" in text
     assert "trained at this size from the start (e2e-r4) | 25.0 % | 1.1000" in text
     assert cuts.picture(CUT) == ""
 

@@ -280,7 +280,7 @@ def test_an_adapter_of_another_tool_heals_on_rows_of_a_file(foreign, tmp_path: P
     points = {point["parameters"]: point["loss"] for point in healed.json["curve"]}
     assert healed.json["loss_after"] < points[healed.json["parameters"]], "lower than as it was cut"
     assert healed.json["parameters"] <= cut.json["budget_parameters"]
-    assert f"{heal.RATE:g}" in healed.err
+    assert f"the learning rate {heal.RATE:.2g}" in " ".join(healed.err.split())
     steps = [json.loads(line)["step"] for line in (tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 12
 

@@ -43,10 +43,10 @@ SCALES = (0.85, 0.7)  # the whole update made weaker instead of smaller: the con
 FEW = [("mp", None), ("gradience_layer", 0.9), ("gradience_median", 0.9), ("effective", None)]
 POLICIES = {"magnitude": False, "activation": True, "fisher": True}  # whether it looks at data
 CALIBRATION_ROWS = 48
-SHARE, HEAL_ROWS = 0.25, 240
+HEAL_ROWS = 240
 HEALED = [
-    ("activation", 0, 0.0), ("activation", 10, 5e-4), ("activation", 10, 1e-3), ("activation", 10, 2.5e-4),
-    ("magnitude", 0, 0.0), ("magnitude", 10, 5e-4),
+    ("magnitude", 0.0658, 10, 5e-4), ("magnitude", 0.0658, 10, 2e-4), ("activation", 0.25, 0, 0.0),
+    ("activation", 0.25, 10, 5e-4), ("activation", 0.25, 10, 2e-4),
 ]  # fmt: skip
 Result = dict[str, Any]
 
@@ -235,7 +235,7 @@ def run_adapter(bench: Bench, task: str, rank: int, shares: list[float], few: bo
 
 
 def heal_adapter(bench: Bench, task: str, rank: int) -> None:
-    """A quarter of the parameters, as cut and as healed, on rows that the adapter was trained on."""
+    """As cut and as healed, on rows that the adapter was trained on."""
     from cut_model import rows_of
 
     from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
@@ -252,11 +252,13 @@ def heal_adapter(bench: Bench, task: str, rank: int) -> None:
     place = dataclasses.replace(place, options=place.options.model_copy(update={"dtype": "bfloat16"}))
     recipe_file.write_text(f"model: {place.folder}\ndataset: {{train: [{{path: {rows}}}], val_size: 0}}\n")
     order = orders(bench, adapter, task)
-    for policy, steps, rate in HEALED:
+    for policy, share, steps, rate in HEALED:
 
-        def make(out: Path, policy: str = policy, steps: int = steps, rate: float = rate) -> dict[str, Any]:
+        def make(
+            out: Path, policy: str = policy, share: float = share, steps: int = steps, rate: float = rate
+        ) -> dict[str, Any]:
             made, seconds = order(policy)
-            cut = made.cut(made.keep(int(SHARE * adapter.parameters))[0])
+            cut = made.cut(made.keep(int(share * adapter.parameters))[0])
             started = time.process_time()
             if steps:
                 recipe = load_recipe(recipe_file, [f"train.learning_rate={rate}", f"output_dir={out}-run"])
@@ -265,7 +267,7 @@ def heal_adapter(bench: Bench, task: str, rank: int) -> None:
             healing = round(time.process_time() - started, 1)
             return saving(lambda: cut)(out) | {"cpu": round(seconds, 2), "healing": healing}
 
-        bench.measure(source.name, f"{policy} {SHARE:g}" + (f" healed {steps}" if steps else ""), rate or None, make)
+        bench.measure(source.name, f"{policy} {share:g}" + (f" healed {steps}" if steps else ""), rate or None, make)
 
 
 def link(source: Path, out: Path) -> dict[str, Any]:

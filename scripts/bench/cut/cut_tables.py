@@ -74,7 +74,7 @@ def _at_size(lines: dict[tuple[str, Any], Result], base: Result, uncut: Result) 
 def _others(lines: dict[tuple[str, Any], Result], base: Result, uncut: Result) -> str:
     rows: list[list[object]] = []
     for (method, parameter), r in sorted(lines.items(), key=lambda item: -item[1]["parameters"]):
-        if method not in TITLES or (method, parameter) in {(m, p) for m, p in lines if (CURVE, p) in lines}:
+        if method not in TITLES or (method == "energy" and (CURVE, parameter) in lines):
             continue
         ours = curve_at(lines, r["parameters"], "loss")
         name = TITLES[method] + (f" {parameter:g}" if parameter is not None else "")
@@ -85,20 +85,29 @@ def _others(lines: dict[tuple[str, Any], Result], base: Result, uncut: Result) -
 
 
 def _healed(lines: dict[tuple[str, Any], Result], base: Result, uncut: Result, small: list[Result]) -> str:
+    """Each healed adapter below the cut that it began as, and what was trained at a small size from the start."""
     rows: list[list[object]] = []
-    for (method, rate), r in lines.items():
-        if " " not in method:
-            continue
-        policy, _, rest = method.partition(" ")
-        how = f"{policy}, {rest.split('healed')[1].strip()} steps at {rate:g}" if "healed" in rest else policy
+    told: set[tuple[str, Any]] = set()
+
+    def add(name: str, r: Result) -> None:
         size = f"{100 * r['parameters'] / uncut['parameters']:.1f} %"
         cpu = r["cpu"] + r.get("healing", 0)
-        rows.append([how, size, f"{r['loss']:.4f}", f"{r['general'] - base['general']:+.4f}", f"{cpu:.0f}"])
+        rows.append([name, size, f"{r['loss']:.4f}", f"{r['general'] - base['general']:+.4f}", f"{cpu:.0f}"])
+
+    for (method, rate), r in sorted(lines.items(), key=lambda item: -item[1]["parameters"]):
+        policy, _, rest = method.partition(" ")
+        if "healed" not in rest:
+            continue
+        for (other, parameter), cut in lines.items():
+            same = other.partition(" ")[0] == policy and "healed" not in other
+            near = abs(cut["parameters"] - r["parameters"]) < 0.01 * r["parameters"]
+            if same and near and (other, parameter) not in told:
+                told.add((other, parameter))
+                add(f"{policy}, as cut", cut)
+        add(f"{policy}, healed {rest.split('healed')[1].strip()} steps at {rate:g}", r)
     for r in small:
-        size = f"{100 * r['parameters'] / uncut['parameters']:.1f} %"
-        name = f"trained at this size from the start ({r['adapter']})"
-        rows.append([name, size, f"{r['loss']:.4f}", f"{r['general'] - base['general']:+.4f}", f"{r['cpu']:.0f}"])
-    return _grid(["a quarter of the parameters", "size", "loss", "forgotten", "CPU seconds"], rows)
+        add(f"trained at this size from the start ({r['adapter']})", r)
+    return _grid(["healing", "size", "loss", "forgotten", "CPU seconds"], rows)
 
 
 def _seconds(results: list[Result]) -> str:
