@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
     from dynlora_cli.models.load import Base
 
-# Where nobody says the learning rate. An adapter that was trained at 5e-4 heals four fifths as much at 2e-4 as at 5e-4,
-# and forgets a third of what it forgets there (scripts/bench/NOTES.md).
+# Where nobody says the learning rate. An adapter that was trained at 5e-4 was healed about as well at 2e-4 as at 5e-4,
+# and forgot less (scripts/bench/NOTES.md).
 RATE, SHARE = 2e-4, 0.4  # for adapters of others; of the rate that the run itself found
 HELD_OUT = 0.2  # of a file's rows, to choose components and measure by; the others are trained on
 

@@ -95,6 +95,9 @@ def test_forgetting_is_told_at_the_tuned_rate_and_at_equal_loss():
     text = forgetting.table(RUNS)
     assert "| 1 | dynlora | 100 | 2.0e-03 | 0.905 (0.900 to 0.910) | 0.450 (0.400 to 0.500) | 2 |" in text
     assert "| 1 | 1.0000 | 0.600 |  |  | 0.328 |" in text
+    real = {"task": "e2e", "method": "axolotl", "rank": 0, "rate_used": 2e-4, "parameters": 400, "test": 2.24}
+    text = forgetting.table(RUNS, [real | {"general_before": 4.0, "general": 3.99}])
+    assert "| e2e | axolotl | its own | 2.0e-04 | 400 | 2.2400 | -0.0100 |" in text
 
 
 def test_the_tables_can_be_made_of_the_lines_that_are_there():

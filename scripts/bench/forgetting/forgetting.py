@@ -35,9 +35,8 @@ def read_results(path: Path = RESULTS) -> list[Result]:
 
 
 def real_results(path: Path = HERE.parent / "real.jsonl") -> list[Result]:
-    """Runs of real.py with a rank and a rate of their own, as tasks of a real model."""
-    lines = [line for line in read_results(path) if line.get("rank") and line.get("general") is not None]
-    return [line | {"task": f"SmolLM2-135M, {line['task']}", "budget": line["rank"]} for line in lines]
+    """Runs of real.py that have the loss on general text."""
+    return [line for line in read_results(path) if line.get("general") is not None]
 
 
 def general_file(work: Path) -> Path:
@@ -125,8 +124,8 @@ def main() -> int:
             print(json.dumps(line), flush=True)
     from forgetting_tables import picture, table
 
-    results = read_results() + real_results()
-    (HERE / "forgetting.md").write_text(table(results), encoding="utf-8")
+    results = read_results()
+    (HERE / "forgetting.md").write_text(table(results, real_results()), encoding="utf-8")
     if drawn := picture(results):
         (HERE / "forgetting.svg").write_text(drawn, encoding="utf-8")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -105,7 +106,19 @@ def _rate_rows(cells: dict[Cell, list[Result]], task: str) -> list[list[object]]
     return [["rank", "method", *(f"{rate:.1e}" for rate in rates)], *rows]
 
 
-def table(results: list[Result]) -> str:
+def _real(lines: list[Result]) -> str:
+    """Every run on the real model, by task and loss: which rate forgets what."""
+    rows: list[list[object]] = [
+        [
+            r["task"], r["method"], r["rank"] or "its own", f"{r['rate_used']:.1e}", f"{r['parameters']:,}",
+            f"{r['test']:.4f}", f"{rise(r):+.4f}",
+        ]
+        for r in sorted(lines, key=lambda r: (r["task"], r["test"]))
+    ]  # fmt: skip
+    return _grid(["task", "method", "rank", "rate", "parameters", "loss", "forgotten"], rows)
+
+
+def table(results: list[Result], real: Sequence[Result] = ()) -> str:
     cells = {cell: lines for cell, lines in by_cell(results).items() if cell[1] in METHODS}
     parts = [
         """# What a fine-tuned adapter forgets
@@ -117,12 +130,18 @@ test part. Forgotten: the rise of the loss on general text, nats per token. Mean
     for task in sorted({task for task, _, _ in cells}):
         rates = _rate_rows(cells, task)
         parts += [
-            f"## {task}\n\nEach method at the rate that is best for its loss on `val`:\n",
+            f"## {task}\n\nEach method at the best of the rates that were tried, by its loss on `val`:\n",
             _grid(["rank", "method", "parameters", "rate", "loss", "forgotten", "seeds"], _tuned_rows(cells, task)),
             "\nAt equal loss, that of the rank's worst method, between the rates of the grid:\n",
             _grid(["rank", "loss", *METHODS], _matched_rows(cells, task)),
             "\nLoss / forgotten at every rate:\n",
             _grid(list(map(str, rates[0])), rates[1:]),
+            "",
+        ]
+    if real:
+        parts += [
+            "## SmolLM2-135M-Instruct\n\nRuns of real.jsonl, as others ship them and as `dynlora train` is, one seed:\n",
+            _real(list(real)),
             "",
         ]
     return "\n".join(parts)
