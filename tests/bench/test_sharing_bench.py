@@ -164,9 +164,18 @@ def test_the_rule_is_applied_at_800_steps_and_the_best_rates():
     lines += [record("pool", 2e-3, s, 1.96 - 0.01 * s) for s in (0, 1)] + [record("rasa", 2e-3, 0, 1.98)]
     lines += [record(m, 2e-3, 0, x, "e2e") for m, x in (("lora", 2.0), ("mos", 1.0))]
     text = sharing.page(lines)
-    assert "`pool` at 800 steps: -2.3 % in the mean of 1 cells: passes" in text
-    assert "`rasa` at 800 steps: -1.0 % in the mean of 1 cells: is out" in text
+    assert "`pool` at 800 steps: `test` -2.3 %, `val` -2.3 % in the mean of 1 cell: passes" in text
+    assert "`rasa` at 800 steps: `test` -1.0 %, `val` -1.0 % in the mean of 1 cell: is out" in text
     assert "`mos` at" not in text, "200 steps judge nothing"
     assert "| 4.0e-03 (2) |" in text
     assert "1.00x | 6.00x | 1.20x" in text
     assert "0 runs" in sharing.page([])
+
+
+def test_both_parts_must_gain_and_stock_lora_fills_in():
+    stock = [record("lora", 4e-3, s, 2.0) for s in (0, 1)]
+    lines = [record("pool", 2e-3, 0, 1.9) | {"loss": 2.02}, record("lora", 4e-3, 1, 9.0)]
+    text = sharing.page(lines, [*stock, record("dynlora", 4e-3, 0, 1.0)])
+    assert "`test` -5.1 %, `val` +1.0 % in the mean of 1 cell: is out" in text
+    assert "| 4.0e-03 (1) | 2.0200 | 2.0000 |" in text
+    assert "0 runs" in sharing.page([], stock)
