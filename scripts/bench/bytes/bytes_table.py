@@ -26,7 +26,14 @@ def page(lines: list[Line]) -> str:
     for line in forms:
         if line["seed"] == 0:
             cells[line["task"], line["method"], line["budget"]][line["form"]] = line
-    parts = ["# Loss against bytes", _head(lines, forms), *_rounding(cells), *_tasks(cells), *_comparisons(cells)]
+    parts = [
+        "# Loss against bytes",
+        _head(lines, forms),
+        *_rounding(cells),
+        *_tasks(cells),
+        *_comparisons(cells),
+        *_real(lines),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -116,4 +123,19 @@ def _comparisons(cells: dict[Any, dict[str, Line]]) -> Iterable[str]:
                 gains += [found / loss - 1 for size, loss in against if (found := at(mine, size)) is not None]
             cols.append(f"{mean(gains):+.1%} ({len(gains)} pairs)" if gains else "no size in common")
         rows.append(f"| {name} | " + " | ".join(cols) + " |")
+    yield "\n".join(rows)
+
+
+def _real(lines: list[Line]) -> Iterable[str]:
+    """Adapters of a real model."""
+    found = [line for line in lines if line["what"] == "real"]
+    if not found:
+        return
+    yield "## On SmolLM2-135M-Instruct"
+    yield f"Adapters of others, loss on {found[0]['rows']} rows of the `test` part of e2e; real_forms.py."
+    rows = ["| adapter | format | bytes | change of the update | loss |", "|---|---|---|---|---|"]
+    rows += [
+        f"| {line['adapter']} | {NAMES[line['form']]} | {line['bytes']:,} | {line['changed']:.1%} | {line['test']:.4f} |"
+        for line in found
+    ]
     yield "\n".join(rows)
