@@ -252,8 +252,8 @@ class Train(Section):
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
-    """Highest learning rate, before `pruning.lr_coupling` raises it; auto: a guess from model and components, and in
-    runs of 140 steps or more short trials around it, the best of which becomes the run."""
+    """Highest learning rate, before `pruning.lr_coupling` raises it; auto: a guess from model, components and steps,
+    checked by the first of them, and with a short warm-up trials around it, the best of which becomes the run."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Share = 0.03

@@ -1,17 +1,18 @@
-"""`train.learning_rate: auto`: a race of short trials around a guess, the best of which becomes the run.
+"""`train.learning_rate: auto`: a guess, and short trials that check it or race around it; the best becomes the run.
 
 A trial is the beginning of the run at one rate: its own first steps, on its own batches, with its own warm-up. So the
 best trial is not thrown away: its steps are the run's, and what comes out is what a recipe with that number in it would
-have given, bit for bit. All trials see the same rows in the same order, so a few steps tell two rates apart; a trial is
-judged by its mean training loss over the last three quarters of its steps.
+have given, bit for bit. All trials see the same rows in the same order, and are judged by their mean training loss over
+the last three quarters of their steps. What the others take is at most a tenth of the run's steps (`SHARE`).
 
-What the other trials take is at most a tenth of the run's steps (`SHARE`). So short runs have no race and take the
-guess (prior.py), and long ones go on from trial to trial, a factor of 2 apart, until the best has a worse neighbour on
-both sides. The limit gives way in one case: where every rate so far has broken the model, lower ones are tried.
+Rates can be told apart by trials of three times the warm-up at least: within it, a rate that is too high for the run is
+the fastest (scripts/bench/NOTES.md). Where those fit, guess, half and twice race, and long runs go on, a factor of 2 at
+a time, until the best has a worse neighbour on both sides. Elsewhere the guess (prior.py) is only checked: where it
+leaves the loss no lower than it was before training, half of it is tried, whatever that costs, and so on.
 
-A rate that leaves the loss no lower than it was before training is no candidate: of broken models one may well look
-better than the next. Where no rate is one, for the model learns nothing in so few steps, the guess is taken, or where
-that does harm the highest rate that does none.
+A rate that leaves the loss no lower than it was is no candidate: of broken models one may well look better than the
+next. Where no rate is one, for the model learns nothing in so few steps, the guess is taken, or where that does harm
+the highest rate that does none.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from dynlora_cli.errors import Interrupted, MeasureError
 from dynlora_cli.text import counted
 from dynlora_cli.training.held_out import first_evaluation
+from dynlora_cli.training.lr_schedule import warmup_steps
 from dynlora_cli.training.metrics import Window
 from dynlora_cli.training.rate.prior import prior
 from dynlora_cli.training.rate.standing import Standing, told_later
@@ -33,7 +35,8 @@ from dynlora_cli.training.run import Progress, Run
 from dynlora_cli.training.step import advance
 
 SHARE = 0.1  # of the run's steps: what trials may cost beside those that become the run
-SHORTEST, LONGEST = 6, 24  # steps of a trial
+SHORTEST, CHECKED, LONGEST = 6, 12, 24  # steps of a trial; of one that checks a guess at most
+WARMUPS = 3  # a trial that is compared is at least so many times as long as the warm-up
 LOWEST = 1e-7
 JUDGED = 0.75
 FORWARD = 1 / 3  # what a step costs that is only measured
@@ -48,11 +51,13 @@ class Terms:
         steps: of a trial; 0: there is no race.
         spare: steps that may be thrown away in all.
         kept: the best trial becomes the run; else all are thrown away.
+        compares: rates race; else a guess is only checked.
     """
 
     steps: int
     spare: int
     kept: bool
+    compares: bool = True
 
     @property
     def judged(self) -> int:
@@ -95,8 +100,8 @@ def settle_rate(run: Run, interrupted: Callable[[], bool] = lambda: False) -> Wi
     if not terms.steps:
         run.progress.learning_rate, run.progress.rate_from = guess, "prior"
         run.note(
-            f"learning rate {guess:.1e}: a guess from model, components and steps, without trials, which would cost "
-            f"more than a tenth of {counted(run.total_steps, 'step')}"
+            f"learning rate {guess:.1e}: a guess from model, components and steps; {counted(run.total_steps, 'step')} "
+            "are too few to check it"
         )
         return Window()
     began = time.perf_counter()
@@ -106,7 +111,7 @@ def settle_rate(run: Run, interrupted: Callable[[], bool] = lambda: False) -> Wi
     run.progress = replace(
         best.progress,
         learning_rate=best.rate,
-        rate_from=f"race of {len(race.losses)}",
+        rate_from=f"race of {len(race.losses)}" if len(race.losses) > 1 else "prior",
         rates_tried=[(rate, loss if math.isfinite(loss) else None) for rate, loss in sorted(race.losses.items())],
         rate_seconds=cost,
         seconds=best.progress.seconds + cost,
@@ -123,7 +128,11 @@ def _terms(run: Run) -> Terms:
     alone, with_winner = (min(LONGEST, int(spare / (trials + JUDGED * FORWARD))) for trials in (3, 2))
     quiet = min(with_winner, _quiet_steps(run))
     steps = quiet if quiet >= max(SHORTEST, alone) else alone
-    return Terms(steps if steps >= SHORTEST else 0, spare, kept=steps == quiet)
+    if steps >= max(SHORTEST, WARMUPS * warmup_steps(run.total_steps, run.recipe.train)):
+        return Terms(steps, spare, kept=steps == quiet)
+    checked = Terms(min(CHECKED, _quiet_steps(run)), spare, kept=True, compares=False)
+    fits = checked.steps >= SHORTEST and checked.thrown_away(1) <= spare
+    return checked if fits else replace(checked, steps=0)
 
 
 def _quiet_steps(run: Run) -> int:
@@ -153,17 +162,19 @@ class Race:
         self.best: Trial | None = None
         self.start = Standing.beginning(run)
         self.progress = run.progress
-        run.note(
-            f"looking for a learning rate around {guess:.1e}: trials of {counted(terms.steps, 'step')}, at most "
-            f"{terms.spare} of them beside the run's own {run.total_steps}"
-        )
+        if terms.compares:
+            run.note(
+                f"looking for a learning rate around {guess:.1e}: trials of {counted(terms.steps, 'step')}, at most "
+                f"{terms.spare} of them beside the run's own {run.total_steps}"
+            )
         self.untrained = _untrained(run, terms)
 
     def run_all(self) -> Trial:
         """Try rates until the best has a worse neighbour on both sides, or the steps are used up."""
         best = self.guess
         while LOWEST <= best <= 1:
-            around = [self._tried(rate) for rate in (best, 2 * best, best / 2) if rate <= 1]
+            rates = (best, 2 * best, best / 2) if self.terms.compares else (best,)
+            around = [self._tried(rate) for rate in rates if rate <= 1]
             here, lowest = around[0], min(around)
             if math.inf > here <= lowest:
                 break
@@ -231,6 +242,10 @@ class Race:
 
     def tell(self, rate: float) -> None:
         """Leave a note of what was found."""
+        if self.losses.keys() == {self.guess} and self.losses[rate] < self.untrained:
+            took = f"its first {self.terms.steps} steps lower the loss"
+            self.run.note(f"learning rate {rate:.1e}: a guess from model, components and steps; {took}")
+            return
         text = f"learning rate {rate:.1e}, by a race of {len(self.losses)}: "
         tried = ((f"{loss:.3f}" if loss < math.inf else "diverged", rate) for rate, loss in sorted(self.losses.items()))
         text += ", ".join(f"{loss} at {rate:.1e}" for loss, rate in tried)

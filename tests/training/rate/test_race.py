@@ -20,7 +20,7 @@ from dynlora_cli.training.rate.standing import Standing
 from dynlora_cli.training.run import Progress
 from dynlora_cli.training.step import advance
 
-AUTO, LONG = "train.learning_rate=auto", ("train.max_steps=140", "eval.steps=70")
+AUTO, LONG = "train.learning_rate=auto", ("train.max_steps=140", "eval.steps=70", "train.warmup_steps=1")
 
 
 @pytest.fixture
@@ -47,19 +47,29 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("total", [2, 12, 30, 60, 100, 139, 140, 200, 800, 3000])
 def test_three_trials_fit_into_a_tenth_of_the_run(total: int, tmp_path: Path):
-    run = assembled(make_recipe(tmp_path, AUTO, f"train.max_steps={total}", "eval.steps=null", "dataset.val_size=0"))
+    settings = [AUTO, f"train.max_steps={total}", "eval.steps=null", "dataset.val_size=0", "pruning.start=0.25"]
+    run = assembled(make_recipe(tmp_path, *settings, "train.warmup_steps=2"))
     terms = race._terms(run)
     assert not terms.steps or race.SHORTEST <= terms.steps <= race.LONGEST
-    assert terms.thrown_away(3) <= max(0.1 * total, terms.judged / 3)
-    assert bool(terms.steps) == (total >= 140)
-    assert terms.kept or not terms.steps
+    assert terms.thrown_away(3 if terms.compares else 1) <= max(0.1 * total, terms.judged / 3)
+    assert (bool(terms.steps), terms.compares) == (total >= 30, total >= 140)
+    assert terms.kept
+
+
+def test_within_the_warm_up_rates_are_not_compared_but_the_guess_is_checked(tmp_path: Path):
+    """There a rate that is too high for the run is the fastest."""
+    for total in (60, 200, 2000):
+        settings = (AUTO, f"train.max_steps={total}", "eval.steps=null", "pruning.start=0.25")
+        terms = race._terms(assembled(make_recipe(tmp_path, *settings)))
+        assert (terms.steps, terms.compares, terms.kept) == (7, False, True)  # of 8 in an epoch
+        assert terms.thrown_away(1) <= 0.1 * total
 
 
 def test_where_its_state_may_not_be_kept_all_trials_are_thrown_away(tmp_path: Path):
-    long = "train.max_steps=400"
-    assert race._terms(assembled(make_recipe(tmp_path, AUTO, long, "eval.steps=100"))).kept
+    long = "train.max_steps=400 train.warmup_steps=2"
+    assert race._terms(assembled(make_recipe(tmp_path, AUTO, *long.split(), "eval.steps=100"))).kept
     for settings in (["eval.steps=3"], ["train.save_steps=2"], ["pruning.start=0"], ["adapter.variant=full"]):
-        terms = race._terms(assembled(make_recipe(tmp_path, AUTO, long, *settings), fill=False))
+        terms = race._terms(assembled(make_recipe(tmp_path, AUTO, *long.split(), *settings), fill=False))
         assert not terms.kept
         assert terms.steps == 12
         assert terms.thrown_away(3) <= 40
@@ -93,7 +103,20 @@ def test_a_short_run_takes_the_guess_and_says_so(tmp_path: Path, monkeypatch: py
     assert summary["rate_seconds"] == 0
     (note,) = [event["text"] for event in events if event["event"] == "note"]
     assert f"learning rate {summary['learning_rate']:.1e}: a guess" in note
+    assert "too few to check it" in note
     assert 1e-4 < summary["learning_rate"] < 2e-2
+
+
+@pytest.mark.slow
+def test_a_guess_is_checked_by_the_first_steps_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long = (AUTO, "train.max_steps=40", "eval.steps=20", "pruning.start=0.4")
+    taken = steps_taken(monkeypatch)
+    summary, events = train(make_recipe(tmp_path, *long))
+    assert len(taken) == 40
+    assert summary["learning_rate_from"] == "prior"
+    assert 0 < summary["rate_seconds"] < 0.3 * summary["seconds"]
+    (note,) = [event["text"] for event in events if event["event"] == "note"]
+    assert "its first 12 steps lower the loss" in note
 
 
 # -- the best trial becomes the run ----------------------------------------------------------------------------------
@@ -197,10 +220,12 @@ class Told(race.Race):
         return race.Trial(rate, self.untrained * loss, Progress(), race.Window())
 
 
-def told_race(folder: Path, losses: dict[float, float], guess: float, spare: int = 1000) -> tuple[float, list[float]]:
+def told_race(
+    folder: Path, losses: dict[float, float], guess: float, spare: int = 1000, compares: bool = True
+) -> tuple[float, list[float]]:
     """The rate that is taken, and all that were tried."""
     run = assembled(make_recipe(folder, AUTO, *LONG), fill=False)
-    one = type("One", (Told,), {"told": losses})(run, guess, race.Terms(4, spare, kept=False), lambda: False)
+    one = type("One", (Told,), {"told": losses})(run, guess, race.Terms(4, spare, False, compares), lambda: False)
     return one.run_all().rate, sorted(one.losses)
 
 
@@ -212,6 +237,12 @@ def test_the_best_rate_has_a_worse_neighbour_on_both_sides(tmp_path: Path):
 def test_a_race_ends_where_the_steps_are_used_up(tmp_path: Path):
     losses = {1e-3 * 2.0**k: 0.5 + 0.01 * (k - 5) ** 2 for k in range(-6, 7)}
     assert told_race(tmp_path, losses, 1e-3, spare=17) == (4e-3, [5e-4, 1e-3, 2e-3, 4e-3])
+
+
+def test_a_guess_that_is_only_checked_stands_unless_it_breaks_the_model(tmp_path: Path):
+    losses = {1e-3: 0.9, 2e-3: 0.8, 4e-3: 1.5, 8e-3: 1.2}
+    assert told_race(tmp_path, losses, 1e-3, compares=False) == (1e-3, [1e-3])
+    assert told_race(tmp_path, losses, 8e-3, compares=False, spare=1) == (2e-3, [2e-3, 4e-3, 8e-3])
 
 
 def test_of_broken_models_none_is_the_best(tmp_path: Path):
