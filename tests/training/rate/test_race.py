@@ -27,7 +27,7 @@ AUTO, LONG = "train.learning_rate=auto", ("train.max_steps=140", "eval.steps=70"
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of the 12 steps that recipes of tests have are long enough for trials of 2."""
     monkeypatch.setattr(race, "SHORTEST", 2)
-    monkeypatch.setattr(race, "SHARE", 0.6)
+    monkeypatch.setattr(race, "SHARE", 0.9)
 
 
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
