@@ -127,6 +127,7 @@ def prune(
     data: PathLike | None = None,
     tolerance: str | float = "0.5%",
     heal: int = 0,
+    dtype: str | None = None,
     base: PathLike | None = None,
     trust_remote_code: bool = False,
     max_samples: int | None = None,
@@ -140,14 +141,15 @@ def prune(
     Args:
         adapter: a run, or its folder, or any PEFT LoRA folder.
         out: a new folder.
-        budget: an average rank (8), a share of the parameters (0.5), a number of them ("2M"), or "auto": as few as
-            `tolerance` allows.
+        budget: an average rank (8), a share of the parameters (0.5), a number of them ("2M"), bytes of the file
+            ("200kB"), or "auto": as few as `tolerance` allows.
         born: instead of a budget: take out what this run put in; the run itself, its name, its id or its folder.
         policy: what chooses; "auto" is "activation" where rows are known, and "magnitude", which needs none, elsewhere.
         set: options of the policy.
         data: rows to look at and to measure on, a file or a recipe; by default the run's own held-out rows.
         tolerance: with budget "auto", the share by which the held-out loss may rise.
         heal: training steps after the cut.
+        dtype: number format of the saved factors: "float32", "bf16" or "fp8".
         base: the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
         max_samples: rows at most.
@@ -161,7 +163,7 @@ def prune(
     how: dict[str, Any] = {"budget": budget, "born": results.births_of(born)}
     how |= {"policy": policy, "options": asked.settings(set), "data": _path(data), "tolerance": tolerance, "heal": heal}
     how |= {"base": _text(base), "trust_remote_code": trust_remote_code, "max_samples": max_samples}
-    how |= {"measure": measure, "seed": seed, "overwrite": overwrite}
+    how |= {"measure": measure, "seed": seed, "overwrite": overwrite, "dtype": dtype}
     folder = results.folder_of(adapter)
     summary, notes = _done(lambda: asked.prune(folder, Path(out), **how), progress)
     return results.Run(summary, notes, Path(out))
@@ -230,6 +232,7 @@ def export(
     base: PathLike | None = None,
     trust_remote_code: bool = False,
     outtype: str = "f16",
+    dtype: str | None = None,
     max_kl: float | None = None,
     push_to_hub: str | None = None,
     public: bool = False,
@@ -240,13 +243,14 @@ def export(
 
     Args:
         adapter: a run, or a folder.
-        to: "peft", "uniform", "vllm", "sglang", "tgi", "lorax", "mlx", "gguf", "ollama", "merged" or "merged-gguf";
-            of a library "vllm-library".
+        to: "peft", "uniform", "vllm", "sglang", "tgi", "lorax", "mlx", "gguf", "ollama", "merged", "merged-gguf"
+            or "packed"; of a library "vllm-library".
         out: a new folder.
         library: all adapters of a library, in place of one adapter.
         set: options of the form.
         outtype: number format of a GGUF model: "f32", "f16" or "q8_0", or one that llama.cpp's own quantizer writes,
             such as "q4_k_m".
+        dtype: number format of the factors, where the form's reader takes it: "float32", "bf16" or "fp8".
         max_kl: nats per token by which the export may differ; by default 0.01, 0.1 for "q8_0", 0.5 for 4 bits.
         push_to_hub: ORG/NAME of a repository of the hub to which the files and a card are sent.
         public: everybody may see it there; else it is private.
@@ -256,7 +260,7 @@ def export(
 
     how: dict[str, Any] = {"library": _path(library), "options": asked.settings(set), "base": _text(base)}
     how |= {"trust_remote_code": trust_remote_code, "outtype": outtype, "max_kl": max_kl, "overwrite": overwrite}
-    how |= {"push_to_hub": push_to_hub, "public": public}
+    how |= {"push_to_hub": push_to_hub, "public": public, "dtype": dtype}
     folder = None if adapter is None else results.folder_of(adapter)
     summary, notes = _done(lambda: asked.export(to, Path(out), adapter=folder, **how), progress)
     return results.Exported(summary, notes, Path(out))

@@ -120,7 +120,7 @@ NOT_IN_PYTHON = {
     "fail_above", "fail_below", "baseline", "max_regression", "library", "router", "explain", "set",
 }  # fmt: skip
 # In Python a recipe may be a dict, which needs no file, and a loop over dicts is a sweep.
-OF_A_DICT = {"model", "dataset", "budget", "columns", "sweep"}
+OF_A_DICT = {"model", "dataset", "budget", "columns", "sweep", "dtype"}
 
 
 @pytest.mark.parametrize("name", ["train", "prune", "merge", "export", "inspect", "evaluate"])
