@@ -53,7 +53,7 @@ def page(records: Sequence[Record]) -> str:
         f"Made by `scripts/bench/real.py table` from real.jsonl: {len(records)} runs of SmolLM2-135M-Instruct in bf16, "
         f"{hours:.1f} CPU hours. What is measured and how: real.py, real_tasks.py, real_tools.py, real_methods.py. Every "
         "run sees the same rows once. CPU seconds are of one thread, with loading; of ours with the race for the rate. "
-        "Of dynlora nothing is set but model, dtype and data (`@before`: as it was when issue 27 was opened), and it "
+        "Of dynlora nothing is set but model, dtype and data (`@before`: while it raced for the rate by short trials), and it "
         "holds 5 % of the rows out for itself.\n",
         "## Against the best of a sweep\n",
         "`test` loss in percent above the best LoRA of a sweep (ranks 4, 16, 64, each at its best rate); below zero is "
