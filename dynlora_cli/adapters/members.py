@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynlora_cli.adapters.find import CONFIG, ROUTER, find_adapter
+from dynlora_cli.adapters.find import ROUTER, config_in, find_adapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.names import A_NAME, is_name
@@ -68,7 +68,7 @@ def _name_of(folder: Path) -> str:
 
 
 def _kind(folder: Path) -> str:
-    return str(read_object(folder / CONFIG).get("peft_type")).upper()
+    return str(config_in(folder).get("peft_type")).upper()
 
 
 def _refuse_several_bases(found: Mapping[str, Path]) -> None:

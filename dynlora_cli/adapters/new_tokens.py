@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dynlora_cli.adapters.find import CONFIG, find_origin, merge_first
+from dynlora_cli.adapters.find import config_in, find_origin, merge_first
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.token_rows import LIST
 from dynlora_cli.config.adapter_section import NewToken
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import read_object
 from dynlora_cli.models.new_tokens import NewTokens, Token, add_tokens, first_rows
 from dynlora_cli.models.place import input_table, tied
 from dynlora_cli.models.token_rows import TokenHead, TokenRows, put_rows
@@ -76,7 +75,7 @@ def _origin(recipe: Recipe, files: BaseFiles) -> Origin | None:
     if recipe.adapter.origin is None:
         return None
     folder = find_origin(Path(recipe.adapter.origin), Path(recipe.output_dir))
-    if not read_object(folder / CONFIG).get(LIST):
+    if not config_in(folder).get(LIST):
         return None
     adapter = read_adapter(folder, str(files.folder))
     if len({rows.indices for rows in adapter.token_rows.values()}) > 1:

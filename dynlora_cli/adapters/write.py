@@ -50,9 +50,19 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True, dtype: str = 
 
 def bytes_of(adapter: Adapter, dtype: str) -> int:
     """Bytes of the adapter_model.safetensors that `save` writes; factors may be on the device "meta"."""
+    return file_bytes(shapes_of(adapter, dtype))
+
+
+def shapes_of(adapter: Adapter, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Number format and shape of every tensor of that file."""
     _, tensors = files_of(adapter)
-    kinds = {name: IN_FILES[dtype if _FACTOR.fullmatch(name) else FULL] for name in tensors}
-    return file_bytes({name: (kinds[name], tuple(tensor.shape)) for name, tensor in tensors.items()})
+    kinds = {name: IN_FILES[dtype if is_factor(name) else FULL] for name in tensors}
+    return {name: (kinds[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of the file is a factor of components."""
+    return _FACTOR.fullmatch(name) is not None
 
 
 def files_of(adapter: Adapter, *, for_peft: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -270,7 +280,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         if not tensor.isfinite().all():
             hint = "lower the learning rate, or look at the adapters that went in"
             raise MeasureError(f"{name} holds NaN or infinity; nothing was written", hint)
-    stored = {name: tensor.to(TORCH[dtype]) if _FACTOR.fullmatch(name) else tensor for name, tensor in on_cpu.items()}
+    stored = {name: tensor.to(TORCH[dtype]) if is_factor(name) else tensor for name, tensor in on_cpu.items()}
     # Not `save_file`, which makes files that only their owner can read.
     whole = to_bytes(stored, metadata={"format": "pt"})
     if dtype != FULL:

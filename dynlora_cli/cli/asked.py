@@ -179,7 +179,7 @@ def _refuse_cut_and_birth(budget: str | float | None, born: Sequence[str], choos
         )
     if born and choosing:
         raise UsageError(
-            f"{choosing[0]} chooses components for --budget; --born takes all that a run brought in",
+            f"{choosing[0]} is for --budget; --born takes out all that a run brought in, and leaves the rest as it is",
             f"leave {choosing[0]} out",
         )
 

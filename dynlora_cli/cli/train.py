@@ -251,6 +251,7 @@ def _next_commands(summary: dict[str, Any], recipe: Recipe) -> list[str]:
         return []
     folder = summary["output_dir"]
     small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
+    small += ["--dtype", summary["save_dtype"]] if summary.get("save_dtype") else []
     writes_text = not plugins.declared("tasks", recipe.model.task, "SILENT")
     return [
         typed("eval", "--adapter", folder),

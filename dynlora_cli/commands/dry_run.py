@@ -9,7 +9,6 @@ import torch
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import PLAIN
-from dynlora_cli.config.dtypes import BYTES
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
@@ -20,7 +19,7 @@ from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base, quantized_to, resolve_dtype
 from dynlora_cli.models.quiet import quiet
-from dynlora_cli.pruning.bytes_budget import beside
+from dynlora_cli.pruning.bytes_budget import room_of
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.training.batches import passes_note, total_steps, training_batches
 from dynlora_cli.training.components import attach, left_out, plan_ranks
@@ -99,8 +98,8 @@ def _file(recipe: Recipe, base: Base, targets: Mapping[str, nn.Module], start: S
         return {}
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     form = getattr(plugins.load("variants", options.variant), "saved_as", PLAIN)
-    aside = beside(start, base, shapes, form, dtype)
-    return {"file": {"dtype": dtype, "bytes": aside + BYTES[dtype] * min(start.limit, start.parameters)}}
+    room = room_of(start, base, shapes, form, dtype)
+    return {"file": {"dtype": dtype, "bytes": room.at_most(min(start.limit, start.parameters))}}
 
 
 def _mix(data: Data) -> dict[str, Any]:

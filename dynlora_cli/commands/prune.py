@@ -32,7 +32,7 @@ from dynlora_cli.evaluation.rows import Rows, held_out_rows, is_rows, own_recipe
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
-from dynlora_cli.pruning.bytes_budget import most_within
+from dynlora_cli.pruning.bytes_budget import in_kilobytes, most_within
 from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
@@ -213,6 +213,7 @@ def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: boo
     needed = looks or request.budget.kind == "auto" or request.heal_steps or request.data is not None
     if not (needed or request.measure):
         return None
+    place: Place | None = None
     try:
         place = find_base(adapter, request.base_name, request.trust_remote_code)
         tokenizer = read_tokenizer(adapter, place)
@@ -221,7 +222,7 @@ def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: boo
             data = recipe_of(place.options, request.data, out=request.out)
         rows = held_out_rows(adapter, place, tokenizer, data, max_samples=request.max_samples)
     except (MachineError, UsageError) as error:
-        if needed or request.base_name:
+        if needed or (request.base_name and place is None):
             raise
         fix = "" if request.data else "; --data FILE names rows, by which components are chosen better, too"
         emit(run_events.note(f"the loss is not measured: {error.message}{fix}"))
@@ -304,7 +305,10 @@ def _within_bytes(order: Order, limit: int, adapter: Adapter, request: Request) 
     target = most_within(limit, order, request.dtype, order.least, order.adapter.parameters)
     if not target:
         smallest = bytes_of(order.cut(order.keep(order.least)[0]), request.dtype)
-        raise UsageError(f"{within} are too few: the least that could stay makes a file of {smallest:,}", "allow more")
+        raise UsageError(
+            f"{within} are too few: the least that could stay makes a file of {smallest:,}",
+            f"allow more, at least {in_kilobytes(smallest)}",
+        )
     if target >= adapter.parameters:
         size = bytes_of(adapter, request.dtype)
         raise UsageError(

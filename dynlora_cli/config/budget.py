@@ -9,6 +9,7 @@ from dynlora_cli.text import show
 
 LOWEST_AUTO = 0.25  # average rank at which an automatic budget stops in any case
 MAX_RANK = 100_000  # wider than any layer: whoever writes more means parameters
+MOST = 1e12  # parameters: whoever writes 5000B means bytes
 BUDGET_FORMS = (
     "an average rank (a whole number from 1), a share of the start between 0 and 1, a parameter count like 2M, "
     "bytes of the file like 200kB, or auto"
@@ -34,6 +35,10 @@ def parse_budget(value: object) -> Budget:
         return Budget("bytes", asked)
     count = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB])", value) if isinstance(value, str) else None
     parameters = float(count[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[count[2].lower()] if count else 0.0
+    if parameters > MOST:
+        raise ValueError(
+            f"got {show(value)}, more parameters than any adapter has; bytes of the file are written in kB"
+        )
     if parameters >= 1:
         return Budget("parameters", parameters)
     if isinstance(value, float) and value.is_integer() and value > 1:  # but 1.0: all of the start, or rank 1?

@@ -16,11 +16,23 @@ def file_bytes(tensors: Shapes) -> int:
     Eight bytes, the header (JSON, filled up with spaces to a multiple of eight), then the numbers: widest format
     first, and names in order.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    parts = parts_of_file(tensors).values()
+    return 8 + -(-(EMPTY_HEADER + sum(entry for entry, _ in parts)) // 8) * 8 + sum(numbers for _, numbers in parts)
+
+
+def parts_of_file(tensors: Shapes) -> dict[str, tuple[int, int]]:
+    """Of each tensor by its name: bytes of its entry in the header, with the comma before it, and of its numbers."""
+    parts, end = {}, 0
     for name in sorted(tensors, key=lambda name: (-WIDTHS[tensors[name][0]], name)):
         kind, shape = tensors[name]
         begin, end = end, end + WIDTHS[kind] * math.prod(shape)
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + end
+        entry = {name: {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}}
+        parts[name] = _length(entry) - len("{}") + len(","), end - begin
+    return parts
+
+
+def _length(value: object) -> int:
+    return len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+EMPTY_HEADER = _length({"__metadata__": {"format": "pt"}})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import plan_start
@@ -82,6 +82,7 @@ class Order:
 
         Raises:
             UsageError: the policy needs data and there is none, or cannot judge this adapter.
+            MeasureError: what it saw is not finite.
         """
         observer = observer_of(policy, options, training=False)
         own_basis = observer is not None and observer.own_basis
@@ -101,7 +102,13 @@ class Order:
         if observer is not None and model is not None and batches is not None:
             loss = _show(observer, adapter, model, batches, autocast)
         if observer is not None and own_basis:
-            adapter = _turned(adapter, observer.turn)
+            try:
+                adapter = _turned(adapter, observer.turn)
+            except torch.linalg.LinAlgError:
+                raise MeasureError(
+                    f"what the rows send through {adapter.folder}, or back, is not finite",
+                    "look at the adapter and at the rows; --policy magnitude looks at no rows",
+                ) from None
         return cls(adapter, _scores(policy, adapter, observer, seed), loss)
 
     @property

@@ -89,6 +89,8 @@ def share_out(layers: Mapping[str, Costs], limit: int) -> dict[str, list[int]]:
 
     most = max(cost.errors_CB.max().item() for cost in layers.values())
     low, high = 0.0, max(most, 1e-300)  # at the highest price nothing is worth a byte
+    if not any(bits_C.any() for bits_C in at(low).values()):
+        raise UsageError("every component is zero, or too small for any number of bits", "use --to peft")
     if size(at(low)) <= limit:
         return {name: bits_C.tolist() for name, bits_C in at(low).items()}
     for _ in range(200):

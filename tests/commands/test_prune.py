@@ -240,6 +240,8 @@ def test_the_policy_is_chosen_by_what_there_is_to_look_at(foreign, tmp_path: Pat
     blind = dynlora(*common, "--out", tmp_path / "blind")
     assert (blind.code, blind.json["policy"]) == (0, "magnitude"), blind.err
     assert "--data FILE names rows" in " ".join(blind.err.split())
+    named = dynlora(*common, "--base", adapter.parent / "pico", "--out", tmp_path / "named")
+    assert (named.code, named.json["policy"]) == (0, "magnitude"), named.err
     seeing = dynlora(*common, "--data", rows, "--out", tmp_path / "seeing")
     assert seeing.code == 0, seeing.err
     assert seeing.json["policy"] == "activation"

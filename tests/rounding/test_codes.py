@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dynlora_cli.adapters.packed.archive import in_svd_form
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.adapters.write import save
 from dynlora_cli.api import train
 from dynlora_cli.errors import UsageError
 from dynlora_cli.rounding.bits import balanced, costs, share_out, within
@@ -185,3 +187,16 @@ def test_what_is_no_lora_of_linear_layers_is_refused(run, tmp_path, dynlora):
     assert "DoRA, which a packed archive does not read" in answer.err
     answer = dynlora("export", "--adapter", run, "--to", "packed", "--set", "bits=9", "--out", tmp_path / "x")
     assert answer.code == 2
+    zero = read_adapter(run)
+    (tmp_path / "zero").mkdir()
+    save(zero.with_layers({n: replace(f, b_OC=0 * f.b_OC) for n, f in zero.layers.items()}), tmp_path / "zero")
+    answer = dynlora("export", "--adapter", tmp_path / "zero", "--to", "packed", "--out", tmp_path / "x")
+    assert answer.code == 2
+    assert "every component is zero" in answer.err
+
+
+def test_a_run_goes_on_from_an_archive(archive, run, tmp_path, dynlora):
+    small, _ = archive
+    on = ("--set", f"adapter.from={small}", "--output-dir", tmp_path / "on")
+    answer = dynlora("train", run.parent / "recipe.yaml", *on)
+    assert answer.code == 0, answer.err

@@ -173,13 +173,25 @@ def test_what_cannot_be_rounded_says_so_before_it_trains(runs, settings, words, 
 
 @pytest.mark.parametrize(
     ("budget", "words"),
-    [("2kB", "2,000 bytes are too few: names and shapes of 14 layers"), ("2kb/s", "bytes of the file like 200kB")],
+    [
+        ("0.3kB", "allow more, at least 1kB, write `adapter.save_dtype: fp8`"),
+        ("2kb/s", "bytes of the file like 200kB"),
+        ("5000B", "bytes of the file are written in kB"),
+    ],
 )
 def test_a_budget_that_holds_nothing_says_what_would(runs, budget, words, dynlora):
     folder, *_ = runs
     done = dynlora("train", folder / "recipe.yaml", "--dry-run", "--set", f"rank.budget={budget}")
     assert done.code == 2
     assert words in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4])
+def test_layers_that_cannot_live_take_no_bytes_of_a_small_budget(runs, command, budget):
+    folder, *_ = runs
+    how = ("--set", f"rank.budget={budget}kB", "--dtype", "fp8", "--output-dir", folder / f"tight-{budget}")
+    found = command("train", folder / "recipe.yaml", *how)
+    assert 500 * budget < found["adapter_bytes"] <= 1000 * budget, "14 layers' names alone take 2,600"
 
 
 def test_magnitudes_stay_in_float32(tmp_path, runs, command):
