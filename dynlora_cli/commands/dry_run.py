@@ -52,7 +52,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     base = read_base(recipe, files, data, torch.device("meta"), modes)
     batches = training_batches(recipe, data, base)
     steps = total_steps(recipe, batches)
-    data.notes += passes_note(recipe.train, batches)
+    data.notes += passes_note(recipe.train, batches, watched=bool(data.val))
     found: dict[str, Any] = {
         "recipe_yaml": to_yaml(recipe),
         "example": show_example(data.train[0], files.tokenizer, data.labels),

@@ -35,10 +35,10 @@ dataset:
 {chat}{separator}rank:
   budget: {budget:<23} # average rank when training is done | 0.5 of the start | 2M parameters | 200kB | auto
 train:
-{objective}  epochs: 1
+{objective}  epochs: auto                    # as many passes as make 1,000 steps, 1 to 4 | a number
   micro_batch_size: 8             # --dry-run says how many rows fit
   # gradient_checkpointing: true  # less memory, more time
-  learning_rate: auto             # tries a few on the first batches; a number does without
+  learning_rate: auto             # a guess, in longer runs the best of short trials around it | a number
 output_dir: {output}
 """
 CHAT = "  chat: auto                      # turns where the model has a chat template | true | false: bare text\n"

@@ -89,14 +89,17 @@ def passes(train: Train, steps_per_epoch: int) -> int:
     return min(MOST_PASSES, max(1, -(-ENOUGH_STEPS // steps_per_epoch)))
 
 
-def passes_note(train: Train, batches: Batches) -> list[str]:
-    """What to say of a run that chose its length."""
+def passes_note(train: Train, batches: Batches, *, watched: bool) -> list[str]:
+    """What to say of a run that chose its length; `watched` where rows are held out."""
     if not chose_passes(train):
         return []
     often, steps = passes(train, batches.steps_per_epoch), batches.steps_per_epoch
     rows = counted(len(batches.examples), "row")
-    best = "; the adapter is the best of those that are measured on the way" if often > 1 else ""
-    return [f"train.epochs: auto is {counted(often, 'pass', 'passes')} over {rows}, {often * steps} steps{best}"]
+    kept = "; the adapter is the best of those that are measured on the way"
+    if not watched:
+        kept = "; no rows are held out to choose the best by, so the adapter is the last"
+    length = f"{counted(often, 'pass', 'passes')} over {rows}, {counted(often * steps, 'step')}"
+    return [f"train.epochs: auto is {length}{kept if often > 1 else ''}"]
 
 
 def chose_passes(train: Train) -> bool:

@@ -227,7 +227,7 @@ def make_run(
     optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
     batches = training_batches(recipe, data, base, accelerator)
     steps = total_steps(recipe, batches)
-    data.notes += passes_note(recipe.train, batches)
+    data.notes += passes_note(recipe.train, batches, watched=bool(data.val))
     control: Control = NoControl()
     if start and isinstance(trained, Pool):
         data.notes += too_short(steps, start)

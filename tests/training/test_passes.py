@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_run import make_recipe, train
+from tiny_run import assembled, make_recipe, train, write_rows
 
+from dynlora_cli.config.load import load_recipe
 from dynlora_cli.config.resume import same_recipe
+from dynlora_cli.drafts.starter import draft
 from dynlora_cli.errors import UsageError
 from dynlora_cli.training.batches import passes
 
@@ -34,6 +36,18 @@ def test_a_run_that_chose_its_length_says_so_and_keeps_the_best(tmp_path: Path):
     met = min(event["step"] for event in events if event["event"] == "eval" and event["best"])
     assert summary["adapter"] == "best"
     assert summary["loss_after"] == min(loss for step, loss in losses.items() if step >= met)
+
+
+def test_where_no_rows_are_held_out_no_best_one_is_promised(tmp_path: Path):
+    run = assembled(make_recipe(tmp_path, "train.max_steps=null", "dataset.val_size=0", "eval.steps=null"))
+    (note,) = [text for text in run.data.notes if "train.epochs" in text]
+    assert note.endswith("40 steps; no rows are held out to choose the best by, so the adapter is the last")
+
+
+def test_a_first_recipe_leaves_the_length_open(tmp_path: Path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "recipe.yaml").write_text(draft(str(rows), "builtin:tiny").text("train", "out"), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.yaml").train.epochs == "auto"
 
 
 def test_a_run_with_a_number_of_steps_is_as_it_was(tmp_path: Path):

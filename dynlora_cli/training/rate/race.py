@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from dynlora_cli.errors import Interrupted, MeasureError
+from dynlora_cli.pruning.control import NoControl
 from dynlora_cli.text import counted
 from dynlora_cli.training.held_out import first_evaluation
 from dynlora_cli.training.lr_schedule import warmup_steps
@@ -211,7 +213,7 @@ class Race:
         run, losses = self.run, []
         run.progress = replace(self.progress, learning_rate=rate)
         trial = Trial(rate, math.inf, run.progress, Window())
-        with told_later(run) as trial.told:
+        with told_later(run) as trial.told, nullcontext() if self.terms.kept else _unpruned(run):
             for _ in range(self.terms.steps):
                 try:
                     record = advance(run, trial.window, self.interrupted)
@@ -252,6 +254,16 @@ class Race:
         if min(self.losses.values()) >= self.untrained:
             text += f"; none ended below the {self.untrained:.3f} of no training, so a number may do better"
         self.run.note(text)
+
+
+@contextmanager
+def _unpruned(run: Run) -> Iterator[None]:
+    """No component goes inside the block, and none is scored: what a trial does to them could not be put back."""
+    control, run.control = run.control, NoControl()
+    try:
+        yield
+    finally:
+        run.control = control
 
 
 def choose(losses: dict[float, float], untrained: float, guess: float) -> float:

@@ -124,7 +124,16 @@ def test_a_guess_is_checked_by_the_first_steps_of_the_run(tmp_path: Path, monkey
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("settings", [[], ["adapter.dropout=0.3"], ["eval.steps=1"], ["adapter.variant=full"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["adapter.dropout=0.3"],
+        ["eval.steps=1"],
+        ["adapter.variant=full"],
+        ["pruning.start=0", "pruning.end=1", "pruning.events=8"],  # trials are as long as the first event is away
+    ],
+)
 def test_a_run_is_the_one_with_the_number_it_found(tmp_path: Path, settings: list[str]):
     """Bit for bit: files and metrics, with random numbers, and where trials are thrown away."""
     settings = ["pruning.start=0.4", "train.log_steps=3", "rank.init=4", *settings]
