@@ -35,6 +35,16 @@ def test_a_batch_size_of_axolotl_becomes_passes(tmp_path: Path):
     assert (recipe.train.micro_batch_size, recipe.train.gradient_accumulation_steps) == (4, 4)
 
 
+def test_steps_that_unsloth_does_not_limit_are_no_finding(tmp_path: Path):
+    """It trains three passes where its file names neither; that is said, and 0 steps are not complained of."""
+    text = (
+        "model: builtin:tiny\ndata:\n  local_dataset: [a.jsonl]\ntraining:\n  training_type: lora\nlora:\n  lora_r: 8\n"
+    )
+    found, recipe = made(tmp_path, "u.yaml", text)
+    assert (recipe.train.epochs, recipe.train.max_steps) == (3, None)
+    assert not any("max_steps" in texts(found, kind) for kind in ("lost", "differs", "needless"))
+
+
 def test_orpo_alpha_of_axolotl_is_beta(tmp_path: Path):
     _, recipe = made(tmp_path, "a.yml", AXOLOTL + ROWS + "rl: orpo\norpo_alpha: 0.25\n")
     assert recipe.train.model_dump()["beta"] == 0.25

@@ -142,7 +142,7 @@ def _yaml(move: Move) -> None:
         move.give("train.max_steps", steps, "training.max_steps")
         move.needless("the steps decide", "training.num_epochs")
     else:
-        move.needless("off: the epochs decide", "training.max_steps")
+        move.say("training.max_steps", "needless", "off: the epochs decide")
         common.epochs(move, "training.num_epochs")
     for theirs, ours in (
         ("batch_size", "micro_batch_size"),
