@@ -105,9 +105,12 @@ def updates() -> str:
 def out_of_the_box() -> str:
     """dynlora with nothing set and what other tools ship, against the best of a sweep, on a real model."""
     page = (BENCH / "REAL.md").read_text(encoding="utf-8")
-    rows = rows_of(page.split("## Against the best of a sweep")[1].split("\n## ")[0])
+    section = page.split("## Against the best of a sweep")[1].split("\n## ")[0]
+    rows = rows_of(section)
     kept = [r for r in rows if "@" not in r[""] and re.match("dynlora|.*(as shipped|with our batch)$", r[""])]
-    return table(list(rows[0]), (list(row.values()) for row in kept)) if rows else ""
+    unfinished = re.search(r"^The sweep is not finished.*\n", section, flags=re.MULTILINE)
+    shown = table(list(rows[0]), (list(row.values()) for row in kept)) if rows else ""
+    return shown + (f"\n{unfinished[0]}" if unfinished else "")
 
 
 def three(text: str) -> str:

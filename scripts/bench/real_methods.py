@@ -71,7 +71,8 @@ class Job:
 
     Attributes:
         method: `lora`, `rslora`, `dora` at a rank and rate; a tool, as shipped or `+batch8`, or `+stretched`; `dynlora` (rank 0: as it
-            comes), `dynlora-auto`. Ours may end in @LABEL, for another state of the code.
+            comes), `dynlora-auto`. Ours may be followed by keys of the recipe (`dynlora dataset.val_size=0`), and end in @LABEL,
+            for another state of the code.
         rank, rate: 0 where the method decides.
         stretch: how many times the rows are seen, of a stretched run.
     """
@@ -93,7 +94,7 @@ class Job:
 
 
 def is_ours(method: str) -> bool:
-    return method.split("@")[0] in OURS
+    return method.split("@")[0].split()[0] in OURS
 
 
 def run(job: Job, work: Path, keep: Path | None = None, beat: float = math.inf) -> Result:
@@ -195,7 +196,7 @@ def _train_ours(job: Job, work: Path, folder: Path) -> Result:
     """`dynlora train` with nothing set but model and data, and the budget or rate that the job names."""
     recipe: dict[str, Any] = {
         "model": {"name_or_path": str(MODELS / MODEL), "dtype": "bfloat16"},
-        "dataset": str(prepare(job.task, work) / "train.jsonl"),
+        "dataset": {"train": [{"path": str(prepare(job.task, work) / "train.jsonl")}]},
         "seed": job.seed,
         "output_dir": str(folder),
     }
@@ -212,7 +213,7 @@ def _train_ours(job: Job, work: Path, folder: Path) -> Result:
     begun = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = api.train(recipe, overwrite=True, progress=hear)
+        found = api.train(recipe, set=job.method.split("@")[0].split()[1:], overwrite=True, progress=hear)
     ended = time.process_time()
     return _spent(marks, begun, ended, found.summary) | _ours_found(found.summary)
 

@@ -132,7 +132,7 @@ def label(method: Method) -> str:
             return label((name.removesuffix(ending), rank)) + words
     if name in TOOLS:
         return f"{TOOLS[name]} as shipped"
-    return f"{name}, rank {rank}" + (f" (@{state})" if state else "")
+    return plain + (f", rank {rank}" if rank else "") + (f" (@{state})" if state else "")
 
 
 def order(methods: Iterable[Method]) -> list[Method]:
@@ -141,7 +141,7 @@ def order(methods: Iterable[Method]) -> list[Method]:
 
     def place(method: Method) -> tuple[int, str, int]:
         name, rank = method
-        if name.split("@")[0] in groups:
+        if name.split("@")[0].split()[0] in groups:
             return (0, name, rank)
         if name in TOOLS:
             return (1, f"{list(TOOLS).index(name):02}", rank)
