@@ -66,6 +66,7 @@ def files() -> dict[Path, str]:
         DOCS / "pictures" / "components.svg": components_svg(),
         DOCS / "pictures" / "schedule.svg": schedule_svg(run),
         DOCS / "pictures" / "quality.svg": (ROOT / "scripts/bench/quality.svg").read_text(encoding="utf-8"),
+        DOCS / "pictures" / "real.svg": (ROOT / "scripts/bench/real.svg").read_text(encoding="utf-8"),
     }
 
 

@@ -207,7 +207,8 @@ def details(records: Sequence[Record], task: str) -> str:
 
 def draw(records: Sequence[Record]) -> str:
     """Bars: percent above the best of the sweep, mean over tasks with a dot for each; empty where nothing can be compared."""
-    references = {t: best for t in TASKS if finished(records, t, (16,)) and (best := best_of(sweep(records, t)))}
+    begun = {task: best for task in TASKS if (best := best_of(sweep(records, task)))}
+    references = {task: best for task, best in begun.items() if finished(records, task, (16,))} or begun
     runs = {task: chosen(records, task) for task in references}
     ours = next(
         (m for m in (("dynlora", 0), ("dynlora@before", 0)) if any(m in found for found in runs.values())), None
@@ -223,7 +224,7 @@ def draw(records: Sequence[Record]) -> str:
             shown.append(Bar(name, points, f"{100 * cost:.0f} %", strong=method == ours))
     sets = f"{len(references)} data sets (dots)" if len(references) > 1 else f"the data set {next(iter(references))}"
     if not all(finished(records, task) for task in references):
-        sets += ", sweeps unfinished"
+        sets += ", sweep unfinished"
     return bars(
         sorted(shown, key=lambda bar: mean(bar.points)),
         "Held-out loss, percent above the best LoRA of a sweep over rank and rate",
