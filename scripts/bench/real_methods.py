@@ -134,14 +134,15 @@ def rows_of(job: Job, work: Path) -> int:
 
 def _train_stock(job: Job, work: Path, folder: Path) -> Result:
     """PEFT's LoRA as a tool configures it, or one of a sweep."""
-    swept = job.method in SWEPT
-    shipped = Tool(job.rank, 2 * job.rank, job.rate, "") if swept else tool(job.method.removesuffix(STRETCHED))
+    method = job.method.removesuffix(STRETCHED)
+    swept = method in SWEPT
+    shipped = Tool(job.rank, 2 * job.rank, job.rate, "") if swept else tool(method)
     with clock() as load:
         recipe = recipe_for(job, work, "val", shipped)
         data, base = _read(recipe)
         recipe = recipe_for(job, work, "val", in_eights(shipped, [len(row.lines[0]) for row in data.train]))
         torch.manual_seed(job.seed)
-        model = peft.get_peft_model(base.model, _config(job, shipped))
+        model = peft.get_peft_model(base.model, _config(method, shipped))
     batches = make_batches(recipe, data.train, base, shuffle=True)
     steps = max(1, round(job.stretch * batches.steps_per_epoch))
     if swept:  # as dynlora's own: no step of rate zero, the most that the rate can give
@@ -177,9 +178,9 @@ def in_eights(shipped: Tool, tokens: list[int]) -> Tool:
     return replace(shipped, rows=8, accumulation=math.ceil(rows / 8), packed=0)
 
 
-def _config(job: Job, shipped: Tool) -> peft.LoraConfig:
-    if job.method in SWEPT:
-        return SWEPT[job.method](job.rank, target_modules=list(SEVEN), task_type="CAUSAL_LM")
+def _config(method: str, shipped: Tool) -> peft.LoraConfig:
+    if method in SWEPT:
+        return SWEPT[method](shipped.rank, target_modules=list(SEVEN), task_type="CAUSAL_LM")
     return peft.LoraConfig(
         r=shipped.rank,
         lora_alpha=shipped.alpha,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-WIDTH, LEFT, RIGHT, TOP, LINE = 760, 170, 90, 58, 30
+WIDTH, LEFT, RIGHT, TOP, LINE = 760, 215, 100, 58, 30
 STYLE = """<style>
 text{fill:#1f2328;font:13px system-ui,sans-serif}.small{font-size:11.5px;fill:#59636e}.title{font-weight:600}
 .axis{stroke:#d1d9e0}.bar{fill:#b6bec8}.ours{fill:#1b6ef3}.dot{fill:#59636e}
