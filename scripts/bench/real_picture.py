@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-WIDTH, LEFT, RIGHT, TOP, LINE = 760, 215, 100, 58, 30
+WIDTH, LEFT, RIGHT, TOP, LINE = 760, 225, 118, 58, 30
 STYLE = """<style>
 text{fill:#1f2328;font:13px system-ui,sans-serif}.small{font-size:11.5px;fill:#59636e}.title{font-weight:600}
 .axis{stroke:#d1d9e0}.bar{fill:#b6bec8}.ours{fill:#1b6ef3}.dot{fill:#59636e}
@@ -42,7 +42,9 @@ def bars(lines: Sequence[Bar], title: str, below: str) -> str:
     for tick in range(math.ceil(low / step) * step, math.floor(high) + 1, step):
         end = TOP + LINE * len(lines)
         parts.append(f'<path class="axis" d="M{x(tick):.1f} {TOP - 8}V{end}" stroke-width="{2 if tick == 0 else 1}"/>')
-        parts.append(f'<text class="small" x="{x(tick):.1f}" y="{TOP - 14}" text-anchor="middle">{tick:+d} %</text>')
+        parts.append(
+            f'<text class="small" x="{x(tick):.1f}" y="{TOP - 14}" text-anchor="middle">{f"{tick:+d} %" if tick else 0}</text>'
+        )
     for number, line in enumerate(lines):
         middle, top = mean(line.points), TOP + LINE * number + 5
         kind, start = ("ours" if line.strong else "bar"), min(x(0), x(middle))

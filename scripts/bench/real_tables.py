@@ -214,7 +214,9 @@ def draw(records: Sequence[Record]) -> str:
     runs = {task: chosen(records, task) for task in references}
     everywhere = {m for found in runs.values() for m in found if all(m in other for other in runs.values())}
     ours = [m for m in OURS if m in everywhere and m[0] in ("dynlora", "dynlora train.epochs=1") and not m[1]]
-    ours = ours or [m for m in everywhere if m[0].startswith("dynlora") and not m[1]]
+    ours = (
+        ours or sorted(m for m in everywhere if m[0].startswith("dynlora") and not m[1])[:1]
+    )  # another state of the code
     if not ours:
         return ""
     shown = []
