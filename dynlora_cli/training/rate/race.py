@@ -8,7 +8,7 @@ the last three quarters of their steps. What the others take is at most a tenth 
 Rates can be told apart by trials of three times the warm-up at least: within it, a rate that is too high for the run is
 the fastest (scripts/bench/NOTES.md). Where those fit, guess, half and twice race, and long runs go on, a factor of 2 at
 a time, until the best has a worse neighbour on both sides. Elsewhere the guess (prior.py) is only checked: where it
-leaves the loss no lower than it was before training, half of it is tried, whatever that costs, and so on.
+ends above the loss before training, by more than `HARMLESS`, half of it is tried, whatever that costs, and so on.
 
 A rate that leaves the loss no lower than it was is no candidate: of broken models one may well look better than the
 next. Where no rate is one, for the model learns nothing in so few steps, the guess is taken, or where that does harm
@@ -101,10 +101,7 @@ def settle_rate(run: Run, interrupted: Callable[[], bool] = lambda: False) -> Wi
     guess, terms = prior(run), _terms(run)
     if not terms.steps:
         run.progress.learning_rate, run.progress.rate_from = guess, "prior"
-        run.note(
-            f"learning rate {guess:.1e}: a guess from model, components and steps; {counted(run.total_steps, 'step')} "
-            "are too few to check it"
-        )
+        run.note(f"learning rate {guess:.1e}: a guess from model, components and steps; {_unchecked(run)}")
         return Window()
     began = time.perf_counter()
     race = Race(run, guess, terms, interrupted)
@@ -135,6 +132,15 @@ def _terms(run: Run) -> Terms:
     checked = Terms(min(CHECKED, _quiet_steps(run)), spare, kept=True, compares=False)
     fits = checked.steps >= SHORTEST and checked.thrown_away(1) <= spare
     return checked if fits else replace(checked, steps=0)
+
+
+def _unchecked(run: Run) -> str:
+    """Why the first steps of the run do not check the guess."""
+    if Terms(SHORTEST, 0, kept=True).thrown_away(1) > int(SHARE * run.total_steps):
+        return f"{counted(run.total_steps, 'step')} are too few to check it"
+    if not run.trained.layers:
+        return "nothing checks it, since the state of a whole model is too large to keep"
+    return "nothing checks it, since pruning, a save or an evaluation comes in the first steps"
 
 
 def _quiet_steps(run: Run) -> int:

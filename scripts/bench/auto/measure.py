@@ -140,9 +140,10 @@ def main() -> int:
     parser.add_argument("--model", default="", help="a folder of DYNLORA_REAL_MODELS, in place of the task's own")
     parser.add_argument("--rows", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--work", type=Path, default=Path("/tmp/dynlora-auto"))
+    parser.add_argument("--work", type=Path, default=Path("out/auto"))
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     budget = int(options.budget) if options.budget.isdigit() else options.budget
     for task in options.tasks.split(","):
@@ -153,7 +154,7 @@ def main() -> int:
                 record = dict(zip(KEY, values, strict=True))
                 if values in known():
                     continue
-                record |= measure(record, options.work)
+                record |= measure(record, work)
                 with RUNS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 print({k: v for k, v in record.items() if k not in ("trace", "ranks", "evaluations")}, flush=True)

@@ -1,6 +1,7 @@
 """Cutting adapters that other tools trained, on a real model: loss and forgetting against size, ours and the others' rules.
 
-    python scripts/bench/cut/cut.py run --work FOLDER [--adapters e2e-16,gsm8k-16 ...]   # what is missing in cut.jsonl
+    python scripts/bench/cut/cut.py run --work FOLDER [--only e2e-16,gsm8k-16]   # what is missing in cut.jsonl
+    python scripts/bench/cut/cut.py small|peft --work FOLDER      # trained at the small size; PEFT's own program
     python scripts/bench/cut/cut.py heal --work FOLDER [...]      # `dynlora prune --heal`, its rate and steps
     python scripts/bench/cut/cut.py table                         # writes cut.md and cut.svg again from cut.jsonl
 

@@ -119,6 +119,17 @@ def test_a_guess_is_checked_by_the_first_steps_of_the_run(tmp_path: Path, monkey
     assert "its first 12 steps lower the loss" in note
 
 
+def test_a_guess_that_nothing_checks_says_why(tmp_path: Path):
+    for setting, why in (
+        ("adapter.variant=full", "a whole model"),
+        ("pruning.start=0", "comes in the first steps"),
+        ("train.max_steps=12", "12 steps are too few"),
+    ):
+        settings = ("train.max_steps=400", "eval.steps=null", "dataset.val_size=0", setting)
+        run = assembled(make_recipe(tmp_path, AUTO, *settings), fill=False)
+        assert why in race._unchecked(run)
+
+
 # -- the best trial becomes the run ----------------------------------------------------------------------------------
 
 
