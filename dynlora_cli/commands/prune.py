@@ -228,16 +228,16 @@ def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: boo
         emit(run_events.note(f"the loss is not measured: {error.message}{fix}"))
         return None
     rows = some_of(rows, emit) if request.data and request.max_samples is None else rows
-    emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
-    for note in [*rows.notes, *weights_note(request.policy, request.options, rows.examples)]:
-        emit(run_events.note(note))
-    base = base_in_memory(adapter, place, tokenizer)
-    for note in learn_reference(adapter, [rows], base):
-        emit(run_events.note(note))
+    whole, choosing = rows, None
     if request.data and (looks or request.policy == AUTO):
         choosing, rows = halves(rows, emit)
-        return Bench(place, base, rows, choosing)
-    return Bench(place, base, rows)
+    emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
+    for note in [*rows.notes, *weights_note(request.policy, request.options, whole.examples)]:
+        emit(run_events.note(note))
+    base = base_in_memory(adapter, place, tokenizer)
+    for note in learn_reference(adapter, [whole], base):
+        emit(run_events.note(note))
+    return Bench(place, base, rows, choosing)
 
 
 def _looks(policy: ModuleType, options: Section | None) -> bool:

@@ -15,6 +15,7 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
+from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.earlier import earlier_data
 from dynlora_cli.data.preferences.examples import TwoLines
@@ -85,6 +86,9 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     run_folder.refuse_inputs(out, [adapter.folder, *([request.data] if request.data else [])])
     if adapter.note:
         emit(run_events.note(adapter.note))
+    if (was := (adapter.record.get("summary") or {}).get("save_dtype", FULL)) != FULL:
+        text = f"the adapter was saved in {was}; what is left goes into float32, its numbers as they are"
+        emit(run_events.note(f"{text}: dynlora export --to peft --dtype {was} makes it small again"))
     retirement, comparison = _compared(retire(adapter, request.born), request.base_name)
     bench = _bench(request, adapter, emit)
     left, events = retirement.left, list[dict[str, Any]]()

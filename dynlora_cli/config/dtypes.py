@@ -16,7 +16,7 @@ READERS = {
 }
 
 
-MUCH = 0.08  # of the update: by so much fp8 changes one that is too small for it
+MUCH, MOST = 0.08, 0.5  # of the update: by so much fp8 changes one that is small for it, or too small
 
 
 def rounding_note(dtype: str, lost: float, before: float | None = None, after: float | None = None) -> str:
@@ -30,6 +30,8 @@ def rounding_note(dtype: str, lost: float, before: float | None = None, after: f
     text = f"saved in {dtype}: rounding changes the update by {lost:.2%}"
     if before and after is not None:
         text += f", the held-out loss from {before:.4f} to {after:.4f} ({after / before - 1:+.2%})"
-    if dtype == "fp8" and lost > MUCH:
+    if dtype == "fp8" and lost > MOST:
+        text += "; most of it is lost, since its numbers are too small for fp8 at a scale of 1: save it in bf16"
+    elif dtype == "fp8" and lost > MUCH:
         text += "; its numbers are small for fp8 at a scale of 1, and bf16 keeps more of them"
     return f"{text}; {READERS[dtype]}" if dtype in READERS else text

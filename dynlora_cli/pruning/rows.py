@@ -25,5 +25,5 @@ def halves(rows: Rows, emit: Emit) -> tuple[Rows, Rows]:
     if len(rows.examples) < 2:
         return rows, rows
     choosing, measured = (replace(rows, examples=rows.examples[first::2]) for first in (0, 1))
-    emit(note(f"every other row chooses; measured is on the other {counted(len(measured.examples), 'row')}"))
+    emit(note(f"{counted(len(choosing.examples), 'row')}, every other one, choose what stays"))
     return choosing, measured

@@ -266,7 +266,8 @@ def test_a_large_file_is_looked_at_in_part(foreign, tmp_path: Path, dynlora: Dyn
     assert answer.json["rows"] == 3, answer.err
     told = " ".join(answer.err.split())
     assert "7 of 60 rows, evenly spread" in told
-    assert "every other row chooses; measured is on the other 3 rows" in told
+    assert "4 rows, every other one, choose what stays" in told
+    assert "measured on 3 rows: " in told
     all_of_them = dynlora(*common, "--max-samples", "9", "--policy", "magnitude", "--out", tmp_path / "nine")
     assert all_of_them.json["rows"] == 9, "a policy that looks at no rows leaves all to measure on"
 

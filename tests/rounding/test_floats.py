@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from dynlora_cli.config.dtypes import rounding_note
 from dynlora_cli.errors import MeasureError
 from dynlora_cli.files.tensor_file import file_bytes
 from dynlora_cli.rounding.floats import TORCH, balanced, changed, rounded
@@ -63,3 +64,9 @@ def test_the_size_of_a_file_is_known_before_it_is_written():
     names = {torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
     shapes = {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert file_bytes(shapes) == len(save(tensors, metadata={"format": "pt"}))
+
+
+def test_a_note_says_what_kind_of_loss_it_is():
+    assert "too small" not in rounding_note("fp8", 0.04)
+    assert "bf16 keeps more of them" in rounding_note("fp8", 0.2)
+    assert "most of it is lost" in rounding_note("fp8", 1.0)
