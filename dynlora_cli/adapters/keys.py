@@ -72,7 +72,7 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
     known = kind.tensor_names()
     ours = (*{f"{name.partition('_')[0]}_" for name in known}, "token_adapter", "trainable_tokens")
     part_of_a_layer = re.compile(
-        rf"(?P<module>.+?)\.(?P<part>{'|'.join(known)})(\.(?P<adapter>(?!weight$|bias$)\w+))?(\.(?P<leaf>weight|bias))?"
+        rf"(?P<module>.+?)\.(?P<part>{'|'.join(known)})(\.(?P<adapter>(?!weight$|weight_scale|bias$)\w+))?(\.(?P<leaf>weight|bias))?"
     )
     for key, name in names.items():
         if name in taken:
@@ -85,6 +85,7 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
         elif f".{VELORA}" in name:
             of_training.append(key)
         elif match := _TOKENS.fullmatch(name):
+            _refuse_integers(tensors[key], key, path)
             found.tokens[match["module"]] = tensors[key].float()
             adapters.add(match["adapter"])
         elif (match := part_of_a_layer.fullmatch(name)) and (match["leaf"] != "bias" or match["part"] == "lora_B"):
@@ -97,6 +98,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sorted:
         elif own in found.whole and not found.whole[own].equal(tensors[key]):  # PEFT writes a head's bias twice
             raise UsageError(f"{path} holds {own} twice, once as {key}, with other numbers", "leave one of them out")
         else:
+            if own.endswith((".weight", ".bias")):  # others may be counters
+                _refuse_integers(tensors[key], key, path)
             found.whole[own] = tensors[key]
     if not (found.parts or found.tokens):
         raise UsageError(f"{path} holds no LoRA factors", "the files are incomplete or of another kind")
@@ -117,7 +120,7 @@ def _in_words_of_torch(tensor: Tensor) -> Tensor:
 
 
 def _refuse_integers(tensor: Tensor, key: str, path: Path) -> None:
-    """Refuse factors of whole numbers: they were quantized, and what they stand for is not to be told.
+    """Refuse weights of whole numbers: they were quantized, and what they stand for is not to be told.
 
     Raises:
         UsageError: it holds such.

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.keys import sorted_tensors
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import bytes_of, save
 from dynlora_cli.api import train
@@ -229,3 +230,17 @@ def test_a_scale_that_is_no_power_of_two(tmp_path, command):
     stored = load_file(tmp_path / "run" / WEIGHTS)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float8_e4m3fn}
     assert summary["save_dtype"] == "fp8"
+
+
+@pytest.mark.parametrize("name", ["base_model.model.classifier.weight", "base_model.model.emb.trainable_tokens_delta"])
+def test_heads_and_rows_of_tokens_are_no_whole_numbers_either(tmp_path, name):
+    tensors = {"base_model.model.q.lora_A.weight": torch.ones(1, 2), name: torch.ones(2, 2, dtype=torch.int8)}
+    with pytest.raises(UsageError, match=r"holds whole numbers \(int8\)"):
+        sorted_tensors(tensors, tmp_path / WEIGHTS)
+
+
+def test_scales_of_a_quantized_adapter_are_no_other_adapter(tmp_path):
+    name = "base_model.model.q.lora_A.weight"
+    tensors = {name: torch.ones(1, 2), f"{name}_scale": torch.ones(1)}
+    with pytest.raises(UsageError, match="weight_scale is not understood"):
+        sorted_tensors(tensors, tmp_path / WEIGHTS)
