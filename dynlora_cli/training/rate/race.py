@@ -196,7 +196,7 @@ class Race:
                 f"the loss is not finite at any learning rate down to {min(self.losses):.0e}",
                 "look at the rows and the model",
             )
-        return self._winner(choose(self.losses, self.untrained, self.guess))
+        return self._winner()
 
     def _affordable(self) -> bool:
         return self.terms.thrown_away(len(self.losses) + 1) <= self.terms.spare
@@ -208,7 +208,7 @@ class Race:
                 return math.inf
             trial = self._trial(rate)
             self.losses[rate] = trial.loss
-            if self.best is None or trial.loss < self.best.loss:
+            if rate == choose(self.losses, self.untrained, self.guess):  # never again one that was dropped
                 self.best = trial
                 if self.terms.kept:
                     trial.standing = Standing.now(self.run)
@@ -235,24 +235,23 @@ class Race:
         trial.loss = sum(judged) / len(judged)
         return trial
 
-    def _winner(self, rate: float) -> Trial:
-        """The run at the end of this rate's trial, or at its beginning where trials are not kept."""
+    def _winner(self) -> Trial:
+        """The run at the end of the chosen trial, or at its beginning where trials are not kept."""
         assert self.best is not None
-        trial = self.best if self.best.rate == rate else None
         if not self.terms.kept:
-            return Trial(rate, self.losses[rate], self.progress, Window())
-        if trial is None:  # none was better than no training, so another one than the best is taken
-            trial = self._trial(rate)
-        else:
-            assert trial.standing is not None
-            trial.standing.put_back(self.run)
-        return trial
+            return Trial(self.best.rate, self.best.loss, self.progress, Window())
+        assert self.best.standing is not None
+        self.best.standing.put_back(self.run)
+        return self.best
 
     def tell(self, rate: float) -> None:
         """Leave a note of what was found."""
-        if self.losses.keys() == {self.guess} and self.losses[rate] < self.untrained:
-            took = f"its first {self.terms.steps} steps lower the loss"
-            self.run.note(f"learning rate {rate:.1e}: a guess from model, components and steps; {took}")
+        if self.losses.keys() == {self.guess}:
+            took = (
+                "lower the loss" if self.losses[rate] < self.untrained else "do no harm, and do not lower the loss yet"
+            )
+            steps = f"its first {self.terms.steps} steps {took}"
+            self.run.note(f"learning rate {rate:.1e}: a guess from model, components and steps; {steps}")
             return
         text = f"learning rate {rate:.1e}, by a race of {len(self.losses)}: "
         tried = ((f"{loss:.3f}" if loss < math.inf else "diverged", rate) for rate, loss in sorted(self.losses.items()))
@@ -278,7 +277,9 @@ def choose(losses: dict[float, float], untrained: float, guess: float) -> float:
     if losses[best] < untrained:
         return best
     harmless = [rate for rate, loss in losses.items() if loss <= (1 + HARMLESS) * untrained]
-    return guess if guess in harmless else max(harmless, default=min(losses))
+    if harmless:
+        return guess if guess in harmless else max(harmless)
+    return min((rate for rate, loss in losses.items() if math.isfinite(loss)), default=min(losses))
 
 
 @torch.no_grad()

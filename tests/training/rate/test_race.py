@@ -107,6 +107,26 @@ def test_a_short_run_takes_the_guess_and_says_so(tmp_path: Path, monkeypatch: py
     assert 1e-4 < summary["learning_rate"] < 2e-2
 
 
+def test_a_guess_that_does_no_good_and_no_harm_goes_on_from_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its steps are not done twice."""
+    taken, untrained = steps_taken(monkeypatch), race._untrained
+    monkeypatch.setattr(race, "_untrained", lambda *arguments: 0.5 * untrained(*arguments))
+    monkeypatch.setattr(race, "HARMLESS", 9.0)
+    long = (AUTO, "train.max_steps=40", "eval.steps=20", "pruning.start=0.4")
+    summary, events = train(make_recipe(tmp_path, *long))
+    assert len(taken) == 40
+    assert summary["learning_rate_from"] == "prior"
+    assert any("do not lower the loss yet" in event["text"] for event in events if event["event"] == "note")
+
+
+def test_a_long_run_is_not_called_too_short_for_a_check(tmp_path: Path):
+    for settings in (["pruning.start=0"], ["eval.steps=3"], ["adapter.variant=full"]):
+        run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=400", *settings), fill=False)
+        race.settle_rate(run)
+        (note,) = [event["text"] for event in run.emit.__self__ if event["event"] == "note"]
+        assert "nothing checks it" in note
+
+
 @pytest.mark.slow
 def test_a_guess_is_checked_by_the_first_steps_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     long = (AUTO, "train.max_steps=40", "eval.steps=20", "pruning.start=0.4")
@@ -270,6 +290,10 @@ def test_of_broken_models_none_is_the_best(tmp_path: Path):
     broken = {5e-4: 0.8, 1e-3: 1.5, 2e-3: 1.7, 4e-3: 1.1, 8e-3: 1.3}
     rate, _ = told_race(tmp_path, broken, 4e-3)
     assert rate < 1e-3
+
+
+def test_a_rate_that_diverged_is_not_taken_where_another_only_does_harm():
+    assert race.choose({1e-3: math.inf, 2e-3: 1.5, 4e-3: math.inf}, 1.0, 4e-3) == 2e-3
 
 
 def test_where_every_rate_breaks_the_model_lower_ones_are_tried_whatever_that_costs(tmp_path: Path):
