@@ -175,7 +175,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 "if you trust its source, load it with PEFT and save it again: safetensors is PEFT's default",
             )
         raise UsageError(
-            f"{path.parent} holds {CONFIG} but no {path.name}", "the files are incomplete; copy them again"
+            f"{path.parent} holds {PACKED if path.name == PACKED_WEIGHTS else CONFIG} but no {path.name}",
+            "the files are incomplete; copy them again",
         )
     try:
         tensors = load_file(path)

@@ -180,6 +180,13 @@ def test_a_hostile_archive_is_refused(archive, how, words):
         read_adapter(small)
 
 
+def test_an_archive_of_one_file_says_which_is_missing(archive):
+    small, _ = archive
+    (small / WEIGHTS).unlink()
+    with pytest.raises(UsageError, match=r"holds adapter_packed\.json but no adapter_packed\.safetensors"):
+        read_adapter(small)
+
+
 def test_what_is_no_lora_of_linear_layers_is_refused(run, tmp_path, dynlora):
     train(run.parent / "recipe.yaml", set={"adapter.variant": "dora"}, output_dir=tmp_path / "dora")
     answer = dynlora("export", "--adapter", tmp_path / "dora", "--to", "packed", "--out", tmp_path / "x")
