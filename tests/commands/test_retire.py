@@ -211,9 +211,9 @@ def test_another_adapter_in_the_earlier_folder_is_noticed(chain, tmp_path: Path,
 REFUSED = [
     ([], "give --budget 0.5, say, or --born RUN"),
     (["--born", "tax", "--budget", "0.5"], "two steps"),
-    (["--born", "tax", "--policy", "fisher"], "--policy chooses"),
-    (["--born", "tax", "--tolerance", "1%"], "--tolerance chooses"),
-    (["--born", "tax", "--seed", "3"], "--seed chooses"),
+    (["--born", "tax", "--policy", "fisher"], "--policy is for --budget"),
+    (["--born", "tax", "--tolerance", "1%"], "--tolerance is for --budget"),
+    (["--born", "tax", "--seed", "3"], "--seed is for --budget"),
     (["--born", "finance"], "no such update"),
     (["--born", "law", "--born", "tax"], "nothing would be left"),
 ]
