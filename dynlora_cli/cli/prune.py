@@ -38,7 +38,7 @@ Data = Annotated[
     Path | None,
     typer.Option(
         metavar="RECIPE|FILE",
-        help="Rows to look at, measure on and heal by; by default the run's own.",
+        help="Rows to look at and measure on, and to heal by where none are on record; by default the run's own.",
         show_default=False,
     ),
 ]

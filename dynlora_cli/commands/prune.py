@@ -111,7 +111,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if adapter.note:
         emit(run_events.note(adapter.note))
     _tell_dtype(request, adapter, emit)
-    own = _own_recipe(request, adapter)
+    own = _own_recipe(request, adapter, emit)
     bench = _bench(request, adapter, emit, heals_by_file=own is None)
     recipe = own or (bench.rows.recipe if bench else None)
     request, order = _ordered(request, adapter, bench, emit)
@@ -189,7 +189,7 @@ def _tell_dtype(request: Request, adapter: Adapter, emit: Emit) -> None:
         )
 
 
-def _own_recipe(request: Request, adapter: Adapter) -> Recipe | None:
+def _own_recipe(request: Request, adapter: Adapter, emit: Emit) -> Recipe | None:
     """The recipe that the adapter was trained by; None where nobody knows it, and nothing asks for it."""
     own = own_recipe(adapter)
     if request.heal_steps and own is None and request.data is None:
@@ -197,6 +197,9 @@ def _own_recipe(request: Request, adapter: Adapter) -> Recipe | None:
             "--heal needs rows to train on, and nothing says what the adapter was trained on",
             "name them with --data FILE, or a recipe with --data RECIPE.yaml",
         )
+    if request.heal_steps and own and request.data:
+        text = "heals by the recipe and rows of the adapter's own run; those of --data choose and measure"
+        emit(run_events.note(text))
     return own
 
 

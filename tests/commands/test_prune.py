@@ -288,6 +288,20 @@ def test_an_adapter_of_another_tool_heals_on_rows_of_a_file(foreign, tmp_path: P
     assert steps[-1] == 12
 
 
+@pytest.mark.slow
+def test_a_run_heals_by_its_own_rows_whatever_it_is_measured_on(tmp_path: Path, dynlora: Dynlora, monkeypatch):
+    recipe = make_recipe(tmp_path)
+    train(recipe)
+    seen = []
+    monkeypatch.setattr(heal, "fit", lambda run: seen.append(len(run.data.train)))
+    common = ["--budget", "0.5", "--heal", "2", "--data", write_rows(tmp_path / "rows.jsonl", 12)]
+    answer = dynlora("prune", "--adapter", recipe.output_dir, *common, "--out", tmp_path / "a", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["rows"] == 6
+    assert seen == [32]
+    assert "heals by the recipe and rows of the adapter's own run" in " ".join(answer.err.split())
+
+
 def test_not_measuring_where_it_is_not_needed(trained, tmp_path: Path, dynlora: Dynlora):
     recipe, _ = trained
     options = ["--budget", "0.5", "--policy", "activation", "--no-measure", "--out", tmp_path / "small", "--json"]
