@@ -38,7 +38,7 @@ train:
 {objective}  epochs: auto                    # as many passes as make 1,000 steps, 1 to 4 | a number
   micro_batch_size: 8             # --dry-run says how many rows fit
   # gradient_checkpointing: true  # less memory, more time
-  learning_rate: auto             # a guess, in longer runs the best of short trials around it | a number
+  learning_rate: auto             # a guess, checked by the run's first steps | a number
 output_dir: {output}
 """
 CHAT = "  chat: auto                      # turns where the model has a chat template | true | false: bare text\n"
