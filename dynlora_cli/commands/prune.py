@@ -232,9 +232,11 @@ def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: boo
         return None
     rows = some_of(rows, emit) if request.data and request.max_samples is None else rows
     whole, choosing = rows, None
-    if request.data and (looks or request.policy == AUTO):
+    measures = request.measure or request.budget.kind == "auto" or request.heal_steps
+    if measures and request.data and (looks or request.policy == AUTO):
         choosing, rows = halves(rows, emit)
-    emit(run_events.note(f"measured on {counted(len(rows.examples), 'row')}: {rows.source}"))
+    done = "measured on" if measures else "chosen by"
+    emit(run_events.note(f"{done} {counted(len(rows.examples), 'row')}: {rows.source}"))
     for note in [*rows.notes, *weights_note(request.policy, request.options, whole.examples)]:
         emit(run_events.note(note))
     base = base_in_memory(adapter, place, tokenizer)

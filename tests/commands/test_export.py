@@ -57,6 +57,7 @@ def test_all_forms_of_the_design_are_there():
         "merged",
         "mlx",
         "merged-gguf",
+        "packed",
     }
 
 
@@ -70,7 +71,8 @@ def test_a_mixed_rank_run_in_every_form(form: str, mixed: Path, tmp_path: Path, 
     assert contents(mixed) == before
     record = json.loads((out / "export.json").read_text())
     assert record == answer.json
-    assert record["max_logit_difference"] < (0.05 if form in ("merged-gguf", "ollama") else SAME_LOGITS)
+    rounded = {"merged-gguf": 0.05, "ollama": 0.05, "packed": 2.0}  # 4 bits of an update that is large here
+    assert record["max_logit_difference"] < rounded.get(form, SAME_LOGITS)
     assert record["ranks"] == read_adapter(mixed).ranks
     files = contents(out)
     files.pop("export.json")
@@ -182,7 +184,7 @@ def test_without_the_base_on_this_machine(form: str, tmp_path: Path, dynlora: Dy
     base, adapter = make("patterns", tmp_path)
     shutil.rmtree(base)
     answer = dynlora("export", "--adapter", adapter, "--to", form, "--out", tmp_path / "out", "--json")
-    if form in ("peft", "uniform", "vllm"):
+    if form in ("peft", "uniform", "vllm", "packed"):
         assert answer.code == 0, answer.err
         assert "logits are not" in answer.err
         assert answer.json["max_logit_difference"] is None

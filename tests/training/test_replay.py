@@ -95,7 +95,7 @@ def test_going_on_from_an_adapter_replays_its_rows_and_those_before(tmp_path: Pa
 
 def test_a_dry_run_counts_the_replayed_rows(tmp_path: Path) -> None:
     earlier(tmp_path)
-    plan = dry_run.plan(later(tmp_path, "train.max_steps=null"))
+    plan = dry_run.plan(later(tmp_path, "train.max_steps=null", "train.epochs=1"))
     assert plan["steps"] == 10  # 32 own rows and 8 others, 4 in a step
     assert [(part["rows"], part["draws"]) for part in plan["data"]["mix"]] == [(32, 32), (24, 8)]
     assert plan["data"]["replay"]["runs"][0]["tokens"] > 0

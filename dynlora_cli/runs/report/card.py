@@ -144,13 +144,13 @@ def _cost(summary: dict[str, Any]) -> str:
         )
     if summary.get("learning_rate") is not None:
         origin = summary.get("learning_rate_from") or "recipe"
-        parts.append(f"learning rate {rate(summary['learning_rate'])}{'' if origin == 'recipe' else f' ({origin})'}")
+        parts.append(f"learning rate {rate(summary['learning_rate'])}{'' if origin == 'recipe' else f' ({_plain(origin)})'}")
     if summary.get("budget_bytes"):
         parts.append(f"a budget of {count(summary['budget_bytes'])} bytes")
     elif summary.get("budget_parameters"):
         parts.append(f"a budget of {count(summary['budget_parameters'])} parameters")
     if summary.get("adapter_bytes"):
-        kind = f", factors in {summary['save_dtype']}" if summary.get("save_dtype") else ""
+        kind = f", factors in {_plain(summary['save_dtype'])}" if summary.get("save_dtype") else ""
         parts.append(f"{size(summary['adapter_bytes'])} on disk{kind}")
     return f"{', '.join(parts)}. `report.html` has the pictures." if parts else ""
 
