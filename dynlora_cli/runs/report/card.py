@@ -144,7 +144,8 @@ def _cost(summary: dict[str, Any]) -> str:
         )
     if summary.get("learning_rate") is not None:
         origin = summary.get("learning_rate_from") or "recipe"
-        parts.append(f"learning rate {rate(summary['learning_rate'])}{'' if origin == 'recipe' else f' ({_plain(origin)})'}")
+        found = "" if origin == "recipe" else f" ({_plain(origin)})"
+        parts.append(f"learning rate {rate(summary['learning_rate'])}{found}")
     if summary.get("budget_bytes"):
         parts.append(f"a budget of {count(summary['budget_bytes'])} bytes")
     elif summary.get("budget_parameters"):
