@@ -39,7 +39,7 @@ class Costs(NamedTuple):
     bytes_B: Tensor
 
 
-def balanced(a_CI: Tensor, b_OC: Tensor) -> Pair:
+def equal_lengths(a_CI: Tensor, b_OC: Tensor) -> Pair:
     """The same components with both vectors of a length."""
     ratio_C = (b_OC.norm(dim=0) / a_CI.norm(dim=1).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
     return a_CI * ratio_C[:, None], b_OC / ratio_C
@@ -71,7 +71,7 @@ def through(x_VN: Tensor, bits: int) -> Tensor:
 
 
 def share_out(layers: Mapping[str, Costs], limit: int) -> dict[str, list[int]]:
-    """Bits of every component, with the smallest squared error that a number of bytes allows.
+    """Bits of every component, with the smallest sum of `errors_CB` that a number of bytes allows.
 
     Args:
         layers: costs by layer.

@@ -16,7 +16,7 @@ from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.api import train
 from dynlora_cli.errors import UsageError
-from dynlora_cli.rounding.bits import balanced, costs, share_out, within
+from dynlora_cli.rounding.bits import costs, equal_lengths, share_out, within
 from dynlora_cli.rounding.codes import GROUP, bytes_of, packed, quantized, restored, unpacked
 
 CONFIG, WEIGHTS = "adapter_packed.json", "adapter_packed.safetensors"
@@ -55,7 +55,7 @@ def test_bits_follow_the_energy_and_what_is_worth_nothing_goes():
     sizes_C = torch.tensor([16.0, 4.0, 1.0, 1e-4])
     a_CI = torch.linalg.qr(torch.randn(256, 4, generator=generator))[0].T * sizes_C[:, None]
     b_OC = torch.linalg.qr(torch.randn(256, 4, generator=generator))[0]
-    pair = balanced(a_CI, b_OC)
+    pair = equal_lengths(a_CI, b_OC)
     cost = costs(*pair, worth=0.0)
     bits = share_out({"x": cost}, int(cost.bytes_B[3]) * 3)["x"]
     assert bits == sorted(bits, reverse=True)
@@ -72,7 +72,7 @@ def test_by_default_it_is_the_relative_error_that_counts():
     layers = {}
     for name, size in (("large", 256.0), ("small", 1.0)):
         a, b = (size**0.5 * torch.randn(*shape, generator=generator) for shape in ((8, 256), (256, 8)))
-        layers[name] = costs(*balanced(a, b))
+        layers[name] = costs(*equal_lengths(a, b))
     alike = sum(within(cost, 3) for cost in layers.values())
     bits = share_out(layers, int(alike))
     assert sum(layers[name].bytes_B[k] for name, of in bits.items() for k in of) <= alike

@@ -36,7 +36,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, fits, read_object, shown
 from dynlora_cli.files.whole import write_text
 from dynlora_cli.lora.svd_basis import svd_factors
-from dynlora_cli.rounding.bits import balanced
+from dynlora_cli.rounding.bits import equal_lengths
 from dynlora_cli.rounding.codes import groups_of, packed, quantized, restored, unpacked
 
 FORMAT, VERSION = "dynlora-packed", 1
@@ -60,7 +60,7 @@ class Form(BaseModel):
 
 def in_svd_form(adapter: Adapter) -> Adapter:
     """The same update in components that are orthogonal, both vectors of each as long as the other."""
-    turned = {name: f.turned(lambda a, b: balanced(*svd_factors(a, b))) for name, f in adapter.layers.items()}
+    turned = {name: f.turned(lambda a, b: equal_lengths(*svd_factors(a, b))) for name, f in adapter.layers.items()}
     return adapter.with_layers(turned)
 
 
@@ -78,7 +78,7 @@ def pack(adapter: Adapter, bits: Bits) -> tuple[Adapter, dict[str, tuple[bytes, 
         if not keep_C.any():
             continue
         kept, of_C = factors.keep(keep_C), [each for each in bits[name] if each]
-        a_CI, b_OC = balanced(kept.a_CI, kept.b_OC)
+        a_CI, b_OC = equal_lengths(kept.a_CI, kept.b_OC)
         codes, steps = b"", b""
         a: list[Tensor] = []
         b: list[Tensor] = []

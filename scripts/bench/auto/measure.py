@@ -57,8 +57,8 @@ def first_rows(task: str, rows: int, work: Path) -> Path:
     return path
 
 
-def measure(record: Record, work: Path) -> Record:
-    """Train once; `record` has the keys of KEY."""
+def settings_of(record: Record, work: Path) -> tuple[str, ...]:
+    """What a line's keys set in the task's recipe."""
     settings = list(record["settings"].split())
     if record["model"]:
         settings += [f"model.name_or_path={MODELS / record['model']}", "model.dtype=bfloat16"]
@@ -68,17 +68,19 @@ def measure(record: Record, work: Path) -> Record:
         val = prepare(record["task"], work) / "val.jsonl"
         train = first_rows(record["task"], record["rows"], work)
         settings.append(f"dataset={{train: [{{path: {train}}}], val: [{{path: {val}}}]}}")
+    return tuple(settings)
+
+
+def measure(record: Record, work: Path) -> Record:
+    """Train once; `record` has the keys of KEY."""
+    settings = settings_of(record, work)
     job = methods.Job(record["task"], "dynlora", record["budget"], record["rate"], record["seed"])
     torch.manual_seed(job.seed)
     recipe = methods.recipe_for(job, work, "val", (*settings, "train.log_steps=1"))
-    data = read_data(recipe, BaseFiles.find(recipe.model))
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
     modes = plan(recipe.train)
-    base = read_base(recipe, BaseFiles.find(recipe.model), data, torch.device("cpu"), modes)
-    tested = methods.read_data(
-        methods.recipe_for(job, work, "test", tuple(settings)), BaseFiles.find(recipe.model)
-    ).val  # read once, for tables only
-    testing = make_batches(recipe, tested, base, shuffle=False)
-    validating = make_batches(recipe, data.val, base, shuffle=False)
+    base = read_base(recipe, files, data, torch.device("cpu"), modes)
     pool, start = attach(base, recipe.adapter, recipe.rank, recipe.seed)
     assert pool is not None
     assert start is not None
@@ -87,36 +89,41 @@ def measure(record: Record, work: Path) -> Record:
     accelerator = make_accelerator(recipe, Path(recipe.output_dir), modes)
     training = make_run(recipe, accelerator, base, looks, pool, start, modes, save=lambda _: None)
     training.samples = ()
-    if training.control.loss_now is not None:
-        training.control.loss_now = None
-    taken, one = [], step._step
-    step._step = lambda *arguments: (taken.append(1), one(*arguments))[1]  # those of trials are counted too
+    training.control.loss_now = None
     events: list[Record] = []
     training.emit = events.append
+    taken, one = [], step._step
+    step._step = lambda *arguments: (taken.append(1), one(*arguments))[1]  # those of trials are counted too
     began = time.process_time()
     try:
         loop.fit(training)
     except MeasureError:
-        step._step = one
         return {"loss": math.inf, "cpu": round(time.process_time() - began, 1)}
-    cpu, step._step = time.process_time() - began, one
-    losses = [e["loss"] for e in events if e["event"] == "train"]
+    finally:
+        step._step = one
+    cpu, losses = time.process_time() - began, [e["loss"] for e in events if e["event"] == "train"]
     # Of a real model the last training losses must do, on the same batches at every rate.
     measured = {"loss": round(sum(losses[-8:]) / len(losses[-8:]), 5)}
-    if not record["model"] and not record["rows"]:
-        measured = {"loss": _loss(base.model, validating), "test": _loss(base.model, testing)}
-    elif record["rows"]:
-        measured = {"loss": _loss(base.model, validating)}
+    if not record["model"] or record["rows"]:
+        measured = {"loss": _loss(base.model, make_batches(recipe, data.val, base, shuffle=False))}
+    if not record["model"] and not record["rows"]:  # read once, for tables only
+        tested = read_data(methods.recipe_for(job, work, "test", settings), files).val
+        measured["test"] = _loss(base.model, make_batches(recipe, tested, base, shuffle=False))
+    return measured | _account(training, pool, start, events, cpu, len(taken))
+
+
+def _account(training: Any, pool: Any, start: Any, events: list[Record], cpu: float, taken: int) -> Record:
+    """What a run cost and how it went; `taken` counts the steps of trials, too."""
+    progress = training.progress
     return {
-        **measured,
         "parameters": pool.parameters,
         "cpu": round(cpu, 1),
-        "done": training.progress.step,
+        "done": progress.step,
         "steps_per_epoch": training.batches.steps_per_epoch,
-        "rate_used": training.progress.learning_rate,
-        "rate_from": training.progress.rate_from,
-        "rates_tried": training.progress.rates_tried,
-        "thrown_away": len(taken) - training.progress.step,
+        "rate_used": progress.learning_rate,
+        "rate_from": progress.rate_from,
+        "rates_tried": progress.rates_tried,
+        "thrown_away": taken - progress.step,
         "average_rank": round(start.rank_of(pool.parameters), 2),
         "trace": [round(e["loss"], 5) for e in events if e["event"] == "train"][:TRACE],
         "evaluations": [[e["step"], round(e["loss"], 5)] for e in events if e["event"] == "eval"],

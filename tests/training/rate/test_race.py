@@ -119,14 +119,6 @@ def test_a_guess_that_does_no_good_and_no_harm_goes_on_from_its_trial(tmp_path: 
     assert any("do not lower the loss yet" in event["text"] for event in events if event["event"] == "note")
 
 
-def test_a_long_run_is_not_called_too_short_for_a_check(tmp_path: Path):
-    for settings in (["pruning.start=0"], ["eval.steps=3"], ["adapter.variant=full"]):
-        run = assembled(make_recipe(tmp_path, AUTO, "train.max_steps=400", *settings), fill=False)
-        race.settle_rate(run)
-        (note,) = [event["text"] for event in run.emit.__self__ if event["event"] == "note"]
-        assert "nothing checks it" in note
-
-
 @pytest.mark.slow
 def test_a_guess_is_checked_by_the_first_steps_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     long = (AUTO, "train.max_steps=40", "eval.steps=20", "pruning.start=0.4")
