@@ -72,13 +72,18 @@ def encode(tokenizer: Any, rows: Iterable[dict[str, str]]) -> list[Row]:
     return encoded
 
 
-def summed_loss(model: Any, rows: list[Row]) -> tuple[torch.Tensor, int]:
-    """Cross-entropy over the completions' tokens, in nats, and how many they are."""
+def padded(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [B, T], where there is one, and where one is a completion's."""
     width = max(len(tokens) for tokens, _ in rows)
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
     at, length = torch.arange(width), torch.tensor([[len(tokens), prompt] for tokens, prompt in rows])
     real = at < length[:, :1]
-    supervised = real & (at >= length[:, 1:])
+    return ids, real, real & (at >= length[:, 1:])
+
+
+def summed_loss(model: Any, rows: list[Row]) -> tuple[torch.Tensor, int]:
+    """Cross-entropy over the completions' tokens, in nats, and how many they are."""
+    ids, real, supervised = padded(rows)
     logits = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1][supervised[:, 1:]]
     return F.cross_entropy(logits.float(), ids[supervised], reduction="sum"), int(supervised.sum())
 

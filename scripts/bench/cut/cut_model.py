@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from posthoc import Row, padded
 from quality_tasks import SHARED, prepare
 
 MODELS = Path(os.environ.get("DYNLORA_REAL_MODELS", "~/.cache/dynlora-models")).expanduser()
@@ -30,8 +31,6 @@ MODEL = MODELS / "SmolLM2-135M-Instruct"
 ROWS, BATCH, WINDOW, WARMUP = {"e2e": 480, "gsm8k": 240}, 8, 64, 0.05
 TEST_ROWS = {"e2e": 56, "gsm8k": 32}
 CHUNK, CHUNKS = 256, 12  # tokens of general text, 3,072 in all
-
-Row = tuple[list[int], int]  # tokens, and how many of them are the prompt's
 
 
 def rows_of(work: Path, task: str, part: str) -> list[dict[str, str]]:
@@ -64,11 +63,7 @@ def load_base() -> Any:
 
 def summed_loss(model: Any, rows: list[Row]) -> tuple[torch.Tensor, int]:
     """Cross-entropy over the answers' tokens, in nats, and how many they are; logits only where there is a target."""
-    width = max(len(tokens) for tokens, _ in rows)
-    ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
-    at, length = torch.arange(width), torch.tensor([[len(tokens), prompt] for tokens, prompt in rows])
-    real = at < length[:, :1]
-    supervised = real & (at >= length[:, 1:])
+    ids, real, supervised = padded(rows)
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = causal.model(input_ids=ids, attention_mask=real.long()).last_hidden_state[:, :-1][supervised[:, 1:]]
     return F.cross_entropy(causal.lm_head(hidden).float(), ids[supervised], reduction="sum"), int(supervised.sum())
