@@ -314,8 +314,9 @@ def _write_all(pool: ThreadPoolExecutor, target: BinaryIO, items: Iterable[Entry
             for size, piece in _pieces_of(item):
                 waiting.append(pool.submit(_write, target.fileno(), piece, at))
                 at += size
-            # A tensor that is made as a whole is gone before the next is made.
-            _await(waiting, 0 if isinstance(item, New) and item.rows is None else _AHEAD)
+                _await(waiting, _AHEAD)
+            if isinstance(item, New) and item.rows is None:
+                _await(waiting, 0)  # a tensor that is made as a whole is gone before the next is made
         _await(waiting, 0)
     finally:  # also after a failure: no thread may write to a closed file
         for future in waiting:

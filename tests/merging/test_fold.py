@@ -81,7 +81,8 @@ def test_a_piece_that_cannot_be_written_ends_the_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "_write", full)
     with pytest.raises(OSError, match="No space left"):
         merge(read_adapter(folder), tmp_path / "merged")
-    assert len(calls) < 40 + weights._AHEAD + 8, "no more is begun"
+    # Workers may take pieces out of order by their number; what was queued then may still be written, and no more.
+    assert len(calls) <= 40 + weights._WORKERS + weights._AHEAD + 1
     assert torch.get_num_threads() == threads
 
 
