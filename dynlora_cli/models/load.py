@@ -220,6 +220,22 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+WIDE = 512  # from this width on bf16 products are faster, where a CPU has them: scripts/bench/NOTES.md
+
+
+def bf16_note(options: Model, base: Base, device: torch.device) -> list[str]:
+    """What to say where `model.dtype: auto` is fp32 on a CPU that multiplies bf16 itself, and the model is wide."""
+    width = getattr(base.model.config.get_text_config(), "hidden_size", 0) or 0
+    if options.dtype != "auto" or device.type != "cpu" or quantized_to(options) or width < WIDE:
+        return []
+    has = [getattr(torch.cpu, f"_is_{what}_supported", bool) for what in ("avx512_bf16", "amx_tile")]
+    if not any(check() for check in has):
+        return []
+    return [
+        "model.dtype: auto is float32 on a CPU; this one has bfloat16 products: --set model.dtype=bfloat16 is faster"
+    ]
+
+
 def _config(options: Model, folder: Path, labels: list[str] | None) -> transformers.PretrainedConfig:
     more: dict[str, Any] = {}
     if labels:

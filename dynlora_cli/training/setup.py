@@ -32,7 +32,7 @@ from dynlora_cli.lora.whole import Trained
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.experts import fused_experts
 from dynlora_cli.models.fingerprint import changed_since
-from dynlora_cli.models.load import Base, load_base, own_classes, quantized_to, resolve_dtype
+from dynlora_cli.models.load import Base, bf16_note, load_base, own_classes, quantized_to, resolve_dtype
 from dynlora_cli.models.randomness import Randomness
 from dynlora_cli.pruning.control import Control, NoControl, RankControl
 from dynlora_cli.pruning.row_fisher import weights_note
@@ -167,7 +167,7 @@ def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device
         seed=recipe.seed,
         computes=device,
     )
-    data.notes += _kept_in_full(recipe.model, base)
+    data.notes += [*_kept_in_full(recipe.model, base), *bf16_note(recipe.model, base, device)]
     modes.prepare(base.model)
     if files.new is not None:
         data.notes += [*put_new_tokens(base, recipe.adapter), *untaught(files.new, data)]

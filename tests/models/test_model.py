@@ -19,7 +19,7 @@ from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.find import BUILTIN, find_model
 from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.linear import linear_shape
-from dynlora_cli.models.load import load_base, resolve_dtype
+from dynlora_cli.models.load import bf16_note, load_base, resolve_dtype
 from dynlora_cli.models.targets import find_targets, group_names
 
 
@@ -188,6 +188,22 @@ class TestLoad:
         assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
         with pytest.raises(MachineError, match="float16 does not train on a CPU"):
             resolve_dtype("float16", cpu)
+
+    @pytest.mark.parametrize(
+        ("width", "dtype", "has", "told"),
+        [(512, "auto", True, 1), (64, "auto", True, 0), (512, "float32", True, 0), (512, "auto", False, 0)],
+    )
+    def test_a_wide_model_on_a_cpu_with_bf16_products_is_told_of_them(
+        self, width, dtype, has, told, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        build("llama").save_pretrained(tmp_path)
+        base = load(tmp_path, device="meta")
+        base.model.config.hidden_size = width
+        found = bf16_note(options(tmp_path, dtype=dtype), base, torch.device("cpu"))
+        assert len(found) == told
+        assert bf16_note(options(tmp_path, dtype=dtype), base, torch.device("cuda")) == []
 
     def test_context_of_both_kinds_of_config(self, tmp_path):
         build("llama").save_pretrained(tmp_path / "llama")
