@@ -27,7 +27,7 @@ from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
 from dynlora_cli.training.origin import Begun, read_origin, tell
 from dynlora_cli.training.routers import begin_router, read_members
-from dynlora_cli.training.setup import make_schedule, read_base, read_data, too_short
+from dynlora_cli.training.setup import make_schedule, read_base, read_data, why_unpruned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,7 +86,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if base.rows:
         new = found["parameters"]["new token"] = sum(rows.own_TI.numel() for rows in base.rows.values())
         found["parameters"]["base"] -= new
-    data.notes += too_short(steps, start)
+    data.notes += why_unpruned(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
     return found | _memory(recipe, base, data, modes, begun)
 

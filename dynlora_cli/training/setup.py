@@ -198,9 +198,12 @@ def make_schedule(recipe: Recipe, steps: int, start: Start) -> Schedule:
     )
 
 
-def too_short(steps: int, start: Start) -> list[str]:
-    """A note where a run is too short to prune down to its budget."""
-    if steps >= SHORTEST or (start.parameters <= start.budget and not start.open):
+def why_unpruned(steps: int, start: Start) -> list[str]:
+    """A note where nothing will be pruned: the budget is out of reach, or the run too short to prune down to it."""
+    if start.parameters < start.budget and not start.open:
+        there = f"there are {start.parameters:,} parameters, and the budget is {start.budget:,}"
+        return [f"rank.budget: {there}: nothing will be pruned; a smaller budget prunes"]
+    if steps >= SHORTEST or (start.parameters == start.budget and not start.open):
         return []
     return [
         f"{counted(steps, 'step')}: too few to prune (at least {SHORTEST}), so all components stay, more than the "
@@ -230,7 +233,7 @@ def make_run(
     data.notes += passes_note(recipe.train, batches, watched=bool(data.val))
     control: Control = NoControl()
     if start and isinstance(trained, Pool):
-        data.notes += too_short(steps, start)
+        data.notes += why_unpruned(steps, start)
         control = RankControl(
             trained,
             optimizer,
