@@ -12,6 +12,8 @@ from dynlora_cli.files.foreign import ResumeForm, fits
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.log import read_run
 
+SAID = 3  # keys at most that a hint names
+
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
 FREE_ON_RESUME = (
     "output_dir",
@@ -43,8 +45,20 @@ def same_recipe(folder: Path, recipe: Recipe) -> None:
         lines = "\n".join(f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted(differing))
         raise UsageError(
             f"the run in {folder} was made by another recipe:\n{lines}",
-            "resume with the recipe it was made by, or start a new run with another --output-dir",
+            f"resume with the recipe it was made by{_by_options(differing, before)}, or start a new run with another "
+            "--output-dir",
         )
+
+
+def _by_options(differing: list[str], before: dict[str, Any]) -> str:
+    """The options that say what a few keys were then; nothing where there are many, or one is more than a value."""
+    values = [before.get(key) for key in sorted(differing)]
+    if len(differing) > SAID or any(isinstance(value, list | dict) for value in values):
+        return ""
+    written = (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else value for value in values
+    )
+    return f" ({' '.join(f'--set {key}={value}' for key, value in zip(sorted(differing), written, strict=True))})"
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:

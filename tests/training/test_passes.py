@@ -56,5 +56,6 @@ def test_a_run_with_a_number_of_steps_is_as_it_was(tmp_path: Path):
     assert not any("train.epochs" in str(event) for event in events if event["event"] == "note")
     other = make_recipe(tmp_path, "train.epochs=1")  # the default of older versions
     same_recipe(tmp_path / "out", other)
-    with pytest.raises(UsageError, match="max_steps: 12 then"):
+    with pytest.raises(UsageError, match="max_steps: 12 then") as refused:
         same_recipe(tmp_path / "out", make_recipe(tmp_path, "train.max_steps=null"))
+    assert "(--set train.max_steps=12)" in refused.value.hint
