@@ -153,7 +153,8 @@ def damage(folder: Path) -> str | None:
 
 def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
     if any((folder / name).is_file() for name in (CONFIG, ROUTER, PACKED)):
-        return folder, None
+        both = (folder / PACKED).is_file() and (folder / CONFIG).is_file()
+        return folder, f"adapter: {CONFIG} in {folder}; {PACKED} beside it is not read" if both else None
     named = [(name, pointed(folder, name)) for name in ("best", "last")]
     named += [("newest whole", checkpoint) for checkpoint in reversed(step_folders(folder))]
     for name, checkpoint in named:

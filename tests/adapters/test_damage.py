@@ -16,7 +16,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from tiny_run import make_recipe, train
 
-from dynlora_cli.adapters.find import find_adapter
+from dynlora_cli.adapters.find import CONFIG, PACKED, find_adapter
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.cli.reporting import reporting
 from dynlora_cli.config.resume import same_recipe
@@ -288,3 +288,12 @@ def test_nothing_is_written_to_a_terminal_that_was_closed():
     assert terminals == []
     assert os.write(theirs, b"x") == 1
     os.close(theirs)
+
+
+def test_a_packed_file_beside_a_plain_adapter_is_said_to_be_left_aside(tmp_path: Path) -> None:
+    for name in (CONFIG, PACKED):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    folder, note = find_adapter(tmp_path)
+    assert folder == tmp_path
+    assert note is not None
+    assert f"{PACKED} beside it is not read" in note

@@ -328,7 +328,7 @@ def _live_numbers(progress: Progress, wide: bool) -> Table:
 def _headline(summary: dict[str, Any]) -> Text:
     facts = joined(
         counted(summary.get("steps"), "step"),
-        f"{duration(spent)} of it for the learning rate" if (spent := summary.get("rate_seconds")) else "",
+        f"rate found in {duration(spent)}" if (spent := summary.get("rate_seconds")) else "",
         f"{short(summary.get('tokens'))} tokens at {count(summary.get('tokens_per_second'))} tok/s",
         f"{size(summary.get('peak_memory_bytes'))} peak memory",
     )
