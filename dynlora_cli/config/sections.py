@@ -243,8 +243,8 @@ class Train(Section):
     """What is learned from the rows: sft from right answers, dpo and orpo from two of which one is better, kto from
     answers that are good or bad."""
     epochs: Count | Literal["auto"] = "auto"
-    """Passes over the training rows; auto: as many as make 1,000 steps, 1 to 4 of them. Where that is more than one,
-    the adapter is the best of those that were measured."""
+    """Passes over the training rows; auto: two, one where that makes 1,000 steps, up to four where two make fewer than
+    75. Where that is more than one, the adapter is the best of those that were measured."""
     max_steps: Count | None = None
     """Optimizer steps; where set, it decides instead of `epochs`."""
     micro_batch_size: Count = 8

@@ -35,7 +35,7 @@ dataset:
 {chat}{separator}rank:
   budget: {budget:<23} # average rank when training is done | 0.5 of the start | 2M parameters | 200kB | auto
 train:
-{objective}  epochs: auto                    # as many passes as make 1,000 steps, 1 to 4 | a number
+{objective}  epochs: auto                    # two passes, one over large data | a number
   micro_batch_size: 8             # --dry-run says how many rows fit
   # gradient_checkpointing: true  # less memory, more time
   learning_rate: auto             # a guess, checked by the run's first steps | a number

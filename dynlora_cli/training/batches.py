@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dynlora_cli.data.load import Data
     from dynlora_cli.data.mix import Span
 
-# Of a run that chooses its length: steps that it makes if that takes no more than so many passes over the rows.
-ENOUGH_STEPS, MOST_PASSES = 1000, 4
+# Of a run that chooses its length: two passes, one where that makes so many steps; more, where two make very few.
+ENOUGH_STEPS, FEWEST_STEPS, MOST_PASSES = 1000, 75, 4
 
 
 def training_batches(recipe: Recipe, data: Data, base: Base, accelerator: Accelerator | None = None) -> Batches:
@@ -81,12 +81,15 @@ def total_steps(recipe: Recipe, batches: Batches) -> int:
 def passes(train: Train, steps_per_epoch: int) -> int:
     """Passes over the training rows, where `train.max_steps` does not decide: `train.epochs`.
 
-    Left open, small data come up a few times, and large ones once: a few hundred steps are what it takes to learn
-    anything, and rows that were seen four times teach little more (scripts/bench/NOTES.md).
+    Left open, rows come up twice, large data once, and a few dozen rows up to four times. Whether the second pass helps
+    depends on the data: some are learned by it, of others it only makes the model sure. So the best of the held-out
+    losses on the way is kept (scripts/bench/NOTES.md).
     """
     if train.epochs != "auto":
         return train.epochs
-    return min(MOST_PASSES, max(1, -(-ENOUGH_STEPS // steps_per_epoch)))
+    if steps_per_epoch >= ENOUGH_STEPS:
+        return 1
+    return min(MOST_PASSES, max(2, -(-FEWEST_STEPS // steps_per_epoch)))
 
 
 def passes_note(train: Train, batches: Batches, *, watched: bool) -> list[str]:

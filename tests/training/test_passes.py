@@ -15,9 +15,10 @@ from dynlora_cli.training.batches import passes
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(8, 4), (200, 4), (2000, 4), (2800, 3), (4000, 2), (8000, 1), (50_000, 1), (5_000_000, 1)]
+    ("rows", "expected"),
+    [(8, 4), (150, 4), (200, 3), (300, 2), (4000, 2), (7990, 2), (8000, 1), (50_000, 1), (5_000_000, 1)],
 )
-def test_few_rows_come_up_four_times_and_many_once(tmp_path: Path, rows: int, expected: int):
+def test_rows_come_up_twice_few_more_often_and_many_once(tmp_path: Path, rows: int, expected: int):
     options = make_recipe(tmp_path).train
     assert options.epochs == "auto"
     assert passes(options, -(-rows // 8)) == expected
