@@ -205,29 +205,27 @@ def _train_ours(job: Job, work: Path, folder: Path) -> Result:
         recipe["rank"] = {"budget": "auto" if job.method.startswith("dynlora-auto") else job.rank}
     if job.rate:
         recipe["train"] = {"learning_rate": job.rate}
-    marks: list[tuple[str, float]] = []
+    started: list[float] = []
 
     def hear(event: dict[str, Any]) -> None:
-        kind = event["event"]
-        marks.append(("race" if kind == "note" and "by short trials" in event["text"] else kind, time.process_time()))
+        if event["event"] == "start":
+            started.append(time.process_time())
 
     begun = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = api.train(recipe, set=job.method.split("@")[0].split()[1:], overwrite=True, progress=hear)
     ended = time.process_time()
-    return _spent(marks, begun, ended, found.summary) | _ours_found(found.summary)
+    return _spent(begun, started[0], ended, found.summary) | _ours_found(found.summary)
 
 
-def _spent(marks: list[tuple[str, float]], begun: float, ended: float, summary: dict[str, Any]) -> Result:
-    """CPU seconds: all of the command, of them those that went for the rate alone, and the rest."""
-    if summary.get("rate_seconds") is not None:  # by the clock; their share is the same of CPU seconds
-        started = next((at for kind, at in marks if kind == "start"), begun)
-        race = (ended - started) * summary["rate_seconds"] / summary["seconds"]
-    else:  # before a run told it: nothing is said between the first look at held-out rows and the note that ends the race
-        place = next((number for number, (kind, _) in enumerate(marks) if kind == "race"), None)
-        race = 0.0 if place is None else marks[place][1] - (marks[place - 1][1] if place else begun)
+def _spent(begun: float, started: float, ended: float, summary: dict[str, Any]) -> Result:
+    """CPU seconds: all of the command, of them those that went for the rate alone, and the rest.
+
+    A run tells its own time for the rate by the clock; the share is taken to be the same of CPU seconds.
+    """
     total = ended - begun
+    race = (ended - started) * (summary["rate_seconds"] or 0.0) / summary["seconds"]
     return {"cpu_total": round(total, 1), "cpu_race": round(race, 1), "cpu_train": round(total - race, 1)}
 
 

@@ -92,7 +92,7 @@ def test_a_run_that_is_there_is_not_run_again_and_the_grid_is_extended(monkeypat
     bench = real.Bench(tmp_path / "lines.jsonl", tmp_path, None, "")
     assert bench.tuned("e2e", "lora", 16, 2)["rate"] == pytest.approx(6.4e-3)
     assert {job.seed for job in ran} == {0, 1}
-    assert beaten[:3] == pytest.approx([math.inf, 3.0, 2.0]), (
+    assert beaten[:3] == pytest.approx([math.inf, 2.0, 1.0]), (
         "of a rate that is worse than an earlier one, test is not read"
     )
     assert beaten[-1] == math.inf, "another seed is measured in full"
@@ -110,12 +110,10 @@ def test_ours_of_another_state_of_the_code_is_another_method(monkeypatch, tmp_pa
     assert [one["method"] for one in found] == ["dynlora@old", "dynlora"]
 
 
-def test_the_race_is_in_the_total_and_told_apart():
-    marks = [("start", 10.0), ("eval", 12.0), ("samples", 15.0), ("race", 75.0), ("tick", 80.0)]
-    assert methods._spent(marks, 5.0, 105.0, {}) == {"cpu_total": 100.0, "cpu_race": 60.0, "cpu_train": 40.0}
-    assert methods._spent([("start", 10.0), ("tick", 12.0)], 5.0, 25.0, {})["cpu_race"] == 0.0
+def test_the_search_for_the_rate_is_in_the_total_and_told_apart():
     told = {"rate_seconds": 20.0, "seconds": 100.0}
-    assert methods._spent([("start", 5.0)], 5.0, 105.0, told)["cpu_race"] == 20.0
+    assert methods._spent(0.0, 5.0, 105.0, told) == {"cpu_total": 105.0, "cpu_race": 20.0, "cpu_train": 85.0}
+    assert methods._spent(0.0, 5.0, 105.0, told | {"rate_seconds": None})["cpu_race"] == 0.0
 
 
 def test_the_table_compares_with_the_sweeps_best_and_counts_all_of_its_time():
@@ -126,6 +124,21 @@ def test_the_table_compares_with_the_sweeps_best_and_counts_all_of_its_time():
     assert "| axolotl as shipped | +22.3 (11 %) | +22.31 |" in page
     assert "not finished" not in page
     assert "not finished on: e2e" in tables.page(records[1:])
+
+
+def test_what_was_tried_to_explain_a_result_stands_with_its_task_alone():
+    extra = [line("dynlora rank.init=4", 0, 0.0), line("dynlora@four", 0, 0.0), line("axolotl+stretched", 0, 0.0)]
+    summary, details = tables.page([*swept(), *extra]).split("## e2e")
+    assert "rank.init=4" not in summary
+    assert "@four)" not in summary
+    assert "axolotl as shipped, for as many seconds as ours" in summary
+    assert "rank.init=4" in details
+
+
+def test_the_sweeps_best_is_the_mean_of_its_seeds():
+    other = line(rate=1e-3, seed=1, test=2.2)
+    assert tables.level([*swept(), other], "e2e") == pytest.approx(2.1)
+    assert tables.level([], "e2e") is None
 
 
 def test_the_picture_has_a_bar_for_ours_and_for_each_tool(tmp_path):
