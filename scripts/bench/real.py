@@ -4,7 +4,10 @@
     python scripts/bench/real.py run --tasks e2e --methods lora,dora,dynlora --ranks 1,4,16 --keep adapters
     python scripts/bench/real.py table                                  # REAL.md and real.svg from real.jsonl
 
-Needs SmolLM2-135M-Instruct as a folder in DYNLORA_REAL_MODELS (~/.cache/dynlora-models), and DYNLORA_SHARED (../shared).
+    python scripts/bench/real.py run --tasks rows.jsonl --results mine/real.jsonl       # rows of your own
+
+Needs SmolLM2-135M-Instruct as a folder in DYNLORA_REAL_MODELS (~/.cache/dynlora-models), or another model, whose folder
+DYNLORA_REAL_MODEL names; its lines go into a file of their own. Our tasks lie in DYNLORA_SHARED (../shared).
 Every run sees the same rows once, in the same order (by seed), but `dynlora` with nothing set chooses how often, and
 `+stretched` runs take as many CPU seconds as that. A method with a rank gets its rate from a grid of factors
 of 2 that is extended until the best on `val` is inside; `--rates auto` leaves it to `dynlora`. Every run is a line of

@@ -44,7 +44,7 @@ from dynlora_cli.training.setup import read_base, read_data
 
 Result = dict[str, Any]
 MODELS = Path(os.environ.get("DYNLORA_REAL_MODELS", "~/.cache/dynlora-models")).expanduser()
-MODEL = "SmolLM2-135M-Instruct"
+MODEL = Path(os.environ.get("DYNLORA_REAL_MODEL", MODELS / "SmolLM2-135M-Instruct"))
 SWEPT = {
     "lora": lora_config,
     "rslora": rslora_config,
@@ -90,7 +90,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return "-".join(str(part) for part in self.key)
+        return "-".join(str(part).replace("/", "_") for part in self.key)
 
 
 def is_ours(method: str) -> bool:
@@ -105,10 +105,8 @@ def run(job: Job, work: Path, keep: Path | None = None, beat: float = math.inf) 
         beat: a loss on `val`; a run that ends above it is not the one to be chosen, and nothing else is measured of it.
     """
     work.mkdir(parents=True, exist_ok=True)
-    if not (MODELS / MODEL).is_dir():
-        raise SystemExit(
-            f"{MODELS / MODEL} is not there: put the model there, or name its parent in DYNLORA_REAL_MODELS"
-        )
+    if not MODEL.is_dir():
+        raise SystemExit(f"{MODEL} is not there: put the model there, or name its parent in DYNLORA_REAL_MODELS")
     folder = work / "adapters" / job.name
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -122,7 +120,12 @@ def run(job: Job, work: Path, keep: Path | None = None, beat: float = math.inf) 
         shutil.rmtree(keep / job.name, ignore_errors=True)
         shutil.move(folder, keep / job.name)
     shutil.rmtree(folder, ignore_errors=True)
-    return result | {"rows": rows_of(job, work), "commit": COMMIT, "torch_threads": torch.get_num_threads()}
+    return result | {
+        "model": MODEL.name,
+        "rows": rows_of(job, work),
+        "commit": COMMIT,
+        "torch_threads": torch.get_num_threads(),
+    }
 
 
 def rows_of(job: Job, work: Path) -> int:
@@ -196,7 +199,7 @@ def _config(method: str, shipped: Tool) -> peft.LoraConfig:
 def _train_ours(job: Job, work: Path, folder: Path) -> Result:
     """`dynlora train` with nothing set but model and data, and the budget or rate that the job names."""
     recipe: dict[str, Any] = {
-        "model": {"name_or_path": str(MODELS / MODEL), "dtype": "bfloat16"},
+        "model": {"name_or_path": str(MODEL), "dtype": "bfloat16"},
         "dataset": {"train": [{"path": str(prepare(job.task, work) / "train.jsonl")}]},
         "seed": job.seed,
         "output_dir": str(folder),
@@ -254,7 +257,7 @@ def recipe_for(job: Job, work: Path, part: str, shipped: Tool | None = None) -> 
         stub.write_text("model: none\ndataset: none.jsonl\n", encoding="utf-8")
     val = general(work) if part == "general" else folder / f"{part}.jsonl"
     settings: dict[str, Any] = {
-        "model.name_or_path": MODELS / MODEL,
+        "model.name_or_path": MODEL,
         "model.dtype": "bfloat16",
         "dataset": f"{{train: [{{path: {folder / 'train.jsonl'}}}], val: [{{path: {val}}}]}}",
         "seed": job.seed,

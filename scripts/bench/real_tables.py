@@ -17,6 +17,7 @@ from quality_tables import table
 from real_picture import Bar, bars
 from real_tasks import LONG, TASKS
 
+MODEL = "SmolLM2-135M-Instruct"  # of lines that name none
 SWEEP = (4, 16, 64)
 TOOLS = {
     "axolotl": "axolotl",
@@ -47,11 +48,11 @@ def write_tables(records: Sequence[Record], folder: Path) -> None:
 
 def page(records: Sequence[Record]) -> str:
     """All tables."""
-    tasks = [task for task in (*TASKS, *LONG) if any(r["task"] == task for r in records)]
+    tasks = in_order(records, [*TASKS, *LONG])
     hours = sum(spent(r) for r in records) / 3600
     parts = [
         "# Out of the box, on a real model\n",
-        f"Made by `scripts/bench/real.py table` from real.jsonl: {len(records)} runs of SmolLM2-135M-Instruct in bf16, "
+        f"Made by `scripts/bench/real.py table` from real.jsonl: {len(records)} runs of {models_of(records)} in bf16, "
         f"{hours:.1f} CPU hours. What is measured and how: real.py, real_tasks.py, real_tools.py, real_methods.py. Every "
         "run sees the same rows once, but dynlora with nothing set chooses how often (2 to 4 times), and stretched runs "
         "take as many CPU seconds as that. CPU seconds are of one thread, with loading; of ours with the search for the "
@@ -67,6 +68,16 @@ def page(records: Sequence[Record]) -> str:
     for task in tasks:
         parts += [f"## {task}\n", details(records, task)]
     return "\n".join(parts)
+
+
+def models_of(records: Sequence[Record]) -> str:
+    return ", ".join(sorted({r.get("model", MODEL) for r in records}))
+
+
+def in_order(records: Sequence[Record], known: Sequence[str]) -> list[str]:
+    """The tasks that there are lines of: ours first, then files."""
+    there = {r["task"] for r in records}
+    return [task for task in known if task in there] + sorted(t for t in there if t.endswith(".jsonl"))
 
 
 def spent(record: Record) -> float:
@@ -223,7 +234,7 @@ def details(records: Sequence[Record], task: str) -> str:
 
 def draw(records: Sequence[Record]) -> str:
     """Bars: percent above the best of the sweep, mean over tasks with a dot for each; empty where nothing can be compared."""
-    begun = {task: found for task in TASKS if (found := level(records, task))}
+    begun = {task: found for task in in_order(records, list(TASKS)) if (found := level(records, task))}
     references = {task: best for task, best in begun.items() if finished(records, task, (16,))} or begun
     runs = {task: chosen(records, task) for task in references}
     everywhere = {m for found in runs.values() for m in found if all(m in other for other in runs.values())}
@@ -242,5 +253,5 @@ def draw(records: Sequence[Record]) -> str:
     return bars(
         sorted(shown, key=lambda bar: mean(bar.points)),
         "Held-out loss, percent above the best LoRA of a sweep over rank and rate",
-        f"SmolLM2-135M-Instruct, {sets}, all rows once where not said; right: CPU time, of the sweep's",
+        f"{models_of(records)}, {sets}, all rows once where not said; right: CPU time, of the sweep's",
     )

@@ -97,12 +97,20 @@ TASKS = {
 LONG = {"e2e-long": Task(_e2e, 1600)}  # five times the steps: where do leads of short runs go?
 
 
+def task_of(name: str) -> Task:
+    """One of ours, or a file of rows with `prompt` and `completion`, or `text`: its name ends in .jsonl."""
+    if not name.endswith(".jsonl"):
+        return (TASKS | LONG)[name]
+    text = Path(name).read_text(encoding="utf-8")
+    return Task(lambda: ((None, json.loads(line)) for line in text.splitlines() if line.strip()), 320)
+
+
 def prepare(name: str, work: Path) -> Path:
     """Write train.jsonl, val.jsonl and test.jsonl of a task, if they are not there, and return their folder."""
-    folder = work / "data" / name
+    folder = work / "data" / name.replace("/", "_")
     if folder.is_dir():
         return folder
-    task = (TASKS | LONG)[name]
+    task = task_of(name)
     parts = divide(task.rows(), {"train": 10**9, "val": 10**9, "test": 10**9})
     train = sorted(parts["train"], key=lambda row: hashlib.sha256(json.dumps(row).encode()).hexdigest())
     chosen = {"train": train[: task.train], "val": _spread(parts["val"])[:VAL], "test": _spread(parts["test"])[:TEST]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_the_parts_of_a_task_share_no_prompt(name, tmp_path):
     assert not prompts["train"] & prompts["val"]
     assert not prompts["train"] & prompts["test"]
     assert not prompts["val"] & prompts["test"]
+
+
+def test_rows_of_ones_own_are_a_task(tmp_path):
+    rows = [{"prompt": f"p{number}", "completion": "c"} for number in range(100)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    folder = tasks.prepare(str(file), tmp_path / "work")
+    parts = [real.read(folder / f"{part}.jsonl") for part in ("train", "val", "test")]
+    assert sorted(row["prompt"] for part in parts for row in part) == sorted(row["prompt"] for row in rows)
+    assert all(parts)
+    assert f"## {file}" in tables.page([line(task=str(file))])
 
 
 def test_a_run_that_is_there_is_not_run_again_and_the_grid_is_extended(monkeypatch, tmp_path):
