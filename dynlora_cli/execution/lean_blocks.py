@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from dynlora_cli.execution.short_attention import TABLE, ShortAttention
 from dynlora_cli.kernels.lean import ACTIVATIONS, FACTORS, Activation, Gated, RMSNorm, Rotary
 from dynlora_cli.models.patched import Patches
 
@@ -130,7 +131,8 @@ def _as_rotary(module: nn.Module) -> Forward | None:
     """The new `forward` if this is an attention with rotary positions, else None.
 
     An attention is too varied to write again, so it keeps its own code: a copy of its `forward` function with the same
-    bytecode, whose globals hold `turn` instead of the model's `apply_rotary_pos_emb`.
+    bytecode, whose globals hold `turn` instead of the model's `apply_rotary_pos_emb`, and another table of attention
+    functions (execution/short_attention.py).
     """
     function = type(module).forward
     code: Any = getattr(function, "__code__", None)
@@ -146,6 +148,8 @@ def _as_rotary(module: nn.Module) -> Forward | None:
         return Rotary.apply(queries, keys, cos, sin)
 
     names = {**function.__globals__, TURN: turn}
+    if TABLE in code.co_names:
+        names[TABLE] = ShortAttention(names[TABLE])
     own = FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own
