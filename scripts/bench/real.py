@@ -99,7 +99,11 @@ class Bench:
         lines = [r for r in read(self.results) if (r["task"], r["seed"]) == (task, seed)]
         ours = next((r for r in lines if (r["method"], r["rank"]) == ("dynlora", 0)), None)
         own = next((r for r in lines if (r["method"], r["rank"], r["rate"]) == (method, rank, rate)), None)
-        if ours and own:
+        if not (ours and own):
+            print(
+                f"{task}: {method} cannot be stretched: it, or dynlora with nothing set, is not there yet", flush=True
+            )
+        else:
             stretch = (ours["cpu_total"] - own["cpu_load"]) / own["cpu_train"]
             self.record(task, f"{method}+stretched", rank, rate, seed, stretch=stretch)
 
@@ -137,14 +141,23 @@ def best_tools(records: Sequence[Record], task: str, seed: int) -> list[str]:
     return [r["method"] for r in sorted(lines, key=lambda r: r["loss"])]
 
 
+def best_of_sweep(records: Sequence[Record], task: str) -> tuple[int, float]:
+    """Rank and rate of the LoRA with the lowest `val` loss."""
+    lines = [r for r in records if (r["task"], r["method"], r["seed"]) == (task, "lora", 0) and r["rank"] in SWEEP]
+    best = min(lines, key=lambda line: float(line["loss"]))
+    return best["rank"], best["rate"]
+
+
 def asked(bench: Bench, task: str, methods: Sequence[str], ranks: Sequence[int], rates: str, seeds: int) -> None:
     """These methods at these ranks; with rates from the grid where the method needs one."""
     from real_methods import SWEPT
 
     for method in methods:
         if method.endswith("+stretched"):
+            plain = method.removesuffix("+stretched")
+            rank, rate = best_of_sweep(read(bench.results), task) if plain == "lora" else (0, 0.0)
             for seed in range(seeds):
-                bench.stretched(task, method.removesuffix("+stretched"), seed)
+                bench.stretched(task, plain, seed, rank, rate)
         elif method in SWEPT or (method == "dynlora" and rates == "grid"):
             for rank in ranks:
                 bench.tuned(task, method, rank, seeds)
