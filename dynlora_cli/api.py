@@ -127,6 +127,7 @@ def prune(
     data: PathLike | None = None,
     tolerance: str | float = "0.5%",
     heal: int = 0,
+    teacher: float | None = None,
     dtype: str | None = None,
     base: PathLike | None = None,
     trust_remote_code: bool = False,
@@ -149,6 +150,8 @@ def prune(
         data: rows to look at and to measure on, a file or a recipe; by default the run's own held-out rows.
         tolerance: with budget "auto", the share by which the held-out loss may rise.
         heal: training steps after the cut.
+        teacher: with `heal`, the share that is learned from the adapter before the cut, not from the rows; None: 0.7 on
+            the rows of a file, else 0.
         dtype: number format of the saved factors: "float32", "bf16" or "fp8".
         base: the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
@@ -163,7 +166,7 @@ def prune(
     how: dict[str, Any] = {"budget": budget, "born": results.births_of(born)}
     how |= {"policy": policy, "options": asked.settings(set), "data": _path(data), "tolerance": tolerance, "heal": heal}
     how |= {"base": _text(base), "trust_remote_code": trust_remote_code, "max_samples": max_samples}
-    how |= {"measure": measure, "seed": seed, "overwrite": overwrite, "dtype": dtype}
+    how |= {"measure": measure, "seed": seed, "overwrite": overwrite, "dtype": dtype, "teacher": teacher}
     folder = results.folder_of(adapter)
     summary, notes = _done(lambda: asked.prune(folder, Path(out), **how), progress)
     return results.Run(summary, notes, Path(out))

@@ -129,6 +129,7 @@ def prune(
     data: Path | None = None,
     tolerance: str | float = TOLERANCE,
     heal: int = 0,
+    teacher: float | None = None,
     dtype: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
@@ -139,14 +140,16 @@ def prune(
 ) -> Work:
     """A smaller adapter; or one without an update that it holds."""
     choosing = {"--policy": policy != POLICY, "--set": options, "--tolerance": tolerance != TOLERANCE, "--seed": seed}
-    choosing["--dtype"] = dtype is not None
+    choosing |= {"--dtype": dtype is not None, "--teacher": teacher is not None}
     _refuse_cut_and_birth(budget, born, [option for option, is_given in choosing.items() if is_given])
+    _refuse_teacher(teacher, heal)
     cut: dict[str, Any] = {}
     if budget is not None:
+        cut["teacher"] = teacher
         choice(policy, [POLICY, *plugins.names("policies")], "--policy")
         if policy == POLICY and options:
             raise UsageError("--set is of a policy, and none is named", "name it with --policy")
-        cut = {"budget": size(budget, "--budget"), "tolerance": share(tolerance, "--tolerance"), "policy": policy}
+        cut |= {"budget": size(budget, "--budget"), "tolerance": share(tolerance, "--tolerance"), "policy": policy}
         cut["options"] = None if policy == POLICY else given("policies", policy, options)
         cut["dtype"] = saved_dtype(dtype)
     preflight.adapters([adapter], base, data)
@@ -164,6 +167,16 @@ def prune(
         return command.run(command.Request(adapter, out=out, seed=seed, **cut, **common), emit)
 
     return work
+
+
+def _refuse_teacher(share: float | None, heal: int) -> None:
+    """Refuse a teacher of nothing, and a share that is none."""
+    if share is None:
+        return
+    if not heal:
+        raise UsageError("--teacher is for healing, and no steps are given", "add --heal 60, say, or leave it out")
+    if not 0 <= share <= 1:
+        raise UsageError(f"--teacher {share} is no share", "give a number from 0 to 1")
 
 
 def _refuse_cut_and_birth(budget: str | float | None, born: Sequence[str], choosing: list[str]) -> None:

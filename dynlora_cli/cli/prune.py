@@ -46,6 +46,17 @@ Tolerance = Annotated[
     str, typer.Option(metavar="0.5%", help="With --budget auto: how much the held-out loss may rise.")
 ]
 Heal = Annotated[int, typer.Option(metavar="STEPS", min=0, help="Training steps after the cut.")]
+Teacher = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        min=0.0,
+        max=1.0,
+        help="With --heal: the share that is learned from the adapter before the cut, not from the rows; by default "
+        "0.7 on the rows of a file, else 0.",
+        show_default=False,
+    ),
+]
 MaxSamples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Held-out rows at most.", show_default=False)]
 Measure = Annotated[
     bool, typer.Option("--measure/--no-measure", help="Measure the loss against the size where rows are known.")
@@ -63,6 +74,7 @@ def prune(
     data: Data = None,
     tolerance: Tolerance = "0.5%",
     heal: Heal = 0,
+    teacher: Teacher = None,
     dtype: SavedDtype = None,
     base: Base = None,
     trust_remote_code: Trust = False,
@@ -86,6 +98,7 @@ def prune(
             data=data,
             tolerance=tolerance,
             heal=heal,
+            teacher=teacher,
             dtype=dtype,
             base=base,
             trust_remote_code=trust_remote_code,

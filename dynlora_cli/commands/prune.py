@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +33,7 @@ from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.bytes_budget import in_kilobytes, most_within
+from dynlora_cli.pruning.curve import Curve
 from dynlora_cli.pruning.policy import observer_of
 from dynlora_cli.pruning.posthoc import Order, parameters_of, smallest_within
 from dynlora_cli.pruning.pruned_folder import write_record
@@ -43,9 +44,9 @@ from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.text import counted
-from dynlora_cli.training.heal import heal, recipe_of
+from dynlora_cli.training.healing.heal import Teacher, heal, recipe_of
+from dynlora_cli.training.healing.teacher import SHARE
 
-CURVE_POINTS = 7
 AUTO = "auto"
 WITH_ROWS, WITHOUT_ROWS = "activation", "magnitude"  # what `auto` is, by what there is to look at
 
@@ -63,6 +64,7 @@ class Request:
         data: rows to look at and to measure on, a file or a recipe; None: the run's own held-out rows.
         tolerance: with budget auto, the share by which the held-out loss may rise.
         heal_steps: training steps after the cut.
+        teacher: share of the loss of these that comes from the adapter before; None: by the rows there are.
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
         max_samples: rows at most; None: all that were held out, and of a file so many as tell enough.
@@ -80,6 +82,7 @@ class Request:
     data: Path | None = None
     tolerance: float = 0.005
     heal_steps: int = 0
+    teacher: float | None = None
     base_name: str | None = None
     trust_remote_code: bool = False
     max_samples: int | None = None
@@ -115,7 +118,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     bench = _bench(request, adapter, emit, heals_by_file=own is None)
     recipe = own or (bench.rows.recipe if bench else None)
     request, order = _ordered(request, adapter, bench, emit)
-    curve = Curve(order, bench if request.measure or budget.kind == "auto" else None, emit)
+    curve = _curve(request, order, bench, emit)
     target = _target(order, budget, adapter, curve, request)
     if budget.kind != "auto":
         curve.measure_sizes(target)
@@ -125,9 +128,11 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if request.heal_steps:
         assert bench is not None
         assert recipe is not None
-        smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, partial(_keep, events, emit))
+        teacher, keep = _teacher(request, adapter, own), partial(_keep, events, emit)
+        smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, keep, teacher)
     saved = smaller.rounded(request.dtype)
     summary = _summary(request, adapter, saved, curve, target, keep_K)
+    summary["rows"] = len(bench.rows.examples) if bench and curve.loss_of else None
     if bench and request.heal_steps:
         summary |= {"heal_steps": request.heal_steps, "loss_after": bench.loss(smaller)}
     if request.dtype != FULL:
@@ -323,51 +328,19 @@ def _within_bytes(order: Order, limit: int, adapter: Adapter, request: Request) 
     return target
 
 
-@dataclass
-class Curve:
-    """Loss against size, point by point as it is measured; without rows only the share of the update that is kept."""
+def _curve(request: Request, order: Order, bench: Bench | None, emit: Emit) -> Curve:
+    """The loss against the size; of the whole adapter, what the policy's own pass over the same rows has found."""
+    if bench is None or not (request.measure or request.budget.kind == "auto"):
+        return Curve(order, None, emit)
+    return Curve(order, bench.loss, emit, order.loss if bench.choosing is None else None)
 
-    order: Order
-    bench: Bench | None
-    emit: Emit
-    points: list[dict[str, Any]] = field(default_factory=list)
 
-    def loss(self, parameters: int) -> float:
-        """Held-out loss with the best components within so many parameters; each size is measured once."""
-        keep_K, _ = self.order.keep(parameters)
-        kept = int(self.order.costs_K[keep_K].sum())
-        for point in self.points:
-            if point["parameters"] == kept:
-                return point["loss"]
-        return self._measure(keep_K, kept)["loss"]
-
-    def measure_sizes(self, target: int) -> None:
-        """Measure sizes from all to half the target, evenly on a logarithmic scale, the target among them."""
-        full, least = self.order.adapter.parameters, max(self.order.least, target // 2)
-        ratio = (least / full) ** (1 / (CURVE_POINTS - 1))
-        for parameters in sorted({*(round(full * ratio**i) for i in range(CURVE_POINTS)), target}, reverse=True):
-            self.loss(max(parameters, self.order.least))
-
-    def _measure(self, keep_K: torch.Tensor, kept: int) -> dict[str, Any]:
-        point = {
-            "parameters": kept,
-            "components": int(keep_K.sum()),
-            "energy": self.order.energy_kept(keep_K),
-            "loss": self._loss(keep_K),
-        }
-        if self.bench:
-            self.emit(run_events.point(point))
-        self.points.append(point)
-        self.points.sort(key=lambda point: -point["parameters"])
-        return point
-
-    def _loss(self, keep_K: torch.Tensor) -> float | None:
-        """Of the whole adapter, what the policy's own pass over the rows has found."""
-        if self.bench is None:
-            return None
-        if self.order.loss is not None and self.bench.choosing is None and bool(keep_K.all()):
-            return self.order.loss
-        return self.bench.loss(self.order.cut(keep_K))
+def _teacher(request: Request, adapter: Adapter, own: Recipe | None) -> Teacher | None:
+    """The adapter before the cut, for one that heals on a file's rows, fewer than it learned from; or as is asked."""
+    share = request.teacher
+    if share is None:
+        share = SHARE if own is None and request.data and is_rows(request.data) else 0.0
+    return Teacher(adapter, share, asked=request.teacher is not None) if share else None
 
 
 def _summary(
@@ -391,7 +364,6 @@ def _summary(
         "energy_kept": order.energy_kept(keep_K),
         "loss_before": losses.get(order.adapter.parameters),
         "loss_after": losses.get(after.parameters),
-        "rows": len(curve.bench.rows.examples) if curve.bench else None,
         "ranks_before": before.ranks,
         "ranks": {**dict.fromkeys(before.all_ranks, 0), **after.ranks},
         "curve": curve.points,

@@ -34,7 +34,7 @@ from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.record import Birth
 from dynlora_cli.tasks import task as tasks
-from dynlora_cli.training.heal import heal
+from dynlora_cli.training.healing.heal import heal
 
 
 @dataclass(frozen=True)

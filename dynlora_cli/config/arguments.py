@@ -21,7 +21,7 @@ SWITCHES = {
     "overwrite", "resume", "trust_remote_code", "measure", "no_base", "allow_template_mismatch",
 }  # fmt: skip
 WHOLE = {"heal": 0, "max_samples": 1, "generate": 0, "samples": 0, "limit": 1, "seed": 0}  # and the least of each
-NUMBERS = {"density", "max_kl"}
+NUMBERS = {"density", "max_kl", "teacher"}
 SIZES = {"budget", "tolerance", "max_changed"}  # as text or as a number
 
 

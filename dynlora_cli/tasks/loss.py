@@ -36,7 +36,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     if batch.judge is not None:
         return batch.judge.loss(model, batch)
-    head, states, targets_N, _ = _at_targets(model, batch)
+    head, states, targets_N, _ = at_targets(model, batch)
     if head is None:
         return F.cross_entropy(states.float(), targets_N, reduction="sum")
     return linear_cross_entropy(states, targets_N, head, ending(model).judge)
@@ -47,14 +47,14 @@ def target_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     For objectives that put them together in their own way. As in `summed_loss`, not all logits are in memory at once.
     """
-    head, states, targets_N, line_N = _at_targets(model, batch)
+    head, states, targets_N, line_N = at_targets(model, batch)
     if head is None:
         exact = torch.promote_types(states.dtype, torch.float32)
         return F.cross_entropy(states.to(exact), targets_N, reduction="none"), line_N
     return linear_losses(states, targets_N, head, ending(model).judge), line_N
 
 
-def _at_targets(model: nn.Module, batch: Batch) -> tuple[Head | None, Tensor, Tensor, Tensor]:
+def at_targets(model: nn.Module, batch: Batch) -> tuple[Head | None, Tensor, Tensor, Tensor]:
     """The model's output at the batch's targets only, so that no logits are computed for prompts.
 
     Returns:
@@ -77,7 +77,7 @@ def _at_targets(model: nn.Module, batch: Batch) -> tuple[Head | None, Tensor, Te
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """For objectives of their own: what the model says at the batch's targets, fp32 [N, V], and the targets [N]."""
-    head, states, targets_N, _ = _at_targets(model, batch)
+    head, states, targets_N, _ = at_targets(model, batch)
     return (states if head is None else head(states)).float(), targets_N
 
 
@@ -85,7 +85,7 @@ def judged(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tens
     """For every target [N]: its loss (nats, fp32), the model's choice, the target itself, and its row in the batch."""
     if batch.judge is not None:
         return batch.judge.judged(model, batch)
-    head, states, targets_N, line_N = _at_targets(model, batch)
+    head, states, targets_N, line_N = at_targets(model, batch)
     parts = [(targets_N, states)] if head is None else chunks(states, targets_N, head)
     judged = [
         (F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1)) for targets, logits in parts

@@ -20,7 +20,7 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.pruning import rows as pruning_rows
-from dynlora_cli.training import heal
+from dynlora_cli.training.healing import heal
 
 POLICIES = plugins.names("policies")
 

@@ -242,7 +242,7 @@ def heal_adapter(bench: Bench, task: str, rank: int) -> None:
     from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
     from dynlora_cli.adapters.read import read_adapter
     from dynlora_cli.config.load import load_recipe
-    from dynlora_cli.training.heal import heal
+    from dynlora_cli.training.healing.heal import heal
 
     source = train_missing(bench.work, task, rank)
     adapter, rows = read_adapter(source), bench.work / f"{task}-healing.jsonl"

@@ -42,7 +42,7 @@ from dynlora_cli.execution.mode import plan
 from dynlora_cli.kernels.linear_cross_entropy import ending, linear_losses
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
-from dynlora_cli.tasks.loss import _at_targets, summed_loss
+from dynlora_cli.tasks.loss import at_targets, summed_loss
 from dynlora_cli.tasks.objective import Objective
 from dynlora_cli.training import loop
 from dynlora_cli.training.batches import make_batches
@@ -108,7 +108,7 @@ class Distilling(Objective):
         assert self.taught is not None
         started = time.process_time()
         with torch.no_grad(), as_if(self.pool.layers.values(), self.taught):
-            head, told_ND, _, _ = _at_targets(model, batch)
+            head, told_ND, _, _ = at_targets(model, batch)
             assert head is not None
         self.seconds += time.process_time() - started
         self.asked += 1
@@ -122,7 +122,7 @@ class Distilling(Objective):
             self.seconds += time.process_time() - here
             return mixed(logits_nV, targets_n, q_nV, k, dtype)
 
-        head, states_ND, targets_N, _ = _at_targets(model, batch)
+        head, states_ND, targets_N, _ = at_targets(model, batch)
         assert head is not None
         assert ending(model).judge is None
         return linear_losses(states_ND, targets_N, head, judge).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,16 @@ from dynlora_cli.adapters.attach import attached, detached
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, TrainSource
 from dynlora_cli.data.chat.template import Writing
-from dynlora_cli.data.load import load_data
-from dynlora_cli.errors import Interrupted
+from dynlora_cli.data.load import Data, load_data
+from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.evaluation.references import state_for
 from dynlora_cli.execution.mode import plan, without_long_runs
+from dynlora_cli.models.load import precision_of
 from dynlora_cli.runs.events import Emit, note
 from dynlora_cli.tasks import task as tasks
+from dynlora_cli.text import counted
+from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.healing.teacher import Taught, ask, can_be_taught
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.setup import make_accelerator, make_run
 
@@ -53,7 +58,28 @@ def _rate(adapter: Adapter, recipe: Recipe, emit: Emit) -> float:
     return rate
 
 
-def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path, emit: Emit) -> Adapter:
+@dataclass(frozen=True)
+class Teacher:
+    """The adapter before the cut, and its share of the loss.
+
+    Attributes:
+        asked: somebody named the share; else it is left out where rows cannot be taught this way.
+    """
+
+    adapter: Adapter
+    share: float
+    asked: bool
+
+
+def heal(
+    adapter: Adapter,
+    base: Base,
+    recipe: Recipe,
+    steps: int,
+    folder: Path,
+    emit: Emit,
+    teacher: Teacher | None = None,
+) -> Adapter:
     """Train the components that are left; their number stays. Heads and magnitudes stay as they are.
 
     Args:
@@ -63,34 +89,32 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
         steps: optimizer steps.
         folder: where trackers may write.
         emit: takes the events of the loop.
+        teacher: what it was before; None: the rows alone teach.
 
     Raises:
         Interrupted: Ctrl-C; nothing is saved.
+        UsageError: a teacher was asked for, and the rows are not learned token by token.
     """
-    usual: dict[str, Any] = {"save_steps": None, "report_to": [], **without_long_runs(recipe.train)}
-    rate = _rate(adapter, recipe, emit)
-    train = recipe.train.model_copy(update={"max_steps": steps, "learning_rate": rate, **usual})
-    evaluation = recipe.eval.model_copy(update={"steps": steps, "samples": 0, "early_stopping_patience": None})
-    recipe = recipe.model_copy(update={"train": train, "eval": evaluation})
-    variant = recipe.adapter.variant
-    if variant != adapter.form:
-        text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
-        emit(note(text))
-    if recipe.dataset.replay:
-        emit(note("healing trains on the recipe's own rows alone; those of earlier runs are not replayed"))
+    recipe = _for_healing(recipe, steps, _rate(adapter, recipe, emit), alone=teacher is not None)
+    _tell_differences(adapter, recipe, emit)
+    task = tasks.of(recipe.model.model_copy(update={"task": adapter.task}), recipe.train)
     data = load_data(
         recipe.dataset,
         base.tokenizer,
-        task=tasks.of(recipe.model.model_copy(update={"task": adapter.task}), recipe.train),
+        task=task,
         seed=recipe.seed,
         max_length=base.files.context_length,
         num_labels=recipe.model.num_labels,
         writing=Writing.of(adapter.record),
     )
     reference = state_for(adapter, recipe, base, [*data.train, *data.val])
+    if teacher and not can_be_taught(task, data.train):
+        _refuse_if_asked(teacher)
+        teacher = None
     with plan(recipe.train) as modes:
         accelerator = make_accelerator(recipe, folder, modes)
         modes.prepare(base.model)
+        taught = _taught(teacher, base, recipe, data, emit) if teacher else None
         with attached(base.model, adapter) as pool, torch.enable_grad():
             modes.apply(base.model, pool)
             if recipe.adapter.freeze_a:
@@ -98,6 +122,7 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
             run = make_run(recipe, accelerator, base, data, pool, None, modes, save=lambda _: None)
             run.emit = emit
             run.objective.load_state_dict(reference)
+            run.objective = taught or run.objective
             try:
                 fit(run)
             except Interrupted:
@@ -105,3 +130,43 @@ def heal(adapter: Adapter, base: Base, recipe: Recipe, steps: int, folder: Path,
                 raise Interrupted(text, "run the same command again") from None
             base.model.eval()
             return detached(adapter, pool)
+
+
+def _tell_differences(adapter: Adapter, recipe: Recipe, emit: Emit) -> None:
+    """Say what healing does otherwise than the recipe's run."""
+    variant, rate = recipe.adapter.variant, recipe.train.learning_rate
+    if variant != adapter.form:
+        text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
+        emit(note(text))
+    if recipe.dataset.replay:
+        emit(note("healing trains on the recipe's own rows alone; those of earlier runs are not replayed"))
+
+
+def _refuse_if_asked(teacher: Teacher) -> None:
+    """Rows that cannot be taught heal alone, unless somebody asked for more."""
+    if teacher.asked:
+        raise UsageError("--teacher: these rows are not learned token by token", "leave it out, or --teacher 0")
+
+
+def _for_healing(recipe: Recipe, steps: int, rate: float, *, alone: bool) -> Recipe:
+    """The recipe for so many steps; `alone`: rows are not packed, since each is looked at by itself."""
+    usual: dict[str, Any] = {"save_steps": None, "report_to": [], **without_long_runs(recipe.train)}
+    train = recipe.train.model_copy(update={"max_steps": steps, "learning_rate": rate, **usual})
+    evaluation = recipe.eval.model_copy(update={"steps": steps, "samples": 0, "early_stopping_patience": None})
+    dataset = recipe.dataset.model_copy(update={"packing": False}) if alone else recipe.dataset
+    return recipe.model_copy(update={"train": train, "eval": evaluation, "dataset": dataset})
+
+
+def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, emit: Emit) -> Taught:
+    """The loss with what the adapter before the cut says of all rows, which it looks at now."""
+    rows = make_batches(recipe, data.train, base, shuffle=False)
+    batches = (batch.to(base.model.device) for number in range(rows.steps_per_epoch) for batch in rows.step(0, number))
+    with attached(base.model, teacher.adapter):
+        told = ask(base.model, batches, precision_of(base))
+    emit(
+        note(
+            f"heals on {counted(len(told), 'row')} and under the adapter before the cut, {teacher.share:.0%} of the "
+            "loss; --teacher 0: on the rows alone"
+        )
+    )
+    return Taught(recipe.train, told, teacher.share)
