@@ -44,8 +44,8 @@ from dynlora_cli.runs import events as run_events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.text import counted
-from dynlora_cli.training.healing.heal import Teacher, heal, recipe_of
-from dynlora_cli.training.healing.teacher import SHARE
+from dynlora_cli.training.healing.heal import heal, recipe_of
+from dynlora_cli.training.healing.teacher import NOT_BY_TOKEN, TAUGHT, Teacher, learns_tokens
 
 AUTO = "auto"
 WITH_ROWS, WITHOUT_ROWS = "activation", "magnitude"  # what `auto` is, by what there is to look at
@@ -115,6 +115,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
         emit(run_events.note(adapter.note))
     _tell_dtype(request, adapter, emit)
     own = _own_recipe(request, adapter, emit)
+    teacher = _teacher(request, adapter, own)
     bench = _bench(request, adapter, emit, heals_by_file=own is None)
     recipe = own or (bench.rows.recipe if bench else None)
     request, order = _ordered(request, adapter, bench, emit)
@@ -128,13 +129,14 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     if request.heal_steps:
         assert bench is not None
         assert recipe is not None
-        teacher, keep = _teacher(request, adapter, own), partial(_keep, events, emit)
+        keep = partial(_keep, events, emit)
         smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, keep, teacher)
     saved = smaller.rounded(request.dtype)
     summary = _summary(request, adapter, saved, curve, target, keep_K)
     summary["rows"] = len(bench.rows.examples) if bench and curve.loss_of else None
     if bench and request.heal_steps:
-        summary |= {"heal_steps": request.heal_steps, "loss_after": bench.loss(smaller)}
+        share = teacher.share if teacher else 0.0
+        summary |= {"heal_steps": request.heal_steps, "teacher": share, "loss_after": bench.loss(smaller)}
     if request.dtype != FULL:
         summary |= _rounding(request, smaller, saved, bench, summary["loss_after"], emit)
     summary["seconds"] = time.monotonic() - started
@@ -337,10 +339,12 @@ def _curve(request: Request, order: Order, bench: Bench | None, emit: Emit) -> C
 
 def _teacher(request: Request, adapter: Adapter, own: Recipe | None) -> Teacher | None:
     """The adapter before the cut, for one that heals on a file's rows, fewer than it learned from; or as is asked."""
-    share = request.teacher
+    share, by_token = request.teacher, learns_tokens(adapter.task)
     if share is None:
-        share = SHARE if own is None and request.data and is_rows(request.data) else 0.0
-    return Teacher(adapter, share, asked=request.teacher is not None) if share else None
+        share = TAUGHT if by_token and own is None and request.data and is_rows(request.data) else 0.0
+    if share and not by_token:
+        raise UsageError(NOT_BY_TOKEN, "leave it out, or --teacher 0")
+    return Teacher(adapter, share) if share else None
 
 
 def _summary(

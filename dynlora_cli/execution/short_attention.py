@@ -2,13 +2,13 @@
 
 torch's kernel for bf16 turns blocks of keys and values into another layout first, which costs more than it saves until
 rows have some hundred tokens. Forward and backward, one thread, AVX-512 with bf16 products, 8 rows, 9 heads of 64: 80
-tokens 17.6 ms in bf16 and 7.9 in fp32, 160 tokens 36 and 24; 2 rows of 512 tokens 44 and 51. A CPU with AMX has another
-kernel, which was not measured: it keeps its own.
+tokens 17.6 ms in bf16 and 7.9 in fp32, 160 tokens 36 and 24; 2 rows of 512 tokens 44 and 51. Other CPUs were not
+measured and keep their own: with AMX there is another kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ SHORT = 256  # tokens
 Attention = Callable[..., tuple[Tensor, Any]]
 
 
-class ShortAttention:
+class ShortAttention(Mapping[str, Attention]):
     """A model's table of attention functions, with another one for short rows.
 
     Args:
@@ -32,17 +32,25 @@ class ShortAttention:
         self.usual = usual
 
     def get_interface(self, name: str, default: Attention) -> Attention:
-        return self._for(name, self.usual.get_interface(name, default))
+        return _for(name, self.usual.get_interface(name, default))
 
     def __getitem__(self, name: str) -> Attention:
-        return self._for(name, self.usual[name])
+        return _for(name, self.usual[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.usual)
+
+    def __len__(self) -> int:
+        return len(self.usual)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "usual":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.usual, name)
 
-    @staticmethod
-    def _for(name: str, attention: Attention) -> Attention:
-        return in_fp32(attention) if name == KERNEL else attention
+
+def _for(name: str, attention: Attention) -> Attention:
+    return in_fp32(attention) if name == KERNEL else attention
 
 
 def in_fp32(attention: Attention) -> Attention:
@@ -51,7 +59,8 @@ def in_fp32(attention: Attention) -> Attention:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
     ) -> tuple[Tensor, Any]:
-        if not is_slow(query, key, value):
+        others = any(isinstance(value, Tensor) and value.is_floating_point() for value in more.values())
+        if others or not is_slow(query, key, value):  # what else there is in bf16 would have to be cast, too
             return attention(module, query, key, value, attention_mask, **more)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
@@ -74,5 +83,10 @@ def is_slow(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and {x.dtype for x in (query, key, value)} == {torch.bfloat16}
         and query.device.type == "cpu"
         and max(query.shape[2], key.shape[2]) <= SHORT
-        and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        and _has("avx512_bf16")
+        and not _has("amx_tile")
     )
+
+
+def _has(what: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{what}_supported", bool)())

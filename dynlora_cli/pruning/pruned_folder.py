@@ -109,7 +109,8 @@ def _pruning(summary: dict[str, Any], options: dict[str, Any], curve: list[dict[
     pruning: records.Prune = {"from": summary["from"], "policy": summary["policy"]}
     if options:
         pruning["options"] = options
-    return {**pruning, "curve": curve, "heal_steps": summary.get("heal_steps", 0)}
+    pruning |= {"heal_steps": summary.get("heal_steps", 0), "teacher": summary.get("teacher", 0.0)}
+    return {**pruning, "curve": curve}
 
 
 def _layers(before: Adapter, after: Adapter) -> dict[str, records.Layer]:

@@ -184,6 +184,8 @@ class Prune(_PruneFrom, total=False):
     """If it is not, why."""
     heal_steps: int
     """Training steps after the cut."""
+    teacher: float
+    """Share of their loss that came from the adapter before it."""
 
 
 class Record(TypedDict, total=False):

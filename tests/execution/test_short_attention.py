@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -13,8 +15,9 @@ from dynlora_cli.execution.short_attention import SHORT, TABLE, ShortAttention, 
 
 @pytest.fixture(autouse=True)
 def plain_cpu(monkeypatch):
-    """As on a CPU without AMX, whatever the tests run on."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    """As on a CPU with AVX-512's bf16 products and without AMX, whatever the tests run on."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
 
 
 def heads(tokens: int = 12, dtype: torch.dtype = torch.bfloat16, *, trains: bool = True) -> list[torch.Tensor]:
@@ -36,8 +39,10 @@ def test_it_is_for_short_rows_in_bf16_that_train(given, slow, monkeypatch):
     assert is_slow(*given) == slow
     with torch.no_grad():
         assert not is_slow(*given)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not is_slow(*given)
+    for what, has in (("amx_tile", True), ("avx512_bf16", False)):
+        monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda has=has: has)
+        assert not is_slow(*given)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
@@ -74,3 +79,18 @@ def test_a_model_finds_it_in_its_table_and_the_librarys_table_stays():
     assert table.get_interface("eager", max) is max, "another kernel is used as it is"
     assert table["sdpa"].__name__ == table.get_interface("sdpa", max).__name__ == "attend"
     assert table.valid_keys() == before.valid_keys()
+    for copied in (copy.copy(table), copy.deepcopy(table)):
+        assert list(copied) == list(before)
+        assert "sdpa" in copied
+
+
+def test_what_else_comes_in_bf16_is_left_to_the_usual_kernel():
+    seen = []
+
+    def attention(_module, query, *_rest, **_more):
+        seen.append(query.dtype)
+        return query, None
+
+    for bias in (None, torch.zeros(1, dtype=torch.bfloat16)):
+        in_fp32(attention)(torch.nn.Module(), *heads(), None, position_bias=bias)
+    assert seen == [torch.float32, torch.bfloat16]

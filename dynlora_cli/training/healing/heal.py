@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,24 +15,29 @@ from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.evaluation.references import state_for
+from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.execution.mode import plan, without_long_runs
 from dynlora_cli.models.load import precision_of
 from dynlora_cli.runs.events import Emit, note
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.text import counted
-from dynlora_cli.training.batches import make_batches
-from dynlora_cli.training.healing.teacher import Taught, ask, can_be_taught
+from dynlora_cli.training.batches import make_batches, training_batches
+from dynlora_cli.training.healing.teacher import NOT_BY_TOKEN, Taught, Teacher, ask, learns_tokens
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.setup import make_accelerator, make_run
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.config.sections import Model
+    from dynlora_cli.data.batches import Batch, Batches
     from dynlora_cli.models.load import Base
 
 # Where nobody says the learning rate. An adapter that was trained at 5e-4 was healed about as well at 2e-4 as at 5e-4,
 # and forgot less (scripts/bench/NOTES.md).
-RATE, SHARE = 2e-4, 0.4  # for adapters of others; of the rate that the run itself found
+RATE, OF_RUN = 2e-4, 0.4  # for adapters of others; of the rate that the run itself found
+STOPPED = "interrupted while healing; nothing was written"
 HELD_OUT = 0.2  # of a file's rows, to choose components and measure by; the others are trained on
 
 
@@ -53,22 +58,9 @@ def _rate(adapter: Adapter, recipe: Recipe, emit: Emit) -> float:
     if recipe.train.learning_rate != "auto":
         return recipe.train.learning_rate
     trained = (adapter.record.get("trained") or adapter.record.get("summary") or {}).get("learning_rate")
-    rate = SHARE * trained if isinstance(trained, float) else RATE
+    rate = OF_RUN * trained if isinstance(trained, float) else RATE
     emit(note(f"heals at the learning rate {rate:.2g}; a recipe's train.learning_rate says another"))
     return rate
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The adapter before the cut, and its share of the loss.
-
-    Attributes:
-        asked: somebody named the share; else it is left out where rows cannot be taught this way.
-    """
-
-    adapter: Adapter
-    share: float
-    asked: bool
 
 
 def heal(
@@ -93,9 +85,9 @@ def heal(
 
     Raises:
         Interrupted: Ctrl-C; nothing is saved.
-        UsageError: a teacher was asked for, and the rows are not learned token by token.
+        UsageError: there is a teacher, and the rows are not learned token by token.
     """
-    recipe = _for_healing(recipe, steps, _rate(adapter, recipe, emit), alone=teacher is not None)
+    recipe = _for_healing(recipe, steps, _rate(adapter, recipe, emit))
     _tell_differences(adapter, recipe, emit)
     task = tasks.of(recipe.model.model_copy(update={"task": adapter.task}), recipe.train)
     data = load_data(
@@ -108,13 +100,12 @@ def heal(
         writing=Writing.of(adapter.record),
     )
     reference = state_for(adapter, recipe, base, [*data.train, *data.val])
-    if teacher and not can_be_taught(task, data.train):
-        _refuse_if_asked(teacher)
-        teacher = None
+    if teacher and not learns_tokens(task.name, task.objective):
+        raise UsageError(NOT_BY_TOKEN, "leave it out, or --teacher 0")
     with plan(recipe.train) as modes:
         accelerator = make_accelerator(recipe, folder, modes)
         modes.prepare(base.model)
-        taught = _taught(teacher, base, recipe, data, emit) if teacher else None
+        taught = _taught(teacher, base, recipe, data, accelerator, emit) if teacher else None
         with attached(base.model, adapter) as pool, torch.enable_grad():
             modes.apply(base.model, pool)
             if recipe.adapter.freeze_a:
@@ -126,8 +117,7 @@ def heal(
             try:
                 fit(run)
             except Interrupted:
-                text = "interrupted while healing; nothing was written"
-                raise Interrupted(text, "run the same command again") from None
+                raise Interrupted(STOPPED, "run the same command again") from None
             base.model.eval()
             return detached(adapter, pool)
 
@@ -142,31 +132,37 @@ def _tell_differences(adapter: Adapter, recipe: Recipe, emit: Emit) -> None:
         emit(note("healing trains on the recipe's own rows alone; those of earlier runs are not replayed"))
 
 
-def _refuse_if_asked(teacher: Teacher) -> None:
-    """Rows that cannot be taught heal alone, unless somebody asked for more."""
-    if teacher.asked:
-        raise UsageError("--teacher: these rows are not learned token by token", "leave it out, or --teacher 0")
-
-
-def _for_healing(recipe: Recipe, steps: int, rate: float, *, alone: bool) -> Recipe:
-    """The recipe for so many steps; `alone`: rows are not packed, since each is looked at by itself."""
+def _for_healing(recipe: Recipe, steps: int, rate: float) -> Recipe:
+    """The recipe for so many steps."""
     usual: dict[str, Any] = {"save_steps": None, "report_to": [], **without_long_runs(recipe.train)}
     train = recipe.train.model_copy(update={"max_steps": steps, "learning_rate": rate, **usual})
     evaluation = recipe.eval.model_copy(update={"steps": steps, "samples": 0, "early_stopping_patience": None})
-    dataset = recipe.dataset.model_copy(update={"packing": False}) if alone else recipe.dataset
-    return recipe.model_copy(update={"train": train, "eval": evaluation, "dataset": dataset})
+    return recipe.model_copy(update={"train": train, "eval": evaluation})
 
 
-def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, emit: Emit) -> Taught:
-    """The loss with what the adapter before the cut says of all rows, which it looks at now."""
-    rows = make_batches(recipe, data.train, base, shuffle=False)
-    batches = (batch.to(base.model.device) for number in range(rows.steps_per_epoch) for batch in rows.step(0, number))
-    with attached(base.model, teacher.adapter):
-        told = ask(base.model, batches, precision_of(base))
-    emit(
-        note(
-            f"heals on {counted(len(told), 'row')} and under the adapter before the cut, {teacher.share:.0%} of the "
-            "loss; --teacher 0: on the rows alone"
-        )
-    )
+def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, accelerator: Accelerator, emit: Emit) -> Taught:
+    """The loss with what the adapter before the cut says of the rows that will be healed on; it looks at them now.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    batches = training_batches(recipe, data, base, accelerator)
+    steps = min(cast("int", recipe.train.max_steps), batches.steps_per_epoch)
+    needed = {row for number in range(steps) for batch in batches.step(0, number) for row in batch.rows}
+    shown = [example for example in data.train if example.row in needed]
+    text = f"heals under the adapter before the cut, {teacher.share:.0%} of the loss, which looks at"
+    emit(note(f"{text} {counted(len(shown), 'row')} first; --teacher 0: on the rows alone"))
+    alone = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"packing": False})})
+    rows = make_batches(alone, shown, base, shuffle=False, accelerator=accelerator)
+    with attached(base.model, teacher.adapter), interruptible() as interrupted:
+        told = ask(base.model, _until(rows, accelerator.device, interrupted), precision_of(base))
     return Taught(recipe.train, told, teacher.share)
+
+
+def _until(rows: Batches, device: torch.device, interrupted: Callable[[], bool]) -> Iterator[Batch]:
+    """All batches, on the device, unless somebody asks for a stop."""
+    for number in range(rows.steps_per_epoch):
+        for batch in rows.step(0, number):
+            if interrupted():
+                raise Interrupted(STOPPED, "run the same command again")
+            yield batch.to(device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,49 +26,54 @@ from dynlora_cli.tasks.loss import at_targets, evaluating
 from dynlora_cli.tasks.objective import Objective
 
 if TYPE_CHECKING:
+    from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.config.sections import Train
     from dynlora_cli.data.batches import Batch
-    from dynlora_cli.data.examples import Example
-    from dynlora_cli.tasks.task import Task
 
 MOST = 64  # tokens
-SHARE = 0.7  # with fewer rows than the adapter learned from: scripts/bench/NOTES.md
+TAUGHT = 0.7  # of the loss, on a file's rows: scripts/bench/NOTES.md
+
+
+class Teacher(NamedTuple):
+    """The adapter before the cut, and its share of the loss."""
+
+    adapter: Adapter
+    share: float
+
+
+NOT_BY_TOKEN = "--teacher: these rows are not learned token by token"
+
+
+def learns_tokens(task: str, objective: str = plugins.OBJECTIVE) -> bool:
+    """Whether a task of this name has tokens for targets, and their cross-entropy for loss."""
+    others = [plugins.declared("tasks", task, what) for what in ("HAS_CLASSES", "OUTPUTS")]
+    return objective == plugins.OBJECTIVE and not any(others)
 
 
 @dataclass(frozen=True)
 class Told:
-    """What the adapter before says of the targets of some rows.
+    """What the adapter before says of the targets of a row.
 
     Attributes:
-        token_NM: its likeliest tokens.
-        probability_NM: theirs, fp32.
+        token_nM: its likeliest tokens, int32.
+        probability_nM: theirs, fp32.
     """
 
-    token_NM: Tensor
-    probability_NM: Tensor
-
-
-def can_be_taught(task: Task, examples: Iterable[Example]) -> bool:
-    """Whether rows are learned token by token, and each can be told from the others by its number."""
-    examples = list(examples)
-    by_token = not task.has_classes and task.outputs is None and task.objective == plugins.OBJECTIVE
-    alone = len({example.row for example in examples}) == len(examples)
-    return by_token and alone and all(example.judge is None for example in examples)
+    token_nM: Tensor
+    probability_nM: Tensor
 
 
 def ask(
     model: nn.Module, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager[None]]
 ) -> dict[int, Told]:
-    """What the model says of every row, by the row's number; the batches are not packed."""
+    """What the model says of rows, by their numbers; the batches are not packed: line i of one is its row i."""
     told: dict[int, Told] = {}
     with evaluating(model):
         for batch in batches:
             with autocast():
                 head, states_ND, targets_N, line_N = at_targets(model, batch)
                 parts = [(targets_N, states_ND)] if head is None else chunks(states_ND, targets_N, head)
-                likeliest = [
-                    logits_nV.float().softmax(-1).topk(min(MOST, logits_nV.shape[-1])) for _, logits_nV in parts
-                ]
+                likeliest = [_likeliest(logits_nV) for _, logits_nV in parts]
             value_NM, token_NM = (torch.cat(part) for part in zip(*likeliest, strict=True))
             for line, row in enumerate(batch.rows):
                 told[row] = Told(token_NM[line_N == line], value_NM[line_N == line])
@@ -76,9 +81,9 @@ def ask(
 
 
 def _likeliest(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities, fp32 [n, M], and tokens [n, M]."""
+    """Probabilities, fp32 [n, M], and tokens, int32 [n, M]."""
     value_nM, token_nM = logits_nV.float().softmax(-1).topk(min(MOST, logits_nV.shape[-1]))
-    return value_nM, token_nM
+    return value_nM, token_nM.int()
 
 
 class Taught(Objective):
@@ -97,12 +102,12 @@ class Taught(Objective):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         head, states_ND, targets_N, _ = at_targets(model, batch)
         rows = [self.told[row] for row in batch.rows]
-        token_NM = torch.cat([told.token_NM for told in rows])
-        share_NM = torch.cat([told.probability_NM for told in rows]) * self.share
+        token_NM = torch.cat([told.token_nM for told in rows]).long()
+        share_NM = torch.cat([told.probability_nM for told in rows]) * self.share
         if head is None:
             log_NV = states_ND.float().log_softmax(-1)
             right_N = log_NV.gather(1, targets_N[:, None])[:, 0]
-            return -((1 - self.share) * right_N + torch.linalg.vecdot(share_NM, log_NV.gather(1, token_NM))).sum()
+            return -((1 - self.share) * right_N + (share_NM * log_NV.gather(1, token_NM)).sum(-1)).sum()
         begun = 0
 
         def judge(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,7 +130,8 @@ def mixed(
     """
     place = targets_n[:, None]
     log_nV = logits_nV.float().log_softmax(-1)
-    loss_n = -own * log_nV.gather(1, place)[:, 0] - torch.linalg.vecdot(share_nM, log_nV.gather(1, token_nM))
+    # No vecdot: autocast would compute it in bf16.
+    loss_n = -own * log_nV.gather(1, place)[:, 0] - (share_nM * log_nV.gather(1, token_nM)).sum(-1)
     grad_nV = log_nV.exp_().mul_(own + share_nM.sum(-1, keepdim=True))
     grad_nV.scatter_add_(1, token_nM, -share_nM)
     grad_nV.scatter_add_(1, place, grad_nV.new_full(place.shape, -own))

@@ -12,10 +12,12 @@ from tiny_run import assembled, make_recipe, train, write_rows
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from dynlora_cli.kernels import linear_cross_entropy
 from dynlora_cli.kernels.linear_cross_entropy import ending
 from dynlora_cli.tasks.loss import logits_at_targets, summed_loss
+from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.healing import teacher
-from dynlora_cli.training.healing.teacher import Taught, ask, can_be_taught
+from dynlora_cli.training.healing.teacher import Taught, ask, learns_tokens
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +25,23 @@ def run(tmp_path_factory):
     return assembled(make_recipe(tmp_path_factory.mktemp("run"), "train.max_steps=4"))
 
 
-@pytest.fixture(scope="module")
-def told(run):
-    """What another adapter says: the run's own, moved a little."""
-    random = torch.Generator().manual_seed(0)
+@pytest.fixture
+def moved(run):
+    """The adapter before: the run's own, moved a little."""
     before = run.trained.values.detach().clone()
     with torch.no_grad():
-        run.trained.values.add_(torch.randn(before.shape, generator=random), alpha=0.1)
-        batches = [batch for number in range(run.batches.steps_per_epoch) for batch in run.batches.step(0, number)]
-        found = ask(run.model, batches, run.accelerator.autocast)
-        run.trained.values.copy_(before)
-    return found
+        run.trained.values.add_(torch.randn(before.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
+    yield
+    run.trained.values.data.copy_(before)
+
+
+@pytest.fixture
+def told(run, moved):
+    return ask(run.model, _in_order(run.batches), run.accelerator.autocast)
+
+
+def _in_order(batches):
+    return [batch for number in range(batches.steps_per_epoch) for batch in batches.step(0, number)]
 
 
 def gradient(run, loss):
@@ -42,17 +50,21 @@ def gradient(run, loss):
     return run.trained.values.grad.clone()
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("ending_of", ["whole", "chunks", "logits"])
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
-def test_the_loss_and_its_gradient_are_the_formula(run, told, share, fused, monkeypatch):
-    monkeypatch.setattr(ending(run.model), "fused", fused)
+def test_the_loss_and_its_gradient_are_the_formula(run, told, share, ending_of, monkeypatch):
+    monkeypatch.setattr(ending(run.model), "fused", ending_of != "logits")
+    if ending_of == "chunks":
+        monkeypatch.setattr(linear_cross_entropy, "CHUNK", 1)
+        monkeypatch.setattr(linear_cross_entropy, "LEAST_ROWS", 3)
+        monkeypatch.setattr(linear_cross_entropy.chunks, "__defaults__", (3,))
     batch = run.batches.step(0, 0)[0]
     loss = Taught(run.recipe.train, told, share).loss(run.model, batch)
     found = gradient(run, loss)
     logits_NV, targets_N = logits_at_targets(run.model, batch)
     log_NV = logits_NV.double().log_softmax(-1)
-    token_NM = torch.cat([told[row].token_NM for row in batch.rows])
-    value_NM = torch.cat([told[row].probability_NM for row in batch.rows]).double()
+    token_NM = torch.cat([told[row].token_nM for row in batch.rows]).long()
+    value_NM = torch.cat([told[row].probability_nM for row in batch.rows]).double()
     own = F.nll_loss(log_NV, targets_N, reduction="sum")
     truth = (1 - share) * own - share * (value_NM * log_NV.gather(1, token_NM)).sum()
     exact = gradient(run, truth)
@@ -62,18 +74,33 @@ def test_the_loss_and_its_gradient_are_the_formula(run, told, share, fused, monk
         assert loss.item() == pytest.approx(summed_loss(run.model, batch).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_row_is_told_of_its_own_targets_in_whichever_batch_it_stands(run, told, moved, packing):
+    """What was told of rows in one order is what the model says of them in another, packed or not."""
+    recipe = run.recipe.model_copy(update={"dataset": run.recipe.dataset.model_copy(update={"packing": packing})})
+    batches = make_batches(recipe, list(reversed(run.data.train)), run.base, shuffle=False)
+    for batch in _in_order(batches):
+        with torch.no_grad():
+            logits_NV, _ = logits_at_targets(run.model, batch)
+        value_NM = logits_NV.softmax(-1).gather(1, torch.cat([told[row].token_nM for row in batch.rows]).long())
+        expected = torch.cat([told[row].probability_nM for row in batch.rows])
+        torch.testing.assert_close(value_NM, expected, atol=1e-5, rtol=1e-3)
+
+
 def test_what_is_told_is_the_likeliest_of_the_vocabulary(run, told):
     assert {row for batch in run.batches.step(0, 0) for row in batch.rows} <= told.keys()
     some = next(iter(told.values()))
-    assert some.token_NM.shape[1] == teacher.MOST
-    assert bool((some.probability_NM.sum(-1) <= 1 + 1e-5).all())
-    assert bool((some.probability_NM.diff(dim=-1) <= 0).all())
+    assert some.token_nM.shape[1] == teacher.MOST
+    assert bool((some.probability_nM.sum(-1) <= 1 + 1e-5).all())
+    assert bool((some.probability_nM.diff(dim=-1) <= 0).all())
 
 
-def test_rows_that_cannot_be_told_apart_are_not_taught(run):
-    rows = run.data.train
-    assert can_be_taught(run.task, rows)
-    assert not can_be_taught(run.task, [rows[0], rows[0]])
+def test_only_what_is_learned_token_by_token_is_taught():
+    assert learns_tokens("causal-lm")
+    assert learns_tokens("seq2seq-lm")
+    assert not learns_tokens("causal-lm", "dpo")
+    assert not learns_tokens("sequence-classification")
+    assert not learns_tokens("reranker")
 
 
 @pytest.mark.slow
@@ -98,8 +125,7 @@ def test_a_cut_adapter_heals_nearer_to_what_it_was(tmp_path: Path, dynlora: Dynl
 
 def _distance(run, one: Path, other: Path) -> float:
     """Mean KL of what two adapters say of the run's held-out rows, by PEFT."""
-    batches = [b for number in range(run.val_batches.steps_per_epoch) for b in run.val_batches.step(0, number)]
-    said = []
+    batches, said = _in_order(run.val_batches), []
     for folder in (one, other):
         base = AutoModelForCausalLM.from_pretrained(run.recipe.model.name_or_path)
         model = PeftModel.from_pretrained(base, folder).eval()
