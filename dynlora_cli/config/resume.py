@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+from dynlora_cli.config import strict_yaml
 from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.errors import UsageError
@@ -51,14 +53,16 @@ def same_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def _by_options(differing: list[str], before: dict[str, Any]) -> str:
-    """The options that say what a few keys were then; nothing where there are many, or one is more than a value."""
-    values = [before.get(key) for key in sorted(differing)]
-    if len(differing) > SAID or any(isinstance(value, list | dict) for value in values):
+    """The options that say what a few keys were then; nothing where there are many, or one was no plain value."""
+    if len(differing) > SAID or any(isinstance(before.get(key, {}), list | dict) for key in differing):
         return ""
-    written = (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else value for value in values
-    )
-    return f" ({' '.join(f'--set {key}={value}' for key, value in zip(sorted(differing), written, strict=True))})"
+    said = (f"{key}={_in_yaml(before[key])}" for key in sorted(differing))
+    return f" ({' '.join(f'--set {shlex.quote(text)}' for text in said)})"
+
+
+def _in_yaml(value: Any) -> str:
+    """A plain value as a recipe's line would hold it."""
+    return strict_yaml.dump({"": value}).partition(":")[2].strip()
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:

@@ -167,7 +167,9 @@ def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device
         seed=recipe.seed,
         computes=device,
     )
-    data.notes += [*_kept_in_full(recipe.model, base), *bf16_note(recipe.model, base, device)]
+    data.notes += _kept_in_full(recipe.model, base)
+    if plugins.declared("variants", recipe.adapter.variant, "has_components"):  # weights that train need fp32
+        data.notes += bf16_note(recipe.model, base, device)
     modes.prepare(base.model)
     if files.new is not None:
         data.notes += [*put_new_tokens(base, recipe.adapter), *untaught(files.new, data)]

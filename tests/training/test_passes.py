@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_run import assembled, make_recipe, train, write_rows
 
 from dynlora_cli.config.load import load_recipe
-from dynlora_cli.config.resume import same_recipe
+from dynlora_cli.config.resume import _by_options, same_recipe
 from dynlora_cli.drafts.starter import draft
 from dynlora_cli.errors import UsageError
 from dynlora_cli.training.batches import passes
@@ -60,3 +62,21 @@ def test_a_run_with_a_number_of_steps_is_as_it_was(tmp_path: Path):
     with pytest.raises(UsageError, match="max_steps: 12 then") as refused:
         same_recipe(tmp_path / "out", make_recipe(tmp_path, "train.max_steps=null"))
     assert "(--set train.max_steps=12)" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [
+        ({"a.b": 3, "c": None}, "(--set a.b=3 --set c=null)"),
+        ({"a.b": True, "c": 1e-05}, "(--set a.b=true --set c=1.0e-05)"),
+        ({"a.b": "/my dir/x; rm", "c": "true"}, """(--set 'a.b=/my dir/x; rm' --set 'c='"'"'true'"'"'')"""),
+        ({"a.b": [1], "c": 1}, ""),
+        ({"c": 1}, ""),  # a key that the other recipe did not have
+    ],
+)
+def test_options_bring_back_what_was_and_can_be_copied(before: dict, options: str):
+    found = _by_options(["a.b", "c"], before).strip()
+    assert found == options
+    for option in shlex.split(found.strip("()"))[1::2]:
+        key, _, value = option.partition("=")
+        assert yaml.safe_load(value) == before[key]
