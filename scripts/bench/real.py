@@ -11,7 +11,7 @@ DYNLORA_REAL_MODEL names; its lines go into a file of their own. Our tasks lie i
 Every run sees the same rows once, in the same order (by seed), but `dynlora` with nothing set chooses how often, and
 `+stretched` runs take as many CPU seconds as that. A method with a rank gets its rate from a grid of factors
 of 2 that is extended until the best on `val` is inside; `--rates auto` leaves it to `dynlora`. Every run is a line of
-real.jsonl, with CPU seconds of loading, training, and of ours the race for the rate; what is there is not run again, so
+real.jsonl, with CPU seconds of loading, training, and of ours the search for the rate; what is there is not run again, so
 that the command can be stopped and started at will. `test` is read in the same go and used for tables alone.
 """
 
@@ -58,15 +58,15 @@ class Bench:
         beat: float = math.inf,
     ) -> Record:
         """The line of a run, from the file or by running it; see `run` for `beat`."""
-        from real_methods import Job, is_ours, run
+        from real_methods import MODEL, Job, is_ours, run
+        from real_tables import MODEL as USUAL
 
         if is_ours(method) and self.label:
             method = f"{method}@{self.label}"
         job = Job(task, method, rank, rate, seed, stretch=stretch)
         for line in read(self.results):
-            if Job(*(line[k] for k in ("task", "method", "rank", "rate", "seed"))).key == job.key and not self._lost(
-                job
-            ):
+            same = Job(*(line[k] for k in ("task", "method", "rank", "rate", "seed"))).key == job.key
+            if same and line.get("model", USUAL) == MODEL.name and not self._lost(job):
                 return line
         line = {"task": task, "method": method, "rank": rank, "rate": rate, "seed": seed}
         line |= run(job, self.work, self.keep, beat)
@@ -141,23 +141,17 @@ def best_tools(records: Sequence[Record], task: str, seed: int) -> list[str]:
     return [r["method"] for r in sorted(lines, key=lambda r: r["loss"])]
 
 
-def best_of_sweep(records: Sequence[Record], task: str) -> tuple[int, float]:
-    """Rank and rate of the LoRA with the lowest `val` loss."""
-    lines = [r for r in records if (r["task"], r["method"], r["seed"]) == (task, "lora", 0) and r["rank"] in SWEEP]
-    best = min(lines, key=lambda line: float(line["loss"]))
-    return best["rank"], best["rate"]
-
-
 def asked(bench: Bench, task: str, methods: Sequence[str], ranks: Sequence[int], rates: str, seeds: int) -> None:
     """These methods at these ranks; with rates from the grid where the method needs one."""
     from real_methods import SWEPT
+    from real_tables import best_of, sweep
 
     for method in methods:
         if method.endswith("+stretched"):
             plain = method.removesuffix("+stretched")
-            rank, rate = best_of_sweep(read(bench.results), task) if plain == "lora" else (0, 0.0)
-            for seed in range(seeds):
-                bench.stretched(task, plain, seed, rank, rate)
+            best = best_of(sweep(read(bench.results), task)) if plain == "lora" else {"rank": 0, "rate": 0.0}
+            for seed in range(seeds) if best else ():
+                bench.stretched(task, plain, seed, best["rank"], best["rate"])
         elif method in SWEPT or (method == "dynlora" and rates == "grid"):
             for rank in ranks:
                 bench.tuned(task, method, rank, seeds)

@@ -44,7 +44,7 @@ from dynlora_cli.training.setup import read_base, read_data
 
 Result = dict[str, Any]
 MODELS = Path(os.environ.get("DYNLORA_REAL_MODELS", "~/.cache/dynlora-models")).expanduser()
-MODEL = Path(os.environ.get("DYNLORA_REAL_MODEL", MODELS / "SmolLM2-135M-Instruct"))
+MODEL = Path(os.environ.get("DYNLORA_REAL_MODEL", MODELS / "SmolLM2-135M-Instruct")).expanduser()
 SWEPT = {
     "lora": lora_config,
     "rslora": rslora_config,
@@ -106,13 +106,15 @@ def run(job: Job, work: Path, keep: Path | None = None, beat: float = math.inf) 
     """
     work.mkdir(parents=True, exist_ok=True)
     if not MODEL.is_dir():
-        raise SystemExit(f"{MODEL} is not there: put the model there, or name its parent in DYNLORA_REAL_MODELS")
+        raise SystemExit(
+            f"{MODEL} is not there: put the model there, name its parent in DYNLORA_REAL_MODELS, or a model in DYNLORA_REAL_MODEL"
+        )
     folder = work / "adapters" / job.name
     shutil.rmtree(folder, ignore_errors=True)
     try:
         result = (_train_ours if is_ours(job.method) else _train_stock)(job, work, folder)
     except MeasureError:  # diverged; a learning rate too far
-        return {"loss": math.inf}
+        return {"loss": math.inf, "model": MODEL.name}
     gc.collect()
     result |= _measured(job, work, folder, beat)
     if keep is not None:

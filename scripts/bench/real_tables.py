@@ -8,7 +8,7 @@ the lowest `val` loss; its cost is that of all of its runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,7 +18,7 @@ from real_picture import Bar, bars
 from real_tasks import LONG, TASKS
 
 MODEL = "SmolLM2-135M-Instruct"  # of lines that name none
-SWEEP = (4, 16, 64)
+SWEEP, NEEDED = (4, 16, 64), (16, 64)
 TOOLS = {
     "axolotl": "axolotl",
     "llamafactory": "LLaMA-Factory",
@@ -44,6 +44,8 @@ def write_tables(records: Sequence[Record], folder: Path) -> None:
     (folder / "REAL.md").write_text(page(records), encoding="utf-8")
     if picture := draw(records):
         (folder / "real.svg").write_text(picture, encoding="utf-8")
+    else:
+        (folder / "real.svg").unlink(missing_ok=True)
 
 
 def page(records: Sequence[Record]) -> str:
@@ -59,7 +61,7 @@ def page(records: Sequence[Record]) -> str:
         "rate. Of dynlora nothing is set but model, dtype and data, and it holds 5 % of the rows out for itself "
         "(`@four`: as many passes as make 1,000 steps, four at most, as it was before).\n",
         "## Against the best of a sweep\n",
-        "`test` loss in percent above the best LoRA of a sweep (ranks 4, 16, 64, each at its best rate); below zero is "
+        "`test` loss in percent above the best LoRA of a sweep (ranks 16 and 64, on some tasks 4 too, each at its best rate), by `val`; below zero is "
         "better. In brackets: CPU time as a share of the sweep's.\n",
         summary(records, tasks),
     ]
@@ -98,14 +100,14 @@ def best_of(lines: Sequence[Record]) -> Record | None:
     return min(finite, key=lambda line: line["loss"]) if finite else None
 
 
-def finished(records: Sequence[Record], task: str, ranks: Sequence[int] = SWEEP) -> bool:
-    """Whether each of these ranks of the sweep has its best rate inside its grid."""
-    for rank in ranks:
-        lines = sweep(records, task, (rank,))
-        best = best_of(lines)
-        if best is None or not min(r["rate"] for r in lines) < best["rate"] < max(r["rate"] for r in lines):
-            return False
-    return True
+def finished(records: Sequence[Record], task: str) -> bool:
+    """Whether the ranks that the sweep needs have their best rates inside their grids; what else was tried counts, too."""
+    return all(_inside(sweep(records, task, (rank,))) for rank in NEEDED)
+
+
+def _inside(lines: Sequence[Record]) -> bool:
+    best = best_of(lines)
+    return best is not None and min(r["rate"] for r in lines) < best["rate"] < max(r["rate"] for r in lines)
 
 
 def sweep_cost(records: Sequence[Record], task: str) -> float:
@@ -113,17 +115,18 @@ def sweep_cost(records: Sequence[Record], task: str) -> float:
     return sum(spent(r) + r.get("cpu_val", 0.0) for r in sweep(records, task))
 
 
-def level(records: Sequence[Record], task: str) -> float | None:
-    """The `test` loss of the best of the sweep, mean over its seeds."""
-    if not (best := best_of(sweep(records, task))):
-        return None
-    same = [r for r in records if all(r[k] == best[k] for k in ("task", "method", "rank", "rate"))]
-    return mean(r["test"] for r in same)
+def levels(records: Sequence[Record], task: str) -> dict[int, float]:
+    """The `test` loss of the best of the sweep, by seed; empty where the sweep is not finished."""
+    best = best_of(sweep(records, task))
+    if best is None or not finished(records, task):
+        return {}
+    same = [r for r in records if all(r[k] == best[k] for k in ("task", "method", "rank", "rate")) and "test" in r]
+    return {r["seed"]: r["test"] for r in same}
 
 
-def above(record: Record, reference: float) -> float:
-    """Percent by which its `test` loss is above the reference."""
-    return 100 * math.log(record["test"] / reference)
+def above(runs: Sequence[Record], reference: Mapping[int, float]) -> float:
+    """Percent by which their `test` losses are above the reference's, mean over the seeds that both have."""
+    return mean(100 * math.log(run["test"] / reference[run["seed"]]) for run in runs if run["seed"] in reference)
 
 
 def chosen(records: Iterable[Record], task: str) -> dict[Method, list[Record]]:
@@ -179,13 +182,13 @@ def order(methods: Iterable[Method]) -> list[Method]:
 
 def summary(records: Sequence[Record], tasks: Sequence[str]) -> str:
     """A line a method, a column a task."""
-    references = {task: found for task in tasks if (found := level(records, task))}
+    references = {task: found for task in tasks if (found := levels(records, task))}
     cells: dict[Method, dict[str, tuple[float, float]]] = {}
     for task, reference in references.items():
         for method, runs in chosen(records, task).items():
             if compared(method):
                 share = spent(runs[0]) / sweep_cost(records, task)
-                cells.setdefault(method, {})[task] = (mean(above(run, reference) for run in runs), share)
+                cells.setdefault(method, {})[task] = (above(runs, reference), share)
     rows = []
     for method in order(cells):
         found = cells[method]
@@ -199,15 +202,15 @@ def summary(records: Sequence[Record], tasks: Sequence[str]) -> str:
 
 def details(records: Sequence[Record], task: str) -> str:
     """Every method on a task."""
-    reference, methods = level(records, task), chosen(records, task)
+    reference, methods = levels(records, task), chosen(records, task)
     rows = []
     for method in order(methods):
         runs = methods[method]
         run = runs[0]
         error = f"{mean(r['test'] for r in runs):.4f} ± {run['test_error']:.3f}"
-        against = f"{mean(above(r, reference) for r in runs):+.1f} %" if reference else ""
+        against = f"{above(runs, reference):+.1f} %" if reference else ""
         rank = f"{run['parameters'] / 1e6:.2f} M, {run['bytes'] / 1e6:.1f} MB"
-        race = f" (race {run['cpu_race']:.0f})" if run.get("cpu_race") else ""
+        race = f" (rate {run['cpu_race']:.0f})" if run.get("cpu_race") else ""
         steps = run.get("steps") or run.get("summary", {}).get("steps", "")
         rate = f"{run['rate_used']:.1e}" if run.get("rate_used") else ""
         forgotten = f"{mean(r['general'] - r['general_before'] for r in runs):+.3f}"
@@ -234,8 +237,7 @@ def details(records: Sequence[Record], task: str) -> str:
 
 def draw(records: Sequence[Record]) -> str:
     """Bars: percent above the best of the sweep, mean over tasks with a dot for each; empty where nothing can be compared."""
-    begun = {task: found for task in in_order(records, list(TASKS)) if (found := level(records, task))}
-    references = {task: best for task, best in begun.items() if finished(records, task, (16,))} or begun
+    references = {task: found for task in in_order(records, list(TASKS)) if (found := levels(records, task))}
     runs = {task: chosen(records, task) for task in references}
     everywhere = {m for found in runs.values() for m in found if all(m in other for other in runs.values())}
     ours = [m for m in OURS if m in everywhere and not m[1]]
@@ -243,13 +245,11 @@ def draw(records: Sequence[Record]) -> str:
         return ""
     shown = []
     for method in [*ours, *((name, 0) for name in TOOLS if (name, 0) in everywhere)]:
-        points = [mean(above(run, references[t]) for run in runs[t][method]) for t in references]
+        points = [above(runs[t][method], references[t]) for t in references]
         cost = sum(spent(runs[t][method][0]) for t in references) / sum(sweep_cost(records, t) for t in references)
         name = TOOLS.get(method[0]) or label(method).replace("nothing set but ", "")
         shown.append(Bar(name, points, f"{100 * cost:.0f} %", strong=method in ours))
     sets = f"{len(references)} data sets (dots)" if len(references) > 1 else f"the data set {next(iter(references))}"
-    if not all(finished(records, task) for task in references):
-        sets += ", sweep unfinished"
     return bars(
         sorted(shown, key=lambda bar: mean(bar.points)),
         "Held-out loss, percent above the best LoRA of a sweep over rank and rate",

@@ -105,9 +105,14 @@ def task_of(name: str) -> Task:
     return Task(lambda: ((None, json.loads(line)) for line in text.splitlines() if line.strip()), 320)
 
 
+def _folder_of(name: str) -> str:
+    """The task's name; of a file, what is in it, so that a changed one is read again."""
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16] if name.endswith(".jsonl") else name
+
+
 def prepare(name: str, work: Path) -> Path:
     """Write train.jsonl, val.jsonl and test.jsonl of a task, if they are not there, and return their folder."""
-    folder = work / "data" / name.replace("/", "_")
+    folder = work / "data" / _folder_of(name)
     if folder.is_dir():
         return folder
     task = task_of(name)
