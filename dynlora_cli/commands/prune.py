@@ -28,7 +28,7 @@ from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.references import learn_reference
-from dynlora_cli.evaluation.rows import Rows, held_out_rows, is_rows, own_recipe
+from dynlora_cli.evaluation.rows import NothingHeldOutError, Rows, held_out_rows, is_rows, own_recipe
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
@@ -133,7 +133,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
         smaller = heal(smaller, bench.base, recipe, request.heal_steps, out, keep, teacher)
     saved = smaller.rounded(request.dtype)
     summary = _summary(request, adapter, saved, curve, target, keep_K)
-    summary["rows"] = len(bench.rows.examples) if bench and curve.loss_of else None
+    summary["rows"] = len(bench.rows.examples) if bench and (curve.loss_of or request.heal_steps) else None
     if bench and request.heal_steps:
         share = teacher.share if teacher else 0.0
         summary |= {"heal_steps": request.heal_steps, "teacher": share, "loss_after": bench.loss(smaller)}
@@ -224,14 +224,17 @@ def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: boo
     if not (needed or request.measure):
         return None
     place: Place | None = None
+    data: Path | Recipe | None = request.data
     try:
         place = find_base(adapter, request.base_name, request.trust_remote_code)
         tokenizer = read_tokenizer(adapter, place)
-        data: Path | Recipe | None = request.data
         if request.heal_steps and heals_by_file and request.data and is_rows(request.data):
             data = recipe_of(place.options, request.data, out=request.out)
         rows = held_out_rows(adapter, place, tokenizer, data, max_samples=request.max_samples)
     except (MachineError, UsageError) as error:
+        if isinstance(error, NothingHeldOutError) and isinstance(data, Recipe):
+            text = f"{request.data}: too few rows to heal on most of them and to measure on others"
+            raise UsageError(text, "name a file with more, or leave --heal out") from None
         if needed or (request.base_name and place is None):
             raise
         fix = "" if request.data else "; --data FILE names rows, by which components are chosen better, too"

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from dynlora_cli.adapters.adapter import PLAIN
 from dynlora_cli.adapters.attach import attached, detached
+from dynlora_cli.adapters.base import label_names
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, TrainSource
 from dynlora_cli.data.chat.template import Writing
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.config.sections import Model
     from dynlora_cli.data.batches import Batch, Batches
+    from dynlora_cli.data.examples import Example
     from dynlora_cli.models.load import Base
 
 # Where nobody says the learning rate. An adapter that was trained at 5e-4 was healed about as well at 2e-4 as at 5e-4,
@@ -97,6 +100,7 @@ def heal(
         seed=recipe.seed,
         max_length=base.files.context_length,
         num_labels=recipe.model.num_labels,
+        labels=label_names(adapter),  # never found in these rows, which may lack a class
         writing=Writing.of(adapter.record),
     )
     reference = state_for(adapter, recipe, base, [*data.train, *data.val])
@@ -125,7 +129,7 @@ def heal(
 def _tell_differences(adapter: Adapter, recipe: Recipe, emit: Emit) -> None:
     """Say what healing does otherwise than the recipe's run."""
     variant, rate = recipe.adapter.variant, recipe.train.learning_rate
-    if variant != adapter.form:
+    if variant not in (adapter.form, PLAIN):
         text = f"{variant} heals as the {adapter.kind} that it equals, at the learning rate of {variant}, {rate:g}"
         emit(note(text))
     if recipe.dataset.replay:
@@ -146,10 +150,7 @@ def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, accelerato
     Raises:
         Interrupted: Ctrl-C.
     """
-    batches = training_batches(recipe, data, base, accelerator)
-    steps = min(cast("int", recipe.train.max_steps), batches.steps_per_epoch)
-    needed = {row for number in range(steps) for batch in batches.step(0, number) for row in batch.rows}
-    shown = [example for example in data.train if example.row in needed]
+    shown = _that_come_up(data, training_batches(recipe, data, base, accelerator), cast("int", recipe.train.max_steps))
     text = f"heals under the adapter before the cut, {teacher.share:.0%} of the loss, which looks at"
     emit(note(f"{text} {counted(len(shown), 'row')} first; --teacher 0: on the rows alone"))
     alone = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"packing": False})})
@@ -157,6 +158,16 @@ def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, accelerato
     with attached(base.model, teacher.adapter), interruptible() as interrupted:
         told = ask(base.model, _until(rows, accelerator.device, interrupted), precision_of(base))
     return Taught(recipe.train, told, teacher.share)
+
+
+def _that_come_up(data: Data, batches: Batches, steps: int) -> list[Example]:
+    """The rows of the steps; with weights, no pass over them has all, and the next has others."""
+    numbers = set[int]()
+    for step in range(steps):
+        if len(numbers) == len(data.train):
+            break
+        numbers |= {row for batch in batches.step(*divmod(step, batches.steps_per_epoch)) for row in batch.rows}
+    return [example for example in data.train if example.row in numbers]
 
 
 def _until(rows: Batches, device: torch.device, interrupted: Callable[[], bool]) -> Iterator[Batch]:

@@ -3,8 +3,8 @@
     loss = (1 - share) · cross-entropy + share · cross-entropy to the probabilities of the adapter before
 
 which is, up to a constant, share · KL(before, after) [Hinton et al. 2015, arXiv 1503.02531, at temperature 1]. The
-adapter before looks at every row once, before the first step, and its `MOST` likeliest tokens are kept: what the rest
-of a vocabulary gets is not taught.
+adapter before looks once at every row that comes up, before the first step, and its `MOST` likeliest tokens are kept:
+what the rest of a vocabulary gets is not taught.
 
 Dimensions, as suffixes of names:
     N  targets of a batch, n of one chunk or row      V  vocabulary      M  tokens that are kept of each target

@@ -12,11 +12,13 @@ from tiny_run import assembled, make_recipe, train, write_rows
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from dynlora_cli.data.mix import Span
 from dynlora_cli.kernels import linear_cross_entropy
 from dynlora_cli.kernels.linear_cross_entropy import ending
 from dynlora_cli.tasks.loss import logits_at_targets, summed_loss
 from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.healing import teacher
+from dynlora_cli.training.healing.heal import _that_come_up
 from dynlora_cli.training.healing.teacher import Taught, ask, learns_tokens
 
 
@@ -93,6 +95,19 @@ def test_what_is_told_is_the_likeliest_of_the_vocabulary(run, told):
     assert some.token_nM.shape[1] == teacher.MOST
     assert bool((some.probability_nM.sum(-1) <= 1 + 1e-5).all())
     assert bool((some.probability_nM.diff(dim=-1) <= 0).all())
+
+
+def test_only_rows_that_come_up_are_looked_at(run):
+    def looked_at(batches, steps):
+        return {example.row for example in _that_come_up(run.data, batches, steps)}
+
+    trained = {row for number in range(2) for batch in run.batches.step(0, number) for row in batch.rows}
+    assert looked_at(run.batches, 2) == trained
+    assert len(trained) == 8 < len(run.data.train)
+    half = [Span("rows", len(run.data.train), len(run.data.train) // 2)]  # dataset.train: weight 0.5
+    weighted = make_batches(run.recipe, run.data.train, run.base, shuffle=True, spans=half)
+    once, twice = (looked_at(weighted, passes * weighted.steps_per_epoch) for passes in (1, 2))
+    assert 2 * len(once) == len(twice) == len(run.data.train)
 
 
 def test_only_what_is_learned_token_by_token_is_taught():
