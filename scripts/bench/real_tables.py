@@ -35,6 +35,7 @@ OURS = {
     ("dynlora train.epochs=1", 16): "dynlora, budget 16, one pass",
     ("dynlora-auto", 0): "dynlora, budget auto",
 }
+LONGER = "lora+stretched"
 Record = dict[str, Any]
 Method = tuple[str, int]
 
@@ -134,7 +135,8 @@ def chosen(records: Iterable[Record], task: str) -> dict[Method, list[Record]]:
     found: dict[Method, dict[float, dict[int, Record]]] = {}
     for record in records:
         if record["task"] == task and math.isfinite(record["loss"]):
-            rates = found.setdefault((record["method"], record["rank"]), {})
+            rank = 0 if record["method"] == LONGER else record["rank"]  # each task's best has a rank of its own
+            rates = found.setdefault((record["method"], rank), {})
             rates.setdefault(record["rate"], {})[record["seed"]] = record
     kept = {}
     for method, rates in found.items():
@@ -149,6 +151,8 @@ def label(method: Method) -> str:
     """What a method is called in tables."""
     name, rank = method
     plain, _, state = name.partition("@")
+    if name == LONGER:
+        return "the sweep's best LoRA, for as many seconds as ours"
     if (plain, rank) in OURS:
         return OURS[plain, rank] + (f" (@{state})" if state else "")
     for ending, words in (("+stretched", ", for as many seconds as ours"), ("+batch8", ", with our batch")):
