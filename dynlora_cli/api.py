@@ -127,7 +127,7 @@ def prune(
     data: PathLike | None = None,
     tolerance: str | float = "0.5%",
     heal: int = 0,
-    teacher: float | None = None,
+    teacher: float = 0.0,
     dtype: str | None = None,
     base: PathLike | None = None,
     trust_remote_code: bool = False,
@@ -150,8 +150,8 @@ def prune(
         data: rows to look at and to measure on, a file or a recipe; by default the run's own held-out rows.
         tolerance: with budget "auto", the share by which the held-out loss may rise.
         heal: training steps after the cut.
-        teacher: with `heal`, the share that is learned from the adapter before the cut, not from the rows; None: 0.7 on
-            the rows of a file, else 0.
+        teacher: with `heal`, the share that is learned from the adapter before the cut, such as 0.7; the rest from the
+            rows.
         dtype: number format of the saved factors: "float32", "bf16" or "fp8".
         base: the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.

@@ -129,7 +129,7 @@ def prune(
     data: Path | None = None,
     tolerance: str | float = TOLERANCE,
     heal: int = 0,
-    teacher: float | None = None,
+    teacher: float = 0.0,
     dtype: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
@@ -140,7 +140,7 @@ def prune(
 ) -> Work:
     """A smaller adapter; or one without an update that it holds."""
     choosing = {"--policy": policy != POLICY, "--set": options, "--tolerance": tolerance != TOLERANCE, "--seed": seed}
-    choosing |= {"--dtype": dtype is not None, "--teacher": teacher is not None}
+    choosing |= {"--dtype": dtype is not None, "--teacher": teacher}
     _refuse_cut_and_birth(budget, born, [option for option, is_given in choosing.items() if is_given])
     _refuse_teacher(teacher, heal)
     cut: dict[str, Any] = {}
@@ -169,14 +169,12 @@ def prune(
     return work
 
 
-def _refuse_teacher(share: float | None, heal: int) -> None:
+def _refuse_teacher(share: float, heal: int) -> None:
     """Refuse a teacher of nothing, and a share that is none."""
-    if share is None:
-        return
-    if not heal:
-        raise UsageError("--teacher is for healing, and no steps are given", "add --heal 60, say, or leave it out")
     if not 0 <= share <= 1:
         raise UsageError(f"--teacher {share} is no share", "give a number from 0 to 1")
+    if share and not heal:
+        raise UsageError("--teacher is for healing, and no steps are given", "add --heal 60, say, or leave it out")
 
 
 def _refuse_cut_and_birth(budget: str | float | None, born: Sequence[str], choosing: list[str]) -> None:

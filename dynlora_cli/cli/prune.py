@@ -47,14 +47,13 @@ Tolerance = Annotated[
 ]
 Heal = Annotated[int, typer.Option(metavar="STEPS", min=0, help="Training steps after the cut.")]
 Teacher = Annotated[
-    float | None,
+    float,
     typer.Option(
         metavar="SHARE",
         min=0.0,
         max=1.0,
-        help="With --heal: the share that is learned from the adapter before the cut, not from the rows; by default "
-        "0.7 on the rows of a file, else 0.",
-        show_default=False,
+        help="With --heal: the share that is learned from the adapter before the cut, such as 0.7; the rest from the "
+        "rows.",
     ),
 ]
 MaxSamples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Held-out rows at most.", show_default=False)]
@@ -74,7 +73,7 @@ def prune(
     data: Data = None,
     tolerance: Tolerance = "0.5%",
     heal: Heal = 0,
-    teacher: Teacher = None,
+    teacher: Teacher = 0.0,
     dtype: SavedDtype = None,
     base: Base = None,
     trust_remote_code: Trust = False,

@@ -45,7 +45,7 @@ from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.text import counted
 from dynlora_cli.training.healing.heal import heal, recipe_of
-from dynlora_cli.training.healing.teacher import NOT_BY_TOKEN, TAUGHT, Teacher, learns_tokens
+from dynlora_cli.training.healing.teacher import NOT_BY_TOKEN, Teacher, learns_tokens
 
 AUTO = "auto"
 WITH_ROWS, WITHOUT_ROWS = "activation", "magnitude"  # what `auto` is, by what there is to look at
@@ -64,7 +64,7 @@ class Request:
         data: rows to look at and to measure on, a file or a recipe; None: the run's own held-out rows.
         tolerance: with budget auto, the share by which the held-out loss may rise.
         heal_steps: training steps after the cut.
-        teacher: share of the loss of these that comes from the adapter before; None: by the rows there are.
+        teacher: share of the loss of these that comes from the adapter before.
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
         max_samples: rows at most; None: all that were held out, and of a file so many as tell enough.
@@ -82,7 +82,7 @@ class Request:
     data: Path | None = None
     tolerance: float = 0.005
     heal_steps: int = 0
-    teacher: float | None = None
+    teacher: float = 0.0
     base_name: str | None = None
     trust_remote_code: bool = False
     max_samples: int | None = None
@@ -115,7 +115,7 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
         emit(run_events.note(adapter.note))
     _tell_dtype(request, adapter, emit)
     own = _own_recipe(request, adapter, emit)
-    teacher = _teacher(request, adapter, own)
+    teacher = _teacher(request, adapter)
     bench = _bench(request, adapter, emit, heals_by_file=own is None)
     recipe = own or (bench.rows.recipe if bench else None)
     request, order = _ordered(request, adapter, bench, emit)
@@ -340,14 +340,13 @@ def _curve(request: Request, order: Order, bench: Bench | None, emit: Emit) -> C
     return Curve(order, bench.loss, emit, order.loss if bench.choosing is None else None)
 
 
-def _teacher(request: Request, adapter: Adapter, own: Recipe | None) -> Teacher | None:
-    """The adapter before the cut, for one that heals on a file's rows, fewer than it learned from; or as is asked."""
-    share, by_token = request.teacher, learns_tokens(adapter.task)
-    if share is None:
-        share = TAUGHT if by_token and own is None and request.data and is_rows(request.data) else 0.0
-    if share and not by_token:
-        raise UsageError(NOT_BY_TOKEN, "leave it out, or --teacher 0")
-    return Teacher(adapter, share) if share else None
+def _teacher(request: Request, adapter: Adapter) -> Teacher | None:
+    """The adapter before the cut, where it is to teach what is left of it."""
+    if not request.teacher:
+        return None
+    if not learns_tokens(adapter.task):
+        raise UsageError(NOT_BY_TOKEN, "leave it out")
+    return Teacher(adapter, request.teacher)
 
 
 def _summary(

@@ -105,7 +105,7 @@ def heal(
     )
     reference = state_for(adapter, recipe, base, [*data.train, *data.val])
     if teacher and not learns_tokens(task.name, task.objective):
-        raise UsageError(NOT_BY_TOKEN, "leave it out, or --teacher 0")
+        raise UsageError(NOT_BY_TOKEN, "leave it out")
     with plan(recipe.train) as modes:
         accelerator = make_accelerator(recipe, folder, modes)
         modes.prepare(base.model)
@@ -152,7 +152,7 @@ def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, accelerato
     """
     shown = _that_come_up(data, training_batches(recipe, data, base, accelerator), cast("int", recipe.train.max_steps))
     text = f"heals under the adapter before the cut, {teacher.share:.0%} of the loss, which looks at"
-    emit(note(f"{text} {counted(len(shown), 'row')} first; --teacher 0: on the rows alone"))
+    emit(note(f"{text} {counted(len(shown), 'row')} first"))
     alone = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"packing": False})})
     rows = make_batches(alone, shown, base, shuffle=False, accelerator=accelerator)
     with attached(base.model, teacher.adapter), interruptible() as interrupted:

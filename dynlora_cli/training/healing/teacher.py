@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
 
 MOST = 64  # tokens
-TAUGHT = 0.7  # of the loss, on a file's rows: scripts/bench/NOTES.md
 
 
 class Teacher(NamedTuple):
