@@ -233,8 +233,10 @@ def _bench(request: Request, adapter: Adapter, emit: Emit, *, heals_by_file: boo
         rows = held_out_rows(adapter, place, tokenizer, data, max_samples=request.max_samples)
     except (MachineError, UsageError) as error:
         if isinstance(error, NothingHeldOutError) and isinstance(data, Recipe):
-            text = f"{request.data}: too few rows to heal on most of them and to measure on others"
-            raise UsageError(text, "name a file with more, or leave --heal out") from None
+            text = f"{request.data}: none of its rows can be kept from healing to measure on"
+            raise UsageError(
+                text, "name a file of at least two rows with different prompts, or leave --heal out"
+            ) from None
         if needed or (request.base_name and place is None):
             raise
         fix = "" if request.data else "; --data FILE names rows, by which components are chosen better, too"

@@ -160,7 +160,13 @@ def number_labels(rows: list[Kept], names: Sequence[str], notes: list[str]) -> N
         label = _plain(row.label)
         at = index.get(label, index.get(label.casefold()))
         if at is None:
-            raise DataError(f"the class {row.label!r} is not among those of the training rows: {_listed(names)}")
+            counted = list(names) == [str(number) for number in range(len(names))]  # as of another tool's adapter
+            raise DataError(
+                f"the class {row.label!r} is not among those of the training rows: {_listed(names)}",
+                "write the numbers of the classes into the rows, in the order of the model's outputs"
+                if counted
+                else None,
+            )
         assert isinstance(row.example, Classified)
         row.example.label = at
         if label in numbered:

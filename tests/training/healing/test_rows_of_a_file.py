@@ -26,6 +26,10 @@ def test_a_class_without_rows_moves_no_other(tmp_path: Path, dynlora: Dynlora, m
     answer = dynlora("prune", "--adapter", tmp_path / "theirs", *common)
     assert answer.code == 0, answer.err
     assert seen == [(["0", "1", "2"], {1, 2})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": name, "label": name}) for name in "abc"))
+    answer = dynlora("prune", "--adapter", tmp_path / "theirs", *common, "--overwrite")
+    assert answer.code == 2
+    assert "write the numbers of the classes into the rows" in " ".join(answer.err.split())
 
 
 def test_what_is_said_of_few_rows_and_of_a_dora(tmp_path: Path, dynlora: Dynlora):
@@ -35,7 +39,7 @@ def test_what_is_said_of_few_rows_and_of_a_dora(tmp_path: Path, dynlora: Dynlora
     common = ["prune", "--adapter", tmp_path / "theirs", "--budget", "0.5", "--heal", "2", "--out", tmp_path / "out"]
     answer = dynlora(*common, "--data", write_rows(tmp_path / "one.jsonl", 1))
     assert answer.code == 2
-    assert "one.jsonl: too few rows to heal" in " ".join(answer.err.split())
+    assert "one.jsonl: none of its rows can be kept from healing" in " ".join(answer.err.split())
     answer = dynlora(*common, "--data", write_rows(tmp_path / "some.jsonl", 10), "--no-measure", "--json")
     assert answer.code == 0, answer.err
     assert "lora heals as" not in answer.err
