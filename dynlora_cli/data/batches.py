@@ -167,6 +167,7 @@ class Batches:
         if packing and not examples[0].packs:
             raise ValueError("packing serves causal language models only")
         self._pools = self._pooled(spans)
+        self.rows_per_epoch = sum(span.draws for span in spans) or len(examples)
         self.steps_per_epoch = -(-sum(pool.draws for pool in self._pools) // self.step_size)
         self._plan = lru_cache(maxsize=2)(self._make_plan)  # an epoch's order is made once, not at every step
 

@@ -97,7 +97,7 @@ def passes_note(train: Train, batches: Batches, *, watched: bool) -> list[str]:
     if not chose_passes(train):
         return []
     often, steps = passes(train, batches.steps_per_epoch), batches.steps_per_epoch
-    rows = counted(len(batches.examples), "row")
+    rows = counted(batches.rows_per_epoch, "row")
     kept = "; the adapter is the best of those that are measured on the way"
     if not watched:
         kept = "; no rows are held out to choose the best by, so the adapter is the last"

@@ -47,6 +47,14 @@ def test_where_no_rows_are_held_out_no_best_one_is_promised(tmp_path: Path):
     assert note.endswith("40 steps; no rows are held out to choose the best by, so the adapter is the last")
 
 
+def test_a_pass_is_over_as_many_rows_as_their_weights_say(tmp_path: Path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    weighted = f'dataset.train=[{{"path": "{rows}", "weight": 0.25}}]'
+    run = assembled(make_recipe(tmp_path, "train.max_steps=null", weighted))
+    (note,) = [text for text in run.data.notes if "train.epochs" in text]
+    assert "4 passes over 8 rows, 8 steps" in note
+
+
 def test_a_first_recipe_leaves_the_length_open(tmp_path: Path):
     rows = write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "recipe.yaml").write_text(draft(str(rows), "builtin:tiny").text("train", "out"), encoding="utf-8")
