@@ -45,8 +45,7 @@ NOT_BY_TOKEN = "--teacher: these rows are not learned token by token"
 
 def learns_tokens(task: str, objective: str = plugins.OBJECTIVE) -> bool:
     """Whether a task of this name has tokens for targets, and their cross-entropy for loss."""
-    others = [plugins.declared("tasks", task, what) for what in ("HAS_CLASSES", "OUTPUTS")]
-    return objective == plugins.OBJECTIVE and not any(others)
+    return objective == plugins.OBJECTIVE and plugins.target(task, objective) == "token"
 
 
 @dataclass(frozen=True)

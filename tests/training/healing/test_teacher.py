@@ -116,6 +116,7 @@ def test_only_what_is_learned_token_by_token_is_taught():
     assert not learns_tokens("causal-lm", "dpo")
     assert not learns_tokens("sequence-classification")
     assert not learns_tokens("reranker")
+    assert not learns_tokens("embedding")
 
 
 @pytest.mark.slow
