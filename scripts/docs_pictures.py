@@ -1,7 +1,7 @@
 """The pictures of the documentation as SVG: drawn from a recorded run where they show numbers.
 
 take_run(folder)      what a picture needs of a run folder, as plain data
-ranks_svg(run)        components per layer, before and after; the picture of the README
+ranks_svg(run)        components per layer, before and after
 schedule_svg(run)     components alive over the steps
 terminal_svg(run)     what a terminal shows while a run goes on, and at its end
 components_svg()      a weight and the rank-1 components that are added to it
