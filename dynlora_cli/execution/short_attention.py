@@ -59,7 +59,7 @@ def in_fp32(attention: Attention) -> Attention:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
     ) -> tuple[Tensor, Any]:
-        others = any(isinstance(value, Tensor) and value.is_floating_point() for value in more.values())
+        others = any(isinstance(other, Tensor) and other.is_floating_point() for other in more.values())
         if others or not is_slow(query, key, value):  # what else there is in bf16 would have to be cast, too
             return attention(module, query, key, value, attention_mask, **more)
         if attention_mask is not None and attention_mask.is_floating_point():
