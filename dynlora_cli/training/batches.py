@@ -81,7 +81,7 @@ def total_steps(recipe: Recipe, batches: Batches) -> int:
 def passes(train: Train, steps_per_epoch: int) -> int:
     """Passes over the training rows, where `train.max_steps` does not decide: `train.epochs`.
 
-    Left open, rows come up twice, large data once, and a few dozen rows up to four times. Whether the second pass helps
+    Left open, rows come up twice, large data once, and fewer than 300 up to four times. Whether a second pass helps
     depends on the data: some are learned by it, of others it only makes the model sure. So the best of the held-out
     losses on the way is kept (scripts/bench/NOTES.md).
     """

@@ -31,7 +31,7 @@ from quality import climb
 HERE = Path(__file__)
 SWEEP, OUR_BUDGET = (16, 4, 64), 8
 FIRST_RATE = {4: 3.2e-3, 16: 1.6e-3, 64: 1.6e-3}
-ONE_PASS = "dynlora train.epochs=1"  # a run with nothing set sees few rows up to four times
+ONE_PASS = "dynlora train.epochs=1"  # a run with nothing set sees rows two to four times
 CELL = ("task", "method", "rank", "seed")
 Record = dict[str, Any]
 
