@@ -12,6 +12,7 @@ merging/methods/     how several adapters become one           dynlora merge --m
 export/targets/      files that other tools read               dynlora export --to
 routing/routers/     which adapter answers a request           --router
 drafts/importers/    configurations of other tools             dynlora init --from
+hypernets/kinds/     networks that write adapters from texts   the variant of the same name
 
 Nobody imports a plug-in: `load` finds it by its name. What the command line has to know of it before that, such as its
 own options (config/options.py), it writes as a literal, which `declared` reads from the text of the file.
@@ -45,6 +46,7 @@ FOLDERS = {
     "exporters": "export.targets",
     "routers": "routing.routers",
     "importers": "drafts.importers",
+    "hypernets": "hypernets.kinds",
 }
 # What one plug-in of a kind is called in messages.
 WORDS = {
@@ -60,6 +62,7 @@ WORDS = {
     "exporters": "exporter",
     "routers": "router",
     "importers": "importer",
+    "hypernets": "hypernetwork",
 }
 # Section and key of a recipe that choose a plug-in. A mode is switched on by a key of its own: see `switch`.
 CHOSEN = {

@@ -76,6 +76,8 @@ def begin(
     """
     if plugins.declared("variants", recipe.adapter.variant, "routes"):
         return begin_router(recipe, base, data, accelerator.device, read_members(recipe, base)), None
+    if plugins.declared("variants", recipe.adapter.variant, "hypernet"):
+        raise UsageError(f"variant {recipe.adapter.variant} cannot be trained yet", "choose another variant")
     if not variant.has_components:
         return WholeModel(base.model), None
     data.notes += left_out(base, recipe.adapter)

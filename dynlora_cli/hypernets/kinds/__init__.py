@@ -1,0 +1,1 @@
+"""The hypernetworks, one file each: see hypernets/hypernet.py for what such a file holds."""
