@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.moments import MOMENTS, read_moments, write_moments
@@ -107,12 +108,36 @@ def svd_factors(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         a_CI = c·Vᵀ and b_OC = UΣ/c, c the mean row norm of the old A; at most min(C, I, O) components.
     """
-    a, b = a_CI.double(), b_OC.double()
-    q_a, r_a = torch.linalg.qr(a.T)
-    q_b, r_b = torch.linalg.qr(b)
+    u_OC, sigma_C, v_CI = _thin_svd(a_CI, b_OC)
+    c = a_CI.double().norm(dim=1).mean() or 1.0  # if A is all zeros, any c will do
+    return (c * v_CI).to(a_CI.dtype), (u_OC * (sigma_C / c)).to(b_OC.dtype)
+
+
+def one_gauge(a_CI: Tensor, b_OC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Factors that depend on the update BA alone, so that those of several adapters can be compared number by number.
+
+    a_CI = √Σ Vᵀ and b_OC = U √Σ, largest direction first, the largest number of each row of A positive. They are unique
+    where no two singular values, and no two largest numbers of a row, are equal.
+
+    Args:
+        a_CI, b_OC: any factors of the update.
+        count: components to return: zeros behind the update's own, or the best approximation by so many.
+    """
+    u_OC, sigma_C, v_CI = _thin_svd(a_CI, b_OC)
+    u_OC, sigma_C, v_CI = u_OC[:, :count], sigma_C[:count], v_CI[:count]
+    largest_C = v_CI.gather(1, v_CI.abs().argmax(1, keepdim=True))[:, 0]
+    root_C = sigma_C.sqrt()
+    a, b = (root_C * largest_C.sign())[:, None] * v_CI, u_OC * (root_C * largest_C.sign())
+    more = count - len(root_C)
+    return F.pad(a, (0, 0, 0, more)).to(a_CI.dtype), F.pad(b, (0, more)).to(b_OC.dtype)
+
+
+def _thin_svd(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O, C], Σ [C] and Vᵀ [C, I] of BA in fp64; min(C, I, O) components."""
+    q_a, r_a = torch.linalg.qr(a_CI.double().T)
+    q_b, r_b = torch.linalg.qr(b_OC.double())
     u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    c = a.norm(dim=1).mean() or 1.0  # if A is all zeros, any c will do
-    return (c * vh @ q_a.T).to(a_CI.dtype), (q_b @ u * (sigma / c)).to(b_OC.dtype)
+    return q_b @ u, sigma, vh @ q_a.T
 
 
 def _transform(a_CI: Tensor, b_OC: Tensor, left: Tensor, right: Tensor) -> None:
