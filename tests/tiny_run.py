@@ -5,6 +5,7 @@ make_recipe     a checked recipe on such a model and tests/fixtures rows made he
 train           `train.run`, with the events it told
 assembled       the parts of a run, for tests of single steps
 in_double       the same in fp64
+grounded_recipe a run of context distillation, on `grounded_rows`
 make_library    three adapters, each of rows of its own; router_recipe: of a router over them
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_helpers import byte_tokenizer
+from data_helpers import CHATML, byte_tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -185,6 +186,34 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """A JSON-lines file without what depends on the clock."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+# -- rows with a context ---------------------------------------------------------------------------------------------
+
+MARK = "@"  # stands in every context, and in no prompt or answer
+
+
+def grounded_rows(folder: Path, count: int = 24) -> Path:
+    """Contexts of three lengths, and answers of four."""
+    path = folder / "grounded.jsonl"
+    rows = [
+        {
+            "context": f"{MARK} the word of {number % 6} is {['cat', 'dog', 'fox'][number % 3]}"
+            + " mat" * (number % 3),
+            "prompt": f"what is {number}? ",
+            "completion": "the cat sat on"[: 3 + 3 * (number % 4)],
+        }
+        for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def grounded_recipe(folder: Path, *overrides: str, out: str = "out", turns: bool = False) -> Recipe:
+    """As `make_recipe`, of context distillation; the model has no chat template, unless `turns`."""
+    template = [f"dataset.chat_template={json.dumps(CHATML)}"] if turns else []
+    where = f"dataset.train=[{grounded_rows(folder)}]"
+    return make_recipe(folder, where, "train.objective=context-distillation", *template, *overrides, out=out)
 
 
 # -- routers over a library of adapters ------------------------------------------------------------------------------

@@ -185,6 +185,16 @@ class Batches:
         """
         return self._prepared.pop((epoch, index), None) or self._step(epoch, index)
 
+    def shown(self, steps: int) -> list[Example]:
+        """The examples of the first so many steps, of all ranks, each once."""
+        indices: set[int] = set()
+        for step in range(steps):
+            if len(indices) == len(self.examples):
+                break
+            epoch, index = divmod(step, self.steps_per_epoch)
+            indices.update(itertools.chain.from_iterable(self._plan(epoch)[index]))
+        return [self.examples[index] for index in sorted(indices)]
+
     def prepare(self, epoch: int, index: int) -> None:
         """Make the step that will be asked for next; to be called while a GPU is at work on this one."""
         self._prepared = {(epoch, index): self._step(epoch, index)}

@@ -20,6 +20,7 @@ from dynlora_cli.data.examples import Located
 from dynlora_cli.data.forms import (
     WITH_TURNS,
     BadRowError,
+    Grounded,
     Judged,
     Labelled,
     Plain,
@@ -280,6 +281,8 @@ def guessed(row: Mapping[str, Any], forms: Collection[str]) -> dict[str, str]:
         if not text or not label:
             return {}
         return {"text": named[text], "label": label} | ({"text_pair": named[pair[1]]} if pair else {})
+    if Grounded.__name__ in forms:
+        return _asked_about(named)
     ordered = [*(tuple(pair.split()) for pair in _PAIRED.split(", ")), *itertools.product(_ASKS, _ANSWERS)]
     for asks, answers in ordered:
         if asks in named and answers in named:
@@ -301,6 +304,15 @@ def in_yaml(columns: Mapping[str, str]) -> str:
     plain = re.compile(r"[^\W\d]\w*([ -]\w+)*")
     shown = {ours: name if plain.fullmatch(name) else json.dumps(name) for ours, name in columns.items()}
     return ", ".join(f"{ours}: {name}" for ours, name in shown.items())
+
+
+def _asked_about(named: Mapping[str, str]) -> dict[str, str]:
+    """A text, a question about it and its answer; the answer may be missing yet."""
+    about, asks, answers = (_first(names, named) for names in (("context", "passage", "document"), _ASKS, _ANSWERS))
+    if not about or not asks:
+        return {}
+    wanted = {"context": about, "prompt": asks, **({"completion": answers} if answers else {})}
+    return {ours: named[theirs] for ours, theirs in wanted.items() if ours != theirs}
 
 
 def _asked(named: Mapping[str, str], asks: str, answers: str) -> dict[str, str]:
@@ -378,7 +390,9 @@ def located(form: ModuleType, place: str, row: Row, has_template: bool, account:
     account.enter(place, row, form)
     try:
         example = account.ways.applied(form.to_example(row, has_template=has_template), row)
-        refuse_half_characters([getattr(example, field.name) for field in fields(example)])
+        parts = [example.context, example.said] if isinstance(example, Grounded) else [example]
+        for part in parts:
+            refuse_half_characters(part if isinstance(part, str) else [getattr(part, one.name) for one in fields(part)])
         return Located(place, example, confidence_of(row, account.source.ignore), _passage_of(row, account))
     except BadRowError as error:
         hint = f"columns found: {', '.join(map(str, row))}; a {name_of(form)} row has {form.COLUMNS}"

@@ -32,12 +32,14 @@ class Encoder(ABC):
 
     Attributes:
         joins: a prompt and its completion become one text.
+        reads: tokens that the model can read at all, for texts that are no examples; None: nobody says.
 
     Raises:
         DataError: the tokenizer cannot do what the rows need.
     """
 
     joins: ClassVar[bool] = False
+    reads: int | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int) -> None:
         self.tokenizer = tokenizer

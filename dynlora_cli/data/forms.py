@@ -157,7 +157,6 @@ def says_nothing(answer: Said) -> bool:
 
 
 PREFERRING = {Preference.__name__, Judged.__name__}  # forms of answers that are compared or judged
-WITH_TURNS = {Turns.__name__, *PREFERRING}  # forms that a chat template writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,21 @@ class Graded:
     score: float
 
 
-Form = Turns | Pair | Plain | Labelled | Preference | Judged | Related | Graded
+@dataclass(frozen=True, slots=True)
+class Grounded:
+    """A question that is about a text, and its answer. The text is for a teacher, or for whoever writes an adapter.
+
+    Args:
+        context: the text; empty where the question is about none.
+        said: question and answer without it.
+    """
+
+    context: str
+    said: Turns | Pair
+
+
+WITH_TURNS = {Turns.__name__, *PREFERRING, Grounded.__name__}  # forms that a chat template writes
+Form = Turns | Pair | Plain | Labelled | Preference | Judged | Related | Graded | Grounded
 
 
 class BadRowError(ValueError):

@@ -156,6 +156,7 @@ def _reader(
         tokenizer.chat_template = read_template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
     encoder = task.encoder(tokenizer, dataset.train_on, limit)
+    encoder.reads = max_length
     return Reader(dataset, tokenizer, task, limit, encoder, writing, Vocabulary(tokenizer, table), seed)
 
 

@@ -16,7 +16,7 @@ from dynlora_cli.data.chat.turns import as_turns
 from dynlora_cli.data.chat.ways import Ways
 from dynlora_cli.data.columns import Account, example_for, in_yaml, located, renamed
 from dynlora_cli.data.examples import Draft, Located
-from dynlora_cli.data.forms import PREFERRING, WITH_TURNS, Judged, Pair, Plain, Preference, Turns, name_of
+from dynlora_cli.data.forms import PREFERRING, WITH_TURNS, Grounded, Judged, Pair, Plain, Preference, Turns, name_of
 from dynlora_cli.data.mix import chosen
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import Table, tables
@@ -204,6 +204,7 @@ def _serving(forms: Collection[str]) -> list[ModuleType]:
 
 def _note_form(reader: Reader, table: Table, batch: list[Located]) -> None:
     """What a person should know about how these rows were put together."""
+    batch = [replace(row, form=row.form.said) if isinstance(row.form, Grounded) else row for row in batch]
     if isinstance(batch[0].form, Turns) and not reader.encoder.closes_turns:
         reader.notes.append(
             "the chat template ends assistant turns without a special token; the end-of-text token was added"
@@ -230,11 +231,12 @@ def _note_form(reader: Reader, table: Table, batch: list[Located]) -> None:
 
 def _apart(reader: Reader, form: ModuleType, row: Located) -> Located:
     """The row with `dataset.separator` behind its prompt, where that is bare text."""
-    if not reader.encoder.joins or name_of(form) != "completion" or not isinstance(row.form, Pair):
+    pair = row.form.said if isinstance(row.form, Grounded) else row.form
+    if not reader.encoder.joins or name_of(form) not in ("completion", "grounded") or not isinstance(pair, Pair):
         return row
-    apart = row.form.apart(reader.dataset.separator)
-    reader.set_apart |= apart != row.form
-    return replace(row, form=apart)
+    apart = pair.apart(reader.dataset.separator)
+    reader.set_apart |= apart != pair
+    return replace(row, form=replace(row.form, said=apart) if isinstance(row.form, Grounded) else apart)
 
 
 def fit(reader: Reader, place: str, draft: Draft, number: int) -> Kept | str:

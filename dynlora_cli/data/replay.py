@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli.data.examples import Classified, Example
+from dynlora_cli.data.grounded import GroundedText
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.mix import Span, mix_notes
 from dynlora_cli.data.preferences.examples import Compared, Rated
@@ -75,7 +76,12 @@ def _dealt(rows: int, runs: int) -> list[int]:
 
 
 def _kinds(data: Data) -> str:
-    return {Compared: "compared answers", Rated: "judged answers"}.get(data.kind, "single answers or texts")
+    kinds: dict[type[Example], str] = {
+        Compared: "compared answers",
+        Rated: "judged answers",
+        GroundedText: "questions about contexts",
+    }
+    return kinds.get(data.kind, "single answers or texts")
 
 
 def _learned(run: Earlier, own: Data) -> list[Example]:

@@ -19,6 +19,7 @@ from dynlora_cli.text import counted
 
 # Why rows are dropped; `advice_for` knows them again.
 LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "with an empty text or answer"
+UNREAD = "longer with the context than the model reads"
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ def advice_for(reasons: str, limit: int) -> str:
     """What to do where nothing is left to learn from, by the reasons for it."""
     if LONGER in reasons or BEGINS in reasons:
         return f"raise dataset.max_length (now {limit})"
+    if UNREAD in reasons:
+        return "cut the contexts of the rows into shorter ones, as `dynlora adapt --document` does"
     if "marked" in reasons:
         return "take the marks off, or set dataset.train_on: all"
     return "name the role assistant, or set dataset.train_on: all" if "role" in reasons else "look at the rows"

@@ -14,7 +14,7 @@ from types import ModuleType
 from dynlora_cli import plugins
 from dynlora_cli.config.sections import Model, Source
 from dynlora_cli.data.columns import Account, example_for, guessed, judges_in_words, located, mark_of, renamed
-from dynlora_cli.data.forms import Judged, Labelled, Preference, as_text, name_of
+from dynlora_cli.data.forms import PREFERRING, Judged, Labelled, Preference, as_text, name_of
 from dynlora_cli.data.read import fitting_formats
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import tables
@@ -220,10 +220,11 @@ def _preferring(place: str, row: Row, source: Source) -> tuple[str, ModuleType, 
 
 
 def _preferring_objectives() -> dict[str, str]:
-    """Forms that objectives have of their own, and the first objective that is made for each."""
+    """Forms of answers that are compared or judged, and the first objective that is made for each."""
     found: dict[str, str] = {}
     for name in plugins.names("objectives"):
-        if forms := plugins.declared("objectives", name, "FORMS"):
+        forms: tuple[str, ...] = plugins.declared("objectives", name, "FORMS", ())
+        if PREFERRING & set(forms):
             found.setdefault(forms[0], name)
     return found
 

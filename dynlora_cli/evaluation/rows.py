@@ -25,6 +25,7 @@ from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.sections import Dataset, Source, TrainSource
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.chat.template import Writing
+from dynlora_cli.data.examples import Judge
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.read import fitting_formats
@@ -191,7 +192,7 @@ def _judging(examples: Sequence[Example], recipe: Recipe | None, task: Task) -> 
         return None
     objective = objectives.of(recipe.train)
     objectives.hang(objective, examples)
-    return objective
+    return objective if isinstance(objective, Judge) else None
 
 
 def fitting_task(place: Place, recipe: Recipe | None, source: Source | None, notes: list[str]) -> Task:

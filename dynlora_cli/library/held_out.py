@@ -62,7 +62,7 @@ class HeldOut:
 def choose_held_out(rows: Sequence[HeldOut], keys: Sequence[str], most: int = MOST_ROWS) -> list[HeldOut]:
     """At most so many rows, by the hash of their request; none whose request is a key, which would find itself."""
     known = set(keys)
-    new = [row for row in rows if row.text and row.text not in known and type(row.example).__name__ in KINDS]
+    new = [row for row in rows if row.text and row.text not in known and _kind(row.example)]
     order = sorted(range(len(new)), key=lambda index: (_hash(new[index].text), index))
     return [new[index] for index in sorted(order[:most])]
 
@@ -82,7 +82,12 @@ def _line(row: HeldOut) -> dict[str, Any]:
     """What a loss needs of an example."""
     fields = {key: getattr(row.example, key, None) for key in FIELDS}
     kept = {key: value if isinstance(value, int) else list(value) for key, value in fields.items() if value is not None}
-    return {"request": row.text, "kind": type(row.example).__name__, **kept}
+    return {"request": row.text, "kind": _kind(row.example), **kept}
+
+
+def _kind(example: Example) -> str | None:
+    """The class by which a row is read again; None: there is none for it."""
+    return next((name for name, kind in KINDS.items() if isinstance(example, kind)), None)
 
 
 def read_held_out(entry: Entry) -> list[HeldOut]:

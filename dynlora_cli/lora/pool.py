@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.lora.cast_into import CastInto
-from dynlora_cli.lora.layer import ComponentLinear, Graph
+from dynlora_cli.lora.layer import ComponentLinear, Graph, switched_off
 from dynlora_cli.lora.orthogonality import overlap_penalty
 
 if TYPE_CHECKING:
@@ -161,6 +161,9 @@ class Pool:
 
     def see(self, batch: Batch) -> None:
         """Components look at no batch."""
+
+    def switched_off(self) -> AbstractContextManager[None]:
+        return switched_off(self.layers.values())
 
     def alive(self) -> dict[str, int]:
         """How many components and numbers there are now, for metrics and events."""

@@ -46,6 +46,9 @@ class Trained(Protocol):
     def see(self, batch: Batch) -> None:
         """Called before each micro-batch that is learned from."""
 
+    def switched_off(self) -> AbstractContextManager[None]:
+        """In it the model answers as its base alone does; for passes without a gradient. A whole model stays on."""
+
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before optimizer step `step` (from 1)."""
 
@@ -86,6 +89,9 @@ class WithoutComponents:
 
     def see(self, batch: Batch) -> None:
         pass
+
+    def switched_off(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def begin_step(self, step: int, total_steps: int) -> None:
         pass

@@ -44,7 +44,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynlora_cli import plugins
 from dynlora_cli.data.encode_text import TextEncoder
-from dynlora_cli.data.forms import PREFERRING, Judged
+from dynlora_cli.data.forms import PREFERRING, Grounded, Judged
+from dynlora_cli.data.grounded import LAYOUT, GroundedEncoder
 from dynlora_cli.data.preferences.encoder import PreferenceEncoder
 from dynlora_cli.tasks.scores import RowSums, means_of, perplexity
 
@@ -68,6 +69,7 @@ class Task:
     Attributes:
         name: in recipes.
         objective: what is learned from the rows, as in recipes.
+        layout: how a context stands before a question, where rows have one.
         forms: names of the neutral forms that it learns from: the objective's, where that has forms of its own.
         has_classes: the model has a head for classes, which are numbered before training.
         outputs: names of what a head gives that is not for classes; None: there is no such head.
@@ -85,6 +87,7 @@ class Task:
         self.options = options
         self.name = options.task
         self.objective: str = getattr(train, "objective", plugins.OBJECTIVE)
+        self.layout: str = getattr(train, "context_layout", LAYOUT)
         own = plugins.declared("tasks", self.name, "FORMS")
         self.forms: tuple[str, ...] = plugins.declared("objectives", self.objective, "FORMS", own)
         outputs = plugins.declared("tasks", self.name, "OUTPUTS")
@@ -109,6 +112,8 @@ class Task:
             train_on: the recipe's `dataset.train_on`.
             max_length: tokens of the longest example.
         """
+        if Grounded.__name__ in self.forms:
+            return GroundedEncoder(tokenizer, train_on, max_length, layout=self.layout)
         if PREFERRING & set(self.forms):
             pairs = Judged.__name__ not in self.forms
             return PreferenceEncoder(tokenizer, train_on, max_length, pairs=pairs)

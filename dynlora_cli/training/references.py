@@ -1,9 +1,11 @@
-"""The reference of a run whose objective has one (tasks/preference.py): the model before the first step.
+"""What the model, as it stands before the first step, says of the rows of a run whose objective asks for it.
+
+    reference  what it makes of the very rows, for objectives that compare with it (tasks/preference.py)
+    teacher    what it says of the answers while it reads more than is trained to be read (tasks/distillation.py)
 
 Without `adapter.from` that is the base, with the components off: what they start with, such as PiSSA's directions,
-plays no part. With it, it is the adapter that the run goes on from, and new components do nothing yet. It says what it
-thinks of every row that the run will look at, once. After that it is not needed again, so it may be trained, pruned
-and turned.
+plays no part. With it, it is the adapter that the run goes on from, and new components do nothing yet. It looks at
+every row that comes up, once. After that it is not needed again, so it may be trained, pruned and turned.
 """
 
 from __future__ import annotations
@@ -13,15 +15,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from dynlora_cli.data.batches import Batches
 from dynlora_cli.errors import Interrupted
-from dynlora_cli.lora.layer import switched_off
+from dynlora_cli.tasks.distillation import Distilled
 from dynlora_cli.tasks.preference import PreferenceObjective
 from dynlora_cli.text import counted
 from dynlora_cli.training.batches import make_batches
 
 if TYPE_CHECKING:
-    from dynlora_cli.data.batches import Batch, Batches
+    from collections.abc import Sequence
+
+    from dynlora_cli.data.batches import Batch
+    from dynlora_cli.data.examples import OneText
     from dynlora_cli.training.run import Run
+
+TOKENS = 4096  # of a batch that the teacher reads, padding and all
 
 
 def remember_references(run: Run, interrupted: Callable[[], bool] = lambda: False) -> None:
@@ -30,23 +38,61 @@ def remember_references(run: Run, interrupted: Callable[[], bool] = lambda: Fals
     Raises:
         Interrupted: Ctrl-C; there is nothing to save yet.
     """
-    objective = run.objective
-    if not isinstance(objective, PreferenceObjective) or not objective.needs_reference or objective.references:
+    if isinstance(run.objective, PreferenceObjective):
+        _refer(run, run.objective, interrupted)
+    elif isinstance(run.objective, Distilled):
+        _teach(run, run.objective, interrupted)
+
+
+def _refer(run: Run, objective: PreferenceObjective, interrupted: Callable[[], bool]) -> None:
+    if not objective.needs_reference or objective.references:
         return
     started = time.perf_counter()
-    with _reference(run):
+    with _before(run):
         for batches in _rows(run, objective):
             objective.remember(run.model, _on_device(run, batches, interrupted), run.accelerator.autocast)
     lines, seconds = len(objective.references), time.perf_counter() - started
     run.note(f"the reference has looked at {counted(lines, 'line')} in {seconds:.0f} s; it is not asked again")
 
 
-def _reference(run: Run) -> AbstractContextManager[None]:
-    return nullcontext() if run.recipe.adapter.origin else switched_off(run.trained.layers.values())
+def _teach(run: Run, objective: Distilled, interrupted: Callable[[], bool]) -> None:
+    told = objective.told
+    unknown = [example for example in run.batches.shown(run.total_steps) if example.row not in told]
+    if not unknown:
+        return
+    started, lessons = time.perf_counter(), objective.lessons(unknown)
+    with _before(run):
+        for batch in _on_device(run, _own_lessons(run, lessons), interrupted):
+            with run.accelerator.autocast():
+                told.learn(run.model, batch)
+    told.shared()
+    tokens, seconds = sum(len(lesson.input_ids) for lesson in lessons), time.perf_counter() - started
+    read = f"{counted(len(lessons), 'row')} with their contexts, {counted(tokens, 'token')}"
+    run.note(f"the teacher has read {read}, in {seconds:.0f} s; it is not asked again")
+
+
+def _before(run: Run) -> AbstractContextManager[None]:
+    """The model as it stands before the first step."""
+    return nullcontext() if run.recipe.adapter.origin else run.trained.switched_off()
+
+
+def _own_lessons(run: Run, lessons: Sequence[OneText]) -> Iterator[Batch]:
+    """This process's batches of what a teacher reads, of texts of about one length; as many in every process."""
+    groups: list[list[OneText]] = [[]]
+    for lesson in sorted(lessons, key=lambda lesson: len(lesson.input_ids)):
+        # The first text goes alone: by it, a model shows whether its head can be left out (kernels).
+        if groups[-1] and (len(groups) == 1 or (len(groups[-1]) + 1) * len(lesson.input_ids) > TOKENS):
+            groups.append([])
+        groups[-1].append(lesson)
+    first, every = run.accelerator.process_index, run.accelerator.num_processes
+    for start in range(0, len(groups), every):
+        group = groups[min(start + first, len(groups) - 1)]
+        longest, pad = len(group[-1].input_ids), int(run.base.tokenizer.pad_token_id)
+        yield Batches.in_order(group, micro_batch_size=len(group), max_length=longest, pad_id=pad).step(0, 0)[0]
 
 
 def _rows(run: Run, objective: PreferenceObjective) -> Iterator[Iterator[Batch]]:
-    """What to look at: the steps of the first epoch, as they will come; then what has not been in them."""
+    """What to refer to: the steps of the first epoch, as they will come; then what has not been in them."""
     first = range(min(run.total_steps, run.batches.steps_per_epoch))
     yield (batch for number in first for batch in run.batches.step(0, number))
     data, more = run.data, [*run.data.val, *run.data.sizing]
@@ -68,7 +114,7 @@ def _on_device(run: Run, batches: Iterator[Batch], interrupted: Callable[[], boo
         (votes,) = run.total(interrupted())
         if votes:
             raise Interrupted(
-                "interrupted while the reference looked at the rows; no step of the run was done",
+                "interrupted while the model looked at the rows before the first step; no step of the run was done",
                 "start again with --overwrite",
             )
         yield batch.to(run.accelerator.device)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PAIRS = {
     "completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "grounded": ("prompt", "completion"),
     "preference": ("prompt", "chosen"),
     "kto": ("prompt", "completion"),
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.config.types import RESERVED_KWARGS, text_for_a_truth
-from dynlora_cli.data.forms import BadRowError, Form, Judged, Preference, Told, Turns
+from dynlora_cli.data.forms import BadRowError, Form, Grounded, Judged, Pair, Preference, Told, Turns
 from dynlora_cli.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class Ways:
             BadRowError: its own variables are no object.
         """
         told = Told({**self.kwargs, **own_kwargs(row)}, self.reasoning)
+        if isinstance(form, Grounded):
+            said = self.applied(form.said, row)
+            assert isinstance(said, (Turns, Pair))
+            return replace(form, said=said)
         if isinstance(form, Turns):
             opens = self._opening(form.messages)
             untrained = frozenset(number + len(opens) for number in form.untrained)

@@ -22,9 +22,10 @@ from dynlora_cli.execution.mode import plan, without_long_runs
 from dynlora_cli.models.load import precision_of
 from dynlora_cli.runs.events import Emit, note
 from dynlora_cli.tasks import task as tasks
+from dynlora_cli.tasks.distillation import Taught
 from dynlora_cli.text import counted
 from dynlora_cli.training.batches import make_batches, training_batches
-from dynlora_cli.training.healing.teacher import NOT_BY_TOKEN, Taught, Teacher, ask, learns_tokens
+from dynlora_cli.training.healing.teacher import NOT_BY_TOKEN, Teacher, ask, learns_tokens
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.setup import make_accelerator, make_run
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
     from dynlora_cli.config.sections import Model
     from dynlora_cli.data.batches import Batch, Batches
-    from dynlora_cli.data.examples import Example
     from dynlora_cli.models.load import Base
 
 # Where nobody says the learning rate. An adapter that was trained at 5e-4 was healed about as well at 2e-4 as at 5e-4,
@@ -150,7 +150,7 @@ def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, accelerato
     Raises:
         Interrupted: Ctrl-C.
     """
-    shown = _that_come_up(data, training_batches(recipe, data, base, accelerator), cast("int", recipe.train.max_steps))
+    shown = training_batches(recipe, data, base, accelerator).shown(cast("int", recipe.train.max_steps))
     text = f"heals under the adapter before the cut, {teacher.share:.0%} of the loss, which looks at"
     emit(note(f"{text} {counted(len(shown), 'row')} first"))
     alone = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"packing": False})})
@@ -158,16 +158,6 @@ def _taught(teacher: Teacher, base: Base, recipe: Recipe, data: Data, accelerato
     with attached(base.model, teacher.adapter), interruptible() as interrupted:
         told = ask(base.model, _until(rows, accelerator.device, interrupted), precision_of(base))
     return Taught(recipe.train, told, teacher.share)
-
-
-def _that_come_up(data: Data, batches: Batches, steps: int) -> list[Example]:
-    """The rows of the steps; with weights, no pass over them has all, and the next has others."""
-    numbers = set[int]()
-    for step in range(steps):
-        if len(numbers) == len(data.train):
-            break
-        numbers |= {row for batch in batches.step(*divmod(step, batches.steps_per_epoch)) for row in batch.rows}
-    return [example for example in data.train if example.row in numbers]
 
 
 def _until(rows: Batches, device: torch.device, interrupted: Callable[[], bool]) -> Iterator[Batch]:
