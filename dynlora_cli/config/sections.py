@@ -241,7 +241,7 @@ class Train(Section):
 
     objective: Annotated[str, PlugIn("objectives")] = plugins.OBJECTIVE
     """What is learned from the rows: sft from right answers, dpo and orpo from two of which one is better, kto from
-    answers that are good or bad."""
+    answers that are good or bad, context-distillation to answer without a text as with it."""
     epochs: Count | Literal["auto"] = "auto"
     """Passes over the training rows; auto: two, one where that makes 1,000 steps, up to four where two make fewer than
     75. Where that is more than one, the adapter is the best of those that were measured."""
