@@ -15,21 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from dynlora_cli.data.batches import Batches
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.tasks.distillation import Distilled
 from dynlora_cli.tasks.preference import PreferenceObjective
 from dynlora_cli.text import counted
 from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.lessons import own_lessons
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from dynlora_cli.data.batches import Batch
-    from dynlora_cli.data.examples import OneText
+    from dynlora_cli.data.batches import Batch, Batches
     from dynlora_cli.training.run import Run
-
-TOKENS = 4096  # of a batch that the teacher reads, padding and all
 
 
 def remember_references(run: Run, interrupted: Callable[[], bool] = lambda: False) -> None:
@@ -50,7 +45,8 @@ def _refer(run: Run, objective: PreferenceObjective, interrupted: Callable[[], b
     started = time.perf_counter()
     with _before(run):
         for batches in _rows(run, objective):
-            objective.remember(run.model, _on_device(run, batches, interrupted), run.accelerator.autocast)
+            shown = (batch.to(run.accelerator.device) for batch in _unless_stopped(run, batches, interrupted))
+            objective.remember(run.model, shown, run.accelerator.autocast)
     lines, seconds = len(objective.references), time.perf_counter() - started
     run.note(f"the reference has looked at {counted(lines, 'line')} in {seconds:.0f} s; it is not asked again")
 
@@ -62,7 +58,7 @@ def _teach(run: Run, objective: Distilled, interrupted: Callable[[], bool]) -> N
         return
     started, lessons = time.perf_counter(), objective.lessons(unknown)
     with _before(run):
-        for batch in _on_device(run, _own_lessons(run, lessons), interrupted):
+        for batch in _unless_stopped(run, own_lessons(run, lessons), interrupted):
             with run.accelerator.autocast():
                 told.learn(run.model, batch)
     told.shared()
@@ -74,21 +70,6 @@ def _teach(run: Run, objective: Distilled, interrupted: Callable[[], bool]) -> N
 def _before(run: Run) -> AbstractContextManager[None]:
     """The model as it stands before the first step."""
     return nullcontext() if run.recipe.adapter.origin else run.trained.switched_off()
-
-
-def _own_lessons(run: Run, lessons: Sequence[OneText]) -> Iterator[Batch]:
-    """This process's batches of what a teacher reads, of texts of about one length; as many in every process."""
-    groups: list[list[OneText]] = [[]]
-    for lesson in sorted(lessons, key=lambda lesson: len(lesson.input_ids)):
-        # The first text goes alone: by it, a model shows whether its head can be left out (kernels).
-        if groups[-1] and (len(groups) == 1 or (len(groups[-1]) + 1) * len(lesson.input_ids) > TOKENS):
-            groups.append([])
-        groups[-1].append(lesson)
-    first, every = run.accelerator.process_index, run.accelerator.num_processes
-    for start in range(0, len(groups), every):
-        group = groups[min(start + first, len(groups) - 1)]
-        longest, pad = len(group[-1].input_ids), int(run.base.tokenizer.pad_token_id)
-        yield Batches.in_order(group, micro_batch_size=len(group), max_length=longest, pad_id=pad).step(0, 0)[0]
 
 
 def _rows(run: Run, objective: PreferenceObjective) -> Iterator[Iterator[Batch]]:
@@ -109,7 +90,7 @@ def _in_order(batches: Batches) -> Iterator[Batch]:
     return (batch for index in range(batches.steps_per_epoch) for batch in batches.step(0, index))
 
 
-def _on_device(run: Run, batches: Iterator[Batch], interrupted: Callable[[], bool]) -> Iterator[Batch]:
+def _unless_stopped(run: Run, batches: Iterator[Batch], interrupted: Callable[[], bool]) -> Iterator[Batch]:
     for batch in batches:
         (votes,) = run.total(interrupted())
         if votes:
@@ -117,4 +98,4 @@ def _on_device(run: Run, batches: Iterator[Batch], interrupted: Callable[[], boo
                 "interrupted while the model looked at the rows before the first step; no step of the run was done",
                 "start again with --overwrite",
             )
-        yield batch.to(run.accelerator.device)
+        yield batch

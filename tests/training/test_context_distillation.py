@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from test_checkpoint import assert_same_run, interrupt
-from tiny_run import MARK, assembled, grounded_recipe, in_double, train
+from tiny_run import MARK, assembled, grounded_recipe, in_double, make_recipe, train
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +15,7 @@ from dynlora_cli.data.examples import OneText
 from dynlora_cli.errors import UsageError
 from dynlora_cli.kernels.linear_cross_entropy import ending
 from dynlora_cli.tasks.loss import summed_loss
-from dynlora_cli.training import references
+from dynlora_cli.training import lessons, references
 from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.references import remember_references
@@ -168,7 +167,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, settings, monkeypat
     train(grounded_recipe(tmp_path, *settings, out="straight"))
     recipe = grounded_recipe(tmp_path, *settings, out="stopped")
     interrupt(recipe, 5)
-    monkeypatch.setattr(references, "_own_lessons", lambda *_: pytest.fail("the teacher is asked once"))
+    monkeypatch.setattr(references, "own_lessons", lambda *_: pytest.fail("the teacher is asked once"))
     train(recipe, resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
@@ -200,13 +199,13 @@ def test_only_rows_that_come_up_are_read(tmp_path):
 
 @pytest.mark.parametrize("tokens", [1, 60, 100_000])
 def test_all_processes_together_read_all_rows_in_as_many_batches(tmp_path, tokens, monkeypatch):
-    monkeypatch.setattr(references, "TOKENS", tokens)
+    monkeypatch.setattr(lessons, "TOKENS", tokens)
     run = assembled(grounded_recipe(tmp_path))
-    lessons = run.objective.lessons(run.data.train)
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 3)
     shares = []
     for process in range(3):
-        share = type("Share", (), {"process_index": process, "num_processes": 3})
-        shares.append(list(references._own_lessons(replace(run, accelerator=share), lessons)))
+        monkeypatch.setattr(type(run.accelerator), "process_index", process)
+        shares.append(list(lessons.own_lessons(run, run.objective.lessons(run.data.train))))
     assert len({len(share) for share in shares}) == 1
     assert {row for share in shares for batch in share for row in batch.rows} == {row.row for row in run.data.train}
     sizes = [batch.inputs["input_ids"].numel() for share in shares for batch in share if len(batch.rows) > 1]
@@ -218,3 +217,37 @@ def test_a_lesson_has_the_targets_of_its_row(tmp_path):
     for example, lesson in zip(run.data.train, run.objective.lessons(run.data.train), strict=True):
         assert type(lesson) is OneText
         assert [x for x in lesson.labels[1:] if x != -100] == [x for x in example.labels[1:] if x != -100]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_read_once_says_the_same_as_read_each_time(tmp_path, kind, training, monkeypatch):
+    """With adapters that do something, and in training mode, as a run is by then."""
+    path = tmp_path / "long.jsonl"
+    rows = [
+        {
+            "context": MARK + f" {'cat dog '[4 * (n % 2) :]}the mat " * 4,
+            "prompt": "what is " + "it " * (1 + n % 3) + str(n),
+            "completion": "fox" * (1 + n % 4),
+        }
+        for n in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    where = (f"dataset.train=[{path}]", "train.objective=context-distillation", "adapter.dropout=0.5")
+    run = assembled(make_recipe(tmp_path, *where, kind=kind))
+    run.model.train(training)
+    sizes = []
+    run.model.register_forward_hook(lambda *args: sizes.append(args[2]["input_ids"].numel()), with_kwargs=True)
+    found = []
+    for share in (True, False):
+        monkeypatch.setattr(lessons.prefix, "can_share", lambda _, share=share: share)
+        run.objective = type(run.objective)(run.recipe.train)
+        sizes.clear()
+        remember_references(run)
+        found.append((run.objective.told, sum(sizes)))
+    (shared, few), (alone, many) = found
+    assert few < 0.6 * many
+    for example in run.data.train:
+        one, other = shared[example.row], alone[example.row]
+        torch.testing.assert_close(one.probability_nM.float(), other.probability_nM.float(), atol=1e-6, rtol=2e-3)
+        assert run.model.training is training
