@@ -126,6 +126,7 @@ def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> I
             draft.confidence = 1.0 if row.confidence is None else row.confidence
             draft.located = row if reader.dataset.retrieve else None
         yield from zip((row.place for row in batch), drafts, strict=True)
+        batch = [_without_context(row) for row in batch]
         reader.forms.add(type(batch[0].form).__name__)
         _note_form(reader, table, batch)
 
@@ -202,9 +203,13 @@ def _serving(forms: Collection[str]) -> list[ModuleType]:
     return sorted((form for form in found if set(form.FORMS) & set(forms)), key=lambda form: form.PRECEDENCE)
 
 
+def _without_context(row: Located) -> Located:
+    """A row as what is trained reads it."""
+    return replace(row, form=row.form.said) if isinstance(row.form, Grounded) else row
+
+
 def _note_form(reader: Reader, table: Table, batch: list[Located]) -> None:
     """What a person should know about how these rows were put together."""
-    batch = [replace(row, form=row.form.said) if isinstance(row.form, Grounded) else row for row in batch]
     if isinstance(batch[0].form, Turns) and not reader.encoder.closes_turns:
         reader.notes.append(
             "the chat template ends assistant turns without a special token; the end-of-text token was added"
