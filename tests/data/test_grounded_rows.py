@@ -166,7 +166,7 @@ def test_a_run_is_measured_and_added_and_replayed(tmp_path, dynlora: Dynlora):
     train(grounded_recipe(tmp_path, "train.max_steps=2"))
     answer = dynlora("eval", "--adapter", tmp_path / "out", "--samples", "2", "--json")
     assert answer.code == 0, answer.err
-    assert {"loss", "perplexity", "token_accuracy"} <= answer.json["results"]["out"].keys()
+    assert {"loss", "perplexity", "token_accuracy"} <= answer.json["adapters"][0].keys()
     plain = dynlora("eval", "--adapter", tmp_path / "out", "--data", model_rows(tmp_path), "--json")
     assert plain.code == 0, plain.err
     assert "measured is the loss of their answers" in plain.err
@@ -174,10 +174,11 @@ def test_a_run_is_measured_and_added_and_replayed(tmp_path, dynlora: Dynlora):
     assert shown.code == 0, shown.err
     added = dynlora("library", "add", tmp_path / "lib", "--adapter", tmp_path / "out", "--json")
     assert added.code == 0, added.err
-    assert added.json["held_out"] > 0
+    (held_out,) = (tmp_path / "lib" / "held_out").glob("*.jsonl")
+    assert '"kind": "OneText"' in held_out.read_text(encoding="utf-8")
     again = grounded_recipe(tmp_path, f"adapter.from={tmp_path / 'out'}", "dataset.replay={share: 0.2}", out="again")
     summary, events = train(again.model_copy(update={"train": again.train.model_copy(update={"max_steps": 2})}))
-    assert any("replay" in event.get("text", "") for event in events)
+    assert any("replay: " in str(event) for event in events)
     assert summary["forgetting"] is not None
     sft = make_recipe(tmp_path, f"adapter.from={tmp_path / 'out'}", "dataset.replay={share: 0.2}", out="sft")
     with pytest.raises(UsageError, match="questions about contexts"):
