@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dynlora_cli import plugins
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.place import is_workplace
@@ -17,6 +18,8 @@ WEIGHTS = "adapter_model.safetensors"
 PACKED, PACKED_WEIGHTS = "adapter_packed.json", "adapter_packed.safetensors"  # see adapters/packed/archive.py
 ROUTER = "router.json"  # of a trained router over adapters, see adapters/routed.py
 ROUTER_WEIGHTS = "router.safetensors"
+HYPERNET = "hypernet.json"  # of a network that writes adapters, see hypernets/files.py
+HYPERNET_WEIGHTS = "hypernet.safetensors"
 ORIGIN = "adapter.from"  # the key of a recipe that names an adapter to go on from
 
 
@@ -45,7 +48,7 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
         raise UsageError(
             f"{path} holds several adapters side by side: {_names(others)}", f"name one: {said} {others[0]}"
         )
-    names = (RECORD, CONFIG, ROUTER, PACKED)
+    names = (RECORD, CONFIG, ROUTER, PACKED, HYPERNET)
     files = [file for name in names for file in path.rglob(name) if not _is_part(file.parent)]
     records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
     if (best := _best_of_sweep(path)) and (found := _in_folder(best)):
@@ -82,6 +85,7 @@ def find_origin(path: Path, out: Path) -> Path:
             f"{ORIGIN}: {folder} lies in the output folder {out}, which the new run would replace",
             "name another folder in output_dir: both versions stay, and a later one can leave either of them out",
         )
+    refuse_hypernet(folder)
     config = {} if (folder / ROUTER).is_file() else config_in(folder)
     kind = str(config.get("peft_type")).upper()
     if not config or kind == "XLORA":
@@ -93,6 +97,22 @@ def find_origin(path: Path, out: Path) -> Path:
             f"{ORIGIN}: {folder} is a {name}, whose components do not add up to its update", merge_first(folder)
         )
     return folder
+
+
+def refuse_hypernet(folder: Path) -> None:
+    """Refuse a folder that holds a network which writes adapters, and no adapter.
+
+    Raises:
+        UsageError: it does.
+    """
+    if (folder / HYPERNET).is_file():
+        method = read_object(folder / HYPERNET).get("method")
+        reads = plugins.declared("hypernets", method, "READS") if method in plugins.names("hypernets") else None
+        source = ("--document", "FILE") if reads == "document" else ("--description", "TEXT")
+        raise UsageError(
+            f"{folder} holds a network that writes adapters, not an adapter",
+            f"write one with it, and use that: {to_type('adapt', '--hypernet', folder, *source, '--out', 'FOLDER')}",
+        )
 
 
 def is_packed(folder: Path) -> bool:
@@ -152,7 +172,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
-    if any((folder / name).is_file() for name in (CONFIG, ROUTER, PACKED)):
+    if any((folder / name).is_file() for name in (CONFIG, ROUTER, PACKED, HYPERNET)):
         both = (folder / PACKED).is_file() and (folder / CONFIG).is_file()
         return folder, f"adapter: {CONFIG} in {folder}; {PACKED} beside it is not read" if both else None
     named = [(name, pointed(folder, name)) for name in ("best", "last")]

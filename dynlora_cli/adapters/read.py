@@ -20,7 +20,16 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters import mlx as mlx_adapter
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.births import born_of
-from dynlora_cli.adapters.find import CONFIG, PACKED, PACKED_WEIGHTS, WEIGHTS, damage, find_adapter, is_packed
+from dynlora_cli.adapters.find import (
+    CONFIG,
+    PACKED,
+    PACKED_WEIGHTS,
+    WEIGHTS,
+    damage,
+    find_adapter,
+    is_packed,
+    refuse_hypernet,
+)
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.packed import archive
@@ -49,6 +58,7 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
     """
     folder, note = find_adapter(path)
     refuse_links(folder)
+    refuse_hypernet(folder)
     if fault := damage(folder):
         raise UsageError(f"{folder} {fault}", "name another checkpoint")
     if (in_ours := is_routed(folder)) or is_xlora(folder):

@@ -23,6 +23,7 @@ from dynlora_cli.pruning.bytes_budget import room_of
 from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.training.batches import passes_note, total_steps, training_batches
 from dynlora_cli.training.components import attach, left_out, plan_ranks
+from dynlora_cli.training.hypernets import plan_layers, plan_net
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
 from dynlora_cli.training.origin import Begun, read_origin, tell
@@ -67,6 +68,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         members = read_members(recipe, base)
         found["parameters"].update({f"adapter {name}": member.parameters for name, member in members.items()})
         return found | _memory(recipe, base, data, modes, members=members)
+    if plugins.declared("variants", recipe.adapter.variant, "hypernet"):
+        return found | _hypernet(recipe, base, data)
     if not plugins.load("variants", recipe.adapter.variant).has_components:
         return found | _memory(recipe, base, data, modes)
     data.notes += left_out(base, recipe.adapter)
@@ -89,6 +92,16 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     data.notes += why_unpruned(steps, start)
     found["schedule"] = _planned_events(recipe, steps, start, make_schedule(recipe, steps, start))
     return found | _memory(recipe, base, data, modes, begun)
+
+
+def _hypernet(recipe: Recipe, base: Base, data: Data) -> dict[str, Any]:
+    """What a run would train that learns to write adapters, and how large one of these may be."""
+    data.notes += left_out(base, recipe.adapter)
+    start, net = plan_layers(recipe, base), plan_net(recipe, base)
+    layers = [dict(zip(("name", "d_in", "d_out", "components"), place[:4], strict=True)) for place in net.places]
+    numbers = {"base": base.model.num_parameters(), "network": net.parameter_count, "written adapter": start.budget}
+    data.notes.append("memory was not estimated: it is not known yet what the network needs beside the base")
+    return {"modules": layers, "parameters": numbers, "notes": data.notes}
 
 
 def _file(recipe: Recipe, base: Base, targets: Mapping[str, nn.Module], start: Start) -> dict[str, Any]:

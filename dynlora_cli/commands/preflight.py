@@ -18,6 +18,7 @@ from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.resume import same_recipe
 from dynlora_cli.config.sections import Model, Source
 from dynlora_cli.data.corpus import files_of
+from dynlora_cli.data.descriptions import read_descriptions
 from dynlora_cli.data.sources import is_local, tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.models.find import find_model, is_hub_name
@@ -53,6 +54,7 @@ def training(
         for source in sources:
             if is_local(source.path) and source.path != LIBRARY_ROWS:
                 tables(source, [], held_out=held_out)
+            read_descriptions(source)
     if recipe.dataset.retrieve:
         files_of(recipe.dataset.retrieve.corpus)
     for also in recipe.eval.also or ():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache, reduce
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -29,15 +29,8 @@ from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.config.options import misdeclared, options
 from dynlora_cli.config.sections import Settings
+from dynlora_cli.config.variant_conflicts import Conflict, variant_conflicts
 from dynlora_cli.files.foreign import first_fault
-
-
-class Conflict(NamedTuple):
-    """A setting that does not go with another: the key to change, the other key, and why."""
-
-    key: str
-    other: str
-    text: str
 
 
 class Rule(BaseModel):
@@ -103,8 +96,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     if model.load_in_4bit and model.load_in_8bit:
         yield Conflict("model.load_in_8bit", "model.load_in_4bit", "4 and 8 bits exclude each other; set one to false")
     yield from _declared_conflicts(recipe, "variants")
-    yield from _variant_conflicts(recipe)
-    yield from _router_conflicts(recipe)
+    yield from variant_conflicts(recipe)
     yield from _token_conflicts(recipe)
     yield from _library_rows_conflicts(recipe)
     yield from _mode_conflicts(recipe)
@@ -185,53 +177,6 @@ def _broken(recipe: Settings, kind: str, name: str, own_key: str) -> Iterator[Co
         if broken:
             key = rule.at or rule.with_
             yield Conflict(key, rule.with_ if key == own_key else own_key, rule.text)
-
-
-def _variant_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    """Settings that the variant has no use for: it names those that it takes, see lora/variant.py."""
-    adapter, variant = recipe.adapter, recipe.adapter.variant
-    takes = plugins.declared("variants", variant, "takes") or ()
-    given = {
-        "adapter.alpha": adapter.alpha != "auto",
-        "adapter.dropout": adapter.dropout > 0,
-        "adapter.penalty": adapter.penalty != "auto",
-        "adapter.freeze_a": adapter.freeze_a,
-        "train.lora_plus_ratio": recipe.train.lora_plus_ratio is not None,
-    }
-    for key, is_given in given.items():
-        if is_given and key.split(".")[1] not in takes:
-            yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
-    if adapter.scaling == "rslora" and adapter.alpha == "auto":
-        yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
-
-
-def _router_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    """What does not go with a variant that learns to choose among adapters, and with one that does not."""
-    adapter, variant = recipe.adapter, recipe.adapter.variant
-    if not plugins.declared("variants", variant, "routes"):
-        if adapter.library is not None:
-            text = f"variant {variant} does not choose among adapters; leave it out, or choose a variant that does"
-            yield Conflict("adapter.library", "adapter.variant", text)
-        return
-    if adapter.library is None:
-        text = f"variant {variant} learns to choose among adapters; name their folders, or that of a library"
-        yield Conflict("adapter.library", "adapter.variant", text)
-    if recipe.train.compile:
-        yield Conflict("train.compile", "adapter.variant", f"variant {variant} is not compiled; set it to false")
-    if plugins.declared("tasks", recipe.model.task, "SILENT"):
-        text = f"variant {variant} weighs adapters of models that write text"
-        yield Conflict("model.task", "adapter.variant", text)
-    unused = {
-        "adapter": ("from", "old", "target_modules", "scaling", "orthogonality", "init_weights"),
-        "rank": tuple(type(recipe.rank).model_fields),
-        "pruning": tuple(type(recipe.pruning).model_fields),
-    }
-    for section, keys in unused.items():
-        values = getattr(recipe, section)
-        for key in keys:
-            if getattr(values, key) != type(values).model_fields[key].get_default(call_default_factory=True):
-                text = f"the adapters of a library stay as they are, so variant {variant} has no use for it"
-                yield Conflict(f"{section}.{key}", "adapter.variant", text)
 
 
 def _token_conflicts(recipe: Settings) -> Iterator[Conflict]:

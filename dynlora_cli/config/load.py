@@ -2,7 +2,8 @@
 
 Two shorthands: `model: NAME` stands for `model: {name_or_path: NAME}`, and `dataset: FILE` for
 `dataset: {train: [{path: FILE}]}`. They also work after `--set`, where the section's other keys stay as they are. An
-item of `dataset.train` and `dataset.val` may be just a path, and so may the whole list.
+item of `dataset.train` and `dataset.val` may be just a path, and so may the whole list. `tasks` in place of
+`dataset.train` names rows beside what they are about (config/task_list.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dynlora_cli.config.plug_in_keys import recipe_form
 from dynlora_cli.config.problems import conflict_problems, field_problems
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.strict_yaml import Node, Place, Problem
+from dynlora_cli.config.task_list import TASKS, write_out
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.text import show
 
@@ -91,12 +93,16 @@ def _checked(
 ) -> Recipe:
     """The recipe of a tree, or all of its problems."""
     assert isinstance(root.value, dict)
+    if not any(setting.lstrip().startswith(TASKS) for setting in (*overrides, *swept)):
+        problems += write_out(root)  # first, so that an override may name a source by its number
     _spell_out(root)
     for option, settings in (("--set", overrides), ("--sweep", swept)):
         for setting in settings:
             problems += _apply(root, setting, option)
     if output_dir is not None:
         root.value["output_dir"] = Node(output_dir, Place("--output-dir"))
+    problems += write_out(root)
+    _spell_out(root)
     recipe, faults = _validate(root)
     problems += faults
     if recipe is None or problems:
@@ -116,8 +122,10 @@ def check(values: Mapping[str, Any], source: str) -> Recipe:
         RecipeError: every problem.
     """
     root = _node(values, Place(source))
+    problems = write_out(root)
     _spell_out(root)
-    recipe, problems = _validate(root)
+    recipe, faults = _validate(root)
+    problems += faults
     if recipe is None or problems:
         raise RecipeError([str(problem) for problem in problems])
     return recipe
@@ -202,8 +210,10 @@ def _validate(root: Node) -> tuple[Recipe | None, list[Problem]]:
 
 def problems_of(root: Node) -> list[tuple[str, str]]:
     """What is wrong with a recipe that a program has made, as pairs of a dotted key and what is wrong with it."""
+    problems = write_out(root)
     _spell_out(root)
-    _, problems = _validate(root)
+    _, faults = _validate(root)
+    problems += faults
     split = (problem.text.partition(": ") for problem in problems)
     return [(key, text) for key, _, text in split]
 
@@ -221,7 +231,7 @@ def _without(data: dict[str, Any], wrong: Iterable[Sequence[str | int]]) -> dict
             section = section.get(key, {})
         section.pop(keys[-1], None)
     data.setdefault("model", {}).setdefault("name_or_path", "?")
-    data.setdefault("dataset", {}).setdefault("train", [{"path": "?"}])
+    data.setdefault("dataset", {}).setdefault("train", [{"path": "?", "descriptions": ["?"]}])
     return data
 
 

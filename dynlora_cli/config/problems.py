@@ -46,7 +46,7 @@ def conflict_problems(error: ValidationError, root: Node, wrong: Collection[Path
     for fault in error.errors(include_url=False):
         for conflict in fault["ctx"]["conflicts"] if fault["type"] == "conflicts" else ():
             if not named & {conflict.key, conflict.other}:
-                nodes = root.walk(conflict.key.split("."))
+                nodes = root.walk([int(step) if step.isdecimal() else step for step in conflict.key.split(".")])
                 other = root.walk(conflict.other.split("."))
                 # A default cannot be at fault: where only the other key is written, point at that line.
                 node = nodes[-1] if len(nodes) >= len(other) else other[-1]

@@ -71,6 +71,18 @@ class Model(Section):
     """Run Python code that comes with the model."""
 
 
+def _descriptions(texts: str | list[str] | None) -> str | list[str] | None:
+    """Refuses texts that say nothing, or the same as another; a text that stands alone is the name of a file."""
+    seen: set[str] = set()
+    for text in texts if isinstance(texts, list) else ():
+        if not text.strip():
+            raise ValueError(f"the text {show(text)} says nothing; write what the task is")
+        if text in seen:
+            raise ValueError(f"{show(text)} is there twice; leave one out")
+        seen.add(text)
+    return texts
+
+
 class Source(Section):
     """A file, folder or hub data set."""
 
@@ -93,6 +105,10 @@ class Source(Section):
     """Variables of the chat template for its rows, over those of `dataset.chat_template_kwargs`."""
     system: str | None = None
     """System message of its conversations that have none; null: that of `dataset.system`."""
+    descriptions: Annotated[
+        PathText | Annotated[list[Text], Field(min_length=1)] | None, AfterValidator(_descriptions)
+    ] = None
+    """What its task is, in words, for variants that write adapters from texts: a list, or a file with one on a line."""
 
 
 class TrainSource(Source):

@@ -58,6 +58,7 @@ class Batch:
         at_once: a judge gives all lines to the model together, and once.
         judge, extra: as of `Example`, for rows whose loss is no cross-entropy.
         line_keys: what each line is known by, where the judge remembers lines.
+        examples: what it was made of, one for each line where it is not packed.
     """
 
     inputs: dict[str, Tensor]
@@ -74,6 +75,7 @@ class Batch:
     judge: Judge | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     line_keys: Sequence[bytes] = ()
+    examples: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
         if self.places is None:
@@ -296,6 +298,7 @@ class Batches:
             judge=kind.judge,
             extra=kind.extra(examples),
             line_keys=list(itertools.chain(*_columns([example.line_keys() for example in examples]))),
+            examples=examples,
         )
 
     def _width(self, longest: int) -> int:

@@ -84,6 +84,7 @@ class Example(ABC):
         input_ids: tokens that the model reads.
         row: number of the row, counted from 0 over all sources of its list in the recipe.
         confidence: how sure its data are of it, from 0 to 1; for `pruning.policy: retrieval`.
+        description: what its task is, in words, for a network that writes an adapter from them; "": nobody says.
         packs: several of these can stand in one line of a batch.
         one_target: its tokens carry labels, and it is a single target all the same.
         judge: says how good a model is on a batch of these; None: the cross-entropy of their targets.
@@ -93,6 +94,7 @@ class Example(ABC):
     input_ids: Sequence[int]
     row: int
     confidence: float = 1.0
+    description: str = ""
     packs: ClassVar[bool] = False
     one_target: ClassVar[bool] = False
     judge: Judge | None = None
@@ -177,7 +179,7 @@ class OneText(Example):
     Args:
         input_ids: its tokens.
         labels: as long: the token where it is trained, -100 elsewhere, not shifted.
-        row, confidence: as of `Example`.
+        row, confidence, description: as of `Example`.
     """
 
     packs: ClassVar[bool] = True
@@ -186,6 +188,7 @@ class OneText(Example):
     labels: Sequence[int]
     row: int
     confidence: float = 1.0
+    description: str = ""
 
     @property
     def label_ids(self) -> Sequence[int]:

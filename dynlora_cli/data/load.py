@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dynlora_cli.data.chat.fit import resolved
 from dynlora_cli.data.chat.template import Writing, date_note, read_template, template_name
 from dynlora_cli.data.chat.ways import unread
+from dynlora_cli.data.descriptions import describe
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.mix import Span, mix_notes, spans_of
@@ -130,6 +131,7 @@ def load_data(
     retrieval = put_passages(reader, seed, parts, lost, told=not to_measure)
     if labels is not None and task.has_classes:
         number_labels([kept for part in parts.values() for kept in part], labels, reader.notes)
+    _describe(reader, parts, seed)
     counts = {part: _counts(parts[part], lost[part]) for part in lost}
     _check_supervised(counts, reader, to_measure)
     _note_writing(reader)
@@ -171,6 +173,13 @@ def _held_out(reader: Reader, train: list[Kept], seed: int) -> tuple[list[Kept],
     else:
         train, val = split(train, dataset.val_size, seed, reader.notes)
     return train, val, dropped
+
+
+def _describe(reader: Reader, parts: dict[str, list[Kept]], seed: int) -> None:
+    """Descriptions for all rows, those to measure on from their own sources where they have such."""
+    dataset = reader.dataset
+    for part, rows in parts.items():
+        describe(rows, dataset.val if part == "val" and dataset.val else dataset.train, seed)
 
 
 def _settled(reader: Reader, rows: list[Kept]) -> list[Example]:
@@ -269,4 +278,6 @@ def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
                 digest.update(array("i", part).tobytes() + b"|")
             if example.confidence != 1:
                 digest.update(array("d", [example.confidence]).tobytes())
+            if example.description:
+                digest.update(example.description.encode("utf-8", "surrogatepass") + b"|")
     return digest.hexdigest()

@@ -97,7 +97,7 @@ class Hypernet(nn.Module):
     @property
     def parameter_count(self) -> int:
         """Numbers that train."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in self.parameters())
 
 
 def places_of(layers: Iterable[tuple[str, int, int, int]]) -> list[Place]:

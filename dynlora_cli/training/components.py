@@ -17,6 +17,7 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import PLAIN
 from dynlora_cli.data.load import Data
 from dynlora_cli.errors import UsageError
+from dynlora_cli.hypernets.generated import Generated
 from dynlora_cli.lora.directions import Directions
 from dynlora_cli.lora.init import write_start
 from dynlora_cli.lora.layer import ComponentLinear
@@ -35,6 +36,7 @@ from dynlora_cli.pruning.allocation import in_proportion, share_out
 from dynlora_cli.pruning.bytes_budget import in_parameters
 from dynlora_cli.pruning.calibration import MEASURES, watch_inputs, weigh
 from dynlora_cli.training.batches import training_batches
+from dynlora_cli.training.hypernets import begin_hypernet
 from dynlora_cli.training.origin import Begun, put_origin, read_origin, settle, tell
 from dynlora_cli.training.routers import begin_router, read_members
 from dynlora_cli.training.silent_start import write_silent
@@ -58,7 +60,7 @@ def begin(
     data: Data,
     accelerator: Accelerator,
     goes_on: Begun | None = None,
-) -> tuple[Pool | WholeModel | Routed, Start | None]:
+) -> tuple[Pool | WholeModel | Routed | Generated, Start | None]:
     """Put components on the model, as many and with such values as the recipe says.
 
     Every process looks at the same batches, the first of the run; where rounding differs, the first process decides.
@@ -77,7 +79,8 @@ def begin(
     if plugins.declared("variants", recipe.adapter.variant, "routes"):
         return begin_router(recipe, base, data, accelerator.device, read_members(recipe, base)), None
     if plugins.declared("variants", recipe.adapter.variant, "hypernet"):
-        raise UsageError(f"variant {recipe.adapter.variant} cannot be trained yet", "choose another variant")
+        data.notes += left_out(base, recipe.adapter)
+        return begin_hypernet(recipe, base, data, accelerator.device), None
     if not variant.has_components:
         return WholeModel(base.model), None
     data.notes += left_out(base, recipe.adapter)

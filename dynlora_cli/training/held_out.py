@@ -22,7 +22,9 @@ from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import LOWER_RATE
 
 if TYPE_CHECKING:
-    from dynlora_cli.data.batches import Batches
+    from collections.abc import Iterator
+
+    from dynlora_cli.data.batches import Batch, Batches
 
 # Without `eval.steps`: so many looks at the held-out rows, evenly spread, unless they would take more than an eighth of
 # the time of the steps. A row that is measured takes about half of one that is trained on: scripts/bench/NOTES.md.
@@ -128,6 +130,15 @@ def forgotten(run: Run) -> dict[str, Any]:
     return also.forgotten(before, also_losses(run))
 
 
+def _seen(run: Run, batches: Batches) -> Iterator[Batch]:
+    """The batches on the device, each shown to what trains right before the model is given it."""
+    for index in range(batches.steps_per_epoch):
+        for batch in batches.step(0, index):
+            moved = batch.to(run.accelerator.device)
+            run.trained.see(moved)
+            yield moved
+
+
 def _loss_over(run: Run, batches: Batches, what: str, rows: str) -> dict[str, float]:
     """Loss over the rows of some batches.
 
@@ -143,7 +154,7 @@ def _loss_over(run: Run, batches: Batches, what: str, rows: str) -> dict[str, fl
     device = run.accelerator.device
     result = held_out(
         run.model,
-        (batch.to(device) for index in range(batches.steps_per_epoch) for batch in batches.step(0, index)),
+        _seen(run, batches),
         describe=run.task.held_out,
         autocast=run.accelerator.autocast,
         reduce=lambda sums: run.reduce(sums.to(device)).cpu(),

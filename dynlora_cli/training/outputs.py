@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli import __version__
-from dynlora_cli.adapters.find import ROUTER_WEIGHTS, WEIGHTS
+from dynlora_cli.adapters.find import HYPERNET_WEIGHTS, ROUTER_WEIGHTS, WEIGHTS
 from dynlora_cli.adapters.new_tokens import tokens_on_record
 from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.mix import each_once, mix_on_record
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
 from dynlora_cli.files.whole import remove, whole_folder
+from dynlora_cli.hypernets.generated import Generated
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
 from dynlora_cli.models.fingerprint import fingerprint
@@ -288,6 +289,8 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
     holds_factors = "adapter_model.safetensors" if trained.layers else "model.safetensors"
     if isinstance(trained, Routed):
         holds_factors = ROUTER_WEIGHTS if (folder / ROUTER_WEIGHTS).is_file() else WEIGHTS
+    elif isinstance(trained, Generated):
+        holds_factors = HYPERNET_WEIGHTS
     weights = folder / holds_factors
     summary: dict[str, Any] = {
         "ok": True,

@@ -1,4 +1,4 @@
-"""What stands in the root of a run's folder: the adapter, the router with its adapters, or the whole model."""
+"""What stands in the root of a run's folder: an adapter, a router with adapters, a hypernetwork, or a whole model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from pathlib import Path
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import PLAIN, TokenRows
-from dynlora_cli.adapters.find import CONFIG, ROUTER
+from dynlora_cli.adapters.find import CONFIG, HYPERNET, HYPERNET_WEIGHTS, ROUTER
 from dynlora_cli.adapters.routed import MEMBERS, write_routed
 from dynlora_cli.adapters.write import write_pool
 from dynlora_cli.adapters.xlora import METHOD as XLORA
 from dynlora_cli.adapters.xlora import write_xlora
 from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.files.whole import remove, sync, sync_all, whole_folder
+from dynlora_cli.hypernets.generated import Generated
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
 from dynlora_cli.rounding.floats import changed, rounded
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.training.batches import chose_passes
 from dynlora_cli.training.checkpoint import fault_in, read_state, restore
+from dynlora_cli.training.hypernets import write_hypernet_of
 from dynlora_cli.training.routers import options_of
 from dynlora_cli.training.run import Run
 
@@ -90,6 +92,8 @@ def write_root(folder: Path, training: Run) -> None:
             _put_adapter(training, training.trained, folder)
         elif isinstance(training.trained, Routed):
             _put_router(training, training.trained, folder)
+        elif isinstance(training.trained, Generated):
+            _put_hypernet(training, training.trained, folder)
         else:
             training.model.save_pretrained(folder)
         for path in folder.iterdir():
@@ -106,6 +110,16 @@ def _put_adapter(training: Run, pool: Pool, folder: Path) -> None:
     for path in sorted((folder / "adapter").iterdir(), key=lambda path: path.name == CONFIG):
         path.replace(folder / path.name)
     (folder / "adapter").rmdir()
+
+
+def _put_hypernet(training: Run, generated: Generated, folder: Path) -> None:
+    """Write the network beside a run's root and move its files there, the one that names the other last."""
+    with whole_folder(folder / "hypernet") as temporary:
+        write_hypernet_of(temporary, training, generated)
+    (folder / HYPERNET).unlink(missing_ok=True)
+    for name in (HYPERNET_WEIGHTS, HYPERNET):
+        (folder / "hypernet" / name).replace(folder / name)
+    (folder / "hypernet").rmdir()
 
 
 def _put_router(training: Run, routed: Routed, folder: Path) -> None:

@@ -17,6 +17,7 @@ from dynlora_cli.data.encode import decode
 from dynlora_cli.data.examples import Example, OneText
 from dynlora_cli.evaluation.generation import MARGIN, Prompt, find_prompts, generate
 from dynlora_cli.evaluation.requests import RequestTexts
+from dynlora_cli.hypernets.generated import Generated
 from dynlora_cli.runs import events
 from dynlora_cli.tasks.loss import evaluating
 
@@ -86,16 +87,32 @@ def show(run: Run) -> None:
     """
     if not run.samples or not run.accelerator.is_main_process:
         return
-    tokenizer, context = run.base.tokenizer, run.base.files.context_length
     try:
         with evaluating(run.model), run.accelerator.autocast():
-            answers = generate(run.model, tokenizer, run.samples, batch_size=len(run.samples), context=context)
+            answers = _answers(run)
     except Exception as error:  # whatever the code of a model raises that was never asked to generate
         run.note(f"no answers are shown while training (eval.samples): {type(error).__name__}: {error}")
         run.samples = []
         return
-    pairs, texts = zip(run.samples, answers, strict=True), RequestTexts(tokenizer)
+    pairs, texts = zip(run.samples, answers, strict=True), RequestTexts(run.base.tokenizer)
     run.emit(events.samples(run.progress.step, [_sample(prompt, answer, texts) for prompt, answer in pairs]))
+
+
+def _answers(run: Run) -> list[str]:
+    """The answers to the run's prompts, all at once; where each row has an adapter of its own, one by one."""
+    model, tokenizer, context = run.model, run.base.tokenizer, run.base.files.context_length
+    if not isinstance(run.trained, Generated):
+        return generate(model, tokenizer, run.samples, batch_size=len(run.samples), context=context)
+    answers = []
+    for prompt, example in zip(run.samples, _first_with(run.samples, run.data.val), strict=True):
+        run.trained.write_for([example], run.accelerator.device)
+        answers += generate(model, tokenizer, [prompt], batch_size=1, context=context)
+    return answers
+
+
+def _first_with(prompts: Sequence[Prompt], held_out: Sequence[Example]) -> list[Example]:
+    """For each prompt the first row that it was taken from."""
+    return [next(row for row in held_out if tuple(row.input_ids[: len(one.ids)]) == one.ids) for one in prompts]
 
 
 def _sample(prompt: Prompt, answer: str, texts: RequestTexts) -> dict[str, Any]:
