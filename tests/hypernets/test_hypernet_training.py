@@ -42,21 +42,6 @@ def test_a_run_leaves_the_network_and_no_adapter(tmp_path: Path):
     assert any("written from 6 descriptions" in note for note in notes), notes
 
 
-@pytest.mark.slow
-def test_the_description_alone_tells_tasks_apart(tmp_path: Path):
-    """Prompts are those of all tasks, so a model that does not hear the description is right once in three."""
-    overrides = (
-        "train.max_steps=150",
-        "train.learning_rate=2e-2",
-        "eval.steps=150",
-        "adapter.hidden_size=64",
-        "rank.init=8",
-    )
-    summary, _ = train(hypernet_recipe(tmp_path, *overrides))
-    plain, _ = train(hypernet_recipe(tmp_path, *overrides[:3], "rank.init=8", "adapter={variant: lora}", out="plain"))
-    assert summary["loss_after"] < 0.5 * plain["loss_after"]
-
-
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path):
     for out, seed in (("one", 0), ("two", 0), ("other", 1)):
         train(hypernet_recipe(tmp_path, f"seed={seed}", out=out))
