@@ -188,6 +188,23 @@ class Prune(_PruneFrom, total=False):
     """Share of their loss that came from the adapter before it."""
 
 
+class Written(TypedDict, total=False):
+    """Which hypernetwork wrote an adapter, and from what."""
+
+    hypernet: str
+    """Its folder."""
+    sha256: str
+    """Of its hypernet.json, which holds the hash of its numbers."""
+    method: str
+    """The variant that it was trained as."""
+    description: str
+    """The text that it wrote from."""
+    document: dict[str, Any]
+    """The document that it wrote from: name, sha256, characters, chunks."""
+    parameters_written: int
+    """Numbers in all components that it wrote, before the budget."""
+
+
 class Record(TypedDict, total=False):
     """The keys of dynlora.json, in the order in which a run writes them."""
 
@@ -253,6 +270,8 @@ class Record(TypedDict, total=False):
     """What the command printed at the end, and what its --json prints; a run without one has not ended."""
 
     # Of `dynlora prune` and `dynlora merge` alone.
+    written: Written
+    """Of an adapter that a hypernetwork wrote."""
     prune: Prune
     trained: dict[str, Any] | None
     """Of an adapter that was pruned: the summary of its training."""
