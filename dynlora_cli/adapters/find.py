@@ -99,13 +99,18 @@ def find_origin(path: Path, out: Path) -> Path:
     return folder
 
 
+def is_hypernet(folder: Path) -> bool:
+    """Whether a folder holds a network that writes adapters, see hypernets/files.py."""
+    return (folder / HYPERNET).is_file()
+
+
 def refuse_hypernet(folder: Path) -> None:
     """Refuse a folder that holds a network which writes adapters, and no adapter.
 
     Raises:
         UsageError: it does.
     """
-    if (folder / HYPERNET).is_file():
+    if is_hypernet(folder):
         method = read_object(folder / HYPERNET).get("method")
         reads = plugins.declared("hypernets", method, "READS") if method in plugins.names("hypernets") else None
         source = ("--document", "FILE") if reads == "document" else ("--description", "TEXT")

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.find import HYPERNET_WEIGHTS, find_adapter, is_hypernet
 from dynlora_cli.adapters.read import kind_of_files, read_adapter
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
+from dynlora_cli.hypernets.files import read_hypernet
 from dynlora_cli.text import natural_order
 
 SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # for these shares of ‖ΔW‖² the number of directions is shown
@@ -33,6 +35,10 @@ def run(paths: Sequence[Path]) -> dict[str, Any]:
     Raises:
         UsageError, MeasureError: one of them cannot be read.
     """
+    if (networks := [is_hypernet(find_adapter(path)[0]) for path in paths]) and any(networks):
+        if len(networks) > 1:
+            raise UsageError("a network that writes adapters has no update to compare", "inspect them one by one")
+        return {"ok": True, "command": "inspect", "adapters": [_hypernet(paths[0])], "notes": []}
     adapters = [read_adapter(path, routed=True) for path in paths]
     if any(isinstance(adapter, RoutedAdapter) for adapter in adapters) and len(adapters) > 1:
         raise UsageError("a router has no update of its own to be put beside another", "inspect them one by one")
@@ -125,6 +131,28 @@ def _router(adapter: RoutedAdapter) -> dict[str, Any]:
         "adapters": members,
         "router": tensors,
         "provenance": {key: value for key, value in _provenance(adapter).items() if key != "scaling"},
+    }
+
+
+def _hypernet(path: Path) -> dict[str, Any]:
+    """What a network that writes adapters is, and for whom."""
+    found = read_hypernet(find_adapter(path)[0])
+    form = found.form
+    largest = sum(layer.rank * (layer.d_in + layer.d_out) for layer in form.layers)
+    return {
+        "name": found.folder.resolve().name,
+        "folder": str(found.folder),
+        "kind": f"{form.method} hypernetwork, which writes adapters",
+        "method": form.method,
+        "options": form.options,
+        "parameters": form.parameters,
+        "bytes": (found.folder / HYPERNET_WEIGHTS).stat().st_size,
+        "reads": plugins.declared("hypernets", form.method, "READS"),
+        "encoder": form.encoder and form.encoder.name,
+        "written_parameters": largest,
+        "budget_parameters": form.budget,
+        "hypernet": {layer.name: [layer.d_out, layer.d_in, layer.rank] for layer in form.layers},
+        "provenance": {"base": form.base.name_or_path, "revision": form.base.revision},
     }
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import Dynlora
 from hypernet_runs import hypernet_recipe, texts_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_run import model_folder, train
 from transformers import AutoModelForCausalLM
 
+from dynlora_cli.adapters.find import find_origin
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.commands import adapt_by_hypernet as command
 from dynlora_cli.config.budget import Budget, parse_budget
@@ -110,6 +112,40 @@ def test_where_it_comes_from_is_on_record(trained: Path, tmp_path: Path):
     assert (tmp_path / "a" / "tokenizer.json").is_file()
     assert "Say it." in (tmp_path / "a" / "README.md").read_text()
     assert read_adapter(tmp_path / "a").name == "a"
+
+
+def test_the_folder_of_a_network_says_what_it_is(trained: Path, dynlora: Dynlora, tmp_path: Path):
+    answer = dynlora("inspect", "--adapter", trained, "--json")
+    (found,) = answer.json["adapters"]
+    assert (found["method"], found["reads"], found["encoder"]) == ("text-gated", "description", "base")
+    assert found["written_parameters"] == 2 * found["budget_parameters"]
+    assert "writes from   a description, read by base" in dynlora("inspect", "--adapter", trained).err
+    card = (trained / "README.md").read_text()
+    assert "it writes LoRA adapters for" in card
+    assert "dynlora adapt --hypernet ." in card
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("merge", "--out", "x"),
+        ("eval",),
+        ("export", "--to", "peft", "--out", "x"),
+        ("generate", "hi"),
+        ("prune", "--budget", "1", "--out", "x"),
+    ],
+)
+def test_commands_that_need_an_adapter_say_how_to_get_one(trained: Path, dynlora: Dynlora, command: tuple[str, ...]):
+    answer = dynlora(*command, "--adapter", trained)
+    assert answer.code == 2
+    said = " ".join(answer.err.split())
+    assert "holds a network that writes adapters, not an adapter" in said
+    assert f"dynlora adapt --hypernet {trained} --description TEXT --out FOLDER" in said
+
+
+def test_a_run_cannot_go_on_from_it(trained: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="not an adapter"):
+        find_origin(trained, tmp_path)
 
 
 def test_another_base_is_refused(copy: Path, tmp_path: Path):

@@ -153,7 +153,27 @@ class AdapterView:
         head = Text(printable(adapter["name"]), style="head")
         self.console.show(Group(Text(), head, pairs(rows), Text(), members, Text(), numbers))
 
+    def _show_hypernet(self, adapter: dict[str, Any]) -> None:
+        source = f"a {adapter['reads']}" + (f", read by {adapter['encoder']}" if adapter["encoder"] else "")
+        rows = [
+            ("kind", adapter["kind"]),
+            ("options", ", ".join(f"{key}: {value}" for key, value in adapter["options"].items())),
+            ("size", f"{count(adapter['parameters'])} parameters, {size(adapter['bytes'])}"),
+            ("writes from", source),
+            ("writes", f"{count(adapter['written_parameters'])} parameters, of which a budget keeps the largest"),
+            ("budget", f"{count(adapter['budget_parameters'])} parameters, where --budget does not say"),
+            *((key, _plain(value)) for key, value in adapter["provenance"].items()),
+        ]
+        layers = plain_table("layer", "out x in", "components")
+        for name, (d_out, d_in, rank) in adapter["hypernet"].items():
+            layers.add_row(printable(name), f"{d_out} x {d_in}", count(rank))
+        head = Text(printable(adapter["name"]), style="head")
+        self.console.show(Group(Text(), head, pairs(rows), Text(), layers))
+
     def _show_adapter(self, adapter: dict[str, Any]) -> None:
+        if "hypernet" in adapter:
+            self._show_hypernet(adapter)
+            return
         if "router" in adapter:
             self._show_router(adapter)
             return

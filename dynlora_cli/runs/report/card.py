@@ -61,6 +61,13 @@ def _routes(record: RunRecord) -> list[dict[str, Any]]:
     return [member for member in found if isinstance(member, dict)] if isinstance(found, list) else []
 
 
+def _writes_adapters(record: RunRecord) -> str:
+    """What adapters are written from, description or document, where the run trained a network for that; else ""."""
+    variant = str(record.info.get("variant") or "")
+    known = variant in plugins.names("hypernets")
+    return str(plugins.declared("hypernets", variant, "READS", "")) if known else ""
+
+
 def _front_matter(record: RunRecord) -> str:
     """Metadata in the form that model hubs read."""
     recipe = record.info.get("recipe") or {}
@@ -74,6 +81,8 @@ def _front_matter(record: RunRecord) -> str:
         library, tags = "sentence-transformers", ["sentence-transformers", kind, *tags]
     if _routes(record):
         library, tags = "peft" if record.info.get("variant") == "x-lora" else "dynlora", ["lora", "router", "dynlora"]
+    if _writes_adapters(record):
+        library, tags = "dynlora", ["lora", "hypernetwork", "dynlora"]
     meta: dict[str, Any] = {"base_model": _base(record), "library_name": library, "tags": tags}
     if datasets:
         meta["datasets"] = datasets
@@ -91,6 +100,17 @@ def _what_it_is(record: RunRecord) -> str:
             f"A router ({_plain(str(record.info.get('variant')))}) over {counted(len(members), 'adapter')} for "
             f"{_code(_base(record))} ({_plain(task)}), trained with dynlora: at each token, in each layer, it weighs "
             f"{names}. The adapters are in `adapters/`, as plain PEFT files, and stayed as they were."
+        )
+    if reads := _writes_adapters(record):
+        return (
+            f"A hypernetwork ({_plain(str(record.info.get('variant')))}), trained with dynlora: it writes LoRA "
+            f"adapters for {_code(_base(record))} ({_plain(task)}), each from a {reads}. It belongs to this very base."
+        )
+    if written := record.info.get("written"):
+        what = f"the description {_code(str(written['description']))}" if "description" in written else "a document"
+        return (
+            f"A LoRA adapter for {_code(_base(record))} ({_plain(task)}), written by a hypernetwork of dynlora "
+            f"({_plain(str(written.get('method')))}) from {what}. It was not trained itself.{_PLAIN_LORA}"
         )
     made = "pruned" if record.info.get("prune") and not record.info.get("recipe") else "fine-tuned"
     text = f"A LoRA adapter for {_code(_base(record))} ({_plain(task)}), {made} with dynlora: "
@@ -183,6 +203,10 @@ def _loading(record: RunRecord) -> str:
     if _routes(record) and info.get("variant") != "x-lora":
         command = "dynlora eval --adapter .       # this folder; generate, chat and serve take it, too"
         return f"## Use it\n\n{_fenced(command, 'bash')}\n\nNo other tool knows this router. Its adapters are PEFT's."
+    if reads := _writes_adapters(record):
+        source = "--document FILE" if reads == "document" else '--description "what the task is"'
+        command = f"dynlora adapt --hypernet . {source} --out FOLDER       # this folder"
+        return f"## Use it\n\n{_fenced(command, 'bash')}\n\nWhat it writes is a plain PEFT LoRA, which any tool loads."
     revision = (info.get("base_model") or {}).get("revision")
     labels = ((info.get("recipe") or {}).get("model") or {}).get("num_labels")
     options = f", revision={revision!r}" if revision else ""
