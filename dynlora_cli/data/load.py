@@ -137,8 +137,7 @@ def load_data(
     _note_writing(reader)
     training, measured, sized = (_settled(reader, part) for part in parts.values())
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
-    data.prompts = {part: [kept.prompt for kept in parts[part]] for part in lost}
-    data.retrieval = retrieval
+    data.prompts, data.retrieval = {part: [kept.prompt for kept in parts[part]] for part in lost}, retrieval
     data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), reader.max_length)
     data.spans = spans_of(parts["train"], dataset.train)
     data.notes = list(dict.fromkeys([*reader.notes, *mix_notes(data.spans)]))
