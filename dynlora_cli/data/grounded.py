@@ -101,7 +101,8 @@ class GroundedEncoder(TextEncoder):
         assert isinstance(plain, OneText)
         context, before = draft.lines
         ids, labels = plain.input_ids, plain.labels
-        return GroundedText(ids, labels, row, draft.confidence, context, array("i", before))
+        before = array("i", before)
+        return GroundedText(ids, labels, row, draft.confidence, context_ids=context, teacher_ids=before)
 
     def _context(self, text: str) -> Sequence[int]:
         if text not in self._contexts:
