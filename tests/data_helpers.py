@@ -88,7 +88,7 @@ def space_tokenizer() -> PreTrainedTokenizerFast:
 
 def source(path: Path | str, **settings: Any) -> SimpleNamespace:
     defaults: dict[str, Any] = {"format": "auto", "split": "train", "name": None, "columns": {}, "ignore": []}
-    defaults |= {"rows": None, "weight": 1.0, "chat_template_kwargs": {}, "system": None}
+    defaults |= {"rows": None, "weight": 1.0, "chat_template_kwargs": {}, "system": None, "descriptions": None}
     return SimpleNamespace(**(defaults | settings), path=str(path))
 
 
