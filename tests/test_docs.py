@@ -42,6 +42,7 @@ WALK = [
     "howto/prune.md",
     "howto/merge.md",
     "howto/export.md",
+    "howto/adapt.md",
     "howto/library.md",
     "howto/talk.md",
     "howto/routing.md",
@@ -314,6 +315,8 @@ def shorter(words: list[str]) -> list[str]:
     less = {"eval": ["--max-samples", "24", "--generate", "2"], "prune": ["--max-samples", "24"]}.get(words[0], [])
     if words[0] == "train" and "--dry-run" not in words:
         return [*words, "--set", "train.max_steps=12", "--set", "eval.max_samples=24"]
+    if words[0] == "adapt":
+        return [*words, "--set", "train.max_steps=4", "--set", "eval.samples=0"]
     if {"--library", "--router"} & set(words):
         less = less[:2]
     given = {word for word in words if word.startswith("--")}

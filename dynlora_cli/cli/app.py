@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dynlora_cli import __version__
+from dynlora_cli.cli.adapt import adapt
 from dynlora_cli.cli.chat import chat
 from dynlora_cli.cli.doctor import doctor
 from dynlora_cli.cli.eval import evaluate
@@ -54,6 +55,7 @@ def root(
 
 
 app.command()(train)
+app.command()(adapt)
 app.command()(prune)
 app.command()(merge)
 app.command()(export)

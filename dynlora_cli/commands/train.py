@@ -12,9 +12,10 @@ from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.runs.events import Emit
+from dynlora_cli.runs.folder import RECIPE
 from dynlora_cli.training.components import begin
 from dynlora_cli.training.loop import fit
-from dynlora_cli.training.session import Finished, Session
+from dynlora_cli.training.session import NOTHING, Finished, Given, Session
 from dynlora_cli.training.setup import make_run, read_also, read_base, read_data
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def run(
     resume: bool = False,
     resume_from: Path | None = None,
     recipe_text: str | None = None,
+    given: Given = NOTHING,
     load: Callable[..., Data] = load_data,
 ) -> dict[str, Any]:
     """Train as the recipe says and leave a complete run folder.
@@ -41,6 +43,7 @@ def run(
         resume: go on with the newest valid checkpoint of the output folder.
         resume_from: go on with this checkpoint folder.
         recipe_text: of a recipe file that the run folder is to hold, since there is none elsewhere.
+        given: what else it is to hold.
         load: reads the rows, as `load_data` does.
 
     Returns:
@@ -52,7 +55,8 @@ def run(
     with Session.open(recipe, listener, overwrite=overwrite, resume=resume, resume_from=resume_from) as session:
         if isinstance(session, Finished):
             return session.summary
-        session.recipe_text = recipe_text
+        texts = {RECIPE: recipe_text} if recipe_text else {}
+        session.given = Given({**texts, **given.texts}, given.adapted)
         modes, files = session.modes, BaseFiles.find(recipe.model)
         data = read_data(recipe, files, session.writing, session.before, load)
         session.refuse_other_inputs(data, files)

@@ -15,12 +15,15 @@ from typing import Any
 
 from dynlora_cli.errors import UsageError
 
-PLACES = {"out", "output_dir", "resume_from", "data", "library", "base"}
+PLACES = {"out", "output_dir", "resume_from", "data", "library", "base", "model"}
 WORDS = {"policy", "into", "method", "base_weights", "dtype", "to", "outtype"}
 SWITCHES = {
-    "overwrite", "resume", "trust_remote_code", "measure", "no_base", "allow_template_mismatch",
+    "overwrite", "resume", "trust_remote_code", "measure", "no_base", "allow_template_mismatch", "add_chunks",
 }  # fmt: skip
-WHOLE = {"heal": 0, "max_samples": 1, "generate": 0, "samples": 0, "limit": 1, "seed": 0}  # and the least of each
+WHOLE = {
+    "heal": 0, "max_samples": 1, "generate": 0, "samples": 0, "limit": 1, "seed": 0, "questions": 1, "chunk_tokens": 1,
+    "answer_tokens": 1,
+}  # and the least of each  # fmt: skip
 NUMBERS = {"density", "max_kl", "teacher"}
 SIZES = {"budget", "tolerance", "max_changed"}  # as text or as a number
 
@@ -62,6 +65,11 @@ def option(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise _refused(name, value, "files by name, such as {'general': 'general.jsonl'}")
         return {str(one): place(f"{name}, {one}", file) for one, file in value.items()}
+    if name == "document":
+        paths = [value] if isinstance(value, (str, os.PathLike)) else several(name, value, "a path, or several")
+        return [place(name, one) for one in paths]
+    if name == "columns" and not isinstance(value, Mapping):
+        raise _refused(name, value, "our names to the data's, such as {'prompt': 'question'}")
     if name == "tasks":
         names = [value] if isinstance(value, str) else several(name, value, "names of tasks")
         return [one if isinstance(one, str) else place(name, one) for one in names]

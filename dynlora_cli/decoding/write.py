@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from dynlora_cli.decoding import prefix
 from dynlora_cli.decoding.draw import Draw
 from dynlora_cli.decoding.pieces import Pieces
 from dynlora_cli.decoding.sampling import Sampling
@@ -144,6 +145,7 @@ def write(
     context: int | None,
     listener: Listener = Listener(),
     speaking: Callable[[Sequence[int]], AbstractContextManager[Any]] = nullcontext,
+    shares: bool = False,
 ) -> list[Written]:
     """Write an answer to each prompt, or go on with one.
 
@@ -154,6 +156,8 @@ def write(
         context: tokens that prompt and answer may have together (of an encoder-decoder: each); None where nobody knows.
         listener: hears of the answers while they are written. Encoder-decoders do not pause.
         speaking: the model as it is to be for some rows, which it takes the numbers of: they are written together.
+        shares: what all prompts begin with is read once, if the model can do that. For a model that is the same for all
+            rows, and rows without a repetition penalty.
 
     Returns:
         The answers in the order of the rows. Each is what it would be alone, as far as the model's own rounding allows:
@@ -164,6 +168,7 @@ def write(
     """
     two = bool(model.config.is_encoder_decoder)
     rooms = [_room(row, context, two) for row in rows]
+    shares = shares and prefix.can_share(model)
     if two:  # its answer could not go on: what it has written is no part of its prompt
         listener = replace(listener, paused=None)
     for batch, steps in _batches(rows, rooms, None if two else context):
@@ -171,8 +176,9 @@ def write(
         width = max(map(len, texts))
         starts = [0 if two else width - len(text) for text in texts]  # what a decoder has written has no padding
         watch = _Watch(rows, rooms, batch, starts, listener)
+        same = prefix.shared(texts) if shares else 0
         with speaking(batch):
-            _write_batch(model, texts, steps, pad_id, watch)
+            _write_batch(model, texts, steps, pad_id, watch, same)
         if watch.has_paused:
             break
     return [row.written() for row in rows]
@@ -286,20 +292,28 @@ def _batches(rows: Sequence[Row], rooms: Sequence[int], context: int | None) -> 
 
 
 def _write_batch(
-    model: PreTrainedModel, texts: Sequence[Sequence[int]], steps: int, pad_id: int, watch: _Watch
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], steps: int, pad_id: int, watch: _Watch, same: int
 ) -> None:
-    """Texts of one batch, gone on with. A decoder is padded on the left, an encoder on the right."""
+    """Texts of one batch, gone on with. A decoder is padded on the left, an encoder on the right.
+
+    The first `same` tokens, which all texts have, are read once; the padding stands behind them.
+    """
     ids_BT = torch.full((len(texts), max(map(len, texts))), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
     for line, (text, start) in enumerate(zip(texts, watch.starts, strict=True)):
-        place = slice(start, start + len(text))
-        ids_BT[line, place] = torch.tensor(text)
+        place = slice(start + same, start + len(text))
+        ids_BT[line, place] = torch.tensor(text[same:])
         mask_BT[line, place] = 1
+    begun: dict[str, Any] = {}
+    if same:
+        ids_BT[:, :same], mask_BT[:, :same] = torch.tensor(texts[0][:same]), 1
+        begun["past_key_values"] = prefix.read(model, texts[0][:same], len(texts))
     generate: Any = model.generate
     with _without_own_wishes(model):
         generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
+            **begun,
             generation_config=GenerationConfig(
                 max_new_tokens=steps,
                 do_sample=False,

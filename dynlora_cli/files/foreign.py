@@ -252,6 +252,31 @@ class BaseForm(BaseModel):
     fingerprint: dict[str, Any] | None = None
 
 
+class DocumentForm(BaseModel):
+    """A document that an adapter was made from."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    sha256: str
+    characters: Count
+    chunks: Count
+
+
+class AdaptedForm(BaseModel):
+    """What an adapter was made from."""
+
+    model_config = ConfigDict(strict=True)
+    id: str | None = None
+    documents: list[DocumentForm] | None = None
+    questions: str | None = None
+    answers: str | None = None
+    teacher: str | None = None
+    rows: Count | None = None
+    held_out: Count | None = None
+    loss_with_document: float | None = None
+    chunks_added: bool | None = None
+
+
 class RecordForm(BaseModel):
     """The keys of dynlora.json that commands use; `recipe` is checked as a recipe where it is needed."""
 
@@ -276,6 +301,7 @@ class RecordForm(BaseModel):
     altered: list[str] | None = None
     retired: list[RetiredForm] | None = None
     altered_births: Count | None = None
+    adapted: AdaptedForm | None = None
 
 
 class _RowsForm(BaseModel):

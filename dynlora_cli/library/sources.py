@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.config.sections import Source
 from dynlora_cli.data.earlier import earlier_data, run_folder
+from dynlora_cli.data.grounded import GroundedText
 from dynlora_cli.data.preferences.examples import TwoLines
 from dynlora_cli.data.row_files import Row
 from dynlora_cli.data.sources import tables
@@ -104,12 +105,33 @@ def _own_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase
     except UsageError as error:
         raise UsageError(error.message, BRING_BACK) from None
     compared = issubclass(read.kind, TwoLines)
+    keys = [Key(text, f"row {example.row + 1}") for text, example in _requests(read.train, tokenizer)]
     return Found(
         notes=[_COMPARED] if compared else [],
-        keys=[Key(text, f"row {example.row + 1}") for text, example in _requests(read.train, tokenizer)],
+        keys=[*keys, *_of_contexts(read.train, tokenizer)],
         held_out=[HeldOut(text, example) for text, example in _requests([] if compared else read.val, tokenizer)],
-        sources=[origin for source in recipe.dataset.train for origin in _origins("rows", source)],
+        sources=[
+            *(origin for source in recipe.dataset.train for origin in _origins("rows", source)),
+            *_documents_on_record(adapter),
+        ],
     )
+
+
+def _of_contexts(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Key]:
+    """The passages of the texts that rows are about, where they are about any."""
+    contexts = dict.fromkeys(tuple(example.context_ids) for example in examples if isinstance(example, GroundedText))
+    number = 0
+    for ids in contexts:
+        text = str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for passage in passages(text):
+            number += 1
+            yield Key(passage, f"document, passage {number}")
+
+
+def _documents_on_record(adapter: Adapter) -> list[Origin]:
+    """The documents that `dynlora adapt` made an adapter from."""
+    found = (adapter.record.get("adapted") or {}).get("documents") or []
+    return [Origin(kind="documents", path=one["name"], sha256=one["sha256"]) for one in found]
 
 
 def _requests(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Example]]:

@@ -205,6 +205,45 @@ class Written(TypedDict, total=False):
     """Numbers in all components that it wrote, before the budget."""
 
 
+class DocumentOf(TypedDict):
+    """A document that an adapter was made from."""
+
+    name: str
+    """Of the file."""
+    sha256: str
+    """Of the file's content."""
+    characters: int
+    """Of its text."""
+    chunks: int
+    """It was cut into so many."""
+
+
+class Adapted(TypedDict, total=False):
+    """What `dynlora adapt` made an adapter from."""
+
+    id: str
+    """Names the work that wrote its rows."""
+    documents: list[DocumentOf]
+    chunk_tokens: int
+    """Tokens of a chunk at most."""
+    questions: str
+    """Who wrote the prompts of the rows: the model, or a file with its sha256."""
+    answers: str
+    """Who wrote the answers, likewise."""
+    teacher: str
+    """The model that had the chunks in its prompt."""
+    rows: int
+    """Rows that were trained on."""
+    held_out: int
+    """Rows that were held out."""
+    loss_with_document: float
+    """The teacher's own loss on the held-out rows, with their chunks in its prompt, in nats per token."""
+    writing_seconds: float
+    """What the rows took."""
+    chunks_added: bool
+    """Each chunk was trained by itself, and the components put side by side."""
+
+
 class Record(TypedDict, total=False):
     """The keys of dynlora.json, in the order in which a run writes them."""
 
@@ -252,6 +291,8 @@ class Record(TypedDict, total=False):
     """Of the base's weights, and of autocast."""
     started: str
     """When, with the time zone."""
+    adapted: Adapted
+    """Of an adapter that was made from documents."""
 
     # From here on: when the run is done.
     scale: float | None

@@ -28,7 +28,7 @@ from dynlora_cli.runs import events
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, send
 from dynlora_cli.runs.log import RunLog
-from dynlora_cli.runs.record import Record
+from dynlora_cli.runs.record import Adapted, Record
 from dynlora_cli.training import outputs, roots
 from dynlora_cli.training.held_out import forgotten, held_out_loss
 from dynlora_cli.training.origin import Begun
@@ -42,6 +42,22 @@ if TYPE_CHECKING:
 
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.data.chat.template import Writing
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the folder of a new run is to hold beside what the run itself leaves there.
+
+    Attributes:
+        texts: files by their names.
+        adapted: what the rows were made from, for dynlora.json.
+    """
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    adapted: Adapted | None = None
+
+
+NOTHING = Given()
 
 
 @dataclass
@@ -59,7 +75,7 @@ class Session:
         before: the record of the run that the checkpoint is of.
         begins: nothing of the run is in the folder yet; it may go on from a checkpoint of another folder.
         run_id: names the run and its checkpoints.
-        recipe_text: goes into the run folder as its recipe.yaml; None: the recipe is a file elsewhere.
+        given: what goes into the run folder beside what the run leaves there.
         record: dynlora.json, once the run is on record.
     """
 
@@ -73,7 +89,7 @@ class Session:
     before: Mapping[str, Any] | None
     begins: bool
     run_id: str | None
-    recipe_text: str | None = None
+    given: Given = NOTHING
     record: Record = field(default_factory=Record)
 
     @classmethod
@@ -154,12 +170,14 @@ class Session:
     def recording(self, run: Run) -> Iterator[None]:
         """Put the run on record, or back to its checkpoint; inside the block its events go to files and listener."""
         self.record = outputs.start_record(run, self.run_id)
+        if adapted := self.given.adapted or (self.before or {}).get("adapted"):
+            self.record["adapted"] = adapted
         if self.begins and self.place:
             self.place.keep_old()
             self.place.path.mkdir(exist_ok=True)  # an old one stays where it is a volume of a container
             outputs.write_record(self.folder, self.record, run)
-            if self.recipe_text:
-                write_text(self.folder / run_folder.RECIPE, self.recipe_text)
+            for name, text in self.given.texts.items():
+                write_text(self.folder / name, text)
         if self.checkpoint:
             refuse_other_members(self.before or {}, self.record)
             go_back_to(self.checkpoint, run, self.folder, self.record)

@@ -66,6 +66,7 @@ def as_one_line(text: str) -> str:
     [
         "",
         "train",
+        "adapt",
         "schema",
         "serve",
         "prune",

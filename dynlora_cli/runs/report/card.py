@@ -11,6 +11,7 @@ import yaml
 
 from dynlora_cli import plugins
 from dynlora_cli.errors import without_secrets
+from dynlora_cli.runs.documents import COLUMNS, documents, made_from
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import RunRecord
@@ -23,7 +24,7 @@ _PLAIN_LORA = " The files are a plain PEFT LoRA whose scale is exactly 1."
 def model_card(record: RunRecord) -> str:
     """The card of one run as Markdown; what the record lacks is left out."""
     name = record.info.get("name") or record.folder.resolve().name
-    parts = [part(record) for part in (_what_it_is, _numbers, _forgetting, _lineage, _rank_table, _loading, _training)]
+    parts = [part(record) for part in PARTS]
     body = "\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part)
     # The card goes where others see it: tokens in addresses do not, and one name is no more than one name.
     return without_secrets(f"{_front_matter(record)}\n{body}\n")
@@ -42,7 +43,7 @@ def card_of_export(record: RunRecord, name: str, said: str, use: str, *, plain: 
     what = _what_it_is(record) if record.info else f"A LoRA adapter, exported by dynlora.{_PLAIN_LORA}"
     what = what if plain else what.removesuffix(_PLAIN_LORA)
     numbers = _numbers(record).replace(" `report.html` has the pictures.", "")
-    parts = [what, said, numbers, _forgetting(record), _lineage(record), use, _training(record)]
+    parts = [what, said, numbers, _documents(record), _forgetting(record), _lineage(record), use, _training(record)]
     return without_secrets("\n\n".join(part for part in (f"# {_plain(name)}", *parts) if part) + "\n")
 
 
@@ -154,6 +155,13 @@ def _forgetting(record: RunRecord) -> str:
     head = "| rows of | rows | loss before | after | forgetting |\n|---|---:|---:|---:|---:|\n"
     lead = f"Losses on rows of other kinds, in nats per {record.target}. Above 0 is worse than before this run."
     return f"## Forgetting\n\n{lead}\n\n{head}{rows}".rstrip() if also else ""
+
+
+def _documents(record: RunRecord) -> str:
+    """What it was made from, as a table."""
+    rows = "".join(f"| {' | '.join(map(_plain, row))} |\n" for row in documents(record.info))
+    head = f"| {' | '.join(COLUMNS)} |\n|---|---:|---:|---|\n"
+    return f"## What it was made from\n\n{head}{rows}\n{_plain(made_from(record.info))}" if rows else ""
 
 
 def _cost(summary: dict[str, Any]) -> str:
@@ -331,3 +339,6 @@ def _fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+PARTS = (_what_it_is, _numbers, _documents, _forgetting, _lineage, _rank_table, _loading, _training)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynlora_cli.runs.documents import COLUMNS, documents, made_from
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import Event, RunRecord
@@ -23,7 +24,18 @@ def report_page(record: RunRecord) -> str:
     """The whole page for one run. Whatever the record lacks is left out, not shown as empty."""
     name = _name(record)
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    parts = (_header, _size_curve, _charts, samples_part, _forgetting, _lineage, _ranks, _layer_table, _run_record)
+    parts = (
+        _header,
+        _size_curve,
+        _charts,
+        samples_part,
+        _documents,
+        _forgetting,
+        _lineage,
+        _ranks,
+        _layer_table,
+        _run_record,
+    )
     sections = [part(record) for part in parts]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
@@ -151,6 +163,17 @@ def _charts(record: RunRecord) -> str:
     )
     drawn = "".join(figures)
     return f'<h2>How it went</h2><div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _documents(record: RunRecord) -> str:
+    """What it was made from."""
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in documents(record.info)
+    )
+    head = "<thead><tr>" + "".join(f'<th scope="col">{column}</th>' for column in COLUMNS) + "</tr></thead>"
+    table = f'<table class="list">{head}<tbody>{rows}</tbody></table>'
+    lead = f'<p class="muted">{text(made_from(record.info))}</p>'
+    return f'<h2>What it was made from</h2>{lead}<div class="tablewrap">{table}</div>' if rows else ""
 
 
 def _forgetting(record: RunRecord) -> str:

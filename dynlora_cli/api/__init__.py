@@ -19,19 +19,19 @@ while another thread trains.
 
 from __future__ import annotations
 
-import inspect as signatures
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
+from dynlora_cli.api.adapting import adapt
+from dynlora_cli.api.calls import as_path, as_text, checked, done
 from dynlora_cli.errors import DynloraError, Interrupted
 
 if TYPE_CHECKING:
+    from dynlora_cli.api.loaded import Loaded
+    from dynlora_cli.api.results import Evaluation, Exported, Inspection, Merged, Run, Written
     from dynlora_cli.cli.asked import Work
-    from dynlora_cli.cli.loaded import Loaded
-    from dynlora_cli.cli.results import Evaluation, Exported, Inspection, Merged, Run, Written
     from dynlora_cli.trainers import DynamicRankCallback, attach
 
     PathLike = str | os.PathLike[str]
@@ -40,33 +40,12 @@ if TYPE_CHECKING:
     Settings = Mapping[str, Any] | Sequence[str] | None
 
 __all__ = [
-    "DynamicRankCallback", "DynloraError", "Interrupted", "attach", "evaluate", "export", "inspect", "load",
+    "DynamicRankCallback", "DynloraError", "Interrupted", "adapt", "attach", "evaluate", "export", "inspect", "load",
     "merge", "prune", "train",
 ]  # fmt: skip
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def _checked(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function, whose arguments are checked and read as the options of its command."""
-    signature = signatures.signature(function)
-
-    @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        from dynlora_cli.config.arguments import as_options
-
-        try:
-            given = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{function.__name__}() {error}") from None
-        as_options(signature, given)
-        return function(*given.args, **given.kwargs)
-
-    return checked
-
-
-@_checked
+@checked
 def train(
     recipe: PathLike | Mapping[str, Any],
     *,
@@ -99,13 +78,14 @@ def train(
         UsageError, DataError, MachineError, MeasureError: as the command.
         Interrupted: Ctrl-C, after a clean checkpoint.
     """
-    from dynlora_cli.cli import asked, faults, results
+    from dynlora_cli.api import results
+    from dynlora_cli.cli import asked, faults
     from dynlora_cli.cli.views.watching import watched
 
     with faults.translated():
-        again = _path(resume_from)
+        again = as_path(resume_from)
         asked.refuse_both_ways(overwrite, resume, again)
-        checked = asked.recipe_of(recipe, asked.settings(set), _text(output_dir))
+        checked = asked.recipe_of(recipe, asked.settings(set), as_text(output_dir))
         with asked.training(checked, overwrite=overwrite, resume=resume, resume_from=again):
             from dynlora_cli.commands import train as command
             from dynlora_cli.models.alone import one_at_a_time
@@ -115,7 +95,7 @@ def train(
     return results.Run(summary, tuple(heard.notes), Path(summary["output_dir"]))
 
 
-@_checked
+@checked
 def prune(
     adapter: Adapter,
     *,
@@ -161,18 +141,24 @@ def prune(
         overwrite: replace what dynlora made there before.
         progress: as of `train`.
     """
-    from dynlora_cli.cli import asked, results
+    from dynlora_cli.api import results
+    from dynlora_cli.cli import asked
 
     how: dict[str, Any] = {"budget": budget, "born": results.births_of(born)}
-    how |= {"policy": policy, "options": asked.settings(set), "data": _path(data), "tolerance": tolerance, "heal": heal}
-    how |= {"base": _text(base), "trust_remote_code": trust_remote_code, "max_samples": max_samples}
+    how |= {
+        "policy": policy,
+        "options": asked.settings(set),
+        "data": as_path(data),
+        "tolerance": tolerance,
+        "heal": heal,
+    }
+    how |= {"base": as_text(base), "trust_remote_code": trust_remote_code, "max_samples": max_samples}
     how |= {"measure": measure, "seed": seed, "overwrite": overwrite, "dtype": dtype, "teacher": teacher}
-    folder = results.folder_of(adapter)
-    summary, notes = _done(lambda: asked.prune(folder, Path(out), **how), progress)
+    summary, notes = done(lambda: asked.prune(results.folder_of(adapter), Path(out), **how), progress)
     return results.Run(summary, notes, Path(out))
 
 
-@_checked
+@checked
 def merge(
     adapter: Adapter | Sequence[Adapter],
     *,
@@ -213,18 +199,19 @@ def merge(
         max_changed: share of choices that may change, beyond what rounding to the stored type explains.
         overwrite, progress: as of `prune`.
     """
-    from dynlora_cli.cli import asked, results
+    from dynlora_cli.api import results
+    from dynlora_cli.cli import asked
 
-    how: dict[str, Any] = {"into": into, "out": _path(out), "method": method, "options": asked.settings(set)}
-    how |= {"weights": weights, "budget": budget, "density": density, "seed": seed, "base": _text(base)}
+    how: dict[str, Any] = {"into": into, "out": as_path(out), "method": method, "options": asked.settings(set)}
+    how |= {"weights": weights, "budget": budget, "density": density, "seed": seed, "base": as_text(base)}
     how |= {"trust_remote_code": trust_remote_code, "base_weights": base_weights, "dtype": dtype}
     how |= {"max_kl": max_kl, "max_changed": max_changed, "overwrite": overwrite}
     folders = results.folders_of(adapter)
-    summary, notes = _done(lambda: asked.merge(folders, **how), progress)
+    summary, notes = done(lambda: asked.merge(folders, **how), progress)
     return results.Merged(summary, notes, Path(summary["output_dir"]))
 
 
-@_checked
+@checked
 def export(
     adapter: Adapter | None = None,
     *,
@@ -259,17 +246,18 @@ def export(
         public: everybody may see it there; else it is private.
         base, trust_remote_code, overwrite, progress: as of `prune`.
     """
-    from dynlora_cli.cli import asked, results
+    from dynlora_cli.api import results
+    from dynlora_cli.cli import asked
 
-    how: dict[str, Any] = {"library": _path(library), "options": asked.settings(set), "base": _text(base)}
+    how: dict[str, Any] = {"library": as_path(library), "options": asked.settings(set), "base": as_text(base)}
     how |= {"trust_remote_code": trust_remote_code, "outtype": outtype, "max_kl": max_kl, "overwrite": overwrite}
     how |= {"push_to_hub": push_to_hub, "public": public, "dtype": dtype}
     folder = None if adapter is None else results.folder_of(adapter)
-    summary, notes = _done(lambda: asked.export(to, Path(out), adapter=folder, **how), progress)
+    summary, notes = done(lambda: asked.export(to, Path(out), adapter=folder, **how), progress)
     return results.Exported(summary, notes, Path(out))
 
 
-@_checked
+@checked
 def evaluate(
     adapter: Adapter | Sequence[Adapter] | None = None,
     *,
@@ -303,7 +291,8 @@ def evaluate(
         allow_template_mismatch: measure with another chat template than in training.
         base, trust_remote_code, progress: as of `prune`.
     """
-    from dynlora_cli.cli import asked_eval, results
+    from dynlora_cli.api import results
+    from dynlora_cli.cli import asked_eval
     from dynlora_cli.config.arguments import place
     from dynlora_cli.config.load import RECIPES
     from dynlora_cli.evaluation.thresholds import Thresholds
@@ -312,8 +301,11 @@ def evaluate(
     rows = None if recipe is None else Path(place("recipe", recipe))
     if rows is None and len(folders) == 1 and folders[0].suffix.lower() in RECIPES:
         rows = folders.pop()
-    how: dict[str, Any] = {"data": _path(data), "also": {name: Path(file) for name, file in (also or {}).items()}}
-    how |= {"base": _text(base), "trust_remote_code": trust_remote_code, "with_base": not no_base}
+    how: dict[str, Any] = {
+        "data": as_path(data),
+        "also": {name: Path(file) for name, file in (also or {}).items()},
+    }
+    how |= {"base": as_text(base), "trust_remote_code": trust_remote_code, "with_base": not no_base}
     how |= {"max_samples": max_samples, "generate": generate, "samples": samples, "limit": limit}
     how |= {"tasks": ",".join(tasks) or None}
     how |= {"allow_template_mismatch": allow_template_mismatch, "thresholds": Thresholds()}
@@ -322,18 +314,19 @@ def evaluate(
         measure = asked_eval.evaluate(rows, folders, **how)
         return lambda emit: measure(lambda text: emit({"event": "progress", "text": text}))
 
-    return results.Evaluation(*_done(work, progress))
+    return results.Evaluation(*done(work, progress))
 
 
-@_checked
+@checked
 def inspect(adapter: Adapter | Sequence[Adapter]) -> Inspection:
     """What an adapter is made of: ranks, sizes, spectra, where it comes from. Two are put side by side."""
-    from dynlora_cli.cli import asked, results
+    from dynlora_cli.api import results
+    from dynlora_cli.cli import asked
 
-    return results.Inspection(*_done(lambda: asked.inspect(results.folders_of(adapter)), None))
+    return results.Inspection(*done(lambda: asked.inspect(results.folders_of(adapter)), None))
 
 
-@_checked
+@checked
 def load(adapter: Adapter, *, base: PathLike | None = None, trust_remote_code: bool = False) -> Loaded:
     """A base with an adapter in memory, to be asked; a context manager, or `close()` it.
 
@@ -341,13 +334,14 @@ def load(adapter: Adapter, *, base: PathLike | None = None, trust_remote_code: b
         adapter: a run, or a folder, or any PEFT LoRA folder.
         base, trust_remote_code: as of `prune`.
     """
-    from dynlora_cli.cli import faults, results
+    from dynlora_cli.api import results
+    from dynlora_cli.cli import faults
     from dynlora_cli.commands import preflight
 
     with faults.translated():
-        folder, name = results.folder_of(adapter), _text(base)
+        folder, name = results.folder_of(adapter), as_text(base)
         preflight.adapters([folder], name)
-        from dynlora_cli.cli.loaded import Loaded
+        from dynlora_cli.api.loaded import Loaded
 
         return Loaded.open(folder, name, trust_remote_code)
 
@@ -358,27 +352,3 @@ def __getattr__(name: str) -> Any:
 
         return getattr(trainers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-# -- what Python says otherwise than the command line ----------------------------------------------------------------
-
-
-def _done(prepare: Callable[[], Work], progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The summary and the notes of some work, which is checked before anything heavy loads."""
-    from dynlora_cli.cli import faults
-    from dynlora_cli.cli.views.watching import watched
-
-    with faults.translated():
-        work = prepare()
-        from dynlora_cli.models.alone import one_at_a_time
-
-        with one_at_a_time, watched(progress) as heard:
-            return work(heard), tuple(heard.notes)
-
-
-def _path(name: PathLike | None) -> Path | None:
-    return None if name is None else Path(name)
-
-
-def _text(name: PathLike | None) -> str | None:
-    return None if name is None else os.fspath(name)

@@ -1,0 +1,106 @@
+"""What a person asks `dynlora adapt` for, on the command line or in Python: checked before anything heavy loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynlora_cli.cli.asked import Work, refuse_both_ways
+from dynlora_cli.cli.values import saved_dtype, size
+from dynlora_cli.commands import preflight
+from dynlora_cli.config.sections import TrainSource
+from dynlora_cli.data.sources import BUILTIN
+from dynlora_cli.documents.begun import Begun
+from dynlora_cli.documents.document import read_documents
+from dynlora_cli.documents.given import read_given
+from dynlora_cli.drafts.document import BUDGET, document_recipe
+from dynlora_cli.errors import UsageError
+from dynlora_cli.runs.events import Emit
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.recipe import Recipe
+
+QUESTIONS, ANSWER_TOKENS = 24, 128
+
+
+def adapt(
+    model: str | None,
+    documents: Sequence[Path],
+    out: Path,
+    *,
+    data: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    questions: int = QUESTIONS,
+    chunk_tokens: int | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
+    add_chunks: bool = False,
+    budget: str | float = BUDGET,
+    settings: Sequence[str] = (),
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> Work:
+    """An adapter from documents; or, of a dry run, what would be done."""
+    refuse_both_ways(overwrite, resume, None)
+    if not model:
+        raise UsageError("no model is named", "name one: --model FOLDER, a hub id or builtin:tiny")
+    if columns and data is None:
+        raise UsageError("--columns names the columns of rows, and there are none", "add --data FILE, or leave it out")
+    for number, option in (
+        (questions, "--questions"),
+        (chunk_tokens, "--chunk-tokens"),
+        (answer_tokens, "--answer-tokens"),
+    ):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number}: must be 1 or more")
+    size(budget, "--budget")
+    notes: list[str] = []
+    read = read_documents(documents, notes)
+    given = None if data is None else read_given(data, columns or {}, notes)
+    recipe, text = document_recipe(
+        model, [one.name for one in read], out, budget=str(budget), changes=_changes(settings, dtype, trust_remote_code)
+    )
+    if add_chunks:
+        _refuse_unaddable(recipe)
+        size(budget, "--budget with --add-chunks", auto=False, in_bytes=False)
+    preflight.training(_without_rows(recipe), writes=False)
+    if not dry_run:
+        Begun(out).refuse(overwrite=overwrite, resume=resume)
+    how: dict[str, Any] = {"given": given, "data": data, "questions": questions, "chunk_tokens": chunk_tokens}
+    told = {change.partition("=")[0].strip() for change in settings}
+    how["may_lengthen"] = not told & {"train", "train.epochs", "train.max_steps"}
+    how |= {"answer_tokens": answer_tokens, "add_chunks": add_chunks, "overwrite": overwrite, "resume": resume}
+
+    def work(emit: Emit) -> dict[str, Any]:
+        from dynlora_cli.commands import adapt as command
+        from dynlora_cli.commands import train
+
+        request = command.Request(recipe, text, read, out, train.run, **how, notes=notes)
+        return command.plan(request) if dry_run else command.run(request, emit)
+
+    return work
+
+
+def _changes(settings: Sequence[str], dtype: str | None, trust_remote_code: bool) -> list[str]:
+    """Changes of the recipe, with what options of their own stand for."""
+    own = [f"adapter.save_dtype={saved_dtype(dtype)}"] if dtype else []
+    return [*settings, *own, *(["model.trust_remote_code=true"] if trust_remote_code else [])]
+
+
+def _refuse_unaddable(recipe: Recipe) -> None:
+    """Refuse components that cannot be put side by side."""
+    if recipe.adapter.variant != "lora" or recipe.adapter.origin:
+        what = "adapter.from" if recipe.adapter.origin else f"adapter.variant={recipe.adapter.variant}"
+        raise UsageError(
+            f"--add-chunks puts plain components that start from nothing side by side, and {what} is not that",
+            "leave one of them out",
+        )
+
+
+def _without_rows(recipe: Recipe) -> Recipe:
+    """The recipe with rows that are always there in place of those that are yet to be written."""
+    sources = {"train": [TrainSource(path=BUILTIN)], "val": []}
+    return recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update=sources)})

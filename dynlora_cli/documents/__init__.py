@@ -1,0 +1,1 @@
+"""Rows about a document, written by a model that has the document before it."""

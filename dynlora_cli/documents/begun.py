@@ -1,0 +1,115 @@
+"""The folder beside an output folder in which rows are written, until a run holds them. No torch here.
+
+out/.name.adapt/          beside out/name
+  asked.json              what was asked for, so that --resume goes on with the same
+  chunk-00001.json ...    requests and answers about each chunk, as they come
+  rows.jsonl              the rows, when all are written; and those that are held out
+  held_out.jsonl
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import read_object
+from dynlora_cli.files.whole import remove, write_json
+from dynlora_cli.runs import folder as run_folder
+
+ASKED = "asked.json"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Work on an output folder that may have been begun.
+
+    Attributes:
+        out: the output folder.
+    """
+
+    out: Path
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its rows are."""
+        out = self.out.absolute()
+        return out.with_name(f".{out.name}.adapt")
+
+    def refuse(self, *, overwrite: bool, resume: bool) -> None:
+        """What the disk alone can say against the output folder.
+
+        Raises:
+            UsageError: it is not free, or rows for it are half written, or there is nothing to go on with.
+        """
+        if resume:
+            if not self.folder.is_dir() and not (self.out / run_folder.RECORD).is_file():
+                raise UsageError(f"--resume: nothing was begun in {self.out}", "leave --resume out")
+            if not self.folder.is_dir() and "adapted" not in run_folder.read_record(self.out):
+                raise UsageError(
+                    f"--resume: the run in {self.out} was made from no document", "go on with it by `dynlora train`"
+                )
+            return
+        if self.folder.is_dir() and not overwrite:
+            raise UsageError(
+                f"--out {self.out}: rows for it were begun, in {self.folder}",
+                "add --resume to go on with them, or --overwrite to begin anew",
+            )
+        run_folder.refuse_occupied(self.out, overwrite=overwrite, option="--out")
+
+    def begin(self, sha256: str, *, overwrite: bool, resume: bool) -> str:
+        """Make the folder, or go on with it.
+
+        Args:
+            sha256: over all that decides which rows are written.
+            overwrite: the run may replace another.
+            resume: what is there is gone on with.
+
+        Returns:
+            The identity of the work.
+
+        Raises:
+            UsageError: other rows were begun, or another run is in the output folder by now.
+        """
+        if resume:
+            asked = self._asked()
+            if asked.get("sha256") != sha256:
+                raise UsageError(
+                    f"--resume: the rows in {self.folder} were begun with other documents or options",
+                    "repeat that command with --resume, or begin anew with --overwrite",
+                )
+            overwrite = asked.get("overwrite") is True or self._is_of_this_work()
+            run_folder.refuse_occupied(self.out, overwrite=overwrite, option="--out")
+            return str(asked["id"])
+        remove(self.folder)
+        self.folder.mkdir(parents=True)
+        id_ = uuid.uuid4().hex
+        write_json(self.folder / ASKED, {"sha256": sha256, "id": id_, "overwrite": overwrite})
+        return id_
+
+    def has_become_a_run(self) -> bool:
+        """Whether the output folder holds the run on these rows, and has something to go on from."""
+        if not self.folder.is_dir():
+            return True
+        if not self._is_of_this_work():
+            return False
+        record = run_folder.read_record(self.out)
+        steps = run_folder.step_folders(self.out)
+        return "summary" in record or any(run_folder.fault_of(step, record) is None for step in steps)
+
+    def end(self) -> None:
+        """The rows are in the run's folder: those here are needed no more."""
+        remove(self.folder)
+
+    def _asked(self) -> dict[str, Any]:
+        file = self.folder / ASKED
+        return read_object(file) if file.is_file() else {}
+
+    def _is_of_this_work(self) -> bool:
+        if not (self.out / run_folder.RECORD).is_file():
+            return False
+        adapted = run_folder.read_record(self.out).get("adapted") or {}
+        return "id" in adapted and adapted["id"] == self._asked().get("id")

@@ -1,0 +1,113 @@
+"""The documents that an adapter is made from: text files, or tables with a column `text`. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynlora_cli.config.sections import Source
+from dynlora_cli.data.forms import BadRowError, refuse_half_characters
+from dynlora_cli.data.sources import tables
+from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.files.whole import sha256_of
+
+MOST_CHARACTERS = 20_000_000  # of all documents: some 10,000 chunks, which a model reads for days
+LONGEST_TITLE = 80  # characters
+AS_TEXT = {
+    ".pdf": "pdftotext FILE.pdf FILE.txt",
+    ".docx": "pandoc FILE.docx -o FILE.md",
+    ".odt": "pandoc FILE.odt -o FILE.md",
+    ".epub": "pandoc FILE.epub -o FILE.md",
+    ".html": "pandoc FILE.html -o FILE.md",
+    ".htm": "pandoc FILE.htm -o FILE.md",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file.
+
+    Attributes:
+        name: of the file, without its folder.
+        path: as it was named, or as it was found in a folder.
+        texts: of a text file the whole; of a table one for each row. No chunk goes over the end of one.
+        sha256: of the file.
+    """
+
+    name: str
+    path: Path
+    texts: tuple[str, ...]
+    sha256: str
+
+    @property
+    def title(self) -> str:
+        """Its first line, if that is a heading; else empty."""
+        first = self.texts[0].strip().split("\n")[0].strip()
+        heading = first.startswith("#") or not first.endswith((".", "!", "?", ":", ",", ";"))
+        return first.lstrip("# ") if heading and len(first) <= LONGEST_TITLE else ""
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
+
+
+def read_documents(paths: Iterable[Path], notes: list[str]) -> list[Document]:
+    """All documents, in the order in which they were named; of a folder each file.
+
+    Args:
+        paths: of files or folders.
+        notes: what was chosen or left out is added here.
+
+    Raises:
+        UsageError, DataError: none is named, one is missing, empty, twice there or no text, or they are too long.
+    """
+    found: dict[Path, Document] = {}
+    for path in paths:
+        for document in _read(path, notes):
+            place = document.path.resolve()
+            if place in found:
+                raise UsageError(f"--document {document.path} is named twice", "name each document once")
+            found[place] = document
+    if not found:
+        raise UsageError("no document is named", "name one: --document FILE, such as guide.md")
+    characters = sum(document.characters for document in found.values())
+    if characters > MOST_CHARACTERS:
+        raise UsageError(
+            f"the documents have {characters:,} characters, and at most {MOST_CHARACTERS:,} go into one adapter",
+            "name fewer; for so many texts, passages that are looked up serve better: dataset.retrieve",
+        )
+    return list(found.values())
+
+
+def _read(path: Path, notes: list[str]) -> list[Document]:
+    """The documents of a file or a folder."""
+    if path.suffix.lower() in AS_TEXT and path.is_file():
+        text = f"--document {path}: files of the kind {path.suffix} are not read"
+        raise DataError(text, f"make a text of it first: {AS_TEXT[path.suffix.lower()]}")
+    # What is no file must not be taken for the name of a data set of the hub.
+    name = str(path) if path.exists() or path.is_absolute() else f"./{path}"
+    try:
+        listed = tables(Source(path=name), notes, held_out=False)
+        documents = []
+        for table in listed:
+            texts = [_text_of(place, row) for place, row in table.read()]
+            file = Path(table.name)
+            documents.append(Document(file.name, file, tuple(text for text in texts if text.strip()), sha256_of(file)))
+    except (UsageError, DataError) as error:
+        raise type(error)(f"--document: {error.message.removeprefix('dataset: ')}", error.hint) from None
+    for document in documents:
+        if not document.texts:
+            raise DataError(f"--document: {document.path}: no text", "the file is empty")
+    return documents
+
+
+def _text_of(place: str, row: dict[str, object]) -> str:
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise DataError(f"{place}: a document is a text, or rows with a column 'text'; found {', '.join(row)}")
+    try:
+        refuse_half_characters(text)
+    except BadRowError as error:
+        raise DataError(f"{place}: {error}") from None
+    return text

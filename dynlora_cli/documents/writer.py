@@ -1,0 +1,256 @@
+"""A base model that has a chunk of a document in its prompt, and writes questions about it, or answers them.
+
+The prompt of an answer is what the teacher of context distillation will see (data/formats/grounded.py): the chunk, a
+blank line, the question, in the model's chat template where it has one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynlora_cli.data.batches import Batches
+from dynlora_cli.data.chat.ways import Ways
+from dynlora_cli.data.load import load_data
+from dynlora_cli.decoding.sampling import Sampling
+from dynlora_cli.decoding.write import Listener, Row, Written, own_ends, write
+from dynlora_cli.documents import requests
+from dynlora_cli.documents.chunks import CHUNK, Chunk
+from dynlora_cli.documents.requests import STOP, read_request
+from dynlora_cli.errors import DynloraError, Interrupted, UsageError
+from dynlora_cli.evaluation.held_out_loss import held_out
+from dynlora_cli.generation.voice import Voice, voice_of
+from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.load import Base, load_base, precision_of
+from dynlora_cli.tasks import task as tasks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from dynlora_cli.config.recipe import Recipe
+
+BLANK = "\n\n"  # between a chunk and what is asked about it
+BATCH = 8  # answers that are written together
+REQUEST_TOKENS = 64  # of the longest request that is taken
+TEMPERATURE, TOP_P = 0.8, 0.95  # of questions; answers are greedy
+LEAST_CHUNK = 16  # tokens
+JOINTS = 8  # tokens by which texts may be more when they are put together
+_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][\"'\u201d)]*(?=\s|$)")
+Stopped = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model's tokenizer and the form in which it is asked: what is known before its weights are loaded.
+
+    Attributes:
+        recipe: of the run that is to be.
+        files: of the base model.
+    """
+
+    recipe: Recipe
+    files: BaseFiles
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.files.tokenizer
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def voice(self, ends: set[int]) -> Voice:
+        """How the model is asked, as the rows of the run will be written.
+
+        Args:
+            ends: tokens at which the model itself stops.
+        """
+        dataset = self.recipe.dataset
+        found = voice_of("base", None, self.tokenizer, self.recipe.model, ends)
+        ways = Ways(dataset.chat_template_kwargs, dataset.system, dataset.reasoning)
+        chat = found.chat and dataset.chat is not False
+        return replace(found, ways=ways, chat=chat, separator="" if chat else dataset.separator)
+
+    @cached_property
+    def chat(self) -> bool:
+        """Whether it can be asked: it has a chat template, and the recipe does not leave it out."""
+        return self.voice(set()).chat
+
+    def request_tokens(self, given: Sequence[str] = ()) -> int:
+        """Tokens that a request may have: of those that a person gives the longest.
+
+        Args:
+            given: requests of a person; none: the model writes them.
+        """
+        if given:
+            return max(map(self.count, given))
+        context = self.files.context_length
+        return REQUEST_TOKENS if context is None else min(REQUEST_TOKENS, max(LEAST_CHUNK, context // 8))
+
+    def chunk_tokens(self, wanted: int | None, request: int, answer: int) -> int:
+        """Tokens that a chunk may have.
+
+        Args:
+            wanted: as a person says; None: 512, or what the model's context leaves.
+            request, answer: tokens that these may have.
+
+        Raises:
+            UsageError: that leaves no room for requests and answers.
+        """
+        context = self.files.context_length
+        if context is None:
+            return wanted or CHUNK
+        form = len(_ids(self.voice(set()), "", ".")) + JOINTS
+        room = context - form - request - answer
+        if (wanted or LEAST_CHUNK) > room:
+            said = f"--chunk-tokens {wanted}" if wanted else f"answers of {answer} tokens"
+            shorter = "allow shorter ones: --answer-tokens 32"
+            hint = f"--chunk-tokens {room} is the most" if room >= LEAST_CHUNK else shorter
+            raise UsageError(
+                f"{said}: {self.recipe.model.name_or_path} has a context of {context:,} tokens, in which {request} are "
+                f"for a question and {answer} for its answer: that leaves {max(0, room)}",
+                hint,
+            )
+        return min(wanted or CHUNK, room)
+
+
+class Writer:
+    """The model, in memory.
+
+    Args:
+        reader: its tokenizer and form.
+        request_tokens, answer_tokens: that a request and an answer may have.
+        stopped: asked after each token whether to give up.
+    """
+
+    def __init__(
+        self, reader: Reader, request_tokens: int, answer_tokens: int, stopped: Stopped = lambda: False
+    ) -> None:
+        self.reader, self.stopped = reader, stopped
+        self.request_tokens, self.answer_tokens = request_tokens, answer_tokens
+        recipe, files = reader.recipe, reader.files
+        files.refuse_code()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.base: Base = load_base(recipe.model, files, files.tokenizer, device=device, labels=None, seed=recipe.seed)
+        self.base.model.requires_grad_(False)
+        self.base.model.eval()
+        self.voice = reader.voice(own_ends(self.base.model, files.tokenizer))
+
+    def ask(self, chunk: Chunk, begin: int, many: int) -> list[tuple[str, str]]:
+        """Requests about a chunk, as the model writes them, each with its kind.
+
+        Every part of the chunk is asked about in one way after the other, and then again, drawn at random.
+
+        Args:
+            chunk: of the document.
+            begin: tries at this chunk before.
+            many: tries now; of those that fail there is no request.
+        """
+        tries = requests.tries(chunk.text)
+        rows, told = [], []
+        for number in range(begin, begin + many):
+            way, part = tries[number % len(tries)]
+            drawn: dict[str, Any] = {}
+            if number >= len(tries):
+                seed = _seed(self.reader.recipe.seed, chunk.text, number)
+                drawn = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": seed}
+            sampling = Sampling(max_new_tokens=self.request_tokens, stop_strings=(STOP,), **drawn)
+            ids = self.voice.text_ids(requests.prompt(chunk.title, part, way))
+            rows.append(Row(self.voice.tokenizer, ids, sampling, self.voice.ends, continues=True))
+            told.append(way)
+        texts = [
+            read_request(one.text, way, chunk.title, chunk.text)
+            for way, one in zip(told, self._write(rows), strict=True)
+        ]
+        return [(way.kind, text) for way, text in zip(told, texts, strict=True) if text]
+
+    def answer(self, chunk: Chunk, prompts: Sequence[str]) -> list[str]:
+        """Answers by the chunk; empty where the model has none."""
+        sampling, voice = Sampling(max_new_tokens=self.answer_tokens), self.voice
+        ids = [_ids(voice, chunk.text, prompt) for prompt in prompts]
+        rows = [Row(voice.tokenizer, one, sampling, voice.ends, continues=not voice.chat) for one in ids]
+        return [_whole(written) for written in self._write(rows)]
+
+    def loss(self, rows: Path) -> float | None:
+        """Mean loss of the answers in a file of prompts with their chunks and completions, in nats per token.
+
+        The rows are written as those of the run are, so that it compares with the run's held-out loss.
+        """
+        recipe, files = self.reader.recipe, self.reader.files
+        source = {"path": str(rows), "format": "completion"}
+        dataset = type(recipe.dataset).model_validate(
+            {**recipe.dataset.model_dump(), "train": [source], "val": [], "val_size": 0, "max_length": 1 << 20}
+        )
+        data = load_data(
+            dataset,
+            files.tokenizer,
+            task=tasks.of(recipe.model),
+            seed=recipe.seed,
+            max_length=files.context_length,
+            table=files.table_rows,
+            to_measure=True,
+        )
+        pad, device = int(files.tokenizer.pad_token_id), self.base.model.device
+        longest = max(example.tokens for example in data.train)
+        batches = Batches.in_order(data.train, micro_batch_size=BATCH, max_length=longest, pad_id=pad)
+        on_device = (batch.to(device) for at in range(batches.steps_per_epoch) for batch in batches.step(0, at))
+        return held_out(self.base.model, on_device, autocast=precision_of(self.base))["loss"]
+
+    def _write(self, rows: Sequence[Row]) -> list[Written]:
+        """What the model writes.
+
+        Raises:
+            Interrupted: somebody asked to stop. DynloraError: the logits became NaN.
+        """
+        pad = self.base.tokenizer.pad_token_id
+        with precision_of(self.base)():
+            written = write(
+                self.base.model,
+                rows,
+                pad_id=0 if pad is None else int(pad),
+                context=self.reader.files.context_length,
+                listener=Listener(cancelled=lambda _: self.stopped()),
+                shares=True,
+            )
+        if self.stopped():
+            raise Interrupted("interrupted while the rows were written; those that are done are kept", "add --resume")
+        if any(one.finish_reason == "failed" for one in written):
+            raise DynloraError("the model's logits became NaN while it wrote", "try --set model.dtype=float32")
+        return written
+
+
+def with_context(chunk: str, request: str) -> str:
+    """What the teacher reads: a chunk, and what is asked about it."""
+    return f"{chunk}{BLANK}{request}" if chunk else request
+
+
+def _ids(voice: Voice, chunk: str, request: str) -> tuple[int, ...]:
+    text = with_context(chunk, request)
+    if not voice.chat:
+        return voice.prompt_ids(text)
+    return voice.chat_ids([{"role": "user", "content": text}], None)[0]
+
+
+def _seed(seed: int, *parts: object) -> int:
+    """A seed of its own for each text that is drawn, the same each time."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode("utf-8", "replace")).digest()[:7], "big")
+
+
+def _whole(written: Written) -> str:
+    """An answer: up to where it begins to repeat itself, and without a sentence for which there was no room."""
+    text, said, start = written.text.strip(), set[str](), 0
+    for match in _SENTENCE_END.finditer(text):
+        sentence = requests.same(text[start : match.end()])
+        if sentence in said:
+            return text[:start].strip()
+        said.add(sentence)
+        start = match.end()
+    return text[:start].strip() if written.finish_reason == "length" and start else text
