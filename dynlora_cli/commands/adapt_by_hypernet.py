@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from dynlora_cli import __version__
 from dynlora_cli.adapters.adapter import Adapter
@@ -17,6 +18,8 @@ from dynlora_cli.config.budget import Budget
 from dynlora_cli.config.dtypes import FULL, rounding_note
 from dynlora_cli.errors import UsageError
 from dynlora_cli.evaluation.peft_check import check_files, tell
+from dynlora_cli.hypernets.conditions import Descriptions
+from dynlora_cli.hypernets.documents import Documents
 from dynlora_cli.hypernets.files import read_hypernet
 from dynlora_cli.hypernets.writing import Writer, cut, open_writer
 from dynlora_cli.models.quiet import quiet
@@ -27,6 +30,29 @@ from dynlora_cli.runs import record as records
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.report.write import write_card
 
+PARAGRAPH = "\n\n"  # between two documents
+Source = dict[str, Any]
+
+
+class Text(Protocol):
+    """A document that was read, such as documents.document.Document."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """What it says, in one or several parts."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its file."""
+
+    @property
+    def characters(self) -> int:
+        """Of all parts."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -35,7 +61,8 @@ class Request:
     Attributes:
         hypernet: the run folder of a variant that writes adapters.
         out: a new folder.
-        description: what the task is, in words.
+        description: what the task is, in words; empty where documents are named.
+        documents: that it is to be written from, read already.
         budget: what the adapter may hold; None: what the hypernetwork's own recipe says (`rank.budget`).
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
@@ -45,7 +72,8 @@ class Request:
 
     hypernet: Path
     out: Path
-    description: str
+    description: str = ""
+    documents: Sequence[Text] = ()
     budget: Budget | None = None
     base_name: str | None = None
     trust_remote_code: bool = False
@@ -69,24 +97,43 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
         MachineError: its base or its encoder is not on this machine.
         MeasureError: PEFT reads the adapter otherwise; it is kept.
     """
+    if request.documents:
+        return write_into(request, partial(_read, request.documents), emit)
     text = request.description.strip()
     if not text:
         raise UsageError("--description says nothing", "write what the task is, in words")
-    return write_into(request, text, {"description": text}, emit)
+    return write_into(request, lambda writer: _described(writer, text), emit)
 
 
-def write_into(
-    request: Request,
-    key: Hashable | Callable[[Writer], Hashable],
-    source: dict[str, Any],
-    emit: Emit,
-) -> dict[str, Any]:
+def _described(writer: Writer, text: str) -> tuple[Hashable, Source]:
+    """A description as what the network writes from."""
+    if not isinstance(writer.conditions, Descriptions):
+        folder = writer.hypernetwork.folder
+        raise UsageError(
+            f"{folder} writes adapters from documents", "name one in place of --description: --document FILE"
+        )
+    return text, {"description": text}
+
+
+def _read(documents: Sequence[Text], writer: Writer) -> tuple[Hashable, Source]:
+    """Documents, one after the other, as what the network writes from."""
+    conditions = writer.conditions
+    if not isinstance(conditions, Documents):
+        folder = writer.hypernetwork.folder
+        raise UsageError(
+            f"{folder} writes adapters from descriptions", "write one in place of --document: --description TEXT"
+        )
+    key = conditions.of_text(PARAGRAPH.join(text for document in documents for text in document.texts))
+    named = [{"name": each.name, "sha256": each.sha256, "characters": each.characters} for each in documents]
+    return key, {"documents": named, "chunks": conditions.chunks(key)}
+
+
+def write_into(request: Request, find: Callable[[Writer], tuple[Hashable, Source]], emit: Emit) -> dict[str, Any]:
     """The walk that all sources share.
 
     Args:
         request: what is asked for.
-        key: what the network writes from, or what finds it once the base is known.
-        source: the same, for record and summary.
+        find: what the network writes from, and the same for record and summary; asked once the base is known.
         emit: takes notes.
     """
     run_folder.refuse_occupied(request.out, overwrite=request.overwrite, option="--out")
@@ -94,8 +141,10 @@ def write_into(
     hypernetwork = read_hypernet(request.hypernet)
     writer = open_writer(hypernetwork, request.base_name, request.trust_remote_code)
     started = time.perf_counter()
-    whole = writer.write(key(writer) if callable(key) else key)
-    budget = request.budget or Budget("parameters", hypernetwork.form.budget)
+    key, source = find(writer)
+    whole = writer.write(key)
+    # On record for what is written from one text; a document has as much of each chunk, and what all have in common.
+    budget = request.budget or Budget("parameters", hypernetwork.form.budget * (1 + source.get("chunks", 0)))
     kept = cut(whole, budget, request.dtype)
     seconds = time.perf_counter() - started
     saved = kept.rounded(request.dtype)

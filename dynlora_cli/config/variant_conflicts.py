@@ -72,7 +72,9 @@ def _hypernet_conflicts(recipe: Settings) -> Iterator[Conflict]:
         return
     by_row = f"variant {variant} writes an adapter for each row"
     objective = getattr(recipe.train, "objective", plugins.OBJECTIVE)
-    compares = {"Preference", "Judged"} & set(plugins.declared("objectives", objective, "FORMS", ()))
+    forms = set(plugins.declared("objectives", objective, "FORMS", ()))
+    reads = variant in plugins.names("hypernets") and plugins.declared("hypernets", variant, "READS")
+    compares = {"Preference", "Judged"} & forms and reads != "document"
     refused = {
         "model.task": recipe.model.task != "causal-lm" and "it is for models that write text: causal-lm",
         "dataset.packing": data.packing and f"{by_row}, which share none; set it to false",
@@ -86,9 +88,12 @@ def _hypernet_conflicts(recipe: Settings) -> Iterator[Conflict]:
     for key, text in refused.items():
         if text:
             yield Conflict(key, "adapter.variant", text)
+    if reads == "document" and "Grounded" not in forms:
+        text = f"variant {variant} reads the contexts of rows, which {objective} leaves out"
+        yield Conflict("train.objective", "adapter.variant", f"{text}; write `objective: context-distillation`")
     text = f"variant {variant} prunes nothing while it trains: an adapter is cut to rank.budget when it is written"
     yield from _unused(recipe, "pruning", tuple(type(recipe.pruning).model_fields), text)
-    if variant in plugins.names("hypernets") and plugins.declared("hypernets", variant, "READS") == "description":
+    if reads == "description":
         for part in ("train", "val"):
             for at, source in enumerate(getattr(data, part)):
                 if not source.descriptions:

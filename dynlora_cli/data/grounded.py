@@ -90,7 +90,8 @@ class GroundedEncoder(TextEncoder):
         )
         for form, draft, teacher in zip(forms, drafts, taught, strict=True):
             before = teacher.ids[: _answer(teacher.labels)]
-            draft.lines = [self._context(form.context), before]
+            draft.lines = [self.context(form.context), before]
+            draft.prompt = f"{form.context}\n{draft.prompt}"  # the same question of another text is another prompt
             said = min(len(draft.ids), self.max_length) - _answer(draft.labels)
             if self.reads is not None and len(before) + said > self.reads:
                 draft.untaught = draft.untaught or f"{UNREAD}, {counted(self.reads, 'token')}"
@@ -104,7 +105,8 @@ class GroundedEncoder(TextEncoder):
         before = array("i", before)
         return GroundedText(ids, labels, row, draft.confidence, context_ids=context, teacher_ids=before)
 
-    def _context(self, text: str) -> Sequence[int]:
+    def context(self, text: str) -> Sequence[int]:
+        """Tokens of a context alone."""
         if text not in self._contexts:
             self._contexts[text] = array("i", self._ids([text])[0])
         return self._contexts[text]

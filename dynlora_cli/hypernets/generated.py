@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,8 +67,5 @@ class Generated(WithoutComponents):
             return None
         return self.net.penalty(self.net(self.conditions.of(list(self._of_step))))
 
-    @contextmanager
-    def silent(self) -> Iterator[None]:
-        """Inside the block the model is the base alone."""
-        with silent(self.written.values()):
-            yield
+    def switched_off(self) -> AbstractContextManager[None]:
+        return silent(self.written.values())

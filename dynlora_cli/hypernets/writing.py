@@ -21,6 +21,7 @@ from dynlora_cli.config.budget import Budget
 from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.errors import UsageError
 from dynlora_cli.hypernets.conditions import Conditions, Descriptions
+from dynlora_cli.hypernets.documents import CHUNK, Documents, reader_of
 from dynlora_cli.hypernets.files import Hypernetwork
 from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.place import Place
@@ -132,7 +133,11 @@ def _empty(hypernetwork: Hypernetwork) -> Adapter:
 def _conditions(hypernetwork: Hypernetwork, empty: Adapter, place: Place) -> Conditions:
     form = hypernetwork.form
     if form.encoder is None:
-        raise UsageError(f"{hypernetwork.folder} writes adapters from documents", "name one: --document FILE")
+        base = base_in_memory(empty, place, read_tokenizer(empty, place))
+        hypernetwork.net.to(base.model.device)
+        places, context = hypernetwork.net.places, place.files.context_length
+        reader = reader_of(base.model.eval(), base.tokenizer, places, form.options[CHUNK], context)
+        return Documents(reader, base.tokenizer)
     if form.encoder.name == BASE:
         loaded = base_in_memory(empty, place, read_tokenizer(empty, place))
         identity = fingerprint(place.folder, place.files.config)["sampled_sha256"]

@@ -199,8 +199,10 @@ class Written(TypedDict, total=False):
     """The variant that it was trained as."""
     description: str
     """The text that it wrote from."""
-    document: dict[str, Any]
-    """The document that it wrote from: name, sha256, characters, chunks."""
+    documents: list[dict[str, Any]]
+    """The documents that it wrote from: name, sha256 and characters of each."""
+    chunks: int
+    """That the base read of them, each alone."""
     parameters_written: int
     """Numbers in all components that it wrote, before the budget."""
 

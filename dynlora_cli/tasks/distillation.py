@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dynlora_cli.errors import DynloraError
 from dynlora_cli.kernels.linear_cross_entropy import chunks, linear_losses
 from dynlora_cli.tasks import objective
-from dynlora_cli.tasks.loss import at_targets, evaluating
+from dynlora_cli.tasks.loss import at_targets, evaluating, summed_loss
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Train
@@ -145,6 +145,8 @@ class Taught(objective.Objective):
         self.told, self.share = told, share
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if not self.share:  # nobody was asked
+            return summed_loss(model, batch)
         token_NM, share_NM = self.told.of(batch.rows, batch.labels.device)
         share_NM *= self.share
         head, states_ND, targets_N, _ = at_targets(model, batch)

@@ -11,12 +11,14 @@ import torch
 
 from dynlora_cli import plugins
 from dynlora_cli.config.options import options
+from dynlora_cli.data.grounded import GroundedText
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.hypernets.conditions import Conditions, Descriptions
+from dynlora_cli.hypernets.documents import CHUNK, Documents, reader_of
 from dynlora_cli.hypernets.files import make_net, write_hypernet
 from dynlora_cli.hypernets.generated import Generated
-from dynlora_cli.hypernets.hypernet import Hypernet
+from dynlora_cli.hypernets.hypernet import Hypernet, places_of
 from dynlora_cli.hypernets.layer import place_layers
 from dynlora_cli.lora.start import Start, plan_start
 from dynlora_cli.lora.variant import scale_of
@@ -26,7 +28,7 @@ from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.targets import find_targets
 from dynlora_cli.retrieval.encoders import BASE, encoder_folder, make_encoder
 from dynlora_cli.tasks.loss import evaluating
-from dynlora_cli.text import counted
+from dynlora_cli.text import counted, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +56,7 @@ def begin_hypernet(recipe: Recipe, base: Base, data: Data, device: torch.device)
     """
     base.model.requires_grad_(False)
     start = plan_layers(recipe, base)
-    conditions = _conditions(recipe, base, data, device)
+    conditions = _conditions(recipe, base, data, device, start)
     with seeded(recipe.seed, device):
         net = _net(recipe, base, start, conditions.width).to(device)
     written = place_layers(base.model, start.counts, recipe.adapter.dropout)
@@ -128,11 +130,28 @@ def write_hypernet_of(folder: Path, run: Run, generated: Generated) -> None:
     write_hypernet(folder, form, generated.net, conditions.tensors())
 
 
-def _conditions(recipe: Recipe, base: Base, data: Data, device: torch.device) -> Conditions:
+def _conditions(recipe: Recipe, base: Base, data: Data, device: torch.device, start: Start) -> Conditions:
     """What the rows of a run come with, as conditions."""
     if plugins.declared("hypernets", recipe.adapter.variant, "READS") == "document":
-        raise UsageError(f"variant {recipe.adapter.variant} reads documents, which are not read yet")
+        return _documents(recipe, base, data, start)
     return _descriptions(recipe, base, data, device)
+
+
+def _documents(recipe: Recipe, base: Base, data: Data, start: Start) -> Documents:
+    layers = [(name, *linear_shape(base.model.get_submodule(name)), count) for name, count in start.counts.items()]
+    most, context = getattr(recipe.adapter, CHUNK), base.files.context_length
+    reader = reader_of(base.model, base.tokenizer, places_of(layers), most, context)
+    found = Documents(reader, base.tokenizer)
+    lengths = {
+        found.key(row): len(row.context_ids) for row in [*data.train, *data.val] if isinstance(row, GroundedText)
+    }
+    room, longest = sum(map(reader.room, lengths.values())), max(lengths.values())
+    kept = "what its blocks make of it is kept" if room <= reader.limit else f"{size(reader.limit)} of it are kept"
+    data.notes.append(
+        f"adapters are written from {counted(len(lengths), 'context')} of up to {counted(longest, 'token')}; "
+        f"the base reads each, which gives {size(room)}, and {kept}"
+    )
+    return found
 
 
 def _descriptions(recipe: Recipe, base: Base, data: Data, device: torch.device) -> Descriptions:

@@ -52,6 +52,8 @@ def _refer(run: Run, objective: PreferenceObjective, interrupted: Callable[[], b
 
 
 def _teach(run: Run, objective: Distilled, interrupted: Callable[[], bool]) -> None:
+    if not objective.share:
+        return
     told = objective.told
     unknown = [example for example in run.batches.shown(run.total_steps) if example.row not in told]
     if not unknown:

@@ -1,4 +1,8 @@
-"""Runs that train a hypernetwork, small enough for tests: three tasks of one repeated word, two descriptions each."""
+"""Runs that train a hypernetwork, small enough for tests.
+
+hypernet_recipe   three tasks of one repeated word, two descriptions each
+document_recipe   adapters from the contexts of rows
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny_run import model_folder
+from tiny_run import grounded_rows, model_folder
 
 from dynlora_cli.config.load import check_recipe
 from dynlora_cli.config.recipe import Recipe
@@ -51,3 +55,31 @@ def hypernet_recipe(
         "output_dir": str(folder / out),
     }
     return check_recipe({**recipe, **keys}, overrides)
+
+
+def document_recipe(folder: Path, *overrides: str, out: str = "out") -> Recipe:
+    """12 steps of 6 rows; contexts are of two or three chunks, of which each gets 4 components in a layer."""
+    values: dict[str, Any] = {
+        "model": str(model_folder(folder)),
+        "dataset": {"train": [str(grounded_rows(folder))], "val_size": 0.25, "max_length": 96},
+        "adapter": {
+            "variant": "doc-to-lora",
+            "target_modules": ["down_proj"],
+            "chunk": 6,
+            "latent_size": 16,
+            "latents": 3,
+            "head_size": 8,
+        },
+        "rank": {"init": 4, "budget": 2},
+        "train": {
+            "objective": "context-distillation",
+            "answer_share": 0.5,
+            "max_steps": 12,
+            "micro_batch_size": 6,
+            "learning_rate": 3e-3,
+            "log_steps": 1,
+        },
+        "eval": {"steps": 4},
+        "output_dir": str(folder / out),
+    }
+    return check_recipe(values, overrides)

@@ -126,7 +126,7 @@ def test_the_penalty_is_the_mean_size_of_what_was_written_for_chunks():
     common = RANK
     sizes = []
     for written in net(documents).values():
-        a, b = written.a[:, common:], written.b[:, :, common:] / SCALE
+        a, b = written.a[:, common:], written.b[:, :, common:] / (SCALE * RANK**1.5)
         a_chunks, b_chunks = (a[0, :RANK], a[1, :RANK], a[1, RANK:]), (b[0, :, :RANK], b[1, :, :RANK], b[1, :, RANK:])
         sizes.append(sum(x.abs().mean() for x in (*a_chunks, *b_chunks)) / 2)
     torch.testing.assert_close(net.penalty(net(documents)), 0.5 * torch.stack(sizes).mean())

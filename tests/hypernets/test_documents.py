@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from dynlora_cli.errors import UsageError
 from dynlora_cli.hypernets.documents import Reader, block_names, cut
-from dynlora_cli.hypernets.hypernet import places_of
+from dynlora_cli.hypernets.hypernet import Written, places_of
+from dynlora_cli.hypernets.layer import place_layers
 
 SIZES = {"vocab_size": 50, "num_hidden_layers": 3, "hidden_size": 16, "num_attention_heads": 2}
 MODELS = {
@@ -24,8 +24,12 @@ def make(kind="llama", depths=(0, 1, 2), **keys):
     torch.manual_seed(0)
     config, layer = MODELS[kind]
     model = AutoModelForCausalLM.from_config(config).train()
+    return model, make_reader(model, layer, depths, **keys)
+
+
+def make_reader(model, layer=MODELS["llama"][1], depths=(0, 1, 2), **keys):
     names = block_names(places_of([(layer.format(depth), 24, 16, 1) for depth in depths]))
-    return model, Reader(model, names, 16, MOST, OPENING, **keys)
+    return Reader(model, names, 16, MOST, OPENING, **keys)
 
 
 def test_a_document_is_cut_into_as_few_chunks_as_possible_of_about_one_length():
@@ -91,20 +95,15 @@ def test_documents_without_tokens_have_no_chunks():
 
 
 def test_what_is_put_on_the_base_is_off_while_it_reads():
-    state = []
-
-    @contextmanager
-    def quiet():
-        state.append("off")
-        yield
-        state.append("on")
-
-    model, reader = make(quiet=quiet)
-    model.model.register_forward_pre_hook(lambda *_: state.append("reads"))
-    reader.read([[7, 8]])
-    assert state == ["off", "reads", "on"]
+    model, reader = make()
+    before = reader.read(DOCUMENTS)
+    (layer,) = place_layers(model, ["model.layers.0.mlp.down_proj"]).values()
+    layer.hold(Written(torch.ones(2, 24), torch.ones(16, 2)))
+    changed = make_reader(model).read(DOCUMENTS)
+    assert torch.equal(changed.inputs_NLTD, before.inputs_NLTD)
+    assert not layer.off
 
 
 def test_a_layer_outside_of_all_blocks_is_told():
-    with pytest.raises(ValueError, match="lm_head"):
+    with pytest.raises(UsageError, match="lm_head"):
         block_names(places_of([("lm_head", 4, 4, 1)]))

@@ -39,6 +39,7 @@ class Net(Hypernet):
     def __init__(self, places: Sequence[Place], options: Any, width: int, scale: float) -> None:
         super().__init__(places, options, width, scale)
         self.rank = max(place.rank for place in places)
+        self.factor = scale * self.rank**1.5  # of b; 2·r^1.5 for the usual s, as in the source
         self.regular = options.l1 > 0
         self.names = list(dict.fromkeys(place.module for place in places))
         self.depths = sorted({place.depth for place in places})
@@ -71,7 +72,7 @@ class Net(Hypernet):
         for head, part in zip(self.heads, latent_LNRH.split(self.rank, 2), strict=True):
             for place, own, new in head(part, self.depths):
                 a_BCI, b_BCO = (side_by_side(*factors, condition.chunks) for factors in zip(own, new, strict=True))
-                written[place.name] = Written(a_BCI, b_BCO.transpose(1, 2) * self.scale)
+                written[place.name] = Written(a_BCI, b_BCO.transpose(1, 2) * self.factor)
         return written
 
     def penalty(self, written: dict[str, Written]) -> Tensor | None:
@@ -81,7 +82,7 @@ class Net(Hypernet):
         sizes = []
         for place in self.places:
             a, b = written[place.name].a[:, self.rank :], written[place.name].b[:, :, self.rank :]
-            sizes.append(a.abs().sum() / place.d_in + b.abs().sum() / (place.d_out * self.scale))
+            sizes.append(a.abs().sum() / place.d_in + b.abs().sum() / (place.d_out * self.factor))
         return self.options.l1 * torch.stack(sizes).mean() / (len(a) * self.rank)
 
     def _of(self, module: str) -> list[Place]:

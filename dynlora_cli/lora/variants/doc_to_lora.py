@@ -11,8 +11,8 @@ When to use it
     their kind first. For a few documents, `dynlora adapt --document` without a hypernetwork is simpler and surer.
 
 Reference
-    Charakorn et al. 2026, Doc-to-LoRA (arXiv 2602.15902). There the latent vectors have 512 numbers, 16 heads of 128
-    with 4 for keys, 9 blocks, rank 8, on down_proj alone; s is 2·r^1.5 (45), which `alpha` here changes.
+    Charakorn et al. 2026, Doc-to-LoRA (arXiv 2602.15902). There latent vectors have 512 numbers, 16 heads of 128 with 4
+    for keys and 9 blocks, and rank 8 is written for down_proj alone. The scale is s·r^1.5, which is theirs at s = 2.
 """
 
 from __future__ import annotations
