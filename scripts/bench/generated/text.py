@@ -13,8 +13,7 @@ Conditions say which texts a method was given for a task:
     seen        two descriptions of it that training could draw
     kept back   the two others; of a held-out task no description was seen
     shuffled    two descriptions of other tasks
-    words       words in no order
-    nonsense    sentences about fog, granite, bicycles and penguins
+    random      words in no order, and a sentence about fog, granite, bicycles or penguins
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         baselines.by_task(bench)
     if options.what == "all":
         for rank in map(int, options.ranks.split(",")):
-            for texts in (False, True):
+            for texts in (True, False):
                 baselines.for_all(bench, rank, options.seed, texts=texts)
     if options.what == "library":
         baselines.library(bench)

@@ -12,6 +12,7 @@ from text_tasks import described, read, seen, tasks, write
 
 TASK_STEPS = 150
 TASK_RATES = (1e-3, 2e-3, 4e-3)
+ALIKE = "one LoRA, rank 46, description in prompt"  # whose rate those of other ranks and rows take
 SEARCHED_ON = ("first-word", "in-words", "sentiment", "describe")
 
 
@@ -38,6 +39,7 @@ def task_run(bench: Bench, task: str, rate: float, seed: int = 0) -> Path:
     return trained(run_settings(source, TASK_STEPS, rate, seed) | lora(RANK), bench.work)
 
 
+@cache
 def task_rate(bench: Bench) -> float:
     """The rate of all runs on one task, by validation rows of a few; first come the lines."""
     means = {}

@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import text_tasks
 from text_runs import Record, score
 from text_tables import page
-from text_tasks import KEPT_BACK, NONSENSE, described, read, tasks, write
+from text_tasks import KEPT_BACK, NONSENSE, described, read, seen, tasks, write
+
+from dynlora_cli.errors import MeasureError
 
 RESULTS = Path(__file__).with_name("text.jsonl")
-STEPS, PILOT = 1500, 300  # of what learns all tasks at once; and to find a learning rate
-RATES = (5e-4, 1e-3, 2e-3)
+STEPS, PILOT = 1500, 200  # of what learns all tasks at once; and to find a learning rate
+RATES = (1e-3, 3e-3)
 KEY = ("method", "condition", "seed", "rate", "part")
 TEXTS: dict[str, Callable[[str], Sequence[str]]] = {
     "seen": lambda task: tasks()[task].seen[:KEPT_BACK],
     "kept back": lambda task: tasks()[task].kept_back,
     "shuffled": text_tasks.shuffled,
-    "words": text_tasks.random_words,
-    "nonsense": lambda task: [NONSENSE[(len(task) + half) % len(NONSENSE)] for half in range(KEPT_BACK)],
+    "random": lambda task: [*text_tasks.random_words(task, 1), NONSENSE[len(task) % len(NONSENSE)]],
 }
 
 
-def found_rate(run: Callable[[int, float], Path], loss: Callable[[Path], float]) -> float:
+def found_rate(
+    run: Callable[[int, float], Path], loss: Callable[[Path], float], rates: Sequence[float] = RATES
+) -> float:
     """The rate with the lowest loss on validation rows of seen tasks, of runs of PILOT steps.
 
     Args:
         run: trains so many steps at a rate, and returns the run's folder.
         loss: of such a folder.
+        rates: to choose from.
     """
-    losses = {rate: loss(run(PILOT, rate)) for rate in RATES}
+    if len(rates) == 1:
+        return rates[0]
+    losses = dict.fromkeys(rates, math.inf)
+    for rate in rates:
+        with suppress(MeasureError):  # diverged: a rate too far
+            losses[rate] = loss(run(PILOT, rate))
     print(losses, flush=True)
     return min(losses, key=losses.__getitem__)
 
@@ -71,21 +82,19 @@ class Bench:
         line: Record,
         adapter: Callable[[str, int], Any],
         asked: Callable[[str, int], Path] | None = None,
-        only: Sequence[str] = (),
     ) -> None:
-        """Measure a method on all tasks and write its line, unless it is there.
+        """Measure a method on all tasks, with seen descriptions on those that have any, and write its line, unless it is there.
 
         Args:
             line: the keys of KEY, and what else is to be told.
             adapter: the adapter for a task and a half of its test rows; None: the base alone.
             asked: the file of rows of a task and half; None: the test rows as they are.
-            only: tasks; none: all.
         """
         line = {"rate": 0.0, "part": "test", "seed": 0, **line}
         if self.has(line):
             return
         found: dict[str, list[float]] = {}
-        for task in only or tasks():
+        for task in seen() if line["condition"] == "seen" else tasks():
             sums = [
                 score(asked(task, half) if asked else self.rows(task, f"test-{half}"), self.work, adapter(task, half))
                 for half in range(KEPT_BACK)

@@ -9,65 +9,65 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from text_bench import STEPS, TEXTS, Bench, found_rate
-from text_runs import RANK, Settings, base, lora, run_settings, score, took, trained
+from text_baselines import task_rate, task_run
+from text_bench import RATES, STEPS, TEXTS, Bench, found_rate
+from text_runs import RANK, Settings, lora, run_settings, score, took, trained
 from text_tasks import seen, tasks
 
 MINILM = {"adapter.text_encoder": "minilm"}
+NARROW = {"adapter.variant": "text-to-lora", **MINILM, "adapter.hidden_size": 64}
 METHODS: dict[str, Settings] = {
     "text-gated": {"adapter.variant": "text-gated", **MINILM},
+    "text-to-lora L, 64 wide": {**NARROW, "adapter.head": "L"},
+    "text-to-lora L, 64 wide, reconstruction": {
+        **NARROW,
+        "adapter.head": "L",
+        "train.objective": "reconstruction",
+    },
+    "text-to-lora M, 64 wide": {**NARROW, "adapter.head": "M"},
+    "text-to-lora S, 64 wide": {**NARROW, "adapter.head": "S"},
+    "text-to-lora L": {"adapter.variant": "text-to-lora", **MINILM, "adapter.head": "L"},
     "text-gated, 32 wide": {
         "adapter.variant": "text-gated",
         **MINILM,
         "adapter.latent_size": 32,
         "adapter.hidden_size": 32,
     },
-    "text-gated, rank 40 to 8": {"adapter.variant": "text-gated", **MINILM, "rank.init": 40},
     "text-gated, the base's vectors": {"adapter.variant": "text-gated", "adapter.text_encoder": "base"},
-    "text-to-lora L": {"adapter.variant": "text-to-lora", **MINILM, "adapter.head": "L"},
-    "text-to-lora M": {"adapter.variant": "text-to-lora", **MINILM, "adapter.head": "M"},
-    "text-to-lora S": {"adapter.variant": "text-to-lora", **MINILM, "adapter.head": "S"},
+}
+OWN_RATES = {  # to choose from, where they are not those of the others
+    "text-to-lora L, 64 wide": (5e-4,),
+    "text-to-lora L, 64 wide, reconstruction": (1e-3,),  # the paper's
+    "text-to-lora L": (1e-4, 3e-4),
 }
 ALIKE = {  # whose rate a method takes
     **{name: "text-gated" for name in METHODS if name.startswith("text-gated, ")},
-    "text-to-lora M": "text-to-lora L",
-    "text-to-lora S": "text-to-lora L",
+    "text-to-lora M, 64 wide": "text-to-lora L, 64 wide",
+    "text-to-lora S, 64 wide": "text-to-lora L, 64 wide",
 }
 
 
 class Generator:
-    """A trained hypernetwork, opened once: what `dynlora adapt` does for each description."""
+    """A trained hypernetwork, opened once: what `dynlora adapt --hypernet` does for each description.
 
-    def __init__(self, folder: Path, model: Any, tokenizer: Any) -> None:
-        import torch
+    Attributes:
+        writer: of hypernets/writing.py.
+        milliseconds: that each adapter took, from the text to the factors.
+    """
 
-        from dynlora_cli.hypernets.conditions import Descriptions
+    def __init__(self, folder: Path) -> None:
         from dynlora_cli.hypernets.files import read_hypernet
-        from dynlora_cli.retrieval.encoders import make_encoder
+        from dynlora_cli.hypernets.writing import open_writer
 
-        self.hypernet = read_hypernet(folder)
-        form = self.hypernet.form.encoder
-        assert form is not None
-        encoder = make_encoder(form.name, model, tokenizer, form.fingerprint)
-        tensors = self.hypernet.conditions
-        self.texts = Descriptions.from_tensors(encoder, tensors, torch.device("cpu"))
+        self.writer = open_writer(read_hypernet(folder))
         self.milliseconds: list[float] = []
 
     def __call__(self, text: str) -> Any:
         """The adapter of a description, all of its components."""
-        import torch
-
-        from dynlora_cli.adapters.adapter import Adapter, Factors
-
         began = time.perf_counter()
-        with torch.no_grad():
-            written = self.hypernet.net(self.texts.of([text]))
-        layers = {}
-        for name, (a, b, gate) in written.items():
-            a_CI, b_OC = (x[0] if x.ndim == 3 else x for x in (a, b))
-            layers[name] = Factors(a_CI, b_OC if gate is None else b_OC * gate[0])
+        adapter = self.writer.write(text)
         self.milliseconds.append(1000 * (time.perf_counter() - began))
-        return Adapter(self.hypernet.folder, layers, {})
+        return adapter
 
 
 def sources(bench: Bench) -> list[Settings]:
@@ -86,8 +86,10 @@ def val_loss(bench: Bench, written: Callable[[str], Any]) -> float:
 
 def measure(bench: Bench, method: str, seed: int) -> None:
     """Train a hypernetwork and measure what it writes under all conditions."""
-    model, tokenizer = base(bench.work).model, base(bench.work).tokenizer
     settings = lora(RANK) | METHODS[method]
+    if "train.objective" in settings:  # the adapters that baselines.by_task has made
+        settings["adapter.library"] = [str(task_run(bench, task, task_rate(bench))) for task in seen()]
+    rates = OWN_RATES.get(method, RATES)
 
     def run(steps: int, rate: float) -> Path:
         return trained(run_settings(sources(bench), steps, rate, seed) | settings, bench.work)
@@ -95,13 +97,13 @@ def measure(bench: Bench, method: str, seed: int) -> None:
     rate = (
         bench.rate_of(method)
         or bench.rate_of(ALIKE.get(method, ""))
-        or found_rate(run, lambda folder: val_loss(bench, Generator(folder, model, tokenizer)))
+        or found_rate(run, lambda folder: val_loss(bench, Generator(folder)), rates)
     )
     folder = run(STEPS, rate)
-    written = Generator(folder, model, tokenizer)
-    cost = {**took(folder), "parameters": written.hypernet.form.parameters}
+    written = Generator(folder)
+    cost = {**took(folder), "parameters": written.writer.hypernetwork.form.parameters}
     one = written("Say the first word.")
-    numbers = sum(layer.a_CI.numel() + layer.b_OC.numel() for layer in one.layers.values())
+    numbers = one.parameters
     for condition, texts in TEXTS.items():
         line = {"method": method, "condition": condition, "rate": rate, "seed": seed, **cost}
         line |= {"written": numbers, "kb": round(4 * numbers / 1000)}
