@@ -46,7 +46,8 @@ def _router_conflicts(recipe: Settings) -> Iterator[Conflict]:
     """What does not go with a variant that learns to choose among adapters, and with one that does not."""
     adapter, variant = recipe.adapter, recipe.adapter.variant
     if not plugins.declared("variants", variant, "routes"):
-        if adapter.library is not None and not plugins.declared("variants", variant, "learns_from_library"):
+        objective = getattr(recipe.train, "objective", plugins.OBJECTIVE)
+        if adapter.library is not None and not plugins.declared("objectives", objective, "LIBRARY"):
             text = f"variant {variant} does not choose among adapters; leave it out, or choose a variant that does"
             yield Conflict("adapter.library", "adapter.variant", text)
         return

@@ -172,9 +172,11 @@ def _net(form: HypernetForm, tensors: dict[str, Tensor], path: Path) -> Hypernet
     """
     layers = [(layer.name, layer.d_in, layer.d_out, layer.rank) for layer in form.layers]
     arguments = (form.method, form.options, layers, form.width, form.scale)
+    names = {name.removeprefix(NET) for name in tensors}
     try:
         with torch.device("meta"):
             planned = make_net(*arguments)
+            planned.make_room(names)
     except ValidationError as error:
         raise UsageError(f"{path} is damaged: options.{first_fault(error)}", COPY_AGAIN) from None
     wanted = {NET + name: tuple(tensor.shape) for name, tensor in planned.state_dict().items()}
@@ -185,6 +187,7 @@ def _net(form: HypernetForm, tensors: dict[str, Tensor], path: Path) -> Hypernet
         raise UsageError(f"{path.with_name(HYPERNET_WEIGHTS)} is of another network: {said}", COPY_AGAIN)
     with seeded(0):  # draws first values, which are read over at once
         net = make_net(*arguments)
+    net.make_room(names)
     net.load_state_dict({name.removeprefix(NET): tensor for name, tensor in tensors.items()})
     return net.requires_grad_(False).eval()
 

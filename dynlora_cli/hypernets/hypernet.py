@@ -8,7 +8,9 @@ Net
     A class under `Hypernet`.
 
 The variant (a file of lora/variants/ of the same name) says `has_components = False` and `hypernet = True`, and has the
-recipe's keys (OPTIONS) and what does not go with them (CONFLICTS): both are read before torch is loaded.
+recipe's keys (OPTIONS) and what does not go with them (CONFLICTS): both are read before torch is loaded. Without
+`rank.init` a network writes twice the components of `rank.budget`, and the smallest are left out of an adapter;
+`writes_budget = True` if it is to write just as many.
 
 A hypernetwork writes, for each condition and each layer, components:
 
@@ -23,7 +25,7 @@ Dimensions, as suffixes of names:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -93,6 +95,13 @@ class Hypernet(nn.Module):
     def penalty(self, written: dict[str, Written]) -> Tensor | None:  # noqa: ARG002
         """A scalar to add to the loss of an optimizer step, of what was written for the step's conditions, or None."""
         return None
+
+    def make_room(self, names: Collection[str]) -> None:
+        """Before it is read from a file: have those of its tensors that not all networks of its kind have.
+
+        Args:
+            names: of the tensors in the file.
+        """
 
     @property
     def parameter_count(self) -> int:

@@ -1,9 +1,13 @@
 """Adapters as what a hypernetwork is to write: their factors in one gauge, and how far what it writes is from them.
 
 The same update has many factors: (B T⁻¹)(T A) for every invertible T, so what training ended in says nothing number by
-number, least of all where runs began with different A. All are put in the SVD basis with one rule for the signs
-(lora/svd_basis.py), at scale 1. What is compared are z-scores, each number's over the adapters: otherwise the few large
-ones were all that counts.
+number, least of all where runs began with different A. All are put in their SVD basis at scale 1 (lora/svd_basis.py),
+where a component's sign alone is free: it is the one that agrees with the adapters before. What is compared are
+z-scores, each number's over the adapters: otherwise the few large ones were all that counts.
+
+Measured on eight adapters of eight seeds (2.63 nats on their rows), with heads L and S and 300 steps for each network:
+as the factors are, the mean of the adapters has 5.7 nats and what was written 4.0; in the SVD basis with the largest
+number of a row positive 5.8 and 4.6; with signs that agree 4.7 and 3.9.
 
 Source: Charakorn et al. 2025, Text-to-LoRA (arXiv 2506.06105), the reconstruction loss; there the factors are compared
 as they are, as all its adapters began with the same A.
@@ -54,7 +58,19 @@ def targets_of(
             none = torch.zeros(place.rank, place.d_in), torch.zeros(place.d_out, place.rank)
             targets[place.name] = none if layer is None else one_gauge(layer.a_CI, layer.b_OC, place.rank)
         found.append(targets)
+    _agree(found)
     return found, _notes(members, places, found)
+
+
+def _agree(targets: Sequence[dict[str, Pair]]) -> None:
+    """Turn signs of components so that each points along the sum of those of the adapters before, in place."""
+    for name in targets[0]:
+        sum_a, sum_b = (torch.zeros_like(part) for part in targets[0][name])
+        for target in targets:
+            a, b = target[name]
+            sign_C = torch.where((sum_a * a).sum(1) + (sum_b * b).sum(0) < 0, -1.0, 1.0).to(a)
+            target[name] = a, b = sign_C[:, None] * a, b * sign_C
+            sum_a, sum_b = sum_a + a, sum_b + b
 
 
 class Distance:
@@ -64,6 +80,8 @@ class Distance:
         targets: of each adapter, as `targets_of` makes them.
         spreads: what a z-score of 1 is, for every number.
         places: the layers that are written for.
+
+    What is written is to be on the device of the spreads.
     """
 
     def __init__(
@@ -71,7 +89,9 @@ class Distance:
     ) -> None:
         self.places, self.spreads = places, {name: (a + SMALLEST, b + SMALLEST) for name, (a, b) in spreads.items()}
         self.targets = {
-            place.name: tuple(torch.stack([one[place.name][side] for one in targets]) for side in (0, 1))
+            place.name: tuple(
+                torch.stack([one[place.name][side] for one in targets]).to(spreads[place.name][side]) for side in (0, 1)
+            )
             for place in places
         }
 
@@ -86,7 +106,7 @@ class Distance:
         for place in self.places:
             own = written[place.name]
             for made, wanted_E, spread in zip(own[:2], self.targets[place.name], self.spreads[place.name], strict=True):
-                z = (made - wanted_E.to(made)[adapters_B]) / spread.to(made)
+                z = (made - wanted_E[adapters_B]) / spread
                 by_module.setdefault(place.module, []).append(z.abs().mean())
         return torch.stack([torch.stack(parts).mean() for parts in by_module.values()]).mean()
 

@@ -16,6 +16,12 @@ TARGET = "pair"
 MEASURED = ("accuracy", "margin")
     The numbers that a `Judge` tells beside the loss.
 
+LIBRARY = True
+    It learns from the adapters of `adapter.library`; rows of the n-th source stand for the n-th of them.
+
+RATE = 10.0
+    Its usual learning rates as a multiple of those of `sft`.
+
 OPTIONS, CONFLICTS
     Keys of the recipe's `train` section that come with it, and settings that it does not go with (config/options.py,
     config/conflicts.py).
@@ -50,6 +56,9 @@ class Objective(ABC):
     def __init__(self, options: Train) -> None:
         self.options = options
 
+    def begin(self, trained: Any) -> None:  # noqa: B027 - most have no use for it
+        """Called once before the first step, with what trains (lora/whole.py)."""
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed over the targets of a batch, a scalar in fp32: training divides it by the targets of the step."""
@@ -81,4 +90,11 @@ def of(options: Train) -> Objective:
     """The objective that a recipe's `train` section names."""
     name = getattr(options, "objective", plugins.OBJECTIVE)
     objective: Objective = plugins.load("objectives", name).Objective(options)
+    return objective
+
+
+def begun(options: Train, trained: Any) -> Objective:
+    """The same, which has been told what trains (lora/whole.py)."""
+    objective = of(options)
+    objective.begin(trained)
     return objective

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.members import KEY
 from dynlora_cli.config.options import options
 from dynlora_cli.data.grounded import GroundedText
 from dynlora_cli.errors import DynloraError, UsageError
@@ -20,6 +22,8 @@ from dynlora_cli.hypernets.files import make_net, write_hypernet
 from dynlora_cli.hypernets.generated import Generated
 from dynlora_cli.hypernets.hypernet import Hypernet, places_of
 from dynlora_cli.hypernets.layer import place_layers
+from dynlora_cli.hypernets.reconstructing import Reconstructing
+from dynlora_cli.hypernets.targets import Distance, targets_of
 from dynlora_cli.lora.start import Start, plan_start
 from dynlora_cli.lora.variant import scale_of
 from dynlora_cli.models.fingerprint import fingerprint
@@ -28,7 +32,8 @@ from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.targets import find_targets
 from dynlora_cli.retrieval.encoders import BASE, encoder_folder, make_encoder
 from dynlora_cli.tasks.loss import evaluating
-from dynlora_cli.text import counted, size
+from dynlora_cli.text import counted, show, size
+from dynlora_cli.training.routers import owners, read_members
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +65,42 @@ def begin_hypernet(recipe: Recipe, base: Base, data: Data, device: torch.device)
     with seeded(recipe.seed, device):
         net = _net(recipe, base, start, conditions.width).to(device)
     written = place_layers(base.model, start.counts, recipe.adapter.dropout)
-    return Generated(net, written, conditions, start.budget)
+    generated = Generated(net, written, conditions, start.budget)
+    if plugins.declared("objectives", recipe.train.objective, "LIBRARY"):
+        return _reconstructing(recipe, base, data, generated)
+    return generated
+
+
+def _reconstructing(recipe: Recipe, base: Base, data: Data, generated: Generated) -> Reconstructing:
+    """The same network, which writes the z-scores of the adapters from now on and learns from them.
+
+    Args:
+        recipe: of the run.
+        base: of the adapters as well.
+        data: of the run; gets notes on what belongs to which adapter.
+        generated: with the network, of a kind that can stand on adapters.
+
+    Raises:
+        UsageError: an adapter cannot be written by it, or a description is of two adapters.
+    """
+    net: Any = generated.net  # the objective refuses kinds that cannot stand on adapters
+    members = read_members(recipe, base)
+    targets, notes = targets_of(members, net.places, KEY)
+    of_row = owners(data, list(members), "descriptions of")
+    data.notes += notes
+    adapters: dict[Hashable, int] = {}
+    for example in data.train:
+        key, adapter = generated.conditions.key(example), of_row[example.row]
+        if adapters.setdefault(key, adapter) != adapter:
+            first, other = (list(members)[number] for number in (adapters[key], adapter))
+            raise UsageError(
+                f"dataset.train: {show(key)} describes {first} and {other}, and a text can be one adapter's alone",
+                "write other descriptions for one of them",
+            )
+    net.stand_on(targets)
+    parts = (net, generated.written, generated.conditions, generated.limit)
+    distance = Distance(targets, net.spreads(), net.places)
+    return Reconstructing(*parts, members=members, distance=distance, adapters=adapters)
 
 
 def plan_layers(recipe: Recipe, base: Base) -> Start:
@@ -71,7 +111,11 @@ def plan_layers(recipe: Recipe, base: Base) -> Start:
     """
     targets = find_targets(base.model, recipe.adapter.target_modules, whole=base.whole)
     shapes = {name: linear_shape(module) for name, module in targets.items()}
-    start = plan_start(shapes, recipe.rank.parsed_budget(), recipe.rank.init)
+    budget = recipe.rank.parsed_budget()
+    start = plan_start(shapes, budget, recipe.rank.init)
+    exact = plugins.declared("variants", recipe.adapter.variant, "writes_budget")
+    if exact and recipe.rank.init == "auto" and budget.kind in ("rank", "parameters"):
+        start = plan_start(shapes, budget, max(1, math.ceil(start.average_rank)))
     return replace(start, budget=min(start.budget, start.parameters))
 
 

@@ -21,6 +21,7 @@ from dynlora_cli.data.mix import each_once, mix_on_record
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
 from dynlora_cli.files.whole import remove, whole_folder
 from dynlora_cli.hypernets.generated import Generated
+from dynlora_cli.hypernets.reconstructing import Reconstructing
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
 from dynlora_cli.models.fingerprint import fingerprint
@@ -173,8 +174,8 @@ def start_record(training: Run, run: str | None) -> Record:
         record["altered_births"] = altered
     if base.rows:
         record["tokens"] = tokens_on_record(base)
-    if isinstance(training.trained, Routed):
-        record["library"] = library_on_record(training.trained)
+    if isinstance(training.trained, (Routed, Reconstructing)):
+        record["library"] = library_on_record(training.trained.members)
     return record
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dynlora_cli.models.load import Base
     from dynlora_cli.tasks.task import Task
 
+OR_OWN = f"; or write `dataset: {LIBRARY_ROWS}`, if we trained them here"
+
 
 def members_of(recipe: Recipe) -> dict[str, Path]:
     """The folders of a recipe's adapters, by name.
@@ -81,14 +83,15 @@ def begin_router(
     with seeded(recipe.seed, device):
         gates = make_gates(method, options_of(recipe), placed, list(members), base.model)
     placed.choice.gates = gates
-    owners = _owners(data, list(members)) if plugins.declared("variants", method, "own_rows") else {}
-    return Routed(gates, owners, members, watching=gates.watching(base.model))
+    own = plugins.declared("variants", method, "own_rows")
+    of_row = owners(data, list(members), "rows that teach the gates of", OR_OWN) if own else {}
+    return Routed(gates, of_row, members, watching=gates.watching(base.model))
 
 
-def library_on_record(routed: Routed) -> list[records.Member]:
-    """The adapters of a router, with hashes that tell whether they are the same when the run goes on."""
+def library_on_record(members: Mapping[str, Adapter]) -> list[records.Member]:
+    """The adapters that a run learns from, with hashes that tell whether they are the same when it goes on."""
     found = []
-    for name, adapter in routed.members.items():
+    for name, adapter in members.items():
         digest = hashlib.sha256()
         for layer, factors in adapter.layers.items():
             digest.update(layer.encode())
@@ -126,6 +129,34 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(recipe.adapter, key) for key in options("variants", recipe.adapter.variant)}
 
 
+def owners(data: Data, names: list[str], what: str, otherwise: str = "") -> dict[int, int]:
+    """The column of the adapter that each row belongs to, by the row's number: those of the n-th source to the n-th.
+
+    Args:
+        data: of the run; gets a note on which are whose.
+        names: of the adapters.
+        what: they are, before the words "an adapter".
+        otherwise: what else can be done where there are not as many sources as adapters.
+
+    Raises:
+        UsageError: there are not as many sources as adapters.
+    """
+    if len(data.spans) != len(names):
+        raise UsageError(
+            f"dataset.train: each adapter has rows of its own, and there are {len(data.spans)} sources for "
+            f"{len(names)} adapters ({', '.join(names)})",
+            f"name one source for each, in their order{otherwise}",
+        )
+    found: dict[int, int] = {}
+    start = 0
+    for column, span in enumerate(data.spans):
+        found |= {example.row: column for example in data.train[start : start + span.rows]}
+        start += span.rows
+    shown = ", ".join(f"{span.name} for {name}" for span, name in zip(data.spans, names, strict=True))
+    data.notes.append(f"{what} an adapter: {shown}")
+    return found
+
+
 def _read(name: str, folder: Path, base: Base) -> Adapter:
     adapter = read_adapter(folder, str(base.folder))
     before = (adapter.record.get("base_model") or {}).get("fingerprint")
@@ -135,25 +166,3 @@ def _read(name: str, folder: Path, base: Base) -> Adapter:
             "name adapters of the same base in adapter.library, or their base in model.name_or_path",
         )
     return adapter
-
-
-def _owners(data: Data, names: list[str]) -> dict[int, int]:
-    """The column of the adapter that each row belongs to, by the row's number: those of the n-th source to the n-th.
-
-    Raises:
-        UsageError: there are not as many sources as adapters.
-    """
-    if len(data.spans) != len(names):
-        raise UsageError(
-            f"dataset.train: each adapter learns from rows of its own, and there are {len(data.spans)} sources for "
-            f"{len(names)} adapters ({', '.join(names)})",
-            f"name one source for each, in their order; or write `dataset: {LIBRARY_ROWS}`, if we trained them here",
-        )
-    found: dict[int, int] = {}
-    start = 0
-    for column, span in enumerate(data.spans):
-        found |= {example.row: column for example in data.train[start : start + span.rows]}
-        start += span.rows
-    shown = ", ".join(f"{span.name} for {name}" for span, name in zip(data.spans, names, strict=True))
-    data.notes.append(f"rows that teach the gates of an adapter: {shown}")
-    return found

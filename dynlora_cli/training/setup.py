@@ -226,7 +226,7 @@ def make_run(
     also: Sequence[RowSet] = (),
 ) -> Run:
     """Optimizer, rank control and batches around the model; `also` are rows of other kinds, to be measured on."""
-    objective = objectives.of(recipe.train)
+    objective = objectives.begun(recipe.train, trained)
     objectives.hang(objective, [*data.train, *data.val, *data.sizing, *data.replayed])
     groups = trained.groups(base.model)
     optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)

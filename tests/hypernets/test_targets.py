@@ -64,6 +64,24 @@ def test_adapters_that_differ_by_their_gauge_alone_are_one_target():
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_signs_of_components_agree_with_the_adapters_before():
+    near = adapter_of(0)
+    chance = torch.Generator().manual_seed(3)
+    layers = {
+        name: replace(f, a_CI=-f.a_CI - 0.1 * torch.randn(f.a_CI.shape, generator=chance), b_OC=-f.b_OC)
+        for name, f in near.layers.items()
+    }
+    targets, _ = targets_of(
+        members(near, near.with_layers(layers), *(adapter_of(seed) for seed in range(1, 6))), PLACES, "adapter.library"
+    )
+    for name, *_ in LAYERS:
+        a, b = (stacked(targets, name, side) for side in (0, 1))
+        for number in range(1, len(targets)):
+            along = (a[:number].sum(0) * a[number]).sum(1) + (b[:number].sum(0) * b[number]).sum(0)
+            assert (along >= 0).all()
+        assert (a[0] - a[1]).norm() < a[0].norm()
+
+
 def test_a_larger_rank_is_cut_and_that_is_said():
     adapter = adapter_of(0, (5, 3, 3, 3))
     (target, _), (note,) = targets_of(members(adapter, adapter_of(1)), PLACES, "adapter.library")

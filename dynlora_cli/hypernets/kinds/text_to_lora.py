@@ -20,7 +20,7 @@ Dimensions, as suffixes of names:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from dynlora_cli.hypernets.hypernet import Hypernet, Place, Written
 from dynlora_cli.hypernets.trunk import Trunk
 
 READS = "description"
+SPREAD = "spread_a_MCI"  # a tensor that networks have which reconstruct, and others not
 Factors = tuple[Tensor, Tensor]  # a_CI and b_OC, the scale in them
 
 
@@ -65,7 +66,7 @@ class Head(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        self.register_buffer("spread_a_MCI", None)
+        self.register_buffer(SPREAD, None)
         self.register_buffer("spread_b_MOC", None)
 
     def forward(self, a_BMCI: Tensor, b_BMCO: Tensor) -> Factors:
@@ -82,11 +83,10 @@ class Head(nn.Module):
             self.offset_b_MOC.copy_(b_EMOC.mean(0))
             self.spread_a_MCI, self.spread_b_MOC = (x.std(0).to(self.linear.weight) for x in (a_EMCI, b_EMOC))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "spread_a_MCI" in state_dict:  # of a network that reconstructs
-            self.spread_a_MCI = torch.empty_like(self.offset_a_MCI.detach())
-            self.spread_b_MOC = torch.empty_like(self.offset_b_MOC.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def make_room(self) -> None:
+        """Have spreads, whatever they are."""
+        self.spread_a_MCI = torch.ones_like(self.offset_a_MCI.detach())
+        self.spread_b_MOC = torch.ones_like(self.offset_b_MOC.detach())
 
 
 class Vectors(nn.Module):
@@ -145,6 +145,11 @@ class Net(Hypernet):
         ]
         weight: float = self.options.written_penalty
         return weight * torch.stack(found).sum()
+
+    def make_room(self, names: Collection[str]) -> None:
+        if any(name.endswith(SPREAD) for name in names):
+            for head, _ in self.by_module:
+                head.make_room()
 
     def stand_on(self, adapters: Sequence[Mapping[str, Factors]]) -> None:
         """Write z-scores of these adapters' factors from now on: an untrained network writes their mean.

@@ -1,7 +1,7 @@
 """A learning rate from what is known before training.
 
     rate = AT · (rank / 16)^OF_RANK · (width / 192)^OF_WIDTH · (weight / 0.1)^OF_WEIGHTS · (steps / 200)^OF_STEPS
-           · the variant's own factor
+           · the variant's own factor · the objective's
 
 rank: the average at the start, by parameters; with s constant, the update by r components grows like the root of r.
 width: of the inputs of most layers. weight: the root mean square of the frozen weights, since it is relative to them
@@ -37,6 +37,7 @@ def prior(run: Run) -> float:
     """The rate that a run is likely to do well with; two digits, so that it can be written down."""
     layers = list(run.trained.layers.values())
     factor = plugins.declared("variants", run.recipe.adapter.variant, "RATE", 1.0)
+    factor *= plugins.declared("objectives", getattr(run.recipe.train, "objective", plugins.OBJECTIVE), "RATE", 1.0)
     width, rank, weight = float(WIDTH), float(RANK), USUAL_WEIGHT
     if layers:
         width = median(layer.in_features for layer in layers)
