@@ -22,6 +22,7 @@ from dynlora_cli.config.problems import conflict_problems, field_problems
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.strict_yaml import Node, Place, Problem
 from dynlora_cli.config.task_list import TASKS, write_out
+from dynlora_cli.config.task_list import schema as task_schema
 from dynlora_cli.errors import RecipeError
 from dynlora_cli.text import show
 
@@ -252,6 +253,9 @@ def json_schema() -> dict[str, Any]:
         items["items"] = {"anyOf": [items["items"], text]}
         whole = {key: items.pop(key) for key in ("type", "items", "minItems") if key in items}
         items["anyOf"] = [whole, text]
+    properties[TASKS] = task_schema({"$ref": "#/$defs/TrainSource"})
+    schema["required"].remove("dataset")  # which may be all in `tasks`
+    schema["anyOf"] = [{"required": ["dataset"]}, {"required": [TASKS]}]
     return schema
 
 

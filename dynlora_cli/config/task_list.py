@@ -12,11 +12,34 @@ checked. So a task's `dataset` may be whatever such a source may: a path, a sect
 
 from __future__ import annotations
 
+from typing import Any
+
 from dynlora_cli.config.strict_yaml import Node, Problem
 from dynlora_cli.text import did_you_mean, show
 
 TASKS = "tasks"
 ONE, SEVERAL, ROWS = "description", "descriptions", "dataset"
+
+
+def schema(source: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of the key.
+
+    Args:
+        source: that of a source of rows.
+    """
+    text = {"type": "string", "minLength": 1}
+    rows = {"anyOf": [source, text, {"type": "array", "minItems": 1, "items": {"anyOf": [source, text]}}]}
+    several = {"anyOf": [{"type": "array", "minItems": 1, "items": text}, text]}
+    keys = {
+        ONE: {**text, "default": None, "description": "What the task is, in words."},
+        SEVERAL: {**several, "default": None, "description": "The same in several wordings, or a file of them."},
+        ROWS: {**rows, "default": None, "description": "Its rows: a path, or an item of dataset.train, or several."},
+    }
+    task = {"type": "object", "additionalProperties": False, "properties": keys, "required": [ROWS]}
+    said = (
+        "Tasks in place of `dataset.train`: what each is, in words, beside its rows; for variants that write adapters."
+    )
+    return {"type": "array", "minItems": 1, "items": task, "default": None, "description": said}
 
 
 def write_out(root: Node) -> list[Problem]:
@@ -27,6 +50,7 @@ def write_out(root: Node) -> list[Problem]:
         return []
     if not isinstance(given.value, list) or not given.value:
         must = "must be a list, each with a `description` (or `descriptions`) and a `dataset`"
+        root.value.setdefault(ROWS, Node("?", given.place))
         return [Problem(given.place, f"{TASKS}: got {show(given.plain())}, {must}")]
     sources, problems = list[Node](), list[Problem]()
     for at, task in enumerate(given.value):
@@ -53,7 +77,7 @@ def _faults(task: Node, name: str) -> list[Problem]:
         if key not in known:
             hint = did_you_mean(key, known) or f"; what else a source may say stands in its `{ROWS}`"
             found.append(Problem(node.place, f"{name}.{key}: unknown key{hint}"))
-    if ROWS not in task.value or task.value[ROWS].value == []:
+    if not found and (ROWS not in task.value or task.value[ROWS].value == []):
         found.append(Problem(task.place, f"{name}.{ROWS}: missing; the rows of the task"))
     if (ONE in task.value) == (SEVERAL in task.value):
         both = "both are given; leave one out" if ONE in task.value else "missing; what the task is, in words"

@@ -34,7 +34,7 @@ def test_every_alias_is_answered_in_its_own_words(nested: bool) -> None:
 
 @pytest.mark.slow
 def test_every_value_known_from_elsewhere_is_wrong_here_and_its_translation_right() -> None:
-    keys = [path for path, _ in schema_keys(json_schema()) if not path.startswith("eval.also.")]
+    keys = [path for path, _ in schema_keys(json_schema()) if not path.startswith(("eval.also.", "tasks."))]
     paths = {path.rsplit(".", 1)[-1]: path for path in keys}
     for (key, value), here in foreign_names.VALUES.items():
         path = paths[key].replace("dataset.val.", "dataset.train.0.")

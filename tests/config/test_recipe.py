@@ -229,7 +229,8 @@ def test_schema_describes_every_key_and_allows_no_other() -> None:
     assert schema["$defs"]["Adapter"]["properties"]["variant"]["enum"] == plugins.names("variants")
     assert schema["$defs"]["TrainSource"]["properties"]["format"]["enum"] == ["auto", *plugins.names("formats")]
     assert schema["properties"]["model"]["anyOf"] == [{"$ref": "#/$defs/Model"}, {"type": "string", "minLength": 1}]
-    assert schema["required"] == ["model", "dataset"]
+    assert schema["required"] == ["model"]
+    assert schema["anyOf"] == [{"required": ["dataset"]}, {"required": ["tasks"]}]
 
 
 def test_checking_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
