@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynlora_cli.hypernets.documents import Documents, reader_of, tokens_of
+from dynlora_cli.hypernets.documents import CHUNK, Documents, reader_of, tokens_of
 from dynlora_cli.hypernets.files import read_hypernet
 from dynlora_cli.hypernets.layer import place_layers
 
@@ -140,7 +140,9 @@ def measure(folder: Path, rows: Sequence[Row]) -> dict[str, float]:
     network = read_hypernet(folder / "out")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
     layers = place_layers(model, [place.name for place in network.net.places])
-    documents = Documents(reader_of(model, tokenizer, network.net.places, network.form.options["chunk"]))
+    places, chunk = network.net.places, network.form.options[CHUNK]
+    reader = reader_of(model, tokenizer, places, chunk, model.config.max_position_embeddings)
+    documents = Documents(reader, tokenizer)
     right, asked = dict.fromkeys(("base", "in context", "doc-to-lora", "wrong"), 0), 0
     others = [*rows[1:], rows[0]]
     seconds = 0.0
@@ -152,7 +154,7 @@ def measure(folder: Path, rows: Sequence[Row]) -> dict[str, float]:
         right["in context"] += answers(model, tokenizer, f"{row['context']} {row['prompt']}", row["completion"])
         for what, source in (("doc-to-lora", row), ("wrong", other)):
             started = time.perf_counter()
-            written = network.net(documents.of([documents.key_of(tokens_of(tokenizer, source["context"]))]))
+            written = network.net(documents.of([documents.of_text(source["context"])]))
             seconds += time.perf_counter() - started
             for name, layer in layers.items():
                 layer.hold(written[name])
