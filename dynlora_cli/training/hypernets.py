@@ -67,7 +67,8 @@ def begin_hypernet(recipe: Recipe, base: Base, data: Data, device: torch.device)
     written = place_layers(base.model, start.counts, recipe.adapter.dropout)
     generated = Generated(net, written, conditions, start.budget)
     if plugins.declared("objectives", recipe.train.objective, "LIBRARY"):
-        return _reconstructing(recipe, base, data, generated)
+        generated = _reconstructing(recipe, base, data, generated)
+    data.notes.append(_sizes(net, start))
     return generated
 
 
@@ -101,6 +102,15 @@ def _reconstructing(recipe: Recipe, base: Base, data: Data, generated: Generated
     parts = (net, generated.written, generated.conditions, generated.limit)
     distance = Distance(targets, net.spreads(), net.places)
     return Reconstructing(*parts, members=members, distance=distance, adapters=adapters)
+
+
+def _sizes(net: Hypernet, start: Start) -> str:
+    """How large the network is, and what it writes: a network should be smaller than the adapters of all its tasks."""
+    beside = sum(tensor.numel() for tensor in net.state_dict().values()) - net.parameter_count
+    kept = f", of which rank.budget keeps {start.budget:,}" if start.budget < start.parameters else ""
+    frozen = f" and {beside:,} that do not" if beside else ""
+    own = f"the network has {net.parameter_count:,} numbers that train{frozen}"
+    return f"{own}; an adapter of it has {start.parameters:,}{kept}"
 
 
 def plan_layers(recipe: Recipe, base: Base) -> Start:

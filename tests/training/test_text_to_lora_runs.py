@@ -142,6 +142,20 @@ def test_a_description_is_one_adapters_alone(library: Path) -> None:
         train(recipe_of(library, "dataset.train=" + json.dumps(twice), out="twice"))
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_how_large_the_network_is_and_what_it_writes_is_said(library: Path, head: str) -> None:
+    summary, events = train(recipe_of(library, "train.max_steps=1", out=f"size-{head}", rebuild=False, head=head))
+    stored = sum(
+        tensor.numel() for name, tensor in numbers(library / f"size-{head}").items() if name.startswith("net.")
+    )
+    layers = json.loads((library / f"size-{head}" / "hypernet.json").read_text())["layers"]
+    adapter = sum(layer["rank"] * (layer["d_in"] + layer["d_out"]) for layer in layers)
+    trained = summary["parameters"]
+    assert f"{trained:,} numbers that train and {stored - trained:,} that do not" in notes(events)
+    assert f"an adapter of it has {adapter:,}\n" in notes(events) + "\n"
+    assert stored - trained == adapter  # the plain LoRA that is below what is written
+
+
 def test_each_adapter_has_a_source(library: Path) -> None:
     fewer = json.dumps(sources(library)[:2])
     with pytest.raises(UsageError, match="there are 2 sources for 3 adapters"):
