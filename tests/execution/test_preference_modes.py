@@ -1,4 +1,4 @@
-"""Preference objectives in two processes, compiled, and on a base in 4 bits; all slow."""
+"""Objectives that ask a reference or a teacher, in two processes, compiled, and on a base in 4 bits; all slow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numeric import same_curve, same_loss
 from preference_runs import looks, preference_recipe
 from safetensors.torch import load_file
 from test_distributed import command, sets, start
-from tiny_run import lines, train
+from tiny_run import grounded_recipe, lines, train
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,33 @@ def test_two_processes_train_as_one(tmp_path, more):
         if ours["event"] == "train":
             assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
             assert ours["margin"] == pytest.approx(theirs["margin"], abs=1e-4)
+
+
+@pytest.mark.parametrize("more", [[], ["train.shard_base=true"]], ids=["whole", "sharded"])
+def test_two_processes_share_what_the_teacher_says(tmp_path, more):
+    """Each asks it about half of the rows, and learns from others as well; they do not come out even."""
+    settings = [*SETTINGS, "train.max_steps=14", "dataset.val_size=0.3"]
+    recipe = grounded_recipe(tmp_path, *settings, out="one")
+    one, _ = train(recipe)
+    given = [f"dataset.train={json.dumps([source.model_dump() for source in recipe.dataset.train])}"]
+    two = in_two(tmp_path, *settings, *given, "train.objective=context-distillation", *more)
+    assert two["ranks"] == one["ranks"]
+    assert two["loss_before"] == same_loss(one["loss_before"])
+    assert two["loss_after"] == same_curve(one["loss_after"])
+    written, expected = (
+        [line["loss"] for line in lines(tmp_path / out / "metrics.jsonl") if line["event"] == "train"]
+        for out in ("two", "one")
+    )
+    assert written == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["compile", "gradient_checkpointing"])
+def test_a_teacher_is_heard_however_the_steps_are_run(tmp_path, mode):
+    plain, other = (
+        train(grounded_recipe(tmp_path, *more, out=out))[0]
+        for out, more in (("plain", ()), (mode, (f"train.{mode}=true",)))
+    )
+    assert other["loss_after"] == same_curve(plain["loss_after"])
 
 
 def test_the_kl_divergence_of_kto_is_that_of_all_processes(tmp_path):
