@@ -4,7 +4,7 @@ Rows about one context begin alike: where the model's cache can be shared (decod
 batch begin with is read once for all of them, and then the rest of each. A document of 1,000 tokens with 100 questions
 of 50 is so 6,000 tokens to read and not 105,000.
 
-Dimensions: B texts of a batch, T tokens.
+Dimensions: B texts of a batch, T tokens, N targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.examples import IGNORED, OneText
 from dynlora_cli.decoding import prefix
-from dynlora_cli.tasks.loss import evaluating
+from dynlora_cli.tasks.loss import evaluating, logits_at_targets
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -51,24 +52,63 @@ def own_lessons(run: Run, lessons: Sequence[OneText]) -> Iterator[Batch]:
         run: of which the model, as it is while this is read, is the teacher.
         lessons: of all processes.
     """
-    shares = prefix.can_share(run.model) and not (run.recipe.train.compile or run.recipe.train.shard_base)
-    groups = grouped(lessons, share=shares)
-    first, every, pad = run.accelerator.process_index, run.accelerator.num_processes, run.base.tokenizer.pad_token_id
+    groups = grouped(lessons, share=_shares(run, lessons))
+    first, every = run.accelerator.process_index, run.accelerator.num_processes
     each = -(-len(groups) // every)
     read: tuple[list[int], Cache] | None = None  # a beginning, and what the model keeps of it
     for number in range(first * each, (first + 1) * each):
-        same, texts = groups[min(number, len(groups) - 1)]
-        longest = len(texts[-1].input_ids) - same
-        rest = [OneText(text.input_ids[same:], text.labels[same:], text.row) for text in texts]
-        batches = Batches.in_order(rest, micro_batch_size=len(rest), max_length=longest, pad_id=int(pad))
-        batch = batches.step(0, 0)[0].to(run.accelerator.device)
-        if same:
-            begin = list(texts[0].input_ids[:same])
-            if read is None or read[0] != begin:
-                with evaluating(run.model), run.accelerator.autocast():
-                    read = begin, prefix.read(run.model, begin, 1)
-            batch = _behind(batch, read[1], same)
-        yield batch
+        group = groups[min(number, len(groups) - 1)]
+        begin = list(group.lessons[0].input_ids[: group.same])
+        if begin and (read is None or read[0] != begin):
+            read = begin, _read(run, begin)
+        yield _batch(run, group, read[1] if begin and read else None)
+
+
+def _shares(run: Run, lessons: Sequence[OneText]) -> bool:
+    """Whether the model says of a text the same where its beginning is read before; all processes ask together.
+
+    What is left of rounding is far less than what the beginning changes.
+    """
+    could = prefix.can_share(run.model) and not (run.recipe.train.compile or run.recipe.train.shard_base)
+    groups = [group for group in grouped(lessons, share=True) if group.same] if could else []
+    if not groups:
+        return False
+    one = Group(groups[0].same, groups[0].lessons[:1])
+    try:
+        behind = _said(run, _batch(run, one, _read(run, list(one.lessons[0].input_ids[: one.same]))))
+        whole, without = _said(run, _batch(run, Group(0, one.lessons))), _said(run, _batch(run, one))
+        off, matters = (float((other - whole).abs().max()) for other in (behind, without))
+        same = off <= 0.001 or off <= min(0.05, 0.25 * matters)
+    except (TypeError, ValueError, AttributeError, RuntimeError):  # a model that keeps something else
+        same = False
+    (votes,) = run.total(float(same))
+    return votes == run.accelerator.num_processes
+
+
+def _said(run: Run, batch: Batch) -> Tensor:
+    """Probabilities at the targets of a batch. [N, V]"""
+    with evaluating(run.model), run.accelerator.autocast():
+        return logits_at_targets(run.model, batch)[0].softmax(-1)
+
+
+def _read(run: Run, begin: list[int]) -> Cache:
+    with evaluating(run.model), run.accelerator.autocast():
+        return prefix.read(run.model, begin, 1)
+
+
+def _batch(run: Run, group: Group, kept: Cache | None = None) -> Batch:
+    """The texts of a group without their beginning, or behind it, where it is given what the model keeps of that."""
+    rest = [OneText(text.input_ids[group.same :], text.labels[group.same :], text.row) for text in group.lessons]
+    longest, pad = max(len(text.input_ids) for text in rest), int(run.base.tokenizer.pad_token_id)
+    batches = Batches.in_order(rest, micro_batch_size=len(rest), max_length=longest, pad_id=pad)
+    batch = batches.step(0, 0)[0].to(run.accelerator.device)
+    if kept is None:
+        return batch
+    cache, mask_BT = copy.deepcopy(kept), batch.inputs["attention_mask"]
+    cache.batch_repeat_interleave(len(mask_BT))
+    mask_BT = torch.cat([mask_BT.new_ones(len(mask_BT), group.same), mask_BT], 1)
+    inputs = {**batch.inputs, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
+    return replace(batch, inputs=inputs)  # type: ignore[arg-type]
 
 
 def grouped(lessons: Sequence[OneText], *, share: bool) -> list[Group]:
@@ -112,13 +152,3 @@ def _alike(begin: Sequence[int], text: OneText) -> int:
 def _before_answer(text: OneText) -> int:
     """Tokens before the one from which the first target is told."""
     return next(place for place, label in enumerate(text.labels) if label != IGNORED) - 1
-
-
-def _behind(batch: Batch, kept: Cache, same: int) -> Batch:
-    """A batch whose texts go on from a beginning of so many tokens."""
-    mask_BT = batch.inputs["attention_mask"]
-    cache = copy.deepcopy(kept)
-    cache.batch_repeat_interleave(len(mask_BT))
-    mask_BT = torch.cat([mask_BT.new_ones(len(mask_BT), same), mask_BT], 1)
-    inputs = {**batch.inputs, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
-    return replace(batch, inputs=inputs)  # type: ignore[arg-type]

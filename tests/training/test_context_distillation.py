@@ -251,3 +251,20 @@ def test_what_is_read_once_says_the_same_as_read_each_time(tmp_path, kind, train
         one, other = shared[example.row], alone[example.row]
         torch.testing.assert_close(one.probability_nM.float(), other.probability_nM.float(), atol=1e-6, rtol=2e-3)
         assert run.model.training is training
+
+
+def test_a_model_that_keeps_something_else_of_a_beginning_reads_it_each_time(tmp_path, monkeypatch):
+    run = assembled(grounded_recipe(tmp_path, turns=True))
+    texts = run.objective.lessons(run.data.train)
+    monkeypatch.setattr(lessons.prefix, "LEAST", 8)
+    assert lessons._shares(run, texts)
+    rightly = lessons.prefix.read
+    monkeypatch.setattr(lessons.prefix, "read", lambda model, begin, rows: rightly(model, begin[::-1], rows))
+    assert not lessons._shares(run, texts)
+
+    def refuses(*_):
+        raise TypeError("got an unexpected keyword argument 'logits_to_keep'")
+
+    monkeypatch.setattr(lessons.prefix, "read", refuses)
+    assert not lessons._shares(run, texts)
+    assert all("past_key_values" not in batch.inputs for batch in lessons.own_lessons(run, texts))
