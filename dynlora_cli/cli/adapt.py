@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynlora_cli.cli.options import Columns, SavedDtype
+from dynlora_cli.cli.options import Base, Columns, SavedDtype
 from dynlora_cli.cli.reporting import AsJson, Trust, console, opened, reporting, typed
 from dynlora_cli.cli.values import column_names
 
@@ -15,11 +15,26 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ModelName = Annotated[
-    str,
+    str | None,
     typer.Option("--model", metavar="NAME", help="The base: a folder, a hub id or builtin:tiny.", show_default=False),
 ]
+Hypernet = Annotated[
+    Path | None,
+    typer.Option(
+        "--hypernet",
+        metavar="FOLDER",
+        help="A trained network that writes the adapter at once, from a description or a document; it knows its base.",
+        show_default=False,
+    ),
+]
+Description = Annotated[
+    str | None,
+    typer.Option(
+        "--description", metavar="TEXT", help="With --hypernet: what the task is, in words.", show_default=False
+    ),
+]
 Documents = Annotated[
-    list[Path],
+    list[Path] | None,
     typer.Option(
         "--document",
         metavar="FILE",
@@ -59,11 +74,13 @@ AddChunks = Annotated[
     typer.Option("--add-chunks", help="Train each chunk by itself and put the components side by side, then prune."),
 ]
 Budget = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--budget",
         metavar="SIZE",
-        help="Average rank (8), share of the start (0.5), parameters (2M), bytes (200kB), or auto.",
+        help="Average rank (8), share of the start (0.5), parameters (2M), bytes (200kB), or auto; by default 8, and "
+        "with --hypernet what its recipe said.",
+        show_default=False,
     ),
 ]
 Overrides = Annotated[
@@ -78,16 +95,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done
 
 
 def adapt(
-    model: ModelName,
-    document: Documents,
     out: Out,
+    model: ModelName = None,
+    document: Documents = None,
+    hypernet: Hypernet = None,
+    description: Description = None,
+    base: Base = None,
     data: Data = None,
     columns: Columns = None,
     questions: Questions = 24,
     chunk_tokens: ChunkTokens = None,
     answer_tokens: AnswerTokens = 128,
     add_chunks: AddChunks = False,
-    budget: Budget = "8",
+    budget: Budget = None,
     overrides: Overrides = None,
     dtype: SavedDtype = None,
     trust_remote_code: Trust = False,
@@ -96,14 +116,17 @@ def adapt(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make an adapter from documents: the model answers as if it had them in its prompt."""
+    """Make an adapter from documents, or have a trained network write one from a description or a document."""
     with reporting(as_json) as result:
         from dynlora_cli.cli import asked_adapt
 
         work = asked_adapt.adapt(
             model,
-            document,
+            document or [],
             out,
+            hypernet=hypernet,
+            description=description,
+            base=base,
             data=data,
             columns=column_names(columns) if columns else None,
             questions=questions,
@@ -138,7 +161,7 @@ def _next_commands(out: Path) -> Sequence[str]:
     page = out / "report.html"
     return [
         typed("chat", "--adapter", folder),
-        typed("generate", "a question about the document", "--adapter", folder, "--compare"),
+        typed("generate", "a question", "--adapter", folder, "--compare"),
         typed("library", "add", f"{out.parent}/library", "--adapter", folder),
         *([opened(page)] if page.is_file() else []),
     ]

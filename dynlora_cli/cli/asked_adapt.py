@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.adapters.find import HYPERNET, is_hypernet
 from dynlora_cli.cli.asked import Work, refuse_both_ways
 from dynlora_cli.cli.values import saved_dtype, size
 from dynlora_cli.commands import preflight
@@ -16,7 +17,8 @@ from dynlora_cli.documents.document import read_documents
 from dynlora_cli.documents.given import read_given
 from dynlora_cli.drafts.document import BUDGET, document_recipe
 from dynlora_cli.errors import UsageError
-from dynlora_cli.runs.events import Emit
+from dynlora_cli.runs import folder as run_folder
+from dynlora_cli.runs.events import Emit, note
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
@@ -25,6 +27,43 @@ QUESTIONS, ANSWER_TOKENS = 24, 128
 
 
 def adapt(
+    model: str | None,
+    documents: Sequence[Path],
+    out: Path,
+    *,
+    hypernet: Path | None = None,
+    description: str | None = None,
+    base: str | None = None,
+    budget: str | float | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    **training: Any,
+) -> Work:
+    """An adapter that is trained on documents; or, with a hypernetwork, one that it writes.
+
+    Args:
+        model, documents, out, hypernet, description, base, budget, dtype, trust_remote_code, overwrite: as of the
+            command.
+        training: the further options of `from_documents`.
+    """
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "overwrite": overwrite}
+    if hypernet is None:
+        for option, value in (("--description", description), ("--base", base)):
+            if value is not None:
+                raise UsageError(f"{option} goes with a network that writes adapters", "name it: --hypernet FOLDER")
+        return from_documents(model, documents, out, budget=BUDGET if budget is None else budget, **how, **training)
+    usual = {"questions": QUESTIONS, "answer_tokens": ANSWER_TOKENS}
+    given = {"model": model} | {key: value for key, value in training.items() if value != usual.get(key)}
+    for key in (key for key, value in given.items() if value):
+        option = "--" + {"settings": "set"}.get(key, key.replace("_", "-"))
+        raise UsageError(
+            f"{option} is for adapters that are trained, and a hypernetwork writes one at once", "leave it out"
+        )
+    return by_hypernet(hypernet, out, description=description, documents=documents, budget=budget, base=base, **how)
+
+
+def from_documents(
     model: str | None,
     documents: Sequence[Path],
     out: Path,
@@ -80,6 +119,52 @@ def adapt(
 
         request = command.Request(recipe, text, read, out, train.run, **how, notes=notes)
         return command.plan(request) if dry_run else command.run(request, emit)
+
+    return work
+
+
+def by_hypernet(
+    hypernet: Path,
+    out: Path,
+    *,
+    description: str | None = None,
+    documents: Sequence[Path] = (),
+    budget: str | float | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Work:
+    """An adapter that a hypernetwork writes from a description, or from documents."""
+    if (description is None) == (not documents):
+        both = "both are given" if documents else "nothing is"
+        raise UsageError(
+            f"--hypernet writes an adapter from a description or from documents, and {both}",
+            'name one: --description "what the task is", or --document FILE',
+        )
+    if description is not None and not description.strip():
+        raise UsageError("--description says nothing", "write what the task is, in words")
+    if not is_hypernet(hypernet):
+        problem = "holds no hypernetwork" if hypernet.is_dir() else "is no folder"
+        raise UsageError(
+            f"--hypernet {hypernet} {problem} ({HYPERNET})",
+            "name the run folder of a variant that writes adapters, such as text-gated",
+        )
+    limit = None if budget is None else size(budget, "--budget", auto=False)
+    if base:
+        preflight.base(base)
+    run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
+    notes: list[str] = []
+    read = read_documents(documents, notes) if documents else []
+
+    def work(emit: Emit) -> dict[str, Any]:
+        from dynlora_cli.commands import adapt_by_hypernet as command
+
+        for text in notes:
+            emit(note(text))
+        how: dict[str, Any] = {"budget": limit, "base_name": base, "trust_remote_code": trust_remote_code}
+        how |= {"overwrite": overwrite, "dtype": saved_dtype(dtype)} if dtype else {"overwrite": overwrite}
+        return command.run(command.Request(hypernet, out, description or "", read, **how), emit)
 
     return work
 

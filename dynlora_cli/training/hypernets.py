@@ -217,7 +217,7 @@ def _descriptions(recipe: Recipe, base: Base, data: Data, device: torch.device) 
                 "give each source `descriptions`, or write `tasks:` in place of `dataset:`",
             )
     known, measured = ({row.description for row in rows} for rows in (data.train, data.val))
-    name = getattr(recipe.adapter, ENCODER)
+    name = getattr(recipe.adapter, ENCODER, BASE)
     identity = fingerprint(base.folder, base.files.config)["sampled_sha256"]
     with naming_the_key(), evaluating(base.model):
         encoder = make_encoder(name, base.model, base.tokenizer, identity)

@@ -61,6 +61,9 @@ class AdaptView:
 
     def show(self, summary: dict[str, Any]) -> None:
         """What came out, of the documents first."""
+        if "hypernet" in summary:
+            self._show_written(summary)
+            return
         self.console.show_summary({key: value for key, value in summary.items() if key != "next"})
         adapted = summary.get("adapted") or {}
         documents = adapted.get("documents") or []
@@ -79,6 +82,22 @@ class AdaptView:
         ]
         self.console.line()
         self.console.show(pairs([(label, text) for label, text in rows if text]))
+        self.console.show_next(summary["next"])
+
+    def _show_written(self, summary: dict[str, Any]) -> None:
+        """What a hypernetwork wrote, and from what."""
+        names = ", ".join(str(document["name"]) for document in summary.get("documents") or ())
+        rows = [
+            ("written from", printable(str(summary.get("description") or names))),
+            ("by", joined(summary["method"], printable(summary["hypernet"]))),
+            ("for", printable(str(summary["model"]))),
+            ("components", f"{count(summary['components'])} of {count(summary['components_start'])}"),
+            ("parameters", f"{count(summary['parameters'])} of {count(summary['parameters_start'])}"),
+            ("time", f"{duration(summary['seconds'])}, the base and the network loaded"),
+            ("size", joined(size(summary.get("adapter_bytes")), printable(summary["output_dir"]))),
+        ]
+        self.console.line()
+        self.console.show(pairs(rows))
         self.console.show_next(summary["next"])
 
     @staticmethod
