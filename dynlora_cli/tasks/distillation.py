@@ -70,7 +70,8 @@ class Told:
             head, states_ND, targets_N, line_N = at_targets(model, batch)
             parts = [(targets_N, states_ND)] if head is None else chunks(states_ND, targets_N, head)
             likeliest = [self._likeliest(logits_nV) for _, logits_nV in parts]
-        value_NM, token_NM = (torch.cat(part).cpu() for part in zip(*likeliest, strict=True))
+        with torch.autocast("cpu", enabled=False):  # which knows no fp16
+            value_NM, token_NM = (torch.cat(part).cpu() for part in zip(*likeliest, strict=True))
         counts = torch.bincount(line_N, minlength=len(batch.rows)).tolist()
         for row, token_nM, value_nM in zip(batch.rows, token_NM.split(counts), value_NM.split(counts), strict=True):
             self._rows.setdefault(row, Row(token_nM, value_nM))
@@ -93,7 +94,8 @@ class Told:
             )
         if not rows:  # another process has the last rows of the step
             return torch.zeros(0, 1, dtype=torch.long, device=device), torch.zeros(0, 1, device=device)
-        token_NM, value_NM = (torch.cat(part) for part in zip(*(self._rows[row] for row in rows), strict=True))
+        with torch.autocast("cpu", enabled=False):  # which knows no fp16
+            token_NM, value_NM = (torch.cat(part) for part in zip(*(self._rows[row] for row in rows), strict=True))
         if device.type == "cuda":  # which copies from pinned memory while Python goes on
             token_NM, value_NM = token_NM.pin_memory(), value_NM.pin_memory()
         return token_NM.to(device, non_blocking=True).long(), value_NM.to(device, non_blocking=True).float()

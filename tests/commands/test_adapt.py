@@ -129,6 +129,13 @@ def test_the_loss_with_the_document_is_that_of_the_teacher(adapt: Adapt, base: P
     assert found == pytest.approx(total / targets, rel=1e-5)
 
 
+def test_a_base_in_bfloat16(adapt: Adapt, tmp_path: Path):
+    """On a CPU its autocast takes no fp16, in which the teacher's probabilities are kept."""
+    done = adapt("--set", "model.dtype=bfloat16")
+    assert done.code == 0, done.err
+    assert record(tmp_path / "a")["dtype"] == "bfloat16"
+
+
 def given_rows(folder: Path, *, answers: bool) -> Path:
     path = folder / "given.jsonl"
     rows = [{"prompt": f"Who was keeper {number}?", "completion": "Ines"} for number in range(5)]
