@@ -23,7 +23,7 @@ from documents_judge import MODEL
 from documents_sets import Document
 
 BUDGET = 2  # average rank
-ASKED = ("--questions", "24", "--answer-tokens", "32", "--budget", str(BUDGET), "--dtype", "bf16")
+ASKED = ("--questions", "16", "--answer-tokens", "32", "--budget", str(BUDGET), "--dtype", "bf16")
 MODEL_DTYPE = "bfloat16"
 Record = dict[str, Any]
 
