@@ -79,7 +79,7 @@ def without_adapters(bench: Bench, set_: str, many: int) -> None:
         bench.line(document, "prompt", 0)
 
 
-def one_by_one(bench: Bench, set_: str, many: int, seed: int, *, text: bool = True) -> None:
+def one_by_one(bench: Bench, set_: str, many: int, seed: int) -> None:
     """Each document by itself; the control is the adapter of the document after it."""
     found = documents(set_, many)
     for number, document in enumerate(found):
@@ -87,10 +87,15 @@ def one_by_one(bench: Bench, set_: str, many: int, seed: int, *, text: bool = Tr
         bench.line(document, "distilled", seed, folder, cost)
         if number:
             bench.line(found[number - 1], "other", seed, folder)
-        if text and not bench.has(document, "text", seed):
-            bench.line(document, "text", seed, *bench.adapters.text(document, seed, cost["steps"]))
     if len(found) > 1:
         bench.line(found[-1], "other", seed, bench.adapters.distilled(found[0], seed)[0])
+
+
+def on_the_text(bench: Bench, set_: str, many: int, seed: int) -> None:
+    """Plain fine-tuning on each document's text, for as many steps as its distillation took."""
+    for document in documents(set_, many):
+        steps = bench.adapters.distilled(document, seed)[1]["steps"]
+        bench.line(document, "text", seed, *bench.adapters.text(document, seed, steps))
 
 
 def together(bench: Bench, set_: str, many: int, seed: int, *, joint: bool) -> None:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=["documents", *PARTS, "table"])
     parser.add_argument("--sets", default="xquad,covidqa,pubmedqa", help="of documents, with commas")
     parser.add_argument("--documents", type=int, default=10, help="of each set")
-    parser.add_argument("--parts", default="alone,added,joint,chunks", help="of documents.py; empty: base alone")
+    parser.add_argument("--parts", default="alone,text,added,joint,chunks", help="of documents.py; empty: base alone")
     parser.add_argument("--seeds", default="0", help="with commas")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of `dynlora adapt`")
     parser.add_argument("--work", type=Path, default=Path("out/documents"), help="where adapters lie")
@@ -51,6 +51,8 @@ def run_documents(options: argparse.Namespace) -> None:
             documents.without_adapters(bench, set_, options.documents)
             if "alone" in parts:
                 documents.one_by_one(bench, set_, options.documents, seed)
+            if "text" in parts:
+                documents.on_the_text(bench, set_, options.documents, seed)
             if {"added", "joint"} & set(parts):
                 documents.together(bench, set_, options.documents, seed, joint="joint" in parts)
             if "chunks" in parts:
