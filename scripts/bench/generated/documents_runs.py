@@ -114,7 +114,7 @@ class Adapters:
             "model": {"name_or_path": str(MODEL), "dtype": MODEL_DTYPE},
             "dataset": {"train": list(sources), "max_length": 2048},
             "rank": {"budget": BUDGET},
-            "adapter": {"save_dtype": "bfloat16"},
+            "adapter": {"save_dtype": "bf16"},
             "train": {"max_steps": steps, **train},
             "seed": seed,
         }
