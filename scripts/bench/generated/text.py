@@ -1,7 +1,9 @@
 """Adapters from a description, on forty-nine text tasks of stories3M: what is a hypernetwork worth, and what decides?
 
-    python scripts/bench/generated/text.py baselines    # base, LoRA by task, one LoRA for all, library
-    python scripts/bench/generated/text.py hypernets    # text-gated, text-to-lora; held out, shuffled, random descriptions
+    python scripts/bench/generated/text.py tasks        # the base, and a LoRA for each task; first
+    python scripts/bench/generated/text.py all          # one LoRA for all tasks, told what to do in its prompt or not
+    python scripts/bench/generated/text.py library      # of the LoRAs by task, the one with the nearest description
+    python scripts/bench/generated/text.py hypernets --methods "text-gated;text-to-lora L, 64 wide"
     python scripts/bench/generated/text.py table        # only write text.md again
 
 A line of text.jsonl is one method under one condition with one seed: the sums of every task's 48 test rows (loss, targets,
@@ -26,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import text_baselines as baselines
 import text_hypernets as hypernets
+import text_tasks
 from text_bench import Bench
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tasks", "all", "library", "hypernets", "table"])
-    parser.add_argument("--ranks", default="8,46", help="of the LoRA for all tasks")
+    parser.add_argument("--ranks", default="46", help="of the LoRA for all tasks")
     parser.add_argument("--methods", default=";".join(hypernets.METHODS), help="with ; between them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("out/text"))
@@ -41,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     bench = Bench(options.work.resolve())
+    if options.what != "table":
+        text_tasks.make(bench.work / "tasks")
     if options.what == "tasks":
         baselines.base_alone(bench)
         baselines.by_task(bench)

@@ -54,7 +54,6 @@ class Bench:
 
     def __init__(self, work: Path, results: Path = RESULTS) -> None:
         self.work, self.results = work, results
-        text_tasks.make(work / "tasks")
 
     def lines(self) -> list[Record]:
         if not self.results.exists():
