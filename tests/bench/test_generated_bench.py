@@ -14,6 +14,7 @@ sys.path[:0] = [str(SCRIPTS / "generated"), str(SCRIPTS)]
 
 
 import documents as bench  # noqa: E402 - they are scripts, not a package
+import documents_runs as runs  # noqa: E402
 import documents_sets as sets  # noqa: E402
 import documents_tables as tables  # noqa: E402
 
@@ -59,6 +60,11 @@ def test_a_beginning_ends_with_a_paragraph():
     assert sets.beginning(text, 12) == "one two."
     assert sets.beginning("one two three four", 10) == "one two"
     assert sets.beginning(text, 100) == text
+
+
+def test_a_text_is_cut_in_two_at_the_end_of_a_sentence():
+    assert runs.halves("One is. Two are. Three are more.") == ("One is. Two are.", "Three are more.")
+    assert runs.halves("abcd") == ("ab", "cd")
 
 
 @pytest.mark.skipif(not (sets.SHARED / "data" / "xquad_en").is_dir(), reason="needs the shared data")

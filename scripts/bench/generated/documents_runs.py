@@ -68,7 +68,7 @@ class Adapters:
     def text(self, document: Document, seed: int, steps: int) -> tuple[Path, Record]:
         """Plain fine-tuning on the text of one document."""
         source = {"path": str(self._rows(document)), "format": "text"}
-        recipe = self._recipe([source], seed, steps, {"micro_batch_size": 1, "learning_rate": TEXT_RATE})
+        recipe = self._recipe([source], seed, steps, {"micro_batch_size": 2, "learning_rate": TEXT_RATE})
         return self._made(f"text-{_name(document)}-{seed}", [*recipe, *self._set()])
 
     def joint(self, runs: Sequence[Path], seed: int, steps: int) -> tuple[Path, Record]:
@@ -106,13 +106,13 @@ class Adapters:
 
     def _rows(self, document: Document) -> Path:
         path = self.work / f"{_name(document)}.jsonl"
-        path.write_text(json.dumps({"text": document.text}) + "\n", encoding="utf-8")
+        path.write_text("".join(json.dumps({"text": half}) + "\n" for half in halves(document.text)), encoding="utf-8")
         return path
 
     def _recipe(self, sources: Sequence[Any], seed: int, steps: int, train: Record) -> list[str]:
         recipe = {
             "model": {"name_or_path": str(MODEL), "dtype": MODEL_DTYPE},
-            "dataset": {"train": list(sources), "max_length": 2048},
+            "dataset": {"train": list(sources), "val_size": 0, "max_length": 2048},
             "rank": {"budget": BUDGET},
             "adapter": {"save_dtype": "bf16"},
             "train": {"max_steps": steps, **train},
@@ -122,6 +122,13 @@ class Adapters:
         path = self.work / f"recipe-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
         path.write_text(text, encoding="utf-8")
         return ["train", str(path)]
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A text as two rows, which is the least that the tool trains on: cut at the end of a sentence in its middle."""
+    ends = [at + 1 for at in range(len(text)) if text[at : at + 2] in (". ", ".\n", "? ", "! ")]
+    at = min(ends or [len(text) // 2], key=lambda end: abs(end - len(text) // 2))
+    return text[:at], text[at:].lstrip()
 
 
 def about(folder: Path) -> Record:
