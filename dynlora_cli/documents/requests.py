@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 LONGEST, SHORTEST = 300, 10  # characters of a request
 LEAST_WORDS = 6  # of a sentence that is asked about, or cut in two
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # Chinese and Japanese, whose characters count as words
+_PIECE = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 WIDE = 4  # sentences that a request to explain or list is about; others are about two
 
 _EXAMPLES = (
@@ -120,7 +122,7 @@ def same(text: str) -> str:
 def sentences(text: str) -> list[str]:
     """The sentences of a text, each on one line; no headings, and nothing of a few words."""
     found = (" ".join(part.split()) for part in _SENTENCE_END.split(text))
-    return [part for part in found if len(part.split()) >= LEAST_WORDS and not part.startswith("#")]
+    return [part for part in found if len(_PIECE.findall(part)) >= LEAST_WORDS and not part.startswith("#")]
 
 
 # -- models that cannot be asked -------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def beginnings(text: str) -> Iterator[tuple[str, str]]:
     A sentence is cut once a third of the way and once two thirds. What follows is its rest, with the space before it.
     """
     for sentence in sentences(text):
-        ends = [match.end() for match in re.finditer(r"\S+", sentence)]
+        ends = [match.end() for match in _PIECE.finditer(sentence)]
         for share in (1 / 3, 2 / 3):
             at = ends[max(1, round(len(ends) * share)) - 1]
             yield sentence[:at], sentence[at:]

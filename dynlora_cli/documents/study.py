@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dynlora_cli.documents.given import GivenRow
 
 BATCH = 16  # requests or answers that are written together, and then kept
+SENTENCE = "sentence"  # the kind of a row that goes on with a sentence of the chunk
 GO_ON = "Complete the sentence: {} ..."  # of a model that can be asked, and does not ask well itself
 TRIES = 5  # for each request that is wanted, at most
 HELD_OUT = 8  # of so many rows of a chunk one is held out
@@ -84,7 +85,7 @@ class Study:
 
     Attributes:
         notes: for the person.
-        filled: chunks about which the model wrote too few requests.
+        filled: chunks of which sentences stand in for requests, since the model wrote too few.
     """
 
     chunks: Sequence[Chunk]
@@ -113,6 +114,7 @@ class Study:
                 asked = self._requests(number, chunk, writer, taken)
                 self._keep(number, asked)
             taken |= {same(one.prompt) for one in asked}
+            self.filled += self.given is None and self.chat and any(one.kind == SENTENCE for one in asked)
             self._answer(number, chunk, asked, writer)
             rows += _rows(number, chunk, asked)
             if number >= done_before:
@@ -123,19 +125,13 @@ class Study:
         self._note_few(rows)
         return with_held_out(rows)
 
-    @property
-    def answers_given(self) -> bool:
-        """Whether nothing is for the model to answer."""
-        given = [row for rows in (self.given or {}).values() for row in rows]
-        return bool(given) and all(row.completion for row in given)
-
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def _requests(self, number: int, chunk: Chunk, writer: Writes, taken: set[str]) -> list[Asked]:
         if self.given is not None:
             return [Asked(row.prompt, "given", row.completion or None) for row in self.given.get(number, ())]
         if not self.chat:
-            return _spread([Asked(a, "sentence", b) for a, b in beginnings(chunk.text)], self.questions)
+            return _spread([Asked(a, SENTENCE, b) for a, b in beginnings(chunk.text)], self.questions)
         found: list[Asked] = []
         for begin in range(0, TRIES * self.questions, BATCH):
             for kind, text in writer.ask(chunk, begin, BATCH):
@@ -145,8 +141,7 @@ class Study:
             if len(found) == self.questions:
                 break
         if len(found) < self.questions / 2:
-            self.filled += 1
-            more = [Asked(GO_ON.format(a), "sentence", b.strip()) for a, b in beginnings(chunk.text)]
+            more = [Asked(GO_ON.format(a), SENTENCE, b.strip()) for a, b in beginnings(chunk.text)]
             more = [one for one in more if same(one.prompt) not in taken]
             found += _spread(more, self.questions - len(found))
         return found
@@ -154,9 +149,7 @@ class Study:
     def _note_few(self, rows: Sequence[DocumentRow]) -> None:
         wanted = self.questions * len(self.chunks)
         if self.filled:
-            text = (
-                f"about {counted(self.filled, 'chunk')} the model wrote few requests that are about the text, so that"
-            )
+            text = f"of {counted(self.filled, 'chunk')} the model wrote few requests that are about the text, so that"
             self.notes.append(f"{text} sentences to be completed stand in for others; a larger model asks better")
         if self.given is None and len(rows) < wanted / 2:
             self.notes.append(f"{counted(len(rows), 'row')} of {wanted:,} that were wanted: the text gives no more")

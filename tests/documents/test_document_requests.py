@@ -16,6 +16,13 @@ TEXT = "# Velden\n\nThe lighthouse of Velden was built in 1871. It is 38 metres 
 WHAT, WHO, LIST = Way("facts", "What"), Way("facts", "Who"), Way("structure", "List")
 
 
+def test_characters_are_words_where_none_are_spaced():
+    text = "\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002\u306f\u3044\u3002"
+    assert sentences(text) == ["\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002"]
+    assert [begin + end for begin, end in beginnings(text)] == sentences(text) * 2
+    assert all(begin and end for begin, end in beginnings(text))
+
+
 @pytest.mark.parametrize(
     ("way", "answer", "expected"),
     [
