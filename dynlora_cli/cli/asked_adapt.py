@@ -118,7 +118,7 @@ def from_documents(
         from dynlora_cli.commands import train
 
         request = command.Request(recipe, text, read, out, train.run, **how, notes=notes)
-        return command.plan(request) if dry_run else command.run(request, emit)
+        return command.plan(request, emit) if dry_run else command.run(request, emit)
 
     return work
 

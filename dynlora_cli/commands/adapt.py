@@ -27,7 +27,7 @@ from dynlora_cli.documents.chunks import Chunk, cut_all
 from dynlora_cli.documents.document import Document
 from dynlora_cli.documents.given import GivenRow, by_chunk
 from dynlora_cli.documents.study import DocumentRow, Study, provenance
-from dynlora_cli.documents.writer import Reader, Writer, with_context
+from dynlora_cli.documents.writer import Reader, Writer
 from dynlora_cli.drafts.document import HELD_OUT, ROWS, with_enough_steps
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.execution.interrupt import interruptible
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 WITH_DOCUMENT = "with_document.jsonl"
 MOST_CHUNKS = 10_000
+LEAST_TRAINED = 2  # rows; one is held out besides
+NEEDED = "three at least are needed, of which one is held out"
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,18 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
             request.place.end()
             summary = _gone_on(request, emit)
         else:
+            cut = _cut(request)  # what is refused here leaves nothing behind
             id_ = request.place.begin(_asked_sha256(request), overwrite=request.overwrite, resume=request.resume)
-            rows = _written(request, id_, emit)
+            rows = _written(request, cut, id_, emit)
             summary = _added(request, emit, rows) if request.add_chunks else _trained(request, emit, rows)
     record = run_folder.read_record(request.out)
     return {**summary, "command": "adapt", "adapted": record.get("adapted")}
 
 
-def plan(request: Request) -> dict[str, Any]:
+def plan(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  # noqa: ARG005
     """What the command would do, found without loading weights."""
+    for note in request.notes:
+        emit(events.note(note))
     cut = _cut(request)
     reader, chunks = cut.reader, cut.chunks
     rows = len(request.given) if request.given is not None else len(chunks) * request.questions
@@ -144,7 +149,8 @@ def _asked_sha256(request: Request) -> str:
     said = [dataset.chat, dataset.separator, dataset.system, dict(dataset.chat_template_kwargs), dataset.reasoning]
     documents = [(one.name, one.sha256) for one in request.documents]
     given = None if request.given is None else [(row.prompt, row.completion) for row in request.given]
-    wanted = [request.questions, request.chunk_tokens, request.answer_tokens, request.recipe.seed]
+    layout = getattr(request.recipe.train, "context_layout", None)
+    wanted = [request.questions, request.chunk_tokens, request.answer_tokens, request.recipe.seed, layout]
     return hashlib.sha256(json.dumps([model, said, documents, given, wanted], default=str).encode()).hexdigest()
 
 
@@ -189,6 +195,12 @@ def _cut(request: Request) -> Cut:
             f"the documents make {len(chunks):,} chunks, and at most {MOST_CHUNKS:,} go into one adapter",
             "name fewer documents, or look passages up instead: dataset.retrieve",
         )
+    most = len(given) if given else len(chunks) * request.questions
+    if most <= LEAST_TRAINED:
+        raise UsageError(
+            f"{counted(most, 'row')} about the documents: {NEEDED}",
+            f"give more rows in {request.data}" if given else "ask more: --questions 8",
+        )
     return Cut(reader, chunks, asks, request.answer_tokens)
 
 
@@ -205,21 +217,21 @@ def _who(request: Request, reader: Reader) -> tuple[str, str]:
     return file, file if all(answered) else f"{file} and {model}" if any(answered) else model
 
 
-def _written(request: Request, id_: str, emit: Emit) -> Rows:
+def _written(request: Request, cut: Cut, id_: str, emit: Emit) -> Rows:
     """The rows, all of them, as files of the place beside."""
     began = time.monotonic()
-    cut = _cut(request)
     reader, chunks = cut.reader, cut.chunks
-    _tell(request, chunks, emit)
+    _tell(request, reader, chunks, emit)
     given = None if request.given is None else by_chunk(request.given, chunks)
     study = Study(chunks, request.place.folder, request.questions, reader.chat, given)
     with interruptible() as stopped:
         writer = Writer(reader, cut.request_tokens, cut.answer_tokens, stopped)
         rows = study.write(writer, lambda text: emit({"event": "progress", "text": text}))
-        if len(rows) < 2:
+        if sum(not row.held_out for row in rows) < LEAST_TRAINED:
+            request.place.end()  # nothing here is worth going on with
             raise DataError(
-                f"{counted(len(rows), 'row')} could be written about the documents, and two at least are needed",
-                "name longer documents, or give rows: --data FILE",
+                f"{counted(len(rows), 'row')} could be written about the documents, and {NEEDED}",
+                "name longer documents, or give rows: --data FILE" if given is None else f"add rows to {request.data}",
             )
         texts = {
             ROWS: "".join(row.line() for row in rows if not row.held_out),
@@ -228,6 +240,7 @@ def _written(request: Request, id_: str, emit: Emit) -> Rows:
         for name, text in texts.items():
             write_text(request.place.folder / name, text)
         loss = _loss_with_document(request, writer, rows)
+        writer.heed()  # nothing asks while a loss is measured
     for note in study.notes:
         emit(events.note(note))
     del writer
@@ -246,21 +259,29 @@ def _written(request: Request, id_: str, emit: Emit) -> Rows:
         held_out=sum(row.held_out for row in rows),
         writing_seconds=time.monotonic() - began,
     )
-    if loss is not None:
+    origin = request.recipe.adapter.origin
+    if origin:  # the teacher has that adapter, and the loss here is of the base alone
+        adapted["teacher"] += f" with {Path(origin).name}"
+    elif loss is not None:
         adapted["loss_with_document"] = loss
     return Rows(rows, texts, adapted)
 
 
-def _tell(request: Request, chunks: Sequence[Chunk], emit: Emit) -> None:
+def _tell(request: Request, reader: Reader, chunks: Sequence[Chunk], emit: Emit) -> None:
     tokens = sum(chunk.tokens for chunk in chunks)
     documents = counted(len(request.documents), "document")
     emit({"event": "progress", "text": f"{documents}  {counted(tokens, 'token')} in {counted(len(chunks), 'chunk')}"})
+    if marks := reader.marks("\n".join(chunk.text for chunk in chunks)):
+        text = f"the documents hold {', '.join(marks)}, which this model reads as marks of its own and not as text"
+        emit(events.note(f"{text}: its prompt may end there; write them otherwise if they are not meant"))
 
 
 def _loss_with_document(request: Request, writer: Writer, rows: Sequence[DocumentRow]) -> float | None:
     """What the held-out answers cost the teacher, which has their chunk in its prompt: what there is to reach."""
     lines = [
-        {"prompt": with_context(row.context, row.prompt), "completion": row.completion} for row in rows if row.held_out
+        {"prompt": writer.reader.with_context(row.context, row.prompt), "completion": row.completion}
+        for row in rows
+        if row.held_out
     ]
     file = request.place.folder / WITH_DOCUMENT
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -67,11 +67,7 @@ class GroundedEncoder(TextEncoder):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, train_on: str, max_length: int, *, layout: str = LAYOUT
     ) -> None:
-        if any(layout.count(place) != 1 for place in _PLACES):
-            raise UsageError(
-                f"train.context_layout: must hold {' and '.join(_PLACES)}, each once; got {layout!r}",
-                "leave it out for the context, an empty line and the prompt",
-            )
+        refuse_layout(layout)
         super().__init__(tokenizer, train_on, max_length)
         self.layout = layout
         self._contexts: dict[str, Sequence[int]] = {}  # many rows have one
@@ -120,7 +116,7 @@ class GroundedEncoder(TextEncoder):
         if not form.context:
             return form.said
         if isinstance(form.said, Pair):
-            return replace(form.said, prompt=self._written(form.context, form.said.prompt))
+            return replace(form.said, prompt=in_layout(self.layout, form.context, form.said.prompt))
         messages, roles = list(form.said.messages), [message["role"] for message in form.said.messages]
         trained = (
             number for number, role in enumerate(roles) if role == "assistant" and number not in form.said.untrained
@@ -132,12 +128,28 @@ class GroundedEncoder(TextEncoder):
                 "begin the prompt with a turn of the role user",
             )
         last = max(number for number in range(end) if roles[number] == "user")
-        messages[last] = {**messages[last], "content": self._written(form.context, messages[last]["content"])}
+        messages[last] = {**messages[last], "content": in_layout(self.layout, form.context, messages[last]["content"])}
         return replace(form.said, messages=messages)
 
-    def _written(self, context: str, prompt: str) -> str:
-        filled = dict(zip(_PLACES, (context, prompt), strict=True))
-        return "".join(filled.get(piece, piece) for piece in re.split(r"(\{context\}|\{prompt\})", self.layout))
+
+def refuse_layout(layout: str) -> None:
+    """Check that a layout has a place for the context and one for the prompt.
+
+    Raises:
+        UsageError: one of the two is not there, or twice.
+    """
+    if any(layout.count(place) != 1 for place in _PLACES):
+        raise UsageError(
+            f"train.context_layout: must hold {' and '.join(_PLACES)}, each once; got {layout!r}",
+            "leave it out for the context, an empty line and the prompt",
+        )
+
+
+def in_layout(layout: str, context: str, prompt: str) -> str:
+    """What a teacher is asked: a context and a prompt, as the layout puts them together; no context: the prompt."""
+    filled = dict(zip(_PLACES, (context, prompt), strict=True))
+    pieces = re.split(r"(\{context\}|\{prompt\})", layout)
+    return "".join(filled.get(piece, piece) for piece in pieces) if context else prompt
 
 
 def _answer(labels: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ cut. The runs lie in the folder beside the output folder until all is done; --re
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from dynlora_cli.runs import record as records
 from dynlora_cli.runs.log import RunLog
 from dynlora_cli.runs.report.write import write_card, write_report
 from dynlora_cli.tasks import task as tasks
+from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from dynlora_cli.adapters.adapter import Adapter
@@ -91,11 +93,11 @@ def run(parts: Parts, emit: Emit) -> dict[str, Any]:
         Interrupted: Ctrl-C; finished runs stay.
     """
     began = time.monotonic()
-    chunks = sorted({row.chunk for row in parts.rows if not row.held_out})
+    groups = together(parts.rows)
     adapters, steps = [], 0
-    for number, chunk in enumerate(chunks, 1):
-        emit({"event": "progress", "text": f"chunk {number} of {len(chunks)}"})
-        recipe = _recipe_of(parts, chunk)
+    for number, chunks in enumerate(groups, 1):
+        emit({"event": "progress", "text": f"part {number} of {len(groups)}: {counted(len(chunks), 'chunk')}"})
+        recipe = _recipe_of(parts, chunks)
         steps += _trained(parts, recipe, emit).get("steps") or 0
         adapters.append(read_adapter(Path(recipe.output_dir)))
     way = Way(method="exact", budget=parts.recipe.rank.parsed_budget())
@@ -106,6 +108,7 @@ def run(parts: Parts, emit: Emit) -> dict[str, Any]:
     kept = combined.energy_kept if combined else 1.0
     summary: dict[str, Any] = {
         **(summary_of(adapters, combined, parts.out, way) if combined else {"ok": True, "output_dir": str(parts.out)}),
+        "adapters": [adapter.folder.name for adapter in adapters],  # which are gone with the folder beside
         "model": parts.recipe.model.name_or_path,
         "variant": parts.recipe.adapter.variant,
         "steps": steps,
@@ -122,12 +125,30 @@ def run(parts: Parts, emit: Emit) -> dict[str, Any]:
     return _write(parts, adapters, whole, cut, data, summary, emit)
 
 
-def _recipe_of(parts: Parts, chunk: int) -> Recipe:
-    """The recipe of one chunk's run, whose rows are written."""
+def together(rows: Sequence[DocumentRow]) -> list[list[int]]:
+    """Chunks that are trained in one run: each by itself, but one of a single row, which no run takes, with the next.
+
+    Args:
+        rows: of all chunks; a chunk whose rows are all held out is in none of the runs.
+    """
+    counts = Counter(row.chunk for row in rows if not row.held_out)
+    groups: list[list[int]] = [[]]
+    for chunk in sorted(counts):
+        if sum(counts[one] for one in groups[-1]) > 1:
+            groups.append([])
+        groups[-1].append(chunk)
+    if len(groups) > 1 and sum(counts[one] for one in groups[-1]) == 1:
+        last = groups.pop()
+        groups[-1] += last
+    return groups
+
+
+def _recipe_of(parts: Parts, chunks: Sequence[int]) -> Recipe:
+    """The recipe of the run on some chunks, whose rows are written."""
     folder = parts.beside / RUNS
     folder.mkdir(exist_ok=True)
-    name = f"chunk-{chunk + 1:05d}"
-    own = [row for row in parts.rows if row.chunk == chunk]
+    name = f"chunk-{chunks[0] + 1:05d}"
+    own = [row for row in parts.rows if row.chunk in chunks]
     sources: dict[str, Any] = {"train": [], "val": []}
     for key, kind, held in (("train", TrainSource, False), ("val", Source, True)):
         text = "".join(row.line() for row in own if row.held_out == held)

@@ -1,7 +1,7 @@
 """A base model that has a chunk of a document in its prompt, and writes questions about it, or answers them.
 
-The prompt of an answer is what the teacher of context distillation will see (data/formats/grounded.py): the chunk, a
-blank line, the question, in the model's chat template where it has one.
+The prompt of an answer is what the teacher of context distillation will see (data/grounded.py): the chunk and the
+question as `train.context_layout` puts them together, in the model's chat template where it has one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.chat.ways import Ways
+from dynlora_cli.data.grounded import in_layout, refuse_layout
 from dynlora_cli.data.load import load_data
 from dynlora_cli.decoding.sampling import Sampling
 from dynlora_cli.decoding.write import Listener, Row, Written, own_ends, write
 from dynlora_cli.documents import requests
-from dynlora_cli.documents.chunks import CHUNK, Chunk
+from dynlora_cli.documents.chunks import CHUNK, Chunk, cut
 from dynlora_cli.documents.requests import STOP, read_request
 from dynlora_cli.errors import DynloraError, Interrupted, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     from dynlora_cli.config.recipe import Recipe
 
-BLANK = "\n\n"  # between a chunk and what is asked about it
 BATCH = 8  # answers that are written together
 REQUEST_TOKENS = 64  # of the longest request that is taken
 TEMPERATURE, TOP_P = 0.8, 0.95  # of questions; answers are greedy
@@ -54,10 +54,33 @@ class Reader:
     Attributes:
         recipe: of the run that is to be.
         files: of the base model.
+
+    Raises:
+        UsageError: of `train.context_layout`, that it has no place for a chunk or a question.
     """
 
     recipe: Recipe
     files: BaseFiles
+
+    def __post_init__(self) -> None:
+        refuse_layout(self.layout)
+
+    @property
+    def layout(self) -> str:
+        """How a chunk and a question stand in one prompt."""
+        objective: Any = self.recipe.train
+        return str(objective.context_layout)
+
+    def with_context(self, chunk: str, request: str) -> str:
+        """What the teacher reads: a chunk, and what is asked about it."""
+        return in_layout(self.layout, chunk, request)
+
+    def ids(self, voice: Voice, chunk: str, request: str) -> tuple[int, ...]:
+        """The tokens of that, up to where the answer begins."""
+        text = self.with_context(chunk, request)
+        if not voice.chat:
+            return voice.prompt_ids(text)
+        return voice.chat_ids([{"role": "user", "content": text}], None)[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -66,6 +89,11 @@ class Reader:
     def count(self, text: str) -> int:
         """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def marks(self, text: str) -> list[str]:
+        """The model's special tokens that stand in a text, such as the end of a turn."""
+        own = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return sorted(mark for mark in own if mark in text)
 
     def voice(self, ends: set[int]) -> Voice:
         """How the model is asked, as the rows of the run will be written.
@@ -108,11 +136,13 @@ class Reader:
         context = self.files.context_length
         if context is None:
             return wanted or CHUNK
-        form = len(_ids(self.voice(set()), "", ".")) + JOINTS
+        form = len(self.ids(self.voice(set()), ".", ".")) + JOINTS
         room = context - form - request - answer
         if (wanted or LEAST_CHUNK) > room:
             said = f"--chunk-tokens {wanted}" if wanted else f"answers of {answer} tokens"
-            shorter = "allow shorter ones: --answer-tokens 32"
+            shorter = (
+                "allow shorter ones: --answer-tokens 32" if answer > request else "leave the longest out of --data"
+            )
             hint = f"--chunk-tokens {room} is the most" if room >= LEAST_CHUNK else shorter
             raise UsageError(
                 f"{said}: {self.recipe.model.name_or_path} has a context of {context:,} tokens, in which {request} are "
@@ -158,6 +188,9 @@ class Writer:
         rows, told = [], []
         for number in range(begin, begin + many):
             way, part = tries[number % len(tries)]
+            part = self._fitting(chunk.title, part, way)
+            if not part:
+                continue
             drawn: dict[str, Any] = {}
             if number >= len(tries):
                 seed = _seed(self.reader.recipe.seed, chunk.text, number)
@@ -172,10 +205,19 @@ class Writer:
         ]
         return [(way.kind, text) for way, text in zip(told, texts, strict=True) if text]
 
+    def _fitting(self, title: str, part: str, way: requests.Way) -> str:
+        """So much of a part as the model's context holds behind the examples; empty where that is next to nothing."""
+        context = self.reader.files.context_length
+        if context is None:
+            return part
+        form = len(self.voice.text_ids(requests.prompt(title, ".", way)))
+        room = context - form - self.request_tokens - JOINTS
+        return cut(part, self.reader.count, room)[0] if room >= LEAST_CHUNK else ""
+
     def answer(self, chunk: Chunk, prompts: Sequence[str]) -> list[str]:
         """Answers by the chunk; empty where the model has none."""
         sampling, voice = Sampling(max_new_tokens=self.answer_tokens), self.voice
-        ids = [_ids(voice, chunk.text, prompt) for prompt in prompts]
+        ids = [self.reader.ids(voice, chunk.text, prompt) for prompt in prompts]
         rows = [Row(voice.tokenizer, one, sampling, voice.ends, continues=not voice.chat) for one in ids]
         return [_whole(written) for written in self._write(rows)]
 
@@ -204,6 +246,15 @@ class Writer:
         on_device = (batch.to(device) for at in range(batches.steps_per_epoch) for batch in batches.step(0, at))
         return held_out(self.base.model, on_device, autocast=precision_of(self.base))["loss"]
 
+    def heed(self) -> None:
+        """Stop here if somebody asked for it.
+
+        Raises:
+            Interrupted: somebody did.
+        """
+        if self.stopped():
+            raise Interrupted("interrupted while the rows were written; those that are done are kept", "add --resume")
+
     def _write(self, rows: Sequence[Row]) -> list[Written]:
         """What the model writes.
 
@@ -220,23 +271,10 @@ class Writer:
                 listener=Listener(cancelled=lambda _: self.stopped()),
                 shares=True,
             )
-        if self.stopped():
-            raise Interrupted("interrupted while the rows were written; those that are done are kept", "add --resume")
+        self.heed()
         if any(one.finish_reason == "failed" for one in written):
             raise DynloraError("the model's logits became NaN while it wrote", "try --set model.dtype=float32")
         return written
-
-
-def with_context(chunk: str, request: str) -> str:
-    """What the teacher reads: a chunk, and what is asked about it."""
-    return f"{chunk}{BLANK}{request}" if chunk else request
-
-
-def _ids(voice: Voice, chunk: str, request: str) -> tuple[int, ...]:
-    text = with_context(chunk, request)
-    if not voice.chat:
-        return voice.prompt_ids(text)
-    return voice.chat_ids([{"role": "user", "content": text}], None)[0]
 
 
 def _seed(seed: int, *parts: object) -> int:

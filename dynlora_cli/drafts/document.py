@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
+from dynlora_cli import plugins
 from dynlora_cli.config.load import load_text
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.drafts.named import settled
@@ -60,6 +61,31 @@ def with_enough_steps(recipe: Recipe, text: str, rows: int) -> tuple[Recipe, str
     return longer, settled(text, RECIPE, [f"train.epochs={epochs}"])
 
 
+def _refuse_settled(recipe: Recipe, as_drafted: Recipe) -> None:
+    """Refuse changes of what the command itself is about, before rows are written."""
+    settled_keys = (
+        ("output_dir", recipe.output_dir != as_drafted.output_dir, "--out says where the adapter goes"),
+        (
+            "model.name_or_path",
+            recipe.model.name_or_path != as_drafted.model.name_or_path,
+            "--model says which base is asked and trained",
+        ),
+        (
+            "train.objective",
+            recipe.train.objective != as_drafted.train.objective,
+            "`adapt` teaches what the model says with the document in its prompt; for others: dynlora train",
+        ),
+        (
+            "adapter.variant",
+            plugins.declared("variants", recipe.adapter.variant, "hypernet"),
+            f"{recipe.adapter.variant} is a network that writes adapters: `dynlora train` trains it",
+        ),
+    )
+    for key, changed, why in settled_keys:
+        if changed:
+            raise UsageError(f"--set {key}: {why}", f"leave --set {key} out")
+
+
 def document_recipe(
     model: str,
     documents: Sequence[str],
@@ -103,6 +129,5 @@ def document_recipe(
                 f"--set dataset.{key}: the rows of `adapt` are those that are written about the documents",
                 "for rows of your own about them use --data; else train on them: dynlora train",
             )
-    if recipe.output_dir != as_drafted.output_dir:
-        raise UsageError("--set output_dir: --out says where the adapter goes", "leave --set output_dir out")
+    _refuse_settled(recipe, as_drafted)
     return recipe, settled(text, str(path), changes)

@@ -21,6 +21,7 @@ from dynlora_cli import api
 from dynlora_cli.documents import writer
 from dynlora_cli.documents.begun import Begun
 from dynlora_cli.errors import Interrupted
+from dynlora_cli.execution.interrupt import ask_here
 
 TEXT = """# Velden
 
@@ -112,15 +113,16 @@ def test_a_model_that_cannot_be_asked_learns_the_sentences(adapt: Adapt, base: P
     assert not Begun(out).folder.exists()
 
 
-def test_the_loss_with_the_document_is_that_of_the_teacher(adapt: Adapt, base: Path, tmp_path: Path):
+@pytest.mark.parametrize("layout", ["{context}\n\n{prompt}", "{prompt} by {context}: "])
+def test_the_loss_with_the_document_is_that_of_the_teacher(adapt: Adapt, base: Path, tmp_path: Path, layout: str):
     """Against transformers: the mean over the answer's tokens, with chunk, blank line and prompt before them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = adapt().json["adapted"]["loss_with_document"]
+    found = adapt("--set", f"train.context_layout={json.dumps(layout)}").json["adapted"]["loss_with_document"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     total = targets = 0.0
     for row in lines(tmp_path / "a" / "held_out.jsonl"):
-        prompt = tokenizer(f"{row['context']}\n\n{row['prompt']}").input_ids
+        prompt = tokenizer(layout.format(context=row["context"], prompt=row["prompt"])).input_ids
         answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
@@ -134,6 +136,16 @@ def test_a_base_in_bfloat16(adapt: Adapt, tmp_path: Path):
     done = adapt("--set", "model.dtype=bfloat16")
     assert done.code == 0, done.err
     assert record(tmp_path / "a")["dtype"] == "bfloat16"
+
+
+def test_a_text_without_sentences_and_with_marks(adapt: Adapt, chat_base: Path, document: Path):
+    from transformers import AutoTokenizer
+
+    end = AutoTokenizer.from_pretrained(chat_base).eos_token
+    document.write_text("\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd" * 100 + f"\n\n{TEXT} They wrote {end} last.")
+    done = adapt("--answer-tokens", 4, model=chat_base)
+    assert done.code == 0, done.err
+    assert f"the documents hold {end}, which this model reads as marks" in done.err
 
 
 def given_rows(folder: Path, *, answers: bool) -> Path:
@@ -272,6 +284,15 @@ def test_training_is_gone_on_with(adapt: Adapt, base: Path, document: Path, tmp_
         api.adapt(base, other, out=out, resume=True, **how | {"progress": None})
 
 
+def test_ctrl_c_while_a_loss_is_measured(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer.Writer, "loss", lambda *_: float(ask_here()))
+    done = adapt()
+    assert done.code == 130
+    assert not (tmp_path / "a").exists()
+    monkeypatch.undo()
+    assert adapt("--resume").code == 0
+
+
 def test_an_earlier_run_stays_until_the_new_one_has_its_rows(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -329,6 +350,11 @@ def test_a_plan_writes_nothing(adapt: Adapt, tmp_path: Path):
         (("--set", "train.nonsense=1"), "train.nonsense"),
         (("--set", "dataset.train=[rows.jsonl]"), "the rows of `adapt` are those that are written"),
         (("--set", "output_dir=x"), "--out says where"),
+        (("--set", "train.objective=sft"), "for others: dynlora train"),
+        (("--set", "adapter.variant=doc-to-lora"), "a network that writes adapters"),
+        (("--set", "model.name_or_path=other"), "--model says"),
+        (("--set", "train.context_layout='{prompt}'"), "train.context_layout: must hold"),
+        (("--questions", 2), "three at least are needed"),
         (("--columns", "prompt=question"), "add --data FILE"),
         (("--data", "none.jsonl"), "no file or folder none.jsonl"),
         (("--document", "none.txt"), "no file or folder ./none.txt"),
@@ -343,6 +369,7 @@ def test_what_cannot_be(adapt: Adapt, tmp_path: Path, arguments: tuple[object, .
     assert done.code == 2
     assert words in done.json["error"] + (done.json["hint"] or "")
     assert not (tmp_path / "a").exists()
+    assert not Begun(tmp_path / "a").folder.exists()
 
 
 def test_a_document_that_says_next_to_nothing(adapt: Adapt, document: Path, tmp_path: Path):
@@ -351,6 +378,8 @@ def test_a_document_that_says_next_to_nothing(adapt: Adapt, document: Path, tmp_
     assert done.code == 2
     assert "0 rows could be written" in done.json["error"]
     assert not (tmp_path / "a").exists()
+    document.write_text(TEXT)  # and the next try is not asked about rows that were begun
+    assert adapt().code == 0
 
 
 def test_wrong_names_are_answered_before_torch_is_loaded(tmp_path: Path, base: Path):

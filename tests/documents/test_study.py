@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dynlora_cli.documents.added import together
 from dynlora_cli.documents.chunks import Chunk
 from dynlora_cli.documents.given import GivenRow
 from dynlora_cli.documents.study import DocumentRow, Study, provenance, with_held_out
@@ -72,10 +74,12 @@ def test_a_model_that_does_not_ask_gets_sentences(tmp_path: Path):
     work = study(tmp_path, questions=2)
     rows = work.write(Model(fails=1000), lambda _: None)
     assert rows[0].prompt == "Complete the sentence: Chunk 1 tells of ..."
-    assert (
-        rows[0].completion == f"as 1: {rows[0].prompt}" or rows[0].completion == "seven things that are blue and long."
-    )
+    assert rows[0].completion == "seven things that are blue and long."
     assert "a larger model" in work.notes[0].lower()
+    # whoever goes on with what is on the disk says the same of it
+    again = study(tmp_path, questions=2)
+    assert again.write(Model(stop=0), lambda _: None) == rows
+    assert (again.filled, again.notes) == (3, work.notes)
 
 
 def test_a_model_that_cannot_be_asked_goes_on_with_sentences(tmp_path: Path):
@@ -103,6 +107,17 @@ def test_an_eighth_is_held_out_and_none_of_its_prompts_is_trained_on():
     assert with_held_out(rows[::-1]) == split[::-1]  # whatever their order
     assert [row.held_out for row in with_held_out(rows[:3])].count(True) in (1, 2)
     assert not with_held_out(rows[:1])[0].held_out
+
+
+def test_a_chunk_of_one_row_is_trained_with_its_neighbour():
+    def rows(*counts: int) -> list[DocumentRow]:
+        found = [DocumentRow(at, "c", f"{at} {one}", "a") for at, count in enumerate(counts) for one in range(count)]
+        return [*found, *(replace(row, held_out=True) for row in found if row.chunk != 2)]
+
+    assert together(rows(3, 2, 0, 4)) == [[0], [1], [3]]
+    assert together(rows(1, 2, 0, 1)) == [[0, 1, 3]]
+    assert together(rows(1, 1, 1, 1)) == [[0, 1], [2, 3]]
+    assert together(rows(2, 1)) == [[0, 1]]
 
 
 def test_provenance_counts_chunks():
