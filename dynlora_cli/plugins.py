@@ -154,6 +154,11 @@ def target(task: str, objective: str | None = None) -> str:
     return of_objective or declared("tasks", task, "TARGET") or "token"
 
 
+def unit(objective: str | None) -> str | None:
+    """What an objective's losses in training are in; None: in nats, as those on held-out rows are."""
+    return declared("objectives", objective, "UNIT") if objective in names("objectives") else None
+
+
 def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
     """The constants of a module and their values, of `A = 1`, `A: int = 1` and `A, B = 1, 2`."""
     for node in tree.body:

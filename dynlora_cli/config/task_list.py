@@ -50,7 +50,9 @@ def write_out(root: Node) -> list[Problem]:
         return []
     if not isinstance(given.value, list) or not given.value:
         must = "must be a list, each with a `description` (or `descriptions`) and a `dataset`"
-        root.value.setdefault(ROWS, Node("?", given.place))
+        dataset = root.value.setdefault(ROWS, Node({}, given.place))
+        if isinstance(dataset.value, dict):
+            dataset.value.setdefault("train", Node([_stand_in(given)], given.place))
         return [Problem(given.place, f"{TASKS}: got {show(given.plain())}, {must}")]
     sources, problems = list[Node](), list[Problem]()
     for at, task in enumerate(given.value):

@@ -100,10 +100,14 @@ class RunRecord:
     @property
     def target(self) -> str:
         """What a loss is the mean over: token, row, pair."""
+        return plugins.target(self.info.get("task") or "causal-lm", self.objective)
+
+    @property
+    def objective(self) -> str | None:
+        """What training lowered, where that is on record."""
         recipe = self.info.get("recipe") or {}
         train = recipe.get("train") if isinstance(recipe, dict) else None
-        objective = train.get("objective") if isinstance(train, dict) else None
-        return plugins.target(self.info.get("task") or "causal-lm", objective)
+        return train.get("objective") if isinstance(train, dict) else None
 
     @property
     def prunes(self) -> list[Event]:

@@ -13,6 +13,9 @@ TEACHES = "which of two answers is better"
 TARGET = "pair"
     What a loss is the mean over, in words, in place of the task's.
 
+UNIT = "z-scores"
+    What its losses are in, where that is not nats: held-out losses, which stand beside them, are in nats all the same.
+
 MEASURED = ("accuracy", "margin")
     The numbers that a `Judge` tells beside the loss.
 

@@ -109,8 +109,27 @@ def test_a_missing_number_is_a_dash() -> None:
         "  data         - rows to train, - held out",
         "  parameters   -",
         "  steps        9",
-        "step  3/9  loss -  held-out -              lr -       - tok/s  components -/-  -",
+        "step  3/9  loss -  held-out -              lr -       - tok/s  -",
     ]
+
+
+@pytest.mark.parametrize(("objective", "loss"), [("sft", "2.1043"), ("reconstruction", "2.1043 z-scores")])
+def test_what_trains_without_components_is_counted_and_its_loss_named(objective: str, loss: str) -> None:
+    run = {"steps": 9, "components": None, "parameters": None, "trainable_parameters": 41_116, "objective": objective}
+    start, step = {"event": "start", "run": run}, {"event": "train", "step": 3, "loss": 2.10432}
+    pipe = Pipe()
+    console = Console(pipe)
+    play(console, start, step)
+    console.show_summary({"ok": True, "parameters": 41_116, "loss_before": 3.0, "loss_after": 2.0})
+    said = pipe.getvalue()
+    assert "  parameters   41.1 k\n" in said
+    assert f"step  3/9  loss {loss}  held-out" in said
+    assert ["parameters", "41,116", "41,116"] in [line.split() for line in said.splitlines()]
+    assert "components" not in said
+    live = "\n".join(picture(100, 24, start, step))
+    assert loss in live
+    assert "41.1 k" in live
+    assert "components" not in live
 
 
 def picture(width: int, height: int, *events: dict[str, Any]) -> list[str]:

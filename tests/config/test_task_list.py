@@ -45,6 +45,7 @@ def test_a_program_may_give_them_as_well_and_overrides_name_sources_by_number() 
     ("line", "said"),
     [
         ("tasks: 5", "recipe.yaml:2: tasks: got 5, must be a list"),
+        ("dataset: {val_size: 0.1}\ntasks: 5", "recipe.yaml:3: tasks: got 5, must be a list"),
         ("tasks: []", "recipe.yaml:2: tasks: got an empty list, must be a list"),
         ("tasks: [x.jsonl]", "recipe.yaml:2: tasks.0: got 'x.jsonl', must be a section with `description` and"),
         ("tasks:\n- {description: a, dataset: b}\n- {dataset: c}", "recipe.yaml:4: tasks.1.description: missing"),

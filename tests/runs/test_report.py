@@ -216,6 +216,17 @@ def test_the_report_says_the_numbers_and_loads_nothing(run: Path) -> None:
     assert not [value for key, value in page.attributes if key in ("src", "href")]
 
 
+def test_losses_in_other_units_than_the_held_out_ones_have_a_chart_of_their_own(run: Path) -> None:
+    assert "Loss in training" not in write_report(run).read_text()
+    edit_info(run, recipe={"train": {"objective": "reconstruction"}})
+    html = write_report(run).read_text()
+    own, _, both = html.partition("Loss in training")[2].partition("</figure>")
+    assert "z-scores" in own
+    assert "nats per token" not in own
+    assert "nats per token" in both.partition("</figure>")[0]
+    assert "training, smoothed" not in both
+
+
 def test_the_rank_map_has_a_cell_for_each_layer(run: Path) -> None:
     html = write_report(run).read_text()
     record = read_run(run)

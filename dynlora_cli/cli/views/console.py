@@ -32,6 +32,7 @@ from dynlora_cli.cli.views.progress import (
     sample_rows,
     sparkline,
     start_rows,
+    trained,
     with_budget,
 )
 from dynlora_cli.cli.views.rank_map import rank_map
@@ -313,10 +314,11 @@ def _live_numbers(progress: Progress, wide: bool) -> Table:
         held_out.append(f"  from {number(progress.held_out_first)}", style="label")
     if progress.accuracy is not None:
         held_out.append(f"  {percent(progress.accuracy)} right")
-    grid.add_row("loss", Text.assemble((number(latest.get("loss")), "head"), "  ", (spark, "accent")))
+    grid.add_row("loss", Text.assemble((progress.loss(latest), "head"), "  ", (spark, "accent")))
     grid.add_row("held out", held_out)
-    grid.add_row("components", f"{count(latest.get('components'))} of {count(run.get('components'))}")
-    grid.add_row("parameters", with_budget(latest.get("parameters"), run))
+    if run.get("components"):
+        grid.add_row("components", f"{count(latest.get('components'))} of {count(run['components'])}")
+    grid.add_row("parameters", with_budget(latest.get("parameters") or trained(run), run))
     grid.add_row("learning rate", rate(latest.get("learning_rate")))
     grid.add_row("speed", f"{count(latest.get('tokens_per_second'))} tok/s")
     grid.add_row("memory", size(latest.get("memory_bytes")))
@@ -349,14 +351,16 @@ def _before_after(summary: dict[str, Any]) -> Table:
             style = "label" if rises is None else "good" if better else "bad"
             table.add_row(f"held-out {label}", show(before), show(after), Text(change(before, after), style=style))
     budget = f"budget {count(summary['budget_parameters'])}" if summary.get("budget_parameters") else ""
-    table.add_row("parameters", count(summary.get("parameters_start")), count(summary.get("parameters")), budget)
+    after = summary.get("parameters")  # as many as before, where nothing can be pruned
+    table.add_row("parameters", count(summary.get("parameters_start", after)), count(after), budget)
     if summary.get("budget_bytes") or summary.get("save_dtype"):
         most = f"budget {count(summary['budget_bytes'])}" if summary.get("budget_bytes") else ""
         of = joined(most, summary.get("save_dtype"))
         table.add_row("bytes of the file", "", count(summary.get("adapter_bytes")), of)
     ranks = list((summary.get("ranks") or {}).values())
     spread = f"per layer {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}" if ranks else ""
-    table.add_row("components", count(summary.get("components_start")), count(summary.get("components")), spread)
+    if summary.get("components_start") is not None:
+        table.add_row("components", count(summary["components_start"]), count(summary.get("components")), spread)
     first, last = summary.get("tokens_per_second_start"), summary.get("tokens_per_second_end")
     if first is not None and last is not None:
         table.add_row("tokens/s", count(first), count(last), change(first, last))

@@ -131,20 +131,23 @@ class Progress:
         return (f"(at {self.held_out_step})" if self.held_out_step is not None else "").ljust(width)
 
     def _train_line(self, event: Event) -> str:
-        started = str(self.run.get("components") or MISSING)
-        alive = str(self.latest.get("components", MISSING))
         speed = event.get("tokens_per_second")
-        return "  ".join(
-            [
-                f"step  {self._at(event)}",
-                f"loss {number(event.get('loss'))}",
-                f"held-out {number(self.held_out):<6} {self._measured_at()}",
-                f"lr {rate(event.get('learning_rate'))}",
-                f"{count(speed):>6} tok/s",
-                f"components {alive:>{len(started)}}/{started}",
-                duration(event.get("seconds")),
-            ]
-        )
+        parts = [
+            f"step  {self._at(event)}",
+            f"loss {self.loss(event)}",
+            f"held-out {number(self.held_out):<6} {self._measured_at()}",
+            f"lr {rate(event.get('learning_rate'))}",
+            f"{count(speed):>6} tok/s",
+        ]
+        if self.run.get("components"):
+            started = str(self.run["components"])
+            parts.append(f"components {self.latest.get('components', MISSING):>{len(started)}}/{started}")
+        return "  ".join([*parts, duration(event.get("seconds"))])
+
+    def loss(self, event: Event) -> str:
+        """The loss in training; with its unit where it is not in nats, as the held-out loss beside it is."""
+        unit = plugins.unit(self.run.get("objective"))
+        return f"{number(event.get('loss'))}{f' {unit}' if unit else ''}"
 
     def _prune_line(self, event: Event) -> str:
         parts = [f"prune {self._at(event)}", f"components {_fall(event, 'components')}"]
@@ -173,7 +176,7 @@ def start_rows(event: Event) -> list[tuple[str, str]]:
         ("model", joined(run.get("model"), run.get("task"), objective, machine)),
         ("data", joined(rows_held, targets)),
         ("adapter", joined(run.get("variant"), run.get("policy"), started)),
-        ("parameters", with_budget(run.get("parameters"), run)),
+        ("parameters", with_budget(trained(run), run)),
         (
             "steps",
             joined(count(run.get("steps")), epochs and f"{round(epochs, 2):g} epoch{'' if epochs == 1 else 's'}"),
@@ -191,6 +194,11 @@ def sample_rows(event: Event, width: int) -> Iterator[tuple[str, str, bool]]:
         yield "asked", asked if len(asked) <= width else f"…{asked[1 - width :]}", False
         yield "expected", expected, False
         yield "answered", answer or "(nothing)", sample["right"]
+
+
+def trained(run: dict[str, Any]) -> int | None:
+    """How many numbers train: those of components, or of whatever trains in their place."""
+    return run.get("parameters") or run.get("trainable_parameters")
 
 
 def with_budget(parameters: float | None, run: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynlora_cli import plugins
 from dynlora_cli.runs.documents import COLUMNS, documents, made_from
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
@@ -136,12 +137,9 @@ def _charts(record: RunRecord) -> str:
     budget = (record.info.get("budget") or {}).get("parameters") or record.summary.get("budget_parameters")
     ends = (0, record.last_step)
     limit = [Series("budget", [(step, budget) for step in ends], "dash")] if budget else []
-    losses = [
-        Series("", loss, "faint"),
-        Series("training, smoothed", svg.smooth(loss)),
-        Series("held out", _column(record.evals, "loss"), "dots"),
-    ]
-    unit = f"nats per {record.target}"
+    learned = [Series("", loss, "faint"), Series("training, smoothed", svg.smooth(loss))]
+    held_out = [Series("held out", _column(record.evals, "loss"), "dots")]
+    unit, own_unit = f"nats per {record.target}", plugins.unit(record.objective)
     accuracy = Series("held out", _column(record.evals, "accuracy"), "dots")
     # How sure a model has become of its preferences; there where an objective compares answers.
     margin = [Series("training", _column(train, "margin")), Series("held out", _column(record.evals, "margin"), "dots")]
@@ -150,7 +148,8 @@ def _charts(record: RunRecord) -> str:
     chart = partial(svg.line_chart, marks=[event["step"] for event in prunes], last_step=record.last_step)
     small = partial(chart, y_text=svg.axis_number, from_zero=True)
     figures = (
-        chart("Loss", losses, unit=unit, y_text=_plain, wide=True),
+        chart("Loss in training", learned if own_unit else [], unit=own_unit or unit, y_text=_plain, wide=True),
+        chart("Loss", [*([] if own_unit else learned), *held_out], unit=unit, y_text=_plain, wide=True),
         chart("Accuracy", [accuracy], unit="share right", y_text=_plain, wide=True),
         chart("Margin of the rewards", margin, unit="nats", y_text=_plain),
         chart("Rewards", rewards, unit="nats", y_text=_plain),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LIBRARY = True
 RATE = 10.0  # 1e-3 to 1e-2 on small networks, where sft wants 1e-4 to 3e-4; the paper has 1e-3 and 2.5e-5
-TARGET = "number of an adapter"
+UNIT = "z-scores"
 CONFLICTS = [
     {"with": "adapter.library", "is": None, "why": "it learns from adapters", "hint": "name their folders"},
     {
