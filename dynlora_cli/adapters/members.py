@@ -41,7 +41,7 @@ def find_members(folders: Sequence[str], out: Path) -> dict[str, Path]:
                 raise UsageError(f"{KEY}: two adapters are called {name}; the other is {folder}", "rename a folder")
             found[name] = folder
     if len(found) < 2:
-        raise UsageError(f"{KEY}: there is one adapter, {next(iter(found))}, and nothing to choose", "name another one")
+        raise UsageError(f"{KEY}: there is one adapter, {next(iter(found))}, and it takes several", "name another one")
     _refuse_several_bases(found)
     return found
 

@@ -9,13 +9,14 @@ There is no adapter_config.json beside them: PEFT has no such adapter. `dynlora 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -36,6 +37,16 @@ Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Refuse NaN and infinity, which Python reads from JSON and which no record may hold.
+
+    Raises:
+        ValueError: there is one.
+    """
+    json.dumps(values, allow_nan=False)
+    return values
+
+
 class LayerForm(BaseModel):
     """A layer that it writes for."""
 
@@ -54,7 +65,7 @@ class BaseForm(BaseModel):
     reference: str
     revision: str | None
     model_type: str
-    fingerprint: dict[str, Any]
+    fingerprint: Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 class EncoderForm(BaseModel):
@@ -72,7 +83,7 @@ class HypernetForm(BaseModel):
     schema_version: Literal[1]
     method: str
     options: dict[str, Any]
-    scale: float
+    scale: Annotated[float, Field(allow_inf_nan=False)]
     width: Size
     layers: Annotated[list[LayerForm], Field(min_length=1, max_length=100_000)]
     budget: Size
@@ -137,6 +148,9 @@ def read_hypernet(folder: Path) -> Hypernetwork:
     form = fits(HypernetForm, read_object(path), path)
     if form.method not in plugins.names("hypernets"):
         raise UsageError(f"{path}: no hypernetwork is called {form.method!r}", "a newer dynlora may have made it")
+    reads = plugins.declared("hypernets", form.method, "READS")
+    if (form.encoder is None) != (reads == "document"):
+        raise UsageError(f"{path} is damaged: encoder: {form.method} reads a {reads}", COPY_AGAIN)
     weights = folder / HYPERNET_WEIGHTS
     if not weights.is_file():
         raise UsageError(f"{weights} is missing", COPY_AGAIN)
@@ -179,6 +193,8 @@ def _net(form: HypernetForm, tensors: dict[str, Tensor], path: Path) -> Hypernet
             planned.make_room(names)
     except ValidationError as error:
         raise UsageError(f"{path} is damaged: options.{first_fault(error)}", COPY_AGAIN) from None
+    except RuntimeError as error:  # sizes that no tensor can have
+        raise UsageError(f"{path} is damaged: {error}", COPY_AGAIN) from None
     wanted = {NET + name: tuple(tensor.shape) for name, tensor in planned.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:

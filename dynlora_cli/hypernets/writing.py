@@ -19,7 +19,7 @@ from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
 from dynlora_cli.config.budget import Budget
 from dynlora_cli.config.dtypes import FULL
-from dynlora_cli.errors import UsageError
+from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.hypernets.conditions import Conditions, Descriptions
 from dynlora_cli.hypernets.documents import CHUNK, Documents, reader_of
 from dynlora_cli.hypernets.files import Hypernetwork
@@ -52,6 +52,10 @@ class Writer:
 
         Args:
             key: the description, or what `Conditions.key` is of a document.
+
+        Raises:
+            UsageError: the network writes nothing but zeros.
+            MeasureError: it writes a number that is not finite.
         """
         with torch.no_grad():
             written = self.hypernetwork.net(self.conditions.of([key]))
@@ -60,7 +64,10 @@ class Writer:
             a_CI, b_OC = _alone(a), _alone(b)
             b_OC = b_OC if gate is None else b_OC * gate[0]
             factors = Factors(a_CI.float().cpu(), b_OC.float().cpu())
-            layers[name] = factors.keep((a_CI.norm(dim=1) * b_OC.norm(dim=0) > 0).cpu())
+            if not (factors.a_CI.isfinite().all() and factors.b_OC.isfinite().all()):
+                text = f"{self.hypernetwork.folder} writes NaN or infinity for {name}"
+                raise MeasureError(text, "train again with a lower learning rate")
+            layers[name] = factors.keep(factors.a_CI.norm(dim=1) * factors.b_OC.norm(dim=0) > 0)
         if not any(factors.rank for factors in layers.values()):
             raise UsageError(
                 f"{self.hypernetwork.folder} writes nothing but zeros: it has not been trained",

@@ -202,6 +202,11 @@ def with_nan(folder: Path) -> None:
         (lambda folder: change_json(folder, lambda form: form["layers"].pop()), "of another network"),
         (lambda folder: change_json(folder, lambda form: form["layers"][0].update(rank=10**9)), "layers.0.rank"),
         (lambda folder: change_json(folder, lambda form: form.update(extra=1)), "extra"),
+        (lambda folder: change_json(folder, lambda form: form.update(encoder=None)), "encoder: text-gated reads a"),
+        (lambda folder: change_json(folder, lambda form: form.update(scale=float("inf"))), "scale"),
+        (lambda folder: change_json(folder, lambda form: form.update(scale=1e308)), "writes NaN or infinity"),
+        (lambda folder: change_json(folder, lambda form: form["base"].update(fingerprint={"a": float("nan")})), "base"),
+        (lambda folder: change_json(folder, lambda form: form["options"].update(hidden_size=10**12)), "hidden_size"),
     ],
 )
 def test_a_damaged_network_is_refused(copy: Path, tmp_path: Path, damage: Callable[[Path], object], words: str):

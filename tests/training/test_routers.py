@@ -246,5 +246,5 @@ def test_a_router_is_no_adapter_of_another_router_nor_a_start(own: Path) -> None
 
 def test_one_adapter_is_no_choice(library: Path) -> None:
     recipe = router_recipe(library, "phatgoose", f"adapter.library=[{library / 'ones'}]", out="one")
-    with pytest.raises(UsageError, match="there is one adapter, ones, and nothing to choose"):
+    with pytest.raises(UsageError, match="there is one adapter, ones, and it takes several"):
         train(recipe)

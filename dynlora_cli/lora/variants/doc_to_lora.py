@@ -21,13 +21,26 @@ has_components = False
 hypernet = True
 takes = ("alpha",)
 OPTIONS = {
-    "latent_size": {"type": "int", "default": 128, "at_least": 8, "help": "Numbers of a latent vector."},
-    "latents": {"type": "int", "default": 8, "at_least": 1, "help": "Latent vectors that read a document."},
-    "blocks": {"type": "int", "default": 2, "at_least": 1, "help": "How often they look at it."},
-    "heads": {"type": "int", "default": 4, "at_least": 1, "help": "Attention heads; a multiple of kv_heads."},
-    "kv_heads": {"type": "int", "default": 2, "at_least": 1, "help": "Attention heads of keys and values."},
-    "head_size": {"type": "int", "default": 32, "at_least": 1, "help": "Numbers of an attention head."},
-    "mlps": {"type": "int", "default": 1, "at_least": 0, "help": "Residual MLPs of each block before the factors."},
+    "latent_size": {
+        "type": "int", "default": 128, "at_least": 8, "at_most": 65536, "help": "Numbers of a latent vector."
+    },
+    "latents": {
+        "type": "int", "default": 8, "at_least": 1, "at_most": 65536, "help": "Latent vectors that read a document."
+    },
+    "blocks": {"type": "int", "default": 2, "at_least": 1, "at_most": 1024, "help": "How often they look at it."},
+    "heads": {
+        "type": "int", "default": 4, "at_least": 1, "at_most": 1024, "help": "Attention heads; a multiple of kv_heads."
+    },
+    "kv_heads": {
+        "type": "int", "default": 2, "at_least": 1, "at_most": 1024, "help": "Attention heads of keys and values."
+    },
+    "head_size": {
+        "type": "int", "default": 32, "at_least": 1, "at_most": 4096, "help": "Numbers of an attention head."
+    },
+    "mlps": {
+        "type": "int", "default": 1, "at_least": 0, "at_most": 1024,
+        "help": "Residual MLPs of each block before the factors.",
+    },
     "chunk": {"type": "int", "default": 512, "at_least": 1, "help": "Tokens of a document that are read at once."},
     "l1": {"type": "float", "default": 0.0, "at_least": 0, "help": "Weight in the loss of how large the factors are."},
 }  # fmt: skip

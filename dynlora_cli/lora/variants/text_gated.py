@@ -22,6 +22,11 @@ OPTIONS = {
     "text_encoder": {
         "type": "str", "default": "base", "help": "Makes vectors: base (its own states), minilm, a folder, a hub id."
     },
-    "latent_size": {"type": "int", "default": 128, "at_least": 16, "help": "Width of the network's blocks."},
-    "hidden_size": {"type": "int", "default": 512, "at_least": 1, "help": "Width inside its blocks, and of its heads."},
+    "latent_size": {
+        "type": "int", "default": 128, "at_least": 16, "at_most": 65536, "help": "Width of the network's blocks."
+    },
+    "hidden_size": {
+        "type": "int", "default": 512, "at_least": 1, "at_most": 65536,
+        "help": "Width inside its blocks, and of its heads.",
+    },
 }  # fmt: skip

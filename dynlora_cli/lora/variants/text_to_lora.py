@@ -26,8 +26,13 @@ OPTIONS = {
         "type": "str", "default": "base", "help": "Makes vectors: base (its own states), minilm, a folder, a hub id."
     },
     "head": {"type": "choice", "choices": ["L", "M", "S"], "default": "L", "help": "How much is written at once."},
-    "latent_size": {"type": "int", "default": 128, "at_least": 16, "help": "Width of the network's blocks."},
-    "hidden_size": {"type": "int", "default": 512, "at_least": 1, "help": "Width inside its blocks, and of its heads."},
+    "latent_size": {
+        "type": "int", "default": 128, "at_least": 16, "at_most": 65536, "help": "Width of the network's blocks."
+    },
+    "hidden_size": {
+        "type": "int", "default": 512, "at_least": 1, "at_most": 65536,
+        "help": "Width inside its blocks, and of its heads.",
+    },
     "ab_offset": {
         "type": "choice", "choices": ["fixed", "learned"], "default": "fixed",
         "help": "The plain LoRA below what is written stays as it is drawn, or trains: all tasks share it.",
