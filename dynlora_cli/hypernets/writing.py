@@ -143,7 +143,7 @@ def _conditions(hypernetwork: Hypernetwork, empty: Adapter, place: Place) -> Con
         base = base_in_memory(empty, place, read_tokenizer(empty, place))
         hypernetwork.net.to(base.model.device)
         places, context = hypernetwork.net.places, place.files.context_length
-        reader = reader_of(base.model.eval(), base.tokenizer, places, form.options[CHUNK], context)
+        reader = reader_of(base.model.eval(), base.tokenizer, places, getattr(hypernetwork.net.options, CHUNK), context)
         return Documents(reader, base.tokenizer)
     if form.encoder.name == BASE:
         loaded = base_in_memory(empty, place, read_tokenizer(empty, place))

@@ -141,3 +141,15 @@ def test_what_it_cannot_be_written_from_is_refused(trained: Path, tmp_path: Path
     path.write_text(path.read_text().replace("layers.1.", "layers.7."))
     with pytest.raises(UsageError, match="no such block"):
         adapt(tmp_path / "strange", tmp_path / "a", SHORT)
+
+
+def test_a_damaged_network_is_refused_or_read_by_what_its_keys_stand_for(trained: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints")))
+    form = json.loads((folder / "hypernet.json").read_text())
+    encoder = {"name": "base", "fingerprint": "x"}
+    (folder / "hypernet.json").write_text(json.dumps(form | {"encoder": encoder}))
+    with pytest.raises(UsageError, match="encoder: doc-to-lora reads a document"):
+        adapt(folder, tmp_path / "a", SHORT)
+    form["options"].pop("chunk")
+    (folder / "hypernet.json").write_text(json.dumps(form))
+    assert adapt(folder, tmp_path / "a", LONG)["chunks"] == 1, "the 512 tokens that the key has where nobody says more"
