@@ -150,18 +150,18 @@ def adapt(
             return
         with view:
             summary = work(view)
-        summary["next"] = _next_commands(out)
+        summary["next"] = _next_commands(out, written=hypernet is not None)
         result.update(summary)
         view.show(summary)
 
 
-def _next_commands(out: Path) -> Sequence[str]:
-    """Commands that make sense after it."""
+def _next_commands(out: Path, *, written: bool) -> Sequence[str]:
+    """Commands that make sense after it. A library finds nothing in what was `written` by a network to find it by."""
     folder = str(out)
     page = out / "report.html"
     return [
         typed("chat", "--adapter", folder),
         typed("generate", "a question", "--adapter", folder, "--compare"),
-        typed("library", "add", f"{out.parent}/library", "--adapter", folder),
+        *([] if written else [typed("library", "add", f"{out.parent}/library", "--adapter", folder)]),
         *([opened(page)] if page.is_file() else []),
     ]

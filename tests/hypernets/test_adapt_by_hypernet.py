@@ -39,6 +39,7 @@ def test_from_a_recipe_file_to_an_adapter_that_commands_take(tmp_path: Path, dyn
     assert made.json["description"] == "Say twos."
     assert made.json["peft_check"]["problem"] is None
     assert made.json["next"]
+    assert not any("library add" in command for command in made.json["next"]), "there are no rows to find it by"
     for command in (
         ("eval", "--generate", 0, "--data", tmp_path / "twos.jsonl"),
         ("inspect",),
