@@ -163,13 +163,13 @@ def _recipe_of(parts: Parts, chunks: Sequence[int]) -> Recipe:
 
 
 def _trained(parts: Parts, recipe: Recipe, emit: Emit) -> dict[str, Any]:
-    """The run of a chunk, or what is left of it to do."""
+    """The run of a chunk, or what is left of it to do; one that another recipe made is refused."""
     folder = Path(recipe.output_dir)
     if (folder / run_folder.RECORD).is_file():
         record = run_folder.read_record(folder)
-        if "summary" in record:
-            return dict(record["summary"])
-        if any(run_folder.fault_of(step, record) is None for step in run_folder.step_folders(folder)):
+        if "summary" in record or any(
+            run_folder.fault_of(step, record) is None for step in run_folder.step_folders(folder)
+        ):
             return parts.train(recipe, listener=emit, resume=True)
     return parts.train(recipe, listener=emit, overwrite=True)
 
