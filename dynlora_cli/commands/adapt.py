@@ -29,7 +29,7 @@ from dynlora_cli.documents.given import GivenRow, by_chunk
 from dynlora_cli.documents.study import DocumentRow, Study, provenance
 from dynlora_cli.documents.writer import Reader, Writer
 from dynlora_cli.drafts.document import HELD_OUT, ROWS, with_enough_steps
-from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.errors import DataError, Interrupted, UsageError
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.files.whole import sha256_of, write_text
 from dynlora_cli.models.base_files import BaseFiles
@@ -347,7 +347,10 @@ def _added(request: Request, emit: Emit, rows: Rows) -> dict[str, Any]:
         train=request.train,
         overwrite=True,  # a folder that was not free was refused when the command began
     )
-    summary = added.run(parts, emit)
+    try:
+        summary = added.run(parts, emit)
+    except KeyboardInterrupt:  # between two runs, each of which heeds it itself
+        raise Interrupted("interrupted; the parts that are done are saved", "go on with --resume") from None
     request.place.end()
     return summary
 

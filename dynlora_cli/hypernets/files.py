@@ -10,6 +10,7 @@ There is no adapter_config.json beside them: PEFT has no such adapter. `dynlora 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from dynlora_cli.hypernets.hypernet import Hypernet, places_of
 from dynlora_cli.models.randomness import seeded
 
 NET, CONDITIONS = "net.", "conditions."
+HASHES = ("sha256", "sampled_sha256")  # of a base, see models/fingerprint.py
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -44,6 +46,18 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
         ValueError: there is one.
     """
     json.dumps(values, allow_nan=False)
+    return values
+
+
+def _of_a_base(values: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a fingerprint that would fit any base.
+
+    Raises:
+        ValueError: a hash is missing.
+    """
+    missing = [key for key in HASHES if not re.fullmatch(r"[0-9a-f]{64}", str(values.get(key)))]
+    if missing:
+        raise ValueError(f"{missing[0]} is no hash, so that any base would fit")
     return values
 
 
@@ -65,7 +79,7 @@ class BaseForm(BaseModel):
     reference: str
     revision: str | None
     model_type: str
-    fingerprint: Annotated[dict[str, Any], AfterValidator(_finite)]
+    fingerprint: Annotated[dict[str, Any], AfterValidator(_finite), AfterValidator(_of_a_base)]
 
 
 class EncoderForm(BaseModel):

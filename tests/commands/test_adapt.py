@@ -293,6 +293,18 @@ def test_ctrl_c_while_a_loss_is_measured(adapt: Adapt, tmp_path: Path, monkeypat
     assert adapt("--resume").code == 0
 
 
+def test_ctrl_c_between_two_chunks(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dynlora_cli.documents.added.read_adapter", pressed)
+        stopped = adapt("--chunk-tokens", 120, "--add-chunks", "--budget", 3)
+    assert stopped.code == 130
+    assert "--resume" in stopped.json["hint"]
+    assert adapt("--chunk-tokens", 120, "--add-chunks", "--budget", 3, "--resume").code == 0
+
+
 def test_an_earlier_run_stays_until_the_new_one_has_its_rows(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

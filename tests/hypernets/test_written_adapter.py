@@ -206,6 +206,7 @@ def with_nan(folder: Path) -> None:
         (lambda folder: change_json(folder, lambda form: form.update(scale=float("inf"))), "scale"),
         (lambda folder: change_json(folder, lambda form: form.update(scale=1e308)), "writes NaN or infinity"),
         (lambda folder: change_json(folder, lambda form: form["base"].update(fingerprint={"a": float("nan")})), "base"),
+        (lambda folder: change_json(folder, lambda form: form["base"].update(fingerprint={})), "any base would fit"),
         (lambda folder: change_json(folder, lambda form: form["options"].update(hidden_size=10**12)), "hidden_size"),
     ],
 )
