@@ -157,7 +157,10 @@ def _recipe_of(parts: Parts, chunks: Sequence[int]) -> Recipe:
             write_text(file, text)
             sources[key] = [kind(path=str(file), format=FORMAT)]
     dataset = parts.recipe.dataset.model_copy(update={**sources, "val_size": 0.0})
-    recipe = parts.recipe.model_copy(update={"dataset": dataset, "output_dir": str(folder / name)})
+    update: dict[str, Any] = {"dataset": dataset, "output_dir": str(folder / name)}
+    if not sources["val"]:  # nothing to look at, and a recipe that asks for it is refused when it is read again
+        update["eval"] = parts.recipe.eval.model_copy(update={"steps": None, "early_stopping_patience": None})
+    recipe = parts.recipe.model_copy(update=update)
     rows = sum(not row.held_out for row in own)
     return with_enough_steps(recipe, parts.recipe_text, rows)[0] if parts.may_lengthen else recipe
 
