@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -191,9 +193,13 @@ def test_a_model_that_can_be_asked_writes_requests(
     assert done.json["adapted"]["questions"] == done.json["adapted"]["answers"] == str(chat_base)
 
 
-def test_chunks_that_are_added(adapt: Adapt, base: Path, tmp_path: Path):
+def test_chunks_that_are_added(adapt: Adapt, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     chunks = ("--chunk-tokens", 120, "--add-chunks", "--budget", 3)
-    done = adapt(*chunks)
+    with monkeypatch.context() as patched:
+        patched.setattr("dynlora_cli.documents.added.read_adapter", Mock(side_effect=KeyboardInterrupt))
+        stopped = adapt(*chunks)
+    assert (stopped.code, stopped.json["hint"]) == (130, "go on with --resume")
+    done = adapt(*chunks, "--resume")
     assert done.code == 0, done.err
     out, found = tmp_path / "a", done.json
     assert found["adapted"]["chunks_added"]
@@ -293,18 +299,6 @@ def test_ctrl_c_while_a_loss_is_measured(adapt: Adapt, tmp_path: Path, monkeypat
     assert adapt("--resume").code == 0
 
 
-def test_ctrl_c_between_two_chunks(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def pressed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("dynlora_cli.documents.added.read_adapter", pressed)
-        stopped = adapt("--chunk-tokens", 120, "--add-chunks", "--budget", 3)
-    assert stopped.code == 130
-    assert "--resume" in stopped.json["hint"]
-    assert adapt("--chunk-tokens", 120, "--add-chunks", "--budget", 3, "--resume").code == 0
-
-
 def test_an_earlier_run_stays_until_the_new_one_has_its_rows(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -345,8 +339,7 @@ def test_a_plan_writes_nothing(adapt: Adapt, tmp_path: Path):
     done = adapt("--dry-run")
     assert done.code == 0, done.err
     plan = done.json["plan"]
-    assert plan["documents"][0]["name"] == "velden.md"
-    assert (plan["chunks"], plan["rows"], plan["budget"]) == (1, 4, 8)
+    assert (plan["documents"][0]["name"], plan["chunks"], plan["rows"], plan["budget"]) == ("velden.md", 1, 4, 8)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -390,8 +383,8 @@ def test_a_document_that_says_next_to_nothing(adapt: Adapt, document: Path, tmp_
     assert done.code == 2
     assert "0 rows could be written" in done.json["error"]
     assert not (tmp_path / "a").exists()
-    document.write_text(TEXT)  # and the next try is not asked about rows that were begun
-    assert adapt().code == 0
+    document.write_text(TEXT)
+    assert adapt().code == 0  # which is not asked about rows that were begun
 
 
 def test_wrong_names_are_answered_before_torch_is_loaded(tmp_path: Path, base: Path):
@@ -403,7 +396,5 @@ def test_wrong_names_are_answered_before_torch_is_loaded(tmp_path: Path, base: P
         "except SystemExit as end:\n"
         "    print(end.code, sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))\n"
     )
-    import sys
-
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "2 []", done.stderr
