@@ -12,7 +12,6 @@ import torch
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.members import KEY
-from dynlora_cli.config.options import options
 from dynlora_cli.data.grounded import GroundedText
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import read_object
@@ -33,7 +32,7 @@ from dynlora_cli.models.targets import find_targets
 from dynlora_cli.retrieval.encoders import BASE, encoder_folder, make_encoder
 from dynlora_cli.tasks.loss import evaluating
 from dynlora_cli.text import counted, show, size
-from dynlora_cli.training.routers import owners, read_members
+from dynlora_cli.training.routers import options_of, owners, read_members
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,11 +153,6 @@ def naming_the_key() -> Iterator[None]:
         yield
     except DynloraError as error:
         raise type(error)(error.message.replace("--encoder", f"adapter.{ENCODER}"), error.hint) from None
-
-
-def options_of(recipe: Recipe) -> dict[str, Any]:
-    """The variant's own keys and their values."""
-    return {key: getattr(recipe.adapter, key) for key in options("variants", recipe.adapter.variant)}
 
 
 def write_hypernet_of(folder: Path, run: Run, generated: Generated) -> None:
