@@ -61,22 +61,31 @@ class Adapters:
         """Of one document, with the model's own questions."""
         kind = "added-chunks" if add_chunks else "distilled"
         more = ["--add-chunks"] if add_chunks else []
-        arguments = ["adapt", "--model", str(MODEL), "--document", str(self._file(document)), *ASKED, *more]
-        arguments += ["--set", f"model.dtype={MODEL_DTYPE}", "--set", f"train.learning_rate={RATE}"]
-        return self._made(f"{kind}-{_name(document)}-{seed}", [*arguments, *self._set(f"seed={seed}")])
+        options = [*ASKED, *more, "--set", f"model.dtype={MODEL_DTYPE}", "--set", f"train.learning_rate={RATE}"]
+        return self.adapted(f"{kind}-{_name(document)}-{seed}", document, options, seed)
+
+    def adapted(self, name: str, document: Document, options: Sequence[str], seed: int) -> tuple[Path, Record]:
+        """`dynlora adapt` on one document."""
+        arguments = ["adapt", "--model", str(MODEL), "--document", str(self._file(document)), *options]
+        return self._made(name, [*arguments, *self._set(f"seed={seed}")])
+
+    def trained(
+        self, name: str, sources: Sequence[Any], seed: int, steps: int, **sections: Record
+    ) -> tuple[Path, Record]:
+        """`dynlora train` on rows."""
+        return self._made(name, [*self._recipe(sources, seed, steps, **sections), *self._set()])
 
     def text(self, document: Document, seed: int, steps: int) -> tuple[Path, Record]:
         """Plain fine-tuning on the text of one document."""
         source = {"path": str(self._rows(document)), "format": "text"}
-        recipe = self._recipe([source], seed, steps, {"micro_batch_size": 2, "learning_rate": TEXT_RATE})
-        return self._made(f"text-{_name(document)}-{seed}", [*recipe, *self._set()])
+        train = {"micro_batch_size": 2, "learning_rate": TEXT_RATE}
+        return self.trained(f"text-{_name(document)}-{seed}", [source], seed, steps, train=train)
 
     def joint(self, runs: Sequence[Path], seed: int, steps: int) -> tuple[Path, Record]:
         """On the rows of several runs of `adapt` together."""
         sources = [{"path": str(run / "rows.jsonl"), "format": "grounded"} for run in runs]
         train = {"objective": "context-distillation", "micro_batch_size": 8, "learning_rate": RATE}
-        recipe = self._recipe(sources, seed, steps, train)
-        return self._made(f"joint-{len(runs)}-{seed}", [*recipe, *self._set()])
+        return self.trained(f"joint-{len(runs)}-{seed}", sources, seed, steps, train=train)
 
     def added(self, runs: Sequence[Path], seed: int) -> tuple[Path, Record]:
         """The sum of several adapters, component by component."""
@@ -109,13 +118,13 @@ class Adapters:
         path.write_text("".join(json.dumps({"text": half}) + "\n" for half in halves(document.text)), encoding="utf-8")
         return path
 
-    def _recipe(self, sources: Sequence[Any], seed: int, steps: int, train: Record) -> list[str]:
+    def _recipe(self, sources: Sequence[Any], seed: int, steps: int, **sections: Record) -> list[str]:
         recipe = {
             "model": {"name_or_path": str(MODEL), "dtype": MODEL_DTYPE},
             "dataset": {"train": list(sources), "val_size": 0, "max_length": 2048},
-            "rank": {"budget": BUDGET},
-            "adapter": {"save_dtype": "bf16"},
-            "train": {"max_steps": steps, **train},
+            "rank": {"budget": BUDGET, **sections.get("rank", {})},
+            "adapter": {"save_dtype": "bf16", **sections.get("adapter", {})},
+            "train": {"max_steps": steps, **sections.get("train", {})},
             "seed": seed,
         }
         text = json.dumps(recipe)

@@ -1,6 +1,7 @@
 """Adapters that are made from a document or a description, without rows of a task: what are they worth?
 
     python scripts/bench/generated/generated.py documents          # context distillation: documents.py
+    python scripts/bench/generated/generated.py settings           # of context distillation: documents_settings.py
     python scripts/bench/generated/generated.py text all           # hypernetworks on text tasks: text.py, with its options
     python scripts/bench/generated/generated.py needles            # doc-to-lora on needles: needles.py, likewise
     python scripts/bench/generated/generated.py table              # generated.md and the parts' pages, from their lines
@@ -27,16 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in PARTS:
         return int(importlib.import_module(arguments[0]).main(arguments[1:]) or 0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["documents", *PARTS, "table"])
+    parser.add_argument("what", choices=["documents", "settings", *PARTS, "table"])
     parser.add_argument("--sets", default="xquad,covidqa,pubmedqa", help="of documents, with commas")
     parser.add_argument("--documents", type=int, default=10, help="of each set")
     parser.add_argument("--parts", default="alone,text,added,joint,chunks", help="of documents.py; empty: base alone")
     parser.add_argument("--seeds", default="0", help="with commas")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of `dynlora adapt`")
+    parser.add_argument("--ways", default="", help="of settings, with ; between them; empty: all")
+    parser.add_argument("--passages", type=int, default=3, help="of settings")
     parser.add_argument("--work", type=Path, default=Path("out/documents"), help="where adapters lie")
     options = parser.parse_args(arguments)
     if options.what == "documents":
         run_documents(options)
+    if options.what == "settings":
+        import documents_settings
+
+        ways = options.ways.split(";") if options.ways else list(documents_settings.WAYS)
+        documents_settings.run(options.work.resolve(), ways, options.passages)
     write_page()
     return 0
 
