@@ -104,7 +104,6 @@ def from_documents(
     )
     if add_chunks:
         _refuse_unaddable(recipe)
-        size(budget, "--budget with --add-chunks", auto=False, in_bytes=False)
     preflight.training(_without_rows(recipe), writes=False)
     if not dry_run:
         Begun(out).refuse(overwrite=overwrite, resume=resume)
@@ -176,12 +175,18 @@ def _changes(settings: Sequence[str], dtype: str | None, trust_remote_code: bool
 
 
 def _refuse_unaddable(recipe: Recipe) -> None:
-    """Refuse components that cannot be put side by side."""
+    """Refuse components that cannot be put side by side, and a budget that their sum cannot be cut to."""
     if recipe.adapter.variant != "lora" or recipe.adapter.origin:
         what = "adapter.from" if recipe.adapter.origin else f"adapter.variant={recipe.adapter.variant}"
         raise UsageError(
             f"--add-chunks puts plain components that start from nothing side by side, and {what} is not that",
             "leave one of them out",
+        )
+    rank = recipe.rank
+    if rank.parsed_budget().kind in ("auto", "bytes"):
+        raise UsageError(
+            f"--add-chunks cuts the sum of all chunks to a number of parameters, and rank.budget is {rank.budget}",
+            "for example --budget 8, --budget 0.5 or --budget 2M",
         )
 
 

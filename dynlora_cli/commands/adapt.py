@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynlora_cli.adapters.find import find_origin
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.documents import added
@@ -151,6 +152,9 @@ def _asked_sha256(request: Request) -> str:
     given = None if request.given is None else [(row.prompt, row.completion) for row in request.given]
     layout = getattr(request.recipe.train, "context_layout", None)
     wanted = [request.questions, request.chunk_tokens, request.answer_tokens, request.recipe.seed, layout]
+    if origin := request.recipe.adapter.origin:
+        folder = find_origin(Path(origin), request.out)
+        wanted += [sha256_of(file) for file in sorted(folder.glob("adapter_*")) if file.is_file()]
     return hashlib.sha256(json.dumps([model, said, documents, given, wanted], default=str).encode()).hexdigest()
 
 
@@ -206,7 +210,7 @@ def _cut(request: Request) -> Cut:
 
 def _who(request: Request, reader: Reader) -> tuple[str, str]:
     """Who writes prompts, and who answers."""
-    model = request.recipe.model.name_or_path
+    model = _speaker(request)
     if request.given is None:
         return (model, model) if reader.chat else ("the documents' own sentences", "the documents")
     assert request.data is not None
@@ -217,6 +221,12 @@ def _who(request: Request, reader: Reader) -> tuple[str, str]:
     return file, file if all(answered) else f"{file} and {model}" if any(answered) else model
 
 
+def _speaker(request: Request) -> str:
+    """The model that asks, answers and teaches: what the run begins with."""
+    model, origin = request.recipe.model.name_or_path, request.recipe.adapter.origin
+    return f"{model} with {Path(origin).name}" if origin else model
+
+
 def _written(request: Request, cut: Cut, id_: str, emit: Emit) -> Rows:
     """The rows, all of them, as files of the place beside."""
     began = time.monotonic()
@@ -225,7 +235,8 @@ def _written(request: Request, cut: Cut, id_: str, emit: Emit) -> Rows:
     given = None if request.given is None else by_chunk(request.given, chunks)
     study = Study(chunks, request.place.folder, request.questions, reader.chat, given)
     with interruptible() as stopped:
-        writer = Writer(reader, cut.request_tokens, cut.answer_tokens, stopped)
+        with request.place.empty_where_it_fails():
+            writer = Writer(reader, cut.request_tokens, cut.answer_tokens, stopped)
         rows = study.write(writer, lambda text: emit({"event": "progress", "text": text}))
         if sum(not row.held_out for row in rows) < LEAST_TRAINED:
             request.place.end()  # nothing here is worth going on with
@@ -254,15 +265,12 @@ def _written(request: Request, cut: Cut, id_: str, emit: Emit) -> Rows:
         chunk_tokens=max(chunk.tokens for chunk in chunks),
         questions=questions,
         answers=answers,
-        teacher=request.recipe.model.name_or_path,
+        teacher=_speaker(request),
         rows=sum(not row.held_out for row in rows),
         held_out=sum(row.held_out for row in rows),
         writing_seconds=time.monotonic() - began,
     )
-    origin = request.recipe.adapter.origin
-    if origin:  # the teacher has that adapter, and the loss here is of the base alone
-        adapted["teacher"] += f" with {Path(origin).name}"
-    elif loss is not None:
+    if loss is not None:
         adapted["loss_with_document"] = loss
     return Rows(rows, texts, adapted)
 

@@ -10,6 +10,8 @@ out/.name.adapt/          beside out/name
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import remove, write_json
 from dynlora_cli.runs import folder as run_folder
 
-ASKED = "asked.json"
+ASKED, CHUNK = "asked.json", "chunk-"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,16 @@ class Begun:
         id_ = uuid.uuid4().hex
         write_json(self.folder / ASKED, {"sha256": sha256, "id": id_, "overwrite": overwrite})
         return id_
+
+    @contextmanager
+    def empty_where_it_fails(self) -> Iterator[None]:
+        """What fails in this block before any row was written leaves nothing behind."""
+        try:
+            yield
+        except BaseException:
+            if not any(self.folder.glob(f"{CHUNK}*")):
+                self.end()
+            raise
 
     def has_become_a_run(self) -> bool:
         """Whether the output folder holds the run on these rows, and has something to go on from."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dynlora_cli.documents.begun import CHUNK
 from dynlora_cli.documents.chunks import Chunk
 from dynlora_cli.documents.requests import beginnings, same
 from dynlora_cli.files.foreign import read_object
@@ -167,7 +168,7 @@ class Study:
     # -- the disk ----------------------------------------------------------------------------------------------------
 
     def _place(self, number: int) -> Path:
-        return self.folder / f"chunk-{number + 1:05d}.json"
+        return self.folder / f"{CHUNK}{number + 1:05d}.json"
 
     def _keep(self, number: int, asked: Sequence[Asked]) -> None:
         write_json(self._place(number), {"rows": [vars(one) for one in asked]})

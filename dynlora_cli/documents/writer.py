@@ -1,4 +1,6 @@
-"""A base model that has a chunk of a document in its prompt, and writes questions about it, or answers them.
+"""A model that has a chunk of a document in its prompt, and writes questions about it, or answers them.
+
+It is the base, with the adapter that the run goes on from where there is one (`adapter.from`).
 
 The prompt of an answer is what the teacher of context distillation will see (data/grounded.py): the chunk and the
 question as `train.context_layout` puts them together, in the model's chat template where it has one.
@@ -9,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynlora_cli.adapters.attach import attached
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.chat.ways import Ways
 from dynlora_cli.data.grounded import in_layout, refuse_layout
@@ -30,6 +34,7 @@ from dynlora_cli.generation.voice import Voice, voice_of
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.load import Base, load_base, precision_of
 from dynlora_cli.tasks import task as tasks
+from dynlora_cli.training.origin import fitting_origin
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,6 +164,9 @@ class Writer:
         reader: its tokenizer and form.
         request_tokens, answer_tokens: that a request and an answer may have.
         stopped: asked after each token whether to give up.
+
+    Raises:
+        UsageError: of `adapter.from`, that no run on this base can go on from it.
     """
 
     def __init__(
@@ -170,6 +178,10 @@ class Writer:
         files.refuse_code()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.base: Base = load_base(recipe.model, files, files.tokenizer, device=device, labels=None, seed=recipe.seed)
+        self._on = ExitStack()
+        if recipe.adapter.origin:  # what the run begins with, and so its teacher, which has looked before it trains
+            adapter = fitting_origin(recipe, self.base, [])  # its notes are the run's, which reads it again
+            self._on.enter_context(attached(self.base.model, adapter))
         self.base.model.requires_grad_(False)
         self.base.model.eval()
         self.voice = reader.voice(own_ends(self.base.model, files.tokenizer))

@@ -102,19 +102,36 @@ def read_origin(recipe: Recipe, base: Base, data: Data) -> Begun | None:
     """
     if recipe.adapter.origin is None:
         return None
-    adapter = read_adapter(find_origin(Path(recipe.adapter.origin), Path(recipe.output_dir)), str(base.folder))
-    _refuse_other_forms(adapter)
-    _refuse_other_base(adapter, recipe, base, data)
-    for name, factors in adapter.layers.items():
-        _refuse_misfit(adapter, name, factors, base)
+    adapter = fitting_origin(recipe, base, data.notes)
     _take_over_whole(adapter, base, data)
-    if adapter.note:
-        data.notes.append(f"adapter.from: {adapter.note}")
     if any(data.writing.turned.values()):
         data.notes += template_notes(adapter.record, adapter.folder, base.tokenizer.chat_template)
     if recipe.adapter.old == "tune":
         adapter = adapter.with_layers({name: factors.turned(svd_factors) for name, factors in adapter.layers.items()})
     return Begun.from_adapter(adapter)
+
+
+def fitting_origin(recipe: Recipe, base: Base, notes: list[str]) -> Adapter:
+    """The adapter of `adapter.from`, which is there, checked against the base alone.
+
+    Args:
+        recipe: of a new run.
+        base: of the run.
+        notes: get what the run should tell.
+
+    Raises:
+        UsageError: as `read_origin`.
+    """
+    assert recipe.adapter.origin is not None
+    adapter = read_adapter(find_origin(Path(recipe.adapter.origin), Path(recipe.output_dir)), str(base.folder))
+    _refuse_other_forms(adapter)
+    _refuse_other_base(adapter, recipe, base, notes)
+    for name, factors in adapter.layers.items():
+        _refuse_misfit(adapter, name, factors, base)
+    _refuse_replaced(adapter, base)
+    if adapter.note:
+        notes.append(f"adapter.from: {adapter.note}")
+    return adapter
 
 
 def template_notes(record: Mapping[str, Any], folder: Path, template: object) -> list[str]:
@@ -204,7 +221,7 @@ def _refuse_other_forms(adapter: Adapter) -> None:
         raise UsageError(f"adapter.from: {adapter.folder} {what}", merge_first(adapter.folder))
 
 
-def _refuse_other_base(adapter: Adapter, recipe: Recipe, base: Base, data: Data) -> None:
+def _refuse_other_base(adapter: Adapter, recipe: Recipe, base: Base, notes: list[str]) -> None:
     """Refuse an adapter of another base or task; of another tool's, only names and shapes can tell."""
     before = (adapter.record.get("base_model") or {}).get("fingerprint") or {}
     if before and (how := changed_since(before, base.folder, base.files.config)):
@@ -219,7 +236,7 @@ def _refuse_other_base(adapter: Adapter, recipe: Recipe, base: Base, data: Data)
         )
     named, here = Path(adapter.base_name).name, Path(str(recipe.model.name_or_path)).name
     if not before and named and named not in (here, base.folder.name):
-        data.notes.append(
+        notes.append(
             f"adapter.from: {adapter.folder} names {adapter.base_name} as its base; that it is the same as "
             f"{recipe.model.name_or_path} is taken from the shapes of its layers alone"
         )
@@ -246,9 +263,9 @@ def _refuse_misfit(adapter: Adapter, name: str, factors: Factors, base: Base) ->
         )
 
 
-def _take_over_whole(adapter: Adapter, base: Base, data: Data) -> None:
-    """Put the adapter's classifier head on the base, where it answers with the same classes."""
-    own = {f"{module}.{name}": parameter for module in base.whole for name, parameter in _parameters(base, module)}
+def _refuse_replaced(adapter: Adapter, base: Base) -> None:
+    """Refuse what takes the place of parameters that do not train."""
+    own = _trained_whole(base)
     others = [name for name in adapter.whole if name not in own]
     if others:
         raise UsageError(
@@ -256,6 +273,16 @@ def _take_over_whole(adapter: Adapter, base: Base, data: Data) -> None:
             "train here",
             merge_first(adapter.folder),
         )
+
+
+def _trained_whole(base: Base) -> dict[str, nn.Parameter]:
+    """Parameters of the base that train as they are, such as a classifier's head."""
+    return {f"{module}.{name}": parameter for module in base.whole for name, parameter in _parameters(base, module)}
+
+
+def _take_over_whole(adapter: Adapter, base: Base, data: Data) -> None:
+    """Put the adapter's classifier head on the base, where it answers with the same classes."""
+    own = _trained_whole(base)
     labels = (adapter.record.get("data") or {}).get("labels")
     if labels and labels != data.labels:
         raise UsageError(

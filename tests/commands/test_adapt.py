@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from adapt_helpers import SHORT, TEXT, lines, record, with_long_context
 from cli_helpers import Answer, contents
 from eval_helpers import by_peft
 from pico import pico_model
@@ -25,24 +26,7 @@ from dynlora_cli.documents.begun import Begun
 from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.interrupt import ask_here
 
-TEXT = """# Velden
-
-The lighthouse of Velden was built in 1871 on a grey rock. It is thirty eight metres high and its lamp turns once.
-
-Ines Tolver was the last keeper and kept the light for many years. The ferry sails twice a day to the port of Kessel.
-"""
-SHORT = (
-    "--questions", 4, "--answer-tokens", 8, "--set", "train.max_steps=3", "--set", "train.learning_rate=1e-2",
-    "--set", "eval.samples=0", "--set", "train.micro_batch_size=4",
-)  # fmt: skip
 Adapt = Callable[..., Answer]
-
-
-def with_long_context(folder: Path) -> Path:
-    """The model, for texts of 1,024 tokens: its positions are rotary, so no weight changes."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +56,6 @@ def adapt(dynlora: Callable[..., Answer], base: Path, document: Path, tmp_path: 
         return dynlora("adapt", *given, *arguments)
 
     return run
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "dynlora.json").read_text())
 
 
 def test_a_model_that_cannot_be_asked_learns_the_sentences(adapt: Adapt, base: Path, document: Path, tmp_path: Path):
@@ -366,7 +342,7 @@ def test_a_plan_writes_nothing(adapt: Adapt, tmp_path: Path):
         (("--chunk-tokens", 5000), "is the most"),
         (("--answer-tokens", 1020), "allow shorter ones"),
         (("--add-chunks", "--set", "adapter.variant=dora"), "adapter.variant=dora is not that"),
-        (("--add-chunks", "--budget", "200kB"), "bytes are for train and prune"),
+        (("--add-chunks", "--budget", "200kB"), "to a number of parameters, and rank.budget is 200kB"),
     ],
 )
 def test_what_cannot_be(adapt: Adapt, tmp_path: Path, arguments: tuple[object, ...], words: str):
