@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, read_tokenizer
-from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.mix import BASE
 from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.forms import PREFERRING
@@ -24,6 +22,8 @@ from dynlora_cli.evaluation.options import Options
 from dynlora_cli.evaluation.references import learn_reference
 from dynlora_cli.evaluation.report import Found, make_report, other_forms, side_by_side
 from dynlora_cli.evaluation.rows import MICRO_BATCH, NothingHeldOutError, Rows, held_out_rows
+from dynlora_cli.hypernets.conditions import texts_of
+from dynlora_cli.hypernets.measured import NetworkAdapter, put_on, read_measured, refuse_without_texts
 from dynlora_cli.models.load import CAUSAL, auto_name
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
@@ -57,10 +57,11 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     Raises:
         DynloraError: with the exit code that fits; a missed threshold is no error.
     """
-    adapters = [read_adapter(folder, options.base, routed=True) for folder in folders]
+    adapters = [read_measured(folder, options.base) for folder in folders]
     place = one_base(adapters, options)
     tokenizer = read_tokenizer(adapters[0], place)
     rows = _rows(adapters[0], place, tokenizer, data, options)
+    refuse_without_texts(adapters, rows, options)
     names = _names(adapters)
     notes = [adapter.note for adapter in adapters if adapter.note] + rows.notes
     read_as = partial(_rows, adapters[0], place, tokenizer, data, options)
@@ -70,7 +71,7 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     pad = int(tokenizer.pad_token_id)
     with_base = base_has_rows(adapters, names, place, rows.examples, pad, notes) and options.with_base
     sets = find_sets(adapters, names, place, tokenizer, options, notes)
-    prompts, scored = _prompts(rows, tokenizer, options, notes)
+    prompts, scored = _prompts(adapters, rows, tokenizer, options, notes)
     options.thresholds.refuse_unmeasured(*_measured(rows, scored))
     targets = sum(example.supervised() for example in rows.examples)
     options.thresholds.refuse_other_rows(len(rows.examples), targets, rows.sha256, names)
@@ -89,8 +90,8 @@ def run(folders: Sequence[Path], data: Path | None, options: Options, tell: Tell
     forgotten: list[dict[str, Any]] = []
     for name, adapter in zip(names, adapters, strict=True):
         tell(f"measuring {name} ({adapter.folder})")
-        with attached(base.model, adapter):
-            found[name] = measure(name)
+        with put_on(base, adapter, rows) as writer:
+            found[name] = measure(name, writer)
             forgotten.append(sets[name].compared(base))
         notes += other_precision(adapter, name, sets[name], base)
     report = make_report(adapters, names, rows, found, forgotten, notes)
@@ -155,7 +156,11 @@ def _names(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def _prompts(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: Options, notes: list[str]
+    adapters: Sequence[Adapter],
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Options,
+    notes: list[str],
 ) -> tuple[list[Prompt], int]:
     """What the models are to answer, and to how many of these prompts the answers are scored.
 
@@ -177,7 +182,8 @@ def _prompts(
         wanted = 0 if missing else PROMPTS
         if missing:
             notes.append(f"no answers are generated and scored; for that: {generation.INSTALL}")
-    prompts = generation.find_prompts(rows.examples, tokenizer, max(wanted, options.samples))
+    apart = texts_of if any(isinstance(adapter, NetworkAdapter) for adapter in adapters) else None
+    prompts = generation.find_prompts(rows.examples, tokenizer, max(wanted, options.samples), apart)
     if asked and not prompts:
         raise UsageError(
             "these rows have no prompts apart from their answers (dataset.train_on: all)",

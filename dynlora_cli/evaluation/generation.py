@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class Prompt:
         references: texts without special tokens and without white space around them, each once.
         end_ids: special tokens with which the answers end.
         longest: tokens of the longest reference.
+        example: the first row that it was taken from; None where it is of no row.
     """
 
     ids: tuple[int, ...]
@@ -50,6 +51,7 @@ class Prompt:
     references: list[str] = field(default_factory=list)
     end_ids: set[int] = field(default_factory=set)
     longest: int = 0
+    example: Example | None = None
 
 
 def missing_packages() -> list[str]:
@@ -57,21 +59,33 @@ def missing_packages() -> list[str]:
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def find_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+def find_prompts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    apart: Callable[[Example], Hashable] | None = None,
+) -> list[Prompt]:
     """The first `count` different prompts in the order of the examples, with the references of all of them.
 
     The answer is an example's last run of supervised tokens. An example that is supervised from its first token on has
     no prompt, and is left out.
+
+    Args:
+        examples: rows.
+        tokenizer: of the model.
+        count: how many.
+        apart: equal prompts of rows in which this differs are different prompts; None: they are one.
     """
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    prompts: dict[tuple[int, ...], Prompt] = {}
+    prompts: dict[Hashable, Prompt] = {}
     for example in examples:
         question, answer = example.last_answer()
-        key = tuple(question)
-        if not key or not example.is_right or (key not in prompts and len(prompts) == count):
+        ids = tuple(question)
+        key = ids, apart(example) if apart else None
+        if not ids or not example.is_right or (key not in prompts and len(prompts) == count):
             continue
-        prompt = prompts.setdefault(key, Prompt(key, _shown(tokenizer, key)))
+        prompt = prompts.setdefault(key, Prompt(ids, _shown(tokenizer, ids), example=example))
         text = _text(tokenizer, answer)
         if text not in prompt.references:
             prompt.references.append(text)

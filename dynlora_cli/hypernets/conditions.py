@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from dynlora_cli.data.grounded import GroundedText
+
 if TYPE_CHECKING:
     from dynlora_cli.data.examples import Example
     from dynlora_cli.retrieval.encoders import Encoder
 
 SMALLEST = 1e-6  # of the spread of vectors; where all texts are the same, nothing is divided by 0
+
+
+def texts_of(example: Example) -> Hashable:
+    """What an adapter for a row may be written from: equal prompts that differ in it are different questions."""
+    return example.description, tuple(example.context_ids) if isinstance(example, GroundedText) else ()
 
 
 class Conditions(Protocol):

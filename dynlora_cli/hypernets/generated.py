@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dynlora_cli.evaluation.generation import generate
 from dynlora_cli.hypernets.layer import silent
 from dynlora_cli.lora.whole import WithoutComponents
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from dynlora_cli.data.batches import Batch
     from dynlora_cli.data.examples import Example
+    from dynlora_cli.evaluation.generation import Prompt
     from dynlora_cli.hypernets.conditions import Conditions
     from dynlora_cli.hypernets.hypernet import Hypernet
     from dynlora_cli.hypernets.layer import WrittenLinear
@@ -58,6 +63,38 @@ class Generated(WithoutComponents):
         condition_R = torch.tensor([places[key] for key in keys], device=device) if len(places) > 1 else None
         for name, layer in self.written.items():
             layer.hold(components[name], condition_R)
+
+    @torch.no_grad()
+    def answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int,
+        context: int | None,
+    ) -> list[str]:
+        """The likeliest answer to each prompt, under the adapter of the row that it was taken from.
+
+        Args:
+            model: that the layers are on.
+            tokenizer, batch_size, context: as of `generate`.
+            prompts: with their rows.
+        """
+        longest = max((prompt.longest for prompt in prompts), default=0)
+        ends = set[int]().union(*(prompt.end_ids for prompt in prompts))
+        alike: dict[Hashable, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            assert prompt.example is not None
+            alike.setdefault(self.conditions.key(prompt.example), []).append(number)
+        found = [""] * len(prompts)
+        for numbers in alike.values():
+            together = [replace(prompts[number], longest=longest, end_ids=ends) for number in numbers]
+            self.write_for([prompts[numbers[0]].example], model.device)  # type: ignore[list-item]
+            texts = generate(model, tokenizer, together, batch_size=batch_size, context=context)
+            for number, text in zip(numbers, texts, strict=True):
+                found[number] = text
+        return found
 
     def begin_step(self, step: int, total_steps: int) -> None:  # noqa: ARG002
         self._of_step.clear()

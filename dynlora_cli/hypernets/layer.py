@@ -103,6 +103,18 @@ def place_layers(model: nn.Module, names: Iterable[str], dropout: float = 0.0) -
 
 
 @contextmanager
+def lent(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, WrittenLinear]]:
+    """The model with such layers inside the block, and as it was after it."""
+    placed = place_layers(model, names)
+    try:
+        yield placed
+    finally:
+        for name, layer in placed.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.base)
+
+
+@contextmanager
 def silent(layers: Iterable[WrittenLinear]) -> Iterator[None]:
     """Inside the block these layers are the base alone."""
     layers = list(layers)

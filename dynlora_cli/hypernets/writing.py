@@ -7,9 +7,9 @@ cut             what a budget leaves of it: the largest components
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from dynlora_cli.pruning.bytes_budget import most_within
 from dynlora_cli.pruning.posthoc import Order, parameters_of
 from dynlora_cli.retrieval.encoders import BASE, base_encoder, model_encoder
 from dynlora_cli.runs.folder import RECORD, read_record
+
+if TYPE_CHECKING:
+    from dynlora_cli.models.load import Base
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,13 @@ def open_writer(hypernetwork: Hypernetwork, base: str | None = None, trust: bool
         UsageError: that is another base, or the encoder of descriptions is another one.
         MachineError: base or encoder is not on this machine.
     """
-    empty = _empty(hypernetwork)
+    empty = empty_adapter(hypernetwork)
     place = find_base(empty, base, trust)
-    return Writer(hypernetwork, place, empty, _conditions(hypernetwork, empty, place))
+
+    def load() -> Base:
+        return base_in_memory(empty, place, read_tokenizer(empty, place))
+
+    return Writer(hypernetwork, place, empty, conditions_of(hypernetwork, load))
 
 
 def cut(adapter: Adapter, budget: Budget, dtype: str = FULL) -> Adapter:
@@ -120,7 +127,8 @@ def cut(adapter: Adapter, budget: Budget, dtype: str = FULL) -> Adapter:
     return order.cut(order.keep(target)[0])
 
 
-def _empty(hypernetwork: Hypernetwork) -> Adapter:
+def empty_adapter(hypernetwork: Hypernetwork) -> Adapter:
+    """An adapter of the base that a hypernetwork belongs to, without layers."""
     folder, form = hypernetwork.folder, hypernetwork.form
     record = read_record(folder) if (folder / RECORD).is_file() else {}
     kept: dict[str, Any] = {key: record[key] for key in ("chat_template_sha256", "data") if key in record}
@@ -137,27 +145,40 @@ def _empty(hypernetwork: Hypernetwork) -> Adapter:
     return Adapter(folder, {}, config, about, model_type=form.base.model_type)
 
 
-def _conditions(hypernetwork: Hypernetwork, empty: Adapter, place: Place) -> Conditions:
+def conditions_of(
+    hypernetwork: Hypernetwork, load: Callable[[], Base], device: torch.device | None = None
+) -> Conditions:
+    """What a hypernetwork writes from; it is moved to where that is.
+
+    Args:
+        hypernetwork: as it was read.
+        load: gives its base, in memory and without an adapter; not asked where an encoder of its own does without.
+        device: where conditions are wanted; None: where they are made.
+
+    Raises:
+        UsageError: the encoder of descriptions is another one than it was trained with, or the base has no such block.
+        MachineError: the encoder is not on this machine.
+    """
     form = hypernetwork.form
     if form.encoder is None:
-        base = base_in_memory(empty, place, read_tokenizer(empty, place))
+        base = load()
         hypernetwork.net.to(base.model.device)
-        places, context = hypernetwork.net.places, place.files.context_length
+        places, context = hypernetwork.net.places, base.files.context_length
         reader = reader_of(base.model.eval(), base.tokenizer, places, getattr(hypernetwork.net.options, CHUNK), context)
         return Documents(reader, base.tokenizer)
     if form.encoder.name == BASE:
-        loaded = base_in_memory(empty, place, read_tokenizer(empty, place))
-        identity = fingerprint(place.folder, place.files.config)["sampled_sha256"]
-        encoder, device = base_encoder(loaded.model.eval(), loaded.tokenizer, identity), loaded.model.device
+        base = load()
+        identity = fingerprint(base.folder, base.files.config)["sampled_sha256"]
+        encoder, made_on = base_encoder(base.model.eval(), base.tokenizer, identity), base.model.device
     else:
-        encoder, device = model_encoder(form.encoder.name), torch.device("cpu")
+        encoder, made_on = model_encoder(form.encoder.name), torch.device("cpu")
     if encoder.fingerprint != form.encoder.fingerprint:
         raise UsageError(
             f"the encoder {form.encoder.name} is not the one that {hypernetwork.folder} was trained with",
             "bring it back as it was, or train anew",
         )
-    hypernetwork.net.to(device)
-    return Descriptions.from_tensors(encoder, hypernetwork.conditions, device)
+    hypernetwork.net.to(device or made_on)
+    return Descriptions.from_tensors(encoder, hypernetwork.conditions, device or made_on)
 
 
 def _alone(factor: Tensor) -> Tensor:

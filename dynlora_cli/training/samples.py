@@ -17,6 +17,7 @@ from dynlora_cli.data.encode import decode
 from dynlora_cli.data.examples import Example, OneText
 from dynlora_cli.evaluation.generation import MARGIN, Prompt, find_prompts, generate
 from dynlora_cli.evaluation.requests import RequestTexts
+from dynlora_cli.hypernets.conditions import texts_of
 from dynlora_cli.hypernets.generated import Generated
 from dynlora_cli.runs import events
 from dynlora_cli.tasks.loss import evaluating
@@ -54,7 +55,8 @@ def choose(
         return _none("no rows are held out", notes, tell=asked)
     if reasons := modes.no_answers:
         return _none("; ".join(reasons), notes, tell=True)
-    prompts = find_prompts(held_out, tokenizer, count) or _openings(held_out, tokenizer, count)
+    apart = texts_of if plugins.declared("variants", recipe.adapter.variant, "hypernet") else None
+    prompts = find_prompts(held_out, tokenizer, count, apart) or _openings(held_out, tokenizer, count)
     if not prompts:
         return _none("no held-out row has a prompt, or is long enough to be gone on with", notes, tell=asked)
     return [replace(prompt, longest=min(prompt.longest, MOST_TOKENS - MARGIN)) for prompt in prompts]
@@ -74,7 +76,8 @@ def _openings(held_out: Sequence[Example], tokenizer: PreTrainedTokenizerBase, c
             continue
         end = min(OPENING, len(example.input_ids) // 2)
         ids, rest = tuple(example.input_ids[:end]), list(example.input_ids[end : end + MOST_TOKENS])
-        prompts.setdefault(ids, Prompt(ids, decode(tokenizer, ids), [_text(tokenizer, rest)], longest=MOST_TOKENS))
+        opening = Prompt(ids, decode(tokenizer, ids), [_text(tokenizer, rest)], longest=MOST_TOKENS, example=example)
+        prompts.setdefault(ids, opening)
         if len(prompts) == count:
             break
     return list(prompts.values())
@@ -99,20 +102,11 @@ def show(run: Run) -> None:
 
 
 def _answers(run: Run) -> list[str]:
-    """The answers to the run's prompts, all at once; where each row has an adapter of its own, one by one."""
+    """The answers to the run's prompts, all at once; where each row has an adapter of its own, those that share one."""
     model, tokenizer, context = run.model, run.base.tokenizer, run.base.files.context_length
     if not isinstance(run.trained, Generated):
         return generate(model, tokenizer, run.samples, batch_size=len(run.samples), context=context)
-    answers = []
-    for prompt, example in zip(run.samples, _first_with(run.samples, run.data.val), strict=True):
-        run.trained.write_for([example], run.accelerator.device)
-        answers += generate(model, tokenizer, [prompt], batch_size=1, context=context)
-    return answers
-
-
-def _first_with(prompts: Sequence[Prompt], held_out: Sequence[Example]) -> list[Example]:
-    """For each prompt the first row that it was taken from."""
-    return [next(row for row in held_out if tuple(row.input_ids[: len(one.ids)]) == one.ids) for one in prompts]
+    return run.trained.answers(model, tokenizer, run.samples, batch_size=len(run.samples), context=context)
 
 
 def _sample(prompt: Prompt, answer: str, texts: RequestTexts) -> dict[str, Any]:

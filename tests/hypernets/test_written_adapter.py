@@ -129,7 +129,6 @@ def test_the_folder_of_a_network_says_what_it_is(trained: Path, dynlora: Dynlora
     "command",
     [
         ("merge", "--out", "x"),
-        ("eval",),
         ("export", "--to", "peft", "--out", "x"),
         ("generate", "hi"),
         ("prune", "--budget", "1", "--out", "x"),

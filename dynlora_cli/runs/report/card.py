@@ -213,7 +213,7 @@ def _loading(record: RunRecord) -> str:
         return f"## Use it\n\n{_fenced(command, 'bash')}\n\nNo other tool knows this router. Its adapters are PEFT's."
     if reads := _writes_adapters(record):
         source = "--document FILE" if reads == "document" else '--description "what the task is"'
-        command = f"dynlora adapt --hypernet . {source} --out FOLDER       # this folder"
+        command = f"dynlora adapt --hypernet . {source} --out FOLDER       # this folder\ndynlora eval --adapter ."
         return f"## Use it\n\n{_fenced(command, 'bash')}\n\nWhat it writes is a plain PEFT LoRA, which any tool loads."
     revision = (info.get("base_model") or {}).get("revision")
     labels = ((info.get("recipe") or {}).get("model") or {}).get("num_labels")
