@@ -191,8 +191,11 @@ def _cut(request: Request) -> Cut:
     given = request.given or ()
     asks = reader.request_tokens([row.prompt for row in given])
     answers = max([reader.count(row.completion) for row in given if row.completion], default=0)
-    if not given or not all(row.completion for row in given):
+    unanswered = [row.prompt for row in given if not row.completion]
+    if not given or unanswered:
         answers = max(answers, request.answer_tokens)
+    if unanswered or (not given and reader.chat):  # a person's answers, and sentences, are cut as in any run
+        reader.refuse_cut(reader.request_tokens(unanswered), request.answer_tokens)
     chunks = cut_all(request.documents, reader.count, reader.chunk_tokens(request.chunk_tokens, asks, answers))
     if len(chunks) > MOST_CHUNKS:
         raise UsageError(

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,7 +106,7 @@ class Study:
             tell: takes a line whenever a chunk is done.
 
         Returns:
-            All rows, in the order of the chunks; of those the model wrote, none has the prompt of another.
+            All rows, in the order of the chunks; of those that no person gave, none has the prompt of another.
         """
         taken: set[str] = set()
         rows, began, done_before = [], time.monotonic(), self._done()
@@ -132,7 +133,7 @@ class Study:
         if self.given is not None:
             return [Asked(row.prompt, "given", row.completion or None) for row in self.given.get(number, ())]
         if not self.chat:
-            return _spread([Asked(a, SENTENCE, b) for a, b in beginnings(chunk.text)], self.questions)
+            return _spread(_unlike(starmap(_begun, beginnings(chunk.text)), taken), self.questions)
         found: list[Asked] = []
         for begin in range(0, TRIES * self.questions, BATCH):
             for kind, text in writer.ask(chunk, begin, BATCH):
@@ -142,9 +143,8 @@ class Study:
             if len(found) == self.questions:
                 break
         if len(found) < self.questions / 2:
-            more = [Asked(GO_ON.format(a), SENTENCE, b.strip()) for a, b in beginnings(chunk.text)]
-            more = [one for one in more if same(one.prompt) not in taken]
-            found += _spread(more, self.questions - len(found))
+            more = (_begun(GO_ON.format(a), b.strip()) for a, b in beginnings(chunk.text))
+            found += _spread(_unlike(more, taken), self.questions - len(found))
         return found
 
     def _note_few(self, rows: Sequence[DocumentRow]) -> None:
@@ -197,6 +197,18 @@ def with_held_out(rows: Sequence[DocumentRow]) -> list[DocumentRow]:
 
 def _rows(number: int, chunk: Chunk, asked: Iterable[Asked]) -> list[DocumentRow]:
     return [DocumentRow(number, chunk.text, one.prompt, one.completion) for one in asked if one.completion]
+
+
+def _begun(prompt: str, completion: str) -> Asked:
+    return Asked(prompt, SENTENCE, completion)
+
+
+def _unlike(asked: Iterable[Asked], taken: set[str]) -> list[Asked]:
+    """Of those with the same prompt the first, and none whose prompt is taken."""
+    found: dict[str, Asked] = {}
+    for one in asked:
+        found.setdefault(same(one.prompt), one)
+    return [one for words, one in found.items() if words not in taken]
 
 
 def _spread(asked: Sequence[Asked], most: int) -> list[Asked]:

@@ -156,6 +156,26 @@ class Reader:
             )
         return min(wanted or CHUNK, room)
 
+    def refuse_cut(self, request: int, answer: int) -> None:
+        """Check that a row has room for an answer that the model writes: training reads no more than `max_length`.
+
+        Args:
+            request, answer: tokens that these may have.
+
+        Raises:
+            UsageError: the answer would be cut.
+        """
+        longest = self.recipe.dataset.max_length
+        needed = len(self.ids(self.voice(set()), "", ".")) + JOINTS + request + answer
+        if needed > longest:
+            shorter = longest - (needed - answer)
+            fewer = f", or allow shorter answers: --answer-tokens {shorter}" if shorter > 0 else ""
+            raise UsageError(
+                f"dataset.max_length {longest}: a question of {request} tokens and its answer of {answer} may have "
+                f"{needed:,} in all, and what is beyond would not be learned",
+                f"allow more: --set dataset.max_length={needed}{fewer}",
+            )
+
 
 class Writer:
     """The model, in memory.

@@ -28,13 +28,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def adapt(dynlora: Callable[..., Answer], base: Path, tmp_path: Path) -> Callable[..., Answer]:
     """Runs `dynlora adapt` into a folder of the test, with rows that are given and answers by the model."""
-    document, data = tmp_path / "velden.md", tmp_path / "given.jsonl"
+    document, given = tmp_path / "velden.md", tmp_path / "given.jsonl"
     document.write_text(TEXT)
-    data.write_text("".join(json.dumps({"prompt": f"Who was keeper {number}?"}) + "\n" for number in range(5)))
+    given.write_text("".join(json.dumps({"prompt": f"Who was keeper {number}?"}) + "\n" for number in range(5)))
 
-    def run(name: str, *arguments: object, model: Path = base) -> Answer:
-        given = ("--model", model, "--document", document, "--data", data, "--out", tmp_path / name)
-        return dynlora("adapt", *given, *SHORT, "--json", *arguments)
+    def run(name: str, *arguments: object, model: Path = base, rows: bool = True) -> Answer:
+        where = ("--model", model, "--document", document, "--out", tmp_path / name)
+        return dynlora("adapt", *where, *(("--data", given) if rows else ()), *SHORT, "--json", *arguments)
 
     return run
 
@@ -85,3 +85,18 @@ def test_an_adapter_of_another_base_is_refused_before_rows_are_written(adapt: Ca
     assert "another base" in done.json["error"]
     assert not (tmp_path / "b").exists()
     assert not Begun(tmp_path / "b").folder.exists()
+
+
+def test_rows_that_would_be_cut_are_refused_before_they_are_written(adapt: Callable[..., Answer], tmp_path: Path):
+    short = ("--set", "dataset.max_length=40")
+    done = adapt("a", *short)
+    assert done.code == 2
+    assert "a question of 15 tokens and its answer of 8 may have" in done.json["error"]
+    assert not Begun(tmp_path / "a").folder.exists()
+    needed = done.json["hint"].partition("dataset.max_length=")[2].partition(",")[0]
+    assert adapt("a", "--set", f"dataset.max_length={needed}").code == 0
+    # nobody knows how long sentences are until they are found; what is written of them is kept
+    plain = with_long_context(model_folder(tmp_path / "plain"))
+    done = adapt("b", "--set", "dataset.max_length=8", model=plain, rows=False)
+    assert (done.code, done.json["hint"]) == (2, "raise dataset.max_length (now 8)")
+    assert adapt("b", "--resume", model=plain, rows=False).code == 0

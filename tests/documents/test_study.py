@@ -127,3 +127,14 @@ def test_provenance_counts_chunks():
     assert provenance(CHUNKS, [Each(), Each()]) == [
         {"name": "a.txt", "sha256": "0" * 64, "characters": 11, "chunks": count} for count in (3, 0)
     ]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_sentence_that_several_chunks_share_is_learned_once(tmp_path: Path, chat: bool):
+    shared = "The harbour master raises a black flag beside the market."
+    texts = (f"{shared} {shared}", f"{shared} No ferry leaves when the wind is stronger than seven.")
+    chunks = [Chunk(0, number, text, 9) for number, text in enumerate(texts, 1)]
+    work = Study(chunks, tmp_path, questions=9, chat=chat)
+    rows = work.write(Model(fails=1000), lambda _: None)
+    assert len({row.prompt for row in rows}) == len(rows) == 4  # each of two sentences is cut twice
+    assert [row.chunk for row in rows] == [0, 0, 1, 1]
