@@ -17,6 +17,7 @@ from dynlora_cli.documents.document import read_documents
 from dynlora_cli.documents.given import read_given
 from dynlora_cli.drafts.document import BUDGET, document_recipe
 from dynlora_cli.errors import UsageError
+from dynlora_cli.models.find import is_hub_name
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
 
@@ -107,6 +108,8 @@ def from_documents(
     preflight.training(_without_rows(recipe), writes=False)
     if not dry_run:
         Begun(out).refuse(overwrite=overwrite, resume=resume)
+    if not (dry_run or resume):
+        _refuse_own(out, model, [*[one.path for one in read], *([data] if data else [])])
     how: dict[str, Any] = {"given": given, "data": data, "questions": questions, "chunk_tokens": chunk_tokens}
     told = {change.partition("=")[0].strip() for change in settings}
     how["may_lengthen"] = not told & {"train", "train.epochs", "train.max_steps"}
@@ -155,6 +158,7 @@ def by_hypernet(
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     notes: list[str] = []
     read = read_documents(documents, notes) if documents else []
+    run_folder.refuse_inputs(out, [hypernet, *[one.path for one in read]])
 
     def work(emit: Emit) -> dict[str, Any]:
         from dynlora_cli.commands import adapt_by_hypernet as command
@@ -166,6 +170,16 @@ def by_hypernet(
         return command.run(command.Request(hypernet, out, description or "", read, **how), emit)
 
     return work
+
+
+def _refuse_own(out: Path, model: str, inputs: Sequence[Path]) -> None:
+    """Refuse an output folder in which something lies that is read, and that would go with the run before.
+
+    Raises:
+        UsageError: it is one.
+    """
+    base = [] if is_hub_name(model) or model.startswith("builtin:") else [Path(model).expanduser()]
+    run_folder.refuse_inputs(out, [*inputs, *base])
 
 
 def _changes(settings: Sequence[str], dtype: str | None, trust_remote_code: bool) -> list[str]:

@@ -84,8 +84,10 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         return [_table(file, notes) for file in _files_of(path, source.split, notes)]
-    if path.exists():
+    if path.is_file():
         return [_table(path, notes)]
+    if path.exists():
+        raise UsageError(f"dataset: {path} is no regular file, and rows are read more than once", "save them in one")
     raise UsageError(f"dataset: no file or folder {source.path}{_nearest(path)}", "paths start at the current folder")
 
 

@@ -9,6 +9,7 @@ out/.name.adapt/          beside out/name
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,14 @@ class Begun:
 
     @cached_property
     def folder(self) -> Path:
-        """Where its rows are."""
+        """Where its rows are.
+
+        Raises:
+            UsageError: nothing can lie beside the output folder.
+        """
         out = self.out.absolute()
+        if not out.name:
+            raise UsageError(f"--out {self.out} is no folder that can be made", "choose another folder with --out")
         return out.with_name(f".{out.name}.adapt")
 
     def refuse(self, *, overwrite: bool, resume: bool) -> None:
@@ -61,6 +68,12 @@ class Begun:
                 "add --resume to go on with them, or --overwrite to begin anew",
             )
         run_folder.refuse_occupied(self.out, overwrite=overwrite, option="--out")
+        beside = next(place for place in self.folder.parents if place.exists())
+        if not os.access(beside, os.W_OK):
+            raise UsageError(
+                f"--out {self.out}: rows are first written beside it, and {beside} may not be written to",
+                f"name a folder inside of it: --out {self.out / 'adapter'}",
+            )
 
     def begin(self, sha256: str, *, overwrite: bool, resume: bool) -> str:
         """Make the folder, or go on with it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,15 +67,24 @@ def cut(text: str, count: Callable[[str], int], most: int) -> list[str]:
 def _packed(text: str, spans: Sequence[Span], count: Callable[[str], int], most: int) -> list[str]:
     """Units that follow each other in one chunk, as long as they fit; one that does not fit stands alone."""
     chunks: list[str] = []
-    start = end = 0
-    for first, last in spans:
-        if end > start and count(text[start:last]) > most:
-            chunks.append(text[start:end])
-            start = first
-        elif end == start:
-            start = first
-        end = last
-    return [*chunks, text[start:end]] if end > start else chunks
+    at = 0
+    while at < len(spans):
+        end = _fitting(text, spans, at, count, most)
+        chunks.append(text[spans[at][0] : spans[end - 1][1]])
+        at = end
+    return chunks
+
+
+def _fitting(text: str, spans: Sequence[Span], at: int, count: Callable[[str], int], most: int) -> int:
+    """Up to which unit those from `at` on fit into one chunk, and at least one; a chunk may be of hundreds of words."""
+
+    def tokens(end: int) -> int:
+        return count(text[spans[at][0] : spans[end - 1][1]])
+
+    high = at + 1
+    while high < len(spans) and tokens(high) <= most:
+        high = min(len(spans), 2 * high - at)
+    return max(at + 1, bisect_right(range(len(spans) + 1), most, at + 1, high + 1, key=tokens) - 1)
 
 
 def _units(text: str, span: Span, count: Callable[[str], int], most: int, depth: int = 0) -> Iterator[Span]:

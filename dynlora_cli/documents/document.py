@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dynlora_cli.config.sections import Source
 from dynlora_cli.data.forms import BadRowError, refuse_half_characters
+from dynlora_cli.data.row_files import READERS, TEXT_SUFFIXES, kind_of, read_rows
 from dynlora_cli.data.sources import tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.files.whole import sha256_of
+from dynlora_cli.runs.record import RECORD
 
 MOST_CHARACTERS = 20_000_000  # of all documents: some 10,000 chunks, which a model reads for days
 LONGEST_TITLE = 80  # characters
@@ -88,18 +91,64 @@ def _read(path: Path, notes: list[str]) -> list[Document]:
     # What is no file must not be taken for the name of a data set of the hub.
     name = str(path) if path.exists() or path.is_absolute() else f"./{path}"
     try:
-        listed = tables(Source(path=name), notes, held_out=False)
-        documents = []
-        for table in listed:
-            texts = [_text_of(place, row) for place, row in table.read()]
-            file = Path(table.name)
-            documents.append(Document(file.name, file, tuple(text for text in texts if text.strip()), sha256_of(file)))
+        if path.is_dir():
+            return [_document(file, notes) for file in _files_of(path, notes)]
+        (table,) = tables(Source(path=name), notes, held_out=False)
+        return [_document(Path(table.name), notes)]
     except (UsageError, DataError) as error:
         raise type(error)(f"--document: {error.message.removeprefix('dataset: ')}", error.hint) from None
-    for document in documents:
-        if not document.texts:
-            raise DataError(f"--document: {document.path}: no text", "the file is empty")
-    return documents
+
+
+def _document(file: Path, notes: list[str]) -> Document:
+    texts = [_text_of(place, row) for place, row in read_rows(file, notes)]
+    found = tuple(text for text in texts if text.strip())
+    if not found:
+        raise DataError(f"{file}: no text", "the file is empty")
+    return Document(file.name, file, found, sha256_of(file))
+
+
+def _files_of(folder: Path, notes: list[str]) -> list[Path]:
+    """All texts and tables of texts below a folder, whatever they are called; rows of a recipe are another matter.
+
+    Nothing hidden, nothing of a run of ours, and nothing to which a link leads that is not in the folder.
+
+    Raises:
+        DataError: there is none, or a table is damaged.
+    """
+    chosen, left_out = dict[Path, Path](), []
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if any(part.startswith(".") for part in inside.parts) or not (file.is_file() or file.is_symlink()):
+            continue
+        ours = any((folder / parent / RECORD).is_file() for parent in inside.parents)
+        if not ours and file.resolve().is_relative_to(folder.resolve()) and _holds_text(file):
+            chosen.setdefault(file.resolve(), inside)
+        else:
+            left_out.append(inside)
+    said = f"; left out: {_listed(left_out)}" if left_out else ""
+    if not chosen:
+        hint = f"name a folder of texts (.txt, .md), or of tables with a column 'text'{said}"
+        raise DataError(f"no document in the folder {folder}", hint)
+    notes.append(f"{folder}: reading {_listed(list(chosen.values()))}{said}")
+    return [folder / inside for inside in chosen.values()]
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:4])) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+
+
+def _holds_text(file: Path) -> bool:
+    """Whether a file of a folder is a text that is not empty, or a table of such; a folder has others besides."""
+    if not file.is_file() or kind_of(file) not in READERS or not file.stat().st_size:
+        return False
+    if kind_of(file) in TEXT_SUFFIXES:
+        return True
+    try:
+        return any("text" in row for _, row in islice(read_rows(file, []), 1))
+    except DataError:
+        if kind_of(file) == ".json":  # settings, as a rule
+            return False
+        raise
 
 
 def _text_of(place: str, row: dict[str, object]) -> str:

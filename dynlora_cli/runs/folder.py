@@ -131,8 +131,13 @@ def replaced(folder: Path, *, overwrite: bool, option: str = "--out") -> Iterato
         place.put_new()
 
 
-def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
+def refuse_inputs(out: Path, inputs: Iterable[Path], option: str = "--out") -> None:
     """Check that nothing that is read lies in the folder that is to be replaced.
+
+    Args:
+        out: the folder.
+        inputs: files and folders that are read.
+        option: that names the folder.
 
     Raises:
         UsageError: one of them is that folder, or below it.
@@ -141,8 +146,8 @@ def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
     for source in inputs:
         if target in (source.resolve(), *source.resolve().parents):
             raise UsageError(
-                f"--out {out} would replace {source}, which is read and never changed",
-                "choose another folder with --out",
+                f"{option} {out} would replace {source}, which is read and never changed",
+                f"choose another folder with {option}",
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,54 @@ def test_rows_of_a_table_and_files_of_a_folder(tmp_path: Path):
     notes: list[str] = []
     assert [each.name for each in read_documents([folder], notes)] == ["a.txt", "b.txt"]
     assert "reading a.txt, b.txt" in notes[0]
+
+
+def test_a_folder_of_documents_is_read_whatever_its_files_are_called(tmp_path: Path):
+    """Names such as `training` are those of splits in a folder of rows only."""
+    folder = tmp_path / "texts"
+    (folder / "tests").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "run").mkdir()
+    for name in ("guide.md", "README.md", "training.md", "tests/a.txt", ".git/b.md", ".c.md", "run/README.md"):
+        (folder / name).write_text(f"text of {name}")
+    for name in ("empty.md", "photo.png", "prices.csv", "settings.json", "run/dynlora.json", "rows.jsonl"):
+        (folder / name).write_text("")
+    (folder / "prices.csv").write_text("name,price\nboat,3\n")
+    (folder / "settings.json").write_text('{"keywords": ["a", "b"]}')
+    (folder / "rows.jsonl").write_text('{"text": "text of a row"}\n')
+    (tmp_path / "secret.md").write_text("of somebody else")
+    (folder / "link.md").symlink_to(tmp_path / "secret.md")
+    (folder / "same.md").symlink_to(folder / "guide.md")
+    notes: list[str] = []
+    found = read_documents([folder], notes)
+    names = ["README.md", "guide.md", "rows.jsonl", "a.txt", "training.md"]
+    assert [each.name for each in found] == names
+    assert "left out: empty.md, link.md, photo.png, prices.csv and" in notes[0]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "some.pdf").write_bytes(b"%PDF-1.4")
+    with pytest.raises(DataError, match="no document in the folder") as caught:
+        read_documents([tmp_path / "none"], [])
+    assert "left out: some.pdf" in (caught.value.hint or "")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.md")
+    with pytest.raises(UsageError, match="no regular file"):
+        read_documents([tmp_path / "pipe.md"], [])
+
+
+def test_a_text_of_one_line_is_cut_with_few_counts():
+    """A chunk has hundreds of words, and every count reads all of it."""
+    counted = 0
+
+    def tokens(text: str) -> int:
+        nonlocal counted
+        counted += 1
+        return words(text)
+
+    text = " ".join(f"w{number}" for number in range(10_000))
+    assert [words(chunk) for chunk in cut(text, tokens, 500)] == [500] * 20
+    assert counted < 10_000 + 20 * 2 * 20  # each word once, and some for each chunk
 
 
 def test_what_is_no_document(tmp_path: Path):

@@ -1,0 +1,73 @@
+"""What is read stays: no command replaces a folder in which its own documents, rows or base lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from cli_helpers import Dynlora, contents
+
+from dynlora_cli.documents.begun import Begun
+from dynlora_cli.errors import UsageError
+
+ROW = json.dumps({"context": "A text.", "prompt": "What?", "completion": "That."}) + "\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """What passes for a run of `adapt`, with the rows that it was trained on."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "dynlora.json").write_text('{"schema_version": 1, "dynlora_version": "0"}')
+    for name in ("metrics.jsonl", "rows.jsonl", "README.md"):
+        (folder / name).write_text(ROW)
+    return folder
+
+
+@pytest.mark.parametrize("own", ["--document README.md", "--data rows.jsonl", "--model base"])
+def test_adapt_replaces_no_folder_that_it_reads_from(dynlora: Dynlora, tmp_path: Path, run: Path, own: str):
+    (run / "base").mkdir()
+    (run / "base" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "a.md").write_text("A text about a ferry.")
+    option, name = own.split()
+    given = {"--model": "builtin:tiny", "--document": tmp_path / "a.md"} | {option: run / name}
+    before = contents(run)
+    words = [word for pair in given.items() for word in pair]
+    done = dynlora("adapt", *words, "--out", run, "--overwrite")
+    assert done.code == 2
+    assert f"--out {run} would replace {run / name}" in done.err
+    assert contents(run) == before
+
+
+def test_train_replaces_no_folder_that_it_reads_from(dynlora: Dynlora, tmp_path: Path, run: Path):
+    """The recipe that `adapt` leaves names the rows beside it."""
+    recipe = {"model": "builtin:tiny", "dataset": str(run / "rows.jsonl"), "output_dir": str(run)}
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
+    before = contents(run)
+    done = dynlora("train", run / "recipe.yaml", "--overwrite")
+    assert done.code == 2
+    assert f"--output-dir {run} would replace {run / 'rows.jsonl'}" in done.err
+    assert contents(run) == before
+
+
+def test_a_place_whose_parent_is_closed_is_refused_before_anything_loads(tmp_path: Path):
+    """Such as a volume of a container: the run itself could lie in it, its rows not beside it."""
+    (tmp_path / "closed" / "out").mkdir(parents=True)
+    writable = os.access
+
+    def access(path: Path, mode: int) -> bool:
+        return Path(path) != tmp_path / "closed" and writable(path, mode)
+
+    with patch("os.access", access), pytest.raises(UsageError, match="closed may not be written to") as caught:
+        Begun(tmp_path / "closed" / "out").refuse(overwrite=False, resume=False)
+    assert caught.value.hint == f"name a folder inside of it: --out {tmp_path / 'closed' / 'out' / 'adapter'}"
+
+
+def test_nothing_can_lie_beside_the_root(dynlora: Dynlora, tmp_path: Path):
+    (tmp_path / "a.md").write_text("A text about a ferry.")
+    done = dynlora("adapt", "--model", "builtin:tiny", "--document", tmp_path / "a.md", "--out", Path(os.sep))
+    assert done.code == 2
+    assert "choose another folder" in done.err
