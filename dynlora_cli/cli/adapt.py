@@ -150,18 +150,23 @@ def adapt(
             return
         with view:
             summary = work(view)
-        summary["next"] = _next_commands(out, written=hypernet is not None)
+        summary["next"] = _next_commands(out, found=hypernet is None or description is not None)
         result.update(summary)
         view.show(summary)
 
 
-def _next_commands(out: Path, *, written: bool) -> Sequence[str]:
-    """Commands that make sense after it. A library finds nothing in what was `written` by a network to find it by."""
+def _next_commands(out: Path, *, found: bool) -> Sequence[str]:
+    """Commands that make sense after it.
+
+    Args:
+        out: the adapter.
+        found: a library knows by itself what to find it by.
+    """
     folder = str(out)
     page = out / "report.html"
     return [
         typed("chat", "--adapter", folder),
         typed("generate", "a question", "--adapter", folder, "--compare"),
-        *([] if written else [typed("library", "add", f"{out.parent}/library", "--adapter", folder)]),
+        *([typed("library", "add", f"{out.parent}/library", "--adapter", folder)] if found else []),
         *([opened(page)] if page.is_file() else []),
     ]

@@ -226,10 +226,24 @@ def _provenance(adapter: Adapter) -> dict[str, Any]:
         "seed": (record.get("seeds") or {}).get("seed"),
         "device": record.get("device"),
         "finished": record.get("finished"),
+        "documents": _documents(record),
+        "written_by": _written_by(record),
         "pruned": record.get("prune"),
         "scaling": {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")},
     }
     return {key: value for key, value in made.items() if value is not None}
+
+
+def _documents(record: dict[str, Any]) -> list[dict[str, str]] | None:
+    """The documents that it was made from; None: of none."""
+    made_by = record.get("adapted") or record.get("written") or {}
+    return [{"name": one["name"], "sha256": one["sha256"]} for one in made_by.get("documents") or ()] or None
+
+
+def _written_by(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The hypernetwork that wrote it, and the description that it wrote from; None: it was not written."""
+    written = record.get("written") or {}
+    return {key: written[key] for key in ("hypernet", "method", "description") if written.get(key)} or None
 
 
 def compare(first: Adapter, second: Adapter) -> dict[str, Any]:

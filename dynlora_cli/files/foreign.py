@@ -277,6 +277,24 @@ class AdaptedForm(BaseModel):
     chunks_added: bool | None = None
 
 
+class ReadForm(BaseModel):
+    """A document that an adapter was written from."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    sha256: str
+
+
+class WrittenForm(BaseModel):
+    """Which hypernetwork wrote an adapter, and from what."""
+
+    model_config = ConfigDict(strict=True)
+    hypernet: str | None = None
+    method: str | None = None
+    description: str | None = None
+    documents: list[ReadForm] | None = None
+
+
 class RecordForm(BaseModel):
     """The keys of dynlora.json that commands use; `recipe` is checked as a recipe where it is needed."""
 
@@ -302,6 +320,7 @@ class RecordForm(BaseModel):
     retired: list[RetiredForm] | None = None
     altered_births: Count | None = None
     adapted: AdaptedForm | None = None
+    written: WrittenForm | None = None
 
 
 class _RowsForm(BaseModel):

@@ -1,4 +1,7 @@
-"""Where keys come from: the rows that an adapter was trained on, and documents, cut into passages."""
+"""Where keys come from: the rows that an adapter was trained on, or the description that it was written from.
+
+Besides these from documents, cut into passages.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def find_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase
 def _own_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase) -> Found:
     recipe = own_recipe(adapter)
     if recipe is None:
-        return Found()
+        return _description(adapter)
     table = own_table(adapter, place) or place.files.table_rows
     try:
         read = earlier_data(
@@ -126,6 +129,12 @@ def _of_contexts(examples: list[Example], tokenizer: PreTrainedTokenizerBase) ->
         for passage in passages(text):
             number += 1
             yield Key(passage, f"document, passage {number}")
+
+
+def _description(adapter: Adapter) -> Found:
+    """The description that a hypernetwork wrote an adapter from, if it did."""
+    text = (adapter.record.get("written") or {}).get("description")
+    return Found(keys=[Key(text, "description")] if text else [])
 
 
 def _documents_on_record(adapter: Adapter) -> list[Origin]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,3 +101,16 @@ def test_rows_that_would_be_cut_are_refused_before_they_are_written(adapt: Calla
     done = adapt("b", "--set", "dataset.max_length=8", model=plain, rows=False)
     assert (done.code, done.json["hint"]) == (2, "raise dataset.max_length (now 8)")
     assert adapt("b", "--resume", model=plain, rows=False).code == 0
+
+
+def test_what_it_was_made_from_is_told_of_a_pruned_one_too(
+    adapt: Callable[..., Answer], dynlora: Callable[..., Answer], tmp_path: Path
+):
+    assert adapt("a").code == 0
+    cut = dynlora("prune", "--adapter", tmp_path / "a", "--out", tmp_path / "b", "--budget", 0.5, "--no-measure")
+    assert cut.code == 0, cut.err
+    digest = hashlib.sha256((tmp_path / "velden.md").read_bytes()).hexdigest()
+    for name in ("a", "b"):
+        (told,) = dynlora("inspect", "--adapter", tmp_path / name, "--json").json["adapters"]
+        assert told["provenance"]["documents"] == [{"name": "velden.md", "sha256": digest}]
+    assert "documents name velden.md, sha256" in " ".join(dynlora("inspect", "--adapter", tmp_path / "b").err.split())

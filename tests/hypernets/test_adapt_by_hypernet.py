@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_from_a_recipe_file_to_an_adapter_that_commands_take(tmp_path: Path, dyn
     assert made.json["description"] == "Say twos."
     assert made.json["peft_check"]["problem"] is None
     assert made.json["next"]
-    assert not any("library add" in command for command in made.json["next"]), "there are no rows to find it by"
+    assert any("library add" in command for command in made.json["next"])
     for command in (
         ("eval", "--generate", 0, "--data", tmp_path / "twos.jsonl"),
         ("inspect",),
@@ -48,6 +49,14 @@ def test_from_a_recipe_file_to_an_adapter_that_commands_take(tmp_path: Path, dyn
     ):
         answer = dynlora(*command, "--adapter", tmp_path / "a", "--json")
         assert answer.code == 0, answer.err
+    # what is left after a cut is still known, and found, by its description
+    (told,) = dynlora("inspect", "--adapter", tmp_path / "small", "--json").json["adapters"]
+    assert told["provenance"]["written_by"]["description"] == "Say twos."
+    added = dynlora("library", "add", tmp_path / "library", "--adapter", tmp_path / "small", "--json")
+    assert added.code == 0, added.err
+    assert (added.json["update"]["keys"], added.json["update"]["sources"]) == (1, [])
+    (key,) = (tmp_path / "library" / "keys").glob("*.jsonl")
+    assert json.loads(key.read_text()) == {"text": "Say twos.", "source": "description"}
 
 
 def test_what_a_person_sees(trained: Path, tmp_path: Path, dynlora: Dynlora):

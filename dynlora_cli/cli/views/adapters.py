@@ -286,6 +286,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         inner = {key: item for key, item in value.items() if not isinstance(item, (list, dict)) and item is not None}
         return ", ".join(f"{key} {item}" for key, item in inner.items())
+    if isinstance(value, list):
+        return "; ".join(map(_plain, value))
     return str(value)
 
 
