@@ -272,6 +272,8 @@ def _bytes_conflicts(recipe: Settings) -> Iterator[Conflict]:
 def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:
     """What does not go with components that are there already, or with none."""
     adapter = recipe.adapter
+    if adapter.origin is None and adapter.variant != "lora":  # which could not begin beside any: variant_conflicts.py
+        return
     if adapter.origin is None:
         if adapter.old != "tune":
             yield Conflict("adapter.old", "adapter.from", "there are none; name their adapter in `adapter.from`")

@@ -7,7 +7,7 @@ The sentence under a field is its description in `dynlora schema`. Reading a fil
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model
 
@@ -71,15 +71,19 @@ class Model(Section):
     """Run Python code that comes with the model."""
 
 
-def _descriptions(texts: str | list[str] | None) -> str | list[str] | None:
+def _descriptions(texts: Any) -> Any:
     """Refuses texts that say nothing, or the same as another; a text that stands alone is the name of a file."""
-    seen: set[str] = set()
-    for text in texts if isinstance(texts, list) else ():
+    if isinstance(texts, str) and not texts.strip():
+        raise ValueError(f"got {show(texts)}; write texts in a list, or name a file with one on a line")
+    seen: dict[str, int] = {}
+    for number, text in enumerate(texts if isinstance(texts, list) else (), 1):
+        if not isinstance(text, str):
+            raise ValueError(f"text {number} of {len(texts)} is {show(text)}, must be a text")
         if not text.strip():
-            raise ValueError(f"the text {show(text)} says nothing; write what the task is")
+            raise ValueError(f"text {number} of {len(texts)}, {show(text)}, says nothing; write what the task is")
         if text in seen:
-            raise ValueError(f"{show(text)} is there twice; leave one out")
-        seen.add(text)
+            raise ValueError(f"text {number} of {len(texts)}, {show(text)}, is text {seen[text]}; leave one out")
+        seen[text] = number
     return texts
 
 
@@ -106,7 +110,7 @@ class Source(Section):
     system: str | None = None
     """System message of its conversations that have none; null: that of `dataset.system`."""
     descriptions: Annotated[
-        PathText | Annotated[list[Text], Field(min_length=1)] | None, AfterValidator(_descriptions)
+        PathText | Annotated[list[Text], Field(min_length=1)] | None, BeforeValidator(_descriptions)
     ] = None
     """What its task is, in words, for variants that write adapters from texts: a list, or a file with one on a line."""
 

@@ -38,6 +38,9 @@ def _own_settings(recipe: Settings) -> Iterator[Conflict]:
     for key, is_given in given.items():
         if is_given and key.split(".")[1] not in takes:
             yield Conflict(key, "adapter.variant", f"variant {variant} has no use for it")
+    if variant != "lora" and adapter.origin is None and not plugins.declared("variants", variant, "routes"):
+        text = f"variant {variant} begins without old components; leave it out, or write `variant: lora`"
+        yield from _unused(recipe, "adapter", ("old", "orthogonality"), text)
     if adapter.scaling == "rslora" and adapter.alpha == "auto":
         yield Conflict("adapter.scaling", "adapter.alpha", "rslora divides alpha by sqrt(r): write `alpha: 16`, say")
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from dynlora_cli import plugins
@@ -27,6 +27,16 @@ LARGEST_ALPHA = 1e9
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Length = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _whole_number(value: Any) -> Any:
+    """Refuses what only equals the number of a version: `true` is 1 to Python."""
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+First = Annotated[Literal[1], BeforeValidator(_whole_number)]  # version of a format
 WEIGHT_FILES = (".safetensors", ".bin")
 COPY_AGAIN = "copy the files again"
 _Form = TypeVar("_Form", bound=BaseModel)
@@ -252,12 +262,17 @@ class BaseForm(BaseModel):
     fingerprint: dict[str, Any] | None = None
 
 
-class DocumentForm(BaseModel):
-    """A document that an adapter was made from."""
+class ReadForm(BaseModel):
+    """A document that an adapter was written from."""
 
     model_config = ConfigDict(strict=True)
     name: str
     sha256: str
+
+
+class DocumentForm(ReadForm):
+    """A document that an adapter was made from by training."""
+
     characters: Count
     chunks: Count
 
@@ -275,14 +290,6 @@ class AdaptedForm(BaseModel):
     held_out: Count | None = None
     loss_with_document: float | None = None
     chunks_added: bool | None = None
-
-
-class ReadForm(BaseModel):
-    """A document that an adapter was written from."""
-
-    model_config = ConfigDict(strict=True)
-    name: str
-    sha256: str
 
 
 class WrittenForm(BaseModel):

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -28,7 +28,7 @@ from dynlora_cli.adapters.find import HYPERNET, HYPERNET_WEIGHTS
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.config.options import options, section
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import COPY_AGAIN, first_fault, fits, read_object, refuse_links
+from dynlora_cli.files.foreign import COPY_AGAIN, First, first_fault, fits, read_object, refuse_links
 from dynlora_cli.files.whole import sha256_of, write_json
 from dynlora_cli.hypernets.hypernet import Hypernet, places_of
 from dynlora_cli.models.randomness import seeded
@@ -94,7 +94,7 @@ class HypernetForm(BaseModel):
     """hypernet.json. It may have been made by somebody else."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    schema_version: Literal[1]
+    schema_version: First
     method: str
     options: dict[str, Any]
     scale: Annotated[float, Field(allow_inf_nan=False)]

@@ -93,6 +93,7 @@ def test_an_adapter_that_is_left_out_says_nothing(trained: Path, routed: Path) -
         ({"method": "os"}, "no router is called 'os'"),
         ({"options": {"top_k": 0}}, "options.top_k"),
         ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": True}, "schema_version"),
         ({"code": "x"}, "code"),
     ],
 )

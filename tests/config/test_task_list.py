@@ -64,9 +64,16 @@ def test_a_program_may_give_them_as_well_and_overrides_name_sources_by_number() 
         ),
         (
             "tasks:\n- descriptions: [a, a]\n  dataset: c",
-            "recipe.yaml:3: dataset.train.0.descriptions: 'a' is there twice",
+            "recipe.yaml:3: dataset.train.0.descriptions: text 2 of 2, 'a', is text 1",
         ),
-        ("tasks:\n- descriptions: [a, ' ']\n  dataset: c", "dataset.train.0.descriptions: the text ' ' says nothing"),
+        (
+            "tasks:\n- descriptions: [a, ' ']\n  dataset: c",
+            "dataset.train.0.descriptions: text 2 of 2, ' ', says nothing",
+        ),
+        (
+            "tasks:\n- descriptions: [a, '']\n  dataset: c",
+            "dataset.train.0.descriptions: text 2 of 2, '', says nothing",
+        ),
         (
             "dataset: b\ntasks:\n- {description: a, dataset: c}",
             "recipe.yaml:3: tasks: they bring the rows to train on, and",
@@ -90,6 +97,7 @@ def test_what_does_not_go_with_a_network_that_writes_adapters() -> None:
         ("adapter.target_modules=experts", "adapter.target_modules: experts get tokens of all rows"),
         ("rank.elastic=true", "rank.elastic"),
         ("adapter.freeze_a=true", "adapter.freeze_a: variant text-gated has no use for it"),
+        ("adapter.orthogonality=0.1", "adapter.orthogonality: variant text-gated begins without old components"),
         ("adapter.save_dtype=bf16", "adapter.save_dtype"),
         ("eval.also=[{name: a, path: b}]", "eval.also: variant text-gated writes an adapter for each row"),
         ("dataset.replay={from: x}", "dataset.replay: rows of earlier runs come without descriptions"),

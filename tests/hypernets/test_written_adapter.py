@@ -201,6 +201,7 @@ def with_nan(folder: Path) -> None:
         (lambda folder: change_json(folder, lambda form: form["layers"].pop()), "of another network"),
         (lambda folder: change_json(folder, lambda form: form["layers"][0].update(rank=10**9)), "layers.0.rank"),
         (lambda folder: change_json(folder, lambda form: form.update(extra=1)), "extra"),
+        (lambda folder: change_json(folder, lambda form: form.update(schema_version=True)), "schema_version"),
         (lambda folder: change_json(folder, lambda form: form.update(encoder=None)), "encoder: text-gated reads a"),
         (lambda folder: change_json(folder, lambda form: form.update(scale=float("inf"))), "scale"),
         (lambda folder: change_json(folder, lambda form: form.update(scale=1e308)), "writes NaN or infinity"),
