@@ -13,6 +13,7 @@ from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.mix import each_once, mix_on_record
+from dynlora_cli.decoding import prefix
 from dynlora_cli.execution import mode as execution
 from dynlora_cli.lora.start import Start
 from dynlora_cli.models.base_files import BaseFiles
@@ -21,9 +22,12 @@ from dynlora_cli.models.load import Base, quantized_to, resolve_dtype
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.bytes_budget import room_of
 from dynlora_cli.pruning.schedule import Schedule
+from dynlora_cli.tasks import objective as objectives
+from dynlora_cli.tasks.distillation import Distilled
 from dynlora_cli.training.batches import passes_note, total_steps, training_batches
 from dynlora_cli.training.components import attach, left_out, plan_ranks
 from dynlora_cli.training.hypernets import plan_layers, plan_net
+from dynlora_cli.training.lessons import Reading, largest_reading
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
 from dynlora_cli.training.origin import Begun, read_origin, tell
@@ -153,12 +157,14 @@ def _memory(
         return what
 
     try:
-        need = measure(base, trained, recipe.model, device, ids, recipe.train.optimizer)
+        need = measure(base, trained, recipe.model, device, ids, recipe.train.optimizer, _reading(recipe, base, data))
     except (RuntimeError, NotImplementedError) as error:  # an operation of the model that needs numbers
         return {"notes": [*data.notes, f"memory was not estimated: {str(error).strip().splitlines()[0]}"]}
     found: dict[str, Any] = {"memory": need.as_dict()}
     if recipe.train.shard_base:
         data.notes.append("train.shard_base: the memory is that of a base which nobody shares; --devices N divide it")
+    if not need.teacher_fits:
+        data.notes.append("what the teacher reads at once may not fit into memory: give rows with shorter contexts")
     if need.rows > need.most_rows:
         most = need.most_rows if part else need.most_rows // lines
         size = "model.mini_batch_size" if part else "train.micro_batch_size"
@@ -170,6 +176,15 @@ def _memory(
         advice = ", ".join([*steps, "lower dataset.max_length"])
         found["notes"] = [*data.notes, f"this may not fit into memory: {advice}"]
     return found
+
+
+def _reading(recipe: Recipe, base: Base, data: Data) -> Reading | None:
+    """What a teacher reads at once before the first step; None: the run has none."""
+    objective = objectives.of(recipe.train)
+    if not isinstance(objective, Distilled) or not objective.share:
+        return None
+    lessons = list(objective.lessons([*data.train, *data.replayed]))
+    return largest_reading(lessons, share=prefix.can_share(base.model)) if lessons else None
 
 
 def _planned_events(recipe: Recipe, steps: int, start: Start, schedule: Schedule) -> list[dict[str, Any]]:

@@ -45,6 +45,14 @@ class Group(NamedTuple):
     lessons: list[OneText]
 
 
+class Reading(NamedTuple):
+    """A batch that the teacher reads: its texts, tokens of the longest, and how many of these are read before."""
+
+    texts: int
+    tokens: int
+    same: int
+
+
 def own_lessons(run: Run, lessons: Sequence[OneText]) -> Iterator[Batch]:
     """This process's batches, on its device; as many in every process.
 
@@ -124,6 +132,20 @@ def grouped(lessons: Sequence[OneText], *, share: bool) -> list[Group]:
                 groups.append(Group(same, []))
             groups[-1].lessons.append(text)
     return groups
+
+
+def largest_reading(lessons: Sequence[OneText], *, share: bool) -> Reading:
+    """The largest batch that a teacher reads.
+
+    Args:
+        lessons: all of them.
+        share: what texts begin with may be read once for all.
+    """
+    readings = [
+        Reading(len(texts), max(len(text.input_ids) for text in texts), same)
+        for same, texts in grouped(lessons, share=share)
+    ]
+    return max(readings, key=lambda reading: reading.texts * reading.tokens)
 
 
 def _shelves(lessons: Sequence[OneText]) -> list[Group]:

@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from dynlora_cli import plugins
-from dynlora_cli.kernels.linear_cross_entropy import decoder_inputs, linear_cross_entropy, run_to_head
+from dynlora_cli.decoding import prefix
+from dynlora_cli.kernels.linear_cross_entropy import chunks, decoder_inputs, linear_cross_entropy, run_to_head
 from dynlora_cli.models.targets import inside
+from dynlora_cli.tasks.loss import evaluating
 from dynlora_cli.training.optimizers import state_bytes
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.config.sections import Model
     from dynlora_cli.lora.whole import Trained
+    from dynlora_cli.training.lessons import Reading
 from dynlora_cli.models.load import Base
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
@@ -51,6 +54,7 @@ class Need:
         adapter: what trains, with its gradient, at the start of the run.
         optimizer: the moments of what trains.
         activations: the rest: what the backward pass needs, and the largest temporary tensors.
+        teacher: what takes the place of the activations before the first step, while a teacher reads; 0: there is none.
         libraries: what the process holds besides: its code, or CUDA's context.
         rows, length: of the batch: rows of a micro-batch, and the tokens of its longest row.
         free: bytes that the device has for all this.
@@ -64,16 +68,22 @@ class Need:
     rows: int
     length: int
     free: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
-        return self.base + self.adapter + self.optimizer + self.activations + self.libraries
+        return self.base + self.adapter + self.optimizer + max(self.activations, self.teacher) + self.libraries
 
     @property
     def most_rows(self) -> int:
         """Rows of a micro-batch that fit: activations grow with them, the rest does not."""
-        room = USABLE * self.free - (self.total - self.activations)
+        room = USABLE * self.free - (self.base + self.adapter + self.optimizer + self.libraries)
         return max(0, int(room * self.rows // self.activations))
+
+    @property
+    def teacher_fits(self) -> bool:
+        """Whether there is room for what a teacher reads at once."""
+        return self.teacher <= self.activations or self.total <= USABLE * self.free
 
     def as_dict(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total, "most_rows": self.most_rows}
@@ -111,8 +121,9 @@ def measure(
     device: torch.device,
     ids: tuple[int, int],
     optimizer: str = "adamw",
+    reading: Reading | None = None,
 ) -> Need:
-    """The need of one step.
+    """The need of one step, and of a teacher's reading before it.
 
     Args:
         base: its structure alone, on the device "meta"; it is changed, and of no use afterwards.
@@ -121,6 +132,7 @@ def measure(
         device: where the run will be.
         ids: rows of a micro-batch, and tokens of its longest row.
         optimizer: its name in the recipe.
+        reading: what a teacher reads at once, where the run has one.
     """
     vectors = plugins.declared("tasks", options.task, "AUTO_MODEL") == AUTO_MODEL
     model: PreTrainedModel = base.model.to(dtype=base.dtype)  # type: ignore[call-arg]
@@ -140,15 +152,18 @@ def measure(
         gradients = [p.grad for p in (*trained, *model.parameters()) if p.grad is not None]
         tokens = torch.zeros(ids, dtype=torch.long, device=device)
         _step(base, tokens, vectors=vectors)  # the first makes all logits, see kernels/linear_cross_entropy.py
-        with _Peak(device, [*model.parameters(), *model.buffers(), *trained, *gradients, tokens]) as peak:
+        held = [*model.parameters(), *model.buffers(), *trained, *gradients]
+        with _Peak(device, [*held, tokens]) as peak:
             _step(base, tokens, vectors=vectors)
+        read = 0 if reading is None else _read(base, reading, device, held)
     leaves = set(map(id, trains.leaves))
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in leaves]
     weights = _bytes(frozen) - _bytes(quantized) + round(_per_weight(options) * sum(p.numel() for p in quantized))
     largest = max((_bytes([p]) for p in quantized), default=0)  # one at a time is dequantized
     libraries, free = _around(device)
     moments = sum(state_bytes(optimizer, parameter) for parameter in trained)
-    return Need(weights, 2 * _bytes(trained), moments, peak.peak + largest, libraries, *ids, free)
+    taught = read and read + largest
+    return Need(weights, 2 * _bytes(trained), moments, peak.peak + largest, libraries, *ids, free, taught)
 
 
 def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
@@ -208,3 +223,22 @@ def _step(base: Base, ids: Tensor, *, vectors: bool) -> None:
             else:
                 loss = linear_cross_entropy(states, ids.flatten(), head)
     loss.backward()
+
+
+def _read(base: Base, reading: Reading, device: torch.device, held: Iterable[Tensor]) -> int:
+    """Bytes at the peak of a teacher's reading."""
+    ids = torch.zeros((reading.texts, reading.tokens), dtype=torch.long, device=device)
+    with (
+        _Peak(device, [*held, ids]) as peak,
+        evaluating(base.model),
+        torch.autocast(device.type, base.dtype, enabled=base.dtype != torch.float32),
+    ):
+        inputs: dict[str, Any] = {"input_ids": ids[:, reading.same :]}
+        if reading.same:
+            cache = prefix.read(base.model, [0] * reading.same, reading.texts)
+            inputs |= {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "use_cache": True}
+        head, states = run_to_head(base.model, inputs)
+        if head is not None:  # its logits are of a part of the targets at a time
+            _, states = next(chunks(states.flatten(0, 1), inputs["input_ids"].flatten(), head))
+        states.float().logsumexp(-1)
+    return peak.peak

@@ -59,7 +59,13 @@ def _memory_rows(need: dict[str, int] | None) -> list[tuple[str, str]]:
     parts = ", ".join(
         f"{key} {size(need[key])}" for key in ("base", "adapter", "optimizer", "activations", "libraries")
     )
+    teacher = (
+        f"{size(need['teacher'])} before the first step, when there are no activations yet"
+        if need.get("teacher")
+        else ""
+    )
     return [
         ("memory", f"about {size(need['total'])} of {size(need['free'])} free: {parts}"),
         ("rows at a time", f"{need['rows']} of up to {need['length']} tokens; {count(need['most_rows'])} would fit"),
+        *([("teacher's reading", teacher)] if teacher else []),
     ]
