@@ -9,6 +9,9 @@ Dimensions, as suffixes of names:
     Z  the latent: half of it of the vector, a quarter of the depth, a quarter of the module
     H  features that heads write from
 
+While training, numbers are dropped where the authors' code drops them: before and behind the mixer, behind each block,
+and inside of all of them.
+
 Source: Charakorn et al. 2025, Text-to-LoRA (arXiv 2506.06105), and its code.
 """
 
@@ -30,7 +33,7 @@ class Trunk(nn.Module):
         width: D.
         latent: Z.
         hidden: H, and the width inside of its parts.
-        dropout: in the mixer, while training.
+        dropout: the share of numbers that are dropped while training.
 
     Attributes:
         names: what places are called inside their blocks, in the order of their embeddings.
@@ -55,13 +58,15 @@ class Trunk(nn.Module):
         self.text = nn.Sequential(nn.Linear(width, half), nn.LayerNorm(half))
         self.depth = nn.Sequential(nn.Embedding(len(depths), quarter), nn.LayerNorm(quarter))
         self.module = nn.Sequential(nn.Embedding(len(self.names), quarter), nn.LayerNorm(quarter))
+        drop = nn.Dropout(dropout)
         self.mixer = nn.Sequential(
-            nn.Linear(latent, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, latent), nn.SiLU()
+            nn.Linear(latent, hidden), nn.SiLU(), drop, nn.Linear(hidden, latent), nn.SiLU(), drop
         )
-        self.block1, self.block2 = Block(latent, hidden), Block(latent, hidden)
+        self.block1, self.block2 = Block(latent, hidden, drop), Block(latent, hidden, drop)
         self.out = nn.Sequential(
-            nn.LayerNorm(latent), nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+            nn.LayerNorm(latent), nn.Linear(latent, hidden), _silu(drop), nn.Linear(hidden, hidden), nn.SiLU()
         )
+        self.drop = drop
 
     def forward(self, condition_BD: Tensor) -> Tensor:
         """[B, P, H]"""
@@ -75,7 +80,7 @@ class Trunk(nn.Module):
         )
         shape = (len(text_BZ), len(place_PZ), -1)
         mixed = torch.cat([text_BZ[:, None].expand(shape), place_PZ[None].expand(shape)], -1)
-        return self.block1(self.mixer(mixed))
+        return self.block1(self.mixer(self.drop(mixed)))
 
     def second(self, latent_BPZ: Tensor) -> Tensor:
         """From there to the features. [B, P, H]"""
@@ -86,13 +91,18 @@ class Trunk(nn.Module):
         return (self.module_P == self.names.index(name)).nonzero()[:, 0]
 
 
-class Block(nn.Module):
-    """A residual block: LayerNorm, two linear layers, SiLU behind each."""
+def _silu(drop: nn.Dropout) -> nn.Module:
+    """Both in one place of a sequence, so that networks of files keep the names of what comes behind."""
+    return nn.Sequential(nn.SiLU(), drop)
 
-    def __init__(self, latent: int, hidden: int) -> None:
+
+class Block(nn.Module):
+    """A residual block: LayerNorm and two linear layers."""
+
+    def __init__(self, latent: int, hidden: int, drop: nn.Dropout) -> None:
         super().__init__()
         self.inner = nn.Sequential(
-            nn.LayerNorm(latent), nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, latent), nn.SiLU()
+            nn.LayerNorm(latent), nn.Linear(latent, hidden), _silu(drop), nn.Linear(hidden, latent), nn.SiLU(), drop
         )
 
     def forward(self, x: Tensor) -> Tensor:

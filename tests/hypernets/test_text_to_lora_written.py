@@ -86,8 +86,8 @@ def test_stock_peft_gives_the_networks_own_logits(
 def test_an_adapter_that_was_learned_comes_back_by_its_description(
     library: list[Path], tmp_path: Path, head: str, most: float
 ) -> None:
-    sizes = ["adapter.hidden_size=64", "adapter.latent_size=32", "adapter.target_modules=attention"]
-    settings = ["train.max_steps=250", "train.learning_rate=1e-2", "eval.samples=0", "eval.steps=250"]
+    sizes = ["adapter.hidden_size=512", "adapter.latent_size=128", "adapter.target_modules=attention"]
+    settings = ["train.max_steps=250", "train.learning_rate=3e-3", "eval.samples=0", "eval.steps=250"]
     train(recipe_of(tmp_path, head, *sizes, *settings, out="net", library=library))
     for word, folder in zip(WORDS, library, strict=True):
         command.run(command.Request(tmp_path / "net", tmp_path / word, texts_of(word)[0]))
