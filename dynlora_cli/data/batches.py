@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynlora_cli.data.descriptions import described
 from dynlora_cli.data.examples import IGNORED, Example, Judge
 from dynlora_cli.data.mix import Span, drawn, each_once, evenly
 
@@ -58,7 +59,7 @@ class Batch:
         at_once: a judge gives all lines to the model together, and once.
         judge, extra: as of `Example`, for rows whose loss is no cross-entropy.
         line_keys: what each line is known by, where the judge remembers lines.
-        examples: what it was made of, one for each line where it is not packed.
+        examples: what it was made of, one for each line where it is not packed; as they are described in this pass.
     """
 
     inputs: dict[str, Tensor]
@@ -204,9 +205,9 @@ class Batches:
     def _step(self, epoch: int, index: int) -> list[Batch]:
         bins = self._plan(epoch)[index]
         cuts = [bins[at : at + self.micro_batch_size] for at in range(0, len(bins), self.micro_batch_size)]
-        own = [self._batch(cut) for cut in cuts[self.shard :: self.shards]]
+        own = [self._batch(cut, epoch) for cut in cuts[self.shard :: self.shards]]
         if len(own) < -(-len(cuts) // self.shards):
-            own.append(self._without_targets(cuts[-1]))
+            own.append(self._without_targets(cuts[-1], epoch))
         return [batch.pinned() for batch in own] if self.pin else own
 
     def _make_plan(self, epoch: int) -> list[list[Bin]]:
@@ -270,7 +271,7 @@ class Batches:
             insort(room, (left - length, number))
         return [tuple(item) for item in bins]
 
-    def _batch(self, bins: list[Bin]) -> Batch:
+    def _batch(self, bins: list[Bin], epoch: int) -> Batch:
         examples = [self.examples[index] for item in bins for index in item]
         kind, width = examples[0], self._width(max(self._length(item) for item in bins))
         placed = [self._placed(item) for item in bins]
@@ -298,7 +299,7 @@ class Batches:
             judge=kind.judge,
             extra=kind.extra(examples),
             line_keys=list(itertools.chain(*_columns([example.line_keys() for example in examples]))),
-            examples=examples,
+            examples=[described(example, self.seed, epoch) for example in examples],
         )
 
     def _width(self, longest: int) -> int:
@@ -348,8 +349,8 @@ class Batches:
             mask = torch.zeros(mask.shape, dtype=self.mask_dtype).masked_fill(~mask, closed)
         return {"position_ids": positions, "attention_mask": mask}
 
-    def _without_targets(self, bins: list[Bin]) -> Batch:
-        batch, none = self._batch(bins[:1]), torch.empty(0, dtype=torch.long)
+    def _without_targets(self, bins: list[Bin], epoch: int) -> Batch:
+        batch, none = self._batch(bins[:1], epoch), torch.empty(0, dtype=torch.long)
         labels = torch.full_like(batch.labels, IGNORED)
         return replace(batch, labels=labels, rows=[], tokens=0, supervised=0, places=none, confidence=(), spans=())
 

@@ -1,10 +1,12 @@
 """Descriptions of tasks: texts that a source of rows comes with, of which each row gets one.
 
-Which one is drawn by the run's seed and the number of the row, so that it stays the same over epochs and on resuming.
+Which one is drawn by the run's seed, the number of the row and that of the pass over the rows: a run that goes on draws
+the same. Rows that are measured keep the one of the first pass.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from dynlora_cli.text import show
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Source
+    from dynlora_cli.data.examples import Example
     from dynlora_cli.data.splits import Kept
 
 
@@ -49,13 +52,14 @@ def read_descriptions(source: Source) -> list[str]:
     return list(places)
 
 
-def describe(rows: Sequence[Kept], sources: Sequence[Source], seed: int) -> None:
+def describe(rows: Sequence[Kept], sources: Sequence[Source], seed: int, *, trained: bool) -> None:
     """Give each row one of the descriptions of its source.
 
     Args:
         rows: of these sources.
         sources: as in the recipe.
         seed: of the draw.
+        trained: they are trained on, and draw again in each pass.
 
     Raises:
         UsageError, DataError: as of `read_descriptions`.
@@ -63,5 +67,25 @@ def describe(rows: Sequence[Kept], sources: Sequence[Source], seed: int) -> None
     texts = [read_descriptions(source) for source in sources]
     for row in rows:
         if texts[row.source] and isinstance(row.example, OneText):
-            chance = random.Random(f"{seed} description of {row.example.row}")  # hashed alike on every machine
-            row.example.description = chance.choice(texts[row.source])
+            row.example.description = _draw(texts[row.source], seed, row.example.row)
+            row.example.wordings = texts[row.source] if trained else ()
+
+
+def described(example: Example, seed: int, epoch: int) -> Example:
+    """A row as it is in a pass: the same but for its description.
+
+    Args:
+        example: the row.
+        seed: of the draw, as of `describe`.
+        epoch: of the pass, from 0.
+    """
+    if epoch == 0 or not isinstance(example, OneText) or len(example.wordings) < 2:
+        return example
+    other = copy.copy(example)
+    other.description = _draw(example.wordings, seed, example.row, epoch)
+    return other
+
+
+def _draw(texts: Sequence[str], seed: int, row: int, epoch: int = 0) -> str:
+    again = f" in pass {epoch}" if epoch else ""
+    return random.Random(f"{seed} description of {row}{again}").choice(texts)  # hashed alike on every machine

@@ -85,6 +85,7 @@ class Example(ABC):
         row: number of the row, counted from 0 over all sources of its list in the recipe.
         confidence: how sure its data are of it, from 0 to 1; for `pruning.policy: retrieval`.
         description: what its task is, in words, for a network that writes an adapter from them; "": nobody says.
+        wordings: all descriptions that it may have, of which each pass draws one; of a row that is trained on.
         packs: several of these can stand in one line of a batch.
         one_target: its tokens carry labels, and it is a single target all the same.
         judge: says how good a model is on a batch of these; None: the cross-entropy of their targets.
@@ -95,6 +96,7 @@ class Example(ABC):
     row: int
     confidence: float = 1.0
     description: str = ""
+    wordings: Sequence[str] = ()
     packs: ClassVar[bool] = False
     one_target: ClassVar[bool] = False
     judge: Judge | None = None
@@ -179,7 +181,7 @@ class OneText(Example):
     Args:
         input_ids: its tokens.
         labels: as long: the token where it is trained, -100 elsewhere, not shifted.
-        row, confidence, description: as of `Example`.
+        row, confidence, description, wordings: as of `Example`.
     """
 
     packs: ClassVar[bool] = True
@@ -189,6 +191,7 @@ class OneText(Example):
     row: int
     confidence: float = 1.0
     description: str = ""
+    wordings: Sequence[str] = ()
 
     @property
     def label_ids(self) -> Sequence[int]:

@@ -178,7 +178,8 @@ def _describe(reader: Reader, parts: dict[str, list[Kept]], seed: int) -> None:
     """Descriptions for all rows, those to measure on from their own sources where they have such."""
     dataset = reader.dataset
     for part, rows in parts.items():
-        describe(rows, dataset.val if part == "val" and dataset.val else dataset.train, seed)
+        sources = dataset.val if part == "val" and dataset.val else dataset.train
+        describe(rows, sources, seed, trained=part == "train")
 
 
 def _settled(reader: Reader, rows: list[Kept]) -> list[Example]:
@@ -279,4 +280,6 @@ def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
                 digest.update(array("d", [example.confidence]).tobytes())
             if example.description:
                 digest.update(example.description.encode("utf-8", "surrogatepass") + b"|")
+            if len(example.wordings) > 1:  # of which later passes draw others
+                digest.update("\n".join(example.wordings).encode("utf-8", "surrogatepass") + b"|")
     return digest.hexdigest()

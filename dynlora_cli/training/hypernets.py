@@ -90,13 +90,14 @@ def _reconstructing(recipe: Recipe, base: Base, data: Data, generated: Generated
     data.notes += notes
     adapters: dict[Hashable, int] = {}
     for example in data.train:
-        key, adapter = generated.conditions.key(example), of_row[example.row]
-        if adapters.setdefault(key, adapter) != adapter:
-            first, other = (list(members)[number] for number in (adapters[key], adapter))
-            raise UsageError(
-                f"dataset.train: {show(key)} describes {first} and {other}, and a text can be one adapter's alone",
-                "write other descriptions for one of them",
-            )
+        adapter = of_row[example.row]
+        for text in example.wordings:
+            if adapters.setdefault(text, adapter) != adapter:
+                first, other = (list(members)[number] for number in (adapters[text], adapter))
+                raise UsageError(
+                    f"dataset.train: {show(text)} describes {first} and {other}, and a text can be one adapter's alone",
+                    "write other descriptions for one of them",
+                )
     net.stand_on(targets)
     parts = (net, generated.written, generated.conditions, generated.limit)
     distance = Distance(targets, net.spreads(), net.places)
@@ -210,7 +211,8 @@ def _descriptions(recipe: Recipe, base: Base, data: Data, device: torch.device) 
                 f"{recipe.adapter.variant} writes its adapter",
                 "give each source `descriptions`, or write `tasks:` in place of `dataset:`",
             )
-    known, measured = ({row.description for row in rows} for rows in (data.train, data.val))
+    known = {text for row in data.train for text in row.wordings}
+    measured = {row.description for row in data.val}
     name = getattr(recipe.adapter, ENCODER, BASE)
     identity = fingerprint(base.folder, base.files.config)["sampled_sha256"]
     with naming_the_key(), evaluating(base.model):
