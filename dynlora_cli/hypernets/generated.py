@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dynlora_cli.evaluation.generation import generate
@@ -100,9 +101,10 @@ class Generated(WithoutComponents):
         self._of_step.clear()
 
     def penalty(self) -> Tensor | None:
-        if not self._of_step:
+        if not self.net.regular:
             return None
-        return self.net.penalty(self.net(self.conditions.of(list(self._of_step))))
+        keys = list(dict.fromkeys(gather_object(list(self._of_step))))  # of the rows of all processes
+        return self.net.penalty(self.net(self.conditions.of(keys))) if keys else None
 
     def switched_off(self) -> AbstractContextManager[None]:
         return silent(self.written.values())

@@ -21,7 +21,7 @@ def two(script: str, *arguments: str, folder: Path, processes: int = 2) -> str:
     """
     path = folder / "script.py"
     path.write_text(script, encoding="utf-8")
-    where = [str(TESTS.parent), str(TESTS), str(Path(__file__).parent)]
+    where = [str(path) for path in (TESTS.parent, TESTS, TESTS / "trainers", TESTS / "hypernets")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(where),
         "OMP_NUM_THREADS": "1",
