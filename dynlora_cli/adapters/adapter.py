@@ -183,7 +183,8 @@ class Adapter:
     @property
     def base_name(self) -> str:
         """Folder or hub id of the base model; empty where nobody says."""
-        recorded = str(((self.record.get("recipe") or {}).get("model") or {}).get("name_or_path") or "")
+        model = (self.record.get("recipe") or {}).get("model")  # whoever needs more of it checks it as a recipe
+        recorded = str(model.get("name_or_path") or "") if isinstance(model, dict) else ""
         # A built-in model lies elsewhere on every machine.
         return recorded if recorded.startswith("builtin:") else self.config.get("base_model_name_or_path") or recorded
 

@@ -264,6 +264,7 @@ def _written(request: Request, cut: Cut, id_: str, emit: Emit) -> Rows:
         questions, answers = (f"{who}, and sentences of the documents" for who in (questions, answers))
     adapted = Adapted(
         id=id_,
+        asked_sha256=_asked_sha256(request),
         documents=provenance(chunks, request.documents),  # type: ignore[typeddict-item]
         chunk_tokens=max(chunk.tokens for chunk in chunks),
         questions=questions,
@@ -305,7 +306,7 @@ def _loss_with_document(request: Request, writer: Writer, rows: Sequence[Documen
 def _gone_on(request: Request, emit: Emit) -> dict[str, Any]:
     """Go on with the run in the output folder; what was put together of chunks is finished."""
     record = run_folder.read_record(request.out)
-    _refuse_other_documents(request, record)
+    _refuse_other_work(request, record)
     if (record.get("adapted") or {}).get("chunks_added"):
         emit(events.note(f"{request.out} is finished already; nothing to do"))
         return dict(record["summary"])
@@ -320,12 +321,19 @@ def _long_enough(request: Request, rows: int) -> tuple[Recipe, str]:
     return with_enough_steps(recipe, text, rows) if request.may_lengthen else (recipe, text)
 
 
-def _refuse_other_documents(request: Request, record: Mapping[str, Any]) -> None:
-    """Check that a run which goes on was made from the documents that are named now."""
-    before = {one["sha256"] for one in (record.get("adapted") or {}).get("documents") or ()}
+def _refuse_other_work(request: Request, record: Mapping[str, Any]) -> None:
+    """Check that a run which goes on was made from what is named now, and that its rows were asked for alike."""
+    adapted = record.get("adapted") or {}
+    before = {one["sha256"] for one in adapted.get("documents") or ()}
     if before and before != {one.sha256 for one in request.documents}:
         raise UsageError(
             f"--resume: the run in {request.out} was made from other documents", "name those, or another --out"
+        )
+    asked = adapted.get("asked_sha256")
+    if asked and (asked != _asked_sha256(request) or request.add_chunks != bool(adapted.get("chunks_added"))):
+        raise UsageError(
+            f"--resume: the rows of the run in {request.out} were asked for with other options",
+            "repeat that command with --resume, or name another --out",
         )
 
 

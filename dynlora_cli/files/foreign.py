@@ -51,7 +51,10 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON or not path.is_file():
             raise UsageError(f"{path} is no file of JSON, or one of more than {LARGEST_JSON >> 20} MiB", COPY_AGAIN)
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a character can stand in JSON, and nothing can write it
+            json.dumps(data, ensure_ascii=False).encode()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", COPY_AGAIN) from None
     except RecursionError:
@@ -282,6 +285,7 @@ class AdaptedForm(BaseModel):
 
     model_config = ConfigDict(strict=True)
     id: str | None = None
+    asked_sha256: str | None = None
     documents: list[DocumentForm] | None = None
     questions: str | None = None
     answers: str | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,18 @@ def _of_a_base(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _once(layers: list[LayerForm]) -> list[LayerForm]:
+    """Refuse a layer that is there twice.
+
+    Raises:
+        ValueError: there is one.
+    """
+    names = Counter(layer.name for layer in layers)
+    if len(names) < len(layers):
+        raise ValueError(f"{names.most_common(1)[0][0]} is there twice")
+    return layers
+
+
 class LayerForm(BaseModel):
     """A layer that it writes for."""
 
@@ -95,11 +108,11 @@ class HypernetForm(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     schema_version: First
-    method: str
+    method: Annotated[str, Field(max_length=100)]
     options: dict[str, Any]
     scale: Annotated[float, Field(allow_inf_nan=False)]
     width: Size
-    layers: Annotated[list[LayerForm], Field(min_length=1, max_length=100_000)]
+    layers: Annotated[list[LayerForm], Field(min_length=1, max_length=100_000), AfterValidator(_once)]
     budget: Size
     transposed: bool
     base: BaseForm
@@ -215,6 +228,9 @@ def _net(form: HypernetForm, tensors: dict[str, Tensor], path: Path) -> Hypernet
         odd = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         said = f"{odd} has the shape {found.get(odd)} there, and {wanted.get(odd)} by {HYPERNET}"
         raise UsageError(f"{path.with_name(HYPERNET_WEIGHTS)} is of another network: {said}", COPY_AGAIN)
+    if planned.parameter_count != form.parameters:
+        said = f"parameters: {form.parameters:,}, and there are {planned.parameter_count:,}"
+        raise UsageError(f"{path} is damaged: {said}", COPY_AGAIN)
     with seeded(0):  # draws first values, which are read over at once
         net = make_net(*arguments)
     net.make_room(names)
@@ -227,5 +243,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is damaged or cut off: {error}", COPY_AGAIN) from None
+    odd = next((name for name, tensor in tensors.items() if not tensor.is_floating_point()), None)
+    if odd:
+        raise UsageError(f"{path} is damaged: {odd} holds {tensors[odd].dtype}, and no fractions", COPY_AGAIN)
     check_numbers(tensors, path)
     return tensors

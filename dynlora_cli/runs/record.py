@@ -225,6 +225,8 @@ class Adapted(TypedDict, total=False):
 
     id: str
     """Names the work that wrote its rows."""
+    asked_sha256: str
+    """Over all that decided which rows were written."""
     documents: list[DocumentOf]
     chunk_tokens: int
     """Tokens of a chunk at most."""

@@ -23,7 +23,7 @@ from tiny_run import model_folder
 from dynlora_cli import api
 from dynlora_cli.documents import writer
 from dynlora_cli.documents.begun import Begun
-from dynlora_cli.errors import Interrupted
+from dynlora_cli.errors import Interrupted, UsageError
 from dynlora_cli.execution.interrupt import ask_here
 
 Adapt = Callable[..., Answer]
@@ -264,6 +264,9 @@ def test_training_is_gone_on_with(adapt: Adapt, base: Path, document: Path, tmp_
     other.write_text(TEXT.replace("Ines", "Olaf"))
     with pytest.raises(Exception, match="made from other documents"):
         api.adapt(base, other, out=out, resume=True, **how | {"progress": None})
+    for otherwise in ({"questions": 5}, {"add_chunks": True}, {"answer_tokens": 9}):
+        with pytest.raises(UsageError, match="asked for with other options"):
+            api.adapt(base, document, out=out, resume=True, **how | {"progress": None} | otherwise)
 
 
 def test_ctrl_c_while_a_loss_is_measured(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -318,12 +318,14 @@ def test_a_record_of_others_is_checked(place: Path, dynlora: Dynlora):
 
 
 def test_a_file_of_json_is_an_object(tmp_path: Path):
-    for text in ("", "3", "[]", '{"a"', '{"a": "\\ud800"}'[:-2], "\x00"):
+    for text in ("", "3", "[]", '{"a"', '{"a": "\\ud800"}', '{"a": ["\\uDfff"]}', "\x00"):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UsageError, match="is damaged"):
             read_object(tmp_path / "a.json")
     with pytest.raises(UsageError, match="no file of JSON"):
         read_object(tmp_path)
+    (tmp_path / "a.json").write_text('{"a": "\\ud83d\\ude00"}')  # two halves make a character
+    assert read_object(tmp_path / "a.json") == {"a": "\U0001f600"}
 
 
 @pytest.mark.slow

@@ -184,6 +184,12 @@ def with_nan(folder: Path) -> None:
     change_json(folder, lambda form: form.update(sha256=sha256_of(path)))
 
 
+def with_whole_numbers(folder: Path) -> None:
+    path = folder / "hypernet.safetensors"
+    save_file({name: tensor.long() for name, tensor in load_file(path).items()}, path)
+    change_json(folder, lambda form: form.update(sha256=sha256_of(path)))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -193,6 +199,10 @@ def with_nan(folder: Path) -> None:
         (lambda folder: (folder / "hypernet.safetensors").write_bytes(b"x"), "is not the file that hypernet.json"),
         (cut_off, "is damaged or cut off"),
         (with_nan, "holds NaN or infinity"),
+        (with_whole_numbers, "holds torch.int64"),
+        (lambda folder: change_json(folder, lambda form: form["layers"].append(form["layers"][0])), "is there twice"),
+        (lambda folder: change_json(folder, lambda form: form.update(parameters=-1)), "parameters: -1, and there are"),
+        (lambda folder: change_json(folder, lambda form: form["base"].update(reference="\ud800")), "is damaged"),
         (lambda folder: change_json(folder, lambda form: form.pop("base")), "base"),
         (lambda folder: change_json(folder, lambda form: form.update(method="nonsense")), "no hypernetwork is called"),
         (lambda folder: change_json(folder, lambda form: form["options"].update(latent_size=1)), "options.latent_size"),
