@@ -67,6 +67,11 @@ class Begun:
                 f"--out {self.out}: rows for it were begun, in {self.folder}",
                 "add --resume to go on with them, or --overwrite to begin anew",
             )
+        if not overwrite and self._can_go_on():
+            raise UsageError(
+                f"--out {self.out} holds a run that was stopped",
+                "add --resume to go on with it, or --overwrite to begin anew, with its rows as well",
+            )
         run_folder.refuse_occupied(self.out, overwrite=overwrite, option="--out")
         beside = next(place for place in self.folder.parents if place.exists())
         if not os.access(beside, os.W_OK):
@@ -128,6 +133,11 @@ class Begun:
     def end(self) -> None:
         """The rows are in the run's folder: those here are needed no more."""
         remove(self.folder)
+
+    def _can_go_on(self) -> bool:
+        """Whether the output folder holds a run on a document's rows that has not come to its end."""
+        record = run_folder.read_record(self.out) if (self.out / run_folder.RECORD).is_file() else {}
+        return "adapted" in record and "summary" not in record
 
     def _asked(self) -> dict[str, Any]:
         file = self.folder / ASKED

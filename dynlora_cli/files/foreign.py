@@ -51,8 +51,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON or not path.is_file():
             raise UsageError(f"{path} is no file of JSON, or one of more than {LARGEST_JSON >> 20} MiB", COPY_AGAIN)
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
+        data = json.loads(text := path.read_text(encoding="utf-8"))
         if "\\ud" in text or "\\uD" in text:  # half a character can stand in JSON, and nothing can write it
             json.dumps(data, ensure_ascii=False).encode()
     except OSError as error:

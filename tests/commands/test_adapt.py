@@ -252,6 +252,9 @@ def test_training_is_gone_on_with(adapt: Adapt, base: Path, document: Path, tmp_
         api.adapt(base, document, out=out, **how)
     assert (out / "rows.jsonl").is_file()
     assert not Begun(out).folder.exists()
+    with pytest.raises(UsageError, match="holds a run that was stopped") as caught:
+        api.adapt(base, document, out=out, **how)
+    assert "--resume" in (caught.value.hint or "")
     run = api.adapt(base, document, out=out, resume=True, **how | {"progress": None})
     assert run.summary["loss_after"] == whole.json["loss_after"]
     assert contents(out)["adapter_model.safetensors"] == contents(tmp_path / "a")["adapter_model.safetensors"]
