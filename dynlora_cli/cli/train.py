@@ -247,9 +247,14 @@ def _planned(recipe: Recipe, view: Console | None) -> dict[str, Any]:
 
 def _next_commands(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     """Commands that make sense after a run."""
+    folder = summary["output_dir"]
+    if plugins.declared("variants", recipe.adapter.variant, "hypernet"):
+        reads = plugins.declared("hypernets", recipe.adapter.variant, "READS")
+        source = ("--document", "FILE") if reads == "document" else ("--description", "TEXT")
+        adapt = typed("adapt", "--hypernet", folder, *source, "--out", "FOLDER")
+        return [typed("eval", "--adapter", folder), adapt, opened(Path(folder) / "report.html")]
     if "ranks" not in summary:
         return []
-    folder = summary["output_dir"]
     small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
     small += ["--dtype", summary["save_dtype"]] if summary.get("save_dtype") else []
     writes_text = not plugins.declared("tasks", recipe.model.task, "SILENT")

@@ -33,6 +33,10 @@ def test_from_a_recipe_file_to_an_adapter_that_commands_take(tmp_path: Path, dyn
     run = dynlora("train", recipe, "--json")
     assert run.code == 0, run.err
     assert run.json["parameters"] == plan["parameters"]["network"], "a dry run knows how large the network is"
+    measure, adapt, report = run.json["next"]
+    assert measure == f"dynlora eval --adapter {tmp_path / 'out'}"
+    assert adapt == f"dynlora adapt --hypernet {tmp_path / 'out'} --description TEXT --out FOLDER"
+    assert report.endswith("report.html")
     made = dynlora(
         "adapt", "--hypernet", tmp_path / "out", "--description", "Say twos.", "--out", tmp_path / "a", "--json"
     )

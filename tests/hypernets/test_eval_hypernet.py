@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from cli_helpers import Dynlora
 from hypernet_runs import WORDS, document_recipe, hypernet_recipe
 from tiny_run import make_recipe, train
 
 from dynlora_cli import api
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
-from dynlora_cli.config.load import to_yaml
+from dynlora_cli.config.load import load_recipe, to_yaml
 from dynlora_cli.evaluation.generation import find_prompts, generate
 from dynlora_cli.evaluation.held_out_loss import row_sums
 from dynlora_cli.evaluation.rows import held_out_rows
@@ -148,3 +149,21 @@ def test_held_out_rows_with_descriptions_of_their_own(folder: Path, tmp_path: Pa
     answer = dynlora("eval", "--adapter", folder / "out", "--data", tmp_path / "new.yaml", "--generate", 0, "--json")
     assert answer.code == 0, answer.err
     assert answer.json["rows"] == 12
+
+
+def test_the_recipe_that_we_ship_learns_to_tell_its_tasks_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A part of its steps; with descriptions of other tasks the same rows are worse."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    recipe = Path("recipes/hypernet.yaml")
+    sizes = ("train.max_steps=60", "train.micro_batch_size=8", "eval.steps=60", "eval.samples=0")
+    train(load_recipe(recipe, sizes, str(tmp_path / "net")))
+    texts = [task["descriptions"] for task in yaml.safe_load(recipe.read_text("utf-8"))["tasks"]]
+    others = [f"dataset.train.{number}.descriptions={texts[number - 1]}" for number in range(len(texts))]
+    mixed = load_recipe(recipe, others)
+    (tmp_path / "mixed.yaml").write_text(to_yaml(mixed), encoding="utf-8")
+    right, wrong = (
+        api.evaluate(tmp_path / "net", recipe=named, generate=0, progress=None).losses
+        for named in (recipe, tmp_path / "mixed.yaml")
+    )
+    assert right["net"] < wrong["net"] - 0.1
+    assert wrong["base"] == pytest.approx(right["base"])
