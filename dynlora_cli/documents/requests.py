@@ -59,6 +59,7 @@ WAYS = (
 )
 _NO_QUESTION = ("summary", "structure")
 _WORD = re.compile(r"\w+", re.UNICODE)
+_NUMBER, _NUMBERED = re.compile(r"\d+"), re.compile(r"^\s*\d+[.)]\s", re.M)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n|\n(?=\s*(?:[-*#\d]))")
 # Of the text itself, which whoever asks later has not before them.
 _ABOUT_THE_TEXT = re.compile(r"\b(?:the|this)\s+(?:text|passage|document|article|paragraph|sentence)\b|\babove\b", re.I)
@@ -107,6 +108,21 @@ def read_request(answer: str, way: Way, title: str, text: str) -> str:
     if any(name.lower() not in known and _stem(name) not in map(_stem, known) for name in names):
         return ""
     return line if any(len(word) > 3 and word.lower() in known for word in words[1:]) else ""
+
+
+def invented(answer: str, *known: str) -> list[str]:
+    """Numbers in an answer that are nowhere in what it is taken from: small models make them up.
+
+    Args:
+        answer: as a model wrote it; the numbers of the points of a list are not meant.
+        known: the text, its title and the request.
+    """
+    there = {number for text in known for number in _NUMBER.findall(text)}
+    text = _NUMBERED.sub("", answer)
+    found = _NUMBER.findall(text)
+    if found and text.endswith(found[-1]) and any(number.startswith(found[-1]) for number in there):
+        found.pop()  # there was no room for the rest of it
+    return [number for number in found if number not in there]
 
 
 def _stem(word: str) -> str:

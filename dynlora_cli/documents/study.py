@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dynlora_cli.documents.begun import CHUNK
 from dynlora_cli.documents.chunks import Chunk
-from dynlora_cli.documents.requests import beginnings, same
+from dynlora_cli.documents.requests import beginnings, invented, same
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.text import counted, duration
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dynlora_cli.documents.given import GivenRow
 
 BATCH = 16  # requests or answers that are written together, and then kept
+GIVEN = "given"  # the kind of a row of a person
 SENTENCE = "sentence"  # the kind of a row that goes on with a sentence of the chunk
 GO_ON = "Complete the sentence: {} ..."  # of a model that can be asked, and does not ask well itself
 TRIES = 5  # for each request that is wanted, at most
@@ -88,6 +89,7 @@ class Study:
     Attributes:
         notes: for the person.
         filled: chunks of which sentences stand in for requests, since the model wrote too few.
+        left_out: requests without an answer, or with one that has a number which the text does not have.
     """
 
     chunks: Sequence[Chunk]
@@ -97,6 +99,7 @@ class Study:
     given: Mapping[int, Sequence[GivenRow]] | None = None
     notes: list[str] = field(default_factory=list)
     filled: int = 0
+    left_out: int = 0
 
     def write(self, writer: Writes, tell: Tell) -> list[DocumentRow]:
         """Write what is not yet there.
@@ -118,6 +121,7 @@ class Study:
             taken |= {same(one.prompt) for one in asked}
             self.filled += self.given is None and self.chat and any(one.kind == SENTENCE for one in asked)
             self._answer(number, chunk, asked, writer)
+            self.left_out += sum(not one.completion for one in asked)
             rows += _rows(number, chunk, asked)
             if number >= done_before:
                 spent, done = time.monotonic() - began, number + 1 - done_before
@@ -131,7 +135,7 @@ class Study:
 
     def _requests(self, number: int, chunk: Chunk, writer: Writes, taken: set[str]) -> list[Asked]:
         if self.given is not None:
-            return [Asked(row.prompt, "given", row.completion or None) for row in self.given.get(number, ())]
+            return [Asked(row.prompt, GIVEN, row.completion or None) for row in self.given.get(number, ())]
         if not self.chat:
             return _spread(_unlike(starmap(_begun, beginnings(chunk.text)), taken), self.questions)
         found: list[Asked] = []
@@ -148,6 +152,11 @@ class Study:
         return found
 
     def _note_few(self, rows: Sequence[DocumentRow]) -> None:
+        if self.left_out:
+            many = counted(self.left_out, "question is", "questions are")
+            self.notes.append(
+                f"{many} left out: the model has no answer, or one with a number that the text does not have"
+            )
         wanted = self.questions * len(self.chunks)
         if self.filled:
             text = f"of {counted(self.filled, 'chunk')} the model wrote few requests that are about the text, so that"
@@ -162,7 +171,8 @@ class Study:
         for at in range(0, len(open_ones), BATCH):
             batch = open_ones[at : at + BATCH]
             for one, text in zip(batch, writer.answer(chunk, [one.prompt for one in batch]), strict=True):
-                one.completion = text
+                made_up = one.kind != GIVEN and invented(text, chunk.title, chunk.text, one.prompt)
+                one.completion = "" if made_up else text
             self._keep(number, asked)
 
     # -- the disk ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from dynlora_cli.documents.chunks import Chunk
 from dynlora_cli.documents.given import GivenRow, by_chunk, read_given
-from dynlora_cli.documents.requests import WAYS, Way, beginnings, prompt, read_request, same, sentences, tries
+from dynlora_cli.documents.requests import WAYS, Way, beginnings, invented, prompt, read_request, same, sentences, tries
 from dynlora_cli.errors import DataError
 
 TEXT = "# Velden\n\nThe lighthouse of Velden was built in 1871. It is 38 metres high. No!\n\nInes Tolver kept the light for 31 years."
@@ -95,3 +95,22 @@ def test_a_row_goes_to_the_chunk_that_it_shares_rare_words_with():
     ]
     rows = [GivenRow("what of the tower in the sea"), GivenRow("of the sea", "fish"), GivenRow("nothing known")]
     assert by_chunk(rows, chunks) == {1: [rows[0]], 2: [rows[1]], 0: [rows[2]]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "numbers"),
+    [
+        ("It has 38 metres, and was built in 1743.", []),
+        ("It was built in 1745.", ["1745"]),
+        ("It costs 1,500 crowns.", []),
+        ("It costs 1,600 crowns.", ["600"]),
+        ("1. The lighthouse\n2. The harbour", []),
+        ("It was built in 17", []),  # no token was left for the rest
+        ("It was built in 18", ["18"]),
+        ("In 1743, three years before 1746, as you say.", []),
+        ("", []),
+    ],
+)
+def test_a_number_that_is_nowhere_in_the_text_is_made_up(answer: str, numbers: list[str]):
+    text = "The lighthouse of 1743 is 38 metres high. It costs 1,500 crowns."
+    assert invented(answer, text, "What was there in 1746?") == numbers

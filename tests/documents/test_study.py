@@ -60,6 +60,24 @@ def test_requests_differ_and_answers_are_by_their_chunk(tmp_path: Path):
     assert "3/3 chunks" in told[-1]
 
 
+def test_an_answer_with_a_number_that_the_text_does_not_have_is_left_out(tmp_path: Path):
+    class Inventor(Model):
+        def answer(self, chunk: Chunk, prompts: list[str]) -> list[str]:
+            return [f"{prompt}, in 1999" if "common" in prompt else prompt for prompt in prompts]
+
+    work = study(tmp_path)
+    rows = work.write(Inventor(), lambda _: None)
+    assert all("common" not in row.prompt for row in rows)
+    assert work.left_out == 18 - len(rows) > 0
+    assert any(note.startswith(f"{work.left_out} questions are left out") for note in work.notes)
+    again = study(tmp_path)
+    assert again.write(Inventor(), lambda _: None) == rows
+    assert again.notes[0] == work.notes[0]
+    # a person's own question stays
+    given = study(tmp_path / "given", given={0: [GivenRow("What is common?", "")]})
+    assert [row.completion for row in given.write(Inventor(), lambda _: None)] == ["What is common?, in 1999"]
+
+
 @pytest.mark.parametrize("stop", range(6))
 def test_a_stop_at_any_moment_loses_nothing_that_is_done(tmp_path: Path, stop: int):
     whole = study(tmp_path / "whole").write(Model(), lambda _: None)
