@@ -17,7 +17,7 @@ from dynlora_cli.documents.document import read_documents
 from dynlora_cli.documents.given import read_given
 from dynlora_cli.drafts.document import BUDGET, document_recipe
 from dynlora_cli.errors import UsageError
-from dynlora_cli.models.find import is_hub_name
+from dynlora_cli.models.find import find_model, is_hub_name, refuse_no_writer
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
 
@@ -106,6 +106,8 @@ def from_documents(
     if add_chunks:
         _refuse_unaddable(recipe)
     preflight.training(_without_rows(recipe), writes=False)
+    if not is_hub_name(model):
+        refuse_no_writer(find_model(recipe.model)[0])
     if not dry_run:
         Begun(out).refuse(overwrite=overwrite, resume=resume)
     if not (dry_run or resume):

@@ -32,6 +32,7 @@ from dynlora_cli.errors import DynloraError, Interrupted, UsageError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.generation.voice import Voice, voice_of
 from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.find import refuse_no_writer
 from dynlora_cli.models.load import Base, load_base, precision_of
 from dynlora_cli.tasks import task as tasks
 from dynlora_cli.training.origin import fitting_origin
@@ -61,7 +62,8 @@ class Reader:
         files: of the base model.
 
     Raises:
-        UsageError: of `train.context_layout`, that it has no place for a chunk or a question.
+        UsageError: of `train.context_layout`, that it has no place for a chunk or a question; of the model, that it
+            does not write.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         refuse_layout(self.layout)
+        refuse_no_writer(self.files.folder)
 
     @property
     def layout(self) -> str:

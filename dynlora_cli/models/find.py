@@ -17,6 +17,7 @@ BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "assets" / "builtin_tiny"
 ASKS_FOR_TRUST = "trust_remote_code=True"  # in the errors of transformers
 # What a model needs to run; no pickles, and no weights of other frameworks.
 HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+NO_WRITERS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM")  # architectures
 HUB_WEIGHTS = ["*.safetensors"]
 
 
@@ -91,6 +92,25 @@ def has_chat_template(folder: Path) -> bool:
 def is_encoder_decoder(folder: Path) -> bool:
     """Whether a model folder's config says that an encoder reads and a decoder writes."""
     return read_object(folder / "config.json").get("is_encoder_decoder") is True
+
+
+def refuse_no_writer(folder: Path) -> None:
+    """Check that a model folder's config is that of a model which goes on with a text, before it is loaded as one.
+
+    Raises:
+        UsageError: an encoder reads there and a decoder writes, or all that it is for is something else.
+    """
+    named = read_object(folder / "config.json").get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    what = "is an encoder with a decoder" if is_encoder_decoder(folder) else ""
+    if names and all(name.endswith(NO_WRITERS) for name in names):
+        what = f"is a {names[0]}"
+    if what:
+        raise UsageError(
+            f"the model in {folder} {what}, and it is to ask and to answer",
+            "name a causal language model, best a chat one",
+            "name a causal language model, best a chat one",
+        )
 
 
 def _refuse_unsafe(folder: Path) -> None:

@@ -53,6 +53,27 @@ def test_train_replaces_no_folder_that_it_reads_from(dynlora: Dynlora, tmp_path:
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "is an encoder with a decoder"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequence"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM"),
+    ],
+)
+def test_a_model_that_does_not_write_is_refused_before_anything_loads(
+    dynlora: Dynlora, tmp_path: Path, config: dict[str, object], words: str
+):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a.md").write_text("A text about a ferry.")
+    done = dynlora("adapt", "--model", tmp_path / "model", "--document", tmp_path / "a.md", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert words in done.err
+    assert "name a causal language model" in done.err
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
 def test_a_place_whose_parent_is_closed_is_refused_before_anything_loads(tmp_path: Path):
     """Such as a volume of a container: the run itself could lie in it, its rows not beside it."""
     (tmp_path / "closed" / "out").mkdir(parents=True)
