@@ -20,7 +20,7 @@ from typing import Any
 
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
-from dynlora_cli.files.whole import remove, write_json
+from dynlora_cli.files.whole import remove, unfinished, write_json
 from dynlora_cli.runs import folder as run_folder
 
 ASKED, CHUNK = "asked.json", "chunk-"
@@ -48,6 +48,18 @@ class Begun:
             raise UsageError(f"--out {self.out} is no folder that can be made", "choose another folder with --out")
         return out.with_name(f".{out.name}.adapt")
 
+    @property
+    def is_there(self) -> bool:
+        """Whether work was begun; not where a full disk or a kill left an empty folder.
+
+        Raises:
+            UsageError: the folder is somebody else's.
+        """
+        inside = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if inside - {unfinished(self.folder / ASKED).name} and ASKED not in inside:
+            raise UsageError(f"{self.folder} is in the way, and holds no {ASKED} of dynlora", "move it elsewhere")
+        return ASKED in inside
+
     def refuse(self, *, overwrite: bool, resume: bool) -> None:
         """What the disk alone can say against the output folder.
 
@@ -55,14 +67,14 @@ class Begun:
             UsageError: it is not free, or rows for it are half written, or there is nothing to go on with.
         """
         if resume:
-            if not self.folder.is_dir() and not (self.out / run_folder.RECORD).is_file():
+            if not self.is_there and not (self.out / run_folder.RECORD).is_file():
                 raise UsageError(f"--resume: nothing was begun in {self.out}", "leave --resume out")
-            if not self.folder.is_dir() and "adapted" not in run_folder.read_record(self.out):
+            if not self.is_there and "adapted" not in run_folder.read_record(self.out):
                 raise UsageError(
                     f"--resume: the run in {self.out} was made from no document", "go on with it by `dynlora train`"
                 )
             return
-        if self.folder.is_dir() and not overwrite:
+        if self.is_there and not overwrite:
             raise UsageError(
                 f"--out {self.out}: rows for it were begun, in {self.folder}",
                 "add --resume to go on with them, or --overwrite to begin anew",
@@ -122,7 +134,7 @@ class Begun:
 
     def has_become_a_run(self) -> bool:
         """Whether the output folder holds the run on these rows, and has something to go on from."""
-        if not self.folder.is_dir():
+        if not self.is_there:
             return True
         if not self._is_of_this_work():
             return False

@@ -224,8 +224,9 @@ def _what_to_read(
     """
     own = own_recipe(adapter)
     if data is None and own is None:
+        why = "it was written by a network" if "written" in adapter.record else "it holds no dynlora.json"
         raise NothingHeldOutError(
-            f"{adapter.folder} does not say what it was trained on (it holds no dynlora.json)",
+            f"{adapter.folder} does not say what it was trained on ({why})",
             "name rows with --data FILE, or a recipe with --data RECIPE.yaml",
         )
     if isinstance(data, Recipe):

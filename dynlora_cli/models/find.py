@@ -109,7 +109,6 @@ def refuse_no_writer(folder: Path) -> None:
         raise UsageError(
             f"the model in {folder} {what}, and it is to ask and to answer",
             "name a causal language model, best a chat one",
-            "name a causal language model, best a chat one",
         )
 
 

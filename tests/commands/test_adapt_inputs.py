@@ -87,6 +87,19 @@ def test_a_place_whose_parent_is_closed_is_refused_before_anything_loads(tmp_pat
     assert caught.value.hint == f"name a folder inside of it: --out {tmp_path / 'closed' / 'out' / 'adapter'}"
 
 
+def test_an_empty_folder_beside_the_output_is_no_work_that_was_begun(tmp_path: Path):
+    """A full disk leaves one; what somebody else has there stays."""
+    begun = Begun(tmp_path / "out")
+    begun.folder.mkdir()
+    (begun.folder / ".asked.json.tmp").write_text("{")
+    begun.refuse(overwrite=False, resume=False)
+    with pytest.raises(UsageError, match="nothing was begun"):
+        begun.refuse(overwrite=False, resume=True)
+    (begun.folder / "notes.txt").write_text("of somebody else")
+    with pytest.raises(UsageError, match="is in the way"):
+        begun.refuse(overwrite=True, resume=False)
+
+
 def test_nothing_can_lie_beside_the_root(dynlora: Dynlora, tmp_path: Path):
     (tmp_path / "a.md").write_text("A text about a ferry.")
     done = dynlora("adapt", "--model", "builtin:tiny", "--document", tmp_path / "a.md", "--out", Path(os.sep))
