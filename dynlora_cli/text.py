@@ -19,6 +19,15 @@ def to_type(*words: object) -> str:
     return shlex.join(["dynlora", *map(str, words)])
 
 
+def writable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: what a shell gives may hold other bytes, as half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A measured number with a fixed count of decimals; NaN stays visible as `nan`."""
     return MISSING if value is None else f"{value:.{digits}f}"

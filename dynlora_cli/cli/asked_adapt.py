@@ -20,6 +20,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.models.find import find_model, is_hub_name, refuse_no_writer
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
+from dynlora_cli.text import writable
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
@@ -109,9 +110,8 @@ def from_documents(
     if not is_hub_name(model):
         refuse_no_writer(find_model(recipe.model)[0])
     if not dry_run:
-        Begun(out).refuse(overwrite=overwrite, resume=resume)
-    if not (dry_run or resume):
-        _refuse_own(out, model, [*[one.path for one in read], *([data] if data else [])])
+        inputs = [*[one.path for one in read], *([data] if data else [])]
+        _refuse_place(out, model, inputs, overwrite=overwrite, resume=resume)
     how: dict[str, Any] = {"given": given, "data": data, "questions": questions, "chunk_tokens": chunk_tokens}
     told = {change.partition("=")[0].strip() for change in settings}
     how["may_lengthen"] = not told & {"train", "train.epochs", "train.max_steps"}
@@ -148,6 +148,8 @@ def by_hypernet(
         )
     if description is not None and not description.strip():
         raise UsageError("--description says nothing", "write what the task is, in words")
+    if description and not writable(description):
+        raise UsageError("--description holds bytes that are no text in UTF-8", "write it in UTF-8")
     if not is_hypernet(hypernet):
         problem = "holds no hypernetwork" if hypernet.is_dir() else "is no folder"
         raise UsageError(
@@ -174,14 +176,16 @@ def by_hypernet(
     return work
 
 
-def _refuse_own(out: Path, model: str, inputs: Sequence[Path]) -> None:
-    """Refuse an output folder in which something lies that is read, and that would go with the run before.
+def _refuse_place(out: Path, model: str, inputs: Sequence[Path], *, overwrite: bool, resume: bool) -> None:
+    """Refuse an output folder that is not free, or in which something lies that is read and would go with it.
 
     Raises:
         UsageError: it is one.
     """
-    base = [] if is_hub_name(model) or model.startswith("builtin:") else [Path(model).expanduser()]
-    run_folder.refuse_inputs(out, [*inputs, *base])
+    Begun(out).refuse(overwrite=overwrite, resume=resume)
+    if not resume:
+        base = [] if is_hub_name(model) or model.startswith("builtin:") else [Path(model).expanduser()]
+        run_folder.refuse_inputs(out, [*inputs, *base])
 
 
 def _changes(settings: Sequence[str], dtype: str | None, trust_remote_code: bool) -> list[str]:

@@ -14,6 +14,7 @@ from dynlora_cli.data.sources import tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.runs.record import RECORD
+from dynlora_cli.text import writable
 
 MOST_CHARACTERS = 20_000_000  # of all documents: some 10,000 chunks, which a model reads for days
 LONGEST_TITLE = 80  # characters
@@ -88,6 +89,8 @@ def _read(path: Path, notes: list[str]) -> list[Document]:
     if path.suffix.lower() in AS_TEXT and path.is_file():
         text = f"--document {path}: files of the kind {path.suffix} are not read"
         raise DataError(text, f"make a text of it first: {AS_TEXT[path.suffix.lower()]}")
+    if not writable(str(path)):
+        raise UsageError(f"--document: the name {path.name!a} is no text in UTF-8", "rename the file")
     # What is no file must not be taken for the name of a data set of the hub.
     name = str(path) if path.exists() or path.is_absolute() else f"./{path}"
     try:
@@ -121,7 +124,7 @@ def _files_of(folder: Path, notes: list[str]) -> list[Path]:
         if any(part.startswith(".") for part in inside.parts) or not (file.is_file() or file.is_symlink()):
             continue
         ours = any((folder / parent / RECORD).is_file() for parent in inside.parents)
-        if not ours and file.resolve().is_relative_to(folder.resolve()) and _holds_text(file):
+        if writable(str(inside)) and not ours and file.resolve().is_relative_to(folder.resolve()) and _holds_text(file):
             chosen.setdefault(file.resolve(), inside)
         else:
             left_out.append(inside)
@@ -134,7 +137,8 @@ def _files_of(folder: Path, notes: list[str]) -> list[Path]:
 
 
 def _listed(paths: Sequence[Path]) -> str:
-    return ", ".join(map(str, paths[:4])) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+    names = [str(path) if writable(str(path)) else ascii(str(path)) for path in paths[:4]]
+    return ", ".join(names) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
 
 
 def _holds_text(file: Path) -> bool:

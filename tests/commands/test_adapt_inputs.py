@@ -74,6 +74,18 @@ def test_a_model_that_does_not_write_is_refused_before_anything_loads(
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
+def test_bytes_that_are_no_text_are_answered(dynlora: Dynlora, tmp_path: Path):
+    (tmp_path / "a\udcff.md").write_text("A text about a ferry.")
+    (tmp_path / "hypernet.json").write_text("{}")
+    for arguments in (
+        ("--model", "builtin:tiny", "--document", tmp_path / "a\udcff.md"),
+        ("--hypernet", tmp_path, "--description", "a\udcff"),
+    ):
+        done = dynlora("adapt", *arguments, "--out", tmp_path / "out")
+        assert done.code == 2
+        assert "no text in UTF-8" in done.err
+
+
 def test_a_place_whose_parent_is_closed_is_refused_before_anything_loads(tmp_path: Path):
     """Such as a volume of a container: the run itself could lie in it, its rows not beside it."""
     (tmp_path / "closed" / "out").mkdir(parents=True)
