@@ -34,7 +34,7 @@ from dynlora_cli.adapters.side_by_side import SideBySide
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.options import options, section
 from dynlora_cli.errors import MeasureError, UsageError
-from dynlora_cli.files.foreign import COPY_AGAIN, First, first_fault, fits, read_object, refuse_links
+from dynlora_cli.files.foreign import COPY_AGAIN, VersionOne, first_fault, fits, read_object, refuse_links
 from dynlora_cli.files.names import A_NAME, is_name
 from dynlora_cli.files.whole import sha256_of, write_json
 from dynlora_cli.lora.routers.gates import Gates
@@ -61,7 +61,7 @@ class RouterForm(BaseModel):
     """router.json. It may have been made by somebody else."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    schema_version: First
+    schema_version: VersionOne
     method: str
     options: dict[str, Any]
     adapters: Annotated[list[Member], Field(min_length=1, max_length=MOST_MEMBERS)]

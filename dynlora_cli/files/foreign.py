@@ -36,7 +36,7 @@ def _whole_number(value: Any) -> Any:
     return value
 
 
-First = Annotated[Literal[1], BeforeValidator(_whole_number)]  # version of a format
+VersionOne = Annotated[Literal[1], BeforeValidator(_whole_number)]  # of a format
 WEIGHT_FILES = (".safetensors", ".bin")
 COPY_AGAIN = "copy the files again"
 _Form = TypeVar("_Form", bound=BaseModel)

@@ -29,7 +29,15 @@ from dynlora_cli.adapters.find import HYPERNET, HYPERNET_WEIGHTS
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.config.options import options, section
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import COPY_AGAIN, First, first_fault, fits, read_object, refuse_links
+from dynlora_cli.files.foreign import (
+    COPY_AGAIN,
+    LARGEST_ALPHA,
+    VersionOne,
+    first_fault,
+    fits,
+    read_object,
+    refuse_links,
+)
 from dynlora_cli.files.whole import sha256_of, write_json
 from dynlora_cli.hypernets.hypernet import Hypernet, places_of
 from dynlora_cli.models.randomness import seeded
@@ -107,10 +115,10 @@ class HypernetForm(BaseModel):
     """hypernet.json. It may have been made by somebody else."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    schema_version: First
+    schema_version: VersionOne
     method: Annotated[str, Field(max_length=100)]
     options: dict[str, Any]
-    scale: Annotated[float, Field(allow_inf_nan=False)]
+    scale: Annotated[float, Field(gt=0, le=LARGEST_ALPHA)]
     width: Size
     layers: Annotated[list[LayerForm], Field(min_length=1, max_length=100_000), AfterValidator(_once)]
     budget: Size
@@ -245,6 +253,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} is damaged or cut off: {error}", COPY_AGAIN) from None
     odd = next((name for name, tensor in tensors.items() if not tensor.is_floating_point()), None)
     if odd:
-        raise UsageError(f"{path} is damaged: {odd} holds {tensors[odd].dtype}, and no fractions", COPY_AGAIN)
+        raise UsageError(f"{path} is damaged: {odd} holds {tensors[odd].dtype}, not floating point", COPY_AGAIN)
     check_numbers(tensors, path)
     return tensors

@@ -123,6 +123,14 @@ def places_of(layers: Iterable[tuple[str, int, int, int]]) -> list[Place]:
     return [p if len(shapes[p.module]) == 1 else p._replace(module=f"{p.module} {p.d_in}x{p.d_out}") for p in found]
 
 
+def by_module(places: Iterable[Place]) -> dict[str, list[Place]]:
+    """The places of each module, in the order in which modules come first."""
+    found: dict[str, list[Place]] = {}
+    for place in places:
+        found.setdefault(place.module, []).append(place)
+    return found
+
+
 def _placed(name: str) -> tuple[int, str]:
     """Of a layer's name the number of its block and the rest: `model.layers.3.mlp.up_proj` is 3, `mlp.up_proj`."""
     parts = name.split(".")

@@ -9,8 +9,8 @@ Dimensions, as suffixes of names:
     Z  the latent: half of it of the vector, a quarter of the depth, a quarter of the module
     H  features that heads write from
 
-While training, numbers are dropped where the authors' code drops them: before and behind the mixer, behind each block,
-and inside of all of them.
+Dropout is where the authors' code has it: before, inside and behind the mixer, inside and behind each block, and inside
+the last part.
 
 Source: Charakorn et al. 2025, Text-to-LoRA (arXiv 2506.06105), and its code.
 """
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.hypernets.hypernet import Place
+from dynlora_cli.hypernets.hypernet import Place, by_module
 
 
 class Trunk(nn.Module):
@@ -33,7 +33,7 @@ class Trunk(nn.Module):
         width: D.
         latent: Z.
         hidden: H, and the width inside of its parts.
-        dropout: the share of numbers that are dropped while training.
+        dropout: its probability while training.
 
     Attributes:
         names: what places are called inside their blocks, in the order of their embeddings.
@@ -47,12 +47,12 @@ class Trunk(nn.Module):
         self, places: Sequence[Place], width: int, latent: int = 128, hidden: int = 512, dropout: float = 0.05
     ) -> None:
         super().__init__()
-        self.names = list(dict.fromkeys(place.module for place in places))
-        depths = sorted({place.depth for place in places})
-        self.register_buffer(
-            "module_P", torch.tensor([self.names.index(place.module) for place in places]), persistent=False
-        )
-        self.register_buffer("depth_P", torch.tensor([depths.index(place.depth) for place in places]), persistent=False)
+        self.names = list(by_module(places))
+        modules = {name: number for number, name in enumerate(self.names)}
+        depths = {depth: number for number, depth in enumerate(sorted({place.depth for place in places}))}
+        module_P, depth_P = ([modules[p.module] for p in places], [depths[p.depth] for p in places])
+        self.register_buffer("module_P", torch.tensor(module_P), persistent=False)
+        self.register_buffer("depth_P", torch.tensor(depth_P), persistent=False)
         quarter = latent // 4
         half = latent - 2 * quarter
         self.text = nn.Sequential(nn.Linear(width, half), nn.LayerNorm(half))
@@ -64,7 +64,7 @@ class Trunk(nn.Module):
         )
         self.block1, self.block2 = Block(latent, hidden, drop), Block(latent, hidden, drop)
         self.out = nn.Sequential(
-            nn.LayerNorm(latent), nn.Linear(latent, hidden), _silu(drop), nn.Linear(hidden, hidden), nn.SiLU()
+            nn.LayerNorm(latent), nn.Linear(latent, hidden), _silu_drop(drop), nn.Linear(hidden, hidden), nn.SiLU()
         )
         self.drop = drop
 
@@ -91,7 +91,7 @@ class Trunk(nn.Module):
         return (self.module_P == self.names.index(name)).nonzero()[:, 0]
 
 
-def _silu(drop: nn.Dropout) -> nn.Module:
+def _silu_drop(drop: nn.Dropout) -> nn.Module:
     """Both in one place of a sequence, so that networks of files keep the names of what comes behind."""
     return nn.Sequential(nn.SiLU(), drop)
 
@@ -102,7 +102,12 @@ class Block(nn.Module):
     def __init__(self, latent: int, hidden: int, drop: nn.Dropout) -> None:
         super().__init__()
         self.inner = nn.Sequential(
-            nn.LayerNorm(latent), nn.Linear(latent, hidden), _silu(drop), nn.Linear(hidden, latent), nn.SiLU(), drop
+            nn.LayerNorm(latent),
+            nn.Linear(latent, hidden),
+            _silu_drop(drop),
+            nn.Linear(hidden, latent),
+            nn.SiLU(),
+            drop,
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from dynlora_cli.files import names
-from dynlora_cli.files.foreign import Count, First
+from dynlora_cli.files.foreign import Count, VersionOne
 from dynlora_cli.files.names import A_NAME
 
 SCHEMA_VERSION = 1
@@ -111,7 +111,7 @@ class EntryForm(Form):
 class LibraryForm(Form):
     """The whole file."""
 
-    schema_version: First
+    schema_version: VersionOne
     base: BaseOf | None
     encoder: EncoderOf | None
     entries: Annotated[list[EntryForm], Field(max_length=MOST_ENTRIES)]

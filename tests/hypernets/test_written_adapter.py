@@ -184,6 +184,12 @@ def with_nan(folder: Path) -> None:
     change_json(folder, lambda form: form.update(sha256=sha256_of(path)))
 
 
+def with_huge_numbers(folder: Path) -> None:
+    path = folder / "hypernet.safetensors"
+    save_file({name: tensor * 1e30 for name, tensor in load_file(path).items()}, path)
+    change_json(folder, lambda form: form.update(sha256=sha256_of(path)))
+
+
 def with_whole_numbers(folder: Path) -> None:
     path = folder / "hypernet.safetensors"
     save_file({name: tensor.long() for name, tensor in load_file(path).items()}, path)
@@ -214,7 +220,9 @@ def with_whole_numbers(folder: Path) -> None:
         (lambda folder: change_json(folder, lambda form: form.update(schema_version=True)), "schema_version"),
         (lambda folder: change_json(folder, lambda form: form.update(encoder=None)), "encoder: text-gated reads a"),
         (lambda folder: change_json(folder, lambda form: form.update(scale=float("inf"))), "scale"),
-        (lambda folder: change_json(folder, lambda form: form.update(scale=1e308)), "writes NaN or infinity"),
+        (lambda folder: change_json(folder, lambda form: form.update(scale=1e30)), "scale: input should be less than"),
+        (lambda folder: change_json(folder, lambda form: form.update(scale=0.0)), "scale: input should be greater"),
+        (with_huge_numbers, "writes NaN or infinity"),
         (lambda folder: change_json(folder, lambda form: form["base"].update(fingerprint={"a": float("nan")})), "base"),
         (lambda folder: change_json(folder, lambda form: form["base"].update(fingerprint={})), "any base would fit"),
         (lambda folder: change_json(folder, lambda form: form["options"].update(hidden_size=10**12)), "hidden_size"),

@@ -33,7 +33,7 @@ from torch import Tensor
 from dynlora_cli.adapters.adapter import PREFIX, Adapter, Factors
 from dynlora_cli.adapters.find import PACKED, PACKED_WEIGHTS
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import COPY_AGAIN, First, fits, read_object, shown
+from dynlora_cli.files.foreign import COPY_AGAIN, VersionOne, fits, read_object, shown
 from dynlora_cli.files.whole import write_text
 from dynlora_cli.lora.svd_basis import svd_factors
 from dynlora_cli.rounding.bits import equal_lengths
@@ -53,7 +53,7 @@ class Form(BaseModel):
 
     model_config = ConfigDict(strict=False, extra="forbid")
     format: Literal["dynlora-packed"]
-    version: First
+    version: VersionOne
     adapter_config: dict[str, Any]
     layers: Annotated[list[_Layer], Field(min_length=1)]
 

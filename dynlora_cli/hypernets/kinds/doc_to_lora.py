@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora_cli.hypernets.documents import Activations
-from dynlora_cli.hypernets.hypernet import Hypernet, Place, Written
+from dynlora_cli.hypernets.hypernet import Hypernet, Place, Written, by_module
 from dynlora_cli.hypernets.perceiver import Heads, Perceiver
 
 READS = "document"
@@ -41,19 +41,19 @@ class Net(Hypernet):
         self.rank = max(place.rank for place in places)
         self.factor = scale * self.rank**1.5  # of b; 2·r^1.5 for the usual s, as in the source
         self.regular = options.l1 > 0
-        self.names = list(dict.fromkeys(place.module for place in places))
+        modules = by_module(places)
         self.depths = sorted({place.depth for place in places})
         latent, layers = options.latent_size, len(self.depths)
         self.perceiver = Perceiver(
             width,
-            len(self.names) * self.rank,
+            len(modules) * self.rank,
             latents=options.latents,
             width=latent,
             blocks=options.blocks,
             heads=Heads(options.heads, options.kv_heads, options.head_size),
         )
         self.mlps = nn.ModuleList([LayerMLP(layers, latent) for _ in range(options.mlps)])
-        self.heads = nn.ModuleList([Head(self._of(name), self.rank, latent) for name in self.names])
+        self.heads = nn.ModuleList([Head(_by_depth(own), self.rank, latent) for own in modules.values()])
 
     def forward(self, condition: Activations) -> dict[str, Written]:
         """Write for documents.
@@ -85,8 +85,9 @@ class Net(Hypernet):
             sizes.append(a.abs().sum() / place.d_in + b.abs().sum() / (place.d_out * self.factor))
         return self.options.l1 * torch.stack(sizes).mean() / (len(a) * self.rank)
 
-    def _of(self, module: str) -> list[Place]:
-        return sorted((place for place in self.places if place.module == module), key=lambda place: place.depth)
+
+def _by_depth(places: Sequence[Place]) -> list[Place]:
+    return sorted(places, key=lambda place: place.depth)
 
 
 class LayerMLP(nn.Module):

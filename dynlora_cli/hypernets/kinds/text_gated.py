@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.hypernets.hypernet import Hypernet, Place, Written
+from dynlora_cli.hypernets.hypernet import Hypernet, Place, Written, by_module
 from dynlora_cli.hypernets.trunk import Trunk
 
 READS = "description"
@@ -32,8 +32,8 @@ class Net(Hypernet):
         super().__init__(places, options, width, scale)
         self.trunk = Trunk(places, width, options.latent_size, options.hidden_size)
         self.heads = nn.ModuleList(
-            nn.Linear(options.hidden_size, max(p.rank for p in places if p.module == name), bias=False)
-            for name in self.trunk.names
+            nn.Linear(options.hidden_size, max(place.rank for place in own), bias=False)
+            for own in by_module(places).values()
         )
         for head in self.heads:
             nn.init.zeros_(head.weight)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlora_cli.hypernets.hypernet import Hypernet, Place, Written
+from dynlora_cli.hypernets.hypernet import Hypernet, Place, Written, by_module
 from dynlora_cli.hypernets.trunk import Trunk
 
 READS = "description"
@@ -109,7 +109,7 @@ class Net(Hypernet):
         super().__init__(places, options, width, scale)
         self.form, self.regular = options.head, options.written_penalty > 0
         self.trunk = Trunk(places, width, options.latent_size, options.hidden_size)
-        self.of_module = {name: [p for p in places if p.module == name] for name in self.trunk.names}
+        self.of_module = by_module(places)
         self.heads = nn.ModuleList(
             Head(own, options.hidden_size, self._outputs(own[0]), learned=options.ab_offset == "learned")
             for own in self.of_module.values()
