@@ -19,8 +19,8 @@ def to_type(*words: object) -> str:
     return shlex.join(["dynlora", *map(str, words)])
 
 
-def writable(text: str) -> bool:
-    """Whether a text can be written as UTF-8: what a shell gives may hold other bytes, as half characters."""
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8. Other bytes of a command line stand in it as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

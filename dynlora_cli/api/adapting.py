@@ -71,6 +71,6 @@ def adapt(
     how |= {"settings": asked.settings(set), "trust_remote_code": trust_remote_code}
     how |= {"overwrite": overwrite, "resume": resume, "description": description}
     how |= {"hypernet": as_path(hypernet), "base": as_text(base)}
-    paths = [Path(one) for one in cast("Sequence[PathLike]", document or [])]  # `checked` has made a list of it
-    summary, notes = done(lambda: asked_adapt.adapt(as_text(model), paths, Path(out), **how), progress)
+    documents = cast("Sequence[PathLike]", document or [])  # `checked` has made a list of it
+    summary, notes = done(lambda: asked_adapt.adapt(as_text(model), documents, Path(out), **how), progress)
     return results.Run(summary, notes, Path(out))

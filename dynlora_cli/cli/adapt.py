@@ -34,7 +34,7 @@ Description = Annotated[
     ),
 ]
 Documents = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         "--document",
         metavar="FILE",
@@ -150,23 +150,23 @@ def adapt(
             return
         with view:
             summary = work(view)
-        summary["next"] = _next_commands(out, found=hypernet is None or description is not None)
+        summary["next"] = _next_commands(out, has_keys=hypernet is None or description is not None)
         result.update(summary)
         view.show(summary)
 
 
-def _next_commands(out: Path, *, found: bool) -> Sequence[str]:
+def _next_commands(out: Path, *, has_keys: bool) -> Sequence[str]:
     """Commands that make sense after it.
 
     Args:
         out: the adapter.
-        found: a library knows by itself what to find it by.
+        has_keys: it was made from rows or a description, by which a library finds it.
     """
     folder = str(out)
     page = out / "report.html"
     return [
         typed("chat", "--adapter", folder),
         typed("generate", "a question", "--adapter", folder, "--compare"),
-        *([typed("library", "add", f"{out.parent}/library", "--adapter", folder)] if found else []),
+        *([typed("library", "add", f"{out.parent}/library", "--adapter", folder)] if has_keys else []),
         *([opened(page)] if page.is_file() else []),
     ]

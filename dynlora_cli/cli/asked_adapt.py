@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.models.find import find_model, is_hub_name, refuse_no_writer
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
-from dynlora_cli.text import writable
+from dynlora_cli.text import is_utf8
 
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
@@ -30,7 +31,7 @@ QUESTIONS, ANSWER_TOKENS = 24, 128
 
 def adapt(
     model: str | None,
-    documents: Sequence[Path],
+    documents: Sequence[str | os.PathLike[str]],
     out: Path,
     *,
     hypernet: Path | None = None,
@@ -50,11 +51,14 @@ def adapt(
         training: the further options of `from_documents`.
     """
     how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "overwrite": overwrite}
+    if "" in documents:  # as of a shell's variable that is not set; a path would take it for the current folder
+        raise UsageError("--document '' names no file", "name one, or a folder of texts: --document FILE")
+    paths = [Path(document) for document in documents]
     if hypernet is None:
         for option, value in (("--description", description), ("--base", base)):
             if value is not None:
                 raise UsageError(f"{option} goes with a network that writes adapters", "name it: --hypernet FOLDER")
-        return from_documents(model, documents, out, budget=BUDGET if budget is None else budget, **how, **training)
+        return from_documents(model, paths, out, budget=BUDGET if budget is None else budget, **how, **training)
     usual = {"questions": QUESTIONS, "answer_tokens": ANSWER_TOKENS}
     given = {"model": model} | {key: value for key, value in training.items() if value != usual.get(key)}
     for key in (key for key, value in given.items() if value):
@@ -62,7 +66,7 @@ def adapt(
         raise UsageError(
             f"{option} is for adapters that are trained, and a hypernetwork writes one at once", "leave it out"
         )
-    return by_hypernet(hypernet, out, description=description, documents=documents, budget=budget, base=base, **how)
+    return by_hypernet(hypernet, out, description=description, documents=paths, budget=budget, base=base, **how)
 
 
 def from_documents(
@@ -110,8 +114,8 @@ def from_documents(
     if not is_hub_name(model):
         refuse_no_writer(find_model(recipe.model)[0])
     if not dry_run:
-        inputs = [*[one.path for one in read], *([data] if data else [])]
-        _refuse_place(out, model, inputs, overwrite=overwrite, resume=resume)
+        inputs = [*[one.path for one in read], *([data] if data else []), *preflight.inputs(_without_rows(recipe))]
+        _refuse_place(out, inputs, overwrite=overwrite, resume=resume)
     how: dict[str, Any] = {"given": given, "data": data, "questions": questions, "chunk_tokens": chunk_tokens}
     told = {change.partition("=")[0].strip() for change in settings}
     how["may_lengthen"] = not told & {"train", "train.epochs", "train.max_steps"}
@@ -148,7 +152,7 @@ def by_hypernet(
         )
     if description is not None and not description.strip():
         raise UsageError("--description says nothing", "write what the task is, in words")
-    if description and not writable(description):
+    if description and not is_utf8(description):
         raise UsageError("--description holds bytes that are no text in UTF-8", "write it in UTF-8")
     if not is_hypernet(hypernet):
         problem = "holds no hypernetwork" if hypernet.is_dir() else "is no folder"
@@ -176,7 +180,7 @@ def by_hypernet(
     return work
 
 
-def _refuse_place(out: Path, model: str, inputs: Sequence[Path], *, overwrite: bool, resume: bool) -> None:
+def _refuse_place(out: Path, inputs: Sequence[Path], *, overwrite: bool, resume: bool) -> None:
     """Refuse an output folder that is not free, or in which something lies that is read and would go with it.
 
     Raises:
@@ -184,8 +188,7 @@ def _refuse_place(out: Path, model: str, inputs: Sequence[Path], *, overwrite: b
     """
     Begun(out).refuse(overwrite=overwrite, resume=resume)
     if not resume:
-        base = [] if is_hub_name(model) or model.startswith("builtin:") else [Path(model).expanduser()]
-        run_folder.refuse_inputs(out, [*inputs, *base])
+        run_folder.refuse_inputs(out, inputs)
 
 
 def _changes(settings: Sequence[str], dtype: str | None, trust_remote_code: bool) -> list[str]:

@@ -49,7 +49,7 @@ def training(
         same_recipe(run_folder.run_of(resume_from) if resume_from else folder, recipe)
     elif writes:
         run_folder.refuse_occupied(folder, overwrite=overwrite)
-        run_folder.refuse_inputs(folder, _inputs(recipe), "--output-dir")
+        run_folder.refuse_inputs(folder, inputs(recipe), "--output-dir")
     base(recipe.model.name_or_path)
     for sources, held_out in ((recipe.dataset.train, False), (recipe.dataset.val, True)):
         for source in sources:
@@ -67,7 +67,7 @@ def training(
         find_members(recipe.adapter.library, folder)
 
 
-def _inputs(recipe: Recipe) -> list[Path]:
+def inputs(recipe: Recipe) -> list[Path]:
     """The files and folders that a run reads, such as the rows that `dynlora adapt` left in an earlier one."""
     dataset, sources = recipe.dataset, [*recipe.dataset.train, *recipe.dataset.val, *(recipe.eval.also or ())]
     paths = [source.path for source in sources if is_local(source.path)]

@@ -47,8 +47,8 @@ def same_recipe(folder: Path, recipe: Recipe) -> None:
         lines = "\n".join(f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted(differing))
         raise UsageError(
             f"the run in {folder} was made by another recipe:\n{lines}",
-            f"resume with the recipe it was made by{_by_options(differing, before)}, or start a new run with another "
-            "--output-dir",
+            f"resume with the recipe it was made by{_by_options(differing, before)}, or start a new run in another "
+            "folder",
         )
 
 

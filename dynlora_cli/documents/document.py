@@ -14,7 +14,7 @@ from dynlora_cli.data.sources import tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.files.whole import sha256_of
 from dynlora_cli.runs.record import RECORD
-from dynlora_cli.text import writable
+from dynlora_cli.text import is_utf8
 
 MOST_CHARACTERS = 20_000_000  # of all documents: some 10,000 chunks, which a model reads for days
 LONGEST_TITLE = 80  # characters
@@ -89,7 +89,7 @@ def _read(path: Path, notes: list[str]) -> list[Document]:
     if path.suffix.lower() in AS_TEXT and path.is_file():
         text = f"--document {path}: files of the kind {path.suffix} are not read"
         raise DataError(text, f"make a text of it first: {AS_TEXT[path.suffix.lower()]}")
-    if not writable(str(path)):
+    if not is_utf8(str(path)):
         raise UsageError(f"--document: the name {path.name!a} is no text in UTF-8", "rename the file")
     # What is no file must not be taken for the name of a data set of the hub.
     name = str(path) if path.exists() or path.is_absolute() else f"./{path}"
@@ -124,7 +124,7 @@ def _files_of(folder: Path, notes: list[str]) -> list[Path]:
         if any(part.startswith(".") for part in inside.parts) or not (file.is_file() or file.is_symlink()):
             continue
         ours = any((folder / parent / RECORD).is_file() for parent in inside.parents)
-        if writable(str(inside)) and not ours and file.resolve().is_relative_to(folder.resolve()) and _holds_text(file):
+        if is_utf8(str(inside)) and not ours and file.resolve().is_relative_to(folder.resolve()) and _holds_text(file):
             chosen.setdefault(file.resolve(), inside)
         else:
             left_out.append(inside)
@@ -137,7 +137,7 @@ def _files_of(folder: Path, notes: list[str]) -> list[Path]:
 
 
 def _listed(paths: Sequence[Path]) -> str:
-    names = [str(path) if writable(str(path)) else ascii(str(path)) for path in paths[:4]]
+    names = [str(path) if is_utf8(str(path)) else ascii(str(path)) for path in paths[:4]]
     return ", ".join(names) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
 
 

@@ -322,6 +322,7 @@ def test_a_plan_writes_nothing(adapt: Adapt, tmp_path: Path):
     assert done.code == 0, done.err
     plan = done.json["plan"]
     assert (plan["documents"][0]["name"], plan["chunks"], plan["rows"], plan["budget"]) == ("velden.md", 1, 4, 8)
+    assert f"dynlora train {tmp_path / 'a' / 'recipe.yaml'} --dry-run" in " ".join(done.err.split())
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -332,6 +333,7 @@ def test_a_plan_writes_nothing(adapt: Adapt, tmp_path: Path):
     ("arguments", "words"),
     [
         (("--resume",), "nothing was begun"),
+        (("--document", ""), "'' names no file"),
         (("--resume", "--overwrite"), "exclude each other"),
         (("--budget", "many"), "--budget many"),
         (("--set", "train.nonsense=1"), "train.nonsense"),

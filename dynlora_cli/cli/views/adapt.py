@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.status import Status
 from dynlora_cli.cli.views.console import Console, pairs
 from dynlora_cli.cli.views.progress import joined, printable
 from dynlora_cli.runs.events import Event
-from dynlora_cli.text import change, count, counted, duration, number, short, size
+from dynlora_cli.text import change, count, counted, duration, number, short, size, to_type
 
 
 class AdaptView:
@@ -107,7 +108,7 @@ class AdaptView:
 
     def show_plan(self, plan: dict[str, Any]) -> None:
         """What would be done."""
-        documents = plan["documents"]
+        documents, recipe = plan["documents"], Path(plan["output_dir"]) / "recipe.yaml"
         rows = [
             ("model", plan["model"]),
             *(
@@ -119,5 +120,6 @@ class AdaptView:
             ("questions by", plan["questions"]),
             ("budget", str(plan["budget"])),
             ("output", plan["output_dir"]),
+            ("memory", f"known once the rows are written: {to_type('train', recipe, '--dry-run')}"),
         ]
         self.console.show(pairs(rows))
