@@ -272,7 +272,7 @@ def _bytes_conflicts(recipe: Settings) -> Iterator[Conflict]:
 def _origin_conflicts(recipe: Settings) -> Iterator[Conflict]:
     """What does not go with components that are there already, or with none."""
     adapter = recipe.adapter
-    if adapter.origin is None and adapter.variant != "lora":  # which could not begin beside any: variant_conflicts.py
+    if adapter.origin is None and adapter.variant != "lora":  # variant_conflicts.py says so of these
         return
     if adapter.origin is None:
         if adapter.old != "tune":

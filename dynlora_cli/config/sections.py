@@ -77,12 +77,13 @@ def _descriptions(texts: Any) -> Any:
         raise ValueError(f"got {show(texts)}; write texts in a list, or name a file with one on a line")
     seen: dict[str, int] = {}
     for number, text in enumerate(texts if isinstance(texts, list) else (), 1):
+        said = f"text {number} of {len(texts)}, {show(text)},"
         if not isinstance(text, str):
-            raise ValueError(f"text {number} of {len(texts)} is {show(text)}, must be a text")
+            raise ValueError(f"{said} must be a text")
         if not text.strip():
-            raise ValueError(f"text {number} of {len(texts)}, {show(text)}, says nothing; write what the task is")
+            raise ValueError(f"{said} says nothing; write what the task is")
         if text in seen:
-            raise ValueError(f"text {number} of {len(texts)}, {show(text)}, is text {seen[text]}; leave one out")
+            raise ValueError(f"{said} is the same as text {seen[text]}; leave one out")
         seen[text] = number
     return texts
 

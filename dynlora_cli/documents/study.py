@@ -137,7 +137,7 @@ class Study:
         if self.given is not None:
             return [Asked(row.prompt, GIVEN, row.completion or None) for row in self.given.get(number, ())]
         if not self.chat:
-            return _spread(_unlike(starmap(_begun, beginnings(chunk.text)), taken), self.questions)
+            return _spread(_distinct(starmap(_sentence, beginnings(chunk.text)), taken), self.questions)
         found: list[Asked] = []
         for begin in range(0, TRIES * self.questions, BATCH):
             for kind, text in writer.ask(chunk, begin, BATCH):
@@ -147,8 +147,8 @@ class Study:
             if len(found) == self.questions:
                 break
         if len(found) < self.questions / 2:
-            more = (_begun(GO_ON.format(a), b.strip()) for a, b in beginnings(chunk.text))
-            found += _spread(_unlike(more, taken), self.questions - len(found))
+            more = (_sentence(GO_ON.format(a), b.strip()) for a, b in beginnings(chunk.text))
+            found += _spread(_distinct(more, taken), self.questions - len(found))
         return found
 
     def _note_few(self, rows: Sequence[DocumentRow]) -> None:
@@ -209,11 +209,11 @@ def _rows(number: int, chunk: Chunk, asked: Iterable[Asked]) -> list[DocumentRow
     return [DocumentRow(number, chunk.text, one.prompt, one.completion) for one in asked if one.completion]
 
 
-def _begun(prompt: str, completion: str) -> Asked:
+def _sentence(prompt: str, completion: str) -> Asked:
     return Asked(prompt, SENTENCE, completion)
 
 
-def _unlike(asked: Iterable[Asked], taken: set[str]) -> list[Asked]:
+def _distinct(asked: Iterable[Asked], taken: set[str]) -> list[Asked]:
     """Of those with the same prompt the first, and none whose prompt is taken."""
     found: dict[str, Asked] = {}
     for one in asked:

@@ -84,14 +84,15 @@ class Generated(WithoutComponents):
         """
         longest = max((prompt.longest for prompt in prompts), default=0)
         ends = set[int]().union(*(prompt.end_ids for prompt in prompts))
-        alike: dict[Hashable, list[int]] = {}
+        alike: dict[Hashable, tuple[Example, list[int]]] = {}
         for number, prompt in enumerate(prompts):
             assert prompt.example is not None
-            alike.setdefault(self.conditions.key(prompt.example), []).append(number)
+            _, numbers = alike.setdefault(self.conditions.key(prompt.example), (prompt.example, []))
+            numbers.append(number)
         found = [""] * len(prompts)
-        for numbers in alike.values():
+        for example, numbers in alike.values():
             together = [replace(prompts[number], longest=longest, end_ids=ends) for number in numbers]
-            self.write_for([prompts[numbers[0]].example], model.device)  # type: ignore[list-item]
+            self.write_for([example], model.device)
             texts = generate(model, tokenizer, together, batch_size=batch_size, context=context)
             for number, text in zip(numbers, texts, strict=True):
                 found[number] = text

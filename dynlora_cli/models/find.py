@@ -17,8 +17,9 @@ BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "assets" / "builtin_tiny"
 ASKS_FOR_TRUST = "trust_remote_code=True"  # in the errors of transformers
 # What a model needs to run; no pickles, and no weights of other frameworks.
 HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-NO_WRITERS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM")  # architectures
 HUB_WEIGHTS = ["*.safetensors"]
+# Ends of the names of architectures that do not go on with a text.
+NO_WRITERS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
 
 
 def find_model(options: Model, *, weights: bool = True) -> tuple[Path, str]:

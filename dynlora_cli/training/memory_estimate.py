@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from dynlora_cli import plugins
 from dynlora_cli.decoding import prefix
 from dynlora_cli.kernels.linear_cross_entropy import chunks, decoder_inputs, linear_cross_entropy, run_to_head
+from dynlora_cli.models.load import Base
 from dynlora_cli.models.targets import inside
 from dynlora_cli.tasks.loss import evaluating
 from dynlora_cli.training.optimizers import state_bytes
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
     from dynlora_cli.lora.whole import Trained
     from dynlora_cli.training.lessons import Reading
-from dynlora_cli.models.load import Base
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
 MKL_BYTES, CUDA_BYTES = 128 << 20, 512 << 20
@@ -162,7 +162,7 @@ def measure(
     largest = max((_bytes([p]) for p in quantized), default=0)  # one at a time is dequantized
     libraries, free = _around(device)
     moments = sum(state_bytes(optimizer, parameter) for parameter in trained)
-    taught = read and read + largest
+    taught = read + largest if read else 0
     return Need(weights, 2 * _bytes(trained), moments, peak.peak + largest, libraries, *ids, free, taught)
 
 

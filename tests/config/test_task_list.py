@@ -64,7 +64,7 @@ def test_a_program_may_give_them_as_well_and_overrides_name_sources_by_number() 
         ),
         (
             "tasks:\n- descriptions: [a, a]\n  dataset: c",
-            "recipe.yaml:3: dataset.train.0.descriptions: text 2 of 2, 'a', is text 1",
+            "recipe.yaml:3: dataset.train.0.descriptions: text 2 of 2, 'a', is the same as text 1",
         ),
         (
             "tasks:\n- descriptions: [a, ' ']\n  dataset: c",

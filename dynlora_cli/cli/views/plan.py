@@ -59,13 +59,11 @@ def _memory_rows(need: dict[str, int] | None) -> list[tuple[str, str]]:
     parts = ", ".join(
         f"{key} {size(need[key])}" for key in ("base", "adapter", "optimizer", "activations", "libraries")
     )
-    teacher = (
-        f"{size(need['teacher'])} before the first step, when there are no activations yet"
-        if need.get("teacher")
-        else ""
-    )
-    return [
+    rows = [
         ("memory", f"about {size(need['total'])} of {size(need['free'])} free: {parts}"),
         ("rows at a time", f"{need['rows']} of up to {need['length']} tokens; {count(need['most_rows'])} would fit"),
-        *([("teacher's reading", teacher)] if teacher else []),
     ]
+    if need.get("teacher"):
+        text = f"{size(need['teacher'])} before the first step, when there are no activations yet"
+        rows.append(("teacher's reading", text))
+    return rows
