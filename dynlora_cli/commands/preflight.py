@@ -68,9 +68,13 @@ def training(
 
 
 def inputs(recipe: Recipe) -> list[Path]:
-    """The files and folders that a run reads, such as the rows that `dynlora adapt` left in an earlier one."""
+    """The files and folders that a run reads, such as the rows that `dynlora adapt` left in an earlier one.
+
+    Not the adapters and runs that it goes on from: those are checked where they are found.
+    """
     dataset, sources = recipe.dataset, [*recipe.dataset.train, *recipe.dataset.val, *(recipe.eval.also or ())]
     paths = [source.path for source in sources if is_local(source.path)]
+    paths += [one.descriptions for one in (*dataset.train, *dataset.val) if isinstance(one.descriptions, str)]
     paths += [dataset.retrieve.corpus] if dataset.retrieve else []
     paths += [] if is_hub_name(recipe.model.name_or_path) else [recipe.model.name_or_path]
     return [Path(path).expanduser() for path in paths if not path.startswith("builtin:")]

@@ -42,9 +42,12 @@ def test_adapt_replaces_no_folder_that_it_reads_from(dynlora: Dynlora, tmp_path:
     assert contents(run) == before
 
 
-def test_train_replaces_no_folder_that_it_reads_from(dynlora: Dynlora, tmp_path: Path, run: Path):
+@pytest.mark.parametrize("key", ["path", "descriptions"])
+def test_train_replaces_no_folder_that_it_reads_from(dynlora: Dynlora, tmp_path: Path, run: Path, key: str):
     """The recipe that `adapt` leaves names the rows beside it."""
-    recipe = {"model": "builtin:tiny", "dataset": str(run / "rows.jsonl"), "output_dir": str(run)}
+    (tmp_path / "other.jsonl").write_text(ROW)
+    source = {"path": str(tmp_path / "other.jsonl")} | {key: str(run / "rows.jsonl")}
+    recipe = {"model": "builtin:tiny", "dataset": {"train": [source]}, "output_dir": str(run)}
     (run / "recipe.yaml").write_text(json.dumps(recipe))
     before = contents(run)
     done = dynlora("train", run / "recipe.yaml", "--overwrite")
