@@ -29,7 +29,7 @@ LINES = [
     line("b", "base", 20.0, general=3.0),
     line("a", "distilled", 20.0, cpu=90.0, bytes=1200, rows=20, steps=30, general=3.5),
     line("b", "distilled", 20.0, cpu=110.0, bytes=1000, rows=30, steps=40, general=3.1),
-    line("a", "distilled", 10.0, seed=1, general=3.0),
+    line("a", "distilled", 10.0, seed=1, general=3.0, made_up=1),
     line("a", "added 2", 30.0, general=3.2),
     line("b", "added 2", 30.0, general=3.2),
 ]
@@ -77,14 +77,20 @@ def test_what_settings_were_tried_on_is_in_no_table():
     assert all(any(answer in one.text for answer in q.answers) for one in kept for q in one.questions)
 
 
+PROMPTED = [*LINES, {"set": "xquad", "document": "a", "method": "prompt", "seed": 0, "loss": 10.0, "tokens": 10}]
+
+
 def test_a_loss_is_over_all_tokens_and_the_difference_by_document():
-    cells = tables.quality([each for each in LINES if each["method"] == "distilled"], tables.base_of(LINES))
+    cells = tables.quality([each for each in LINES if each["method"] == "distilled"], PROMPTED)
     assert cells[0] == "2 x 2"
     assert cells[1] == "25 %"
-    assert cells[4] == f"{50 / 30:.3f}"
+    assert cells[4] == "25 %"  # of the lines that say it
+    assert cells[5] == f"{50 / 30:.3f}"
     # a: mean(2, 1) - 4 = -2.5; b: 0
-    assert cells[5] == "-1.250 ± 1.250"
-    assert cells[6] == f"{(3.5 + 3.1 + 3.0) / 3:.3f}"
+    assert cells[6] == "-1.250 ± 1.250"
+    # the prompt: a goes from 4 to 1; of b nothing is known
+    assert cells[7] == "83 %"
+    assert cells[8] == f"{(3.5 + 3.1 + 3.0) / 3:.3f}"
 
 
 def test_what_an_adapter_costs_is_a_mean_over_those_that_say_it():
@@ -98,6 +104,7 @@ def test_the_page_has_each_set_and_what_holds_several_documents():
     assert "pubmedqa" not in page.split("## xquad")[1]
     assert "added, 2 documents" in page
     assert page.index("Read this.") < page.index("## xquad")
+    assert "| 84 steps | 2 x 2 |" in tables.page(LINES, settings=[{**each, "way": "84 steps"} for each in LINES[2:5]])
 
 
 def test_lines_that_are_there_are_not_measured_again(tmp_path):

@@ -55,7 +55,7 @@ class Bench:
         if self.has(document, method, seed):
             return
         with self.judge.adapter(adapter):
-            found = self.judge.measure(document.questions, document.text if method == "prompt" else "")
+            found = self.judge.measure(document.questions, document.text, in_prompt=method == "prompt")
             if cost is not None or method == "base":
                 found["general"] = self.judge.general()
         line = {"set": document.set, "document": document.name, "method": method, "seed": seed, **found}

@@ -19,6 +19,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from dynlora_cli.documents.requests import invented
+
 MODEL = Path(os.environ.get("DYNLORA_REAL_MODELS", Path.home() / ".cache/dynlora-models")) / "SmolLM2-135M-Instruct"
 ANSWER = 24  # tokens that are written
 GENERAL, GENERAL_TOKENS = 8, 256  # pieces of wikitext2, and tokens of each
@@ -52,23 +54,25 @@ class Judge:
         finally:
             self.model = with_adapter.unload()
 
-    def measure(self, questions: Sequence[Question], context: str = "") -> Numbers:
-        """Sums over the questions, with `context` in the prompt where there is one.
+    def measure(self, questions: Sequence[Question], text: str, *, in_prompt: bool = False) -> Numbers:
+        """Sums over the questions about a text, which stands in the prompt or does not.
 
         Returns:
-            questions, exact, contains, f1; loss in nats of the first answers, and their tokens.
+            questions, exact, contains, f1; made_up: answers with a number that text and question do not have; loss in
+            nats of the first answers, and their tokens.
         """
-        begun = Begun(self, self.before + (f"{context}\n\n" if context else ""))
+        begun = Begun(self, self.before + (f"{text}\n\n" if in_prompt else ""))
         prompts = [begun.ids(question.prompt + self.after) for question in questions]
         said = begun.write(prompts)
         answers = [begun.ids(question.answers[0]) for question in questions]
         loss, tokens = begun.loss(prompts, answers)
-        pairs = [(text, question.answers) for text, question in zip(said, questions, strict=True)]
+        pairs = [(answer, question.answers) for answer, question in zip(said, questions, strict=True)]
         return {
             "questions": len(questions),
             "exact": sum(exact(*pair) for pair in pairs),
             "contains": sum(contains(*pair) for pair in pairs),
             "f1": sum(overlap(*pair) for pair in pairs),
+            "made_up": sum(bool(invented(answer, text, q.prompt)) for answer, q in zip(said, questions, strict=True)),
             "loss": loss,
             "tokens": tokens,
         }

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0", help="with commas")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of `dynlora adapt`")
     parser.add_argument("--ways", default="", help="of settings, with ; between them; empty: all")
-    parser.add_argument("--passages", type=int, default=3, help="of settings")
+    parser.add_argument("--passages", default="0,1", help="numbers, of settings")
     parser.add_argument("--work", type=Path, default=Path("out/documents"), help="where adapters lie")
     options = parser.parse_args(arguments)
     if options.what == "documents":
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import documents_settings
 
         ways = options.ways.split(";") if options.ways else list(documents_settings.WAYS)
-        documents_settings.run(options.work.resolve(), ways, options.passages)
+        documents_settings.run(options.work.resolve(), ways, [int(number) for number in options.passages.split(",")])
     write_page()
     return 0
 
