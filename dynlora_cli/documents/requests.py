@@ -59,7 +59,9 @@ WAYS = (
 )
 _NO_QUESTION = ("summary", "structure")
 _WORD = re.compile(r"\w+", re.UNICODE)
-_NUMBER, _NUMBERED = re.compile(r"\d+"), re.compile(r"^\s*\d+[.)]\s", re.M)
+_NUMBER = re.compile(r"\d+(?:[,.]\d{3}(?!\d))*")  # 1,500 and 1.500 are one number, and so is 1500
+_LAST_NUMBER = re.compile(r"\d(?:[,.]?\d)*,?$")
+_NUMBERED = re.compile(r"^\s*\d+[.)]\s", re.M)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n|\n(?=\s*(?:[-*#\d]))")
 # Of the text itself, which whoever asks later has not before them.
 _ABOUT_THE_TEXT = re.compile(r"\b(?:the|this)\s+(?:text|passage|document|article|paragraph|sentence)\b|\babove\b", re.I)
@@ -117,12 +119,21 @@ def invented(answer: str, *known: str) -> list[str]:
         answer: as a model wrote it; the numbers of the points of a list are not meant.
         known: the text, its title and the request.
     """
-    there = {number for text in known for number in _NUMBER.findall(text)}
+    there = {number for text in known for number in _numbers(text)}
     text = _NUMBERED.sub("", answer)
-    found = _NUMBER.findall(text)
-    if found and text.endswith(found[-1]) and any(number.startswith(found[-1]) for number in there):
-        found.pop()  # there was no room for the rest of it
-    return [number for number in found if number not in there]
+    last = _LAST_NUMBER.search(text)
+    if last and any(number.startswith(_joined(last.group())) for number in there):
+        text = text[: last.start()]  # there may have been no room for the rest of it
+    return [number for number in _numbers(text) if number not in there]
+
+
+def _numbers(text: str) -> list[str]:
+    return list(map(_joined, _NUMBER.findall(text)))
+
+
+def _joined(number: str) -> str:
+    """Without what separates thousands."""
+    return number.replace(",", "").replace(".", "")
 
 
 def _stem(word: str) -> str:
