@@ -7,7 +7,7 @@ Every line of documents.jsonl is one document (or several) under one method with
     distilled   with the document's adapter, which `dynlora adapt` made with nothing set but its size
     other       with the adapter of the next document: must be where the base is
     text        with an adapter that was fine-tuned on the text, as many steps, the same size
-    added       with the exact sum of all documents' adapters;  joint: with one adapter trained on all their rows
+    added       with the exact sum of all documents' adapters, each whole or at a weight;  joint: with one adapter trained on all their rows
     chunks      with one adapter whose chunks were trained one by one and added
 
 The questions of the sets are asked at the end and seen nowhere before. Numbers are sums over a document's questions.
@@ -23,6 +23,7 @@ from typing import Any
 from documents_sets import Document, documents
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
+WEIGHTS = (0.3, 0.1)  # of each document's adapter in a sum; 1 as well
 KEY = ("set", "document", "method", "seed")
 Record = dict[str, Any]
 
@@ -104,6 +105,7 @@ def together(bench: Bench, set_: str, many: int, seed: int, *, joint: bool) -> N
     made = [bench.adapters.distilled(document, seed) for document in found]
     folders, steps = [folder for folder, _ in made], sum(cost["steps"] for _, cost in made)
     ways = [("added", bench.adapters.added(folders, seed))]
+    ways += [(f"added at {weight}", bench.adapters.added(folders, seed, weight)) for weight in WEIGHTS]
     if joint:
         ways.append(("joint", bench.adapters.joint(folders, seed, steps)))
     for method, (folder, cost) in ways:

@@ -90,11 +90,12 @@ class Adapters:
         train = {"objective": "context-distillation", "micro_batch_size": 8, "learning_rate": RATE}
         return self.trained(f"joint-{len(runs)}-{seed}", sources, seed, steps, train=train)
 
-    def added(self, runs: Sequence[Path], seed: int) -> tuple[Path, Record]:
-        """The sum of several adapters, component by component."""
+    def added(self, runs: Sequence[Path], seed: int, weight: float = 1.0) -> tuple[Path, Record]:
+        """The sum of several adapters, component by component, each at a weight."""
         adapters = [argument for run in runs for argument in ("--adapter", str(run))]
         arguments = ["merge", *adapters, "--into", "adapter", "--method", "exact"]
-        return self._made(f"added-{len(runs)}-{seed}", arguments)
+        arguments += ["--weights", ",".join([str(weight)] * len(runs))]
+        return self._made(f"added-{len(runs)}-{weight}-{seed}", arguments)
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
