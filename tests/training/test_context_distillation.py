@@ -157,7 +157,7 @@ def test_an_empty_share_of_a_step_has_no_loss(tmp_path):
     """As another process has it, when the rows of a step do not come out even."""
     run = assembled(grounded_recipe(tmp_path))
     remember_references(run)
-    batch = run.batches._without_targets([(0,)])
+    batch = run.batches._without_targets([(0,)], epoch=0)
     assert backward(run, batch, 4).item() == 0
     assert not run.trained.values.grad.any()
 
