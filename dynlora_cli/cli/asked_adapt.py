@@ -114,8 +114,7 @@ def from_documents(
         model, [one.name for one in read], out, budget=str(budget), changes=_changes(settings, dtype, trust_remote_code)
     )
     if add_chunks:
-        _refuse_unaddable(recipe)
-        notes.append(ADDED)
+        _check_addable(recipe, notes)
     preflight.training(_without_rows(recipe), writes=False)
     if not is_hub_name(model):
         refuse_no_writer(find_model(recipe.model)[0])
@@ -203,8 +202,9 @@ def _changes(settings: Sequence[str], dtype: str | None, trust_remote_code: bool
     return [*settings, *own, *(["model.trust_remote_code=true"] if trust_remote_code else [])]
 
 
-def _refuse_unaddable(recipe: Recipe) -> None:
-    """Refuse components that cannot be put side by side, and a budget that their sum cannot be cut to."""
+def _check_addable(recipe: Recipe, notes: list[str]) -> None:
+    """Refuse what cannot be put side by side, and a budget that the sum cannot be cut to; note what adding does."""
+    notes.append(ADDED)
     if recipe.adapter.variant != "lora" or recipe.adapter.origin:
         what = "adapter.from" if recipe.adapter.origin else f"adapter.variant={recipe.adapter.variant}"
         raise UsageError(
