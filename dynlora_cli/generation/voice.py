@@ -161,10 +161,12 @@ def voice_of(
     writing, notes = Writing.of(record), list[str]()
     dataset = (record.get("recipe") or {}).get("dataset")
     dataset = dataset if isinstance(dataset, dict) else {}
+    data = record.get("data") or {}
+    known = bool(dataset) or "turned" in data  # what a hypernetwork wrote has no recipe, but says how rows were written
     chat = Turns.__name__ in task.forms and bool(tokenizer.chat_template)
-    if chat and dataset:
+    if chat and known:
         chat = _learned_turns(name, record, writing, notes)
-    elif adapter is not None and not dataset:
+    elif adapter is not None and not known:
         how = "through the tokenizer's chat template" if chat else "in bare text, as there is no chat template"
         notes.append(f"{name} does not say how it was trained to be asked; it is asked {how}")
     if chat and (other := _other_template(record, tokenizer)):
@@ -172,7 +174,7 @@ def voice_of(
     ends = base_ends | {int(end) for end in [tokenizer.eos_token_id] if end is not None}
     if chat:
         ends |= _closing_ends(tokenizer)
-    separator = dataset.get("separator")
+    separator = dataset.get("separator", data.get("separator"))
     return Voice(
         name=name,
         tokenizer=tokenizer,

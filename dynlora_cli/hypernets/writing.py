@@ -132,6 +132,8 @@ def empty_adapter(hypernetwork: Hypernetwork) -> Adapter:
     folder, form = hypernetwork.folder, hypernetwork.form
     record = read_record(folder) if (folder / RECORD).is_file() else {}
     kept: dict[str, Any] = {key: record[key] for key in ("chat_template_sha256", "data") if key in record}
+    if separator := ((record.get("recipe") or {}).get("dataset") or {}).get("separator"):
+        kept["data"] = {**kept.get("data", {}), "separator": separator}  # the rest of the recipe is the network's
     model = {"model": (record.get("recipe") or {}).get("model")} if record.get("recipe") else {}
     layers = {layer.name: {"d_in": layer.d_in, "d_out": layer.d_out, "rank": 0} for layer in form.layers}
     about: dict[str, Any] = {**kept, "recipe": model, "base_model": form.base.model_dump(), "layers": layers}

@@ -108,6 +108,8 @@ class Data(TypedDict, total=False):
     """System message of conversations without one."""
     reasoning: str
     """What became of the assistant's reasoning: keep, mask or drop."""
+    separator: str
+    """Stood behind bare prompts; of an adapter that a hypernetwork wrote, since the recipe is not its own."""
     labels: list[str] | None
     """Names of the classes, in the order of the classifier's outputs."""
     mix: list[dict[str, Any]]

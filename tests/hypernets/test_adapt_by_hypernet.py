@@ -72,6 +72,21 @@ def test_what_a_person_sees(trained: Path, tmp_path: Path, dynlora: Dynlora):
     assert "dynlora chat --adapter" in said
 
 
+def test_it_is_asked_as_the_rows_of_its_network_were_written(tmp_path: Path, dynlora: Dynlora):
+    """The built-in model has a chat template, and these rows are bare text with a separator."""
+    recipe = hypernet_recipe(
+        tmp_path, "train.max_steps=2", "dataset.chat=false", "dataset.separator=' =>'", model="builtin:tiny"
+    )
+    train(recipe)
+    made = dynlora("adapt", "--hypernet", tmp_path / "out", "--description", "Say ones.", "--out", tmp_path / "a")
+    assert made.code == 0, made.err
+    with api.load(tmp_path / "a") as loaded:
+        voice = loaded.engine.voice({"a": 1.0})
+    assert not voice.notes
+    assert not voice.chat
+    assert voice.prompt_ids("say 3") == voice.text_ids("say 3 =>")
+
+
 def test_python_does_the_same(trained: Path, tmp_path: Path, dynlora: Dynlora):
     made = api.adapt(hypernet=trained, description="Say ones.", out=tmp_path / "api", budget=1, progress=None)
     dynlora("adapt", "--hypernet", trained, "--description", "Say ones.", "--budget", 1, "--out", tmp_path / "cli")
