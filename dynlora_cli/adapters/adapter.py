@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.births import births_of
+from dynlora_cli.lora.timesteps.schedule import Schedule
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.rounding.floats import rounded
 from dynlora_cli.runs.record import Birth
@@ -57,6 +58,7 @@ class Factors:
         own: tensors that the kind has beside the factors, fp32. Names end in their shape: `magnitude_O` has a number
             for each output.
         born: components by birth, in the order of `Adapter.births` and of the rows of A. (): all of the last birth.
+        schedule: by which a T-LoRA uses its first components, the same for all layers; None: always all.
         bias_O: fp32, added to what the layer gives, with the scale in it (PEFT's `lora_bias`); None: there is none.
     """
 
@@ -69,6 +71,7 @@ class Factors:
     own: Mapping[str, Tensor] = field(default_factory=dict)
     born: tuple[int, ...] = ()
     bias_O: Tensor | None = None
+    schedule: Schedule | None = None
 
     @property
     def rank(self) -> int:
@@ -242,6 +245,11 @@ class Adapter:
         """The file of adapters/kinds/ that knows its layers; LoRA where nothing is special."""
         special = {factors.kind for factors in self.layers.values()} - {PLAIN}
         return min(special, default=PLAIN)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How many of its components are used at a timestep; None: always all."""
+        return next((factors.schedule for factors in self.layers.values() if factors.schedule), None)
 
     @property
     def multiplies(self) -> bool:

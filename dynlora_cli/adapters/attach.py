@@ -24,6 +24,7 @@ from dynlora_cli.adapters.replaced import Replacement, fit_sizes, new_vocabulary
 from dynlora_cli.adapters.routed import RoutedAdapter
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.timesteps.layer import in_time
 from dynlora_cli.models.experts import join, split
 from dynlora_cli.models.linear import dense_weight, is_transposed
 
@@ -157,6 +158,7 @@ class _Attachment:
             else:
                 layers[name] = _layer(module, factors, name, read, self.device).train(self.model.training)
                 self._replace(name, layers[name])
+        self.hooks += in_time(self.model, layers.values())
         pool = Pool(layers, {name: self.adapter.layers[name].rank for name in layers}, device=self.device)
         with torch.no_grad():
             for name, (a, b) in zip(layers, pool.views(pool.values.detach()), strict=True):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from dynlora_cli.adapters.find import (
     is_packed,
     refuse_hypernet,
 )
+from dynlora_cli.adapters.images.by_timestep import with_schedule
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.packed import archive
@@ -89,7 +90,8 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
     _refuse_both(layers, rows, file)
     born, fault = born_of({name: factors.rank for name, factors in layers.items()}, folder, record)
     layers = {name: replace(factors, born=born[name]) for name, factors in layers.items()}
-    return replace(adapter, note="; ".join(filter(None, [notes, fault])) or None).with_layers(layers)
+    adapter = replace(adapter, note="; ".join(filter(None, [notes, fault])) or None).with_layers(layers)
+    return with_schedule(adapter, _metadata(file), file)
 
 
 def _refuse_both(layers: Collection[str], rows: Collection[str], file: Path) -> None:
@@ -174,6 +176,12 @@ def kind_of_files(config: Mapping[str, Any]) -> str:
 def _readable() -> set[str]:
     """The kinds that PEFT has files for; DoRA is in LoRA's."""
     return {name for name in plugins.names("kinds") if hasattr(plugins.load("kinds", name), "read")}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a file that has been read."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

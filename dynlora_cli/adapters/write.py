@@ -24,6 +24,8 @@ from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.tensor_file import file_bytes
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.lora.pool import Pool
+from dynlora_cli.lora.timesteps.layer import schedule_of
+from dynlora_cli.lora.timesteps.schedule import Schedule
 from dynlora_cli.models.linear import is_transposed
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.rounding.floats import TORCH
@@ -46,7 +48,7 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True, dtype: str = 
         _save_rows(adapter, folder)
         return
     written, tensors = files_of(adapter.rounded(dtype), for_peft=for_peft)
-    write_adapter(folder, written, tensors, dtype)
+    write_adapter(folder, written, tensors, dtype, adapter.schedule)
 
 
 def bytes_of(adapter: Adapter, dtype: str) -> int:
@@ -150,7 +152,7 @@ def write_pool(
     for name, module in whole.items():
         # Copies: modules may share weights, which safetensors would refuse.
         tensors |= {f"{PREFIX}{name}.{key}": tensor.clone() for key, tensor in module.state_dict().items()}
-    write_adapter(folder, config, tensors, dtype)
+    write_adapter(folder, config, tensors, dtype, schedule_of(pool))
 
 
 def _save_rows(adapter: Adapter, folder: Path) -> None:
@@ -264,7 +266,13 @@ def _bias_of(adapter: Adapter) -> str:
     return "lora_only" if own.issuperset(adapter.biases) else "all"
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str = FULL) -> None:
+def write_adapter(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dtype: str = FULL,
+    schedule: Schedule | None = None,
+) -> None:
     """Write adapter_model.safetensors and adapter_config.json; the bytes depend on the arguments only.
 
     Args:
@@ -272,6 +280,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         config: of adapter_config.json.
         tensors: by their names in the file.
         dtype: of the factors, which have only values that it has, up to `NEAR`; everything else is fp32.
+        schedule: by which components are used; None: always all.
 
     Raises:
         MeasureError: a tensor is not finite, or comes back from the file as another one.
@@ -283,7 +292,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
             raise MeasureError(f"{name} holds NaN or infinity; nothing was written", hint)
     stored = {name: tensor.to(TORCH[dtype]) if is_factor(name) else tensor for name, tensor in on_cpu.items()}
     # Not `save_file`, which makes files that only their owner can read.
-    whole = to_bytes(stored, metadata={"format": "pt"})
+    whole = to_bytes(stored, metadata={"format": "pt"} | (schedule.as_metadata() if schedule else {}))
     if dtype != FULL:
         _check(from_bytes(whole), on_cpu, dtype)
     (folder / WEIGHTS).write_bytes(whole)

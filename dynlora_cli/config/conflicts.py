@@ -130,7 +130,8 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     yield from _elastic_conflicts(recipe)
     yield from _rounding_conflicts(recipe)
     budget = rank.parsed_budget()
-    saved = 2 if recipe.adapter.init_weights == "pissa" else 1  # rank of a component in the files
+    counts_from_start = recipe.adapter.init_weights == "pissa" or getattr(recipe.adapter, "start", "") == "orthogonal"
+    saved = 2 if counts_from_start else 1  # rank of a component in the files
     short = isinstance(rank.init, int) and budget.kind == "rank" and saved * rank.init < budget.value
     if short and recipe.adapter.origin is None:  # whose components may be more than rank.init
         yield Conflict(
@@ -225,7 +226,8 @@ def _elastic_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if not recipe.rank.elastic:
         return
     if adapter.variant != "lora":
-        is_so = "is elastic already" if adapter.variant == "dylora" else "has components without an order"
+        in_order = {"dylora": "is elastic already", "t-lora": "has an order of its own"}
+        is_so = in_order.get(adapter.variant, "has components without an order")
         yield Conflict("rank.elastic", "adapter.variant", f"variant {adapter.variant} {is_so}; write `elastic: false`")
     if adapter.origin is not None:
         text = "old components stand before new ones, whatever they are worth; leave one of the two out"

@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.nn import functional as F
 
 from dynlora_cli.kernels.fused_lora import fused
 from dynlora_cli.models.linear import forget_input, fusable, linear_shape, weight_type
+
+if TYPE_CHECKING:
+    from dynlora_cli.config.adapter_section import Adapter
 
 
 class Graph:
@@ -73,6 +76,11 @@ class ComponentLinear(nn.Module):
         self.born_at_start: tuple[int, ...] = ()
 
     # -- what a variant may change; see lora/variant.py ----------------------------------------------------------------
+
+    @classmethod
+    def of(cls, options: Adapter) -> type[ComponentLinear]:  # noqa: ARG003
+        """The class that a recipe's section `adapter` asks for, where a variant has several."""
+        return cls
 
     @staticmethod
     def widths(d_in: int, d_out: int) -> tuple[int, int]:

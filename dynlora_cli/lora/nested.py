@@ -35,11 +35,16 @@ class NestedLinear(ComponentLinear):
         return self.a_CI, self.b_OC * open_C
 
     def ranked(self, scores_C: Tensor) -> Tensor:
-        """Each component gets the highest score among itself and those behind it, so the last one always goes first."""
-        return scores_C.flip(0).cummax(0).values.flip(0)
+        """The last one always goes first, see `from_the_end`."""
+        return from_the_end(scores_C)
 
     def begin_step(self, step: int, total_steps: int) -> None:  # noqa: ARG002
         self.share = 1 - random.Random(f"{self.seed} {step}").random()  # the same in all layers and processes
 
     def after_update(self, rate: float) -> None:  # noqa: ARG002
         self.share = 1.0
+
+
+def from_the_end(scores_C: Tensor) -> Tensor:
+    """The scores by which components of a layer go from its end: each the highest of itself and those behind it. [C]"""
+    return scores_C.flip(0).cummax(0).values.flip(0)

@@ -75,15 +75,20 @@ class RelativeLinear(ComponentLinear):
 
     @torch.no_grad()
     def magnitudes_C(self) -> Tensor:
-        """s·‖b_i a_iᵀ - b⁰_i a⁰_iᵀ‖, from thin products in fp64: the two may be nearly equal."""
-        (a, a_start), (b, b_start) = ((part.double() for part in half) for half in self._halves())
-        own = a.square().sum(1) * b.square().sum(0) + a_start.square().sum(1) * b_start.square().sum(0)
-        cross = (a * a_start).sum(1) * (b * b_start).sum(0)
-        return self.scale * (own - 2 * cross).clamp_min(0).sqrt().to(self.a_CI.dtype)
+        (a, a_start), (b, b_start) = self._halves()
+        return self.scale * norms_of_difference(a, b, a_start, b_start)
+
+
+def norms_of_difference(a_CI: Tensor, b_OC: Tensor, a_start_CI: Tensor, b_start_OC: Tensor) -> Tensor:
+    """‖b_i a_iᵀ - b⁰_i a⁰_iᵀ‖ of every component, from thin products in fp64: the two may be nearly equal. [C]"""
+    a, b, a_start, b_start = (part.double() for part in (a_CI, b_OC, a_start_CI, b_start_OC))
+    own = a.square().sum(1) * b.square().sum(0) + a_start.square().sum(1) * b_start.square().sum(0)
+    cross = (a * a_start).sum(1) * (b * b_start).sum(0)
+    return (own - 2 * cross).clamp_min(0).sqrt().to(a_CI.dtype)
 
 
 def layer_kind(options: Adapter, kind: type[ComponentLinear]) -> type[ComponentLinear]:
     """The layer that goes with `adapter.init_weights` and `adapter.old`, where another would be of this kind."""
     if options.old == "magnitudes":
         return MagnitudeLinear
-    return RelativeLinear if options.init_weights == "pissa" else kind
+    return RelativeLinear if options.init_weights == "pissa" else kind.of(options)
