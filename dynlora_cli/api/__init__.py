@@ -29,6 +29,7 @@ from dynlora_cli.api.calls import as_path, as_text, checked, done
 from dynlora_cli.errors import DynloraError, Interrupted
 
 if TYPE_CHECKING:
+    from dynlora_cli.adapters.images.pipeline import rank_by_timestep
     from dynlora_cli.api.loaded import Loaded
     from dynlora_cli.api.results import Evaluation, Exported, Inspection, Merged, Run, Written
     from dynlora_cli.cli.asked import Work
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DynamicRankCallback", "DynloraError", "Interrupted", "adapt", "attach", "evaluate", "export", "inspect", "load",
-    "merge", "prune", "train",
+    "merge", "prune", "rank_by_timestep", "train",
 ]  # fmt: skip
 
 
@@ -351,4 +352,8 @@ def __getattr__(name: str) -> Any:
         from dynlora_cli import trainers
 
         return getattr(trainers, name)
+    if name == "rank_by_timestep":
+        from dynlora_cli.adapters.images.pipeline import rank_by_timestep
+
+        return rank_by_timestep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
