@@ -98,14 +98,17 @@ def _factors_in(denoiser: nn.Module, name: str | None, schedule: Schedule) -> li
     Raises:
         UsageError: none has, several adapters are there and none is named, or it is fused into the weights.
     """
-    layers = [module for module in denoiser.modules() if isinstance(getattr(module, "lora_A", None), nn.ModuleDict)]
-    names = list(dict.fromkeys(key for layer in layers for key in layer.lora_A))  # type: ignore[union-attr]
+    layers: list[Any] = [
+        each for each in denoiser.modules() if isinstance(getattr(each, "lora_A", None), nn.ModuleDict)
+    ]
+    names = list(dict.fromkeys(key for layer in layers for key in layer.lora_A))
     if name is None and len(names) > 1:
         raise UsageError(f"the pipeline holds several adapters: {', '.join(names)}", "say which: name=...")
     if not names or (name is not None and name not in names):
         known = f"it holds {', '.join(names)}" if names else "it holds none"
         raise UsageError(f"the pipeline has not loaded the adapter: {known}", "call pipe.load_lora_weights first")
-    found: list[nn.Module] = [layer.lora_A[name or names[0]] for layer in layers if (name or names[0]) in layer.lora_A]  # type: ignore[union-attr,index,operator]
+    key = name or names[0]
+    found: list[nn.Module] = [layer.lora_A[key] for layer in layers if key in layer.lora_A]
     if any(getattr(layer, "merged", False) for layer in layers):
         raise UsageError(
             "the adapter is fused into the weights, where nothing goes by the timestep", "call pipe.unfuse_lora first"
