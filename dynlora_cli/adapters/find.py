@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.images.names import looks_like_image
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.files.place import is_workplace
+from dynlora_cli.files.tensor_file import header_of
 from dynlora_cli.runs import sweep
 from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, STATE, fault_of, pointed, step_folders
 from dynlora_cli.text import to_type
@@ -20,11 +22,16 @@ ROUTER = "router.json"  # of a trained router over adapters, see adapters/routed
 ROUTER_WEIGHTS = "router.safetensors"
 HYPERNET = "hypernet.json"  # of a network that writes adapters, see hypernets/files.py
 HYPERNET_WEIGHTS = "hypernet.safetensors"
+IMAGE_STEM = "pytorch_lora_weights"  # as diffusers calls the file of a LoRA, see adapters/images/
+IMAGE_WEIGHTS = f"{IMAGE_STEM}.safetensors"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 ORIGIN = "adapter.from"  # the key of a recipe that names an adapter to go on from
 
 
 def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]:
     """The adapter folder that `path` names, and a sentence about it where it was looked for.
+
+    Of an adapter for a diffusion pipeline it is the file, which a person may name themselves.
 
     A run's own adapter comes first, then its best and its last checkpoint; a folder that holds no run means the newest
     one below it, that of a sweep its best.
@@ -37,8 +44,7 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
         UsageError: there is none, or several side by side of which none is newer in any sense.
     """
     if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
-        raise UsageError(f"{said} {path} {problem}", "name a run folder, or any folder with adapter_config.json")
+        return _file(path, said), None
     if found := _in_folder(path):
         others = _side_by_side(path)
         if found[1] is None and others and not (path / RECORD).is_file():
@@ -48,7 +54,7 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
         raise UsageError(
             f"{path} holds several adapters side by side: {_names(others)}", f"name one: {said} {others[0]}"
         )
-    names = (RECORD, CONFIG, ROUTER, PACKED, HYPERNET)
+    names = (RECORD, CONFIG, ROUTER, PACKED, HYPERNET, IMAGE_WEIGHTS)
     files = [file for name in names for file in path.rglob(name) if not _is_part(file.parent)]
     records = [file for file in files if not any(map(is_workplace, file.relative_to(path).parents))]
     if (best := _best_of_sweep(path)) and (found := _in_folder(best)):
@@ -59,6 +65,57 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
     if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
         raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
     raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
+
+
+def _file(path: Path, said: str) -> Path:
+    """A file that a person names: one of an adapter for a diffusion pipeline.
+
+    Raises:
+        UsageError: it is none, or there is no such file.
+    """
+    if not path.exists():
+        raise UsageError(f"{said} {path} does not exist", "name a run folder, or any folder with adapter_config.json")
+    if path.suffix.lower() in PICKLES:
+        raise UsageError(
+            f"{said} {path} is a pickle, which can run any code when it is opened; it was not",
+            "if you trust its source, load it with the tool that made it and save it as .safetensors",
+        )
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise UsageError(
+            f"{said} {path} is a file", "name a run folder, any folder with adapter_config.json, or a .safetensors"
+        )
+    if not looks_like_image(list(header_of(path))) and (path.parent / CONFIG).is_file():
+        raise UsageError(f"{said} {path} is a part of an adapter", f"name its folder: {said} {path.parent}")
+    return path
+
+
+def is_image(path: Path) -> bool:
+    """Whether what `find_adapter` found is a file, of an adapter for a diffusion pipeline."""
+    return path.is_file()
+
+
+def refuse_image(path: Path) -> None:
+    """Refuse a file of an adapter for a diffusion pipeline, where the weights of a language model are needed.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if is_image(path):
+        raise UsageError(
+            f"{path} is an adapter for a diffusion pipeline, which this does not take",
+            "inspect, prune (--policy magnitude), merge and export take it; pictures are made with diffusers",
+        )
+
+
+def _images(folder: Path) -> list[Path]:
+    """The files of adapters for diffusion pipelines in a folder: diffusers' own, or all others; two at most."""
+    if (own := folder / IMAGE_WEIGHTS).is_file():
+        return [own]
+    found: list[Path] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        if len(found) < 2 and file.is_file() and looks_like_image(list(header_of(file))):
+            found.append(file)
+    return found
 
 
 def _best_of_sweep(path: Path) -> Path | None:
@@ -80,6 +137,7 @@ def find_origin(path: Path, out: Path) -> Path:
         UsageError: there is none, it lies in the folder that the run would replace, or it is no sum of components.
     """
     folder, _ = find_adapter(path, ORIGIN)
+    refuse_image(folder)
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UsageError(
             f"{ORIGIN}: {folder} lies in the output folder {out}, which the new run would replace",
@@ -185,4 +243,9 @@ def _in_folder(folder: Path) -> tuple[Path, str | None] | None:
     for name, checkpoint in named:
         if checkpoint is not None and (checkpoint / CONFIG).is_file() and not damage(checkpoint):
             return checkpoint, f"adapter: {checkpoint}, the {name} checkpoint; the run in {folder} is not finished"
-    return None
+    if len(images := _images(folder)) > 1:
+        raise UsageError(
+            f"{folder} holds several adapters side by side, such as {images[0].name} and {images[1].name}",
+            f"name one of the files: {images[0]}",
+        )
+    return (images[0], f"adapter: {images[0]}") if images else None

@@ -27,10 +27,13 @@ from dynlora_cli.adapters.find import (
     WEIGHTS,
     damage,
     find_adapter,
+    is_image,
     is_packed,
     refuse_hypernet,
+    refuse_image,
 )
 from dynlora_cli.adapters.images.by_timestep import with_schedule
+from dynlora_cli.adapters.images.read import read_image
 from dynlora_cli.adapters.keys import sorted_tensors, without_wrappers
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.adapters.packed import archive
@@ -44,7 +47,7 @@ from dynlora_cli.runs.folder import CHECKPOINTS, RECORD, read_record, run_of
 from dynlora_cli.text import to_type
 
 
-def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -> Adapter:
+def read_adapter(path: Path, base: str | None = None, *, routed: bool = False, images: bool = False) -> Adapter:
     """Read the adapter that `path` names.
 
     Args:
@@ -52,12 +55,19 @@ def read_adapter(path: Path, base: str | None = None, *, routed: bool = False) -
         base: folder or hub id of the base model, in place of the one on record; looked at where the adapter does not
             say how wide its layers are, as VeRA.
         routed: a `RoutedAdapter` is welcome: one that is put on a model, but has no factors of its own.
+        images: an adapter of a diffusion pipeline is welcome: one file, see adapters/images/.
 
     Raises:
         UsageError: no adapter there, or one that is damaged, a pickle, or none that can be carried out exactly.
         MeasureError: its weights are not finite.
     """
     folder, note = find_adapter(path)
+    if is_image(folder):
+        if not images:
+            refuse_image(folder)
+        if note:  # found in a folder, which somebody else may have made
+            refuse_links(folder.parent)
+        return read_image(folder, note)
     refuse_links(folder)
     refuse_hypernet(folder)
     if fault := damage(folder):

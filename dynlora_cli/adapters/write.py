@@ -16,6 +16,7 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import PLAIN, PREFIX, Adapter, TokenRows
 from dynlora_cli.adapters.expert_files import fuse, parameter_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
+from dynlora_cli.adapters.images import write as images
 from dynlora_cli.adapters.keys import BIAS
 from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.token_rows import indices_of, tensors_of
@@ -35,24 +36,34 @@ _FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB]|hira_[AB])")
 NEAR = 2.0**-22  # a run's B is kept without its scale s, and (b / s) · s may miss b by the last bit of fp32
 
 
-def save(adapter: Adapter, folder: Path, *, for_peft: bool = True, dtype: str = FULL) -> None:
+def save(adapter: Adapter, folder: Path, *, for_peft: bool = True, dtype: str = FULL) -> Path:
     """Write adapter_config.json and adapter_model.safetensors; the bytes depend on the adapter only.
+
+    An adapter of a diffusion pipeline goes into one file of its own form; see adapters/images/.
 
     Args:
         adapter: to be written.
         folder: exists.
         for_peft: False: every layer is named in `target_modules`, also where PEFT would not find it there.
         dtype: of the factors, of config/dtypes.py; they are rounded to it.
+
+    Returns:
+        The file of the tensors.
     """
+    if adapter.image:
+        return images.save(adapter.rounded(dtype), folder, dtype)
     if not adapter.layers:
         _save_rows(adapter, folder)
-        return
+        return folder / WEIGHTS
     written, tensors = files_of(adapter.rounded(dtype), for_peft=for_peft)
     write_adapter(folder, written, tensors, dtype, adapter.schedule)
+    return folder / WEIGHTS
 
 
 def bytes_of(adapter: Adapter, dtype: str) -> int:
-    """Bytes of the adapter_model.safetensors that `save` writes; factors may be on the device "meta"."""
+    """Bytes of the file of tensors that `save` writes; factors may be on the device "meta"."""
+    if adapter.image:
+        return images.bytes_of(adapter, dtype)
     return file_bytes(shapes_of(adapter, dtype))
 
 

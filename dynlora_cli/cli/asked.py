@@ -151,7 +151,7 @@ def prune(
             raise UsageError("--set is of a policy, and none is named", "name it with --policy")
         cut |= {"budget": size(budget, "--budget"), "tolerance": share(tolerance, "--tolerance"), "policy": policy}
         cut["options"] = None if policy == POLICY else given("policies", policy, options)
-        cut["dtype"] = saved_dtype(dtype)
+        cut["dtype"] = saved_dtype(dtype, images=True) if dtype else ""
     preflight.adapters([adapter], base, data)
     refuse_occupied(out, overwrite=overwrite, option="--out")
     common: dict[str, Any] = {"data": data, "heal_steps": heal, "base_name": base, "measure": measure}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from dynlora_cli.config.budget import Budget, parse_budget
-from dynlora_cli.config.dtypes import BYTES, FULL
+from dynlora_cli.config.dtypes import BYTES, FULL, OF_IMAGES
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import did_you_mean
 
@@ -29,13 +29,17 @@ def choice(text: str, choices: Sequence[str], option: str) -> None:
         )
 
 
-def saved_dtype(text: str | None) -> str:
+def saved_dtype(text: str | None, *, images: bool = False) -> str:
     """A number format of saved factors; float32 where none is named.
+
+    Args:
+        text: its name.
+        images: those of adapters for pipelines are meant as well.
 
     Raises:
         UsageError: there is no such format.
     """
-    choice(text or FULL, tuple(BYTES), "--dtype")
+    choice(text or FULL, tuple(dict.fromkeys((*BYTES, *OF_IMAGES)) if images else BYTES), "--dtype")
     return text or FULL
 
 

@@ -39,7 +39,7 @@ def run(paths: Sequence[Path]) -> dict[str, Any]:
         if len(networks) > 1:
             raise UsageError("a network that writes adapters has no update to compare", "inspect them one by one")
         return {"ok": True, "command": "inspect", "adapters": [_hypernet(paths[0])], "notes": []}
-    adapters = [read_adapter(path, routed=True) for path in paths]
+    adapters = [read_adapter(path, routed=True, images=True) for path in paths]
     if any(isinstance(adapter, RoutedAdapter) for adapter in adapters) and len(adapters) > 1:
         raise UsageError("a router has no update of its own to be put beside another", "inspect them one by one")
     found: dict[str, Any] = {

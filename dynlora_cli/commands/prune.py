@@ -16,7 +16,6 @@ from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer
-from dynlora_cli.adapters.find import WEIGHTS
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import bytes_of, save
 from dynlora_cli.config.budget import Budget
@@ -32,6 +31,7 @@ from dynlora_cli.evaluation.rows import NothingHeldOutError, Rows, held_out_rows
 from dynlora_cli.models.load import Base, precision_of
 from dynlora_cli.models.place import Place
 from dynlora_cli.models.quiet import quiet
+from dynlora_cli.pruning import images
 from dynlora_cli.pruning.bytes_budget import in_kilobytes, most_within
 from dynlora_cli.pruning.curve import Curve
 from dynlora_cli.pruning.policy import observer_of
@@ -56,7 +56,7 @@ class Request:
     """What to prune, and how.
 
     Attributes:
-        path: a run folder, or any LoRA folder in PEFT's layout.
+        path: a run folder, any LoRA folder in PEFT's layout, or the file of an adapter for a diffusion pipeline.
         budget: as in a recipe; a share is of the parameters there are now; auto: as few as `tolerance` allows.
         out: a new folder.
         policy: scores the components; a file of policies/, or auto: by what there is to look at.
@@ -71,7 +71,7 @@ class Request:
         measure: measure the loss where rows are known; False: only where it is needed.
         overwrite: `out` may hold an earlier run.
         seed: of policies that choose at random.
-        dtype: of the factors of the result, of config/dtypes.py.
+        dtype: of the factors of the result, of config/dtypes.py; "": float32, and of a pipeline's file as it came.
     """
 
     path: Path
@@ -89,7 +89,7 @@ class Request:
     measure: bool = True
     overwrite: bool = False
     seed: int = 0
-    dtype: str = FULL
+    dtype: str = ""
 
 
 @quiet
@@ -105,7 +105,8 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     """
     started, out, budget = time.monotonic(), request.out, request.budget
     run_folder.refuse_occupied(out, overwrite=request.overwrite, option="--out")
-    adapter = read_adapter(request.path, request.base_name)
+    adapter = read_adapter(request.path, request.base_name, images=True)
+    request = _fitted(request, adapter)
     if not adapter.layers:
         raise UsageError(
             f"{adapter.folder} has no components to prune: {adapter.own_numbers()}", "it is as small as it gets"
@@ -142,8 +143,8 @@ def run(request: Request, emit: Emit = lambda event: None) -> dict[str, Any]:  #
     summary["seconds"] = time.monotonic() - started
     options = request.options.model_dump() if request.options else {}
     with run_folder.replaced(out, overwrite=request.overwrite) as folder:
-        save(saved, folder, dtype=request.dtype)
-        summary["adapter_bytes"] = (folder / WEIGHTS).stat().st_size
+        file = save(saved, folder, dtype=request.dtype)
+        summary["adapter_bytes"] = file.stat().st_size
         run_folder.copy_tokenizer(adapter.folder, folder)
         summary["peft_check"] = check_files(saved, folder, request.base_name, request.trust_remote_code)
         write_record(folder, adapter, saved, summary, options, curve.points, threshold, events)
@@ -187,6 +188,17 @@ class Bench:
         if not math.isfinite(loss):
             raise MeasureError(f"the held-out loss is {loss}", "look at the adapter and at the rows")
         return loss
+
+
+def _fitted(request: Request, adapter: Adapter) -> Request:
+    """The request with its number format; refused where it needs a pipeline that nobody puts in memory."""
+    if not adapter.image:
+        return replace(request, dtype=request.dtype or FULL)
+    needing: dict[str, object] = {"--heal": request.heal_steps, "--data": request.data, "--base": request.base_name}
+    looks = request.policy != AUTO and _looks(plugins.load("policies", request.policy), request.options)
+    needing["--budget auto"] = request.budget.kind == "auto"
+    images.refuse(adapter, request.policy, needing, looks=looks)
+    return replace(request, measure=False, dtype=request.dtype or adapter.image.dtype)
 
 
 def _tell_dtype(request: Request, adapter: Adapter, emit: Emit) -> None:

@@ -7,8 +7,10 @@ from typing import Literal
 SavedDtype = Literal["float32", "bf16", "fp8"]
 FULL: SavedDtype = "float32"
 BYTES: dict[str, int] = {"float32": 4, "bf16": 2, "fp8": 1}
-# Their names in the header of a safetensors file; fp8 is e4m3, with 4 bits of exponent and 3 of mantissa.
-IN_FILES = {"float32": "F32", "bf16": "BF16", "fp8": "F8_E4M3"}
+# Their names in the header of a safetensors file; fp8 is e4m3, with 4 bits of exponent and 3 of mantissa. fp16 is for
+# adapters of diffusion pipelines, whose files usually have it.
+IN_FILES = {"float32": "F32", "bf16": "BF16", "fp8": "F8_E4M3", "fp16": "F16"}
+OF_IMAGES = ("float32", "fp16", "bf16")
 # Read in their sources, or tried: scripts/bench/NOTES.md. An export converts for all of them.
 READERS = {
     "fp8": "PEFT 0.21 reads fp8 as it is; mlx-lm does not, nor do older TensorRT-LLM and loaders that know no F8_E4M3: "

@@ -23,11 +23,13 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.expert_files import parts_of
 from dynlora_cli.adapters.find import CONFIG
+from dynlora_cli.adapters.images import write as images
 from dynlora_cli.adapters.replaced import lengthen, tables_of
 from dynlora_cli.adapters.token_rows import LIST
 from dynlora_cli.config.sections import Model
 from dynlora_cli.errors import DynloraError, MeasureError
 from dynlora_cli.evaluation.agreement import predictions, probe_rows
+from dynlora_cli.evaluation.diffusers_check import check_file
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.models.patched import no_warnings
@@ -108,6 +110,8 @@ def check_files(adapter: Adapter, folder: Path, base: str | None = None, trust: 
     Returns:
         checked, reason, peft and problem, as of `read_back`.
     """
+    if adapter.image:
+        return check_file(adapter, folder / images.file_name(adapter))
     if importlib.util.find_spec("peft") is None:
         return {"checked": False, "reason": ABSENT}
     name = base or adapter.base_name

@@ -1,23 +1,63 @@
-"""How large a safetensors file is, before anybody writes it; known without torch."""
+"""A safetensors file without torch: how large it will be before anybody writes it, and what its header says."""
 
 from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import COPY_AGAIN
+from dynlora_cli.files.strict_json import loads
 
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}  # bytes of a number
+LARGEST_HEADER = 100_000_000  # bytes; safetensors takes no larger one
 Shapes = Mapping[str, tuple[str, Sequence[int]]]  # by name: the number format, and the shape
 
 
-def file_bytes(tensors: Shapes) -> int:
+def header_of(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensors by name, and texts under `__metadata__`; their bytes are not checked.
+
+    Raises:
+        UsageError: the file has none, or is cut off inside it.
+    """
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path} is no file", "name one")
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(LARGEST_HEADER, path.stat().st_size):
+                raise ValueError("it does not begin as such a file does, or is cut off")
+            header = loads(file.read(length).decode())
+        if not isinstance(header, dict) or not all(isinstance(value, dict) for value in header.values()):
+            raise ValueError("its header is no table of tensors")
+        texts = header.get("__metadata__") or {}
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("its metadata holds something else than texts")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", COPY_AGAIN) from None
+    except (ValueError, struct.error) as error:
+        what = "it is empty or cut off" if isinstance(error, struct.error) else str(error).partition(";")[0]
+        raise UsageError(f"{path} is no safetensors file, or damaged: {what}", COPY_AGAIN) from None
+    return header
+
+
+def file_bytes(tensors: Shapes, metadata: Mapping[str, str] | None = None) -> int:
     """Bytes of the file that holds these tensors, as safetensors writes it with `{"format": "pt"}`.
+
+    Args:
+        tensors: of the file.
+        metadata: texts in its header, in place of that one.
 
     Eight bytes, the header (JSON, filled up with spaces to a multiple of eight), then the numbers: widest format
     first, and names in order.
     """
     parts = parts_of_file(tensors).values()
-    return 8 + -(-(EMPTY_HEADER + sum(entry for entry, _ in parts)) // 8) * 8 + sum(numbers for _, numbers in parts)
+    empty = EMPTY_HEADER if metadata is None else _length({"__metadata__": dict(metadata)})
+    return 8 + -(-(empty + sum(entry for entry, _ in parts)) // 8) * 8 + sum(numbers for _, numbers in parts)
 
 
 def parts_of_file(tensors: Shapes) -> dict[str, tuple[int, int]]:

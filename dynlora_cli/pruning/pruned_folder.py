@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
+from dynlora_cli.adapters.images.write import file_name
 from dynlora_cli.pruning.retire import HEALED, PRUNED
 from dynlora_cli.runs import record as records
 from dynlora_cli.runs.log import RunLog
@@ -96,6 +97,10 @@ def _write(
         summary=summary,
         finished=records.now(),
     )
+    if after.image:  # the record is of this file alone
+        changed["file"] = file_name(after)
+        if after.task not in plugins.names("tasks"):
+            changed.pop("task")
     records.write(folder, cast("records.Record", {**old, **changed}))
     with RunLog(folder) as log:
         log(_event(before, summary, threshold))

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from dynlora_cli.errors import MeasureError
 
-TORCH = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-LARGEST = 448.0  # of fp8
+TORCH = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp16": torch.float16,
+}
+LARGEST = {"fp8": 448.0, "fp16": 65504.0}  # of formats in which a number may be too large, or too small
 # The most that rounding may change a number: a share of it, and what is less than the smallest step.
-BOUNDS = {"float32": (0.0, 0.0), "bf16": (2.0**-8, 2.0**-134), "fp8": (2.0**-4, 2.0**-10)}
+BOUNDS = {"float32": (0.0, 0.0), "bf16": (2.0**-8, 2.0**-134), "fp8": (2.0**-4, 2.0**-10), "fp16": (2.0**-11, 2.0**-25)}
 _NEAR = (0, -1, 1, -2, 2)  # powers of two around those at which both vectors reach as high
 
 
@@ -30,12 +35,12 @@ def rounded(a_CI: Tensor, b_OC: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         dtype: of config/dtypes.py.
 
     Raises:
-        MeasureError: a component is too large for fp8.
+        MeasureError: a component is too large for the format.
     """
     if dtype == "float32":
         return a_CI, b_OC
-    if dtype == "fp8":
-        a_CI, b_OC = balanced(a_CI, b_OC)
+    if dtype in LARGEST:
+        a_CI, b_OC = balanced(a_CI, b_OC, dtype)
     a, b = _through(a_CI, dtype), _through(b_OC, dtype)
     for before, after in ((a_CI, a), (b_OC, b)):
         relative, absolute = BOUNDS[dtype]
@@ -45,8 +50,8 @@ def rounded(a_CI: Tensor, b_OC: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     return a * alive_C[:, None], b * alive_C
 
 
-def balanced(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
-    """The same components with a power of two moved between their vectors, so that fp8 changes both the least.
+def balanced(a_CI: Tensor, b_OC: Tensor, dtype: str = "fp8") -> tuple[Tensor, Tensor]:
+    """The same components with a power of two moved between their vectors, so that a format changes both the least.
 
     Raises:
         MeasureError: a component is too large at any.
@@ -60,21 +65,24 @@ def balanced(a_CI: Tensor, b_OC: Tensor) -> tuple[Tensor, Tensor]:
     # Nothing moves where that loses nothing: factors that are rounded already stay as they are.
     for k_C in (torch.zeros_like(middle_C), *(middle_C + near for near in _NEAR)):
         a, b = a_CI * k_C.exp2().to(a_CI)[:, None], b_OC * (-k_C).exp2().to(b_OC)
-        fits_C = (top_C * k_C.exp2() <= LARGEST) & (other_C * (-k_C).exp2() <= LARGEST)
-        lost_C = _lost(a, 1) + _lost(b, 0)
+        fits_C = (top_C * k_C.exp2() <= LARGEST[dtype]) & (other_C * (-k_C).exp2() <= LARGEST[dtype])
+        lost_C = _lost(a, 1, dtype) + _lost(b, 0, dtype)
         better_C = fits_C & (lost_C < best_C)
         best_C, power_C = torch.where(better_C, lost_C, best_C), torch.where(better_C, k_C, power_C)
     if bool((alive_C & best_C.isinf()).any()):
-        raise MeasureError("a component is too large for fp8, whose largest number is 448", "save it as bf16")
+        largest = f"{LARGEST[dtype]:.0f}"
+        raise MeasureError(
+            f"a component is too large for {dtype}, whose largest number is {largest}", "save it as bf16"
+        )
     power_C = torch.where(alive_C, power_C, torch.zeros_like(power_C))
     if not bool(alive_C.all()):  # half of a component that does nothing could be too large
         a_CI, b_OC = a_CI * alive_C[:, None], b_OC * alive_C
     return a_CI * power_C.exp2().to(a_CI)[:, None], b_OC * (-power_C).exp2().to(b_OC)
 
 
-def _lost(x: Tensor, across: int) -> Tensor:
-    """What rounding to fp8 makes of vectors: squared error over squared length."""
-    error = (_through(x.clamp(-LARGEST, LARGEST), "fp8") - x).square().sum(across)
+def _lost(x: Tensor, across: int, dtype: str) -> Tensor:
+    """What rounding makes of vectors: squared error over squared length."""
+    error = (_through(x.clamp(-LARGEST[dtype], LARGEST[dtype]), dtype) - x).square().sum(across)
     return (error / x.square().sum(across).clamp(min=1e-30)).double()
 
 

@@ -330,6 +330,8 @@ class Record(TypedDict, total=False):
     """Of `births`, the first so many were altered, or had an update taken out, before the later ones began."""
     sha256: str
     """Of a merged adapter: over its tensors' file."""
+    file: str
+    """Of an adapter for a diffusion pipeline: the name of its file."""
 
 
 def now() -> str:

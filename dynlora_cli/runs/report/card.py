@@ -80,6 +80,8 @@ def _front_matter(record: RunRecord) -> str:
     if theirs := plugins.declared("tasks", record.info.get("task") or "causal-lm", "LOADS_WITH"):
         kind = {"SentenceTransformer": "sentence-similarity", "CrossEncoder": "text-ranking"}[theirs]
         library, tags = "sentence-transformers", ["sentence-transformers", kind, *tags]
+    if record.info.get("file"):
+        library, tags = "diffusers", ["lora", "text-to-image", "dynlora"]
     if _routes(record):
         library, tags = "peft" if record.info.get("variant") == "x-lora" else "dynlora", ["lora", "router", "dynlora"]
     if _writes_adapters(record):
@@ -112,6 +114,14 @@ def _what_it_is(record: RunRecord) -> str:
         return (
             f"A LoRA adapter for {_code(_base(record))} ({_plain(task)}), written by a hypernetwork of dynlora "
             f"({_plain(str(written.get('method')))}) from {what}. It was not trained itself.{_PLAIN_LORA}"
+        )
+    if record.info.get("file"):
+        how = (
+            "of which pruning left the strongest" if record.info.get("prune") else "put together from several adapters"
+        )
+        return (
+            "A LoRA adapter for a diffusion pipeline, written by dynlora. Its update is a sum of rank-1 components, "
+            f"{how}. Every layer has the rank that this left it."
         )
     made = "pruned" if record.info.get("prune") and not record.info.get("recipe") else "fine-tuned"
     text = f"A LoRA adapter for {_code(_base(record))} ({_plain(task)}), {made} with dynlora: "
@@ -186,7 +196,7 @@ def _cost(summary: dict[str, Any]) -> str:
 
 def _rank_table(record: RunRecord) -> str:
     history = record.rank_history()
-    if not history:
+    if not history or record.info.get("file"):  # a UNet has more kinds of modules than a page is wide
         return ""
     ranks = history[-1][1]
     blocks, modules, cells = layer_grid(record.layers)
@@ -201,6 +211,8 @@ def _rank_table(record: RunRecord) -> str:
 
 def _loading(record: RunRecord) -> str:
     info, base = record.info, _base(record)
+    if file := info.get("file"):
+        return _by_diffusers(str(file))
     own_class = (info.get("base_model") or {}).get("auto_class")
     auto_class = own_class or plugins.declared("tasks", info.get("task") or "causal-lm", "AUTO_MODEL")
     if theirs := plugins.declared("tasks", info.get("task") or "causal-lm", "LOADS_WITH"):
@@ -229,6 +241,15 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
 base = {auto_class}.from_pretrained({place}{options}){_room(info)}
 model = PeftModel.from_pretrained(base, ".")"""
     return f"## Load it\n\n{_fenced(code, 'python')}" + _new_tokens(info) + _asking(info) + _elsewhere(record)
+
+
+def _by_diffusers(file: str) -> str:
+    """How the file of an adapter for a pipeline is loaded."""
+    code = f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("PIPELINE")  # the one that the adapter was trained for
+pipe.load_lora_weights(".", weight_name={file!r})     # this folder"""
+    return f"## Load it\n\n{_fenced(code, 'python')}\n\nWith diffusers 0.35 or newer, and `peft`."
 
 
 def _by_sentence_transformers(name: str, *, full: bool) -> str:
