@@ -22,6 +22,7 @@ from torch import Tensor
 from dynlora_cli.adapters.adapter import Adapter, Factors, ImageFile
 from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.images import kohya_names
+from dynlora_cli.adapters.images.by_timestep import with_schedule
 from dynlora_cli.adapters.images.names import ALPHA, DOWN, PARTS, UP, looks_like_image, named, refusal
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.config.dtypes import FULL
@@ -75,7 +76,8 @@ def read_image(file: Path, note: str | None = None) -> Adapter:
     born, fault = born_of({name: factors.rank for name, factors in found.items()}, file.parent, record)
     found = {name: replace(factors, born=born[name]) for name, factors in found.items()}
     said = "; ".join(filter(None, [*notes, fault])) or None
-    return Adapter(file, found, {"peft_type": "LORA"}, record, note=said, image=image)
+    adapter = Adapter(file, found, {"peft_type": "LORA"}, record, note=said, image=image)
+    return with_schedule(adapter, metadata, file)
 
 
 def _sorted(keys: list[str], file: Path) -> tuple[dict[str, _Layer], str]:

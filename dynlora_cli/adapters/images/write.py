@@ -25,10 +25,11 @@ from dynlora_cli.adapters.images.read import METADATA
 from dynlora_cli.config.dtypes import IN_FILES, OF_IMAGES
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.tensor_file import file_bytes
+from dynlora_cli.lora.timesteps.schedule import KEY
 from dynlora_cli.rounding.floats import TORCH
 
 # What a file's header says of its bytes or its rank, which are others now.
-_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA)
+_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA, KEY)
 _RANKS = ("ss_network_dim", "ss_network_alpha")
 NEAR = 2.0**-22  # B is kept without the scale s, and (b / s) · s may miss b by the last bit of fp32
 LARGEST_METADATA = 1 << 22  # characters; tag counts of a large data set have a tenth of it
@@ -122,6 +123,8 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
     kept = {key: text for key, text in adapter.image.metadata.items() if key not in _STALE}
     if sum(len(key) + len(text) for key, text in kept.items()) > LARGEST_METADATA:
         kept = {}
+    if adapter.schedule:
+        kept |= adapter.schedule.as_metadata()
     if adapter.image.form == "kohya":
         ranks = set(adapter.ranks.values())
         one = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"  # the word of kohya's own script that resizes
