@@ -19,6 +19,7 @@ from dynlora_cli.lora.start import Start
 from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.linear import linear_shape
 from dynlora_cli.models.load import Base, quantized_to, resolve_dtype
+from dynlora_cli.models.pipelines.find import needs_pipeline
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.pruning.bytes_budget import room_of
 from dynlora_cli.pruning.schedule import Schedule
@@ -140,6 +141,9 @@ def _memory(
         begun: components that are there already.
         members: the adapters that a router learns to choose from.
     """
+    if needs_pipeline(recipe.model):
+        text = "memory was not estimated: of a pipeline it is not known what its denoiser needs"
+        return {"notes": [*data.notes, text]}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
     length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train + data.replayed)

@@ -50,7 +50,7 @@ def training(
     elif writes:
         run_folder.refuse_occupied(folder, overwrite=overwrite)
         run_folder.refuse_inputs(folder, inputs(recipe), "--output-dir")
-    base(recipe.model.name_or_path)
+    _model(recipe.model)
     for sources, held_out in ((recipe.dataset.train, False), (recipe.dataset.val, True)):
         for source in sources:
             if is_local(source.path) and source.path != LIBRARY_ROWS:
@@ -122,8 +122,12 @@ def base(name: str) -> None:
     Raises:
         UsageError: it is not.
     """
-    if not is_hub_name(name):
-        find_model(Model(name_or_path=name))
+    _model(Model(name_or_path=name))
+
+
+def _model(options: Model) -> None:
+    if not is_hub_name(options.name_or_path):
+        find_model(options)
 
 
 def names(folders: Iterable[Path]) -> list[str]:

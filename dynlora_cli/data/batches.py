@@ -272,7 +272,7 @@ class Batches:
         return [tuple(item) for item in bins]
 
     def _batch(self, bins: list[Bin], epoch: int) -> Batch:
-        examples = [self.examples[index] for item in bins for index in item]
+        examples = [self.examples[index].in_pass(self.seed, epoch) for item in bins for index in item]
         kind, width = examples[0], self._width(max(self._length(item) for item in bins))
         placed = [self._placed(item) for item in bins]
         columns = [] if self.packing else _columns([example.lines for example in examples])

@@ -15,6 +15,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -88,6 +89,7 @@ class Example(ABC):
         wordings: all descriptions that it may have, of which each pass draws one; of a row that is trained on.
         packs: several of these can stand in one line of a batch.
         one_target: its tokens carry labels, and it is a single target all the same.
+        renewed: every pass draws anew what is learned of it (`in_pass`), so a single row is something to learn from.
         judge: says how good a model is on a batch of these; None: the cross-entropy of their targets.
     """
 
@@ -99,6 +101,7 @@ class Example(ABC):
     wordings: Sequence[str] = ()
     packs: ClassVar[bool] = False
     one_target: ClassVar[bool] = False
+    renewed: ClassVar[bool] = False
     judge: Judge | None = None
 
     @property
@@ -130,6 +133,10 @@ class Example(ABC):
     def token_types(self) -> Sequence[int] | None:
         """Which of two texts each token of `input_ids` belongs to, for models that are told so."""
         return None
+
+    def in_pass(self, seed: int, epoch: int) -> Example:  # noqa: ARG002
+        """The row as it is in a pass over the rows, by the run's seed and the pass alone; most are always the same."""
+        return self
 
     def line_keys(self) -> list[bytes]:
         """Of each of its lines: what it is known by, in whichever list of rows; where a judge remembers lines."""
@@ -330,6 +337,7 @@ class Draft:
         located: the row that it was made of, where passages are still to come into it.
         other: the second line of a row of compared answers.
         start: tokens of the prompt, where two lines have the same one.
+        picture: of a row that has one.
         others: texts that are not read as one, of a row that is several lines of a batch; `lines`: their tokens.
         score: how well two texts belong together.
     """
@@ -348,6 +356,7 @@ class Draft:
     score: float | None = None
     other: list[int] | None = None
     start: int = 0
+    picture: Any = None
 
     def overflows(self, limit: int) -> bool:
         """Whether it is longer than so many tokens."""
@@ -367,9 +376,11 @@ class Located:
         form: what is learned.
         confidence: how sure its data are of the row, from 0 to 1; None: they do not say.
         passage: id of the passage that answers it, where its data name one; for `dataset.retrieve`.
+        home: the folder of the file that it stands in, from which paths in it count; None: it is in no file.
     """
 
     place: str
     form: Form
     confidence: float | None = None
     passage: str | None = None
+    home: Path | None = None

@@ -190,8 +190,21 @@ class Grounded:
     said: Turns | Pair
 
 
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """A picture and what it shows.
+
+    Args:
+        image: the path of its file, from the folder of the file of rows, or the content of such a file.
+        caption: what it shows; None where the row does not say.
+    """
+
+    image: str | bytes
+    caption: str | None
+
+
 WITH_TURNS = {Turns.__name__, *PREFERRING, Grounded.__name__}  # forms that a chat template writes
-Form = Turns | Pair | Plain | Labelled | Preference | Judged | Related | Graded | Grounded
+Form = Turns | Pair | Plain | Labelled | Preference | Judged | Related | Graded | Grounded | Captioned
 
 
 class BadRowError(ValueError):

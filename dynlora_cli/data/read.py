@@ -119,7 +119,7 @@ def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> I
     opening = [(place, first), *itertools.islice(rows, _CHUNK - 1)]
     has_template = _as_turns(reader, table, form, [row for _, row in opening])
     whole = (located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
-    read = (part for row in whole for part in reader.encoder.apart(row))
+    read = (part for row in whole for part in reader.encoder.apart(replace(row, home=table.home)))
     while batch := [_apart(reader, form, row) for row in itertools.islice(read, _CHUNK)]:
         drafts = reader.encoder.encode(batch)
         for row, draft in zip(batch, drafts, strict=True):

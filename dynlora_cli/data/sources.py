@@ -51,11 +51,13 @@ class Table:
         name: what a person calls it.
         read: gives pairs of a place (`data.jsonl:3`) and a row.
         whole_text: it is one text file: a single row with the column `text`, to be cut into pieces.
+        home: the folder from which paths in its rows count; None: it is no file.
     """
 
     name: str
     read: Callable[[], Iterator[tuple[str, Row]]]
     whole_text: bool = False
+    home: Path | None = None
 
 
 def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
@@ -218,7 +220,8 @@ def _split_of(path: Path) -> str | None:
 
 def _table(path: Path, notes: list[str]) -> Table:
     refuse_unknown_kind(path)
-    return Table(str(path), lambda: read_rows(path, notes), whole_text=kind_of(path) in TEXT_SUFFIXES)
+    whole_text = kind_of(path) in TEXT_SUFFIXES
+    return Table(str(path), lambda: read_rows(path, notes), whole_text=whole_text, home=path.parent)
 
 
 def _hub(source: Source) -> Table:

@@ -64,11 +64,15 @@ def random_rows(vocab_size: int) -> list[Tensor]:
 def predictions(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
     """Logits of every line, each [T, V] in fp32 on the CPU ([1, classes] for a classifier).
 
-    Of a model without any output layer, the mean of the last hidden states, [1, D].
+    Of a model without any output layer, the mean of the last hidden states, [1, D]. A denoiser reads no text: it has
+    a probe of its own.
 
     A language model gets all lines at once, so that one that is read from disk is read once. An encoder-decoder reads
     each line with both.
     """
+    probe: Any = getattr(model, "probe", None)
+    if probe is not None:
+        return [probe()]
     device = model_device(model)
     if model.get_output_embeddings() is None:
         return [_answer(model(input_ids=row.to(device))).float().cpu() for row in rows]

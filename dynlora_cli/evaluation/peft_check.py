@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,6 +39,7 @@ from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.streamed import streamed
 from dynlora_cli.models.token_rows import without_rows
 from dynlora_cli.runs.events import Emit, note
+from dynlora_cli.tasks.images.files import FILE as PIPELINE_FILE
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
 ABSENT = f"{NOT_CHECKED}: PEFT is not installed"
@@ -95,7 +97,27 @@ def read_back(
         found["problem"] = _sentence(lost)
     elif not found["difference"] <= allowed:
         found["problem"] = f"its logits are {found['difference']:.2g} of their spread apart, more than {allowed:g}"
+    elif hasattr(plain, "probe"):
+        found["problem"] = _in_its_pipeline(place, trained, wanted, folder, numbers, allowed)
     return found
+
+
+def _in_its_pipeline(
+    place: Place, trained: PreTrainedModel, wanted: Tensor, folder: Path, numbers: Any, allowed: float
+) -> str | None:
+    """What is wrong with the file that a pipeline of diffusers loads, as far as its denoiser goes; None: nothing."""
+    file = folder / PIPELINE_FILE
+    if not file.is_file():
+        return None
+    plain: Any = streamed(place)
+    _share(plain, trained)
+    try:
+        with no_warnings:
+            plain.load_lora_adapter(load_file(file), prefix=plain.part)
+        apart = _apart(wanted, _logits(plain, [], numbers()))
+    except Exception as error:
+        return f"diffusers refuses {PIPELINE_FILE}: {_first_line(error)}"
+    return None if apart <= allowed else f"by {PIPELINE_FILE} its pipeline draws otherwise, {apart:.2g} of the spread"
 
 
 @seeded(0)

@@ -14,6 +14,7 @@ from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.models.alone import making_a_model
 from dynlora_cli.models.find import find_model, needs_trust, quantization_in
+from dynlora_cli.models.pipelines.find import needs_pipeline
 from dynlora_cli.models.tokenizer import load_tokenizer
 from dynlora_cli.text import show
 
@@ -67,8 +68,9 @@ class BaseFiles:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own, with a pad token."""
-        return load_tokenizer(self.folder, trust_remote_code=self.options.trust_remote_code)
+        """The model's own, with a pad token; of a denoiser, the one that lies beside it."""
+        folder = self.folder.parent / "tokenizer" if needs_pipeline(self.options) else self.folder
+        return load_tokenizer(folder, trust_remote_code=self.options.trust_remote_code)
 
     @cached_property
     def context_length(self) -> int | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.files.foreign import WEIGHT_FILES, IndexForm, fits, inside, read_object, refuse_links
+from dynlora_cli.models.pipelines.find import INDEX as PIPELINE
+from dynlora_cli.models.pipelines.find import find_pipeline, needs_pipeline
 from dynlora_cli.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ NO_WRITERS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM
 
 
 def find_model(options: Model, *, weights: bool = True) -> tuple[Path, str]:
-    """The model's local folder, and how an adapter should name it.
+    """The model's local folder, and how an adapter should name it; of a pipeline, the folder of its denoiser.
 
     Args:
         options: a recipe's `model` section.
@@ -34,6 +36,8 @@ def find_model(options: Model, *, weights: bool = True) -> tuple[Path, str]:
         MachineError: a hub id that is neither cached nor reachable.
     """
     name = options.name_or_path
+    if needs_pipeline(options):
+        return find_pipeline(options)
     if name.startswith("builtin:"):
         if name not in BUILTIN:
             raise UsageError(
@@ -44,6 +48,12 @@ def find_model(options: Model, *, weights: bool = True) -> tuple[Path, str]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / PIPELINE).is_file():
+                raise UsageError(
+                    f"model.name_or_path: {name} holds a pipeline of diffusers, which model.task {options.task} does "
+                    "not learn with",
+                    "set model.task: text-to-image",
+                )
             raise UsageError(
                 f"model.name_or_path: {name} holds no config.json", "name a folder in the Hugging Face layout"
             )

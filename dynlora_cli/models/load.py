@@ -22,6 +22,7 @@ from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.find import ASKS_FOR_TRUST, needs_trust, quantization_of
 from dynlora_cli.models.heads import class_names, part_head, renew, same_classes
 from dynlora_cli.models.layout import Layout
+from dynlora_cli.models.pipelines.find import needs_pipeline
 from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.supposed import SupposedWeights, has_weights
 from dynlora_cli.models.targets import inside
@@ -97,6 +98,8 @@ def load_base(
     if any(folder.glob("*.bin")):
         Weights(folder)  # what merging could not read later is not trained on
     dtype = resolve_dtype(options.dtype, computes or device)
+    if needs_pipeline(options):
+        return _denoiser(folder, tokenizer, files, dtype, device)
     structure = load_structure(options, folder, labels) if labels or device.type == "meta" else None
     head, new, whole = _whole(structure, _weights(files)) if structure is not None and labels else (None, False, ())
     others = labels and head and not new and not same_classes(labels, class_names(_config(options, folder, None)))
@@ -121,6 +124,16 @@ def load_base(
         if getattr(settings, "pad_token_id", None) is None:
             settings.pad_token_id = tokenizer.pad_token_id
     return Base(model, tokenizer, files, dtype, head, new or bool(others), whole)
+
+
+def _denoiser(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, files: BaseFiles, dtype: torch.dtype, device: torch.device
+) -> Base:
+    """The denoiser of a pipeline as a base."""
+    from dynlora_cli.models.pipelines.denoiser import denoiser_structure, load_denoiser
+
+    model = denoiser_structure(folder) if device.type == "meta" else load_denoiser(folder, dtype, device)
+    return Base(model.requires_grad_(False), tokenizer, files, dtype, None)
 
 
 def _refuse_quantized_twice(options: Model, files: BaseFiles) -> None:
@@ -190,6 +203,10 @@ def load_structure(
 
     `changes` are keys of its config, that of the texts, with other values.
     """
+    if needs_pipeline(options):
+        from dynlora_cli.models.pipelines.denoiser import denoiser_structure
+
+        return denoiser_structure(folder, device)
     config = _config(options, folder, labels)
     for key, value in (changes or {}).items():
         setattr(config.get_text_config(), key, value)

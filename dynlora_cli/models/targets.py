@@ -23,7 +23,7 @@ QUERY_VALUE = {
     "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj",
 }  # fmt: skip
 PRESETS = {"all-linear", "attention", "qv", WORD}
-ATTENTION = re.compile(r"(^|[._])(self_?|encdec)?(attn|attention)([._]|$)", re.IGNORECASE)
+ATTENTION = re.compile(r"(^|[._])(self_?|encdec)?(attn|attention)\d*([._]|$)", re.IGNORECASE)
 
 
 def find_targets(
@@ -33,10 +33,11 @@ def find_targets(
 
     Args:
         model: the base.
-        wanted: "all-linear" (all but the output layer, routers, slices of experts and `layers_left_out`), "attention",
-            "qv", "experts" (all linear layers in modules of this name), one name or glob, or a list of them. A name
-            matches a whole module name or its end after a dot, as in PEFT; a glob matches the whole name. The first
-            four stay within the language model of a model that also sees or hears.
+        wanted: "all-linear" (all but the output layer, routers, slices of experts and `layers_left_out`; of a denoiser,
+            those of attention and feed-forward), "attention", "qv", "experts" (all linear layers in modules of this
+            name), one name or glob, or a list of them. A name matches a whole module name or its end after a dot, as in
+            PEFT; a glob matches the whole name. The first four stay within the language model of a model that also sees
+            or hears.
         whole: modules that train whole, never targets: a classifier's head.
 
     Raises:
@@ -55,6 +56,8 @@ def find_targets(
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name, module in linear.items() if _matches(name, pattern, isinstance(module, ExpertSlice))}
+        if pattern == "all-linear" and (usual := getattr(model, "usual_targets", None)):
+            found = {name for name in found if any(part in f"{name}." for part in usual)}
         if pattern in PRESETS and text:
             found = {name for name in found if inside(name, [text])}
         reasons = [why for name, why in left_out.items() if _matches(name, pattern, False)]

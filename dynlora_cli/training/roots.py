@@ -86,8 +86,6 @@ def write_root(folder: Path, training: Run) -> None:
     """Adapter (or model) and tokenizer in the root of the run folder."""
     if training.accelerator.is_main_process:
         training.base.tokenizer.save_pretrained(folder)
-        limits = training.recipe.dataset.max_length, training.base.files.context_length
-        training.task.beside(folder, training.model, min(limit for limit in limits if limit))
         if isinstance(training.trained, Pool):
             _put_adapter(training, training.trained, folder)
         elif isinstance(training.trained, Routed):
@@ -96,6 +94,8 @@ def write_root(folder: Path, training: Run) -> None:
             _put_hypernet(training, training.trained, folder)
         else:
             training.model.save_pretrained(folder)
+        limits = training.recipe.dataset.max_length, training.base.files.context_length
+        training.task.beside(folder, training.model, min(limit for limit in limits if limit))
         for path in folder.iterdir():
             if path.is_file():
                 sync(path)

@@ -117,7 +117,7 @@ def read_data(
         table=files.table_rows,
         own_classes=own_classes(recipe.model, files) if task.has_classes else None,
     )
-    if len(data.train) == 1:
+    if len(data.train) == 1 and not data.kind.renewed:
         raise DataError(
             "dataset.train: one row is all there is to learn from, which teaches a model no more than to repeat it",
             "add rows, or lower dataset.val_size" if data.val else "add rows",

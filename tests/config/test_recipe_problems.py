@@ -29,8 +29,8 @@ trian: {}
         "recipe.yaml:1: model.dtype: got 'bf16', must be one of: auto, float32, bfloat16, float16; "
         "write `dtype: bfloat16`",
         "recipe.yaml:1: model.load_in_8bit: 4 and 8 bits exclude each other; set one to false",
-        "recipe.yaml:3: dataset.train.0.format: got 'chta', must be one of: auto, alpaca, chat, classification, "
-        "completion, grounded, kto, pairs, preference, scored-pairs, text; did you mean 'chat'?",
+        "recipe.yaml:3: dataset.train.0.format: got 'chta', must be one of: auto, alpaca, captions, chat, "
+        "classification, completion, grounded, kto, pairs, preference, scored-pairs, text; did you mean 'chat'?",
         "recipe.yaml:4: dataset.cutoff_len: `cutoff_len` is LLaMA-Factory's name; here it is `dataset.max_length`",
         "recipe.yaml:5: dataset.max_length: got '1_000', must be a whole number, at least 8; write 1000",
         "recipe.yaml:7: rank.budget: got -3, must be an average rank (a whole number from 1), a share of the start "

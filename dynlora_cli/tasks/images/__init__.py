@@ -1,0 +1,1 @@
+"""Pictures and captions: what a denoiser learns from them, and pictures that it draws."""
