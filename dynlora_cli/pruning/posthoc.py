@@ -25,6 +25,8 @@ from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.lora.layer import ComponentLinear
+from dynlora_cli.lora.nested import from_the_end
+from dynlora_cli.lora.pissa import RelativeLinear
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import plan_start
 from dynlora_cli.lora.svd_basis import svd_factors
@@ -85,6 +87,13 @@ class Order:
             MeasureError: what it saw is not finite.
         """
         observer = observer_of(policy, options, training=False)
+        if adapter.schedule is not None:
+            if observer is not None:
+                raise UsageError(
+                    f"{adapter.folder} uses fewer components where there is more noise, so it is cut from the end",
+                    "use --policy magnitude or prefix",
+                )
+            return cls(adapter, _scores(policy, adapter, None, seed))
         own_basis = observer is not None and observer.own_basis
         if observer is not None:
             if model is None or batches is None:
@@ -123,12 +132,20 @@ class Order:
     def least(self) -> int:
         """Parameters below which nothing can be cut: one component, or one in each layer that must keep one."""
         costs = [factors.cost for factors in self.adapter.layers.values()]
-        return sum(costs) if self.adapter.keeps_one else max(costs)
+        return self._terms * (sum(costs) if self.adapter.keeps_one else max(costs))
+
+    @property
+    def _terms(self) -> int:
+        """Products b aᵀ that make one component, and stay or go together."""
+        return self.adapter.schedule.terms if self.adapter.schedule else 1
 
     def keep(self, parameters: int) -> tuple[Tensor, float]:
         """The components that stay where at most `parameters` may, and the highest score that goes. [K], boolean"""
         layers = self._per_component(list(range(len(self.adapter.layers))))
-        return select_K(self.scores_K, self.costs_K, layers, parameters, capped=False)
+        each = slice(None, None, self._terms)  # what is cut together has one score
+        costs_K = self._terms * self.costs_K[each]
+        keep_K, threshold = select_K(self.scores_K[each], costs_K, layers[each], parameters, capped=False)
+        return keep_K.repeat_interleave(self._terms), threshold
 
     def split(self, of_K: Tensor) -> dict[str, Tensor]:
         """A tensor over all components, by layer."""
@@ -172,7 +189,9 @@ def _turned(adapter: Adapter, turn: Callable[[str, Tensor, Tensor], tuple[Tensor
 
 def _loose_pool(adapter: Adapter) -> Pool:
     """The components as a pool whose layers belong to no model."""
-    layers = {
+    if adapter.schedule and adapter.schedule.terms == 2:
+        return _loose_pairs(adapter)
+    layers: dict[str, ComponentLinear] = {
         name: ComponentLinear(nn.Linear(f.a_CI.shape[1], f.b_OC.shape[0], device="meta"), 1.0)
         for name, f in adapter.layers.items()
     }
@@ -184,9 +203,27 @@ def _loose_pool(adapter: Adapter) -> Pool:
     return pool
 
 
+def _loose_pairs(adapter: Adapter) -> Pool:
+    """The same where a component is what it has become less what it was at the start."""
+    layers = {
+        name: RelativeLinear(nn.Linear(f.a_CI.shape[1], f.b_OC.shape[0], device="meta"), 1.0)
+        for name, f in adapter.layers.items()
+    }
+    pool = Pool(layers, {name: rank // 2 for name, rank in adapter.ranks.items()})
+    with torch.no_grad():
+        for f, (a, b) in zip(adapter.layers.values(), pool.views(pool.values.detach()), strict=True):
+            a.copy_(torch.cat([f.a_CI[::2], f.a_CI[1::2]], 1))
+            b.copy_(torch.cat([f.b_OC[:, ::2], -f.b_OC[:, 1::2]]))
+    return pool
+
+
 def _scores(policy: Policy | ModuleType, adapter: Adapter, observer: Observer | None, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    scores_K = scores_of(policy, _loose_pool(adapter), observer, generator).double().cpu()
+    pool = _loose_pool(adapter)
+    scores_K = scores_of(policy, pool, observer, generator).double().cpu()
+    if adapter.schedule:
+        parts = scores_K.split(list(pool.counts.values()))
+        scores_K = torch.cat([from_the_end(part) for part in parts]).repeat_interleave(adapter.schedule.terms)
     if adapter.keeps_one:  # magnitudes and biases are not stored without components: each layer's best one stays
         for part in scores_K.split(list(adapter.ranks.values())):
             part[part.argmax()] = math.inf

@@ -8,11 +8,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timed_denoiser import T, by_hand, fill, timed
 
+from dynlora_cli import plugins
 from dynlora_cli.adapters.images.by_timestep import at_step, bands
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save, write_pool
 from dynlora_cli.errors import UsageError
+from dynlora_cli.lora.nested import from_the_end
 from dynlora_cli.lora.timesteps.layer import schedule_of
+from dynlora_cli.pruning.posthoc import Order
 
 
 def written(folder, **changes):
@@ -64,6 +67,36 @@ def test_bands_are_equal_parts_of_the_timesteps(tmp_path):
     assert [each.ranks["first"] for _, _, each in found] == [
         adapter.schedule.rank_at(t, 4) for t in (125, 375, 625, 875)
     ]
+
+
+@pytest.mark.parametrize("policy", ["magnitude", "prefix", "random"])
+@pytest.mark.parametrize("start", ["vanilla", "orthogonal"])
+def test_pruning_cuts_whole_components_from_the_end(tmp_path, start, policy):
+    written(tmp_path / "a", start=start)
+    adapter = read_adapter(tmp_path / "a")
+    order = Order.by_policy(adapter, plugins.load("policies", policy), None, None)
+    terms, seen = adapter.schedule.terms, set()
+    for budget in range(order.least, adapter.parameters, 7):
+        smaller = order.cut(order.keep(budget)[0])
+        assert smaller.parameters <= budget
+        assert smaller.schedule == adapter.schedule
+        for name, factors in smaller.layers.items():
+            assert factors.rank % terms == 0
+            assert torch.equal(factors.a_CI, adapter.layers[name].a_CI[: factors.rank])
+            assert torch.equal(factors.b_OC, adapter.layers[name].b_OC[:, : factors.rank])
+        seen.add(smaller.components)
+    assert len(seen) > 4
+
+
+def test_a_component_is_worth_what_it_has_become_since_the_start(tmp_path):
+    _, pool = written(tmp_path / "a", start="orthogonal")
+    adapter = read_adapter(tmp_path / "a")
+    order = Order.by_policy(adapter, plugins.load("policies", "magnitude"), None, None)
+    by_cost = plugins.load("policies", "magnitude").scores(pool, None, None)
+    wanted = torch.cat([from_the_end(part) for part in by_cost.split([4, 3])]).repeat_interleave(2)
+    assert order.scores_K.argsort(stable=True).tolist() == wanted.argsort(stable=True).tolist()
+    with pytest.raises(UsageError, match="so it is cut from the end"):
+        Order.by_policy(adapter, plugins.load("policies", "fisher"), None, None)
 
 
 def test_what_cannot_be_is_refused(tmp_path):
