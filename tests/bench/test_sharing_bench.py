@@ -118,7 +118,7 @@ def test_the_start_is_the_steepest_step_of_its_rank():
     assert aligned > 0.99 * torch.linalg.svdvals(gradient_OI)[:2].square().sum().sqrt() * 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.shared
 def test_lora_side_by_side_is_stock_pefts(tmp_path, monkeypatch):
     """Twelve steps of E2E on stories260K from PEFT's own start, at two rates."""

@@ -286,7 +286,7 @@ def test_a_baseline(llama: Run, dynlora_eval: Callable[..., Answer], tmp_path: P
 # -- real data -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.shared
 def test_facts_to_sentences(shared: Path, tmp_path: Path, warm: Path):
     """A real model and real rows with several references each, as a shell runs it, in a folder of its own."""

@@ -295,7 +295,7 @@ def test_a_model_that_uses_more_than_the_last_output_of_its_blocks_is_found_out(
     assert run.graphs.recorded == 0
 
 
-@pytest.mark.slow  # a minute where nothing is compiled yet
+@pytest.mark.long  # a minute where nothing is compiled yet
 def test_recompiling_is_not_needed_for_a_recording(tmp_path):
     pytest.importorskip("torch._inductor")
     settings = ["train.cuda_graphs=true", "dataset.packing=true", "model.dtype=bfloat16"]

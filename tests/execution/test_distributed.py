@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_a_number_names_the_rows_of_all_processes(tmp_path, d
     assert len(set(rows.split(", "))) == 4
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("whom", ["the process", "its group"])
 def test_ctrl_c_saves_exits_130_and_can_be_resumed(tmp_path, devices, whom):
     """A terminal sends Ctrl-C to the whole group of processes; `kill -INT` and supervisors to one process."""

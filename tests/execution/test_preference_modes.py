@@ -65,7 +65,7 @@ def test_two_processes_share_what_the_teacher_says(tmp_path, more):
     assert written == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["compile", "gradient_checkpointing"])
+@pytest.mark.parametrize("mode", [pytest.param("compile", marks=pytest.mark.long), "gradient_checkpointing"])
 def test_a_teacher_is_heard_however_the_steps_are_run(tmp_path, mode):
     plain, other = (
         train(grounded_recipe(tmp_path, *more, out=out))[0]

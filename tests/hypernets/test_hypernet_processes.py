@@ -68,7 +68,9 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines(folder / "metrics.jsonl") if line["event"] == "train"]
 
 
-@pytest.mark.parametrize("variant", list(RECIPES))
+@pytest.mark.parametrize(
+    "variant", [name if name == "text-gated" else pytest.param(name, marks=pytest.mark.long) for name in RECIPES]
+)
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, variant: str):
     """Of 4 rows in a micro-batch: the last step of a pass has too few for both, so one process has nothing to learn."""
     parts = ("train.micro_batch_size=4", "train.gradient_accumulation_steps=2", "train.max_steps=14")

@@ -21,7 +21,7 @@ from dynlora_cli.trainers.leaves import on_flat, refuse_unknown
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
 def test_a_compiled_model(tmp_path: Path, backend: str) -> None:
     plain, _, _ = trainer_of(tmp_path)
     plain.train()
