@@ -85,6 +85,11 @@ class Factors:
         return self.a_CI.shape[0]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Outputs, inputs, and the kernel of a convolution: two layers of other shapes are never the same."""
+        return self.b_OC.shape[0], self.a_CI.shape[1], *self.kernel
+
+    @property
     def cost(self) -> int:
         """Numbers that one component holds."""
         return self.a_CI.shape[1] + self.b_OC.shape[0]

@@ -293,8 +293,10 @@ def export(
 
 def _export_dtype(to: str, dtype: str | None) -> str:
     """The number format of the factors; refused where the form's reader does not take it."""
-    saved, taken = saved_dtype(dtype), plugins.declared("exporters", to, "DTYPES", ())
-    if dtype is not None and saved not in (*taken, *((FULL,) if taken else ())):
+    saved, taken = saved_dtype(dtype, images=True), plugins.declared("exporters", to, "DTYPES", ())
+    if dtype is None:
+        return ""
+    if saved not in (*taken, *((FULL,) if taken else ())):
         how = f"writes float32, {' or '.join(taken)}" if taken else "writes what its reader takes"
         raise UsageError(f"--to {to} {how}, and --dtype {dtype} is not for it", "leave --dtype out, or use --to peft")
     return saved

@@ -57,7 +57,7 @@ def run(
     base_name: str | None = None,
     trust_remote_code: bool = False,
     outtype: str = "f16",
-    dtype: str = FULL,
+    dtype: str = "",
     options: Section | None = None,
     max_kl: float | None = None,
     overwrite: bool = False,
@@ -73,7 +73,8 @@ def run(
         base_name: folder or hub id of the base model, in place of the one on record.
         trust_remote_code: Python code that comes with the base may run.
         outtype: of a GGUF model, see export/gguf/outtypes.py.
-        dtype: of the factors, one that the exporter takes, see config/dtypes.py.
+        dtype: of the factors, one that the exporter takes, see config/dtypes.py; "": float32, and of a pipeline's file
+            as it came.
         options: those that the exporter itself brings; None: their defaults.
         max_kl: nats per token by which the export may differ; None: by its number format.
         overwrite: replace an earlier export.
@@ -89,22 +90,45 @@ def run(
     started = time.monotonic()
     run_folder.refuse_occupied(out, overwrite=overwrite, option="--out")
     exporter = plugins.load("exporters", to)
-    adapter = read_adapter(path, base_name)
+    options = options or given("exporters", to, [])
+    adapter = _read(path, to, exporter, options, base_name)
     if adapter.note:
         emit(note(adapter.note))
-    place = _base(adapter, (base_name, trust_remote_code), exporter, emit)
+    dtype = dtype or (adapter.image.dtype if adapter.image else FULL)
+    place = None if adapter.image else _base(adapter, (base_name, trust_remote_code), exporter, emit)
     run_folder.refuse_inputs(out, [adapter.folder, *([place.folder] if place else [])])
-    job = replace(_job(adapter.rounded(dtype), place, outtype, options or given("exporters", to, [])), dtype=dtype)
+    job = replace(_job(adapter.rounded(dtype), place, outtype, options), dtype=dtype)
     with run_folder.replaced(out, overwrite=overwrite) as folder:
         facts, checks = _write_checked(job, exporter, place, folder, max_kl, adapter)
         facts |= _rounding(adapter, job)
-        if getattr(exporter, "for_peft", False):
-            checks["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
+        if getattr(exporter, "for_peft", False) or adapter.image:
+            written = job.adapter if adapter.image else adapter
+            checks["peft_check"] = check_files(written, folder, base_name, trust_remote_code)
         summary = {**_source(job, place, to, out), **facts, **checks, "notes": job.notes, **_ends(folder, started)}
         whole.write_json(folder / run_folder.EXPORT_RECORD, summary)
     if "peft_check" in checks:
         tell(checks["peft_check"], out, emit)
     return summary | ({"pushed": push(address, out, summary, adapter, place, emit)} if address else {})
+
+
+def _read(path: Path, to: str, exporter: ModuleType, options: Section, base_name: str | None) -> Adapter:
+    """The adapter as the exporter wants it.
+
+    Raises:
+        UsageError: it is of a diffusion pipeline, and the exporter for language models; or the other way.
+    """
+    of_pipelines = getattr(exporter, "of_pipelines", False)
+    adapter = read_adapter(path, base_name, images=True)
+    if adapter.image and not of_pipelines:
+        raise UsageError(
+            f"{adapter.folder} is an adapter for a diffusion pipeline, and --to {to} is for language models",
+            "use --to diffusers or --to kohya",
+        )
+    if not of_pipelines:
+        return adapter
+    if base_name:
+        raise UsageError(f"--base is not for --to {to}, which needs no pipeline", "leave it out")
+    return exporter.prepared(adapter, options)
 
 
 def run_library(

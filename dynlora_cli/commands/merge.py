@@ -21,12 +21,14 @@ from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer, stored_quantized
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
+from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.config.options import given
 from dynlora_cli.errors import MachineError, MeasureError, UsageError
 from dynlora_cli.evaluation.agreement import Agreement, agreement, predictions
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.files import whole
+from dynlora_cli.merging import images
 from dynlora_cli.merging.combine import combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
 from dynlora_cli.merging.merged_folder import record_of, summary_of
@@ -335,19 +337,24 @@ def into_adapter(
     if "births" not in adapter.record and any(len(each.births) > 1 for each in adapters):
         text = "which run a component began in is known no more: merging has mixed them, or cannot tell"
         emit({"event": "note", "text": text})
+    dtype = images.dtype_of(adapters)
+    adapter = adapter.rounded(dtype)
     summary = summary_of(adapters, combined, out, way) | {"seconds": time.monotonic() - started}
+    if dtype != FULL:
+        emit({"event": "note", "text": f"written in {dtype}, as the files of the adapters are"})
+        summary["save_dtype"] = dtype
     with run_folder.replaced(out, overwrite=overwrite) as folder:
-        save(adapter, folder)
+        file = save(adapter, folder, dtype=dtype)
         summary["peft_check"] = check_files(adapter, folder, base_name, trust_remote_code)
         run_folder.copy_tokenizer(adapters[0].folder, folder)
-        records.write(folder, record_of(adapters, adapter, out, summary, folder))
+        records.write(folder, record_of(adapters, adapter, out, summary, file))
     tell(summary["peft_check"], out, emit)
     return summary
 
 
 def read_all(paths: Sequence[Path], emit: Emit, base_name: str | None = None) -> list[Adapter]:
     """The adapters that the paths name; how each was found goes to `emit`."""
-    adapters = [read_adapter(path, base_name) for path in paths]
+    adapters = [read_adapter(path, base_name, images=True) for path in paths]
     for adapter in adapters:
         if adapter.note:
             emit({"event": "note", "text": adapter.note})

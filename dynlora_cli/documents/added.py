@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from dynlora_cli.adapters.attach import attached
-from dynlora_cli.adapters.find import WEIGHTS
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.load import to_yaml
@@ -222,14 +221,14 @@ def _write(
     """A run folder like that of one run on all rows, in which the rows are."""
     saved = cut.rounded(parts.recipe.adapter.save_dtype)
     with run_folder.replaced(parts.out, overwrite=parts.overwrite) as folder:
-        save(saved, folder, dtype=parts.recipe.adapter.save_dtype)
-        summary["adapter_bytes"] = (folder / WEIGHTS).stat().st_size
+        file = save(saved, folder, dtype=parts.recipe.adapter.save_dtype)
+        summary["adapter_bytes"] = file.stat().st_size
         trust = parts.recipe.model
         summary["peft_check"] = check_files(saved, folder, None, trust)
         run_folder.copy_tokenizer(adapters[0].folder, folder)
         for name, text in {run_folder.RECIPE: parts.recipe_text, **parts.texts}.items():
             write_text(folder / name, text)
-        records.write(folder, _record(parts, adapters, cut, data, summary, folder))
+        records.write(folder, _record(parts, adapters, cut, data, summary, file))
         with RunLog(folder) as log:
             log(_cut_event(whole, cut, summary))
         write_report(folder)
@@ -240,10 +239,10 @@ def _write(
 
 
 def _record(
-    parts: Parts, adapters: Sequence[Adapter], cut: Adapter, data: Data, summary: dict[str, Any], folder: Path
+    parts: Parts, adapters: Sequence[Adapter], cut: Adapter, data: Data, summary: dict[str, Any], file: Path
 ) -> records.Record:
     """dynlora.json: the recipe and the rows are those of one run on all of them, so that others find the rows."""
-    found = record_of(adapters, cut, parts.out, summary, folder)
+    found = record_of(adapters, cut, parts.out, summary, file)
     first = adapters[0].record
     rows = {
         "counts": data.counts,

@@ -170,7 +170,12 @@ def refuse(found: dict[str, Any], folder: Path) -> None:
     Raises:
         MeasureError: there is a problem.
     """
-    if problem := found.get("problem"):
+    if (problem := found.get("problem")) and "reader" in found:
+        raise MeasureError(
+            f"{found['reader']} does not read what was written: {problem}",
+            f"the file is kept in {folder}; please report this",
+        )
+    if problem:
         raise MeasureError(
             f"stock PEFT does not compute what was written: {problem}",
             f"the adapter is kept in {folder}, and `dynlora merge` makes a plain model of it; please report this",

@@ -27,6 +27,10 @@
         Optional: it takes a whole library. `write` and `read_back` are called for each adapter, in a folder
         `adapters/NAME` of its own, then `write_library` once, for what stands beside them.
 
+    of_pipelines = True, prepared(adapter, options) -> Adapter
+        Optional: it takes adapters of diffusion pipelines. `prepared` gives the adapter as its file names it, or
+        refuses it; it is asked before numbers are rounded.
+
     OPTIONS
         Optional: what `--set KEY=VALUE` may be, see config/options.py. They come as attributes of `job.options`.
 

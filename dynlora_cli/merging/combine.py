@@ -24,6 +24,7 @@ from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.config.options import given
 from dynlora_cli.errors import UsageError
 from dynlora_cli.merging.beside import bias_of, put_together, refuse_other_tokens, refuse_pair
+from dynlora_cli.merging.images import refuse_other_pipeline
 from dynlora_cli.merging.method import Parts, Way
 from dynlora_cli.pruning.posthoc import Order, parameters_of
 from dynlora_cli.text import natural_order
@@ -64,7 +65,8 @@ def combine(adapters: Sequence[Adapter], way: Way) -> Combined:
         else:
             layers[name] = made
             energy += made.energy() ** 2
-        layers[name] = replace(layers[name], bias_O=bias_of(parts, name, way.method, adds))
+        kernel = parts[0][1].kernel
+        layers[name] = replace(layers[name], bias_O=bias_of(parts, name, way.method, adds), kernel=kernel)
     beside = put_together(adapters, weights, way.method, adds)
     together = replace(beside, layers=layers, record=_record_of_base(adapters[0]), note=None)
     if (way.budget or not getattr(method, "lossless", False)) and together.parameters > wanted:
@@ -160,9 +162,10 @@ def _refuse_pair(first: Adapter, other: Adapter) -> None:
             f"{_base_name(first)} ({first.task}) and {_base_name(other)} ({other.task})"
         )
     for name in first.layers.keys() & other.layers.keys():
-        if first.layers[name].cost != other.layers[name].cost:
+        if first.layers[name].shape != other.layers[name].shape:
             raise UsageError(f"{first.folder} and {other.folder}: the layer {name} has different shapes")
     refuse_pair(first, other)
+    refuse_other_pipeline(first, other)
 
 
 def _same_base(first: Adapter, other: Adapter) -> bool:

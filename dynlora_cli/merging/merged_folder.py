@@ -38,12 +38,13 @@ def summary_of(adapters: Sequence[Adapter], combined: Combined, out: Path, way: 
 
 
 def record_of(
-    adapters: Sequence[Adapter], merged: Adapter, out: Path, summary: dict[str, Any], folder: Path
+    adapters: Sequence[Adapter], merged: Adapter, out: Path, summary: dict[str, Any], file: Path
 ) -> records.Record:
-    """dynlora.json of an adapter that several were merged into; its tensors are in `folder` already."""
+    """dynlora.json of an adapter that several were merged into; its tensors are in `file` already."""
     first = adapters[0].record
-    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return records.Record(
+        **({"file": file.name} if merged.image else {}),
         schema_version=records.SCHEMA_VERSION,
         dynlora_version=__version__,
         name=out.name,

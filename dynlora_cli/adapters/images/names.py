@@ -18,6 +18,7 @@ from dynlora_cli.files.foreign import shown
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 LONGEST_KEY = 300  # characters
+DENOISERS = ("unet", "transformer")
 DOWN, UP, ALPHA = "down", "up", "alpha"
 
 _NEW = re.compile(
