@@ -103,6 +103,11 @@ def run(
             overwrite=overwrite,
             emit=emit,
         )
+    if adapters[0].image:
+        raise UsageError(
+            f"{adapters[0].folder} is an adapter for a diffusion pipeline, into which it is not merged here",
+            "diffusers does it: `pipe.load_lora_weights`, `pipe.fuse_lora`, `pipe.save_pretrained`",
+        )
     return into_base(
         adapters[0] if len(adapters) == 1 else combine(adapters, way).adapter,
         out,

@@ -17,8 +17,10 @@ from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.images.kohya_names import LAYERS_PER_BLOCK
 from dynlora_cli.adapters.images.names import DENOISERS
 from dynlora_cli.models.patched import no_warnings
+from dynlora_cli.models.quiet import quiet
 
 
+@quiet
 def loaded(file: Path, adapter: Adapter) -> dict[str, Factors] | None:
     """The layers of the denoiser as diffusers has them after it has loaded a file.
 
