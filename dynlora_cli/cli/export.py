@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import Base, Overwrite, PlugInOptions, SavedDtype, adapters, plug_ins
+from dynlora_cli.cli.options import AnyDtype, Base, Overwrite, PlugInOptions, adapters, plug_ins
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting, return_memory_at_once
 
 To = Annotated[
@@ -16,7 +16,7 @@ To = Annotated[
         metavar="FORM",
         autocompletion=plug_ins("exporters"),
         help="peft, uniform, vllm, sglang, tgi, lorax, mlx, gguf, ollama, merged, merged-gguf or packed; "
-        "vllm-library of a library.",
+        "vllm-library of a library; diffusers or kohya of a pipeline's LoRA.",
         show_default=False,
     ),
 ]
@@ -68,7 +68,7 @@ def export(
     base: Base = None,
     trust_remote_code: Trust = False,
     outtype: OutType = "f16",
-    dtype: SavedDtype = None,
+    dtype: AnyDtype = None,
     max_kl: MaxKl = None,
     push_to_hub: Push = None,
     public: Public = False,

@@ -51,6 +51,19 @@ SavedDtype = Annotated[
     ),
 ]
 
+
+AnyDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Number format of the saved factors: float32, bf16 or fp8; of a pipeline's LoRA float32, fp16 or bf16, and "
+        "by default as it came.",
+        autocompletion=words(*BYTES, "fp16"),
+        show_default=False,
+    ),
+]
+
 AdapterPath = Annotated[
     Path,
     typer.Option(

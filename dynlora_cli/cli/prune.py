@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynlora_cli.cli.options import AdapterPath, Base, Overwrite, PlugInOptions, SavedDtype, plug_ins
+from dynlora_cli.cli.options import AdapterPath, AnyDtype, Base, Overwrite, PlugInOptions, plug_ins
 from dynlora_cli.cli.reporting import AsJson, Trust, console, reporting
 
 BudgetText = Annotated[
@@ -74,7 +74,7 @@ def prune(
     tolerance: Tolerance = "0.5%",
     heal: Heal = 0,
     teacher: Teacher = 0.0,
-    dtype: SavedDtype = None,
+    dtype: AnyDtype = None,
     base: Base = None,
     trust_remote_code: Trust = False,
     max_samples: MaxSamples = None,
