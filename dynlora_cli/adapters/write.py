@@ -17,11 +17,11 @@ from dynlora_cli.adapters.adapter import PLAIN, PREFIX, Adapter, TokenRows
 from dynlora_cli.adapters.expert_files import fuse, parameter_of
 from dynlora_cli.adapters.find import CONFIG, WEIGHTS
 from dynlora_cli.adapters.images import write as images
-from dynlora_cli.adapters.images.of_run import as_image
+from dynlora_cli.adapters.images.beside import write_beside
 from dynlora_cli.adapters.keys import BIAS
 from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.token_rows import indices_of, tensors_of
-from dynlora_cli.config.dtypes import FULL, IN_FILES, OF_IMAGES
+from dynlora_cli.config.dtypes import FULL, IN_FILES
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.files.tensor_file import file_bytes
 from dynlora_cli.files.whole import write_json
@@ -56,11 +56,10 @@ def save(adapter: Adapter, folder: Path, *, for_peft: bool = True, dtype: str = 
     if not adapter.layers:
         _save_rows(adapter, folder)
         return folder / WEIGHTS
-    written, tensors = files_of(adapter.rounded(dtype), for_peft=for_peft)
+    rounded = adapter.rounded(dtype)
+    written, tensors = files_of(rounded, for_peft=for_peft)
     write_adapter(folder, written, tensors, dtype, adapter.schedule)
-    if twin := as_image(adapter):  # of a text-to-image run, whose pipeline loads a file of its own
-        numbers = dtype if dtype in OF_IMAGES else FULL
-        images.save(twin.rounded(numbers), folder, numbers)
+    write_beside(rounded, folder, adapter.model_type, dtype)
     return folder / WEIGHTS
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.expert_files import parts_of
-from dynlora_cli.adapters.find import CONFIG
+from dynlora_cli.adapters.find import CONFIG, IMAGE_WEIGHTS
 from dynlora_cli.adapters.images import write as images
 from dynlora_cli.adapters.replaced import lengthen, tables_of
 from dynlora_cli.adapters.token_rows import LIST
@@ -39,7 +39,6 @@ from dynlora_cli.models.randomness import seeded
 from dynlora_cli.models.streamed import streamed
 from dynlora_cli.models.token_rows import without_rows
 from dynlora_cli.runs.events import Emit, note
-from dynlora_cli.tasks.images.files import FILE as PIPELINE_FILE
 
 NOT_CHECKED = "what PEFT makes of the adapter was not checked"
 ABSENT = f"{NOT_CHECKED}: PEFT is not installed"
@@ -106,18 +105,18 @@ def _in_its_pipeline(
     place: Place, trained: PreTrainedModel, wanted: Tensor, folder: Path, numbers: Any, allowed: float
 ) -> str | None:
     """What is wrong with the file that a pipeline of diffusers loads, as far as its denoiser goes; None: nothing."""
-    file = folder / PIPELINE_FILE
+    file = folder / IMAGE_WEIGHTS
     if not file.is_file():
         return None
     plain: Any = streamed(place)
     _share(plain, trained)
     try:
         with no_warnings:
-            plain.load_lora_adapter(load_file(file), prefix=plain.part)
+            plain.load_lora_adapter(load_file(file), prefix=plain.config.model_type)
         apart = _apart(wanted, _logits(plain, [], numbers()))
     except Exception as error:
-        return f"diffusers refuses {PIPELINE_FILE}: {_first_line(error)}"
-    return None if apart <= allowed else f"by {PIPELINE_FILE} its pipeline draws otherwise, {apart:.2g} of the spread"
+        return f"diffusers refuses {IMAGE_WEIGHTS}: {_first_line(error)}"
+    return None if apart <= allowed else f"by {IMAGE_WEIGHTS} its pipeline draws otherwise, {apart:.2g} of the spread"
 
 
 @seeded(0)

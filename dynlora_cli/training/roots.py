@@ -7,6 +7,9 @@ from pathlib import Path
 from dynlora_cli import plugins
 from dynlora_cli.adapters.adapter import PLAIN, TokenRows
 from dynlora_cli.adapters.find import CONFIG, HYPERNET, HYPERNET_WEIGHTS, ROUTER
+from dynlora_cli.adapters.images.beside import write_beside
+from dynlora_cli.adapters.images.names import PARTS
+from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.routed import MEMBERS, write_routed
 from dynlora_cli.adapters.write import write_pool
 from dynlora_cli.adapters.xlora import METHOD as XLORA
@@ -47,12 +50,12 @@ def round_off(training: Run, pool: Pool) -> float:
 
 def write_adapter_of(training: Run, pool: Pool, folder: Path, dtype: str = FULL) -> None:
     """Write the adapter as it is now, in PEFT's layout, and the modules that train whole, such as a new head."""
-    base = training.base
+    base, part = training.base, training.base.model.config.model_type
     write_pool(
         pool,
         folder,
         kind=getattr(plugins.load("variants", training.recipe.adapter.variant), "saved_as", PLAIN),
-        model_type=base.model.config.model_type,
+        model_type=part,
         base_model=base.files.reference,
         revision=training.recipe.model.revision,
         task=training.recipe.model.task,
@@ -60,6 +63,8 @@ def write_adapter_of(training: Run, pool: Pool, folder: Path, dtype: str = FULL)
         token_rows={table: TokenRows(own.tokens, own().detach()) for table, own in base.rows.items()},
         dtype=dtype,
     )
+    if part in PARTS:
+        write_beside(read_adapter(folder), folder, part, dtype)
 
 
 def settle_root(folder: Path, training: Run) -> str:
@@ -86,6 +91,8 @@ def write_root(folder: Path, training: Run) -> None:
     """Adapter (or model) and tokenizer in the root of the run folder."""
     if training.accelerator.is_main_process:
         training.base.tokenizer.save_pretrained(folder)
+        limits = training.recipe.dataset.max_length, training.base.files.context_length
+        training.task.beside(folder, training.model, min(limit for limit in limits if limit))
         if isinstance(training.trained, Pool):
             _put_adapter(training, training.trained, folder)
         elif isinstance(training.trained, Routed):
@@ -94,8 +101,6 @@ def write_root(folder: Path, training: Run) -> None:
             _put_hypernet(training, training.trained, folder)
         else:
             training.model.save_pretrained(folder)
-        limits = training.recipe.dataset.max_length, training.base.files.context_length
-        training.task.beside(folder, training.model, min(limit for limit in limits if limit))
         for path in folder.iterdir():
             if path.is_file():
                 sync(path)

@@ -29,8 +29,8 @@ class Settings(FrozenDict):
 
     @property
     def model_type(self) -> str:
-        """Of the kind that transformers gives; no such model converts names or holds experts."""
-        return "denoiser"
+        """What its pipeline calls it, unet or transformer; transformers knows no such type."""
+        return "unet" if str(self["_class_name"]).startswith("UNet") else "transformer"
 
     def get_text_config(self, decoder: bool = False) -> Settings:  # noqa: ARG002
         """The config itself: no part of the model is a language model."""
@@ -41,12 +41,10 @@ class Denoises:
     """What is asked of a model beside what diffusers' own classes have.
 
     Attributes:
-        part: `unet` or `transformer`, as its pipeline calls it.
         usual_targets: in the name of a layer that gets components where a recipe does not say which: those of attention
             and feed-forward; embeddings of time and caption, and layers between blocks, do not.
     """
 
-    part: str
     usual_targets = (".attn", ".ff.", ".ff_context.")
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -108,7 +106,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
             "the files are incomplete or of another architecture",
         )
-    return cast("PreTrainedModel", _settled(model, folder).to(device))
+    return cast("PreTrainedModel", _settled(model).to(device))
 
 
 def denoiser_structure(folder: Path, device: str | None = "meta") -> PreTrainedModel:
@@ -126,12 +124,11 @@ def denoiser_structure(folder: Path, device: str | None = "meta") -> PreTrainedM
         raise
     except Exception as error:  # whatever the library makes of somebody else's numbers
         raise UsageError(f"{folder / 'config.json'} makes no model: {error}") from None
-    return cast("PreTrainedModel", _settled(model, folder))
+    return cast("PreTrainedModel", _settled(model))
 
 
-def _settled(model: Any, folder: Path) -> Any:
+def _settled(model: Any) -> Any:
     model._internal_dict = Settings(model._internal_dict)
-    model.part = folder.name
     return model
 
 

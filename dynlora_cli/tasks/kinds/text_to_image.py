@@ -17,7 +17,6 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +29,7 @@ from dynlora_cli.tasks import task
 from dynlora_cli.tasks.scores import RowSums
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 AUTO_MODEL = "DiffusionPipeline"
 TASK_TYPE = None
@@ -89,11 +88,6 @@ class Task(task.Task):
     def _option(self, key: str) -> Any:
         """A key of the recipe's section; its default for an adapter of another tool, which has no recipe."""
         return getattr(self.options, key, options("tasks", self.name)[key].default)
-
-    def beside(self, folder: Path, model: PreTrainedModel, longest: int | None) -> None:  # noqa: ARG002
-        from dynlora_cli.tasks.images.files import write_for_pipeline
-
-        write_for_pipeline(folder, model)
 
     def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002
         return {}
