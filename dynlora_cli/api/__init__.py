@@ -171,6 +171,7 @@ def merge(
     budget: str | float | None = None,
     density: float = 0.5,
     seed: int = 0,
+    at_step: float | None = None,
     base: PathLike | None = None,
     trust_remote_code: bool = False,
     base_weights: str = "original",
@@ -192,6 +193,7 @@ def merge(
         budget: size of the combined adapter.
         density: share of the entries that "ties" and "dare" keep.
         seed: of "dare".
+        at_step: of a T-LoRA: the timestep at which it is merged.
         base, trust_remote_code: as of `prune`.
         base_weights: of an adapter trained on a quantized base: add to its weights as they were ("original") or as
             training saw them ("dequantized").
@@ -204,8 +206,8 @@ def merge(
     from dynlora_cli.cli import asked
 
     how: dict[str, Any] = {"into": into, "out": as_path(out), "method": method, "options": asked.settings(set)}
-    how |= {"weights": weights, "budget": budget, "density": density, "seed": seed, "base": as_text(base)}
-    how |= {"trust_remote_code": trust_remote_code, "base_weights": base_weights, "dtype": dtype}
+    how |= {"weights": weights, "budget": budget, "density": density, "seed": seed, "at_step": at_step}
+    how |= {"base": as_text(base), "trust_remote_code": trust_remote_code, "base_weights": base_weights, "dtype": dtype}
     how |= {"max_kl": max_kl, "max_changed": max_changed, "overwrite": overwrite}
     folders = results.folders_of(adapter)
     summary, notes = done(lambda: asked.merge(folders, **how), progress)

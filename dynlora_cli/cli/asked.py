@@ -206,6 +206,7 @@ def merge(
     budget: str | float | None = None,
     density: float = 0.5,
     seed: int = 0,
+    at_step: float | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     base_weights: str = "original",
@@ -237,6 +238,7 @@ def merge(
     found = preflight.adapters(adapters, base)
     refuse_occupied(out or found[0] / "merged", overwrite=overwrite, option="--out")
     common: dict[str, Any] = {"base_name": base, "trust_remote_code": trust_remote_code, "overwrite": overwrite}
+    common["at_step"] = at_step
 
     def work(emit: Emit) -> dict[str, Any]:
         from dynlora_cli.commands import merge as command

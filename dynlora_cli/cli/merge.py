@@ -69,6 +69,14 @@ MaxChanged = Annotated[
         metavar="1%", help="Share of choices that may change, beyond what rounding to the stored type explains."
     ),
 ]
+AtStep = Annotated[
+    float | None,
+    typer.Option(
+        metavar="0..1000",
+        help="Of a T-LoRA: as it is at this timestep, where 0 is a clean picture and 1000 all noise.",
+        show_default=False,
+    ),
+]
 
 
 def merge(
@@ -81,6 +89,7 @@ def merge(
     budget: BudgetText = None,
     density: Density = 0.5,
     seed: Seed = 0,
+    at_step: AtStep = None,
     base: Base = None,
     trust_remote_code: Trust = False,
     base_weights: BaseWeights = "original",
@@ -104,6 +113,7 @@ def merge(
             budget=budget,
             density=density,
             seed=seed,
+            at_step=at_step,
             base=base,
             trust_remote_code=trust_remote_code,
             base_weights=base_weights,

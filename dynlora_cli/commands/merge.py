@@ -19,6 +19,7 @@ from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.base import base_in_memory, find_base, read_tokenizer, stored_quantized
+from dynlora_cli.adapters.images.by_timestep import plain_at
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.adapters.write import save
 from dynlora_cli.config.dtypes import FULL
@@ -75,6 +76,7 @@ def run(
     *,
     base_name: str | None = None,
     trust_remote_code: bool = False,
+    at_step: float | None = None,
     overwrite: bool = False,
     emit: Emit = lambda event: None,  # noqa: ARG005
 ) -> dict[str, Any]:
@@ -86,12 +88,13 @@ def run(
         out: a new folder; None: `merged` inside the only adapter's.
         way: how several adapters are combined.
         wanted: how a model is written.
+        at_step: the timestep at which adapters whose rank goes by it are taken.
         base_name, trust_remote_code, overwrite, emit: as of `into_base`.
 
     Returns:
         The summary, as data.
     """
-    adapters = read_all(paths, emit, base_name)
+    adapters = plain_at(read_all(paths, emit, base_name), at_step)
     if into == "adapter":
         assert out is not None
         return into_adapter(

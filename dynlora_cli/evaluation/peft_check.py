@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.expert_files import parts_of
-from dynlora_cli.adapters.find import CONFIG, IMAGE_WEIGHTS
+from dynlora_cli.adapters.find import CONFIG, IMAGE_WEIGHTS, WEIGHTS
 from dynlora_cli.adapters.images import write as images
+from dynlora_cli.adapters.images.pipeline import as_trained
 from dynlora_cli.adapters.replaced import lengthen, tables_of
 from dynlora_cli.adapters.token_rows import LIST
 from dynlora_cli.config.sections import Model
@@ -84,7 +85,8 @@ def read_back(
         with no_warnings:  # PEFT warns of exactly what is checked here
             loaded = _loaded(plain, folder)
             lost = _without_adapter(loaded, layers)
-            logits = _logits(loaded, rows, numbers())
+            with as_trained(loaded, folder / WEIGHTS):
+                logits = _logits(loaded, rows, numbers())
     except torch.OutOfMemoryError:
         return {"checked": False, "reason": f"{NOT_CHECKED}: too little memory"}
     except Exception as error:
@@ -113,7 +115,8 @@ def _in_its_pipeline(
     try:
         with no_warnings:
             plain.load_lora_adapter(load_file(file), prefix=plain.config.model_type)
-        apart = _apart(wanted, _logits(plain, [], numbers()))
+            with as_trained(plain, file):
+                apart = _apart(wanted, _logits(plain, [], numbers()))
     except Exception as error:
         return f"diffusers refuses {IMAGE_WEIGHTS}: {_first_line(error)}"
     return None if apart <= allowed else f"by {IMAGE_WEIGHTS} its pipeline draws otherwise, {apart:.2g} of the spread"

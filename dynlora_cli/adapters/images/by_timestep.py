@@ -5,7 +5,7 @@ Dimensions: C components of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +60,22 @@ def at_step(adapter: Adapter, timestep: float) -> Adapter:
     return plain
 
 
+def plain_at(adapters: Sequence[Adapter], timestep: float | None) -> list[Adapter]:
+    """The adapters, each a single update: those whose rank goes by the timestep as they are at this one.
+
+    Raises:
+        UsageError: no timestep is given and one of them needs it, or one is given and none does.
+    """
+    timed = [adapter for adapter in adapters if adapter.schedule]
+    if timed and timestep is None:
+        raise no_single_weight(timed[0].folder)
+    if timestep is not None and not timed:
+        raise UsageError(
+            f"{adapters[0].folder} uses all its components at every timestep", "leave the timestep (at-step) out"
+        )
+    return [adapter if timestep is None else at_step(adapter, timestep) for adapter in adapters]
+
+
 def bands(adapter: Adapter, count: int) -> list[tuple[float, float, Adapter]]:
     """The plain LoRAs of equal parts of the timesteps, each as it is in the middle of its part: begin, end, adapter."""
     assert adapter.schedule is not None
@@ -67,9 +83,10 @@ def bands(adapter: Adapter, count: int) -> list[tuple[float, float, Adapter]]:
     return [(part * width, (part + 1) * width, at_step(adapter, (part + 0.5) * width)) for part in range(count)]
 
 
-def no_single_weight() -> UsageError:
+def no_single_weight(folder: Path | str = "the adapter") -> UsageError:
     """What a command says that needs one update for all timesteps."""
     return UsageError(
-        "the adapter uses fewer components where there is more noise (T-LoRA), so there is no single update",
-        "say at which timestep: --at-step, from 0 (clean) to 1000 (all noise), or --set at_step=... of an export",
+        f"{folder} uses other components at other timesteps (T-LoRA), so there is no single update",
+        "say at which timestep, from 0 (clean) to 1000 (all noise): `dynlora merge --at-step 300`, or "
+        "`dynlora export --to diffusers --set at_step=300`",
     )

@@ -6,7 +6,7 @@ Dimensions: B rows of a batch, C components of a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,24 +54,33 @@ def rank_by_timestep(pipe: Any, adapter: str | Path, name: str | None = None) ->
             handle.remove()
 
 
+def as_trained(denoiser: nn.Module, adapter: Path) -> AbstractContextManager[None]:
+    """`rank_by_timestep` where the adapter that a denoiser has loaded says so; else nothing happens."""
+    return rank_by_timestep(denoiser, adapter) if _schedule_in(adapter) else nullcontext()
+
+
 def schedule_in(path: Path) -> Schedule:
     """The schedule of the adapter in a file or folder.
 
     Raises:
         UsageError: there is none.
     """
-    file = next((path / name for name in FILES if (path / name).is_file()), path)
-    try:
-        with safe_open(file, "pt") as opened:
-            schedule = from_metadata(opened.metadata(), str(file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path} is no adapter of a pipeline: {error}", f"name a folder with {FILES[0]}") from None
+    schedule = _schedule_in(path)
     if schedule is None:
         raise UsageError(
-            f"{file} holds no rank by timestep: it is a LoRA whose components are always used",
+            f"{path} holds no rank by timestep: it is a LoRA whose components are always used",
             "call the pipeline as it is",
         )
     return schedule
+
+
+def _schedule_in(path: Path) -> Schedule | None:
+    file = next((path / name for name in FILES if (path / name).is_file()), path)
+    try:
+        with safe_open(file, "pt") as opened:
+            return from_metadata(opened.metadata(), str(file))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path} is no adapter of a pipeline: {error}", f"name a folder with {FILES[0]}") from None
 
 
 def _mask(clock: Clock, a: nn.Module, _inputs: Any, h: Tensor) -> Tensor:

@@ -90,15 +90,11 @@ def attach(model: nn.Module, targets: Mapping[str, nn.Module], start: Start, opt
     """
     kind = OrthogonalLinear if _counts_from_start(options) else Layer
     given = {key: getattr(options, key) for key in ("power", "min_rank")}
-    clock = Clock(Schedule(timesteps_of(model), **given, shape=options.schedule, terms=kind.terms, seed=seed))  # type: ignore[attr-defined]
+    timesteps = float(getattr(model, "noise_timestep", 1000))
+    clock = Clock(Schedule(timesteps, **given, shape=options.schedule, terms=kind.terms, seed=seed))  # type: ignore[attr-defined]
     follow(model, clock)
     return put(model, targets, start, options, seed, partial(kind, clock=clock))
 
 
 def _counts_from_start(options: Adapter) -> bool:
     return getattr(options, "start", "") == "orthogonal"
-
-
-def timesteps_of(model: nn.Module) -> float:
-    """The timestep of pure noise, as the denoiser is told it."""
-    return float(getattr(model, "noise_timestep", 1000))

@@ -43,8 +43,10 @@ class Denoises:
     Attributes:
         usual_targets: in the name of a layer that gets components where a recipe does not say which: those of attention
             and feed-forward; embeddings of time and caption, and layers between blocks, do not.
+        noise_timestep: the timestep at which all is noise, as it is told.
     """
 
+    noise_timestep: float
     usual_targets = (".attn", ".ff.", ".ff_context.")
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -106,7 +108,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
             f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}",
             "the files are incomplete or of another architecture",
         )
-    return cast("PreTrainedModel", _settled(model).to(device))
+    return cast("PreTrainedModel", _settled(model, folder).to(device))
 
 
 def denoiser_structure(folder: Path, device: str | None = "meta") -> PreTrainedModel:
@@ -124,12 +126,20 @@ def denoiser_structure(folder: Path, device: str | None = "meta") -> PreTrainedM
         raise
     except Exception as error:  # whatever the library makes of somebody else's numbers
         raise UsageError(f"{folder / 'config.json'} makes no model: {error}") from None
-    return cast("PreTrainedModel", _settled(model))
+    return cast("PreTrainedModel", _settled(model, folder))
 
 
-def _settled(model: Any) -> Any:
+def _settled(model: Any, folder: Path) -> Any:
     model._internal_dict = Settings(model._internal_dict)
+    model.noise_timestep = _noise_timestep(folder.parent / "scheduler")
     return model
+
+
+def _noise_timestep(scheduler: Path) -> float:
+    """The number of timesteps of a pipeline's scheduler; diffusers' own default where its files do not say."""
+    file = scheduler / "scheduler_config.json"
+    found = read_object(file).get("num_train_timesteps") if file.is_file() else None
+    return float(found) if isinstance(found, (int, float)) and found > 0 else 1000.0
 
 
 def _class_in(folder: Path) -> Any:

@@ -1,0 +1,70 @@
+"""`train.run` of variant t-lora: the masks hold in the loss, in what is saved, and in a run that goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_pipeline import picture_recipe, pixel_pipeline, write_pictures
+from tiny_run import train
+
+from dynlora_cli.adapters.attach import attached
+from dynlora_cli.adapters.images.by_timestep import at_step
+from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.errors import Interrupted
+from dynlora_cli.evaluation.held_out_loss import held_out
+from dynlora_cli.execution.mode import plan
+from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.setup import read_base, read_data
+
+TLORA = ("adapter.variant=t-lora", "train.save_steps=4")
+STARTS = ["adapter.start=vanilla", "adapter.start=orthogonal"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t_lora")
+    pixel_pipeline(folder, num_train_timesteps=500)
+    write_pictures(folder / "pictures")
+    return folder
+
+
+def held_out_of(recipe, adapter):
+    files = BaseFiles.find(recipe.model)
+    data = read_data(recipe, files)
+    base = read_base(recipe, files, data, torch.device("cpu"), plan(recipe.train))
+    rows = make_batches(recipe, data.val, base, shuffle=False)
+    with attached(base.model, adapter):
+        return held_out(base.model, (b for index in range(rows.steps_per_epoch) for b in rows.step(0, index)))["loss"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_run_is_pruned_from_the_end_and_its_folder_computes_what_it_computed(folder, start):
+    recipe = picture_recipe(folder, *TLORA, start, out=start)
+    summary, _ = train(recipe)
+    out = folder / start
+    assert summary["parameters"] <= summary["budget_parameters"] < summary["parameters_start"]
+    assert summary["loss_after"] < summary["loss_before"]
+    adapter = read_adapter(out)
+    assert adapter.form == "t-lora"
+    assert adapter.schedule.timesteps == 500
+    assert len(set(adapter.ranks.values())) > 1, "layers differ in rank"
+    assert held_out_of(recipe, adapter) == pytest.approx(summary["loss_after"], rel=1e-5)
+    assert held_out_of(recipe, at_step(adapter, 0)) != pytest.approx(summary["loss_after"], rel=1e-4)
+    beside = read_adapter(out / "pytorch_lora_weights.safetensors", images=True)
+    assert beside.schedule == adapter.schedule
+    assert beside.parameters == adapter.parameters
+
+
+@pytest.mark.parametrize("more", ["adapter.start=orthogonal", "adapter.schedule=random"])
+def test_a_run_that_goes_on_is_the_uninterrupted_one(folder, more):
+    whole, _ = train(picture_recipe(folder, *TLORA, more, out=f"whole-{more}"))
+    recipe = picture_recipe(folder, *TLORA, more, out=f"again-{more}")
+    with pytest.raises(Interrupted):
+        train(recipe, interrupt_at=6)
+    summary, _ = train(recipe, resume=True)
+    first, second = (load_file(folder / f"{name}-{more}" / "adapter_model.safetensors") for name in ("whole", "again"))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert summary["loss_after"] == whole["loss_after"]
