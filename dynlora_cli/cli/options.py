@@ -57,8 +57,8 @@ AnyDtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="Number format of the saved factors: float32, bf16 or fp8; of a pipeline's LoRA float32, fp16 or bf16, and "
-        "by default as it came.",
+        help="Number format of the saved factors: float32, bf16 or fp8; of a pipeline's LoRA float32, fp16 or bf16, "
+        "and by default as it came.",
         autocompletion=words(*BYTES, "fp16"),
         show_default=False,
     ),
