@@ -62,6 +62,8 @@ def find_adapter(path: Path, said: str = "--adapter") -> tuple[Path, str | None]
     for file in sorted(records, key=lambda file: (file.name == RECORD, file.stat().st_mtime), reverse=True):
         if found := _in_folder(file.parent):
             return found[0], f"adapter: {found[0]}, the newest below {path}"
+    if (pickled := path / f"{IMAGE_STEM}.bin").is_file():
+        _file(pickled, said)
     if (path / "config.json").is_file() or list(path.glob("*.safetensors")):
         raise UsageError(f"{path} holds a model, not an adapter", "name the folder with adapter_config.json in it")
     raise UsageError(f"{path} holds no adapter ({CONFIG} is missing)", "name a run folder, or train one first")
@@ -80,7 +82,7 @@ def _file(path: Path, said: str) -> Path:
             f"{said} {path} is a pickle, which can run any code when it is opened; it was not",
             "if you trust its source, load it with the tool that made it and save it as .safetensors",
         )
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
         raise UsageError(
             f"{said} {path} is a file", "name a run folder, any folder with adapter_config.json, or a .safetensors"
         )
@@ -112,9 +114,15 @@ def _images(folder: Path) -> list[Path]:
     if (own := folder / IMAGE_WEIGHTS).is_file():
         return [own]
     found: list[Path] = []
+    damaged: UsageError | None = None
     for file in sorted(folder.glob("*.safetensors")):
-        if len(found) < 2 and file.is_file() and looks_like_image(list(header_of(file))):
-            found.append(file)
+        try:
+            if len(found) < 2 and file.is_file() and looks_like_image(list(header_of(file))):
+                found.append(file)
+        except UsageError as error:
+            damaged = damaged or error
+    if damaged and not found:
+        raise damaged
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from dynlora_cli.adapters.images import write
 from dynlora_cli.adapters.images.read import read_image
 from dynlora_cli.adapters.read import read_adapter
+from dynlora_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from cli_helpers import Dynlora
@@ -176,7 +178,9 @@ def test_the_plain_file_is_read(tmp_path: Path):
             {f"{NAME}.lora_down.weight": torch.ones(2, 8, 3, 3), f"{NAME}.lora_up.weight": torch.ones(8, 2, 3, 3)},
             "no convolution of 1 x 1",
         ),
-        ({f"{NAME}.lora_down.weight": torch.ones(2, 8, dtype=torch.int8)}, "whole numbers"),
+        ({f"{NAME}.lora_down.weight": torch.ones(2, 8, dtype=torch.int8)}, "holds int8"),
+        ({f"{NAME}.alpha": torch.tensor(1e30)}, "alpha of 1e+30"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": DOWN}, "not understood"),
         ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": DOWN}, "mixes names"),
     ],
 )
@@ -191,3 +195,107 @@ def test_what_is_not_understood_is_refused(
         assert done.code == 2, done.err
         assert said in " ".join(done.err.split())
         assert "Traceback" not in done.err
+
+
+META = "lora_adapter_metadata"
+FACTORS = {f"{OURS}.lora_A.weight": DOWN, f"{OURS}.lora_B.weight": UP}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ("{", "damaged"),
+        ("[1]", "no object"),
+        ('{"unet.r": 5, "unet.lora_alpha": 5}', "metadata says 5"),
+        ('{"unet.r": 2, "unet.lora_alpha": 0}', "alpha of 0"),
+        ('{"unet.r": 2, "unet.lora_alpha": NaN}', "finite"),
+        ('{"unet.r": 2, "unet.use_dora": true}', "use_dora"),
+        ('{"unet.r": 2, "unet.init_lora_weights": "pissa"}', "changed the base's weights"),
+        ('{"unet.r": 2, "unet.rank_pattern": {"((": 3}}', "no regular expression"),
+        ('{"text_encoder.r": 2}', "says nothing of unet"),
+    ],
+)
+def test_metadata_that_cannot_be_carried_out_is_refused(metadata: str, said: str, tmp_path: Path):
+    file = kohya_file(tmp_path / "a.safetensors", FACTORS, {META: metadata})
+    with pytest.raises(UsageError, match=said):
+        read_image(file)
+
+
+def test_scales_of_metadata(tmp_path: Path):
+    """By PEFT's rules: its defaults where nothing is said, and the root of the rank for rsLoRA."""
+    for said, scale in (
+        ({"unet.r": 2}, 8 / 2),
+        ({"unet.r": 2, "unet.lora_alpha": 3, "unet.use_rslora": True}, 3 / 2**0.5),
+        ({"unet.r": 9, "unet.rank_pattern": {"attn1.to_q": 2}, "unet.alpha_pattern": {"to_q": 5}}, 5 / 2),
+    ):
+        file = kohya_file(tmp_path / "a.safetensors", FACTORS, {META: json.dumps(said)})
+        assert read_image(file).layers[OURS].scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.safetensors", b"", "empty or cut off"),
+        ("noise.safetensors", bytes(range(256)), "does not begin as such a file does"),
+        ("list.safetensors", struct.pack("<Q", 2) + b"[]", "no table of tensors"),
+        ("none.safetensors", struct.pack("<Q", 2) + b"{}", "holds no tensors"),
+        ("deep.safetensors", struct.pack("<Q", 4000) + b'{"a":' * 800, "deep"),
+        ("model.ckpt", b"\x80\x04.", "is a pickle"),
+        ("model.pt", b"", "is a pickle"),
+    ],
+)
+def test_damaged_files_and_pickles(name: str, content: bytes, said: str, tmp_path: Path, dynlora: Dynlora):
+    (tmp_path / name).write_bytes(content)
+    done = dynlora("inspect", "--adapter", tmp_path / name)
+    assert done.code == 2
+    assert said in " ".join(done.err.split())
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path, dynlora: Dynlora):
+    file = kohya_file(tmp_path / "a.safetensors", PLAIN)
+    file.write_bytes(file.read_bytes()[:-3])
+    done = dynlora("inspect", "--adapter", file)
+    assert done.code == 2
+    assert "damaged or cut off" in done.err
+
+
+def test_which_file_of_a_folder(tmp_path: Path, dynlora: Dynlora):
+    """Damaged ones beside it do not matter; a second adapter does; no link out of the folder is followed."""
+    folder = tmp_path / "loras"
+    one = kohya_file(folder / "b.safetensors", PLAIN)
+    (folder / "a.safetensors").write_bytes(b"junk")
+    assert dynlora("inspect", "--adapter", folder).code == 0
+    kohya_file(folder / "c.safetensors", PLAIN)
+    done = dynlora("inspect", "--adapter", folder)
+    assert done.code == 2
+    assert f"name one of the files: {one}" in " ".join(done.err.split())
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "pytorch_lora_weights.safetensors").symlink_to(one)
+    assert "is a link out of its folder" in dynlora("inspect", "--adapter", linked).err
+    assert dynlora("inspect", "--adapter", linked / "pytorch_lora_weights.safetensors").code == 0  # named by a person
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval"],
+        ["serve"],
+        ["prune", "--budget", "auto", "--out", "o"],
+        ["prune", "--budget", "0.5", "--policy", "fisher", "--out", "o"],
+        ["prune", "--budget", "0.5", "--heal", "5", "--out", "o"],
+        ["prune", "--born", "x", "--out", "o"],
+        ["prune", "--budget", "0.5", "--dtype", "fp8", "--out", "o"],
+        ["export", "--to", "vllm", "--out", "o"],
+    ],
+)
+def test_what_needs_more_than_the_file_is_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynlora: Dynlora
+):
+    monkeypatch.chdir(tmp_path)
+    file = kohya_file(tmp_path / "a.safetensors", PLAIN)
+    done = dynlora(*command, "--adapter", file)
+    assert done.code == 2, done.err
+    assert "pipeline" in done.err or "form" in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "o").exists()

@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 
 from dynlora_cli.errors import UsageError
-from dynlora_cli.files.foreign import shown
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 LONGEST_KEY = 300  # characters
@@ -22,11 +21,11 @@ DENOISERS = ("unet", "transformer")
 DOWN, UP, ALPHA = "down", "up", "alpha"
 
 _NEW = re.compile(
-    r"(?P<layer>[\w.]+)\.(?:(?P<down>lora_A|lora\.down|lora_linear_layer\.down)\.weight"
+    r"(?P<layer>\w+(?:\.\w+)+)\.(?:(?P<down>lora_A|lora\.down|lora_linear_layer\.down)\.weight"
     r"|(?P<up>lora_B|lora\.up|lora_linear_layer\.up)\.weight|(?P<alpha>alpha))",
     re.ASCII,
 )
-_OLD = re.compile(r"(?P<block>[\w.]+)\.to_(?P<which>q|k|v|out)_lora\.(?P<factor>down|up)\.weight", re.ASCII)
+_OLD = re.compile(r"(?P<block>\w+(?:\.\w+)+)\.to_(?P<which>q|k|v|out)_lora\.(?P<factor>down|up)\.weight", re.ASCII)
 _WITHOUT_PART = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 _CLIP_WITHOUT_LEVEL = re.compile(r"(text_encoder(?:_2)?)\.(?=(?:encoder|embeddings|final_layer_norm)\.)")
 
@@ -67,8 +66,8 @@ def named(key: str) -> tuple[str, str] | None:
         return None
     if _WITHOUT_PART.match(layer):  # as diffusers saved a UNet's attention alone
         layer = f"unet.{layer}"
-    part, _, path = layer.partition(".")
-    if part not in PARTS or not path or ".." in path or path.endswith("."):
+    part = layer.partition(".")[0]
+    if part not in PARTS:
         return None
     return _CLIP_WITHOUT_LEVEL.sub(r"\1.text_model.", layer), leaf
 
@@ -81,13 +80,19 @@ def refusal(key: str, file: Path, keys: int) -> UsageError:
         file: it is in.
         keys: how many the file has.
     """
+    said = repr(key if len(key) <= LONGEST_KEY else f"{key[:LONGEST_KEY]}...")
     for pattern, what, hint in _OTHERS:
-        if re.search(pattern, key):
-            return UsageError(f"{file} is not read: {shown(key)} is of {what}", hint)
+        if re.search(pattern, key[: 2 * LONGEST_KEY]):
+            return UsageError(f"{file} is not read: {said} is of {what}", hint)
     return UsageError(
-        f"{file}: the tensor {shown(key)} is not understood, and none of its {keys} is left out",
+        f"{file}: the tensor {said} is not understood, and none of its {keys} is left out",
         "LoRA files of diffusers are read, and kohya's of SD 1, 2 and XL; if this is one, " + _SAVE,
     )
+
+
+def is_other(key: str) -> bool:
+    """Whether a key is of a kind of file that is known, and not read."""
+    return any(re.search(pattern, key[: 2 * LONGEST_KEY]) for pattern, _, _ in _OTHERS)
 
 
 def looks_like_image(keys: list[str]) -> bool:

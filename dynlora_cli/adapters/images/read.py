@@ -23,7 +23,7 @@ from dynlora_cli.adapters.adapter import Adapter, Factors, ImageFile
 from dynlora_cli.adapters.births import born_of
 from dynlora_cli.adapters.images import kohya_names
 from dynlora_cli.adapters.images.by_timestep import with_schedule
-from dynlora_cli.adapters.images.names import ALPHA, DOWN, PARTS, UP, looks_like_image, named, refusal
+from dynlora_cli.adapters.images.names import ALPHA, DOWN, PARTS, UP, is_other, looks_like_image, named, refusal
 from dynlora_cli.adapters.numbers import check_numbers
 from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.errors import UsageError
@@ -37,6 +37,7 @@ from dynlora_cli.text import natural_order
 
 METADATA = "lora_adapter_metadata"  # in which diffusers keeps what PEFT has in adapter_config.json
 FORMATS = {torch.float32: "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+PEFT_DEFAULT = 8  # r and lora_alpha of a LoraConfig that does not say
 MOST_TENSORS = 100_000
 
 
@@ -64,19 +65,21 @@ def read_image(file: Path, note: str | None = None) -> Adapter:
     layers, form = _sorted(list(header), file)
     style = _style(layers, file)
     tensors = _tensors(file, layers)
-    stored = {FORMATS.get(tensor.dtype, FULL) for key, tensor in tensors.items() if not key.endswith(ALPHA)}
+    types = {tensor.dtype for key, tensor in tensors.items() if not key.endswith(ALPHA)}
+    dtype = FORMATS.get(next(iter(types)), FULL) if len(types) == 1 else FULL
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
     scales = _Scales(layers, tensors, metadata if form == "diffusers" else {}, file)
     found = {name: _factors(name, layer, tensors, scales, file) for name, layer in layers.items()}
     notes = [note]
-    if len(stored) > 1:
-        notes.append(f"{file} holds factors in {' and '.join(sorted(stored))}; all are taken as {FULL}")
-    image = ImageFile(form, file.stem, stored.pop() if len(stored) == 1 else FULL, metadata, style)
+    if dtype == FULL and types != {torch.float32}:
+        said = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
+        notes.append(f"{file} holds factors in {said}; all are taken as {FULL}")
+    image = ImageFile(form, file.stem, dtype, metadata, style)
     record = _record_of(file)
     born, fault = born_of({name: factors.rank for name, factors in found.items()}, file.parent, record)
     found = {name: replace(factors, born=born[name]) for name, factors in found.items()}
-    said = "; ".join(filter(None, [*notes, fault])) or None
-    adapter = Adapter(file, found, {"peft_type": "LORA"}, record, note=said, image=image)
+    told = "; ".join(filter(None, [*notes, fault])) or None
+    adapter = Adapter(file, found, {"peft_type": "LORA"}, record, note=told, image=image)
     return with_schedule(adapter, metadata, file)
 
 
@@ -88,6 +91,8 @@ def _sorted(keys: list[str], file: Path) -> tuple[dict[str, _Layer], str]:
     """
     if not keys:
         raise UsageError(f"{file} holds no tensors", COPY_AGAIN)
+    if other := next((key for key in keys if is_other(key)), None):
+        raise refusal(other, file, len(keys))
     if not looks_like_image(keys) and not any("lora" in key for key in keys):
         raise UsageError(
             f"{file} holds {len(keys)} tensors, such as {shown(keys[0])}, and no LoRA: it seems to be a whole model",
@@ -136,9 +141,9 @@ def _tensors(file: Path, layers: Mapping[str, _Layer]) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, OSError) as error:
         raise UsageError(f"{file} is damaged or cut off: {error}", COPY_AGAIN) from None
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() and tensor.numel() != 1:
+        if not tensor.is_floating_point() and not key.endswith(ALPHA):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UsageError(f"{file}: {key} holds whole numbers ({kind}), and no factors", "save it in fp16")
+            raise UsageError(f"{file}: {key} holds {kind}, in which no factors are read", "save it in fp16")
     check_numbers(tensors, file)
     return tensors
 
@@ -178,16 +183,23 @@ class _Scales:
                 raise UsageError(f"{self.file}: {key} holds more than one number", COPY_AGAIN)
             alpha: Any = self.tensors[key].item()
         elif config:
-            announced = self.patterns[part, "rank_pattern"].first(path, config.get("r", rank))
-            alpha = self.patterns[part, "alpha_pattern"].first(path, config.get("lora_alpha", rank))
+            announced = self.patterns[part, "rank_pattern"].first(path, config.get("r") or PEFT_DEFAULT)
+            alpha = self.patterns[part, "alpha_pattern"].first(path, config.get("lora_alpha", PEFT_DEFAULT))
             if announced != rank:
                 raise UsageError(
                     f"{self.file}: {name} has rank {rank}, and its metadata says {announced}",
                     "the metadata is of another file; save it again with the tool that made it",
                 )
+        elif self.configs:
+            raise UsageError(
+                f"{self.file}: its {METADATA} says nothing of {part}, of which it has layers",
+                "save it again with the metadata of all parts, or with none",
+            )
         else:
             return 1.0
-        if not 0 < alpha <= LARGEST_ALPHA:
+        if alpha > LARGEST_ALPHA:
+            raise UsageError(f"{self.file}: {name} has an alpha of {alpha:g}", COPY_AGAIN)
+        if alpha <= 0:
             raise UsageError(
                 f"{self.file}: {name} has an alpha of {alpha:g}; kohya's scripts read 0 as the rank, and diffusers as "
                 "a layer that does nothing",
