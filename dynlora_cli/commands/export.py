@@ -17,6 +17,7 @@ from dynlora_cli import __version__, plugins
 from dynlora_cli.adapters.adapter import Adapter
 from dynlora_cli.adapters.base import find_base
 from dynlora_cli.adapters.find import WEIGHTS
+from dynlora_cli.adapters.images.by_timestep import no_single_weight
 from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.config.dtypes import FULL, rounding_note
 from dynlora_cli.config.options import given
@@ -125,6 +126,8 @@ def _read(path: Path, to: str, exporter: ModuleType, options: Section, base_name
             "use --to diffusers or --to kohya",
         )
     if not of_pipelines:
+        if adapter.schedule:
+            raise no_single_weight(adapter.folder)
         return adapter
     if base_name:
         raise UsageError(f"--base is not for --to {to}, which needs no pipeline", "leave it out")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +111,22 @@ def test_rows_at_different_timesteps_and_convolutions(tmp_path):
     for row, t in enumerate((30, 900)):
         wanted = with_weights(tensors, plan, t)(sample[row : row + 1], t, caption[row : row + 1])[0]
         torch.testing.assert_close(found[row : row + 1], wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_lines_in_the_docs_do_the_same(tmp_path):
+    plan = Schedule(power=1.5, terms=2)
+    write_adapter(tmp_path / "a", plan, 8)
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "images.md").read_text()
+    lines = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "safe_open" in block)
+    pipe, (sample, caption) = pipeline(), inputs()
+    pipe.load_lora_weights(tmp_path / "a")
+    wanted = []
+    with api.rank_by_timestep(pipe, tmp_path / "a"):
+        wanted = [pipe.unet(sample, t, caption)[0] for t in (0, 333, 999)]
+    exec(lines.replace("out/dog", str(tmp_path / "a")), {"pipe": pipe})
+    for t, one in zip((0, 333, 999), wanted, strict=True):
+        torch.testing.assert_close(pipe.unet(sample, t, caption)[0], one)
 
 
 def test_nothing_is_left_behind_even_after_an_error(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 
 from dynlora_cli.adapters.adapter import Adapter, ImageFile
 from dynlora_cli.adapters.find import IMAGE_STEM
+from dynlora_cli.adapters.images.by_timestep import plain_at
 from dynlora_cli.adapters.images.kohya_names import Style
 from dynlora_cli.adapters.images.read import read_image
 from dynlora_cli.adapters.images.write import file_name, save
@@ -31,6 +32,12 @@ needs_base = False
 of_pipelines = True
 DTYPES = ("fp16", "bf16")
 OPTIONS = {
+    "at_step": {
+        "type": "float",
+        "default": None,
+        "at_least": 0,
+        "help": "Of a T-LoRA: as it is at this timestep, where 0 is a clean picture and 1000 all noise.",
+    },
     "names": {
         "type": "choice",
         "choices": ["auto", "sgm", "diffusers"],
@@ -43,6 +50,7 @@ OPTIONS = {
 def prepared(adapter: Adapter, options: Section) -> Adapter:
     """The adapter as it is named in such a file."""
     found, image = of_pipeline(adapter, "kohya")
+    found = plain_at([found], options.model_dump()["at_step"])[0]
     xl = is_xl(found) if image.form != "kohya" else image.style.numbered
     names: str = options.model_dump()["names"]
     kept = image.style.sgm if image.form == "kohya" else xl
