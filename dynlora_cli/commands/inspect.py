@@ -74,7 +74,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "parameters": adapter.parameters,
         "components": adapter.components,
         "average_rank": _average_rank(adapter, recorded),
-        "bytes": sum(file.stat().st_size for file in adapter.folder.glob("adapter*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in _files(adapter)),
+        **({"rank_by_timestep": adapter.schedule.as_dict()} if adapter.schedule else {}),
         "whole_tensors": {name: list(tensor.shape) for name, tensor in adapter.whole.items()},
         "biases": adapter.biases,
         "lora_bias": sum(factors.bias_O is not None for factors in adapter.layers.values()),
@@ -85,6 +86,11 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "layers": dict(sorted((layers | gone).items(), key=lambda item: natural_order(item[0]))),
         "provenance": _provenance(adapter),
     }
+
+
+def _files(adapter: Adapter) -> list[Path]:
+    """Where its tensors lie."""
+    return [adapter.folder] if adapter.image else list(adapter.folder.glob("adapter*.safetensors"))
 
 
 def _token_texts(adapter: Adapter) -> dict[int, str]:

@@ -78,6 +78,8 @@ def test_inspect_says_what_it_is(file, dynlora):
     done = dynlora("inspect", "--adapter", file)
     assert done.code == 0, done.err
     assert "T-LoRA" in done.err
+    assert "(T - t) / T of a layer's, 1 at least; T = 1000" in done.err
+    assert ", 0 B" not in done.err
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ class AdapterView:
                 "components",
                 f"{count(adapter['components'])}, average rank {adapter['average_rank']:.2f}, 0 to {largest}",
             ),
+            *([("in use", _in_use(plan))] if (plan := adapter.get("rank_by_timestep")) else []),
             ("energy", f"{directions} of {sum(len(layer['spectrum']) for layer in layers.values())} directions"),
             *_beside_components(adapter),
             *((key.replace("_", " "), _plain(value)) for key, value in adapter["provenance"].items()),
@@ -280,6 +281,13 @@ def _side_by_side(found: dict[str, Any]) -> RenderableType:
     whole = found["comparison"]["cosine"]
     table.add_row("all", "", "", "", "", "" if whole is None else f"{whole:+.3f}")
     return table
+
+
+def _in_use(plan: dict[str, Any]) -> str:
+    """How many components a T-LoRA uses when."""
+    least, most = f"{plan['min_rank']} at least", f"T = {plan['timesteps']:g}"
+    share = {"falling": "(T - t) / T", "rising": "t / T"}.get(plan["shape"], "a drawn share")
+    return f"{share} of a layer's, {least}; {most}" + (f", power {plan['power']:g}" if plan["power"] != 1 else "")
 
 
 def _plain(value: Any) -> str:
