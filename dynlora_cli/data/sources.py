@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.data import builtin as stdlib_docs
+from dynlora_cli.data.picture_folder import captioned, picture_rows
 from dynlora_cli.data.row_files import (
     READERS,
     TEXT_SUFFIXES,
@@ -28,6 +29,7 @@ from dynlora_cli.data.row_files import (
 )
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.files.strict_json import loads
+from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Source
@@ -85,12 +87,22 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
         return [_hub(source)]
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return [_table(file, notes) for file in _files_of(path, source.split, notes)]
+        return _of_folder(path, source.split, notes)
     if path.is_file():
         return [_table(path, notes)]
     if path.exists():
         raise UsageError(f"dataset: {path} is no regular file, and rows are read more than once", "save them in one")
     raise UsageError(f"dataset: no file or folder {source.path}{_nearest(path)}", "paths start at the current folder")
+
+
+def _of_folder(folder: Path, split: str, notes: list[str]) -> list[Table]:
+    """The tables of a folder: files of rows, else pictures with their captions beside them, else texts."""
+    shown = [file for file in sorted(folder.rglob("*")) if not _is_hidden(file.relative_to(folder))]
+    files = [file for file in shown if file.is_file()]
+    if not _tables_of(files) and (pictures := captioned(files)):
+        notes.append(f"{folder}: {counted(len(pictures), 'picture')}, each with its caption in a text file beside it")
+        return [Table(str(folder), lambda: picture_rows(folder, pictures), home=folder)]
+    return [_table(file, notes) for file in _files_of(folder, split, notes)]
 
 
 def other_splits(source: Source) -> dict[str, list[Path]]:

@@ -69,7 +69,8 @@ def samples(step: int, answers: Sequence[Mapping[str, Any]]) -> Event:
 
     Args:
         step: optimizer steps done.
-        answers: of each its prompt (its end, where it is long), what was expected, the answer, and whether it is right.
+        answers: of each its prompt (its end, where it is long), what was expected, the answer, and whether it is right;
+            where the answer is a picture, `picture` is its file, from the run's folder.
     """
     return {"event": "samples", "step": step, "samples": [dict(answer) for answer in answers]}
 

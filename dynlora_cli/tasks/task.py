@@ -15,6 +15,9 @@ HAS_CLASSES, PACKS
 TARGET = "row"
     What a loss is the mean over, in words; by default token.
 
+DRAWS = True
+    A model of the task draws: `Task.draw` shows what it has learned while it trains.
+
 SILENT = "it names classes"
     Of a model that writes no text: what it does in place of that.
 
@@ -135,6 +138,23 @@ class Task:
             sources: folders of the adapter and of its base.
             folder: of the merged model.
         """
+
+    def draw(
+        self, model: PreTrainedModel, examples: Sequence[Any], step: int, folder: Path, seed: int
+    ) -> list[dict[str, Any]]:
+        """What the model draws for a few rows while it trains; asked of tasks that set DRAWS.
+
+        Args:
+            model: as it is now.
+            examples: rows of the run.
+            step: optimizer steps done.
+            folder: of the run, where pictures go.
+            seed: of the run.
+
+        Returns:
+            Of each row what the event `samples` has (runs/events.py).
+        """
+        raise NotImplementedError
 
     def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002
         """What is told beside the held-out loss while a model trains.

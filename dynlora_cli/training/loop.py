@@ -46,6 +46,8 @@ def fit(run: Run) -> None:
             evaluated = evaluation_due(run)
             if evaluated:
                 _evaluate_and_judge(run)
+            elif samples.shows_alone(run):
+                samples.show(run)
             leaving = _finished(run) or record["stop"]
             if leaving or _save_due(run, evaluated, time.monotonic() - saved_at):
                 run.save(run)
@@ -68,6 +70,8 @@ def _measure_before(run: Run) -> None:
     if progress.first is None and run.val_batches:
         progress.first = progress.last = held_out_loss(run)
         _emit_evaluation(run, progress.first, best=False)
+    elif progress.step == 0 and samples.shows_alone(run):
+        samples.show(run)
     if progress.also is None and progress.step == 0 and run.also:
         progress.also = also_losses(run)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.data.batches import Batches
+    from dynlora_cli.data.examples import Example
     from dynlora_cli.data.load import Data
     from dynlora_cli.evaluation.also import Measured, RowSet
     from dynlora_cli.evaluation.generation import Prompt
@@ -86,7 +87,7 @@ class Run:
         modes: how the steps are run: fused, compiled and so on.
         random: the random numbers of this process's part in the run.
         also: rows of other kinds, measured before and after.
-        samples: prompts that are answered now and then.
+        samples: prompts that are answered now and then; rows of a model that draws.
         objective: what training lowers.
         track: sends numbers of a step to the trackers.
     """
@@ -109,7 +110,7 @@ class Run:
     emit: events.Emit = lambda event: None  # noqa: ARG005
     progress: Progress = field(default_factory=Progress)
     also: Sequence[RowSet] = ()
-    samples: Sequence[Prompt] = ()
+    samples: Sequence[Prompt | Example] = ()
     track: Callable[[Mapping[str, float], int], None] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from dynlora_cli import plugins
 from dynlora_cli.data.encode import decode
@@ -31,13 +32,19 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 64  # of an answer
 OPENING = 32  # tokens of a text without a prompt that are given, for the model to go on with
+LOOKS = 8  # while training, where nothing is measured and `eval.steps` does not say
 KEPT = 300  # characters of a prompt's end, and of an answer's beginning, that the log keeps
 
 
 def choose(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Example], modes: Modes, notes: list[str]
-) -> list[Prompt]:
-    """The first held-out prompts; of plain texts their openings.
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[Example],
+    modes: Modes,
+    notes: list[str],
+    trained: Sequence[Example] = (),
+) -> Sequence[Prompt | Example]:
+    """The first held-out prompts; of plain texts their openings; of a model that draws, rows with other texts each.
 
     Args:
         recipe: of the run.
@@ -45,10 +52,14 @@ def choose(
         held_out: its rows to measure on.
         modes: how its steps are run; some leave no model that could answer between them.
         notes: gets why there are none, where somebody asked for them or would expect them.
+        trained: rows to train on, which a model that draws is asked by where none are held out.
     """
     count, asked = recipe.eval.samples, "samples" in recipe.eval.model_fields_set
     if not count:
         return []
+    if plugins.declared("tasks", recipe.model.task, "DRAWS"):
+        rows = {tuple(example.input_ids): example for example in reversed(held_out or trained)}
+        return list(reversed(rows.values()))[:count]
     if does := plugins.declared("tasks", recipe.model.task, "SILENT"):
         return _none(f"a model for {recipe.model.task} writes no text: {does}", notes, tell=asked)
     if not held_out:
@@ -83,6 +94,15 @@ def _openings(held_out: Sequence[Example], tokenizer: PreTrainedTokenizerBase, c
     return list(prompts.values())
 
 
+def shows_alone(run: Run) -> bool:
+    """Whether answers are due where nothing is measured: a model that draws can be asked by rows that it trains on."""
+    step, total = run.progress.step, run.total_steps
+    if run.val_batches is not None or not run.samples:
+        return False
+    every = run.recipe.eval.steps
+    return step in (0, total) or (step % every == 0 if every else step * LOOKS // total > (step - 1) * LOOKS // total)
+
+
 def show(run: Run) -> None:
     """Answer the run's prompts and tell of it; the first process alone.
 
@@ -90,23 +110,30 @@ def show(run: Run) -> None:
     """
     if not run.samples or not run.accelerator.is_main_process:
         return
+    draws = plugins.declared("tasks", run.recipe.model.task, "DRAWS")
     try:
         with evaluating(run.model), run.accelerator.autocast():
+            if draws:
+                folder, step = Path(run.recipe.output_dir), run.progress.step
+                run.emit(events.samples(step, run.task.draw(run.model, run.samples, step, folder, run.recipe.seed)))
+                return
             answers = _answers(run)
     except Exception as error:  # whatever the code of a model raises that was never asked to generate
         run.note(f"no answers are shown while training (eval.samples): {type(error).__name__}: {error}")
         run.samples = []
         return
-    pairs, texts = zip(run.samples, answers, strict=True), RequestTexts(run.base.tokenizer)
+    prompts = cast("Sequence[Prompt]", run.samples)
+    pairs, texts = zip(prompts, answers, strict=True), RequestTexts(run.base.tokenizer)
     run.emit(events.samples(run.progress.step, [_sample(prompt, answer, texts) for prompt, answer in pairs]))
 
 
 def _answers(run: Run) -> list[str]:
     """The answers to the run's prompts, all at once; where each row has an adapter of its own, those that share one."""
     model, tokenizer, context = run.model, run.base.tokenizer, run.base.files.context_length
+    prompts = cast("Sequence[Prompt]", run.samples)
     if not isinstance(run.trained, Generated):
-        return generate(model, tokenizer, run.samples, batch_size=len(run.samples), context=context)
-    return run.trained.answers(model, tokenizer, run.samples, batch_size=len(run.samples), context=context)
+        return generate(model, tokenizer, prompts, batch_size=len(prompts), context=context)
+    return run.trained.answers(model, tokenizer, prompts, batch_size=len(prompts), context=context)
 
 
 def _sample(prompt: Prompt, answer: str, texts: RequestTexts) -> dict[str, Any]:

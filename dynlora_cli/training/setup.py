@@ -269,7 +269,7 @@ def make_run(
         random=Randomness(recipe.seed + accelerator.process_index, accelerator.device),
         objective=objective,
         also=also,
-        samples=samples.choose(recipe, base.tokenizer, val, modes, data.notes),
+        samples=samples.choose(recipe, base.tokenizer, val, modes, data.notes, data.train),
     )
     modes.begin(base.model, trained, partial(_first_batch, run), run.note)
     return run

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipeline import picture_recipe, pixel_pipeline, write_pictures
 from tiny_run import train
@@ -83,3 +85,23 @@ def test_one_picture_is_enough(tmp_path):
     summary, _ = train(picture_recipe(tmp_path, "train.max_steps=3"))
     assert summary["steps"] == 3
     assert json.loads((tmp_path / "out" / "dynlora.json").read_text())["data"]["train_rows"] == 1
+
+
+def test_pictures_that_are_drawn_on_the_way(tmp_path):
+    """At each evaluation, or without held-out rows as often; drawing changes nothing of what is learned."""
+    options = ("eval.samples=2", "model.sample_steps=3")
+    train(picture_recipe(tmp_path, *options))
+    train(picture_recipe(tmp_path, out="silent"))
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "silent"))
+    assert all(first[name].equal(second[name]) for name in first)
+    names = sorted(path.name for path in (tmp_path / "out" / "samples").iterdir())
+    assert names == [f"step-{step:06d}-{number}.png" for step in (0, 6, 12) for number in (1, 2)]
+    pictures = [np.asarray(Image.open(tmp_path / "out" / "samples" / name)) for name in names]
+    assert pictures[0].shape == (16, 16, 3)
+    assert (pictures[0] != pictures[4]).any()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert all(f'src="samples/{name}"' in report for name in names)
+
+    _, events = train(picture_recipe(tmp_path, *options, "dataset.val_size=0", "eval.steps=null", out="alone"))
+    looks = [event["step"] for event in events if event["event"] == "samples"]
+    assert looks == [0, 2, 3, 5, 6, 8, 9, 11, 12]

@@ -192,6 +192,9 @@ def sample_rows(event: Event, width: int) -> Iterator[tuple[str, str, bool]]:
         asked, *said = (printable(" ".join(sample[key].split())) for key in ("prompt", "expected", "answer"))
         expected, answer = (text if len(text) <= width else f"{text[: width - 1]}…" for text in said)
         yield "asked", asked if len(asked) <= width else f"…{asked[1 - width :]}", False
+        if sample.get("picture"):
+            yield "drawn", answer, False
+            continue
         yield "expected", expected, False
         yield "answered", answer or "(nothing)", sample["right"]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report.svg import text
 from dynlora_cli.text import count
 
+_FILE = re.compile(r"samples/[\w-]+\.png", re.ASCII)
+WIDTH = 160  # of a picture in the report
 MOST = 8  # evaluations shown: the first, the last, and some between
 
 
@@ -14,6 +18,8 @@ def samples_part(record: RunRecord) -> str:
     looks = [event for event in record.samples if event.get("samples")]
     if not looks:
         return ""
+    if any(_picture(one) for event in looks for one in event["samples"]):
+        return _pictures(record, len(looks[-1]["samples"]))
     tables = "".join(_table(at, record) for at in range(len(looks[-1]["samples"])))
     lead = "The most likely answers to the same held-out prompts as training went on, at most 64 tokens of each."
     return f'<h2>Answers while it trained</h2><p class="muted">{lead}</p>{tables}'
@@ -30,6 +36,29 @@ def _table(at: int, record: RunRecord) -> str:
         f'<div class="card answers"><p class="prompt">{text(last["prompt"])}</p>'
         f'<table class="list"><tbody>{rows}</tbody></table></div>'
     )
+
+
+def _pictures(record: RunRecord, count_of_rows: int) -> str:
+    """One row of pictures for each caption; the files stand beside the report."""
+    cards = ""
+    for at in range(count_of_rows):
+        looks = [(event["step"], event["samples"][at]) for event in record.samples if len(event["samples"] or ()) > at]
+        shown = [(step, file) for step, one in _few(looks) if (file := _picture(one))]
+        figures = "".join(
+            f'<figure><img src="{text(file)}" alt="step {count(step)}" width="{WIDTH}">'
+            f'<figcaption class="muted">step {count(step)}</figcaption></figure>'
+            for step, file in shown
+        )
+        caption = text(looks[-1][1]["prompt"])
+        cards += f'<div class="card answers"><p class="prompt">{caption}</p><div class="pictures">{figures}</div></div>'
+    lead = "Drawn from the same captions and the same noise as training went on."
+    return f'<h2>Pictures while it trained</h2><p class="muted">{lead}</p>{cards}'
+
+
+def _picture(sample: Event) -> str | None:
+    """The file of a picture in the folder of the run; None where the answer is no such picture."""
+    name = sample.get("picture")
+    return name if isinstance(name, str) and _FILE.fullmatch(name) else None
 
 
 def _row(label: str, value: str, style: str) -> str:

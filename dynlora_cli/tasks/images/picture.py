@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MOST_PIXELS = 1 << 27  # of one picture: 134 million, 400 MB as RGB
 MOST_BYTES = 1 << 28
+SMALLER = "make it smaller, or leave the row out"
 SAVE_AGAIN = "save it again as PNG or JPEG, or leave the row out"
 
 
@@ -119,13 +120,12 @@ def _opened(raw: bytes, called: str, place: str) -> Image.Image:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
-                raise DataError(
-                    f"{place}: {called} is {width} x {height} pixels, more than {MOST_PIXELS // 10**6} million",
-                    "make it smaller",
-                )
+                raise Image.DecompressionBombError
             image.load()
             upright = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, ArithmeticError, IndexError) as error:
+    except Image.DecompressionBombError:
+        raise DataError(f"{place}: {called} has more than {MOST_PIXELS // 10**6} million pixels", SMALLER) from None
+    except (OSError, ValueError, SyntaxError, ArithmeticError, IndexError) as error:
         if isinstance(error, Image.UnidentifiedImageError):
             raise DataError(f"{place}: {called} is no picture in {', '.join(FORMATS)}", SAVE_AGAIN) from None
         raise DataError(f"{place}: {called} is damaged: {error}", SAVE_AGAIN) from None

@@ -25,6 +25,7 @@ from torch import Tensor
 from dynlora_cli.errors import UsageError
 from dynlora_cli.files.foreign import read_object
 from dynlora_cli.models.alone import making_a_model
+from dynlora_cli.models.pipelines.denoiser import denoiser_structure
 from dynlora_cli.models.pipelines.find import DENOISERS, INDEX, read_index
 from dynlora_cli.tasks.images.noising import Noising
 
@@ -205,15 +206,15 @@ class Pipeline:
         names = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"]
         count = {XL: 4, THREE: 6}.get(self.kind, 2)
         parts = {name: self.part(name) for name in names[:count]}
-        empty = {"vae": None, "scheduler": None, DENOISERS[self.kind]: None}
-        if self.kind == "StableDiffusionPipeline":
-            more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        elif self.kind == XL:
-            zeros = self.index.get("force_zeros_for_empty_prompt", True)
-            more = {"force_zeros_for_empty_prompt": bool(zeros)}
+        more: dict[str, Any] = {}
+        if self.kind == XL:
+            more = {"force_zeros_for_empty_prompt": bool(self.index.get("force_zeros_for_empty_prompt", True))}
+        elif self.kind == THREE:  # without a T5, its config says how wide the zeros are in place of its states
+            more = {"transformer": denoiser_structure(self.folder / DENOISERS[self.kind])}
         else:
-            more = {}
-        return getattr(diffusers, self.kind)(**parts, **empty, **more)
+            more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        more.setdefault(DENOISERS[self.kind], None)
+        return getattr(diffusers, self.kind)(**parts, vae=None, scheduler=None, **more)
 
     def _encoded(self, front: Any, captions: list[str]) -> tuple[Conditions, Conditions]:
         if self.kind == "StableDiffusionPipeline":

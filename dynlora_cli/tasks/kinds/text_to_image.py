@@ -29,13 +29,16 @@ from dynlora_cli.tasks import task
 from dynlora_cli.tasks.scores import RowSums
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AUTO_MODEL = "DiffusionPipeline"
 TASK_TYPE = None
 FORMS = ("Captioned",)
 TARGET = "picture"
 SILENT = "it draws pictures"
+DRAWS = True
 OPTIONS = {
     "resolution": {
         "type": "int",
@@ -57,6 +60,18 @@ OPTIONS = {
         "default": None,
         "above": 0,
         "help": "Min-SNR weighting of timesteps, usually 5; null: every timestep counts alike.",
+    },
+    "sample_steps": {
+        "type": "int",
+        "default": 30,
+        "at_least": 1,
+        "help": "Steps of the scheduler for pictures that are drawn while training (eval.samples).",
+    },
+    "guidance": {
+        "type": "float",
+        "default": 5.0,
+        "at_least": 1,
+        "help": "How far these go from what is drawn without a caption towards what is drawn with it; 1: no further.",
     },
 }
 CONFLICTS = [
@@ -88,6 +103,14 @@ class Task(task.Task):
     def _option(self, key: str) -> Any:
         """A key of the recipe's section; its default for an adapter of another tool, which has no recipe."""
         return getattr(self.options, key, options("tasks", self.name)[key].default)
+
+    def draw(
+        self, model: PreTrainedModel, examples: Sequence[Any], step: int, folder: Path, seed: int
+    ) -> list[dict[str, Any]]:
+        from dynlora_cli.tasks.images.shown import draw
+
+        steps, guidance = self._option("sample_steps"), self._option("guidance")
+        return draw(model, examples, step, folder, steps=steps, guidance=guidance, seed=seed)
 
     def held_out(self, loss: float, accuracy: float) -> dict[str, float]:  # noqa: ARG002
         return {}
