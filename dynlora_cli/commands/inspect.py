@@ -20,6 +20,14 @@ from dynlora_cli.files.foreign import read_object
 from dynlora_cli.hypernets.files import read_hypernet
 from dynlora_cli.text import natural_order
 
+_SIZES = ("components", "parameters")
+# What files of kohya's and others say of their training, by the words it is shown with here.
+_SAID = {
+    "base_model": ("ss_sd_model_name", "modelspec.architecture", "ss_base_model_version"),
+    "trained_as": ("ss_network_module",),
+    "title": ("modelspec.title", "ss_output_name"),
+}
+LONGEST_SAID = 200  # characters
 SHOWN_OF_SPECTRUM = (0.5, 0.9, 0.99)  # for these shares of ‖ΔW‖² the number of directions is shown
 
 
@@ -76,6 +84,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "average_rank": _average_rank(adapter, recorded),
         "bytes": sum(file.stat().st_size for file in _files(adapter)),
         **({"rank_by_timestep": adapter.schedule.as_dict()} if adapter.schedule else {}),
+        **({"file_form": adapter.file_form, "dtype": adapter.image.dtype} if adapter.image else {}),
+        **({"parts": _parts(adapter)} if adapter.image else {}),
         "whole_tensors": {name: list(tensor.shape) for name, tensor in adapter.whole.items()},
         "biases": adapter.biases,
         "lora_bias": sum(factors.bias_O is not None for factors in adapter.layers.values()),
@@ -89,8 +99,20 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def _files(adapter: Adapter) -> list[Path]:
-    """Where its tensors lie."""
+    """The files of its tensors."""
     return [adapter.folder] if adapter.image else list(adapter.folder.glob("adapter*.safetensors"))
+
+
+def _parts(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    """What an adapter of a pipeline has in each part of it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, factors in adapter.layers.items():
+        part = found.setdefault(name.partition(".")[0], dict.fromkeys(("layers", "convolutions", *_SIZES), 0))
+        part["layers"] += 1
+        part["convolutions"] += bool(factors.kernel)
+        part["components"] += factors.rank
+        part["parameters"] += factors.parameters
+    return found
 
 
 def _token_texts(adapter: Adapter) -> dict[int, str]:
@@ -223,7 +245,7 @@ def _provenance(adapter: Adapter) -> dict[str, Any]:
     record, config = adapter.record, adapter.config
     base = record.get("base_model") or {}
     made = {
-        "tool": f"dynlora {record['dynlora_version']}" if "dynlora_version" in record else "PEFT",
+        "tool": f"dynlora {record['dynlora_version']}" if "dynlora_version" in record else _tool(adapter),
         "peft_version": config.get("peft_version"),
         "base_model": base.get("name_or_path") or config.get("base_model_name_or_path"),
         "revision": config.get("revision"),
@@ -235,9 +257,20 @@ def _provenance(adapter: Adapter) -> dict[str, Any]:
         "documents": _documents(record),
         "written_by": _written_by(record),
         "pruned": record.get("prune"),
-        "scaling": {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")},
+        "scaling": None if adapter.image else {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")},
     }
+    if adapter.image:
+        for key, names in _SAID.items():
+            said = next((adapter.image.metadata[name] for name in names if adapter.image.metadata.get(name)), None)
+            made[key] = made.get(key) or (said[:LONGEST_SAID] if said else None)
     return {key: value for key, value in made.items() if value is not None}
+
+
+def _tool(adapter: Adapter) -> str | None:
+    """What wrote its files, where it was not us; None: nobody says."""
+    if adapter.image is None:
+        return "PEFT"
+    return "kohya's scripts" if any(key.startswith("ss_") for key in adapter.image.metadata) else None
 
 
 def _documents(record: dict[str, Any]) -> list[dict[str, str]] | None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+# A UNet has blocks in its blocks: a row is one attention, one block of transformers in it, or one residual block.
+_UNET = re.compile(
+    r"(?P<stack>(?:.*\.)?(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:attentions\.\d+\.transformer_blocks|\w+))"
+    r"\.(?P<number>\d+)\.(?P<module>.+)"
+)
+_SHORT = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up", "transformer_blocks": "blocks"}
 
 OUTSIDE = "other"  # name of the row for layers outside the blocks
 
@@ -45,6 +53,9 @@ def shade(rank: float, start: float) -> float:
 
 def _split(name: str) -> tuple[str, int | None, str]:
     """A name as (stack, block number, module): the first whole number in it tells where the block is."""
+    if match := _UNET.fullmatch(name):
+        stack = ".".join(_SHORT.get(word, word) for word in match["stack"].split("."))
+        return stack, int(match["number"]), match["module"]
     parts = name.split(".")
     for index, part in enumerate(parts[:-1]):
         if part.isdecimal():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,3 +132,37 @@ def test_stabilitys_names(ours: str, theirs: str):
 )
 def test_names_that_no_layer_has(name: str):
     assert layer_of(name) is None
+
+
+def test_a_run_goes_to_kohya_and_comes_back_from_prune(tmp_path: Path, dynlora: Dynlora):
+    """A text-to-image run, whose own files name layers by the denoiser alone; pruned, it has both files again."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "images"))
+    from tiny_pipeline import picture_recipe
+
+    from dynlora_cli.commands import train
+
+    recipe = picture_recipe(tmp_path)
+    train.run(recipe)
+    run = Path(recipe.output_dir)
+    done = dynlora("export", "--adapter", run, "--to", "kohya", "--out", tmp_path / "kohya")
+    assert done.code == 0, done.err
+    (file,) = (tmp_path / "kohya").glob("*.safetensors")
+    ours, theirs = read_adapter(run), read_adapter(file, images=True)
+    assert {f"unet.{name}" for name in ours.layers} == theirs.layers.keys()
+    for name, factors in ours.layers.items():
+        assert torch.allclose(theirs.layers[f"unet.{name}"].delta_OI(), factors.delta_OI(), atol=1e-6)
+    done = dynlora(
+        "prune",
+        "--adapter",
+        run,
+        "--policy",
+        "magnitude",
+        "--budget",
+        "0.5",
+        "--no-measure",
+        "--out",
+        tmp_path / "half",
+    )
+    assert done.code == 0, done.err
+    beside = read_adapter(tmp_path / "half" / "pytorch_lora_weights.safetensors", images=True)
+    assert beside.parameters == read_adapter(tmp_path / "half").parameters < ours.parameters

@@ -184,6 +184,19 @@ def test_layer_grid_of_an_encoder_tells_its_three_dense_layers_apart() -> None:
     assert cell["other", "pooler.dense"] == "bert.pooler.dense"
 
 
+def test_layer_grid_of_a_unet_has_a_row_for_each_of_its_inner_blocks() -> None:
+    names = [
+        "unet.down_blocks.1.attentions.0.transformer_blocks.3.attn1.to_out.0",
+        "unet.down_blocks.1.attentions.0.proj_in",
+        "unet.mid_block.resnets.1.conv1",
+        "unet.conv_in",
+    ]
+    blocks, modules, cell = layer_grid(names)
+    assert blocks == ["down.1.attentions.0.blocks 3", "down.1.attentions 0", "mid.resnets 1", "other"]
+    assert modules == ["0", "proj_in", "conv1", "conv_in"]
+    assert cell[blocks[2], "conv1"] == names[2]
+
+
 def test_layer_grid_keeps_two_stacks_apart() -> None:
     names = [
         "encoder.block.0.layer.0.SelfAttention.q",

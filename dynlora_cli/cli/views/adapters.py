@@ -184,6 +184,7 @@ class AdapterView:
         rows = [
             ("kind", f"{adapter['kind']}, {adapter['task']}"),
             ("size", f"{count(adapter['parameters'])} parameters, {size(adapter['bytes'])}"),
+            *_of_pipeline(adapter),
             (
                 "components",
                 f"{count(adapter['components'])}, average rank {adapter['average_rank']:.2f}, 0 to {largest}",
@@ -191,7 +192,7 @@ class AdapterView:
             *([("in use", _in_use(plan))] if (plan := adapter.get("rank_by_timestep")) else []),
             ("energy", f"{directions} of {sum(len(layer['spectrum']) for layer in layers.values())} directions"),
             *_beside_components(adapter),
-            *((key.replace("_", " "), _plain(value)) for key, value in adapter["provenance"].items()),
+            *((key.replace("_", " "), printable(_plain(value))) for key, value in adapter["provenance"].items()),
         ]
         if not ranks:
             self.console.show(Group(Text(), Text(printable(adapter["name"]), style="head"), pairs(rows)))
@@ -209,6 +210,17 @@ class AdapterView:
                 _layer_table(layers),
             )
         )
+
+
+def _of_pipeline(adapter: dict[str, Any]) -> list[tuple[str, str]]:
+    """The form of the file of a pipeline's adapter, and what it has in each part of the pipeline."""
+    rows = [("file", f"{adapter['file_form']}, {adapter['dtype']}")] if "file_form" in adapter else []
+    for part, sizes in adapter.get("parts", {}).items():
+        convolutions = f", {count(sizes['convolutions'])} of them convolutions" if sizes["convolutions"] else ""
+        layers = f"{counted(sizes['layers'], 'layer')}{convolutions}"
+        held = f"{count(sizes['components'])} components, {count(sizes['parameters'])} parameters"
+        rows.append((part, f"{layers}; {held}"))
+    return rows
 
 
 def _agreement(check: dict[str, Any], *, vectors: bool = False) -> list[tuple[str, str]]:
