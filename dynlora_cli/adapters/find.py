@@ -96,6 +96,11 @@ def is_image(path: Path) -> bool:
     return path.is_file()
 
 
+def is_for_pipeline(found: Path) -> bool:
+    """Whether what `find_adapter` found is for a diffusion pipeline: a file, or a run that learned on one."""
+    return is_image(found) or (found / IMAGE_WEIGHTS).is_file()
+
+
 def refuse_image(path: Path) -> None:
     """Refuse a file of an adapter for a diffusion pipeline, where the weights of a language model are needed.
 

@@ -118,7 +118,7 @@ class Run(Written):
 
 @dataclass(frozen=True, repr=False)
 class Merged(Written):
-    """A merged model; or, of several adapters, one adapter."""
+    """A merged model or pipeline; or, of several adapters, one adapter."""
 
     def _show(self, console: Console) -> None:
         from dynlora_cli.cli.views.adapters import AdapterView
@@ -126,7 +126,8 @@ class Merged(Written):
         AdapterView(console).show_merged(dict(self.summary))
 
     def _html(self) -> str:
-        into = f"merged into {'the base' if self.summary['into'] == 'base' else 'one adapter'}:"
+        names = {"base": "the base", "pipeline": "the pipeline", "adapter": "one adapter"}
+        into = f"merged into {names[self.summary['into']]}:"
         return notebook.written(into, self.folder, notebook.agreement(self.summary.get("check")))
 
 

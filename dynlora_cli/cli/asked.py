@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli import plugins
+from dynlora_cli.adapters.find import is_for_pipeline, is_image
 from dynlora_cli.cli.values import METHODS, choice, numbers, saved_dtype, share, size
 from dynlora_cli.commands import preflight
 from dynlora_cli.config.arguments import place, several
@@ -235,7 +236,9 @@ def merge(
         raise UsageError("--into adapter combines several adapters", "add --adapter, or use `dynlora prune`")
     if len(adapters) > 1 and out is None:
         raise UsageError("several adapters have no folder of their own for the result", "name one with --out")
-    found = preflight.adapters(adapters, base)
+    found = preflight.adapters(adapters, base, images=True)
+    if wanted == "base" and is_for_pipeline(found[0]):
+        _check_pipeline(found[0], out, base_weights, dtype, max_kl, max_changed)
     refuse_occupied(out or found[0] / "merged", overwrite=overwrite, option="--out")
     common: dict[str, Any] = {"base_name": base, "trust_remote_code": trust_remote_code, "overwrite": overwrite}
     common["at_step"] = at_step
@@ -247,6 +250,21 @@ def merge(
         return command.run(adapters, wanted, out, command.Way(**way), model, **common, emit=emit)
 
     return work
+
+
+def _check_pipeline(
+    found: Path, out: Path | None, base_weights: str, dtype: str, max_kl: float, max_changed: str | float
+) -> None:
+    """Refuse what merging into a diffusion pipeline does not take."""
+    if out is None and is_image(found):
+        raise UsageError(f"{found} has no folder of its own for the result", "name one with --out")
+    others = {"--base-weights": base_weights != "original", "--dtype": dtype != "keep"}
+    others |= {"--max-kl": max_kl != MAX_KL, "--max-changed": max_changed != MAX_CHANGED}
+    if given := [option for option, is_set in others.items() if is_set]:
+        raise UsageError(
+            f"{given[0]} is for language models; a pipeline's weights keep their number format, and each is read again",
+            f"leave {given[0]} out",
+        )
 
 
 def export(

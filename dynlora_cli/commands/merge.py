@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +28,11 @@ from dynlora_cli.evaluation.agreement import Agreement, agreement, predictions
 from dynlora_cli.evaluation.peft_check import check_files, tell
 from dynlora_cli.evaluation.predictions import adapted_predictions, predictions_of, rows_to_compare
 from dynlora_cli.files import whole
+from dynlora_cli.files.place import refuse_full_disk
 from dynlora_cli.merging import images
 from dynlora_cli.merging.combine import combine
 from dynlora_cli.merging.fold import Plan, plan_merge, write_merged
+from dynlora_cli.merging.into_pipeline import into_pipeline, of_pipelines
 from dynlora_cli.merging.merged_folder import record_of, summary_of
 from dynlora_cli.merging.method import Way
 from dynlora_cli.models.dequantize import quantized_layers, write_dequantized
@@ -106,11 +107,8 @@ def run(
             overwrite=overwrite,
             emit=emit,
         )
-    if adapters[0].image:
-        raise UsageError(
-            f"{adapters[0].folder} is an adapter for a diffusion pipeline, into which it is not merged here",
-            "diffusers does it: `pipe.load_lora_weights`, `pipe.fuse_lora`, `pipe.save_pretrained`",
-        )
+    if for_pipeline := of_pipelines(adapters):
+        return into_pipeline(for_pipeline, out, way, base_name=base_name, overwrite=overwrite, emit=emit)
     return into_base(
         adapters[0] if len(adapters) == 1 else combine(adapters, way).adapter,
         out,
@@ -161,7 +159,7 @@ def into_base(
     quantized = _quantized_base(adapter, place, wanted.base_weights, emit)
     with TemporaryDirectory() as full, run_folder.replaced(out, overwrite=overwrite) as folder:
         place, plan = _plan(adapter, place, quantized, wanted, Path(full))
-        _refuse_full_disk(plan, out)
+        refuse_full_disk(out, _bytes_of(plan), "the merged model")
         writing = time.monotonic()
         size = write_merged(plan, adapter, place, folder)
         writing = time.monotonic() - writing
@@ -270,16 +268,9 @@ def _dequantized(base: Base, module: str) -> Tensor:
     return weight.T.contiguous() if is_transposed(layer) else weight.contiguous()
 
 
-def _refuse_full_disk(plan: Plan, out: Path) -> None:
+def _bytes_of(plan: Plan) -> int:
     needed = sum(plan.changed.get(name, entry).size for name, entry in plan.weights.entries.items())
-    needed += sum(new.size for new in plan.added.values())
-    parent = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise MachineError(
-            f"the merged model takes {needed / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB left",
-            "free some, or choose another --out",
-        )
+    return needed + sum(new.size for new in plan.added.values())
 
 
 def _rounding(plan: Plan) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynlora_cli.adapters.find import find_adapter, find_origin
+from dynlora_cli.adapters.find import find_adapter, find_origin, is_for_pipeline, refuse_image
 from dynlora_cli.adapters.members import find_members
 from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.config.load import RECIPES
@@ -22,6 +22,7 @@ from dynlora_cli.data.descriptions import read_descriptions
 from dynlora_cli.data.sources import is_local, tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.models.find import find_model, is_hub_name
+from dynlora_cli.models.pipelines.parts import open_pipeline
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.training.replay import runs_to_replay
 
@@ -95,8 +96,16 @@ def adapters(
     base_name: str | None = None,
     data: Path | None = None,
     also: Mapping[str, Path] | None = None,
+    *,
+    images: bool = False,
 ) -> list[Path]:
     """Check that adapters are there, and their base and the rows to look at where these are named.
+
+    Args:
+        folders: or files, as a person names them.
+        base_name: the base's folder or hub id.
+        data, also: rows.
+        images: files of adapters for diffusion pipelines are welcome, whose base is a pipeline.
 
     Returns:
         The folders that hold the adapters.
@@ -106,7 +115,9 @@ def adapters(
     """
     found = [find_adapter(folder)[0] for folder in folders]
     if base_name:
-        base(base_name)
+        for folder in () if images else found:
+            refuse_image(folder)
+        (open_pipeline if any(map(is_for_pipeline, found)) else base)(base_name)
     if data is not None and data.suffix.lower() not in RECIPES and is_local(str(data)):
         tables(Source(path=str(data)), [], held_out=True)
     for name, file in (also or {}).items():

@@ -19,6 +19,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,27 @@ _held: dict[Path, OutputPlace] = {}  # of this process, so that a command may as
 def is_workplace(folder: Path) -> bool:
     """Whether this is such a folder of ours beside an output folder; nothing in it is for use."""
     return folder.name.startswith(".") and folder.name.endswith(ENDING)
+
+
+def refuse_full_disk(folder: Path, needed: int, what: str, option: str = "--out") -> None:
+    """Check that there is room for what will be written.
+
+    Args:
+        folder: where it goes; need not be there yet.
+        needed: bytes.
+        what: it is, for the message.
+        option: that names the folder.
+
+    Raises:
+        MachineError: there is not.
+    """
+    parent = next(each for each in (folder, *folder.resolve().parents) if each.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise MachineError(
+            f"{what} takes {needed / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB left",
+            f"free some, or choose another {option}",
+        )
 
 
 @contextmanager

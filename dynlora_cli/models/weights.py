@@ -5,6 +5,7 @@ should need no more of it than its largest tensor.
 
     Weights      the safetensors files of a model folder: names, shapes, single tensors
     write_like   new files with the same shards, in which some tensors are other ones
+    write_files  the same, called as the caller says, and without an index
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Weights:
 
     Args:
         folder: with model.safetensors, or shards and their index.
+        files: of one model, where they are called otherwise.
 
     Attributes:
         entries: by tensor name, in the order of files and of bytes.
@@ -87,11 +89,11 @@ class Weights:
         UsageError: no safetensors there, or files that are damaged, cut off or incomplete.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] = ()) -> None:
         self.folder = folder
         self._piece = Space()
         self.entries: dict[str, Entry] = {}
-        for file in self._files():
+        for file in files or self._files():
             self.entries |= entries_of(file)
 
     def _files(self) -> list[Path]:
@@ -245,25 +247,36 @@ def write_like(
     Returns:
         Bytes of tensors written.
     """
-    placed: dict[str, str] = {}
+    names = {file: _safetensors_name(file) for file in weights.files}
+    total = write_files(weights, folder, names, changed, added)
+    if list(names.values()) != [SINGLE]:
+        placed = {name: names[entry.file] for name, entry in weights.entries.items()}
+        placed |= dict.fromkeys(added, names[weights.files[-1]])
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
+    return total
+
+
+def write_files(
+    weights: Weights,
+    folder: Path,
+    names: Mapping[Path, str],
+    changed: Mapping[str, New],
+    added: Mapping[str, New] = {},
+) -> int:
+    """Write the model's files again; as `write_like`, with the names that each file has then, and without an index."""
     total = 0
-    files = weights.files
     with _workers() as pool:
-        for file in files:
+        for file, made in names.items():
             inside: dict[str, Entry | New] = {
                 name: changed.get(name, entry) for name, entry in weights.entries.items() if entry.file == file
             }
-            if file == files[-1]:
+            if file == weights.files[-1]:
                 inside |= added
-            made = _safetensors_name(file)
             with (folder / made).open("wb") as target:
                 target.write(_header(inside))
                 target.flush()
                 _write_all(pool, target, inside.values())
             total += sum(item.size for item in inside.values())
-            placed |= dict.fromkeys(inside, made)
-    if [_safetensors_name(file) for file in files] != [SINGLE]:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
     return total
 
 

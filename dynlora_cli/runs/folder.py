@@ -36,6 +36,7 @@ MERGE_RECORD = "merge.json"
 EXPORT_RECORD = "export.json"
 # What stands beside a record that dynlora wrote: a lone copy of one proves nothing.
 OF_A_RUN = (METRICS, RANK_EVENTS, CHECKPOINTS, "adapter_model.safetensors", "config.json")
+OF_A_MODEL = ("config.json", "model_index.json")  # of a merged one; the other is a pipeline's
 OF_0_1 = {"progress", "counts", "parameters", "scaler", "sizes"}  # keys of its checkpoints, which had no hashes
 TOKENIZER_FILES = (
     "tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
@@ -87,7 +88,8 @@ def is_ours(folder: Path) -> bool:
     run, merge, export = (_object(folder / name) for name in (RECORD, MERGE_RECORD, EXPORT_RECORD))
     if {"schema_version", "dynlora_version"} <= run.keys() and any((folder / name).exists() for name in OF_A_RUN):
         return True
-    if "dynlora_version" in merge and merge.get("command") == "merge" and (folder / "config.json").is_file():
+    of_a_model = any((folder / name).is_file() for name in OF_A_MODEL)
+    if "dynlora_version" in merge and merge.get("command") == "merge" and of_a_model:
         return True
     files = export.get("files")
     if "dynlora_version" not in export or export.get("command") != "export" or not isinstance(files, dict):

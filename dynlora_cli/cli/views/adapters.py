@@ -80,6 +80,15 @@ class AdapterView:
                 ("parameters", f"{count(summary['parameters'])}, of {count(summary['parameters_start'])} together"),
                 ("update kept", f"{percent(summary['energy_kept'])} of ‖ΔW‖²"),
             ]
+        elif summary["into"] == "pipeline":
+            head = f" {counted(summary['modules'], 'layer')} into the pipeline"
+            rows = [
+                ("base", summary["base_model"]),
+                ("layers", ", ".join(f"{part} {layers}" for part, layers in summary["layers"].items())),
+                *((name, ", ".join(dtypes)) for name, dtypes in summary["dtypes"].items()),
+            ]
+            if summary["rounding"]:
+                rows.append(("lost by rounding", f"{summary['rounding']:.2%} of the update"))
         else:
             head = f" {summary['modules']} of {summary['modules']} modules into the base"
             rows = [
