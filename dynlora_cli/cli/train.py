@@ -255,14 +255,15 @@ def _next_commands(summary: dict[str, Any], recipe: Recipe) -> list[str]:
         return [typed("eval", "--adapter", folder), adapt, opened(Path(folder) / "report.html")]
     if "ranks" not in summary:
         return []
-    small = ["--budget", "auto", "--policy", "activation", "--out", f"{folder}-small"]
+    timed = "timestep" in (plugins.declared("variants", recipe.adapter.variant, "GOES_BY") or "")
+    small = ["--budget", "auto", "--policy", "magnitude" if timed else "activation", "--out", f"{folder}-small"]
     small += ["--dtype", summary["save_dtype"]] if summary.get("save_dtype") else []
     writes_text = not plugins.declared("tasks", recipe.model.task, "SILENT")
     return [
         typed("eval", "--adapter", folder),
         *([typed("chat", "--adapter", folder)] if writes_text else []),
         typed("prune", "--adapter", folder, *small),
-        typed("merge", "--adapter", folder),
+        typed("merge", "--adapter", folder, *(("--at-step", "300") if timed else ())),
         opened(Path(folder) / "report.html"),
     ]
 

@@ -39,6 +39,9 @@ attach(model, targets, start, options, seed) -> Pool
 rounds = True
     Optional: its leaves are the factors that are saved, so that `adapter.save_dtype` may round them.
 
+GOES_BY = "timestep"
+    Optional: which components are used depends on the timestep of a denoiser, so that there is no single update.
+
 saved_as = "dora"
     Optional: the kind of adapter (a file of adapters/kinds/) that its factors are saved as; without it, a plain LoRA.
 """

@@ -280,6 +280,8 @@ class Record(TypedDict, total=False):
     """The same, as a file that `dynlora train` takes."""
     tokens: Tokens
     """Absent where no rows of single tokens were trained."""
+    rank_by_timestep: dict[str, Any]
+    """Of a T-LoRA: how many components are used when, as in the metadata of its tensors' file."""
     data: Data
     tokenizer_sha256: str
     """Over all that the tokenizer does."""

@@ -24,6 +24,7 @@ from dynlora_cli.hypernets.generated import Generated
 from dynlora_cli.hypernets.reconstructing import Reconstructing
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.routers.trained import Routed
+from dynlora_cli.lora.timesteps.layer import schedule_of
 from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.load import sees
 from dynlora_cli.runs import events
@@ -172,6 +173,8 @@ def start_record(training: Run, run: str | None) -> Record:
     )
     if altered:
         record["altered_births"] = altered
+    if isinstance(training.trained, Pool) and (timed := schedule_of(training.trained)):
+        record["rank_by_timestep"] = timed.as_dict()
     if base.rows:
         record["tokens"] = tokens_on_record(base)
     if isinstance(training.trained, (Routed, Reconstructing)):

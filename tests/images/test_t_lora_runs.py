@@ -15,10 +15,14 @@ from dynlora_cli.errors import Interrupted
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.runs.folder import read_record
+from dynlora_cli.tasks.images.pipeline import Pipeline
+from dynlora_cli.tasks.images.sampling import sample
 from dynlora_cli.training.batches import make_batches
 from dynlora_cli.training.setup import read_base, read_data
 
 TLORA = ("adapter.variant=t-lora", "train.save_steps=4")
+CPU = torch.device("cpu")
 STARTS = ["adapter.start=vanilla", "adapter.start=orthogonal"]
 
 
@@ -52,9 +56,44 @@ def test_a_run_is_pruned_from_the_end_and_its_folder_computes_what_it_computed(f
     assert len(set(adapter.ranks.values())) > 1, "layers differ in rank"
     assert held_out_of(recipe, adapter) == pytest.approx(summary["loss_after"], rel=1e-5)
     assert held_out_of(recipe, at_step(adapter, 0)) != pytest.approx(summary["loss_after"], rel=1e-4)
+    assert read_record(out)["rank_by_timestep"] == adapter.schedule.as_dict()
     beside = read_adapter(out / "pytorch_lora_weights.safetensors", images=True)
     assert beside.schedule == adapter.schedule
     assert beside.parameters == adapter.parameters
+
+
+class ByHand(torch.nn.Module):
+    """A denoiser that has at each timestep the plain LoRA of that timestep."""
+
+    def __init__(self, model, adapter):
+        super().__init__()
+        self.model, self.adapter, self.seen = model, adapter, []
+        self.device, self.dtype = model.device, model.dtype
+
+    def forward(self, sample, timestep, **given):
+        t = float(timestep[0])
+        self.seen.append(self.adapter.schedule.rank_at(t, 8))
+        with attached(self.model, at_step(self.adapter, t)):
+            return self.model(sample=sample, timestep=timestep, **given)
+
+
+def test_pictures_are_drawn_with_the_rank_of_each_step(folder):
+    recipe = picture_recipe(folder, *TLORA, "train.max_steps=6", "rank.budget=4", out="drawn")
+    train(recipe)
+    adapter = read_adapter(folder / "drawn")
+    pipeline = Pipeline(folder / "pixel")
+    model = read_base(
+        recipe, files := BaseFiles.find(recipe.model), read_data(recipe, files), CPU, plan(recipe.train)
+    ).model
+    by_hand, how = ByHand(model, adapter), {"steps": 4, "guidance": 3.0, "seed": 1}
+    wanted = sample(pipeline, by_hand, ["a red box"], **how).astype(int)
+    with attached(model, adapter):
+        found = sample(pipeline, model, ["a red box"], **how).astype(int)
+    with attached(model, at_step(adapter, 0)):
+        all_of_it = sample(pipeline, model, ["a red box"], **how).astype(int)
+    assert len(set(by_hand.seen)) > 1
+    assert abs(found - wanted).max() <= 1
+    assert abs(all_of_it - wanted).max() > 1
 
 
 @pytest.mark.parametrize("more", ["adapter.start=orthogonal", "adapter.schedule=random"])

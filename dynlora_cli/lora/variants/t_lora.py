@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 has_components = True
 takes = ("alpha", "dropout", "lora_plus_ratio")
 saved_as = "t-lora"
+GOES_BY = "timestep"
 CONFLICTS = [
     {
         "with": "model.task",
