@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tiny_pipeline import picture_recipe, pixel_pipeline, write_pictures
 from tiny_run import train
 
+from dynlora_cli import api
 from dynlora_cli.adapters.attach import attached
 from dynlora_cli.adapters.images.by_timestep import at_step
 from dynlora_cli.adapters.read import read_adapter
-from dynlora_cli.errors import Interrupted
+from dynlora_cli.errors import Interrupted, RecipeError
 from dynlora_cli.evaluation.held_out_loss import held_out
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.base_files import BaseFiles
@@ -107,3 +109,37 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(folder, more):
     assert first.keys() == second.keys()
     assert all(first[name].equal(second[name]) for name in first)
     assert summary["loss_after"] == whole["loss_after"]
+
+
+def test_merged_at_a_timestep_the_pipeline_is_what_it_was_at_that_timestep(folder, dynlora):
+    train(picture_recipe(folder, *TLORA, "train.max_steps=4", "rank.budget=4", out="merged"))
+    out, pixel = folder / "merged", folder / "pixel"
+    done = dynlora("merge", "--adapter", out, "--base", pixel, "--out", folder / "at", "--at-step", "200")
+    assert done.code == 0, done.err
+    chance = torch.Generator().manual_seed(3)
+    x, states = (torch.randn(shape, generator=chance) for shape in ((2, 3, 16, 16), (2, 7, 16)))
+    unet = UNet2DConditionModel.from_pretrained(pixel / "unet")
+    unet.load_lora_adapter(str(out), weight_name="pytorch_lora_weights.safetensors", prefix="unet")
+    with torch.no_grad():
+        with api.rank_by_timestep(unet, out):
+            wanted = unet(x, 200, states)[0]
+        found = UNet2DConditionModel.from_pretrained(folder / "at" / "unet")(x, 200, states)[0]
+        assert torch.allclose(found, wanted, atol=1e-5)
+        assert not torch.allclose(unet(x, 200, states)[0], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (("model.task=causal-lm", "model.name_or_path=builtin:tiny"), "models of texts have none"),
+        (("train.compile=true",), "the components in use change in each pass"),
+        (("adapter.min_rank=-1",), "adapter.min_rank"),
+        (("adapter.schedule=upwards",), "falling"),
+        (("adapter.power=0",), "adapter.power"),
+        (("rank.elastic=true",), "has an order of its own"),
+        (("adapter.start=orthogonal", "rank.init=1", "rank.budget=3"), "below the budget 3"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused_by_name(folder, changed, says):
+    with pytest.raises(RecipeError, match=says):
+        picture_recipe(folder, *TLORA, *changed, out="refused")
