@@ -154,6 +154,11 @@ def target(task: str, objective: str | None = None) -> str:
     return of_objective or declared("tasks", task, "TARGET") or "token"
 
 
+def loss_in(task: str, objective: str | None = None) -> str:
+    """What a loss on held-out rows is in: `nats per token`, or what a task's file says in place of nats."""
+    return f"{declared('tasks', task, 'LOSS_IN', 'nats')} per {target(task, objective)}"
+
+
 def unit(objective: str | None) -> str | None:
     """What an objective's losses in training are in; None: in nats, as those on held-out rows are."""
     return declared("objectives", objective, "UNIT") if objective in names("objectives") else None

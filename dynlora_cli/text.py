@@ -129,6 +129,10 @@ MEASURES = (
     Measure("mrr", "MRR", number, rises=True),
     Measure("ndcg@10", "nDCG@10", number, rises=True),
     Measure("spearman", "rank correlation", number, rises=True),
+    Measure("loss_band_0", "loss, least noise", number, rises=False),
+    Measure("loss_band_1", "loss, less noise", number, rises=False),
+    Measure("loss_band_2", "loss, more noise", number, rises=False),
+    Measure("loss_band_3", "loss, most noise", number, rises=False),
 )
 
 

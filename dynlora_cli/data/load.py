@@ -23,7 +23,7 @@ from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.mix import Span, mix_notes, spans_of
 from dynlora_cli.data.read import Reader, TaskOfRows, read
 from dynlora_cli.data.retrieve import put_passages
-from dynlora_cli.data.sources import BUILTIN
+from dynlora_cli.data.sources import BUILT_IN
 from dynlora_cli.data.splits import Kept, advice_for, class_names, note_shared, number_labels, reasons_of, split
 from dynlora_cli.data.vocabulary import Vocabulary
 from dynlora_cli.errors import DataError
@@ -167,7 +167,7 @@ def _held_out(reader: Reader, train: list[Kept], seed: int) -> tuple[list[Kept],
     val, dropped = read(reader, dataset.val, held_out=True)
     if dataset.val:
         note_shared(reader.notes, train, val)
-    elif all(source.path == BUILTIN for source in dataset.train):
+    elif all(source.path in BUILT_IN for source in dataset.train):
         val, dropped = read(reader, dataset.train[:1], held_out=True, limited=False)
     else:
         train, val = split(train, dataset.val_size, seed, reader.notes)

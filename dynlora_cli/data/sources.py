@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.data import builtin as stdlib_docs
+from dynlora_cli.data import shapes
 from dynlora_cli.data.picture_folder import captioned, picture_rows
 from dynlora_cli.data.row_files import (
     READERS,
@@ -34,7 +35,11 @@ from dynlora_cli.text import counted
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Source
 
-BUILTIN = "builtin:stdlib-docs"
+BUILTIN, SHAPES = "builtin:stdlib-docs", "builtin:shapes"
+BUILT_IN: dict[str, Callable[[Literal["train", "val"]], Iterable[Row]]] = {
+    BUILTIN: stdlib_docs.rows,
+    SHAPES: shapes.rows,
+}
 _SPLIT_NAMES = {
     "train": {"train", "training"},
     "val": {"val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"},
@@ -79,10 +84,11 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
         if source.path == LIBRARY_ROWS:
             text = "are those of the adapters that a router learns to choose from, and stand alone under dataset.train"
             raise UsageError(f"dataset: {LIBRARY_ROWS}: these rows {text}", "name files of rows")
-        if source.path != BUILTIN:
-            raise UsageError(f"dataset: there is no {source.path!r}", f"the built-in data set is {BUILTIN}")
-        held_out = held_out or source.split != "train"
-        return [Table(BUILTIN, lambda: numbered(BUILTIN, stdlib_docs.rows("val" if held_out else "train")))]
+        name = source.path
+        if name not in BUILT_IN:
+            raise UsageError(f"dataset: there is no {name!r}", f"the built-in data sets are {', '.join(BUILT_IN)}")
+        part: Literal["train", "val"] = "val" if held_out or source.split != "train" else "train"
+        return [Table(name, lambda: numbered(name, BUILT_IN[name](part)), home=Path())]
     if not is_local(source.path):
         return [_hub(source)]
     path = Path(source.path).expanduser()

@@ -21,7 +21,7 @@ from dynlora_cli.data.earlier import earlier_data, lineage, run_folder
 from dynlora_cli.data.examples import Classified, Example
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.preferences.examples import TwoLines
-from dynlora_cli.data.sources import BUILTIN
+from dynlora_cli.data.sources import BUILT_IN
 from dynlora_cli.errors import DataError, DynloraError, UsageError
 from dynlora_cli.evaluation.rows import as_trained, of_file
 from dynlora_cli.runs.folder import read_record
@@ -277,7 +277,7 @@ def _read(also: Also, recipe: Recipe, reading: Reading, notes: list[str]) -> tup
     except DataError as error:
         raise DataError(f"eval.also, {also.name}: {error.message}", error.hint) from None
     # The built-in set keeps rows of its own for measuring.
-    part, other = ("val", "train") if also.path == BUILTIN else ("train", "val")
+    part, other = ("val", "train") if also.path in BUILT_IN else ("train", "val")
     about = [note for note in said + data.notes if not note.startswith(f"{other}: ")]
     notes += [f"{also.name}: {note.removeprefix(f'{part}: ')}" for note in about]
     return (data.val if part == "val" else data.train), data.prompts[part]

@@ -98,9 +98,9 @@ class RunRecord:
         return self.info.get("summary") or {}
 
     @property
-    def target(self) -> str:
-        """What a loss is the mean over: token, row, pair."""
-        return plugins.target(self.info.get("task") or "causal-lm", self.objective)
+    def loss_in(self) -> str:
+        """What its held-out losses are in, such as nats per token."""
+        return plugins.loss_in(self.info.get("task") or "causal-lm", self.objective)
 
     @property
     def objective(self) -> str | None:

@@ -15,6 +15,9 @@ HAS_CLASSES, PACKS
 TARGET = "row"
     What a loss is the mean over, in words; by default token.
 
+LOSS_IN = "squared error"
+    What a loss is in, where that is not nats.
+
 DRAWS = True
     A model of the task draws: `Task.draw` shows what it has learned while it trains.
 

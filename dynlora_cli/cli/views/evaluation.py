@@ -45,7 +45,7 @@ COLUMNS: Sequence[tuple[str, str, Callable[[float | None], str]]] = (
 
 def show_evaluation(console: Console, report: Mapping[str, Any]) -> None:
     """The whole report, as `evaluate.run` returns it."""
-    unit = plugins.target(report["task"], report.get("objective"))
+    unit = plugins.loss_in(report["task"], report.get("objective"))
     console.line()
     if report["rows"]:
         console.sentence(Text(_what(report), style="head"))
@@ -135,7 +135,7 @@ def _verdict(name: str, other: str, difference: Mapping[str, float], unit: str) 
     else:
         text, style = ("is better than", "good") if high < 0 else ("is worse than", "bad")
     margin, most = sorted((abs(low), abs(high)))
-    amount = f"{abs(loss):.4f} nats per {unit} {'lower' if loss <= 0 else 'higher'}"
+    amount = f"{abs(loss):.4f} {unit} {'lower' if loss <= 0 else 'higher'}"
     interval = f"{margin:.4f} to {most:.4f}" if low * high > 0 else f"{low:+.4f} to {high:+.4f}"
     return Text.assemble(
         printable(name),

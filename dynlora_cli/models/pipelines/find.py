@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
 
 INDEX = "model_index.json"
+BUILTIN = {"builtin:tiny-image": Path(__file__).parents[2] / "assets" / "builtin_tiny_image"}
 LOADER = "DiffusionPipeline"  # as AUTO_MODEL of the tasks whose base is a pipeline
 # The denoiser of each kind of pipeline that is trained: all others call theirs in another way.
 DENOISERS = {
@@ -39,11 +40,12 @@ def find_pipeline(options: Model) -> tuple[Path, str]:
         MachineError: diffusers or pillow is not installed.
     """
     name = options.name_or_path
-    folder = Path(name).expanduser()
+    folder = BUILTIN.get(name) or Path(name).expanduser()
     if not folder.is_dir():
         raise UsageError(
             f"model.name_or_path: there is no folder {name}",
-            "name a pipeline's folder, as diffusers saves it; one of the hub: hf download --local-dir FOLDER NAME",
+            "name a pipeline's folder, as diffusers saves it, or builtin:tiny-image; one of the hub: "
+            "hf download --local-dir FOLDER NAME",
         )
     index = read_index(folder)
     part = DENOISERS[index["_class_name"]]

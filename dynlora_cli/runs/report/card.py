@@ -163,7 +163,7 @@ def _forgetting(record: RunRecord) -> str:
         for name, one in also.items()
     )
     head = "| rows of | rows | loss before | after | forgetting |\n|---|---:|---:|---:|---:|\n"
-    lead = f"Losses on rows of other kinds, in nats per {record.target}. Above 0 is worse than before this run."
+    lead = f"Losses on rows of other kinds, in {record.loss_in}. Above 0 is worse than before this run."
     return f"## Forgetting\n\n{lead}\n\n{head}{rows}".rstrip() if also else ""
 
 

@@ -139,7 +139,7 @@ def _charts(record: RunRecord) -> str:
     limit = [Series("budget", [(step, budget) for step in ends], "dash")] if budget else []
     learned = [Series("", loss, "faint"), Series("training, smoothed", svg.smooth(loss))]
     held_out = [Series("held out", _column(record.evals, "loss"), "dots")]
-    unit, own_unit = f"nats per {record.target}", plugins.unit(record.objective)
+    unit, own_unit = record.loss_in, plugins.unit(record.objective)
     accuracy = Series("held out", _column(record.evals, "accuracy"), "dots")
     # How sure a model has become of its preferences; there where an objective compares answers.
     margin = [Series("training", _column(train, "margin")), Series("held out", _column(record.evals, "margin"), "dots")]
@@ -185,7 +185,7 @@ def _forgetting(record: RunRecord) -> str:
     heads = "".join(f'<th scope="col" class="n">{head}</th>' for head in ("rows", "before", "after", "forgetting"))
     head = f'<thead><tr><th scope="col">rows of</th>{heads}</tr></thead>'
     table = f'<table class="list">{head}<tbody>{rows}</tbody></table>'
-    lead = f"Losses on rows of other kinds, in nats per {record.target}. Above 0 is worse than before this run."
+    lead = f"Losses on rows of other kinds, in {record.loss_in}. Above 0 is worse than before this run."
     return f'<h2>Forgetting</h2><p class="muted">{lead}</p><div class="tablewrap">{table}</div>' if also else ""
 
 

@@ -37,6 +37,7 @@ AUTO_MODEL = "DiffusionPipeline"
 TASK_TYPE = None
 FORMS = ("Captioned",)
 TARGET = "picture"
+LOSS_IN = "squared error"
 SILENT = "it draws pictures"
 DRAWS = True
 OPTIONS = {
