@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynlora_cli.adapters.adapter import Adapter, Factors
+from dynlora_cli.adapters.adapter import IMAGE_TASK, Adapter, Factors
 from dynlora_cli.adapters.base import base_in_memory, find_base, label_names, read_tokenizer
 from dynlora_cli.adapters.find import WEIGHTS
 from dynlora_cli.adapters.read import read_adapter
@@ -53,6 +53,11 @@ def add(root: Path, wanted: Addition, tell: Tell) -> tuple[Entry, list[str]]:
         DynloraError: with the exit code that fits.
     """
     adapter = read_adapter(wanted.adapter, wanted.base)
+    if adapter.task == IMAGE_TASK:
+        raise UsageError(
+            f"{adapter.folder} is for {IMAGE_TASK}, and a library finds updates by texts that a model reads and writes",
+            "keep it in a folder of its own; `dynlora merge` puts several of a pipeline together",
+        )
     name = wanted.name or default_name(adapter.name)
     place = find_base(adapter, wanted.base, wanted.trust_remote_code)
     _refuse_unknown_tokens(adapter, place)

@@ -128,6 +128,14 @@ def test_merged_at_a_timestep_the_pipeline_is_what_it_was_at_that_timestep(folde
         assert not torch.allclose(unet(x, 200, states)[0], wanted, atol=1e-4)
 
 
+def test_a_library_of_language_models_does_not_take_it(folder, dynlora):
+    train(picture_recipe(folder, "train.max_steps=1", out="plain"))
+    done = dynlora("library", "add", folder / "library", "--adapter", folder / "plain")
+    assert done.code == 2
+    assert "is for text-to-image, and a library finds updates by texts" in " ".join(done.err.split())
+    assert not (folder / "library").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
