@@ -32,6 +32,7 @@ from dynlora_cli.rounding.floats import TORCH
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA, KEY)
 _RANKS = ("ss_network_dim", "ss_network_alpha")
 NEAR = 2.0**-22  # B is kept without the scale s, and (b / s) · s may miss b by the last bit of fp32
+LONGEST_STEM = 120  # characters of a file's name
 LARGEST_METADATA = 1 << 22  # characters; tag counts of a large data set have a tenth of it
 
 
@@ -79,7 +80,8 @@ def file_name(adapter: Adapter) -> str:
     assert adapter.image is not None
     if adapter.image.form == "diffusers":
         return f"{IMAGE_STEM}.safetensors"
-    return f"{re.sub(r'[^A-Za-z0-9._ ()+-]', '_', adapter.image.stem).lstrip('.') or 'lora'}.safetensors"
+    stem = re.sub(r"[^A-Za-z0-9._ ()+-]", "_", adapter.image.stem)[:LONGEST_STEM].lstrip(".")
+    return f"{stem or 'lora'}.safetensors"
 
 
 def tensors_of(adapter: Adapter, dtype: str) -> dict[str, Tensor]:
@@ -128,9 +130,9 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
     if adapter.image.form == "kohya":
         ranks = set(adapter.ranks.values())
         one = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"  # the word of kohya's own script that resizes
-        return {"format": "pt", **kept, **{key: one for key in _RANKS if key in kept}}
+        return {**kept, "format": "pt", **{key: one for key in _RANKS if key in kept}}
     said = {f"{part}.{key}": value for part in PARTS for key, value in _config(adapter, part).items()}
-    return {"format": "pt", **kept, METADATA: json.dumps(said, sort_keys=True)}
+    return {**kept, "format": "pt", METADATA: json.dumps(said, sort_keys=True)}
 
 
 def _config(adapter: Adapter, part: str) -> dict[str, object]:

@@ -210,6 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         adapter = as_image(read_adapter(file, images=True))
         if adapter is None:
             sys.exit(f"{file} is no adapter of a diffusion pipeline")
+        if adapter.schedule:
+            sys.exit(f"{file} is a T-LoRA, whose components have an order that no rule here keeps")
         outputs = Outputs(wanted.pipeline, adapter, captions) if wanted.pipeline else None
         for line in compared(adapter, [float(text) for text in wanted.budgets.split(",")], outputs):
             lines.append({"file": str(file), "parameters": adapter.parameters, **line})
