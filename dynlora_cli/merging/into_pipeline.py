@@ -19,6 +19,7 @@ from dynlora_cli.merging.combine import combine
 from dynlora_cli.merging.method import Way
 from dynlora_cli.merging.pipeline import Plan, check_pipeline, plan_pipeline, write_pipeline
 from dynlora_cli.models.fingerprint import changed_since
+from dynlora_cli.models.pipelines.find import BUILTIN
 from dynlora_cli.models.pipelines.parts import PipelineFolder, open_pipeline
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.events import Emit, note
@@ -104,7 +105,7 @@ def _name(adapter: Adapter, base_name: str | None) -> tuple[str, str]:
         raise UsageError(
             f"{adapter.folder} does not say which pipeline it is for", "name the pipeline's folder with --base FOLDER"
         )
-    if not Path(adapter.base_name).expanduser().is_dir():
+    if adapter.base_name not in BUILTIN and not Path(adapter.base_name).expanduser().is_dir():
         raise MachineError(
             f"the pipeline of {adapter.folder} was at {adapter.base_name}, and is not there",
             "say where it is with --base FOLDER",

@@ -76,6 +76,23 @@ def test_another_pipeline_than_that_of_the_run_is_refused(run: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_on_the_built_in_pipeline_finds_it(tmp_path: Path, dynlora: Dynlora):
+    """Its folder lies elsewhere on every machine."""
+    train(picture_recipe(tmp_path, "model.name_or_path=builtin:tiny-image", "train.max_steps=2", "pruning.events=1"))
+    done = dynlora("merge", "--adapter", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    assert done.json["output_dir"] == str(tmp_path / "out" / "merged")
+    base = Path(done.json["base_model"]) / "unet"
+    wrapped = PeftModel.from_pretrained(UNet2DConditionModel.from_pretrained(base).float(), str(tmp_path / "out"))
+    merged = load_file(tmp_path / "out" / "merged" / "unet" / WEIGHTS)
+    expected = wrapped.merge_and_unload().state_dict()
+    as_stored = {"rtol": 2.0**-10, "atol": 1e-7}  # in fp16
+    assert all(torch.allclose(merged[name].float(), tensor, **as_stored) for name, tensor in expected.items())
+    assert any(
+        not torch.allclose(merged[name], tensor, **as_stored) for name, tensor in load_file(base / WEIGHTS).items()
+    )
+
+
 def test_a_pipeline_that_is_gone_is_asked_for(run: Path, tmp_path: Path, dynlora: Dynlora):
     base = pixel_pipeline(run.parent)
     base.rename(base.parent / "moved")

@@ -15,7 +15,7 @@ from typing import Any
 from dynlora_cli.errors import MachineError, UsageError
 from dynlora_cli.files.foreign import COPY_AGAIN, IndexForm, fits, inside, read_object, refuse_links
 from dynlora_cli.files.tensor_file import header_of
-from dynlora_cli.models.pipelines.find import INDEX
+from dynlora_cli.models.pipelines.find import BUILTIN, INDEX
 from dynlora_cli.text import show
 
 TENSORS = ".safetensors"
@@ -103,7 +103,7 @@ class PipelineFolder:
 
 
 def open_pipeline(name: str, said: str = "--base") -> PipelineFolder:
-    """The pipeline in a folder.
+    """The pipeline in a folder, or a built-in one.
 
     Args:
         name: as a person gives it.
@@ -112,7 +112,7 @@ def open_pipeline(name: str, said: str = "--base") -> PipelineFolder:
     Raises:
         UsageError: it is none, or its index names something else than folders in it.
     """
-    folder = Path(name).expanduser()
+    folder = BUILTIN.get(name) or Path(name).expanduser()
     if folder.is_file() and folder.suffix.lower() in (TENSORS, *PICKLES):
         raise UsageError(f"{said} {name} is a whole pipeline in one file, which is not taken", LOAD_SINGLE)
     if not folder.is_dir():
