@@ -26,9 +26,9 @@ from dynlora_cli.pruning.schedule import Schedule
 from dynlora_cli.tasks import objective as objectives
 from dynlora_cli.tasks.distillation import Distilled
 from dynlora_cli.training.batches import passes_note, total_steps, training_batches
+from dynlora_cli.training.before.lessons import Reading, largest_reading
 from dynlora_cli.training.components import attach, left_out, plan_ranks
 from dynlora_cli.training.hypernets import plan_layers, plan_net
-from dynlora_cli.training.lessons import Reading, largest_reading
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.memory_estimate import measure
 from dynlora_cli.training.origin import Begun, read_origin, tell

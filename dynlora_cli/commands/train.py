@@ -13,6 +13,7 @@ from dynlora_cli.models.base_files import BaseFiles
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.folder import RECIPE
+from dynlora_cli.training.before.prepare import prepare
 from dynlora_cli.training.components import begin
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.session import NOTHING, Finished, Given, Session
@@ -69,6 +70,7 @@ def run(
             recipe, session.accelerator, base, data, trained, start, modes, save=session.save, also=also
         )
         with session.recording(training):
+            prepare(training)
             fit(training)
             for text in modes.report():
                 training.note(text)

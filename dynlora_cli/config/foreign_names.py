@@ -52,6 +52,12 @@ flash_attn                        LLaMA-Factory  model.attn_implementation
 sdp_attention                     axolotl        model.attn_implementation: sdpa
 xformers_attention                axolotl        model.attn_implementation: sdpa
 use_flash_attention_2             transformers   model.attn_implementation: flash_attention_2
+class_prompt                      diffusers      model.prior_caption
+with_prior_preservation           diffusers      model.prior_caption; which switches it on
+num_class_images                  diffusers      model.prior_pictures
+prior_loss_weight                 diffusers      model.prior_weight
+instance_prompt                   diffusers      model.caption
+instance_data_dir                 diffusers      dataset.train; each item has its `path`
 data                              litgpt         dataset
 datasets                          axolotl        dataset.train
 dataset_name                      TRL            dataset.train

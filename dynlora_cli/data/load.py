@@ -54,6 +54,7 @@ class Data:
         replayed: examples of earlier runs to train on as well, see data/replay.py.
         replay: of which runs they are, how many of each and their hashes, for the record.
         retrieval: what was looked for and found; None without `dataset.retrieve`.
+        prior: what the task lets the model learn beside the rows so that it keeps it, for the record.
     """
 
     train: list[Example]
@@ -70,6 +71,7 @@ class Data:
     replayed: list[Example] = field(default_factory=list)
     replay: dict[str, Any] | None = None
     retrieval: dict[str, Any] | None = None
+    prior: dict[str, Any] | None = None
 
     @property
     def kind(self) -> type[Example]:

@@ -1,7 +1,7 @@
 """What a run's adapter is compared with, where its objective compares: the model that the run began with.
 
-In training that is the model before its first step (training/references.py). Afterwards it is put together again: the
-base, with the adapter on it that the run went on from, if it did.
+In training that is the model before its first step (training/before/references.py). Afterwards it is put together
+again: the base, with the adapter on it that the run went on from, if it did.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
       dynlora.json  metrics.jsonl  rank_events.jsonl     state of record
       report.html  README.md  tokenizer files            for people and for serving
       recipe.yaml                                        of a run that was given no recipe file
+      samples/  prior/                                   PNGs: drawn while training, and before it to be learned
       checkpoints/step-N/  last  best                    last and best are one-line files that name a step folder
 
 How files get there whole is in files/whole.py; how a folder is replaced, by one writer only, in files/place.py.
@@ -31,6 +32,7 @@ from dynlora_cli.runs.record import RECORD
 
 CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.yaml"
+PRIOR = "prior"
 STATE = "state.json"
 MERGE_RECORD = "merge.json"
 EXPORT_RECORD = "export.json"
@@ -276,6 +278,9 @@ def rewind(folder: Path, checkpoint: Path, best: Path | None, record: Mapping[st
         for name in (METRICS, RANK_EVENTS):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if (source / PRIOR).is_dir():
+            with whole_folder(folder / PRIOR) as temporary:
+                shutil.copytree(source / PRIOR, temporary, dirs_exist_ok=True)
     for path in step_folders(folder):
         if _step_of(path) > step:
             if fault_of(path) is None and fault_of(path, record) is not None:

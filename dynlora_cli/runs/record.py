@@ -116,6 +116,8 @@ class Data(TypedDict, total=False):
     """Where an epoch has not every row once: of each source, its rows and how many an epoch draws."""
     replay: dict[str, Any]
     """Where rows of earlier runs are replayed: the share, and of each run its folder, rows, draws and sha256."""
+    prior: dict[str, Any]
+    """Where pictures that the pipeline drew are learned beside the rows: their caption, how many, and their weight."""
     retrieval: dict[str, Any] | None
     """With `dataset.retrieve`: the corpus and its hash, the retriever, and how often it found the right passage."""
 

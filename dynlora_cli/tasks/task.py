@@ -45,7 +45,8 @@ The literals are read without importing the file, which may import torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynlora_cli import plugins
@@ -63,6 +64,31 @@ if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model, Train
     from dynlora_cli.data.encode import Encoder
     from dynlora_cli.data.examples import Example
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What `Task.prepare` is given.
+
+    Attributes:
+        model: as it is without what trains.
+        tokenizer: of it.
+        examples: rows to train on.
+        folder: of the run.
+        seed: of the run.
+        rows: of a micro-batch.
+        part: the number of this process, and how many there are.
+        goes_on: steps of the run were done before.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Any]
+    folder: Path
+    seed: int
+    rows: int
+    part: tuple[int, int]
+    goes_on: bool
 
 
 class Task:
@@ -141,6 +167,26 @@ class Task:
             sources: folders of the adapter and of its base.
             folder: of the merged model.
         """
+
+    def prior(self, rows: int) -> tuple[dict[str, Any] | None, list[str]]:  # noqa: ARG002
+        """What is to be learned beside the rows so that the model keeps it: for the record, and notes for people.
+
+        Args:
+            rows: of an optimizer step.
+
+        Returns:
+            By default None, and no notes.
+        """
+        return None, []
+
+    def prepare(self, given: Beginning) -> Iterator[tuple[str, int, int]]:  # noqa: ARG002
+        """Make what is needed of the model before the first step, and put it to the examples; by default nothing.
+
+        Yields:
+            What is made, how much of it is there, and of how many: now and then, so that somebody can tell of it and
+            stop it; in all processes as often.
+        """
+        yield from ()
 
     def draw(
         self, model: PreTrainedModel, examples: Sequence[Any], step: int, folder: Path, seed: int

@@ -15,10 +15,10 @@ from dynlora_cli.errors import Interrupted
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.runs import events
 from dynlora_cli.training import samples
+from dynlora_cli.training.before.references import remember_references
 from dynlora_cli.training.held_out import also_losses, answers_due, evaluation_due, few_evaluations, held_out_loss
 from dynlora_cli.training.metrics import Window
 from dynlora_cli.training.rate.race import settle_rate
-from dynlora_cli.training.references import remember_references
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.step import advance
 

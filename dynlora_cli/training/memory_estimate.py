@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from dynlora_cli.config.sections import Model
     from dynlora_cli.lora.whole import Trained
-    from dynlora_cli.training.lessons import Reading
+    from dynlora_cli.training.before.lessons import Reading
 
 # Buffers that the matrix libraries take at their first product, and CUDA's context with its kernels; measured.
 MKL_BYTES, CUDA_BYTES = 128 << 20, 512 << 20

@@ -241,6 +241,8 @@ def _data_on_record(data: Data) -> records.Data:
         found["mix"] = mix_on_record(data.spans)
     if data.replay:
         found["replay"] = data.replay
+    if data.prior:
+        found["prior"] = data.prior
     return found
 
 

@@ -124,6 +124,8 @@ def read_data(
         )
     if recipe.dataset.replay:
         add_replay(data, earlier, recipe.dataset.replay.share)
+    data.prior, said = task.prior(recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps)
+    data.notes += said
     if recipe.dataset.retrieve is None or recipe.pruning.policy == "retrieval":  # whose confidences nobody asked for
         data.notes += weights_note(recipe.pruning.policy, recipe.pruning, data.train + data.replayed)
     if context is not None and context < recipe.dataset.max_length:

@@ -17,8 +17,8 @@ from dynlora_cli.kernels.linear_cross_entropy import ending
 from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.training import lessons, references
 from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.before.references import remember_references
 from dynlora_cli.training.loop import fit
-from dynlora_cli.training.references import remember_references
 from dynlora_cli.training.step import backward
 
 

@@ -14,7 +14,7 @@ from tiny_run import assembled, in_double, make_recipe, train
 from dynlora_cli.lora.layer import switched_off
 from dynlora_cli.tasks.loss import summed_loss
 from dynlora_cli.tasks.preference import sequence_logps
-from dynlora_cli.training.references import remember_references
+from dynlora_cli.training.before.references import remember_references
 from dynlora_cli.training.step import backward
 
 LOG_2 = 0.6931471805599453

@@ -10,7 +10,7 @@ from tiny_run import assembled, grounded_recipe, make_recipe
 
 from dynlora_cli.commands.dry_run import plan
 from dynlora_cli.models.quiet import quiet
-from dynlora_cli.training.lessons import own_lessons
+from dynlora_cli.training.before.lessons import own_lessons
 from dynlora_cli.training.memory_estimate import _Peak
 
 

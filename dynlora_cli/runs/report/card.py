@@ -15,6 +15,7 @@ from dynlora_cli.runs.documents import COLUMNS, documents, made_from
 from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import RunRecord
+from dynlora_cli.runs.report.samples import prior_text
 from dynlora_cli.text import MEASURES, count, counted, duration, number, rate, size
 
 TOKENS_SHOWN = 16
@@ -336,8 +337,13 @@ def _training(record: RunRecord) -> str:
     if not recipe and record.info.get("recipe"):
         recipe = yaml.safe_dump(record.info["recipe"], sort_keys=False, allow_unicode=True)
     versions = record.info.get("versions") or {}
+    prior = prior_text(record)
     made_with = ", ".join(_plain(f"{name} {version}") for name, version in versions.items())
-    parts = [_fenced(recipe.rstrip(), "yaml") if recipe else "", f"Made with {made_with}." if made_with else ""]
+    parts = [
+        _plain(prior),
+        _fenced(recipe.rstrip(), "yaml") if recipe else "",
+        f"Made with {made_with}." if made_with else "",
+    ]
     return "\n\n".join(["## How it was trained", *filter(None, parts)]) if any(parts) else ""
 
 

@@ -14,7 +14,7 @@ from dynlora_cli.runs.layer_grid import layer_grid
 from dynlora_cli.runs.lineage import day, lineage
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report import svg
-from dynlora_cli.runs.report.samples import samples_part
+from dynlora_cli.runs.report.samples import prior_part, samples_part
 from dynlora_cli.runs.report.svg import Series, text
 from dynlora_cli.text import MEASURES, change, count, counted, duration, number, rate, short, size
 
@@ -30,6 +30,7 @@ def report_page(record: RunRecord) -> str:
         _size_curve,
         _charts,
         samples_part,
+        prior_part,
         _documents,
         _forgetting,
         _lineage,

@@ -1,12 +1,13 @@
-"""The part of `report.html` that shows how answers change while a model trains (`eval.samples`)."""
+"""Parts of `report.html`: how answers change while a model trains (`eval.samples`), and the pictures of a prior."""
 
 from __future__ import annotations
 
 import re
 
+from dynlora_cli.runs.folder import PRIOR
 from dynlora_cli.runs.log import Event, RunRecord
 from dynlora_cli.runs.report.svg import text
-from dynlora_cli.text import count
+from dynlora_cli.text import count, counted, number
 
 _FILE = re.compile(r"samples/[\w-]+\.png", re.ASCII)
 WIDTH = 160  # of a picture in the report
@@ -53,6 +54,30 @@ def _pictures(record: RunRecord, count_of_rows: int) -> str:
         cards += f'<div class="card answers"><p class="prompt">{caption}</p><div class="pictures">{figures}</div></div>'
     lead = "Drawn from the same captions and the same noise as training went on."
     return f'<h2>Pictures while it trained</h2><p class="muted">{lead}</p>{cards}'
+
+
+def prior_text(record: RunRecord) -> str:
+    """What was learned beside the rows, in a sentence; "" where nothing was."""
+    found = (record.info.get("data") or {}).get("prior")
+    if not isinstance(found, dict):
+        return ""
+    pictures, caption = counted(found.get("pictures"), "picture"), found.get("caption")
+    return (
+        f'Prior preservation: {pictures} of "{caption}", drawn by the pipeline before training, were learned beside '
+        f"the rows with weight {number(found.get('weight'))}."
+    )
+
+
+def prior_part(record: RunRecord) -> str:
+    """The first pictures that the pipeline drew of a class, to be learned beside the rows."""
+    if not (said := prior_text(record)):
+        return ""
+    files = sorted(path.name for path in (record.folder / PRIOR).glob("*.png"))[:MOST]
+    figures = "".join(
+        f'<figure><img src="{PRIOR}/{text(name)}" alt="" width="{WIDTH}" loading="lazy"></figure>' for name in files
+    )
+    lead = f'<p class="muted">{text(said)} All are in {PRIOR}/.</p>'
+    return f'<h2>Prior</h2>{lead}<div class="card answers"><div class="pictures">{figures}</div></div>'
 
 
 def _picture(sample: Event) -> str | None:

@@ -3,7 +3,10 @@
 Which timestep and noise a row has in a pass over the rows follows from the run's seed, the row's number and the pass
 alone: a run that goes on draws what the uninterrupted one would have drawn.
 
-Dimensions: B rows, C channels, H lines and W columns of latents.
+A row that is trained on may have a prior: a picture of its class, of many that the pipeline drew, stands beside it in
+each pass. The two are lines of a batch, which has all rows first, and then what is beside each of them.
+
+Dimensions: B rows and those beside them, C channels, H lines and W columns of latents.
 """
 
 from __future__ import annotations
@@ -42,6 +45,21 @@ class Drawn:
     mirrored: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """Pictures of a class that are learned beside the rows.
+
+    Args:
+        caption: of all of them.
+        input_ids: its tokens.
+        pictures: as the pipeline drew them.
+    """
+
+    caption: str
+    input_ids: Sequence[int]
+    pictures: Sequence[Picture]
+
+
 @dataclass(slots=True)
 class Pictured(Example):
     """A picture and its caption.
@@ -55,6 +73,8 @@ class Pictured(Example):
         judge: as of `Example`.
         confidence: as of `Example`.
         drawn: for the pass that it stands in a batch of; None: for none.
+        prior: what is learned beside it; None: nothing.
+        beside: the picture of the prior that is learned beside it in this pass.
     """
 
     one_target: ClassVar[bool] = True
@@ -68,6 +88,16 @@ class Pictured(Example):
     judge: Judge | None = None
     confidence: float = 1.0
     drawn: Drawn | None = None
+    prior: Prior | None = None
+    beside: Pictured | None = None
+
+    @property
+    def lines(self) -> Sequence[Sequence[int]]:
+        return [self.input_ids] if self.beside is None else [self.input_ids, self.beside.input_ids]
+
+    @property
+    def texts(self) -> list[Sequence[int]]:
+        return list(self.lines)
 
     @property
     def label_ids(self) -> Sequence[int]:
@@ -92,6 +122,17 @@ class Pictured(Example):
             dropped=chance.random() < self.studio.caption_dropout,
             mirrored=self.studio.mirrors and chance.random() < 0.5,
         )
+        if self.prior is not None:  # drawn last, so that the row's own are what they are without it
+            other.beside = self._of_prior(self.prior, chance)
+        return other
+
+    def _of_prior(self, prior: Prior, chance: random.Random) -> Pictured:
+        """A picture of the prior; never mirrored nor without its caption, as it is to stay what the pipeline draws."""
+        other = copy.copy(self)
+        other.prior, other.input_ids, other.caption = None, prior.input_ids, prior.caption
+        other.picture = chance.choice(prior.pictures)
+        timestep = self.studio.pipeline.noising.drawn(chance)
+        other.drawn = Drawn(timestep, chance.getrandbits(62), dropped=False, mirrored=False)
         return other
 
     @staticmethod
@@ -108,23 +149,26 @@ class Pictured(Example):
         latents_BCHW: of the picture.
         shown_BCHW: of the picture, or of its mirror image; to train on.
         dropped_B: rows that are learned without their caption.
+        prior_B: whether it stands beside a row.
         given.*: the denoiser's conditions, a row each; none.*: those without any caption, one row.
         """
         studio = examples[0].studio
         studio.prepare()
-        drawn = [each.drawn for each in examples]
+        rows = [*examples, *(each.beside for each in examples if each.beside is not None)]
+        drawn = [each.drawn for each in rows]
         found = {
             "timestep_B": torch.tensor([one.timestep if one else 0.0 for one in drawn], dtype=torch.float32),
-            "seed_B": torch.tensor([each.key for each in examples]),
+            "seed_B": torch.tensor([each.key for each in rows]),
+            "prior_B": torch.arange(len(rows)) >= len(examples),
             "dropped_B": torch.tensor([bool(one and one.dropped) for one in drawn]),
-            "latents_BCHW": torch.stack([studio.latents(each.picture) for each in examples]),
+            "latents_BCHW": torch.stack([studio.latents(each.picture) for each in rows]),
         }
         mirrored = [bool(one and one.mirrored) for one in drawn]
-        shown = [studio.latents(each.picture, mirrored=turned) for each, turned in zip(examples, mirrored, strict=True)]
+        shown = [studio.latents(each.picture, mirrored=turned) for each, turned in zip(rows, mirrored, strict=True)]
         found["shown_BCHW"] = torch.stack(shown)
         shape = found["latents_BCHW"].shape[1:]
         found["noise_BCHW"] = torch.stack([noise(one.noise if one else 0, shape) for one in drawn])
-        return found | studio.conditions([(each.caption, each.picture) for each in examples])
+        return found | studio.conditions([(each.caption, each.picture) for each in rows])
 
     def shown(self, decode: Callable[[Sequence[int]], str], classes: Sequence[str] | None) -> list[tuple[str, bool]]:  # noqa: ARG002
         width, height = self.picture.size

@@ -1,9 +1,14 @@
 """The loss of a denoiser: the mean squared error of what it says of pictures with noise.
 
+    loss = mean over rows + prior_weight · mean over the pictures of their class beside them        [DreamBooth]
+
+The second only where rows have a prior (tasks/images/prior.py); as in the scripts of diffusers, min-SNR does not weight
+it. Ruiz et al., DreamBooth, arXiv 2208.12242.
+
 In training every row has one timestep, drawn anew in each pass. Measured rows are looked at with the same `LOOKS`
 timesteps and the same noise every time, so that two measurements differ by the model alone.
 
-Dimensions: B rows, C channels, H lines and W columns of latents.
+Dimensions: B rows and those beside them, C channels, H lines and W columns of latents.
 """
 
 from __future__ import annotations
@@ -33,10 +38,12 @@ class DenoisingJudge(Judge):
     Attributes:
         noising: of the pipeline.
         snr_gamma: of min-SNR, in training; None: every timestep counts alike.
+        prior_weight: how much a picture of a prior counts, in training.
     """
 
     noising: Noising
     snr_gamma: float | None = None
+    prior_weight: float = 1.0
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         extra = batch.extra
@@ -46,7 +53,10 @@ class DenoisingJudge(Judge):
             given[name] = torch.where(dropped_B, none, given[name])
         t_B = extra["timestep_B"]
         loss_B = self._of(model, extra["shown_BCHW"], extra["noise_BCHW"], t_B, given)
-        loss_B = loss_B * self.noising.weight(t_B, self.snr_gamma)
+        # A picture of a prior is no target of its own: the sum is divided by the rows, as many as of these.
+        loss_B = torch.where(
+            extra["prior_B"], self.prior_weight * loss_B, self.noising.weight(t_B, self.snr_gamma) * loss_B
+        )
         return loss_B.sum() if batch.supervised else 0.0 * loss_B.sum()
 
     def judged(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,8 +66,9 @@ class DenoisingJudge(Judge):
 
     def numbers(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`loss`, the mean over all looks, and those over the looks of each band."""
-        extra = batch.extra
-        latents, given, seeds = extra["latents_BCHW"], _conditions(extra, "given."), extra["seed_B"].tolist()
+        extra, own_B = batch.extra, ~batch.extra["prior_B"]
+        latents, seeds = extra["latents_BCHW"][own_B], extra["seed_B"][own_B].tolist()
+        given = {name: rows[own_B] for name, rows in _conditions(extra, "given.").items()}
         looks = []
         for number, t in enumerate(self.noising.spread(LOOKS)):
             noises = [noise((seed + number) % 2**62, latents.shape[1:]) for seed in seeds]

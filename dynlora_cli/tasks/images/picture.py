@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
 from dynlora_cli.errors import DataError
+from dynlora_cli.files.whole import unfinished
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,6 +85,13 @@ class Picture:
             image = image.resize((width, height), Resampling.LANCZOS)
         top, left = (height - side) // 2, (width - side) // 2
         return np.asarray(image.crop((left, top, left + side, top + side))), (top, left)
+
+
+def write_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Write pixels [H, W, 3] as a PNG, whole or not at all."""
+    temporary = unfinished(path)
+    Image.fromarray(pixels).save(temporary, format="PNG")
+    os.replace(temporary, path)
 
 
 def _called(content: Path | bytes) -> str:

@@ -63,6 +63,7 @@ def drawn(
     guidance: float = GUIDANCE,
     seed: int = 0,
     side: int,
+    first: int = 0,
 ) -> Tensor:
     """The same by conditions that are known, as `Pipeline.conditions` gives them; latents, [B, C, H, W].
 
@@ -70,10 +71,12 @@ def drawn(
         pipeline, model, steps, guidance, seed, side: as of `sample`.
         given: for each picture a row.
         none: without any caption, one row.
+        first: place of the first picture among those that are drawn with this seed.
     """
     device, count = model.device, len(given["encoder_hidden_states"])
     scheduler = _fresh(pipeline, steps, device)
-    makers = [torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63) for place in range(count)]
+    places = range(first, first + count)
+    makers = [torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63) for place in places]
     shape = pipeline.shape(side)
     noise = torch.stack([torch.randn(shape, generator=maker) for maker in makers]).to(device)
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from dynlora_cli.files.whole import unfinished
 from dynlora_cli.tasks.images.example import Pictured
+from dynlora_cli.tasks.images.picture import write_picture
 from dynlora_cli.tasks.images.sampling import drawn
 
 FOLDER = "samples"
@@ -41,8 +38,6 @@ def draw(
     found = []
     for number, (example, pixels) in enumerate(zip(examples, pictures, strict=True), 1):
         name = f"{FOLDER}/step-{step:06d}-{number}.png"
-        temporary = unfinished(folder / name)
-        Image.fromarray(pixels).save(temporary, format="PNG")
-        os.replace(temporary, folder / name)
+        write_picture(folder / name, pixels)
         found.append({"prompt": example.caption, "expected": "", "answer": name, "right": False, "picture": name})
     return found

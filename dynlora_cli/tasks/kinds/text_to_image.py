@@ -29,9 +29,12 @@ from dynlora_cli.tasks import task
 from dynlora_cli.tasks.scores import RowSums
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dynlora_cli.tasks.images.prior import Prospect
 
 AUTO_MODEL = "DiffusionPipeline"
 TASK_TYPE = None
@@ -62,11 +65,24 @@ OPTIONS = {
         "above": 0,
         "help": "Min-SNR weighting of timesteps, usually 5; null: every timestep counts alike.",
     },
+    "prior_caption": {
+        "type": "str",
+        "default": None,
+        "help": "Prior preservation: a class, such as `a photo of a dog`. The pipeline draws it before it learns, and "
+        "a picture of these is learned beside each row, so that the class stays what it was; null: none.",
+    },
+    "prior_pictures": {"type": "int", "default": 100, "at_least": 1, "help": "How many it draws of prior_caption."},
+    "prior_weight": {
+        "type": "float",
+        "default": 1.0,
+        "above": 0,
+        "help": "How much one of them counts in the loss; a row counts 1.",
+    },
     "sample_steps": {
         "type": "int",
         "default": 30,
         "at_least": 1,
-        "help": "Steps of the scheduler for pictures that are drawn while training (eval.samples).",
+        "help": "Steps of the scheduler for pictures that are drawn: eval.samples, and those of prior_caption.",
     },
     "guidance": {
         "type": "float",
@@ -78,6 +94,27 @@ OPTIONS = {
 CONFLICTS = [
     {"with": "model.load_in_4bit", "is": True, "why": "a denoiser is not quantized here"},
     {"with": "model.load_in_8bit", "is": True, "why": "a denoiser is not quantized here"},
+    {"with": "model.prior_caption", "is": "", "why": "it is empty", "hint": "write the class, or leave it out"},
+    {
+        "with": "model.prior_pictures",
+        "is_not": 100,
+        "while": {"model.prior_caption": None},
+        "why": "nothing is drawn without model.prior_caption",
+        "hint": "write the class there, or leave this out",
+    },
+    {
+        "with": "model.prior_weight",
+        "is_not": 1.0,
+        "while": {"model.prior_caption": None},
+        "why": "there is no prior without model.prior_caption",
+        "hint": "write the class there, or leave this out",
+    },
+    {
+        "with": "model.prior_caption",
+        "while": {"pruning.policy": "retrieval"},
+        "why": "policy retrieval looks at single rows, and a prior is learned beside them",
+        "hint": "choose policy fisher, or leave this out",
+    },
 ]
 
 
@@ -98,12 +135,28 @@ class Task(task.Task):
         side = self._option("resolution") or pipeline.side
         pipeline.check_side(side)
         studio = Studio(pipeline, side, self._option("caption_dropout"), mirrors=self._option("flip"))
-        judge = DenoisingJudge(pipeline.noising, self._option("snr_gamma"))
+        judge = DenoisingJudge(pipeline.noising, self._option("snr_gamma"), self._option("prior_weight"))
         return PictureEncoder(tokenizer, train_on, max_length, studio, judge, self._option("caption"))
 
     def _option(self, key: str) -> Any:
         """A key of the recipe's section; its default for an adapter of another tool, which has no recipe."""
         return getattr(self.options, key, options("tasks", self.name)[key].default)
+
+    def _prospect(self) -> Prospect | None:
+        from dynlora_cli.tasks.images.prior import Prospect
+
+        keys = ("prior_caption", "prior_pictures", "prior_weight", "sample_steps", "guidance")
+        return Prospect(*map(self._option, keys)) if self._option("prior_caption") else None
+
+    def prior(self, rows: int) -> tuple[dict[str, Any] | None, list[str]]:
+        prospect = self._prospect()
+        return (prospect.on_record(), prospect.notes(rows)) if prospect else (None, [])
+
+    def prepare(self, given: task.Beginning) -> Iterator[tuple[str, int, int]]:
+        from dynlora_cli.tasks.images.prior import prepare
+
+        if prospect := self._prospect():
+            yield from prepare(prospect, given)
 
     def draw(
         self, model: PreTrainedModel, examples: Sequence[Any], step: int, folder: Path, seed: int

@@ -134,6 +134,8 @@ def _tell_differences(adapter: Adapter, recipe: Recipe, emit: Emit) -> None:
         emit(note(text))
     if recipe.dataset.replay:
         emit(note("healing trains on the recipe's own rows alone; those of earlier runs are not replayed"))
+    if getattr(recipe.model, "prior_caption", None):
+        emit(note("healing trains on the recipe's own rows alone; no prior is learned beside them"))
 
 
 def _for_healing(recipe: Recipe, steps: int, rate: float) -> Recipe:

@@ -20,7 +20,7 @@ from dynlora_cli.tasks.distillation import Distilled
 from dynlora_cli.tasks.preference import PreferenceObjective
 from dynlora_cli.text import counted
 from dynlora_cli.training.batches import make_batches
-from dynlora_cli.training.lessons import own_lessons
+from dynlora_cli.training.before.lessons import own_lessons
 
 if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch, Batches
