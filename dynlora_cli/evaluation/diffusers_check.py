@@ -10,12 +10,17 @@ from typing import Any
 import torch
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
-from dynlora_cli.adapters.images.by_diffusers import loaded
+from dynlora_cli.adapters.images.by_diffusers import loaded, lost_in_encoders
 from dynlora_cli.adapters.images.names import DENOISERS
 from dynlora_cli.adapters.images.read import read_image
 from dynlora_cli.adapters.images.write import NEAR
 
 READER = "diffusers"
+# diffusers knows attention in kohya's form by that layer, and without it leaves out what it does not know, or fails.
+_NO_OUT_PROJ = (
+    "diffusers does not read all of {}, such as {}: in kohya's form it takes a text encoder's attention only with an "
+    "out_proj; kohya's scripts, A1111 and ComfyUI read it, and so does diffusers after `dynlora export --to diffusers`"
+)
 NOT_CHECKED = "the file was read back, and what diffusers makes of it was not checked"
 
 
@@ -41,6 +46,10 @@ def check_file(adapter: Adapter, file: Path) -> dict[str, Any]:
     of_denoiser = {name: f for name, f in adapter.layers.items() if name.partition(".")[0] in DENOISERS}
     lost = _others(of_denoiser, found)
     problem = f"{len(lost)} layers are others, such as {lost[0]}" if lost else None
+    if not problem and (nothing := lost_in_encoders(file, adapter)):
+        if adapter.file_form == "kohya":
+            return {"checked": False, "reason": _NO_OUT_PROJ.format(file.name, nothing[0])}
+        problem = f"it puts nothing into {len(nothing)} layers, such as {nothing[0]}"
     version = importlib.metadata.version("diffusers")
     return {"checked": True, "reader": READER, "diffusers": version, "problem": problem}
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.images.by_timestep import no_single_weight
+from dynlora_cli.adapters.images.names import CLIP_LEVEL
 from dynlora_cli.adapters.patches import folded, rows_of
 from dynlora_cli.errors import MeasureError, UsageError
 from dynlora_cli.models.pipelines.parts import PipelineFolder
 from dynlora_cli.models.weights import Entry, New, Space, Weights, write_files
 
-CLIP_LEVEL = "text_model."  # which files have or not, as transformers was when it saved them
 ANOTHER = "this is another pipeline's adapter; name the right one with --base FOLDER"
 SLACK = 1e-5  # share of ΔW by which two ways to add it up in fp32 may differ
 _AT_ONCE = 1 << 18  # numbers that are compared; they stay in the processor's cache

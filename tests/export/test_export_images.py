@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from pipelines import as_kohya, largest_difference, save_lora, with_lora
-from safetensors.torch import load_file
+from pipelines import as_kohya, largest_difference, save_lora, with_lora, with_sum
+from safetensors.torch import load_file, save_file
 
 from dynlora_cli.adapters.images import by_diffusers
 from dynlora_cli.adapters.images.kohya_names import LAYERS_PER_BLOCK, Style, layer_of, name_of
@@ -166,3 +166,34 @@ def test_a_run_goes_to_kohya_and_comes_back_from_prune(tmp_path: Path, dynlora: 
     assert done.code == 0, done.err
     beside = read_adapter(tmp_path / "half" / "pytorch_lora_weights.safetensors", images=True)
     assert beside.parameters == read_adapter(tmp_path / "half").parameters < ours.parameters
+
+
+def _with_layers(file: Path, out: Path, kept: tuple[str, ...]) -> Path:
+    """The file with those layers of the text encoder alone, and all of the UNet."""
+    out.mkdir()
+    tensors = load_file(file)
+    tensors = {key: t for key, t in tensors.items() if key.startswith("unet.") or any(name in key for name in kept)}
+    save_file(tensors, out / file.name)
+    return out / file.name
+
+
+def test_a_text_encoder_without_attention_layers_is_loaded(tmp_path: Path, dynlora: Dynlora):
+    """diffusers finds out by the names of attention layers how a file names its factors."""
+    file = _with_layers(save_lora("sd", tmp_path / "lora"), tmp_path / "few", ("fc1", "fc2"))
+    done = dynlora("export", "--adapter", file, "--to", "diffusers", "--out", tmp_path / "o", "--json")
+    assert done.code == 0, done.err
+    assert done.json["peft_check"]["checked"]
+    ours = tmp_path / "o" / file.name
+    assert largest_difference(with_lora("sd", ours), with_sum("sd", read_adapter(file, images=True).layers)) < CLOSE
+    assert read_adapter(ours, images=True).ranks == read_adapter(file, images=True).ranks
+
+
+def test_what_diffusers_does_not_read_of_kohyas_form_is_said(tmp_path: Path, dynlora: Dynlora):
+    """It leaves out attention layers of a text encoder that has no out_proj, without a word."""
+    file = _with_layers(save_lora("sd", tmp_path / "lora"), tmp_path / "few", ("k_proj", "fc1"))
+    done = dynlora("export", "--adapter", file, "--to", "kohya", "--out", tmp_path / "o")
+    assert done.code == 0, done.err
+    assert "diffusers does not read all of few.safetensors" in " ".join(done.err.split())
+    ours = tmp_path / "o" / "few.safetensors"
+    assert largest_difference(with_lora("sd", ours), with_lora("sd", file)) > CLOSE
+    assert read_adapter(ours, images=True).ranks == read_adapter(file, images=True).ranks

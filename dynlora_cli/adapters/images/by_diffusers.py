@@ -1,6 +1,7 @@
 """What diffusers makes of an adapter's file: asked of its own loader, on a denoiser without weights.
 
-Of the text encoders nothing is asked: they are models of transformers, which loads adapters in another way.
+Text encoders are models of transformers, which load adapters themselves: of those it is asked how diffusers names the
+tensors that it hands to them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.images.kohya_names import LAYERS_PER_BLOCK
-from dynlora_cli.adapters.images.names import DENOISERS
+from dynlora_cli.adapters.images.names import CLIP_LEVEL, DENOISERS, PARTS
 from dynlora_cli.models.patched import no_warnings
 from dynlora_cli.models.quiet import quiet
 
@@ -33,7 +34,7 @@ def loaded(file: Path, adapter: Adapter) -> dict[str, Factors] | None:
     """
     if any(importlib.util.find_spec(name) is None for name in ("diffusers", "peft")):
         return None
-    from diffusers.loaders import PeftAdapterMixin, StableDiffusionXLLoraLoaderMixin
+    from diffusers.loaders import PeftAdapterMixin
     from diffusers.utils import logging
 
     class Denoiser(nn.Module, PeftAdapterMixin):
@@ -53,12 +54,7 @@ def loaded(file: Path, adapter: Adapter) -> dict[str, Factors] | None:
             for name, factors in layers.items():
                 _place(model, name, factors)
             with no_warnings:
-                tensors, alphas, metadata = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-                    str(file),
-                    weight_name=file.name,
-                    unet_config=SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK),
-                    return_lora_metadata=True,
-                )
+                tensors, alphas, metadata = _read(file)
                 model.load_lora_adapter(
                     tensors, prefix=part, network_alphas=alphas, metadata=metadata, low_cpu_mem_usage=True
                 )
@@ -67,6 +63,42 @@ def loaded(file: Path, adapter: Adapter) -> dict[str, Factors] | None:
         return found
     finally:
         logging.set_verbosity(level)
+
+
+@quiet
+def lost_in_encoders(file: Path, adapter: Adapter) -> list[str]:
+    """Layers of text encoders to which diffusers gives nothing, though the file has them.
+
+    Args:
+        file: that `loaded` has read.
+        adapter: what should be in it.
+    """
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+
+    tensors, _, _ = _read(file)
+    lost = []
+    for part in [part for part in PARTS if part not in DENOISERS]:
+        own = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        try:
+            there = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+        except ValueError:  # of no form that it knows
+            there = {}
+        keys = {key.removeprefix(CLIP_LEVEL) for key in there}
+        layers = [name for name in adapter.layers if name.startswith(f"{part}.")]
+        inner = {name: name.removeprefix(f"{part}.").removeprefix(CLIP_LEVEL) for name in layers}
+        lost += [name for name in layers if f"{inner[name]}.lora_A.weight" not in keys]
+    return lost
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Any, Any]:
+    """The tensors of a file as diffusers names them, its alphas, and its metadata."""
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    config = SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)
+    found: tuple[dict[str, Any], Any, Any] = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+        str(file), weight_name=file.name, unet_config=config, return_lora_metadata=True
+    )
+    return found
 
 
 def _place(model: nn.Module, name: str, factors: Factors) -> None:

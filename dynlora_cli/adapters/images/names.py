@@ -18,6 +18,9 @@ from dynlora_cli.errors import UsageError
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 LONGEST_KEY = 300  # characters
 DENOISERS = ("unet", "transformer")
+CLIP_LEVEL = (
+    "text_model."  # of a CLIP encoder's layers, which files have or not, as transformers was when it saved them
+)
 DOWN, UP, ALPHA = "down", "up", "alpha"
 
 _NEW = re.compile(

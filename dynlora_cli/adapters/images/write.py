@@ -20,7 +20,7 @@ from torch import Tensor
 from dynlora_cli.adapters.adapter import Adapter, Factors
 from dynlora_cli.adapters.find import IMAGE_STEM
 from dynlora_cli.adapters.images import kohya_names
-from dynlora_cli.adapters.images.names import PARTS
+from dynlora_cli.adapters.images.names import DENOISERS, PARTS
 from dynlora_cli.adapters.images.read import METADATA
 from dynlora_cli.config.dtypes import IN_FILES, OF_IMAGES
 from dynlora_cli.errors import MeasureError, UsageError
@@ -32,6 +32,8 @@ from dynlora_cli.rounding.floats import TORCH
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA, KEY)
 _RANKS = ("ss_network_dim", "ss_network_alpha")
 NEAR = 2.0**-22  # B is kept without the scale s, and (b / s) · s may miss b by the last bit of fp32
+# What diffusers calls the factors of a layer. Of a text encoder it takes the first by an attention layer's name alone.
+_PLAIN, _LINEAR = ("lora_A", "lora_B"), ("lora_linear_layer.down", "lora_linear_layer.up")
 LONGEST_STEM = 120  # characters of a file's name
 LARGEST_METADATA = 1 << 22  # characters; tag counts of a large data set have a tenth of it
 
@@ -94,11 +96,13 @@ def tensors_of(adapter: Adapter, dtype: str) -> dict[str, Tensor]:
     if dtype not in OF_IMAGES:
         raise UsageError(f"{adapter.folder} is a file of {adapter.file_form}'s form, which has no {dtype}", "use bf16")
     alphas = adapter.image.alphas(adapter.ranks)
+    without_attention = _encoders_without_attention(adapter)
     tensors: dict[str, Tensor] = {}
     for layer, factors in adapter.layers.items():
         down, up = _shaped(factors, alphas[layer])
         if adapter.image.form == "diffusers":
-            tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+            down_key, up_key = _LINEAR if layer.partition(".")[0] in without_attention else _PLAIN
+            tensors |= {f"{layer}.{down_key}.weight": down, f"{layer}.{up_key}.weight": up}
             continue
         name = kohya_names.name_of(layer, adapter.image.style)
         if kohya_names.layer_of(name) != layer:
@@ -109,6 +113,12 @@ def tensors_of(adapter: Adapter, dtype: str) -> dict[str, Tensor]:
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         tensors[f"{name}.alpha"] = torch.tensor(float(alphas[layer]))
     return dict(sorted(tensors.items()))
+
+
+def _encoders_without_attention(adapter: Adapter) -> set[str]:
+    """Text encoders of which the adapter has no attention layer, as a small budget may leave it."""
+    with_attention = {name.partition(".")[0] for name in adapter.layers if ".self_attn." in name}
+    return {name.partition(".")[0] for name in adapter.layers} - with_attention - set(DENOISERS)
 
 
 def _shaped(factors: Factors, alpha: int) -> tuple[Tensor, Tensor]:
