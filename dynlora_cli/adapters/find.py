@@ -76,7 +76,10 @@ def _file(path: Path, said: str) -> Path:
         UsageError: it is none, or there is no such file.
     """
     if not path.exists():
-        raise UsageError(f"{said} {path} does not exist", "name a run folder, or any folder with adapter_config.json")
+        raise UsageError(
+            f"{said} {path} does not exist",
+            "name a run folder, any folder with adapter_config.json, or the .safetensors of an image pipeline's LoRA",
+        )
     if path.suffix.lower() in PICKLES:
         raise UsageError(
             f"{said} {path} is a pickle, which can run any code when it is opened; it was not",

@@ -26,7 +26,8 @@ One = Annotated[
         "--adapter",
         metavar="FOLDER",
         autocompletion=adapters,
-        help="A run folder or any PEFT LoRA; a folder of runs means the newest of them, a sweep's folder its best.",
+        help="A run folder, any PEFT LoRA, or the LoRA file of an image pipeline; a folder of runs means the newest of "
+        "them, a sweep's folder its best.",
         show_default=False,
     ),
 ]

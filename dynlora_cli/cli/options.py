@@ -70,7 +70,8 @@ AdapterPath = Annotated[
         "--adapter",
         metavar="FOLDER",
         autocompletion=adapters,
-        help="A run folder or any PEFT LoRA; a folder of runs means the newest of them, a sweep's folder its best.",
+        help="A run folder, any PEFT LoRA, or the LoRA file of an image pipeline; a folder of runs means the newest of "
+        "them, a sweep's folder its best.",
         show_default=False,
     ),
 ]
@@ -82,8 +83,8 @@ Adapters = Annotated[
         "--adapter",
         metavar="FOLDER",
         autocompletion=adapters,
-        help="A run folder or any PEFT LoRA; a folder of runs means the newest of them, a sweep's folder its best. "
-        "Repeatable.",
+        help="A run folder, any PEFT LoRA, or the LoRA file of an image pipeline; a folder of runs means the newest of "
+        "them, a sweep's folder its best. Repeatable.",
         show_default=False,
     ),
 ]

@@ -342,7 +342,8 @@ def _within_bytes(order: Order, limit: int, adapter: Adapter, request: Request) 
         size = bytes_of(adapter, request.dtype)
         raise UsageError(
             f"{within}: all of the adapter is within that already, with {size:,} bytes",
-            "to change the number format alone: dynlora export --to peft --dtype ...",
+            "to change the number format alone: "
+            f"dynlora export --to {adapter.file_form if adapter.image else 'peft'} --dtype ...",
         )
     return target
 

@@ -163,7 +163,10 @@ def _refuse_pair(first: Adapter, other: Adapter) -> None:
         )
     for name in first.layers.keys() & other.layers.keys():
         if first.layers[name].shape != other.layers[name].shape:
-            raise UsageError(f"{first.folder} and {other.folder}: the layer {name} has different shapes")
+            raise UsageError(
+                f"{first.folder} and {other.folder}: the layer {name} has different shapes",
+                "they are of different bases, though their layers have the same names; merge adapters of one base",
+            )
     refuse_pair(first, other)
     refuse_other_pipeline(first, other)
 
