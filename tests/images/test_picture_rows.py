@@ -67,12 +67,15 @@ def test_what_the_model_is_shown(tmp_path):
     exif = sideways.getexif()
     exif[0x0112] = 3  # upside down
     sideways.save(tmp_path / "pictures" / "turned.png", exif=exif)
-    rows = rows_file(tmp_path, {"image": "wide.png", "text": "a"}, {"image": "turned.png", "text": "b"})
+    Image.fromarray(np.full((16, 16), 90 * 256, np.uint16)).save(tmp_path / "pictures" / "deep.png")  # 16 bits of grey
+    names = ("wide", "turned", "deep")
+    rows = rows_file(tmp_path, *({"image": f"{name}.png", "text": name} for name in names))
     data = data_of(tmp_path, rows, "model.flip=true")
-    batches = Batches.in_order(data.train, micro_batch_size=2, max_length=64, pad_id=0)
-    first, second = batches.step(0, 0)[0].extra["latents_BCHW"]
+    batches = Batches.in_order(data.train, micro_batch_size=3, max_length=64, pad_id=0)
+    first, second, third = batches.step(0, 0)[0].extra["latents_BCHW"]
     assert ((first + 1) * 127.5).round()[:, 0, 0].tolist() == [200, 100, 50]
     assert ((second + 1) * 127.5).round()[:, 15, 15].tolist() == [255, 0, 0]
+    assert ((third + 1) * 127.5).round().unique().tolist() == [90]
 
 
 def test_timesteps_follow_from_the_row_and_the_pass(tmp_path):

@@ -138,6 +138,8 @@ def _opened(raw: bytes, called: str, place: str) -> Image.Image:
         if isinstance(error, Image.UnidentifiedImageError):
             raise DataError(f"{place}: {called} is no picture in {', '.join(FORMATS)}", SAVE_AGAIN) from None
         raise DataError(f"{place}: {called} is damaged: {error}", SAVE_AGAIN) from None
+    if upright.mode.startswith("I"):  # grey in 16 bits: Pillow would make all from 255 on white
+        upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         ground = Image.new("RGBA", upright.size, (255, 255, 255, 255))
