@@ -29,12 +29,13 @@ from torch import Tensor
 
 from dynlora_cli.data.descriptions import described
 from dynlora_cli.data.examples import IGNORED, Example, Judge
-from dynlora_cli.data.mix import Span, drawn, each_once, evenly
+from dynlora_cli.data.mix import Span, drawn, each_once, evenly, passes
 
 _T = TypeVar("_T")
 _WINDOW = 50  # rows are sorted by length within so many steps
 
 Bin = tuple[int, ...]  # indices of the examples that share one row of a batch
+Turn = tuple[Bin, int]  # a bin that comes up, and how often it has before: the pass that its rows are in
 
 
 @dataclass(slots=True)
@@ -195,7 +196,7 @@ class Batches:
             if len(indices) == len(self.examples):
                 break
             epoch, index = divmod(step, self.steps_per_epoch)
-            indices.update(itertools.chain.from_iterable(self._plan(epoch)[index]))
+            indices.update(itertools.chain.from_iterable(item for item, _ in self._plan(epoch)[index]))
         return [self.examples[index] for index in sorted(indices)]
 
     def prepare(self, epoch: int, index: int) -> None:
@@ -203,36 +204,36 @@ class Batches:
         self._prepared = {(epoch, index): self._step(epoch, index)}
 
     def _step(self, epoch: int, index: int) -> list[Batch]:
-        bins = self._plan(epoch)[index]
-        cuts = [bins[at : at + self.micro_batch_size] for at in range(0, len(bins), self.micro_batch_size)]
-        own = [self._batch(cut, epoch) for cut in cuts[self.shard :: self.shards]]
+        turns = self._plan(epoch)[index]
+        cuts = [turns[at : at + self.micro_batch_size] for at in range(0, len(turns), self.micro_batch_size)]
+        own = [self._batch(cut) for cut in cuts[self.shard :: self.shards]]
         if len(own) < -(-len(cuts) // self.shards):
-            own.append(self._without_targets(cuts[-1], epoch))
+            own.append(self._without_targets(cuts[-1]))
         return [batch.pinned() for batch in own] if self.pin else own
 
-    def _make_plan(self, epoch: int) -> list[list[Bin]]:
-        """The bins of every step of an epoch."""
-        bins, size = self._drawn(epoch), self.step_size
+    def _make_plan(self, epoch: int) -> list[list[Turn]]:
+        """What comes up in every step of an epoch."""
+        turns, size = self._drawn(epoch), self.step_size
         if not self.shuffle:
-            return [bins[at : at + size] for at in range(0, len(bins), size)]
+            return [turns[at : at + size] for at in range(0, len(turns), size)]
         # Text seeds are hashed by the standard library with SHA-512: the same order on every machine.
         chance = random.Random(f"{self.seed} {epoch}")
-        chance.shuffle(bins)
+        chance.shuffle(turns)
         if not self.packing:
-            windows = (bins[at : at + _WINDOW * size] for at in range(0, len(bins), _WINDOW * size))
-            bins = [item for window in windows for item in sorted(window, key=self._length)]
-        steps = [bins[at : at + size] for at in range(0, len(bins), size)]
+            windows = (turns[at : at + _WINDOW * size] for at in range(0, len(turns), _WINDOW * size))
+            turns = [turn for window in windows for turn in sorted(window, key=lambda turn: self._length(turn[0]))]
+        steps = [turns[at : at + size] for at in range(0, len(turns), size)]
         chance.shuffle(steps)
         return steps
 
-    def _drawn(self, epoch: int) -> list[Bin]:
-        """The bins of an epoch: those of each source in turn; replayed ones, where the order stays, between them."""
-        parts = [
-            (pool, drawn(pool.bins, pool.draws, epoch, f"{self.seed} walk {number}" if self.shuffle else None))
-            for number, pool in enumerate(self._pools)
-        ]
-        own = [item for pool, items in parts if not pool.replayed for item in items]
-        return evenly([own, *(items for pool, items in parts if pool.replayed)])
+    def _drawn(self, epoch: int) -> list[Turn]:
+        """What comes up in an epoch: of each source in turn; replayed rows, where the order stays, between them."""
+        parts = []
+        for number, pool in enumerate(self._pools):
+            bins = drawn(pool.bins, pool.draws, epoch, f"{self.seed} walk {number}" if self.shuffle else None)
+            parts.append((pool, list(zip(bins, passes(len(pool.bins), pool.draws, epoch), strict=True))))
+        own = [turn for pool, turns in parts if not pool.replayed for turn in turns]
+        return evenly([own, *(turns for pool, turns in parts if pool.replayed)])
 
     def _pooled(self, spans: Sequence[Span]) -> list[_Pool]:
         """The bins of each source, and how many of them an epoch takes."""
@@ -271,8 +272,11 @@ class Batches:
             insort(room, (left - length, number))
         return [tuple(item) for item in bins]
 
-    def _batch(self, bins: list[Bin], epoch: int) -> Batch:
-        examples = [self.examples[index].in_pass(self.seed, epoch) for item in bins for index in item]
+    def _batch(self, turns: list[Turn]) -> Batch:
+        bins = [item for item, _ in turns]
+        passed = [number for item, number in turns for _ in item]
+        rows = (self.examples[index] for item in bins for index in item)
+        examples = [row.in_pass(self.seed, number) for row, number in zip(rows, passed, strict=True)]
         kind, width = examples[0], self._width(max(self._length(item) for item in bins))
         placed = [self._placed(item) for item in bins]
         columns = [] if self.packing else _columns([example.lines for example in examples])
@@ -299,7 +303,7 @@ class Batches:
             judge=kind.judge,
             extra=kind.extra(examples),
             line_keys=list(itertools.chain(*_columns([example.line_keys() for example in examples]))),
-            examples=[described(example, self.seed, epoch) for example in examples],
+            examples=[described(row, self.seed, number) for row, number in zip(examples, passed, strict=True)],
         )
 
     def _width(self, longest: int) -> int:
@@ -349,8 +353,8 @@ class Batches:
             mask = torch.zeros(mask.shape, dtype=self.mask_dtype).masked_fill(~mask, closed)
         return {"position_ids": positions, "attention_mask": mask}
 
-    def _without_targets(self, bins: list[Bin], epoch: int) -> Batch:
-        batch, none = self._batch(bins[:1], epoch), torch.empty(0, dtype=torch.long)
+    def _without_targets(self, turns: list[Turn]) -> Batch:
+        batch, none = self._batch(turns[:1]), torch.empty(0, dtype=torch.long)
         labels = torch.full_like(batch.labels, IGNORED)
         return replace(batch, labels=labels, rows=[], tokens=0, supervised=0, places=none, confidence=(), spans=())
 

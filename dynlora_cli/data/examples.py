@@ -135,7 +135,7 @@ class Example(ABC):
         return None
 
     def in_pass(self, seed: int, epoch: int) -> Example:  # noqa: ARG002
-        """The row as it is in a pass over the rows, by the run's seed and the pass alone; most are always the same."""
+        """The row as it is when it comes up, by the run's seed and how often it did before; most stay the same."""
         return self
 
     def line_keys(self) -> list[bytes]:

@@ -57,6 +57,11 @@ def drawn(items: Sequence[_T], draws: int, epoch: int, seed: str | None) -> list
     return [walk[at % len(walk)] for at in range(epoch * draws, (epoch + 1) * draws)]
 
 
+def passes(rows: int, draws: int, epoch: int) -> list[int]:
+    """Of each of those that `drawn` gives of so many rows: how often it has come up before."""
+    return [at // rows for at in range(epoch * draws, (epoch + 1) * draws)]
+
+
 def evenly(parts: Sequence[Sequence[_T]]) -> list[_T]:
     """Several sequences as one, in which each is spread from the beginning to the end and keeps its order."""
     placed = [((at + 0.5) / len(part), item) for part in parts for at, item in enumerate(part)]

@@ -13,7 +13,7 @@ from data_helpers import byte_tokenizer, dataset, source, task_named
 from dynlora_cli.data.batches import Batches
 from dynlora_cli.data.examples import OneText
 from dynlora_cli.data.load import Data, load_data
-from dynlora_cli.data.mix import Span, drawn, evenly, mix_notes, mix_on_record
+from dynlora_cli.data.mix import Span, drawn, evenly, mix_notes, mix_on_record, passes
 from dynlora_cli.runs.report.page import _flat
 
 from recipe_helpers import MINIMAL, load, problems
@@ -54,6 +54,15 @@ def test_weights_say_how_often_a_row_comes_up() -> None:
     halves = [{row for row in epoch if row >= 10} for epoch in (first, second)]
     assert halves[0] | halves[1] == set(range(10, 30))  # the second epoch has the other half
     assert first != second
+
+
+@pytest.mark.parametrize("draws", [2, 5, 12, 5 * 7])
+def test_a_pass_is_how_often_a_row_came_up_before(draws: int) -> None:
+    seen: Counter[int] = Counter()
+    for epoch in range(4):
+        for row, number in zip(drawn(range(5), draws, epoch, "x"), passes(5, draws, epoch), strict=True):
+            assert number == (epoch if draws == 5 else seen[row])
+            seen[row] += 1
 
 
 @pytest.mark.parametrize("packing", [False, True])

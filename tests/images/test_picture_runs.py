@@ -12,7 +12,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipeline import picture_recipe, pixel_pipeline, write_pictures
-from tiny_run import train
+from tiny_run import assembled, train
 from transformers import BertModel, BertTokenizerFast
 
 from dynlora_cli.errors import Interrupted
@@ -85,6 +85,17 @@ def test_one_picture_is_enough(tmp_path):
     summary, _ = train(picture_recipe(tmp_path, "train.max_steps=3"))
     assert summary["steps"] == 3
     assert json.loads((tmp_path / "out" / "dynlora.json").read_text())["data"]["train_rows"] == 1
+
+
+def test_a_row_that_comes_up_often_in_an_epoch_is_another_one_each_time(tmp_path):
+    write_pictures(tmp_path / "pictures", count=1)
+    rows = "{path: %s, weight: 8}" % (tmp_path / "pictures" / "rows.jsonl")
+    run = assembled(picture_recipe(tmp_path, f"dataset.train=[{rows}]", "dataset.val_size=0", "eval.steps=null"))
+    epochs = [[run.batches.step(epoch, index) for index in range(2)] for epoch in range(2)]
+    drawn = [one.drawn for steps in epochs for step in steps for batch in step for one in batch.examples]
+    assert len(drawn) == 16
+    assert len({one.noise for one in drawn}) == 16
+    assert len({one.timestep for one in drawn}) > 10
 
 
 def test_pictures_that_are_drawn_on_the_way(tmp_path):

@@ -62,7 +62,7 @@ def test_micro_batches_and_accumulation_give_one_gradient(tmp_path, kind):
         if micro_batch_size == 3:  # nine rows in a step; the eight of the others, cut otherwise
             whole = assembled(make_recipe(tmp_path, *settings, *batching(8, 1), kind=kind)).batches
             cuts = [whole._plan(0)[0][at : at + 3] for at in (0, 3, 6)]
-            micro_batches = [whole._batch(cut, epoch=0) for cut in cuts]
+            micro_batches = [whole._batch(cut) for cut in cuts]
         else:
             assert len(rows) == 8
             micro_batches = None
@@ -78,7 +78,7 @@ def test_every_supervised_token_weighs_the_same(tmp_path):
     """The gradient of rows of very different lengths is that of the mean over tokens, not of the mean over rows."""
     recipe = make_recipe(tmp_path, *EIGHT_ROWS, *batching(1, 8), "train.max_grad_norm=null")
     run, exact = assembled(recipe), in_double(recipe)
-    micro_batches = [run.batches._batch([(index,)], epoch=0) for index in (0, 8, 17, 25, 1, 2, 3, 4)]
+    micro_batches = [run.batches._batch([((index,), 0)]) for index in (0, 8, 17, 25, 1, 2, 3, 4)]
     targets = [batch.supervised for batch in micro_batches]
     assert max(targets) > 5 * min(targets)
     _, found = gradient(run, micro_batches)
@@ -108,7 +108,7 @@ def test_packed_rows_give_the_unpacked_loss_and_gradient(tmp_path, kind):
 def test_what_stands_in_the_padding_changes_nothing(tmp_path, kind):
     run = assembled(make_recipe(tmp_path, *EIGHT_ROWS, *batching(8, 1), kind=kind))
     run.model.eval()
-    batch = run.batches._batch([(index,) for index in (0, 8, 17, 3)], epoch=0)
+    batch = run.batches._batch([((index,), 0) for index in (0, 8, 17, 3)])
     padding = batch.inputs["attention_mask"] == 0
     assert padding.sum() > 20
     if kind != "bert":
