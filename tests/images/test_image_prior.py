@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from dynlora_cli.errors import DataError, Interrupted, RecipeError, UsageError
 from dynlora_cli.runs.folder import read_record
 from dynlora_cli.tasks.images import prior
+from dynlora_cli.tasks.task import Beginning
 from dynlora_cli.training.before.prepare import prepare
 
 DOG = "a dog"
@@ -141,6 +143,28 @@ def test_a_run_that_goes_on_draws_nothing_and_is_the_uninterrupted_one(tmp_path,
     train(branch, resume_from=tmp_path / "again" / "checkpoints" / "step-4")
     third = adapter_of(tmp_path / "branch")
     assert all(first[name].equal(third[name]) for name in first)
+
+
+def test_several_processes_draw_the_same_pictures(tmp_path):
+    recipe = picture_recipe(tmp_path, *PRIOR, "model.prior_pictures=5")
+    run = assembled(recipe)
+    (tmp_path / "out").mkdir()
+    prepare(run)
+    alone = levels(tmp_path / "out" / "prior")
+    (tmp_path / "two").mkdir()
+    begins = Beginning(
+        model=run.model, tokenizer=run.base.tokenizer, examples=run.batches.examples, folder=tmp_path / "two", seed=0,
+        rows=2, part=(0, 2), goes_on=False,
+    )  # fmt: skip
+    with run.trained.switched_off():
+        both = zip(run.task.prepare(begins), run.task.prepare(replace(begins, part=(1, 2))), strict=True)
+        assert [one[1:] for one, _ in both] == [(0, 5), (4, 5), (5, 5), (5, 5)]
+    assert (levels(tmp_path / "two" / "prior") == alone).all()
+
+
+def test_a_caption_that_would_be_cut_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"model\.prior_caption: 26 tokens, and the pipeline reads 16"):
+        train(picture_recipe(tmp_path, *PRIOR, f"model.prior_caption={'dog' * 8}"))
 
 
 def test_it_is_on_record_and_in_report_and_card(tmp_path):

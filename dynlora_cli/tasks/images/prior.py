@@ -70,18 +70,21 @@ def prepare(prospect: Prospect, given: Beginning) -> Iterator[tuple[str, int, in
         What is made, how much of it is there, and of how many: between batches, in all processes as often.
 
     Raises:
-        UsageError: a run goes on, and a picture is not what it was.
+        UsageError: the caption is too long; or a run goes on, and a picture is not what it was.
         DataError: it is gone, or cannot be read.
         MachineError: the disk has no room.
     """
     studio: Studio = given.examples[0].studio
-    home = given.folder / PRIOR
+    home, ids = given.folder / PRIOR, given.tokenizer(prospect.caption)["input_ids"]
+    if len(ids) > (most := given.tokenizer.model_max_length):
+        raise UsageError(
+            f"model.prior_caption: {len(ids)} tokens, and the pipeline reads {most}", "write a shorter one"
+        )
     if not (home / LIST).is_file():
         if given.goes_on:
             raise _lost(home / LIST, "is gone")
         yield from _draw(prospect, given, studio, home)
     pictures = _pictures(home)
-    ids = given.tokenizer(prospect.caption, truncation=True)["input_ids"]
     prior = Prior(prospect.caption, array("i", ids), pictures)
     studio.expect([(prospect.caption, picture) for picture in pictures])
     for example in given.examples:
