@@ -15,8 +15,8 @@ from dynlora_cli.data.examples import OneText
 from dynlora_cli.errors import UsageError
 from dynlora_cli.kernels.linear_cross_entropy import ending
 from dynlora_cli.tasks.loss import summed_loss
-from dynlora_cli.training import lessons, references
 from dynlora_cli.training.batches import make_batches
+from dynlora_cli.training.before import lessons, references
 from dynlora_cli.training.before.references import remember_references
 from dynlora_cli.training.loop import fit
 from dynlora_cli.training.step import backward
@@ -157,7 +157,7 @@ def test_an_empty_share_of_a_step_has_no_loss(tmp_path):
     """As another process has it, when the rows of a step do not come out even."""
     run = assembled(grounded_recipe(tmp_path))
     remember_references(run)
-    batch = run.batches._without_targets([(0,)], epoch=0)
+    batch = run.batches._without_targets([((0,), 0)])
     assert backward(run, batch, 4).item() == 0
     assert not run.trained.values.grad.any()
 
