@@ -23,7 +23,7 @@ from dynlora_cli.adapters.kind import experts_of, saved
 from dynlora_cli.adapters.token_rows import indices_of, tensors_of
 from dynlora_cli.config.dtypes import FULL, IN_FILES
 from dynlora_cli.errors import MeasureError, UsageError
-from dynlora_cli.files.tensor_file import file_bytes
+from dynlora_cli.files.tensor_file import file_bytes, in_order
 from dynlora_cli.files.whole import write_json
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.timesteps.layer import schedule_of
@@ -306,7 +306,7 @@ def write_adapter(
             raise MeasureError(f"{name} holds NaN or infinity; nothing was written", hint)
     stored = {name: tensor.to(TORCH[dtype]) if is_factor(name) else tensor for name, tensor in on_cpu.items()}
     # Not `save_file`, which makes files that only their owner can read.
-    whole = to_bytes(stored, metadata={"format": "pt"} | (schedule.as_metadata() if schedule else {}))
+    whole = in_order(to_bytes(stored, metadata={"format": "pt"} | (schedule.as_metadata() if schedule else {})))
     if dtype != FULL:
         _check(from_bytes(whole), on_cpu, dtype)
     (folder / WEIGHTS).write_bytes(whole)

@@ -26,12 +26,16 @@ def picture_rows(folder: Path, pictures: Sequence[Path]) -> Iterator[tuple[str, 
     """A row for each picture, with its path as the place; without `text` where there is no caption.
 
     Raises:
-        DataError: a caption cannot be read.
+        DataError: a caption cannot be read, or is a link out of the folder.
     """
     for picture in pictures:
         row = {"image": str(picture.relative_to(folder))}
         file = picture.with_suffix(".txt")
         if file.is_file():
+            if folder.resolve() not in file.resolve().parents:
+                raise DataError(
+                    f"{file} is a link out of {folder}; it was not opened", "put the caption itself there as a file"
+                )
             try:
                 if file.stat().st_size > LONGEST_CAPTION:
                     raise DataError(f"{file} holds more than {LONGEST_CAPTION >> 10} KiB, which is no caption")

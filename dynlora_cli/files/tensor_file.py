@@ -45,6 +45,23 @@ def header_of(path: Path) -> dict[str, Any]:
     return header
 
 
+def in_order(raw: bytes) -> bytes:
+    """A file that safetensors has made, with its metadata in the order of their keys, which it writes in any order.
+
+    Args:
+        raw: the whole file; what comes back is as long, with the same tensors at the same places.
+    """
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    texts = header.get("__metadata__", {})
+    if len(texts) < 2:
+        return raw
+    header["__metadata__"] = dict(sorted(texts.items()))
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(written) <= length, "the order alone changes no length"
+    return raw[:8] + written.ljust(length) + raw[8 + length :]
+
+
 def file_bytes(tensors: Shapes, metadata: Mapping[str, str] | None = None) -> int:
     """Bytes of the file that holds these tensors, as safetensors writes it with `{"format": "pt"}`.
 

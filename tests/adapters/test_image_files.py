@@ -143,6 +143,22 @@ def test_kohyas_form_keeps_its_scale_where_ranks_differ(saved: Callable[..., Pat
     assert "load_lora_weights(\".\", weight_name='my style.safetensors')" in (half / "README.md").read_text()
 
 
+def test_the_same_adapter_makes_the_same_bytes(tmp_path: Path):
+    """safetensors writes the texts of a header in any order."""
+    said = {f"ss_{letter}": 'é "quoted"\n\t\x01/' for letter in "abcdefgh"}
+    kohya_file(tmp_path / "a.safetensors", PLAIN, said)
+    adapter = read_image(tmp_path / "a.safetensors")
+    written = set()
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+        file = write.save(adapter, tmp_path / str(number), "float32")
+        written.add(file.read_bytes())
+        with safe_open(file, "pt") as opened:
+            assert {key: opened.metadata()[key] for key in said} == said
+    assert len(written) == 1
+    assert read_image(file).layers[OURS].b_OC.equal(adapter.layers[OURS].b_OC)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)

@@ -13,6 +13,7 @@ from tiny_pipeline import picture_recipe, write_pictures
 from tiny_run import assembled
 from torch.nn import functional as F
 
+from dynlora_cli.errors import UsageError
 from dynlora_cli.models.pipelines.denoiser import load_denoiser
 from dynlora_cli.tasks.images.pipeline import Pipeline
 from dynlora_cli.tasks.images.sampling import drawn
@@ -78,6 +79,11 @@ def test_the_loss_of_sdxl(tmp_path):
     more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
     said = pipe.unet(plain.add_noise(latents, noise, t), t, states, **more).sample
     assert loss.item() == pytest.approx(F.mse_loss(said, noise).item() * len(captions), rel=1e-5)
+
+
+def test_a_flow_takes_no_min_snr(tmp_path):
+    with pytest.raises(UsageError, match="snr_gamma weighs timesteps"):
+        first_batch(tmp_path, "sd3", "model.snr_gamma=5")
 
 
 @torch.no_grad()

@@ -120,6 +120,9 @@ def huge_png():
         ("/etc/hostname", "lies outside"),
         ("link.png", "lies outside"),
         (7, "column 'image' names no picture"),
+        ("a\0.png", "is no name of a picture"),
+        (1001 * "x", "is no name of a picture"),
+        (300 * "x", "cannot be opened: File name too long"),
     ],
 )
 def test_wrong_pictures_are_named_with_their_row(tmp_path, image, says):
@@ -132,6 +135,16 @@ def test_wrong_pictures_are_named_with_their_row(tmp_path, image, says):
     rows = rows_file(tmp_path, {"image": "0.png", "text": "a"}, {"image": image, "text": "b"})
     with pytest.raises(DataError, match=rf"other\.jsonl:2: .*{says}"):
         data_of(tmp_path, rows)
+
+
+def test_a_caption_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "a.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(DataError, match=r"a\.txt is a link out of"):
+        data_of(tmp_path, folder)
 
 
 def test_captions_that_are_missing(tmp_path):

@@ -24,7 +24,7 @@ from dynlora_cli.adapters.images.names import DENOISERS, PARTS
 from dynlora_cli.adapters.images.read import METADATA
 from dynlora_cli.config.dtypes import IN_FILES, OF_IMAGES
 from dynlora_cli.errors import MeasureError, UsageError
-from dynlora_cli.files.tensor_file import file_bytes
+from dynlora_cli.files.tensor_file import file_bytes, in_order
 from dynlora_cli.lora.timesteps.schedule import KEY
 from dynlora_cli.rounding.floats import TORCH
 
@@ -64,7 +64,7 @@ def save(adapter: Adapter, folder: Path, dtype: str) -> Path:
         if not torch.allclose(stored[name].float(), tensor, rtol=NEAR, atol=0):
             raise MeasureError(f"{name} does not come back from {dtype} as it went in", "please report this")
     path = folder / file_name(adapter)
-    path.write_bytes(to_bytes(stored, metadata=metadata_of(adapter)))
+    path.write_bytes(in_order(to_bytes(stored, metadata=metadata_of(adapter))))
     return path
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MOST_PIXELS = 1 << 27  # of one picture: 134 million, 400 MB as RGB
 MOST_BYTES = 1 << 28
+LONGEST_NAME = 1000  # characters of a picture's path
 SMALLER = "make it smaller, or leave the row out"
 SAVE_AGAIN = "save it again as PNG or JPEG, or leave the row out"
 
@@ -65,7 +66,7 @@ class Picture:
             raw = content.read_bytes() if isinstance(content, Path) else content
         except OSError as error:
             raise DataError(f"{place}: {content!s} cannot be read: {error.strerror}") from None
-        opened = _opened(raw, _called(content), place)
+        opened = _opened(raw, _called(content, place), place)
         return cls(content, place, hashlib.sha256(raw).digest(), opened.size)
 
     def square(self, side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
@@ -78,7 +79,7 @@ class Picture:
             raw = self.content.read_bytes() if isinstance(self.content, Path) else self.content
         except OSError as error:
             raise DataError(f"{self.place}: {self.content!s} cannot be read: {error.strerror}") from None
-        image = _opened(raw, _called(self.content), self.place)
+        image = _opened(raw, _called(self.content, self.place), self.place)
         share = side / min(image.size)
         width, height = (max(side, round(share * length)) for length in image.size)
         if (width, height) != image.size:
@@ -94,8 +95,9 @@ def write_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
     os.replace(temporary, path)
 
 
-def _called(content: Path | bytes) -> str:
-    return str(content) if isinstance(content, Path) else "the picture"
+def _called(content: Path | bytes, place: str) -> str:
+    """What a message calls it that begins with the row's place, which of a folder of pictures is the picture's."""
+    return str(content) if isinstance(content, Path) and str(content) != place else "the picture"
 
 
 def _inside(name: str, home: Path | None, place: str) -> Path:
@@ -106,14 +108,20 @@ def _inside(name: str, home: Path | None, place: str) -> Path:
     """
     if home is None:
         raise DataError(f"{place}: names the picture {name!r}, and its rows are in no folder", "store its content")
+    if "\0" in name or len(name) > LONGEST_NAME:
+        raise DataError(f"{place}: {name[:40]!r}... is no name of a picture", "write the path of its file")
     path, root = home / name, home.resolve()
     target = path.resolve()
-    if Path(name).is_absolute() or "\0" in name or root not in target.parents:
+    if Path(name).is_absolute() or root not in target.parents:
         raise DataError(
             f"{place}: the picture {name!r} lies outside {home}, the folder of the rows; it was not opened",
             "put the pictures into that folder or one below it, and write paths that begin there",
         )
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise DataError(f"{place}: the picture {name[:40]!r}... cannot be opened: {error.strerror}") from None
+    if not is_file:
         what = "is no file" if path.exists() else "is not there"
         raise DataError(f"{place}: the picture {path} {what}", "paths begin at the folder of the file of rows")
     return path

@@ -24,6 +24,7 @@ import torch
 from dynlora_cli.config.options import options
 from dynlora_cli.data.encode import Encoder
 from dynlora_cli.data.examples import Example
+from dynlora_cli.errors import UsageError
 from dynlora_cli.models.find import find_model
 from dynlora_cli.tasks import task
 from dynlora_cli.tasks.scores import RowSums
@@ -134,6 +135,11 @@ class Task(task.Task):
         pipeline = Pipeline(denoiser.parent, "cuda" if torch.cuda.is_available() else "cpu")
         side = self._option("resolution") or pipeline.side
         pipeline.check_side(side)
+        if self._option("snr_gamma") is not None and pipeline.noising.says == "flow":
+            raise UsageError(
+                "model.snr_gamma weighs timesteps of pipelines that learn noise or v, and this one learns the flow",
+                "leave it out",
+            )
         studio = Studio(pipeline, side, self._option("caption_dropout"), mirrors=self._option("flip"))
         judge = DenoisingJudge(pipeline.noising, self._option("snr_gamma"), self._option("prior_weight"))
         return PictureEncoder(tokenizer, train_on, max_length, studio, judge, self._option("caption"))
