@@ -22,6 +22,12 @@ def captioned(files: Sequence[Path]) -> list[Path]:
     return pictures if not texts or any(file.with_suffix("") in texts for file in pictures) else []
 
 
+def without_picture(files: Sequence[Path], pictures: Sequence[Path]) -> list[Path]:
+    """Texts among files that are captions of none of the pictures: theirs is missing, or of a kind that is not read."""
+    known = {file.with_suffix("") for file in pictures}
+    return [file for file in files if file.suffix.lower() == ".txt" and file.with_suffix("") not in known]
+
+
 def picture_rows(folder: Path, pictures: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row for each picture, with its path as the place; without `text` where there is no caption.
 

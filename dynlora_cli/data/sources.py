@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.data import builtin as stdlib_docs
 from dynlora_cli.data import shapes
-from dynlora_cli.data.picture_folder import captioned, picture_rows
+from dynlora_cli.data.picture_folder import ENDINGS, captioned, picture_rows, without_picture
 from dynlora_cli.data.row_files import (
     READERS,
     TEXT_SUFFIXES,
@@ -106,7 +106,15 @@ def _of_folder(folder: Path, split: str, notes: list[str]) -> list[Table]:
     shown = [file for file in sorted(folder.rglob("*")) if not _is_hidden(file.relative_to(folder))]
     files = [file for file in shown if file.is_file()]
     if not _tables_of(files) and (pictures := captioned(files)):
-        notes.append(f"{folder}: {counted(len(pictures), 'picture')}, each with its caption in a text file beside it")
+        captions = sum(picture.with_suffix(".txt") in files for picture in pictures)
+        number = "each" if captions == len(pictures) else f"{captions}" if captions else "none"
+        notes.append(
+            f"{folder}: {counted(len(pictures), 'picture')}, {number} with its caption in a text file beside it"
+        )
+        if lone := without_picture(files, pictures):
+            notes.append(
+                f"{folder}: left out: {_listed(folder, lone)}, beside which there is no {', '.join(sorted(ENDINGS))}"
+            )
         return [Table(str(folder), lambda: picture_rows(folder, pictures), home=folder)]
     return [_table(file, notes) for file in _files_of(folder, split, notes)]
 

@@ -137,6 +137,19 @@ def test_wrong_pictures_are_named_with_their_row(tmp_path, image, says):
         data_of(tmp_path, rows)
 
 
+def test_what_a_folder_lacks_is_said(tmp_path):
+    """Pictures without a caption, and captions whose picture is missing or of a kind that is not read."""
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.gif"):
+        Image.new("RGB", (16, 16)).save(folder / name)
+    (folder / "a.txt").write_text("a dog")
+    (folder / "c.txt").write_text("a cat")
+    notes = data_of(tmp_path, folder, "model.caption=a thing").notes
+    assert any("2 pictures, 1 with its caption" in note for note in notes)
+    assert any("left out: c.txt, beside which there is no .bmp, .jpeg" in note for note in notes)
+
+
 def test_a_caption_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
     folder = tmp_path / "dog"
     folder.mkdir()
