@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from dynlora_cli.cli.app import app
 from dynlora_cli.config.load import json_schema
-from dynlora_cli.config.plug_in_keys import recipe_form
+from dynlora_cli.config.plug_in_keys import brought, recipe_form
 from dynlora_cli.config.schema import is_list_of_others
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,22 @@ def recipe_reference() -> str:
                 parts.append(f"### {name}.{key}\n\n{inner['description']}\n")
                 parts.append(key_table(inner))
     parts.insert(3, "## At the top\n\n" + table(["key", "value", "default", "what it does"], map(row_of_top, top)))
+    parts.append(plug_in_section())
     parts.append(conflict_section())
+    return "\n".join(parts)
+
+
+PLUG_INS = """## Keys that come with a choice
+
+Some variants, tasks, objectives and policies bring keys of their own. They stand in the section in which the choice is made,
+and are refused without it.
+"""
+
+
+def plug_in_section() -> str:
+    parts = [PLUG_INS]
+    for (section, chosen), keys in itertools.groupby(brought(), lambda each: (each.section, each.chosen)):
+        parts.append(f"### {section}: {{{chosen}}}\n\n{key_table({'properties': {k.key: k.schema for k in keys}})}")
     return "\n".join(parts)
 
 

@@ -11,4 +11,4 @@ def schema() -> None:
     """Print the JSON schema of a recipe, for editors and other tools."""
     from dynlora_cli.config.load import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(json_schema(plug_ins=True), indent=2))

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from dynlora_cli.config import strict_yaml
-from dynlora_cli.config.plug_in_keys import recipe_form
+from dynlora_cli.config.plug_in_keys import Brought, brought, recipe_form
 from dynlora_cli.config.problems import conflict_problems, field_problems
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.config.strict_yaml import Node, Place, Problem
@@ -241,8 +242,12 @@ def to_yaml(recipe: Recipe) -> str:
     return strict_yaml.dump(recipe.model_dump())
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a recipe file, shorthands included."""
+def json_schema(*, plug_ins: bool = False) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe file, shorthands included.
+
+    Args:
+        plug_ins: with the keys of all plug-ins. That one of them needs its plug-in to be chosen is left to the check.
+    """
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
     properties = schema["properties"]
     text = {"type": "string", "minLength": 1}
@@ -254,9 +259,24 @@ def json_schema() -> dict[str, Any]:
         whole = {key: items.pop(key) for key in ("type", "items", "minItems") if key in items}
         items["anyOf"] = [whole, text]
     properties[TASKS] = task_schema({"$ref": "#/$defs/TrainSource"})
-    schema["required"].remove("dataset")  # which may be all in `tasks`
-    schema["anyOf"] = [{"required": ["dataset"]}, {"required": [TASKS]}]
+    # The rows may be all in `tasks`, and the section has other keys.
+    schema["required"].remove("dataset")
+    schema["$defs"]["Dataset"]["required"].remove("train")
+    has_rows = {"description": "Has rows, where there are no tasks.", "anyOf": [{"required": ["train"]}, text]}
+    schema["anyOf"] = [{"required": ["dataset"], "properties": {"dataset": has_rows}}, {"required": [TASKS]}]
+    if plug_ins:
+        place = attrgetter("section", "key")
+        for (section, key), ways in itertools.groupby(sorted(brought(), key=place), place):
+            schema["$defs"][section.title()]["properties"][key] = _in_one(list(ways))
     return schema
+
+
+def _in_one(ways: list[Brought]) -> dict[str, Any]:
+    """The schema of a key that several plug-ins may bring, each with its own meaning."""
+    said = " ".join(f"With `{way.chosen}`: {way.schema['description']}" for way in ways)
+    if len(ways) == 1:
+        return {**ways[0].schema, "description": said}
+    return {"anyOf": [way.schema for way in ways], "description": said}
 
 
 RECIPES = (".yaml", ".yml")

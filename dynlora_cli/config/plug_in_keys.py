@@ -10,6 +10,7 @@ Modes are not chosen but switched on, each by a key of `train`. Their keys are t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -52,6 +53,38 @@ def owners(path: tuple[str | int, ...]) -> list[tuple[str, str]]:
         for name in plugins.names(kind)
         if len(path) == 2 and path[0] == where and path[1] in options(kind, name)
     ]
+
+
+@dataclass(frozen=True)
+class Brought:
+    """A key that a plug-in adds to a section.
+
+    Attributes:
+        section: of the recipe, such as `adapter`.
+        chosen: what brings it, such as `variant: t-lora`.
+        key: its name.
+        schema: what may be written, as JSON Schema.
+    """
+
+    section: str
+    chosen: str
+    key: str
+    schema: dict[str, Any]
+
+
+def brought() -> list[Brought]:
+    """The keys of all plug-ins that a recipe can choose.
+
+    Raises:
+        UsageError: a plug-in declares its options wrongly.
+    """
+    found = []
+    for kind, (where, chooser) in plugins.CHOSEN.items():
+        for name in plugins.names(kind):
+            own = options(kind, name)
+            fields = section(own).model_json_schema().get("properties", {})
+            found += [Brought(where, f"{chooser}: {name}", key, fields[key]) for key in own]
+    return found
 
 
 def _keys(values: Mapping[str, Any]) -> dict[str, dict[str, Option]]:
