@@ -160,6 +160,16 @@ def test_a_caption_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
         data_of(tmp_path, folder)
 
 
+def test_a_row_with_two_captions_is_asked_about(tmp_path):
+    write_pictures(tmp_path / "pictures", count=2)
+    row = {"image": "0.png", "text": "a box"}
+    rows = rows_file(tmp_path, row, {"image": "1.png", "text": "a box", "prompt": "a cat"})
+    with pytest.raises(DataError, match=r":2: .*'text', 'prompt' could each be its caption.*ignore: \[prompt\]"):
+        data_of(tmp_path, rows)
+    same = rows_file(tmp_path, row, {"image": "1.png", "text": "a cat", "prompt": "a cat"})
+    assert [one.caption for one in data_of(tmp_path, same).train] == ["a box", "a cat"]
+
+
 def test_captions_that_are_missing(tmp_path):
     write_pictures(tmp_path / "pictures", count=2)
     rows = rows_file(tmp_path, {"image": "0.png", "text": " "}, {"image": "1.png", "text": "a box"})

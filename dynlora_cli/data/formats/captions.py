@@ -43,13 +43,29 @@ def to_example(row: Mapping[str, Any], *, has_template: bool) -> Captioned:  # n
         has_template: of no meaning here.
 
     Raises:
-        BadRowError: there is no picture, or the caption is no text.
+        BadRowError: there is no picture, the caption is no text, or there are several of one of them.
     """
-    image = row.get("image", row.get("file_name"))
+    at = _one_of(row, ("image", "file_name"), "picture")
+    image = row[at] if at else None
     if isinstance(image, Mapping):  # as `datasets` stores one
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if not isinstance(image, (str, bytes)) or not image:
         raise BadRowError("column 'image' names no picture")
-    named = next((name for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
+    named = _one_of(row, ("text", "caption", "prompt"), "caption")
     caption = text_of(row, named) if named else None
     return Captioned(image, caption if caption and caption.strip() else None)
+
+
+def _one_of(row: Mapping[str, Any], names: tuple[str, ...], what: str) -> str | None:
+    """The one of these columns in which something stands.
+
+    Raises:
+        BadRowError: there are several, and they differ.
+    """
+    found = [name for name in names if row.get(name) not in (None, "")]
+    if any(row[name] != row[found[0]] for name in found[1:]):
+        raise BadRowError(
+            f"the columns {', '.join(map(repr, found))} could each be its {what}; keep one, and set the others aside: "
+            f"`ignore: [{', '.join(found[1:])}]` beside the path"
+        )
+    return found[0] if found else None
