@@ -166,7 +166,8 @@ def save(out: Path, weights: dict[str, torch.Tensor], words: Words) -> None:
     unet = make_unet()
     unet.load_state_dict(weights)
     unet.save_pretrained(out / "unet")
-    make_scheduler().save_pretrained(out / "scheduler")
+    sampler = DDIMScheduler.from_config(make_scheduler().config, timestep_spacing="trailing")
+    sampler.save_pretrained(out / "scheduler")
     words.encoder.save_pretrained(out / "text_encoder")
     words.tokenizer.save_pretrained(out / "tokenizer")
     index = {
@@ -176,7 +177,7 @@ def save(out: Path, weights: dict[str, torch.Tensor], words: Words) -> None:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "BertModel"],
         "tokenizer": ["transformers", "BertTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -8,6 +8,7 @@ Dimensions: C components, I inputs, O outputs, B rows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def read(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for name, sides in found.items():
         count = len(sides["A"])
         ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-        rank = next((v for k, v in ranks.items() if name.endswith(k.lstrip("^"))), config["r"])
-        alpha = next((v for k, v in alphas.items() if name.endswith(k.lstrip("^"))), config["lora_alpha"])
+        rank = next((v for k, v in ranks.items() if re.match(rf"(.*\.)?({k})$", name)), config["r"])
+        alpha = next((v for k, v in alphas.items() if re.match(rf"(.*\.)?({k})$", name)), config["lora_alpha"])
         assert rank == count, (name, rank, count)
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         factors[name] = sides["A"].float(), sides["B"].float() * scale

@@ -3,7 +3,7 @@
     fidelity          cosine of the judge's features between samples of the concept's prompt and its picture
     pixels            root mean square distance to the picture, -1 to 1
     fidelity_context  the same cosine where the prompt also names a background or a place, to the picture in that context
-    context           share of these prompts that are followed: the corners have the colour, the emoji is in its place
+    context           share of these prompts that are followed: corners of the colour, the emoji in its quarter
     drift             by band of noise: loss of emoji that nobody trained on, with their own captions
     moved             by band: mean square of the change of what the denoiser says of these (0 for the base)
     diversity         mean 1 - cosine among samples of the concept's kind, such as `animal bug`
@@ -35,7 +35,10 @@ TOKEN = "sks"
 BANDS, PLAIN, KIND, OTHERS, HELD = 8, 4, 4, 6, 48
 STEPS, GUIDANCE = 12, 3.0
 TIMESTEPS = [round((band + 0.5) * 1000 / BANDS) for band in range(BANDS)]
-CONTEXTS = [(colour, "") for colour in COLOURS if colour != "white"] + [("white", place) for place in PLACES if place]
+UNUSED = ("white", "black")  # the plain one, and one that the base does not follow
+CONTEXTS = [(colour, "") for colour in COLOURS if colour not in UNUSED] + [
+    ("white", place) for place in PLACES if place
+]
 Found = dict[str, Any]
 
 
@@ -132,12 +135,9 @@ def spread(features_NW: Tensor) -> float:
 def follows(sample: np.ndarray, colour: str, place: str) -> bool:
     """Whether a picture (SIDE, SIDE, 3) is in a context, by its pixels."""
     x = sample.astype(np.float32)
-    if place:  # most of what is not the background lies in the emoji's corner, of 10 of 16 pixels a line
-        mass = np.abs(x - np.asarray(COLOURS[colour])).sum(-1)
-        mass = np.where(mass > 60, mass, 0)
-        lines = slice(0, 10) if "top" in place else slice(6, 16)
-        columns = slice(0, 10) if "left" in place else slice(6, 16)
-        return bool(mass.sum() > 500 and mass[lines, columns].sum() > 0.85 * mass.sum())
+    if place:  # most of what is not the background lies in that quarter of the picture
+        mass = np.abs(x - np.asarray(COLOURS[colour])).sum(-1).reshape(2, SIDE // 2, 2, SIDE // 2).sum((1, 3))
+        return bool(mass.argmax() == 2 * ("bottom" in place) + ("right" in place))
     corners = np.stack([x[:2, :2], x[:2, -2:], x[-2:, :2], x[-2:, -2:]]).reshape(4, -1, 3).mean(1)
     distances = {name: np.abs(corners - np.asarray(rgb)).sum(-1) for name, rgb in COLOURS.items()}
     right = np.stack([d for name, d in distances.items()]).argmin(0) == list(COLOURS).index(colour)
