@@ -1,6 +1,6 @@
 """The base of images.py: a small UNet that draws emoji by caption, trained with plain diffusers and torch.
 
-    python scripts/bench/images/base.py --work FOLDER --out PIPELINE_FOLDER [--steps 4500]
+    python scripts/bench/images/base.py --work FOLDER --out PIPELINE_FOLDER [--steps 3500]
 
 UNet2DConditionModel of 1.6 million parameters in pixel space (no VAE), epsilon, 1000 steps, cosine betas; MiniLM reads the
 caption, without an attention mask, as StableDiffusionPipeline does. Goes on from its last checkpoint when started again.
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then stop, to go on another time")
     asked = parser.parse_args()
     torch.set_num_threads(1)

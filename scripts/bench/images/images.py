@@ -1,6 +1,6 @@
 """T-LoRA against its controls: twenty emoji, one picture each, taught to a small base that has never seen them.
 
-    python scripts/bench/images/base.py --work FOLDER --out BASE       # once: about 40 minutes of one core
+    python scripts/bench/images/base.py --work FOLDER --out BASE       # once: about 35 minutes of one core
     python scripts/bench/images/judge.py --work FOLDER                 # once: about 10 minutes
     python scripts/bench/images/images.py --work FOLDER --base BASE    # goes on where it stopped; lines to images.jsonl
 
@@ -86,6 +86,7 @@ def recipe(base: Path, rows: Path, arm: Arm, seed: int, steps: int, every: int) 
         "model": {"name_or_path": str(base), "task": "text-to-image"},
         "dataset": {"train": [str(rows)], "val_size": 0},
         "adapter": arm.adapter,
+        "eval": {"samples": 0},
         "rank": {"init": arm.rank, "budget": arm.rank * products(arm)},  # nothing is pruned
         "train": {
             "max_steps": steps,
