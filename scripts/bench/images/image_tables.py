@@ -1,6 +1,6 @@
 """Tables of images.jsonl: arms by steps, and costs at equal fidelity.
 
-    python scripts/bench/images/image_tables.py [images.jsonl]
+    python scripts/bench/images/image_tables.py [images.jsonl] > scripts/bench/images/images.md
 
 The frontier: the mean curves of an arm over concepts and seeds, from the base (no steps) to its last checkpoint; on each
 the cost at the same fidelity, by straight lines between checkpoints. LoRA's row is LoRA stopped early, at that fidelity.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-DRAWS, LEVELS = 2000, (0.5, 0.7, 0.85, 0.95)
+DRAWS, LEVELS, CLAIMED = 2000, (0.5, 0.7, 0.85, 0.95), 0.7
 Line = dict[str, Any]
 Key = tuple[str, int]  # concept and seed
 Number = Callable[[Line, Line], float]  # of a line and the base's line of its concept
@@ -86,9 +86,9 @@ def at_level(fidelity: np.ndarray, cost: np.ndarray, level: float) -> float:
 
 
 def frontier(
-    gain: dict[str, np.ndarray], cost: dict[str, np.ndarray], keys: list[Key], level: float
+    gain: dict[str, np.ndarray], cost: dict[str, np.ndarray], keys: list[Key], level: float, against: str = "lora"
 ) -> dict[str, tuple[float, ...]]:
-    """By arm the cost at a fidelity, the difference to LoRA stopped early, and its interval."""
+    """By arm the cost at a fidelity, the difference to another arm (LoRA stopped early), and its interval."""
     concepts = sorted({concept for concept, _ in keys})
     rows = {concept: [i for i, key in enumerate(keys) if key[0] == concept] for concept in concepts}
     rng = np.random.default_rng(0)
@@ -101,13 +101,13 @@ def frontier(
     def costs(arm: str, chosen: np.ndarray) -> float:
         return at_level(gain[arm][chosen].mean(0), cost[arm][chosen].mean(0), level)
 
-    plain = np.array([costs("lora", draw) for draw in draws])
+    plain = np.array([costs(against, draw) for draw in draws])
     found = {}
     for arm in gain:
         own = costs(arm, everything)
         differences = np.array([costs(arm, draw) for draw in draws]) - plain
         bounds = np.nanquantile(differences, [0.025, 0.975]) if not np.isnan(own) else (np.nan, np.nan)
-        found[arm] = (own, own - costs("lora", everything), *map(float, bounds))
+        found[arm] = (own, own - costs(against, everything), *map(float, bounds))
     return found
 
 
@@ -144,10 +144,34 @@ def at_fidelity(by_arm: dict[str, list[Line]], keys: list[Key], bases: dict[str,
     return "\n".join(parts)
 
 
+def claim(by_arm: dict[str, list[Line]], keys: list[Key], bases: dict[str, Line]) -> str:
+    """T-LoRA against both controls that it has to beat, and the reversed schedule, where it is 70 % of the way."""
+    gain = curves(by_arm, keys, bases, lambda line, _: line["fidelity"])
+    start, best = gain["lora"][:, 0].mean(), gain["lora"].mean(0).max()
+    level, rows = float(start + CLAIMED * (best - start)), []
+    for arm in ("t-lora", "t-lora, orthogonal"):
+        for against in ("lora", "random ranks", "reversed ranks"):
+            cells = []
+            for number in COSTS.values():
+                cost = curves(by_arm, keys, bases, number)
+                _, difference, low_bound, high_bound = frontier(gain, cost, keys, level, against)[arm]
+                mark = " *" if low_bound > 0 or high_bound < 0 else ""
+                cells.append(f"{difference:+.3f} ({low_bound:+.3f} to {high_bound:+.3f}){mark}")
+            rows.append([arm, against, *cells])
+    head = (
+        f"## T-LoRA less its controls, at fidelity {level:.3f}: {CLAIMED:.0%} of the way from the base to LoRA's best\n"
+    )
+    return f"{head}\nBelow 0 T-LoRA is better; * where the interval leaves out 0.\n\n{table(['arm', 'less', *COSTS], rows)}"
+
+
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "images.jsonl"
     by_arm, keys, bases = complete([json.loads(line) for line in path.read_text("utf-8").splitlines()])
-    print(f"{len({c for c, _ in keys})} concepts, {len(keys)} runs of each arm\n\n{by_steps(by_arm, bases)}")
+    print(
+        "# One-shot concepts: T-LoRA and its controls\n\nMade by image_tables.py of images.jsonl; measures: measures.py.\n"
+    )
+    print(f"{len({c for c, _ in keys})} concepts, {len(keys)} runs of each arm.\n\n{claim(by_arm, keys, bases)}")
+    print(f"## By steps, mean and standard deviation\n\n{by_steps(by_arm, bases)}")
     for title in GAINS:
         print(at_fidelity(by_arm, keys, bases, title))
 
