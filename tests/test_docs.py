@@ -301,8 +301,8 @@ def test_walk_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynlora: 
     )
     keys = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
     assert len(keys) > 15
-    assert keys_missing(keys, Path("out/quickstart/dynlora.json")) == ["tokens"]
-    assert not keys_missing(keys, Path("out/markers/dynlora.json"))
+    assert keys_missing(keys, Path("out/quickstart/dynlora.json")) == ["tokens", "rank_by_timestep"]
+    assert keys_missing(keys, Path("out/markers/dynlora.json")) == ["rank_by_timestep"]
 
 
 def keys_missing(keys: list[str], record: Path) -> list[str]:

@@ -30,7 +30,8 @@ from dynlora_cli.export import exporter as exporter_module
 from dynlora_cli.export.stacked import sgmv_rank
 
 OF_LIBRARY = {"vllm-library"}  # see test_export_library.py
-FORMS = sorted(set(plugins.names("exporters")) - OF_LIBRARY)
+OF_PIPELINES = {"diffusers", "kohya"}  # see tests/export/test_export_images.py
+FORMS = sorted(set(plugins.names("exporters")) - OF_LIBRARY - OF_PIPELINES)
 GGUF = ("gguf", "merged-gguf", "ollama")
 
 

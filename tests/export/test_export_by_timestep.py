@@ -89,7 +89,7 @@ def test_inspect_says_what_it_is(file, dynlora):
         (("export", "--to", "kohya", "--set", "at_step=2000"), "there is no timestep 2000"),
         (("export", "--to", "kohya", "--set", "at_step=-1"), "must be"),
         (("export", "--to", "diffusers", "--set", "at_step=9", "--set", "bands=2"), "is at one timestep then"),
-        (("merge", "--base", "nowhere", "--into", "base"), "so there is no single update"),
+        (("merge", "--base", "builtin:tiny-image", "--into", "base"), "so there is no single update"),
     ],
 )
 def test_what_needs_a_timestep_says_so(file, tmp_path, dynlora, command, says):
