@@ -43,6 +43,7 @@ COLOURS = {
     "t-lora": "#1b6ef3",
     "t-lora, orthogonal": "#12a5b8",
     "random ranks": "#d9822b",
+    "random ranks, then all": "#e8b77d",
     "reversed ranks": "#c93c37",
     "lora, prior kept": "#2f9e44",
 }

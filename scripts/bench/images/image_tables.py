@@ -150,7 +150,7 @@ def claim(by_arm: dict[str, list[Line]], keys: list[Key], bases: dict[str, Line]
     start, best = gain["lora"][:, 0].mean(), gain["lora"].mean(0).max()
     level, rows = float(start + CLAIMED * (best - start)), []
     for arm in ("t-lora", "t-lora, orthogonal"):
-        for against in ("lora", "random ranks", "reversed ranks"):
+        for against in ("lora", "random ranks", "random ranks, then all", "reversed ranks"):
             cells = []
             for number in COSTS.values():
                 cost = curves(by_arm, keys, bases, number)

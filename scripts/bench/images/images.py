@@ -47,6 +47,7 @@ class Arm:
         adapter: keys of the recipe's section.
         prior: rows of the kind, drawn by the base, come up as often as the concept, in batches twice as large.
         rate: learning rate.
+        all_when_drawn: what it draws and says is measured with all components, as after dropout.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Arm:
     adapter: dict[str, Any]
     prior: bool = False
     rate: float = RATE
+    all_when_drawn: bool = False
 
 
 T_LORA = {"variant": "t-lora", "min_rank": 1}
@@ -63,6 +65,7 @@ ARMS = (
     Arm("t-lora", RANK, T_LORA),
     Arm("t-lora, orthogonal", RANK, T_LORA | {"start": "orthogonal"}),
     Arm("random ranks", RANK, T_LORA | {"schedule": "random"}),
+    Arm("random ranks, then all", RANK, T_LORA | {"schedule": "random"}, all_when_drawn=True),
     Arm("reversed ranks", RANK, T_LORA | {"schedule": "rising"}),
     Arm("lora, prior kept", RANK, {"variant": "lora"}, prior=True),
 )
@@ -111,7 +114,7 @@ def products(arm: Arm) -> int:
 
 def ranks_of(arm: Arm, seed: int) -> layers.Rank | None:
     """r(t) of an arm, as layers.py masks by it."""
-    if arm.adapter["variant"] != "t-lora":
+    if arm.adapter["variant"] != "t-lora" or arm.all_when_drawn:
         return None
     shape = arm.adapter.get("schedule", "falling")
     if shape == "falling":
@@ -201,7 +204,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=HERE / "images.jsonl")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--part", default="0/1", help="every M-th concept from the N-th on, N/M, for two processes")
     asked = parser.parse_args()
     torch.set_num_threads(1)

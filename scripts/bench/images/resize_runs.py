@@ -2,7 +2,7 @@
 
     python scripts/bench/images/resize_runs.py --work FOLDER --base BASE    # lines to resize.jsonl; base.py makes BASE
 
-Ranks 8, 16, 32 and 64. `concept`: one emoji by one picture, as in images.py. `set`: 120 emoji that the base has never
+Ranks 8, 16 and 32; layers are 64 wide. `concept`: one emoji by one picture, as in images.py. `set`: 120 emoji that the base has never
 seen, by their own captions, which asks more of an adapter.
 """
 
@@ -24,7 +24,7 @@ from dynlora_cli.adapters.images.of_run import as_image
 from dynlora_cli.adapters.read import read_adapter
 
 HERE = Path(__file__).parent
-RANKS, BUDGETS, CONCEPTS, STEPS, NEW = (8, 16, 32, 64), [0.5, 0.25, 0.125], 2, {"concept": 120, "set": 300}, 120
+RANKS, BUDGETS, CONCEPTS, STEPS, NEW = (8, 16, 32), [0.5, 0.25, 0.125], 2, {"concept": 120, "set": 300}, 120
 
 
 def write_set(folder: Path, emoji: tuple[Emoji, ...]) -> Path:
