@@ -103,8 +103,11 @@ def load(kind: str, name: str) -> ModuleType:
         UsageError: there is none of that name.
     """
     module = f"dynlora_cli.{FOLDERS[kind]}.{name.replace('-', '_')}"
-    if module in sys.modules:  # layers ask for their kind in every merge of a tensor
-        return sys.modules[module]
+    # Layers ask for their kind in every merge of a tensor. A module that another thread is still importing is in
+    # sys.modules, too, without all that it will have; import_module waits for it.
+    there = sys.modules.get(module)
+    if there is not None and not getattr(there.__spec__, "_initializing", False):
+        return there
     if name not in names(kind):
         raise UsageError(
             f"{kind} has no {name!r}{did_you_mean(name, names(kind))}", f"choose one of: {', '.join(names(kind))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,11 @@ def test_options_on_the_command_line(plug_in: PlugIn) -> None:
     with pytest.raises(UsageError, match="has no option") as caught:
         given("exporters", "peft", ["x=1"])
     assert caught.value.hint == "it takes none"
+
+
+def test_a_second_thread_waits_until_a_plug_in_is_complete(plug_in: PlugIn) -> None:
+    """Tensors of a merge are computed by several threads, and each asks for the kind of its layer."""
+    plug_in("variants", "slow", "import time\n\ntime.sleep(0.3)\nLAST = 1\n")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: plugins.load("variants", "slow").LAST, range(4)))
+    assert found == [1] * 4
