@@ -29,8 +29,8 @@ from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.folder import place_of, refuse_occupied
 
 if TYPE_CHECKING:
-    from dynlora_cli.commands.sweep import Standing
     from dynlora_cli.config.recipe import Recipe
+    from dynlora_cli.config.resume import Standing
     from dynlora_cli.config.sweep import Grid
 
 Work = Callable[[Emit], dict[str, Any]]

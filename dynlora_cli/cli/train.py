@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from dynlora_cli.drafts.named import Named
 
 
-RecipeFile = Annotated[
-    Path | None,
+RecipeFiles = Annotated[
+    list[Path] | None,
     typer.Argument(
-        metavar="[RECIPE.yaml]",
-        help="The recipe; without one, --model and --dataset.",
+        metavar="[RECIPE.yaml]...",
+        help="The recipe; without one, --model and --dataset. Several train side by side on one base.",
         show_default=False,
         autocompletion=recipes,
     ),
@@ -83,7 +83,7 @@ Devices = Annotated[
 
 def train(
     context: typer.Context,
-    recipe: RecipeFile = None,
+    files: RecipeFiles = None,
     model: ModelName = None,
     dataset: DatasetName = None,
     budget: Budget = None,
@@ -100,9 +100,10 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter: from a recipe, or from a model and rows."""
-    if sweep:
-        _sweep(context)
+    if sweep or len(files or ()) > 1:
+        _several(context)
         return
+    recipe = files[0] if files else None
     with reporting(as_json) as result, ExitStack() as held:
         from dynlora_cli.cli import asked
 
@@ -201,37 +202,46 @@ def _from_file(recipe: Path, overrides: Sequence[str], output_dir: str | None) -
     return checked, settled(text, str(recipe), overrides, output_dir) if kept else None
 
 
-def _sweep(context: typer.Context) -> None:
-    """Train all runs of a sweep."""
+def _several(context: typer.Context) -> None:
+    """Train all runs of a sweep, or of several recipes."""
     options = context.params
-    recipe, given = options["recipe"], Given(*(options[name] for name in Given._fields))
     changes = _changes(options["overrides"], options["dtype"])
-    ways = {name: options[name] for name in ("overwrite", "resume", "dry_run", "as_json")}
     with reporting(options["as_json"]) as result:
-        from dynlora_cli.cli import asked
-        from dynlora_cli.cli.sweeps.run import Asked, sweep
-        from dynlora_cli.config.load import load_recipe
+        if len(options["files"] or ()) > 1:
+            from dynlora_cli.cli.sweeps.lanes import side_by_side
 
-        if recipe is not None:
-            _refuse_names(recipe, given)
-        asked.refuse_both_ways(options["overwrite"], options["resume"], options["resume_from"])
-        if options["resume_from"]:
-            raise UsageError(
-                "--resume-from goes on with a single run", "with --sweep, --resume goes on with all of them"
-            )
-        if "RANK" in os.environ:
-            raise UsageError("--sweep starts the processes of its runs itself", "leave torchrun out; add --devices N")
-
-        def load(settings: Sequence[str], folder: str | None) -> Recipe:
-            out = folder or options["output_dir"]
-            if recipe is None:
-                return _asked(None, given, [*changes, *settings], out)[0]
-            return load_recipe(recipe, changes, out, settings)
-
-        several = None if options["devices"] == "1" else lambda: _device_count(options["devices"])
-        result.update(sweep(Asked(options["sweep"], changes, load, arguments=context.obj, devices=several, **ways)))
+            result.update(side_by_side(options["files"], changes, options))
+        else:
+            result.update(_sweep(context, changes))
     if result.get("exit_code"):  # not an error: the table is the result, also where runs have failed
         raise typer.Exit(result["exit_code"])
+
+
+def _sweep(context: typer.Context, changes: Sequence[str]) -> dict[str, Any]:
+    """Train all runs of a sweep."""
+    from dynlora_cli.cli import asked
+    from dynlora_cli.cli.sweeps.run import Asked, sweep
+    from dynlora_cli.config.load import load_recipe
+
+    options = context.params
+    recipe, given = next(iter(options["files"] or ()), None), Given(*(options[name] for name in Given._fields))
+    ways = {name: options[name] for name in ("overwrite", "resume", "dry_run", "as_json")}
+    if recipe is not None:
+        _refuse_names(recipe, given)
+    asked.refuse_both_ways(options["overwrite"], options["resume"], options["resume_from"])
+    if options["resume_from"]:
+        raise UsageError("--resume-from goes on with a single run", "with --sweep, --resume goes on with all of them")
+    if "RANK" in os.environ:
+        raise UsageError("--sweep starts the processes of its runs itself", "leave torchrun out; add --devices N")
+
+    def load(settings: Sequence[str], folder: str | None) -> Recipe:
+        out = folder or options["output_dir"]
+        if recipe is None:
+            return _asked(None, given, [*changes, *settings], out)[0]
+        return load_recipe(recipe, changes, out, settings)
+
+    several = None if options["devices"] == "1" else lambda: _device_count(options["devices"])
+    return sweep(Asked(options["sweep"], changes, load, arguments=context.obj, devices=several, **ways))
 
 
 def _planned(recipe: Recipe, view: Console | None) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dynlora_cli import __version__
 from dynlora_cli.config.plug_in_keys import owners
-from dynlora_cli.config.resume import same_recipe
+from dynlora_cli.config.resume import Standing, standing_of
 from dynlora_cli.config.sweep import SEED, Grid, Member
 from dynlora_cli.errors import DynloraError, Interrupted, UsageError
 from dynlora_cli.runs import folder as run_folder
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.data.load import Data
 
-Standing = Literal["new", "anew", "go on", "finished"]
 GO_ON = "the same command with --resume goes on"
 # Keys of `train` that change nothing about the rows, so that runs which differ by them share what was read.
 NOT_OF_ROWS = {
@@ -87,7 +86,9 @@ def check(
     faults: dict[str, DynloraError] = {}
     for member in grid.members:
         try:
-            standing[member.name] = _standing(member, overwrite=overwrite, resume=resume) if writes else "new"
+            standing[member.name] = (
+                standing_of(member.folder, member.recipe, overwrite=overwrite, resume=resume) if writes else "new"
+            )
             preflight(member.recipe, writes=False)
         except DynloraError as error:
             faults.setdefault(error.message, error)
@@ -113,27 +114,6 @@ def _refuse_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
     if not (resume or overwrite):
         run_folder.refuse_occupied(folder, overwrite=False)
-
-
-def _standing(member: Member, *, overwrite: bool, resume: bool) -> Standing:
-    """How one run stands.
-
-    Raises:
-        UsageError: its folder holds something else, a run of another recipe, or damaged checkpoints alone.
-    """
-    folder = member.folder
-    if not resume or not (folder / run_folder.RECORD).is_file():
-        run_folder.refuse_occupied(folder, overwrite=overwrite)
-        return "anew" if overwrite else "new"
-    same_recipe(folder, member.recipe)
-    record, steps = run_folder.read_record(folder), run_folder.step_folders(folder)
-    if "summary" in record:
-        return "finished"
-    if any(run_folder.fault_of(step, record) is None for step in steps):
-        return "go on"
-    if steps:
-        raise UsageError(f"{folder}: none of its checkpoints is as it was written", f"remove {folder} to train it anew")
-    return "anew"
 
 
 # -- the runs --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dynlora_cli import plugins
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.load import load_base
 from dynlora_cli.models.quiet import quiet
 from dynlora_cli.runs.events import Emit
 from dynlora_cli.runs.folder import RECIPE
@@ -21,6 +22,7 @@ from dynlora_cli.training.setup import make_run, read_also, read_base, read_data
 
 if TYPE_CHECKING:
     from dynlora_cli.lora.variant import Variant
+    from dynlora_cli.training.lanes.turns import Lane
 
 
 @quiet
@@ -34,6 +36,7 @@ def run(
     recipe_text: str | None = None,
     given: Given = NOTHING,
     load: Callable[..., Data] = load_data,
+    lane: Lane | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says and leave a complete run folder.
 
@@ -46,6 +49,7 @@ def run(
         recipe_text: of a recipe file that the run folder is to hold, since there is none elsewhere.
         given: what else it is to hold.
         load: reads the rows, as `load_data` does.
+        lane: the run's place among others on one base; None: it trains alone.
 
     Returns:
         The summary, as data.
@@ -62,13 +66,16 @@ def run(
         data = read_data(recipe, files, session.writing, session.before, load)
         session.refuse_other_inputs(data, files)
         also = read_also(recipe, files, data)
-        base = read_base(recipe, files, data, session.accelerator.device, modes)
+        load_weights = lane.load_base if lane else load_base
+        base = read_base(recipe, files, data, session.accelerator.device, modes, load_weights)
         variant = cast("Variant", plugins.load("variants", recipe.adapter.variant))
         trained, start = begin(recipe, variant, base, data, session.accelerator, session.begun)
         modes.apply(base.model, trained)
         training = make_run(
             recipe, session.accelerator, base, data, trained, start, modes, save=session.save, also=also
         )
+        if lane:
+            lane.join(training)
         with session.recording(training):
             prepare(training)
             fit(training)

@@ -1,10 +1,10 @@
-"""Whether a run can be resumed with a recipe."""
+"""How the run in a folder stands, and whether it can be resumed with a recipe."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dynlora_cli.config import strict_yaml
 from dynlora_cli.config.plug_in_keys import recipe_form
@@ -14,6 +14,7 @@ from dynlora_cli.files.foreign import ResumeForm, fits
 from dynlora_cli.runs import folder as run_folder
 from dynlora_cli.runs.log import read_run
 
+Standing = Literal["new", "anew", "go on", "finished"]
 SAID = 3  # keys at most that a hint names
 
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
@@ -50,6 +51,30 @@ def same_recipe(folder: Path, recipe: Recipe) -> None:
             f"resume with the recipe it was made by{_by_options(differing, before)}, or start a new run in another "
             "folder",
         )
+
+
+def standing_of(folder: Path, recipe: Recipe, *, overwrite: bool, resume: bool) -> Standing:
+    """How one of several runs stands, which are begun or gone on with by one command.
+
+    Returns:
+        "new"; "go on" from its checkpoint; "finished"; "anew", since what is there is to be replaced, or was killed
+        before it had saved anything.
+
+    Raises:
+        UsageError: its folder holds something else, a run of another recipe, or damaged checkpoints alone.
+    """
+    if not resume or not (folder / run_folder.RECORD).is_file():
+        run_folder.refuse_occupied(folder, overwrite=overwrite)
+        return "anew" if overwrite else "new"
+    same_recipe(folder, recipe)
+    record, steps = run_folder.read_record(folder), run_folder.step_folders(folder)
+    if "summary" in record:
+        return "finished"
+    if any(run_folder.fault_of(step, record) is None for step in steps):
+        return "go on"
+    if steps:
+        raise UsageError(f"{folder}: none of its checkpoints is as it was written", f"remove {folder} to train it anew")
+    return "anew"
 
 
 def _by_options(differing: list[str], before: dict[str, Any]) -> str:

@@ -63,11 +63,11 @@ class FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Sequence[Part], scale: float, *_: Tensor) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
-        ys = [_base_product(x_NI, part.base) for part in parts]
+        ys = [base_product(x_NI, part.base) for part in parts]
         dtype = ys[0].dtype
-        a, b = zip(*(part.low or tuple(_in(leaf, dtype) for leaf in part.leaves) for part in parts), strict=True)
+        a, b = zip(*(part.low or tuple(in_dtype(leaf, dtype) for leaf in part.leaves) for part in parts), strict=True)
         a_CI = torch.cat(a) if len(a) > 1 else a[0]  # the a of all parts, one above the other
-        h_NC = thin_product(_in(x_NI, dtype), a_CI)
+        h_NC = thin_product(in_dtype(x_NI, dtype), a_CI)
         for y_NO, h, b_OC in zip(ys, _split(h_NC, b), b, strict=True):
             y_NO.addmm_(h, b_OC.T, alpha=scale)
         a_trains = ctx.needs_input_grad[3]  # of the first part; A trains in all parts or in none
@@ -81,7 +81,7 @@ class FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h_NC, a_CI, *b = ctx.saved_tensors
         parts, scale, dtype = ctx.parts, ctx.scale, ctx.dtype
-        grads_NO = [_in(grad.reshape(-1, grad.shape[-1]), dtype) for grad in grads]
+        grads_NO = [in_dtype(grad.reshape(-1, grad.shape[-1]), dtype) for grad in grads]
         # dL/dh / s = grad b, of all parts side by side. The factor s comes with the products below.
         on_cpu = a_CI.device.type == "cpu"
         thin = [
@@ -91,14 +91,14 @@ class FusedLinear(torch.autograd.Function):
         grad_h_NC = torch.cat(thin, 1) if len(thin) > 1 else thin[0]
         grad_x = None
         if ctx.needs_input_grad[0]:  # dL/dx = Σ over the parts of grad W, + s grad_h a
-            grad_x_NI = grads_NO[0] @ _in(weight_OI(parts[0].base), dtype)
+            grad_x_NI = grads_NO[0] @ in_dtype(weight_OI(parts[0].base), dtype)
             for grad_NO, part in zip(grads_NO[1:], parts[1:], strict=True):
-                grad_x_NI.addmm_(grad_NO, _in(weight_OI(part.base), dtype))
+                grad_x_NI.addmm_(grad_NO, in_dtype(weight_OI(part.base), dtype))
             grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale)
-            grad_x = _in(grad_x_NI.view(*grads[0].shape[:-1], a_CI.shape[1]), ctx.x_dtype)
+            grad_x = in_dtype(grad_x_NI.view(*grads[0].shape[:-1], a_CI.shape[1]), ctx.x_dtype)
         grads_a: Sequence[Tensor | None] = [None] * len(parts)
         if x is not None:  # dL/da = s grad_hᵀ x
-            products = (grad_h_NC.T @ _in(x.reshape(-1, x.shape[-1]), dtype)).split([b_OC.shape[1] for b_OC in b])
+            products = (grad_h_NC.T @ in_dtype(x.reshape(-1, x.shape[-1]), dtype)).split([b_OC.shape[1] for b_OC in b])
             grads_a = [add_to_gradient(part.leaves[0], p, scale) for part, p in zip(parts, products, strict=True)]
         found: list[Tensor | None] = [grad_x, None, None]
         for part, grad_a, h, grad_NO in zip(parts, grads_a, _split(h_NC, b), grads_NO, strict=True):
@@ -108,7 +108,8 @@ class FusedLinear(torch.autograd.Function):
         return tuple(found)
 
 
-def _base_product(x_NI: Tensor, base: nn.Module) -> Tensor:
+def base_product(x_NI: Tensor, base: nn.Module) -> Tensor:
+    """x Wᵀ + bias, [N, O]."""
     weight, bias = weight_OI(base), base.bias
     return F.linear(x_NI, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
 
@@ -118,7 +119,7 @@ def _split(h_NC: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
     return h_NC.split([b_OC.shape[1] for b_OC in b], 1) if len(b) > 1 else (h_NC,)
 
 
-def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in this dtype. Calls torch only if it has to: a step comes here hundreds of times."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 

@@ -46,11 +46,9 @@ class DoraLinear(ComponentLinear):
         self._of: Tensor | None = None
         self._base_O: Tensor | None = None  # ‖W‖²
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., I] to [..., O]."""
-        y = super().forward(x)
+    def finished(self, y: Tensor) -> Tensor:
         # A layer without components has no magnitude either: no file format could keep it.
-        if self.count == 0 or self.off or (self.gate is not None and not self.gate.any()):
+        if self.gate is not None and not self.gate.any():
             return y
         if self.bias_O is not None:
             y = y - self.bias_O

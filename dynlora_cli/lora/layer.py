@@ -108,6 +108,10 @@ class ComponentLinear(nn.Module):
             h_C = h_C * torch.cat([self.gate] * self.terms, -1)
         return F.linear(h_C, b_OC)
 
+    def finished(self, y: Tensor) -> Tensor:
+        """The layer's output, from the sum of the base's and the update's. [..., O]"""
+        return y
+
     def gate_gradient_C(self, a_CI: Tensor, b_OC: Tensor) -> Tensor:
         """The gradient of the loss for the layer's component gates, see `Pool.gate_gradient_K`. [C]"""
         assert self.a_CI.grad is not None
@@ -193,18 +197,21 @@ class ComponentLinear(nn.Module):
         if as_one and self.shared and torch.is_grad_enabled():
             y = self.shared(self, x)
             if y is not None:
-                return y
+                return self.finished(y)
         low = self.low if torch.is_autocast_enabled(x.device.type) else None
         a_CI, b_OC = self._joined(low) or self.factors()
         if as_one:
-            return self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low))
-        y = forget_input(self.base, self.base(x))
+            return self.finished(self.watched(fused(x, self.base, a_CI, b_OC, self.scale, low)))
+        return self.beside(x, forget_input(self.base, self.base(x)), a_CI, b_OC)
+
+    def beside(self, x: Tensor, y: Tensor, a_CI: Tensor, b_OC: Tensor) -> Tensor:
+        """The layer's output [..., O] for x [..., I], where the base has answered y."""
         # Autocast casts both operands itself; without it the update is computed in the components' precision.
         if x.dtype != self.a_CI.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.a_CI.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return y + self.watched(self.update(x, a_CI, b_OC)).to(y.dtype)
+        return self.finished(y + self.watched(self.update(x, a_CI, b_OC)).to(y.dtype))
 
     @staticmethod
     def _joined(low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -228,7 +235,7 @@ class ComponentLinear(nn.Module):
         """
         if not torch.compiler.is_compiling() and result.grad_fn is not None:
             graph = Graph()
-            result.grad_fn.metadata["dynlora"] = graph  # type: ignore[index]
+            result.grad_fn.metadata.setdefault("dynlora", []).append(graph)  # type: ignore[attr-defined]
             self.graphs.add(graph)
         return result
 

@@ -126,7 +126,7 @@ class Pool:
             DynloraError: an autograd graph through the old leaves is alive.
         """
         self.refuse_live_graphs()
-        self._forget_copies()
+        self.forget_copies()
         self._copy_P = self._held_P = None
         self.counts = dict(counts)
         self.values = nn.Parameter(values_P)
@@ -253,22 +253,24 @@ class Pool:
         with gradient checkpointing the backward pass runs the blocks again.
         """
 
-        def cast(*_: Any) -> None:
-            kind = self.values.device.type
-            if not torch.is_autocast_enabled(kind):
-                self._forget_copies()
-                return
-            values = self.values if self.joined else self.values.detach()
-            low = self.views(self._cast(values, torch.get_autocast_dtype(kind)))
-            for layer, (a_CI, b_OC) in zip(self.layers.values(), low, strict=True):
-                pair = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
-                layer.__dict__["low"] = pair  # past nn.Module.__setattr__, which takes ten times as long
-
         def end(*_: Any) -> None:
             if not self.joined:
-                self._forget_copies()
+                self.forget_copies()
 
-        self.hooks = model.register_forward_pre_hook(cast), model.register_forward_hook(end, always_call=True)
+        begin = model.register_forward_pre_hook(lambda *_: self.cast_copies())
+        self.hooks = begin, model.register_forward_hook(end, always_call=True)
+
+    def cast_copies(self) -> None:
+        """Fill the cast cache for the pass that is next, as `cast_with` says; whoever calls it empties it again."""
+        kind = self.values.device.type
+        if not torch.is_autocast_enabled(kind):
+            self.forget_copies()
+            return
+        values = self.values if self.joined else self.values.detach()
+        low = self.views(self._cast(values, torch.get_autocast_dtype(kind)))
+        for layer, (a_CI, b_OC) in zip(self.layers.values(), low, strict=True):
+            pair = (a_CI.detach() if self.a_frozen else a_CI, b_OC) if layer.plain else None
+            layer.__dict__["low"] = pair  # past nn.Module.__setattr__, which takes ten times as long
 
     def _cast(self, values_P: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.copies_stay or not torch.is_grad_enabled():  # CUDA graphs hold training passes only
@@ -277,7 +279,8 @@ class Pool:
             self._copy_P = torch.empty_like(values_P, dtype=dtype, requires_grad=False)
         return CastInto.apply(values_P, (self._copy_P,))
 
-    def _forget_copies(self) -> None:
+    def forget_copies(self) -> None:
+        """Empty the cast cache."""
         for layer in self.layers.values():
             layer.__dict__["low"] = None
 
@@ -354,7 +357,7 @@ class Pool:
 
     def after_update(self, rate: float) -> None:
         """Tell every layer that the optimizer has stepped with this learning rate."""
-        self._forget_copies()
+        self.forget_copies()
         for group in self.sharing:
             group.finish()
         for layer in self.layers.values():

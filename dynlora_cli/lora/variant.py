@@ -20,6 +20,7 @@ Layer
     start       initial values
     factors     A and B of the update s·BA, made of the leaves; enough for whatever is a LoRA in the end
     update      what a layer adds, where that is not s·BA times the inputs
+    finished    what becomes of the base's output with that added
     turns       False where the update is no function of BA alone
     ranked, begin_step, penalty, settle_gradient, after_update
                 what else happens in training

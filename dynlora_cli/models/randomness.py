@@ -51,6 +51,18 @@ class Randomness:
         if not self._depth:
             self._swap()
 
+    @contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """Inside the block the two states have changed places: what is inside draws as what is outside would.
+
+        A run that waits for others steps out of its own numbers so; whoever computes for it steps into them.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
     def _read(self) -> list[Tensor]:
         on_device = [torch.cuda.get_rng_state(self._device)] if self._device else []
         return [torch.get_rng_state(), *on_device]

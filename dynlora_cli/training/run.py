@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dynlora_cli.config.recipe import Recipe
-    from dynlora_cli.data.batches import Batches
+    from dynlora_cli.data.batches import Batch, Batches
     from dynlora_cli.data.examples import Example
     from dynlora_cli.data.load import Data
     from dynlora_cli.evaluation.also import Measured, RowSet
@@ -89,6 +89,7 @@ class Run:
         also: rows of other kinds, measured before and after.
         samples: prompts that are answered now and then; rows of a model that draws.
         objective: what training lowers.
+        pass_back: adds the gradient of a micro-batch where that is not done here alone, as `step.backward` does it.
         track: sends numbers of a step to the trackers.
     """
 
@@ -111,6 +112,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     also: Sequence[RowSet] = ()
     samples: Sequence[Prompt | Example] = ()
+    pass_back: Callable[[Run, Batch, float], Tensor] | None = None
     track: Callable[[Mapping[str, float], int], None] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -158,9 +158,16 @@ def _earlier(folder: Path, files: BaseFiles, task: Task) -> Earlier:
     )
 
 
-def read_base(recipe: Recipe, files: BaseFiles, data: Data, device: torch.device, modes: Modes) -> Base:
-    """The frozen model, ready for components; on the device "meta" only its structure."""
-    base = load_base(
+def read_base(
+    recipe: Recipe,
+    files: BaseFiles,
+    data: Data,
+    device: torch.device,
+    modes: Modes,
+    load: Callable[..., Base] = load_base,
+) -> Base:
+    """The frozen model, ready for components; on the device "meta" only its structure. `load`: as `load_base`."""
+    base = load(
         recipe.model,
         files,
         files.tokenizer,

@@ -39,7 +39,8 @@ def backward(run: Run, batch: Batch, supervised: float) -> Tensor:
 def _passed_back(run: Run, number: int, micro_batches: list[Batch], supervised: float) -> list[Tensor]:
     """`backward` of each micro-batch of a step; the policy watches, where it wants to."""
     if not run.control.watches(number):
-        return [backward(run, batch, supervised) for batch in micro_batches]
+        pass_back = run.pass_back or backward
+        return [pass_back(run, batch, supervised) for batch in micro_batches]
     scaler = run.accelerator.scaler
     divisor, losses = supervised / (1.0 if scaler is None else scaler.get_scale()), []
     for batch in micro_batches:
