@@ -253,15 +253,12 @@ class Pool:
         with gradient checkpointing the backward pass runs the blocks again.
         """
 
-        def end(*_: Any) -> None:
-            if not self.joined:
-                self.forget_copies()
-
-        begin = model.register_forward_pre_hook(lambda *_: self.cast_copies())
-        self.hooks = begin, model.register_forward_hook(end, always_call=True)
+        begins = model.register_forward_pre_hook(lambda *_: self.cast_copies())
+        ends = model.register_forward_hook(lambda *_: None if self.joined else self.forget_copies(), always_call=True)
+        self.hooks = begins, ends
 
     def cast_copies(self) -> None:
-        """Fill the cast cache for the pass that is next, as `cast_with` says; whoever calls it empties it again."""
+        """Fill the cast cache for the pass that is next; whoever calls it empties it again."""
         kind = self.values.device.type
         if not torch.is_autocast_enabled(kind):
             self.forget_copies()

@@ -138,12 +138,12 @@ def test_rows_of_no_known_run_are_refused(tmp_path):
 
 def test_batches_of_far_different_widths_go_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(lanes_batch, "MOST_PADDED", 1.5)
-    batches = assembled(make_recipe(tmp_path, "train.micro_batch_size=1", "dataset.val_size=0")).batches
-    by_width = sorted((batches._batch([(row,)], 0) for row in range(40)), key=lambda batch: batch.tokens)
+    batches = assembled(make_recipe(tmp_path, "train.micro_batch_size=1")).batches
+    by_width = sorted((batches._batch([(row,)], 0) for row in range(30)), key=lambda batch: batch.tokens)
     short, long = by_width[0], by_width[-1]
     assert long.tokens > 3 * short.tokens
     assert together([short, long, short]) == [[1], [0, 2]]
-    assert together([short, short, long, long, long, long]) == [[0, 1, 2, 3, 4, 5]] or len(together([short, long])) == 2
+    assert together([long, *[long] * 20, short]) == [list(range(22))], "where it costs next to nothing"
 
 
 def test_packed_and_padded_batches_go_apart(tmp_path):
