@@ -66,6 +66,10 @@ Sweeps = Annotated[
         help="Train once for each value, in a folder of its own; repeated: for each combination.",
     ),
 ]
+SideBySide = Annotated[
+    bool,
+    typer.Option("--side-by-side", help="Train the runs of a sweep at once: their rows share each pass."),
+]
 OutputDir = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="Where the run goes, in place of the recipe's.", show_default=False),
@@ -90,6 +94,7 @@ def train(
     columns: Columns = None,
     overrides: Overrides = None,
     sweep: Sweeps = None,
+    together: SideBySide = False,
     dtype: SavedDtype = None,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
@@ -100,7 +105,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter: from a recipe, or from a model and rows."""
-    if sweep or len(files or ()) > 1:
+    if sweep or together or len(files or ()) > 1:
         _several(context)
         return
     recipe = files[0] if files else None
@@ -211,6 +216,8 @@ def _several(context: typer.Context) -> None:
             from dynlora_cli.cli.sweeps.lanes import side_by_side
 
             result.update(side_by_side(options["files"], changes, options))
+        elif not options["sweep"]:
+            raise UsageError("--side-by-side is for several runs, and there is one", "add --sweep, or another recipe")
         else:
             result.update(_sweep(context, changes))
     if result.get("exit_code"):  # not an error: the table is the result, also where runs have failed
@@ -225,7 +232,7 @@ def _sweep(context: typer.Context, changes: Sequence[str]) -> dict[str, Any]:
 
     options = context.params
     recipe, given = next(iter(options["files"] or ()), None), Given(*(options[name] for name in Given._fields))
-    ways = {name: options[name] for name in ("overwrite", "resume", "dry_run", "as_json")}
+    ways = {name: options[name] for name in ("overwrite", "resume", "dry_run", "as_json", "together")}
     if recipe is not None:
         _refuse_names(recipe, given)
     asked.refuse_both_ways(options["overwrite"], options["resume"], options["resume_from"])

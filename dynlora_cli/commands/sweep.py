@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +36,7 @@ from dynlora_cli.text import counted
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
     from dynlora_cli.data.load import Data
+    from dynlora_cli.training.lanes.turns import Lane
 
 GO_ON = "the same command with --resume goes on"
 # Keys of `train` that change nothing about the rows, so that runs which differ by them share what was read.
@@ -169,6 +171,38 @@ class Sweep:
                 self._write()
             self._send("sweep-row", index)
             _free_memory()
+        return self._result()
+
+    def run_together(self, train: Callable[[Lane], Train], told: Callable[[str, Row], None]) -> dict[str, Any]:
+        """Train what is to be trained side by side on one base; as `run` otherwise.
+
+        Args:
+            train: trains one run in its place among the others.
+            told: is given the name of each run as it ends, and its row.
+        """
+        from dynlora_cli.training.lanes.base import SharedBase
+        from dynlora_cli.training.lanes.turns import Lane, walk_together
+
+        self.grid.folder.mkdir(parents=True, exist_ok=True)
+        self._tell_of_others()
+        base, shared = SharedBase(), SharedRows()
+
+        def walk(index: int, lane: Lane) -> None:
+            member = self.grid.members[index]
+            self.rows[index]["state"] = "running"
+            try:
+                self.rows[index] = self._one(member, self.rows[index], train(lane), shared)
+            except (Interrupted, KeyboardInterrupt):
+                self.rows[index]["state"] = "interrupted"
+            self._write()
+            told(member.name, self.rows[index])
+
+        self._write()
+        lanes = [Lane(index, base, partial(walk, index)) for index in range(len(self.rows))]
+        walk_together(lanes, base)
+        states = [row["state"] for row in self.rows]
+        if left := len(states) - states.count("done") - states.count("failed"):
+            raise Interrupted(f"interrupted: {left} of {len(states)} runs are not done; what they had is saved", GO_ON)
         return self._result()
 
     def _one(self, member: Member, row: Row, train: Train, shared: SharedRows) -> Row:

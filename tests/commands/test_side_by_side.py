@@ -254,3 +254,36 @@ def test_runs_into_one_folder_are_refused(tmp_path: Path, dynlora: Dynlora):
     assert answer.code == 2
     assert "is that of one as well; each run needs its own" in answer.err
     assert "given twice" in dynlora("train", files[0], files[0]).err
+
+
+def test_a_sweep_trains_side_by_side(tmp_path: Path, dynlora: Dynlora):
+    recipe, out = recipe_files(tmp_path, tmp_path / "out")[0], tmp_path / "swept"
+    sweep = ("--sweep", "seed=0,1", "--sweep", "rank.budget=2,3")
+    answer = dynlora("train", recipe, *sweep, "--side-by-side", "--output-dir", out, "--json")
+    assert answer.code == 0
+    assert [row["state"] for row in answer.json["runs"]] == ["done"] * 4
+    assert answer.json["best"] in [row["run"] for row in answer.json["runs"]]
+    one = dynlora("train", recipe, "--set", "seed=1", "--output-dir", tmp_path / "one")
+    assert one.code == 0
+    assert_same_run(out / "seed-1_budget-2", tmp_path / "one")
+    again = dynlora("train", recipe, *sweep, "--output-dir", out, "--resume", "--json")
+    assert [row["state"] for row in again.json["runs"]] == ["done"] * 4
+
+
+def test_an_interrupted_sweep_side_by_side_goes_on(tmp_path: Path, monkeypatch, dynlora: Dynlora):
+    recipe, out = recipe_files(tmp_path, tmp_path / "out")[0], tmp_path / "swept"
+    sweep = ("train", recipe, "--sweep", "seed=0,1", "--side-by-side", "--output-dir", out)
+    with monkeypatch.context() as patched:
+        stop_at(patched, "seed-0", 3)
+        stopped = dynlora(*sweep)
+    assert stopped.code == 130
+    assert "2 of 2 runs are not done" in stopped.err
+    assert dynlora(*sweep, "--resume").code == 0
+
+
+def test_a_sweep_that_cannot_share_a_base_is_refused(tmp_path: Path, dynlora: Dynlora):
+    recipe = recipe_files(tmp_path, tmp_path / "out")[0]
+    answer = dynlora("train", recipe, "--sweep", "model.dtype=float32,bfloat16", "--side-by-side")
+    assert answer.code == 2
+    assert "model.dtype: 'bfloat16' here and 'float32' in" in answer.err
+    assert "there is one" in dynlora("train", recipe, "--side-by-side").err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Asked:
         overwrite, resume, dry_run, as_json: the flags.
         arguments: of the whole command.
         devices: tells how many processes train a run; None: this one does.
+        together: side by side on one base.
     """
 
     sweeps: Sequence[str]
@@ -43,6 +45,7 @@ class Asked:
     as_json: bool
     arguments: Sequence[str]
     devices: Callable[[], int] | None
+    together: bool = False
 
 
 def sweep(asked_for: Asked) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def sweep(asked_for: Asked) -> dict[str, Any]:
     from dynlora_cli.commands import sweep as command
 
     grid, view = make_grid(read_axes(asked_for.sweeps, asked_for.changes), asked_for.load), console()
+    if asked_for.together:
+        _refuse_together(grid, asked_for)
     if asked_for.dry_run:
         command.check(grid, preflight.training, writes=False)
         return _planned(grid, None if asked_for.as_json else view)
@@ -67,10 +72,13 @@ def sweep(asked_for: Asked) -> dict[str, Any]:
 
     with ExitStack() as held:
         standing = held.enter_context(asked.sweeping(grid, overwrite=asked_for.overwrite, resume=asked_for.resume))
-        count = asked_for.devices() if asked_for.devices else 1
-        listener = held.enter_context(SweepView(view))
-        train = _here(listener) if count == 1 else _launched(asked_for.arguments, count)
-        result = command.Sweep(grid, standing, listener).run(train)
+        if asked_for.together:
+            result = _together(grid, standing, held)
+        else:
+            count = asked_for.devices() if asked_for.devices else 1
+            listener = held.enter_context(SweepView(view))
+            train = _here(listener) if count == 1 else _launched(asked_for.arguments, count)
+            result = command.Sweep(grid, standing, listener).run(train)
     result["next"] = list(_next_commands(result))
     show_sweep(view, result)
     if not result["ok"]:
@@ -89,6 +97,41 @@ def _here(listener: Callable[[dict[str, Any]], None]) -> Train:
             return command.run(member.recipe, listener=listener, overwrite=overwrite, resume=resume, load=load)
 
     return train
+
+
+def _refuse_together(grid: Grid, asked_for: Asked) -> None:
+    """Refuse a sweep whose runs cannot train side by side.
+
+    Raises:
+        UsageError: they cannot, with every reason.
+    """
+    from dynlora_cli.config.side_by_side import refuse_apart
+
+    if asked_for.devices:
+        raise UsageError("--side-by-side trains in one process, on one device", "leave --devices out")
+    refuse_apart({member.name: member.recipe for member in grid.members})
+
+
+def _together(grid: Grid, standing: Mapping[str, Any], held: ExitStack) -> dict[str, Any]:
+    """Trains all runs side by side."""
+    from dynlora_cli.cli import asked, faults
+    from dynlora_cli.cli.views.lanes import LanesView
+    from dynlora_cli.commands import sweep as command
+    from dynlora_cli.commands import train as one
+
+    view = held.enter_context(LanesView(console(), [member.name for member in grid.members]))
+
+    def in_lane(lane: Any) -> Train:
+        def train(member: Any, *, overwrite: bool, resume: bool, load: Callable[..., Any]) -> dict[str, Any]:
+            ways: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
+            with faults.translated(), asked.training(member.recipe, **ways):
+                return one.run(member.recipe, listener=partial(view.hear, member.name), load=load, lane=lane, **ways)
+
+        return train
+
+    return command.Sweep(grid, standing, lambda event: view.console.note(event["text"])).run_together(
+        in_lane, view.row_ended
+    )
 
 
 def _launched(arguments: Sequence[str], count: int) -> Train:

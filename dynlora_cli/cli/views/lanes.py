@@ -72,6 +72,11 @@ class LanesView:
             held = f"held out {number(summary.get('loss_after'))}, " if summary.get("loss_after") is not None else ""
             self._say(name, f"done: {held}{count(summary.get('parameters'))} parameters")
 
+    def row_ended(self, name: str, row: Mapping[str, Any]) -> None:
+        """The same of a run of a sweep, told by its row."""
+        summary = {"loss_after": row.get("measured", {}).get("loss"), "parameters": row.get("parameters")}
+        self.ended(name, {**row, "summary": summary})
+
     def _say(self, name: str, text: str) -> None:
         self.console.line(Text.assemble((f"{printable(name)}  ", "head"), printable(text)))
 
