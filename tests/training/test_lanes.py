@@ -139,7 +139,7 @@ def test_rows_of_no_known_run_are_refused(tmp_path):
 def test_batches_of_far_different_widths_go_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(lanes_batch, "MOST_PADDED", 1.5)
     batches = assembled(make_recipe(tmp_path, "train.micro_batch_size=1")).batches
-    by_width = sorted((batches._batch([(row,)], 0) for row in range(30)), key=lambda batch: batch.tokens)
+    by_width = sorted((batches._batch([((row,), 0)]) for row in range(30)), key=lambda batch: batch.tokens)
     short, long = by_width[0], by_width[-1]
     assert long.tokens > 3 * short.tokens
     assert together([short, long, short]) == [[1], [0, 2]]
@@ -187,3 +187,10 @@ def test_models_whose_rows_depend_on_each_other_are_refused(tmp_path, key, value
     setattr(model.config, key, value)
     with pytest.raises(UsageError, match="do not share passes"):
         refuse_dependent_rows(model)
+
+
+def test_what_has_ended_is_forgotten(tmp_path):
+    joint, asked = started(tmp_path)
+    joint.keep({0, 2})
+    assert all(1 not in layer.layers for layer in joint.layers)
+    assert all(isinstance(loss, torch.Tensor) for loss in joint.answer([asked[0], asked[2]]))

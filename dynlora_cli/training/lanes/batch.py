@@ -46,7 +46,7 @@ def _kind(batch: Batch) -> str:
 
 def _fits(group: Sequence[Batch], batch: Batch) -> bool:
     """Whether a batch, none wider than those of the group, may join it."""
-    if _kind(batch) != _kind(group[0]):
+    if _kind(batch) != _kind(group[0]) or batch.judge is not None:  # whose loss is not summed over targets
         return False
     sizes = [(len(each.inputs["input_ids"]), width_of(each)) for each in (*group, batch)]
     padded = sum(rows for rows, _ in sizes) * sizes[0][1]

@@ -6,7 +6,7 @@ sum of the runs' losses: no run's loss depends on the components of another, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -48,12 +48,21 @@ class Joint:
         self.modes = plan(next(iter(runs.values())).recipe.train)
         self.modes.prepare(model)
         pools = {lane: cast("Pool", run.trained) for lane, run in runs.items()}
+        self.lanes: Set[int] = set(runs)
+        self.layers: list[LaneLinear] = []
         for name in dict.fromkeys(name for pool in pools.values() for name in pool.layers):
             layers = {lane: pool.layers[name] for lane, pool in pools.items() if name in pool.layers}
             parent, _, leaf = name.rpartition(".")
-            layer = LaneLinear(name, model.get_submodule(name), layers, self.places)
-            setattr(model.get_submodule(parent), leaf, layer)
+            self.layers.append(LaneLinear(name, model.get_submodule(name), layers, self.places))
+            setattr(model.get_submodule(parent), leaf, self.layers[-1])
         model.train()
+
+    def keep(self, lanes: Set[int]) -> None:
+        """Forget the components of all runs but these."""
+        if lanes != self.lanes:
+            self.lanes = lanes
+            for layer in self.layers:
+                layer.layers = {lane: own for lane, own in layer.layers.items() if lane in lanes}
 
     def answer(self, asked: Sequence[Asked]) -> list[Tensor | Exception]:
         """Add the gradients that runs wait for.

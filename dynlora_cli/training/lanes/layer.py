@@ -80,8 +80,7 @@ class LaneLinear(nn.Module):
         Raises:
             DynloraError: the rows of x cannot be told apart by run.
         """
-        rows, width = self.places.rows, self.places.width
-        lines = rows[-1].stop
+        rows, lines, width = self.places.rows, self.places.rows[-1].stop, self.places.width
         if x.shape[:-1] not in ((lines, width), (lines * width,)):
             raise DynloraError(
                 f"{self.name} is given {tuple(x.shape)} of {lines} rows of {width} tokens: whose they are is not known",

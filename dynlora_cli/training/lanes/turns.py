@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynlora_cli.data.batches import Batch
     from dynlora_cli.training.run import Run
 
+BESIDE = "trained side by side with other runs: seconds and tokens per second are of a clock that ran for all of them"
 NOT_BEGUN = "interrupted before it began"
 
 
@@ -57,6 +58,7 @@ class Lane:
     def join(self, run: Run) -> None:
         """The gradients of this run are computed beside those of others from now on."""
         self.run, run.pass_back = run, self._pass_back
+        run.data.notes.append(BESIDE)
 
     def _pass_back(self, run: Run, batch: Batch, supervised: float) -> Tensor:
         """As `step.backward`, when it is this run's turn again."""
@@ -125,6 +127,7 @@ def walk_together(lanes: Sequence[Lane], base: SharedBase) -> None:
                 asked = [lane.asked for lane in going if lane.asked]
                 if asked:
                     joint = joint or Joint(base.model(), {each.lane: each.run for each in asked})
+                    joint.keep({each.lane for each in asked})
                     given = joint.answer(asked)
                     answers = {each.lane: answer for each, answer in zip(asked, given, strict=True)}
         except BaseException:
