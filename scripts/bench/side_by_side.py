@@ -3,7 +3,8 @@
     python scripts/bench/side_by_side.py --model FOLDER --out scripts/bench/side_by_side.jsonl
 
 Times a step of one run alone, and a step of k runs side by side, in which every run takes one. Both are taken in the
-same process, in turn, `--repeats` times; a ratio is of the same round. One line of JSON for each round.
+same process, in turn, `--repeats` times; a ratio is of the same round. One line of JSON for each round. On a CPU the
+times are processor time, of one thread as a rule (OMP_NUM_THREADS=1), so that other programs do not count.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Clock:
 
     def hear(self, event: dict[str, Any]) -> None:
         if event["event"] == "tick":
-            self.done[event["step"]] = time.perf_counter()
+            self.done[event["step"]] = time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
     def seconds_per_step(self) -> float:
         return (self.done[self.steps - 1] - self.done[WARM]) / (self.steps - 1 - WARM)
