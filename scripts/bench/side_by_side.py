@@ -104,6 +104,7 @@ def main() -> None:
         "machine": platform.processor(),
     }
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "gpu": torch.cuda.is_available()}
+    about["clock"] = "wall" if torch.cuda.is_available() else "processor"
     for shape in args.shapes:
         rows, tokens = map(int, shape.split("x"))
         ratios: dict[int, list[float]] = {lanes: [] for lanes in args.lanes}
