@@ -38,7 +38,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tmp_path):
     torch._dynamo.reset()
     before, losses, graphs = compiling.graphs_made(), [], []
@@ -60,7 +60,14 @@ def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tm
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
-    "setting", ["adapter.freeze_a=false", "train.gradient_checkpointing=true", "adapter.freeze_a=true"]
+    "setting",
+    [
+        "adapter.freeze_a=false",
+        *(
+            pytest.param(s, marks=pytest.mark.long)
+            for s in ("train.gradient_checkpointing=true", "adapter.freeze_a=true")
+        ),
+    ],
 )
 def test_in_bf16_gradients_reach_the_pool_through_its_copies(setting, tmp_path):
     """Two micro-batches, before and after a removal; in full precision the same gradient to what bf16 leaves of it."""

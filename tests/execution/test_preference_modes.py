@@ -90,6 +90,7 @@ def test_the_kl_divergence_of_kto_is_that_of_all_processes(tmp_path):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a compiler")
+@pytest.mark.long
 def test_compiled(tmp_path):
     settings = ["train.max_steps=6", "pruning.events=1"]
     plain, other = (

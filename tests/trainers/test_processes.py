@@ -57,11 +57,7 @@ def run(folder, name, processes, **more):
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [
-        ("sft", {}),
-        pytest.param("dpo", {}, marks=pytest.mark.long),
-        pytest.param("sft", {"gradient_checkpointing": True, "budget": 1}, marks=pytest.mark.long),
-    ],
+    [("sft", {}), ("dpo", {}), ("sft", {"gradient_checkpointing": True, "budget": 1})],
 )
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, name, more):
     more = {"gradient_accumulation_steps": 2, "max_steps": 12, **more}
