@@ -29,6 +29,7 @@ from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.config.dtypes import FULL
 from dynlora_cli.config.options import misdeclared, options
 from dynlora_cli.config.sections import Settings
+from dynlora_cli.config.stream_conflicts import stream_conflicts
 from dynlora_cli.config.variant_conflicts import Conflict, variant_conflicts
 from dynlora_cli.files.foreign import first_fault
 
@@ -117,6 +118,7 @@ def conflicts(recipe: Settings) -> Iterator[Conflict]:
     if data.replay and data.replay.origin is None and recipe.adapter.origin is None:
         text = "of which run? write `from: FOLDER` under it, or name one as `adapter.from`"
         yield Conflict("dataset.replay.from", "adapter.from", text)
+    yield from stream_conflicts(recipe)
     yield from _retrieve_conflicts(recipe)
     of_task = list(_declared_conflicts(recipe, "tasks"))
     of_data = [conflict for conflict in of_task if conflict.key.startswith(("model.", "dataset."))]

@@ -186,6 +186,10 @@ class Dataset(Section):
     """Put several examples in one row, none of which sees another."""
     shuffle: bool = True
     """Rows in an order of the seed, another one in each epoch; false: as they stand, source after source."""
+    streaming: bool = False
+    """Read rows while training, a part at a time, instead of all of them before; needs `train.max_steps`."""
+    shuffle_buffer: Count = 10_000
+    """With `streaming`: rows in memory at a time, among which the order is random; a large one mixes better."""
     replay: Replay | None = None
     """Rows of an earlier run to train on as well, against forgetting."""
     train_on: Literal["auto", "completion", "assistant", "all"] = "auto"

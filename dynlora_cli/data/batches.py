@@ -189,6 +189,10 @@ class Batches:
         """
         return self._prepared.pop((epoch, index), None) or self._step(epoch, index)
 
+    def epochs_after(self, step: int) -> float | None:
+        """Passes over the rows after so many steps."""
+        return step / self.steps_per_epoch
+
     def shown(self, steps: int) -> list[Example]:
         """The examples of the first so many steps, of all ranks, each once."""
         indices: set[int] = set()

@@ -8,6 +8,7 @@ where training would be void.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from array import array
@@ -24,7 +25,17 @@ from dynlora_cli.data.mix import Span, mix_notes, spans_of
 from dynlora_cli.data.read import Reader, TaskOfRows, read
 from dynlora_cli.data.retrieve import put_passages
 from dynlora_cli.data.sources import BUILT_IN
-from dynlora_cli.data.splits import Kept, advice_for, class_names, note_shared, number_labels, reasons_of, split
+from dynlora_cli.data.splits import (
+    Kept,
+    advice_for,
+    class_names,
+    counts_of,
+    note_shared,
+    number_labels,
+    reasons_of,
+    split,
+)
+from dynlora_cli.data.streaming.stream import Stream
 from dynlora_cli.data.vocabulary import Vocabulary
 from dynlora_cli.errors import DataError
 from dynlora_cli.text import counted
@@ -55,6 +66,7 @@ class Data:
         replay: of which runs they are, how many of each and their hashes, for the record.
         retrieval: what was looked for and found; None without `dataset.retrieve`.
         prior: what the task lets the model learn beside the rows so that it keeps it, for the record.
+        stream: gives the rows that come after `train`, where they are not all read before the run begins.
     """
 
     train: list[Example]
@@ -72,6 +84,7 @@ class Data:
     replay: dict[str, Any] | None = None
     retrieval: dict[str, Any] | None = None
     prior: dict[str, Any] | None = None
+    stream: Stream | None = None
 
     @property
     def kind(self) -> type[Example]:
@@ -122,27 +135,33 @@ def load_data(
         UsageError: a missing file. MachineError: a hub data set that cannot be reached.
     """
     reader = _reader(dataset, tokenizer, task, max_length, writing or Writing(), table, seed)
-    train, dropped = read(reader, dataset.train, held_out=False)
+    stream = Stream(reader, _share_held_out(dataset)) if dataset.streaming else None
+    train, dropped = stream.opening() if stream else read(reader, dataset.train, held_out=False)
     labels = labels or task.outputs
     if task.has_classes:
         labels = labels or list(reader.writing.labels)
         labels = labels or class_names(train, num_labels, own_classes, reader.notes)
-    train, val, val_dropped = _held_out(reader, train, seed)
+    train, val, val_dropped = _held_out(reader, train, seed, stream)
     train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
     parts, lost = {"train": train, "val": val, "sizing": sizing_rows}, {"train": dropped, "val": val_dropped}
     retrieval = put_passages(reader, seed, parts, lost, told=not to_measure)
     if labels is not None and task.has_classes:
         number_labels([kept for part in parts.values() for kept in part], labels, reader.notes)
     _describe(reader, parts, seed)
-    counts = {part: _counts(parts[part], lost[part]) for part in lost}
+    counts = {part: counts_of(parts[part], lost[part]) for part in lost}
     _check_supervised(counts, reader, to_measure)
     _note_writing(reader)
     training, measured, sized = (_settled(reader, part) for part in parts.values())
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
     data.prompts, data.retrieval = {part: [kept.prompt for kept in parts[part]] for part in lost}, retrieval
-    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), reader.max_length)
-    data.spans = spans_of(parts["train"], dataset.train)
+    files = stream.files if stream else None
+    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), reader.max_length, files)
+    data.spans = [] if stream else spans_of(parts["train"], dataset.train)
     data.notes = list(dict.fromkeys([*reader.notes, *mix_notes(data.spans)]))
+    if stream:
+        stream.settle(training, counts["train"], parts["sizing"], labels, data.writing)
+        data.stream = stream
+        data.notes.append(stream.note)
     return data
 
 
@@ -158,12 +177,22 @@ def _reader(
     if dataset.chat_template:
         tokenizer.chat_template = read_template(dataset.chat_template)
     limit = min(dataset.max_length, max_length or dataset.max_length)
+    if dataset.streaming:
+        tokenizer = copy.deepcopy(tokenizer)  # of the thread that reads on while the run uses its own
     encoder = task.encoder(tokenizer, dataset.train_on, limit)
     encoder.reads = max_length
     return Reader(dataset, tokenizer, task, limit, encoder, writing, Vocabulary(tokenizer, table), seed)
 
 
-def _held_out(reader: Reader, train: list[Kept], seed: int) -> tuple[list[Kept], list[Kept], int]:
+def _share_held_out(dataset: Dataset) -> float:
+    """The share of the training rows' prompts to hold out, where nothing else is measured on."""
+    own = dataset.val or all(source.path in BUILT_IN for source in dataset.train)
+    return 0.0 if own else dataset.val_size
+
+
+def _held_out(
+    reader: Reader, train: list[Kept], seed: int, stream: Stream | None
+) -> tuple[list[Kept], list[Kept], int]:
     """Rows to train on, rows to measure on, and how many of the latter were dropped as they were read."""
     dataset = reader.dataset
     val, dropped = read(reader, dataset.val, held_out=True)
@@ -172,7 +201,7 @@ def _held_out(reader: Reader, train: list[Kept], seed: int) -> tuple[list[Kept],
     elif all(source.path in BUILT_IN for source in dataset.train):
         val, dropped = read(reader, dataset.train[:1], held_out=True, limited=False)
     else:
-        train, val = split(train, dataset.val_size, seed, reader.notes)
+        train, val = stream.split(train) if stream else split(train, dataset.val_size, seed, reader.notes)
     return train, val, dropped
 
 
@@ -242,17 +271,6 @@ def _written(reader: Reader) -> Writing:
 # -- counts ----------------------------------------------------------------------------------------------------------
 
 
-def _counts(rows: list[Kept], dropped: int) -> dict[str, int]:
-    return {
-        "rows": len(rows),
-        "tokens": sum(row.example.tokens for row in rows),
-        "supervised": sum(row.example.supervised() for row in rows),
-        "truncated": sum(row.truncated for row in rows),
-        "cut_answers": sum(row.cut_answer for row in rows),
-        "dropped": dropped,
-    }
-
-
 def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader, to_measure: bool) -> None:
     """Refuse a run that could learn nothing; tell what was lost."""
     train, notes, limit = counts["train"], reader.notes, reader.max_length
@@ -270,8 +288,10 @@ def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader, to_meas
             notes.append(f"{where}: {counted(count['dropped'], 'row')} dropped: {reasons}")
 
 
-def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
-    options = [dataset.train_on, dataset.overlong, limit, template, data.labels]
+def _digest(data: Data, dataset: Dataset, template: str, limit: int, files: list[list[str]] | None) -> str:
+    options: list[Any] = [dataset.train_on, dataset.overlong, limit, template, data.labels]
+    if files is not None:  # whose rows are not read yet
+        options.append(files)
     digest = hashlib.sha256(json.dumps(options).encode())
     for name, examples in (("train", data.train), ("val", data.val)):
         digest.update(name.encode())

@@ -82,7 +82,7 @@ def read(reader: Reader, sources: Sequence[Source], *, held_out: bool, limited: 
             ways, own = Ways.of(reader.dataset, source), list[Kept]()
             account = Account(source, reader.dataset.retrieve is not None, ways)
             for table in tables(source, reader.notes, held_out=held_out):
-                for place, draft in _drafts(reader, source, table, account):
+                for place, draft in drafts(reader, source, table, account):
                     row = fit(reader, place, draft, next(numbers))
                     if isinstance(row, Kept):
                         row.source = number
@@ -105,27 +105,34 @@ def _limited(reader: Reader, source: Source, rows: list[Kept]) -> list[Kept]:
     return chosen(rows, source.rows, reader.seed)
 
 
-def _drafts(reader: Reader, source: Source, table: Table, account: Account) -> Iterator[tuple[str, Draft]]:
-    """Tokens of a table's rows, tokenised a thousand at a time."""
+def drafts(
+    reader: Reader, source: Source, table: Table, account: Account, *, skip: int = 0
+) -> Iterator[tuple[str, Draft]]:
+    """Tokens of a table's rows, tokenised a thousand at a time; without the first `skip`, which are read all the same.
+
+    How rows are read is decided by the first of the table, whatever is skipped.
+    """
     rows = ((place, renamed(row, source.columns, place)) for place, row in table.read())
     place, first = next(rows)  # a table without rows has raised
     form = _format(reader, source, table, place, first, account)
     if table.whole_text:
         account.enter(place, first, form)
         reader.forms.add(Plain.__name__)
-        for number, draft in enumerate(reader.encoder.pieces(place, str(first["text"])), 1):
+        pieces = enumerate(reader.encoder.pieces(place, str(first["text"])), 1)
+        for number, draft in itertools.islice(pieces, skip, None):
             yield f"{place}, piece {number}", draft
         return
     opening = [(place, first), *itertools.islice(rows, _CHUNK - 1)]
     has_template = _as_turns(reader, table, form, [row for _, row in opening])
-    whole = (located(form, place, row, has_template, account) for place, row in itertools.chain(opening, rows))
+    wanted = itertools.islice(itertools.chain(opening, rows), skip, None)
+    whole = (located(form, place, row, has_template, account) for place, row in wanted)
     read = (part for row in whole for part in reader.encoder.apart(replace(row, home=table.home)))
     while batch := [_apart(reader, form, row) for row in itertools.islice(read, _CHUNK)]:
-        drafts = reader.encoder.encode(batch)
-        for row, draft in zip(batch, drafts, strict=True):
+        found = reader.encoder.encode(batch)
+        for row, draft in zip(batch, found, strict=True):
             draft.confidence = 1.0 if row.confidence is None else row.confidence
             draft.located = row if reader.dataset.retrieve else None
-        yield from zip((row.place for row in batch), drafts, strict=True)
+        yield from zip((row.place for row in batch), found, strict=True)
         batch = [_without_context(row) for row in batch]
         reader.forms.add(type(batch[0].form).__name__)
         _note_form(reader, table, batch)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dynlora_cli.config.adapter_section import LIBRARY_ROWS
 from dynlora_cli.data import builtin as stdlib_docs
@@ -67,13 +67,14 @@ class Table:
     home: Path | None = None
 
 
-def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
+def tables(source: Source, notes: list[str], *, held_out: bool, streamed: bool = False) -> list[Table]:
     """The tables of one source; a folder has one for each file.
 
     Args:
         source: path, split, hub config.
         notes: what was chosen or left out is added here.
         held_out: whether validation rows are asked for; the built-in set keeps its own.
+        streamed: a hub data set is read as it comes, and not downloaded first.
 
     Raises:
         UsageError: a local file is missing.
@@ -90,7 +91,7 @@ def tables(source: Source, notes: list[str], *, held_out: bool) -> list[Table]:
         part: Literal["train", "val"] = "val" if held_out or source.split != "train" else "train"
         return [Table(name, lambda: numbered(name, BUILT_IN[name](part)), home=Path())]
     if not is_local(source.path):
-        return [_hub(source)]
+        return [_hub(source, streamed=streamed)]
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _of_folder(path, source.split, notes)
@@ -250,13 +251,14 @@ def _table(path: Path, notes: list[str]) -> Table:
     return Table(str(path), lambda: read_rows(path, notes), whole_text=whole_text, home=path.parent)
 
 
-def _hub(source: Source) -> Table:
+def _hub(source: Source, *, streamed: bool) -> Table:
     """A hub data set; class labels stored as numbers come back as their names."""
     import datasets
 
     called = f"{source.path} ({source.name})" if source.name else source.path
     try:
-        data = datasets.load_dataset(source.path, source.name, split=source.split)
+        how = {"streaming": True} if streamed else {}
+        data: Any = datasets.load_dataset(source.path, source.name, split=source.split, **how)
     except (FileNotFoundError, ConnectionError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise MachineError(
@@ -274,15 +276,34 @@ def _hub(source: Source) -> Table:
         ) from error
     except ValueError as error:  # unknown split or configuration: the library lists what there is
         raise DataError(f"dataset {called}, split {source.split!r}: {error}") from error
-    if len(data) == 0:
+    if not streamed and len(data) == 0:
         raise DataError(f"dataset {called}, split {source.split!r}: no rows")
-    classes = {name: kind for name, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)}
+    features = data.features or {}  # of a stream of files that do not say what is in them, nobody knows before
+    classes = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     # Objects that are stored as JSON have no keys but their own: a null there is meant.
-    filled = {name for name, kind in data.features.items() if "Json(" not in repr(kind)}
+    meant = {name for name, kind in features.items() if "Json(" in repr(kind)}
 
     def read(row: Row) -> Row:
         given = {name: row[name] for name in classes if row[name] is not None and row[name] >= 0}
-        whole = {name: unfilled(value) if name in filled else value for name, value in row.items()}
+        whole = {name: value if name in meant else unfilled(value) for name, value in row.items()}
         return whole | {name: classes[name].int2str(number) for name, number in given.items()}
 
-    return Table(called, lambda: numbered(called, map(read, data)))
+    return Table(called, lambda: numbered(called, map(read, _coming(called, data) if streamed else data)))
+
+
+def _coming(called: str, data: Iterable[Row]) -> Iterator[Row]:
+    """The rows of a hub data set as they come.
+
+    Raises:
+        DataError: there are none. MachineError: the hub can no longer be reached.
+    """
+    number = 0
+    try:
+        for row in data:
+            number += 1
+            yield row
+    except OSError as error:  # those of `requests` are such as well
+        text = f"dataset {called}: cannot be read any further after row {number} ({error})"
+        raise MachineError(text, "look whether the hub can be reached") from error
+    if not number:
+        raise DataError(f"dataset {called}: no rows")

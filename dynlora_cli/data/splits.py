@@ -38,6 +38,18 @@ class Kept:
     located: Located | None = None
 
 
+def counts_of(rows: list[Kept], dropped: int) -> dict[str, int]:
+    """What the record of a run says of rows, and how many were dropped."""
+    return {
+        "rows": len(rows),
+        "tokens": sum(row.example.tokens for row in rows),
+        "supervised": sum(row.example.supervised() for row in rows),
+        "truncated": sum(row.truncated for row in rows),
+        "cut_answers": sum(row.cut_answer for row in rows),
+        "dropped": dropped,
+    }
+
+
 def reasons_of(lost: Counter[str]) -> list[str]:
     """How many rows were dropped for each reason, the most frequent first."""
     return [f"{counted(count, 'row')} {reason}" for reason, count in lost.most_common()] or ["all rows are held out"]

@@ -118,6 +118,9 @@ class Data(TypedDict, total=False):
     """Where rows of earlier runs are replayed: the share, and of each run its folder, rows, draws and sha256."""
     prior: dict[str, Any]
     """Where pictures that the pipeline drew are learned beside the rows: their caption, how many, and their weight."""
+    stream: dict[str, Any]
+    """With `dataset.streaming`: rows in memory at a time, blocks and rows read, whole passes, rows left out; `counts`
+    and `train_rows` are then of the rows that were read, each once."""
     retrieval: dict[str, Any] | None
     """With `dataset.retrieve`: the corpus and its hash, the retriever, and how often it found the right passage."""
 

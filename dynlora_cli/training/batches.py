@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.packing_check import packed_mask_dtype
+from dynlora_cli.data.streaming.batches import StreamBatches
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.load import Base
 from dynlora_cli.text import counted
@@ -27,9 +29,18 @@ ENOUGH_STEPS, FEWEST_STEPS, MOST_PASSES = 1000, 75, 4
 
 
 def training_batches(recipe: Recipe, data: Data, base: Base, accelerator: Accelerator | None = None) -> Batches:
-    """The batches that a run trains on: its own rows by their weights, and those of earlier runs."""
+    """The batches that a run trains on: its rows by their weights, those of earlier runs; of a stream the first."""
     examples = data.train + data.replayed
     return make_batches(recipe, examples, base, shuffle=True, accelerator=accelerator, spans=data.spans)
+
+
+def run_batches(recipe: Recipe, data: Data, base: Base, accelerator: Accelerator) -> Batches | StreamBatches:
+    """The batches of a whole run, those of rows that are read while it trains as well."""
+    if data.stream is None:
+        return training_batches(recipe, data, base, accelerator)
+    make = partial(make_batches, recipe, base=base, shuffle=True, accelerator=accelerator)
+    assert recipe.train.max_steps is not None
+    return StreamBatches(data, data.stream, make, recipe.train.max_steps)
 
 
 def make_batches(
@@ -73,7 +84,7 @@ def make_batches(
     )
 
 
-def total_steps(recipe: Recipe, batches: Batches) -> int:
+def total_steps(recipe: Recipe, batches: Batches | StreamBatches) -> int:
     """Optimizer steps of the whole run."""
     return recipe.train.max_steps or passes(recipe.train, batches.steps_per_epoch) * batches.steps_per_epoch
 
@@ -92,7 +103,7 @@ def passes(train: Train, steps_per_epoch: int) -> int:
     return min(MOST_PASSES, max(2, -(-FEWEST_STEPS // steps_per_epoch)))
 
 
-def passes_note(train: Train, batches: Batches, *, watched: bool) -> list[str]:
+def passes_note(train: Train, batches: Batches | StreamBatches, *, watched: bool) -> list[str]:
     """What to say of a run that chose its length; `watched` where rows are held out."""
     if not chose_passes(train):
         return []

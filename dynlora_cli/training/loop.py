@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 
-from dynlora_cli.errors import Interrupted
+from dynlora_cli.errors import Interrupted, MachineError, UsageError
 from dynlora_cli.execution.interrupt import interruptible
 from dynlora_cli.runs import events
 from dynlora_cli.training import samples
@@ -32,8 +32,8 @@ def fit(run: Run) -> None:
         Interrupted: Ctrl-C, after the step in hand was finished and saved.
         MeasureError: the loss or the gradient is not finite.
     """
-    window, saved_at = Window(), time.monotonic()
-    with run.random, interruptible() as interrupted:
+    window, saved_at, saved_step = Window(), time.monotonic(), run.progress.step
+    with run.reading(), run.random, interruptible() as interrupted:
         remember_references(run, interrupted)
         if note := few_evaluations(run):
             run.note(note)
@@ -42,6 +42,7 @@ def fit(run: Run) -> None:
         if run.progress.learning_rate is None:
             window = settle_rate(run, interrupted)
         while not _finished(run):
+            _fetch_rows(run, saved_step)
             record = advance(run, window, interrupted)
             evaluated = evaluation_due(run)
             if evaluated:
@@ -51,7 +52,7 @@ def fit(run: Run) -> None:
             leaving = _finished(run) or record["stop"]
             if leaving or _save_due(run, evaluated, time.monotonic() - saved_at):
                 run.save(run)
-                saved_at = time.monotonic()
+                saved_at, saved_step = time.monotonic(), run.progress.step
             if leaving:
                 # Processes that leave wait until the save is done. At other saves none waits: by their clocks,
                 # processes may not even agree on when one is due.
@@ -63,6 +64,29 @@ def fit(run: Run) -> None:
                 )
     if _out_of_patience(run):
         run.note(f"no better for {run.progress.evaluations_since_best} evaluations: done")
+
+
+def _fetch_rows(run: Run, saved_step: int) -> None:
+    """Where rows are read while the run trains, have those of the next step.
+
+    Raises:
+        DataError, UsageError, MachineError: they cannot be read; what was trained is saved.
+    """
+    if run.stream is None:
+        return
+    try:
+        run.stream.fetch(run.progress.step)
+    except (UsageError, MachineError) as error:
+        if not run.progress.step:
+            raise
+        if run.progress.step != saved_step:
+            run.save(run)
+            run.accelerator.wait_for_everyone()
+        then = f"{error.hint}; then go on with --resume" if error.hint else "mend that, then go on with --resume"
+        message = f"{error.message} (after step {run.progress.step} of {run.total_steps}, which is saved)"
+        raise type(error)(message, then) from error
+    for text in run.stream.notes():
+        run.note(text)
 
 
 def _measure_before(run: Run) -> None:

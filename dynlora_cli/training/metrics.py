@@ -68,7 +68,7 @@ def log_window(run: Run, window: Window) -> None:
         "tokens": progress.tokens,
         "tokens_per_second": sum(window.tokens) / sum(window.seconds),
         "step_seconds": statistics.median(window.seconds),
-        "epoch": progress.step / run.batches.steps_per_epoch,
+        "epoch": run.batches.epochs_after(progress.step),
         "memory_bytes": memory_in_use(run.accelerator.device),
         **held,
         "seconds": progress.seconds,

@@ -40,7 +40,6 @@ from dynlora_cli.training.run import Progress, Run
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Model
-    from dynlora_cli.data.load import Data
     from dynlora_cli.lora.start import Start
     from dynlora_cli.models.load import Base
 
@@ -77,6 +76,8 @@ def write_checkpoint(training: Run, folder: Path, run: str | None) -> None:
                 "parameters": training.trained.parameters,
                 "scaler": training.accelerator.scaler.state_dict() if training.accelerator.scaler else None,
             }
+            if training.stream:
+                position["stream"] = training.stream.place(progress.step)
             averages = training.control.state_dict() | training.objective.state_dict()
             write_state(temporary, training.parameters, training.optimizer, averages, position)
         run_folder.point(folder, "last", progress.step)
@@ -111,6 +112,8 @@ def finish(folder: Path, record: Record, training: Run, summary: dict[str, Any])
         summary=summary,
     )
     record.update(end)
+    if training.stream:  # which has read more by now
+        record["data"] = _data_on_record(training)
     if training.accelerator.is_main_process:
         run_folder.refuse_gone(folder)
         for name in FOR_PEOPLE:
@@ -141,7 +144,7 @@ def identity(before: Mapping[str, Any] | None) -> str | None:
 
 def start_record(training: Run, run: str | None) -> Record:
     """dynlora.json as far as it is known before training; `run` is the run's identity."""
-    recipe, base, data = training.recipe, training.base, training.data
+    recipe, base = training.recipe, training.base
     template, schedule = base.tokenizer.chat_template, training.control.schedule
     started = records.now()
     altered = training.start.altered_births if training.start else 0
@@ -158,7 +161,7 @@ def start_record(training: Run, run: str | None) -> Record:
         history=list(zip(schedule.steps, schedule.targets, strict=True)),
         recipe=recipe.model_dump(mode="json"),
         recipe_yaml=to_yaml(recipe),
-        data=_data_on_record(data),
+        data=_data_on_record(training),
         tokenizer_sha256=tokenizer_sha256(base.tokenizer),
         chat_template_sha256=sha256_of_text(str(template)) if template else None,
         versions={
@@ -223,10 +226,11 @@ def _budget_on_record(training: Run, start: Start) -> records.Budget:
     )
 
 
-def _data_on_record(data: Data) -> records.Data:
+def _data_on_record(training: Run) -> records.Data:
+    data = training.data
     found = records.Data(
         counts=data.counts,
-        train_rows=len(data.train),
+        train_rows=data.counts["train"]["rows"] if training.stream else len(data.train),
         val_rows=len(data.val),
         sha256=data.sha256,
         date=data.writing.date,
@@ -243,6 +247,8 @@ def _data_on_record(data: Data) -> records.Data:
         found["replay"] = data.replay
     if data.prior:
         found["prior"] = data.prior
+    if training.stream:
+        found["stream"] = training.stream.on_record()
     return found
 
 
@@ -260,7 +266,7 @@ def start_event(training: Run) -> dict[str, Any]:
         "device": _device_name(training.accelerator.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "steps": training.total_steps,
-        "epochs": training.total_steps / training.batches.steps_per_epoch,
+        "epochs": None if training.stream else training.batches.epochs_after(training.total_steps),
         "train_rows": len(data.train),
         "val_rows": len(data.val),
         "objective": training.task.objective,
@@ -328,6 +334,8 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
         }
     if not each_once(training.data.spans):
         summary["mix"] = mix_on_record(training.data.spans)
+    if training.stream:
+        summary["stream"] = training.stream.on_record()
     return summary | {
         "seconds": progress.seconds,
         "tokens": progress.tokens,

@@ -110,6 +110,8 @@ def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) ->
     if training.accelerator.scaler:
         training.accelerator.scaler.load_state_dict(position["scaler"])
     training.progress = Progress(**({"learning_rate": training.progress.learning_rate} | position["progress"]))
+    if training.stream:
+        training.stream.go_to(position["stream"])
     training.trained.stand_after(training.progress.step, training.total_steps)
     if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
         training.random.restart(training.recipe.seed + rank + 1_000_003 * training.progress.step)

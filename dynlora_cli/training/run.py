@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dynlora_cli.data.streaming.batches import StreamBatches
 from dynlora_cli.runs import events
 from dynlora_cli.tasks import task as tasks
 
@@ -101,7 +103,7 @@ class Run:
     start: Start | None
     optimizer: torch.optim.Optimizer
     control: Control
-    batches: Batches
+    batches: Batches | StreamBatches
     val_batches: Batches | None
     total_steps: int
     save: Callable[[Run], None]
@@ -126,10 +128,24 @@ class Run:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    @property
+    def stream(self) -> StreamBatches | None:
+        """Its batches, where rows are read while it trains."""
+        return self.batches if isinstance(self.batches, StreamBatches) else None
+
     @cached_property
     def task(self) -> Task:
         """What the model is trained to do."""
         return tasks.of(self.recipe.model, self.recipe.train)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside the block rows may be read ahead."""
+        try:
+            yield
+        finally:
+            if self.stream:
+                self.stream.close()
 
     def note(self, text: str) -> None:
         """Leave a note in the run's log."""

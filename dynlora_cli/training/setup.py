@@ -44,7 +44,7 @@ from dynlora_cli.tasks import task as tasks
 from dynlora_cli.tasks.loss import evaluating, summed_loss
 from dynlora_cli.text import counted, size
 from dynlora_cli.training import samples
-from dynlora_cli.training.batches import make_batches, on_device, passes_note, total_steps, training_batches
+from dynlora_cli.training.batches import make_batches, on_device, passes_note, run_batches, total_steps
 from dynlora_cli.training.optimizers import check_optimizer, make_optimizer
 from dynlora_cli.training.replay import runs_to_replay
 from dynlora_cli.training.routers import read_own_rows, reads_own_rows
@@ -239,7 +239,7 @@ def make_run(
     objectives.hang(objective, [*data.train, *data.val, *data.sizing, *data.replayed])
     groups = trained.groups(base.model)
     optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
-    batches = training_batches(recipe, data, base, accelerator)
+    batches = run_batches(recipe, data, base, accelerator)
     steps = total_steps(recipe, batches)
     data.notes += passes_note(recipe.train, batches, watched=bool(data.val))
     control: Control = NoControl()

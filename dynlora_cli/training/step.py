@@ -49,9 +49,10 @@ def _passed_back(run: Run, number: int, micro_batches: list[Batch], supervised: 
     return losses
 
 
-def not_finite(what: str, batches: list[Batch]) -> MeasureError:
+def not_finite(run: Run, what: str, batches: list[Batch]) -> MeasureError:
     """The error, alike in all processes, with the rows of each."""
-    rows = gather_object([row for batch in batches for row in batch.rows])
+    name = run.stream.name if run.stream else int
+    rows = gather_object([name(row) for batch in batches for row in batch.rows])
     return MeasureError(
         f"{what}, on rows {rows} of the training data",
         f"{LOWER_RATE}, or look at those rows; the last checkpoint is untouched",
@@ -79,7 +80,7 @@ def finish_gradient(run: Run, number: int, micro_batches: list[Batch]) -> float 
         return norm
     if scaler is not None:
         return None
-    raise not_finite(f"the gradient of step {number} is {norm}", micro_batches)
+    raise not_finite(run, f"the gradient of step {number} is {norm}", micro_batches)
 
 
 def gradient_norm(run: Run) -> float:
@@ -168,7 +169,7 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
     loss, stop_votes = run.total(sum(losses), interrupted())
     if not math.isfinite(loss):
         batches = zip(micro_batches, losses, strict=True)
-        raise not_finite(f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
+        raise not_finite(run, f"the loss of step {number} is {loss}", [b for b, x in batches if not math.isfinite(x)])
     norm = finish_gradient(run, number, micro_batches)
     if norm is not None:  # None: fp16 overflowed and the scaler skips this step
         run.control.observe(number, supervised, run.reduce)
