@@ -198,6 +198,8 @@ def untaught(new: NewTokens, data: Data) -> list[str]:
     if not lacking:
         return []
     what = "stands" if len(lacking) == 1 else "stand"
+    if data.stream:
+        return [f"adapter.new_tokens: {', '.join(lacking)} {what} in none of the rows that are read at first"]
     return [
         f"adapter.new_tokens: {', '.join(lacking)} {what} in none of the rows that are trained on, so nothing teaches "
         "what it means" + (": look at its spelling, and at dataset.chat_template" if len(lacking) == 1 else "")

@@ -52,6 +52,9 @@ def own_rows(
     first = next(iter(runs.values()))
     data = Data([], [], None, [], {}, "", forms=set(), writing=first.writing, prompts={"train": [], "val": []})
     for name, run in runs.items():
+        if run.stream:
+            text = f"dataset: builtin:library: {name} read its rows while it trained (dataset.streaming)"
+            raise UsageError(text, NAME_THEM)
         if run.labels is not None:
             raise UsageError(f"dataset: builtin:library: {name} was trained on classes, not on texts", NAME_THEM)
         for example in (*run.train, *run.val):

@@ -354,6 +354,8 @@ class SharedRows:
 
             data = load_data(dataset, tokenizer, writing=writing, task=task, **how)
             self.read += 1
+            if data.stream:  # which each run reads on by itself
+                return data
             while len(self.kept) >= MOST_KEPT:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = pickle.dumps((data, _state_of(tokenizer)), pickle.HIGHEST_PROTOCOL)

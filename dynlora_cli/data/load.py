@@ -137,10 +137,7 @@ def load_data(
     reader = _reader(dataset, tokenizer, task, max_length, writing or Writing(), table, seed)
     stream = Stream(reader, _share_held_out(dataset)) if dataset.streaming else None
     train, dropped = stream.opening() if stream else read(reader, dataset.train, held_out=False)
-    labels = labels or task.outputs
-    if task.has_classes:
-        labels = labels or list(reader.writing.labels)
-        labels = labels or class_names(train, num_labels, own_classes, reader.notes)
+    labels = labels or _classes(reader, train, num_labels, own_classes)
     train, val, val_dropped = _held_out(reader, train, seed, stream)
     train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
     parts, lost = {"train": train, "val": val, "sizing": sizing_rows}, {"train": dropped, "val": val_dropped}
@@ -154,14 +151,11 @@ def load_data(
     training, measured, sized = (_settled(reader, part) for part in parts.values())
     data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
     data.prompts, data.retrieval = {part: [kept.prompt for kept in parts[part]] for part in lost}, retrieval
-    files = stream.files if stream else None
-    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), reader.max_length, files)
-    data.spans = [] if stream else spans_of(parts["train"], dataset.train)
+    data.spans, data.stream = [] if stream else spans_of(parts["train"], dataset.train), stream
+    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), reader.max_length)
     data.notes = list(dict.fromkeys([*reader.notes, *mix_notes(data.spans)]))
     if stream:
-        stream.settle(training, counts["train"], parts["sizing"], labels, data.writing)
-        data.stream = stream
-        data.notes.append(stream.note)
+        data.notes.append(stream.settle(training, counts["train"], parts["sizing"], labels, data.writing))
     return data
 
 
@@ -182,6 +176,15 @@ def _reader(
     encoder = task.encoder(tokenizer, dataset.train_on, limit)
     encoder.reads = max_length
     return Reader(dataset, tokenizer, task, limit, encoder, writing, Vocabulary(tokenizer, table), seed)
+
+
+def _classes(
+    reader: Reader, train: list[Kept], num_labels: int | None, own_classes: list[str] | None
+) -> list[str] | None:
+    """Names of the outputs of a model that has some: those of the task, of the run that goes on, or of the rows."""
+    if reader.task.outputs or not reader.task.has_classes:
+        return reader.task.outputs
+    return list(reader.writing.labels) or class_names(train, num_labels, own_classes, reader.notes)
 
 
 def _share_held_out(dataset: Dataset) -> float:
@@ -288,10 +291,10 @@ def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader, to_meas
             notes.append(f"{where}: {counted(count['dropped'], 'row')} dropped: {reasons}")
 
 
-def _digest(data: Data, dataset: Dataset, template: str, limit: int, files: list[list[str]] | None) -> str:
+def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
     options: list[Any] = [dataset.train_on, dataset.overlong, limit, template, data.labels]
-    if files is not None:  # whose rows are not read yet
-        options.append(files)
+    if data.stream:  # the rows of whose files are not read yet
+        options.append(data.stream.files)
     digest = hashlib.sha256(json.dumps(options).encode())
     for name, examples in (("train", data.train), ("val", data.val)):
         digest.update(name.encode())

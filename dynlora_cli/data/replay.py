@@ -86,6 +86,12 @@ def _kinds(data: Data) -> str:
 
 def _learned(run: Earlier, own: Data) -> list[Example]:
     """The rows that a run trained on, with the numbers that their classes have now."""
+    if run.data.stream:
+        raise UsageError(
+            f"the run in {run.folder} read its rows while it trained (dataset.streaming), and replayed rows are drawn "
+            "among all of a run",
+            "name some of its rows under dataset.train instead, with `rows`, and leave dataset.replay out",
+        )
     if run.data.kind is not own.kind:
         raise UsageError(
             f"the run in {run.folder} learned from other rows: {_kinds(run.data)}, and these are {_kinds(own)}",

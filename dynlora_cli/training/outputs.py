@@ -241,22 +241,27 @@ def _data_on_record(training: Run) -> records.Data:
         labels=data.labels,
         retrieval=data.retrieval,
     )
-    if not each_once(data.spans):
-        found["mix"] = mix_on_record(data.spans)
     if data.replay:
         found["replay"] = data.replay
     if data.prior:
         found["prior"] = data.prior
-    if training.stream:
-        found["stream"] = training.stream.on_record()
+    found.update(_rows_of(training))
     return found
+
+
+def _rows_of(training: Run) -> records.Data:
+    """Which rows came up, where that is not each of them once an epoch."""
+    if training.stream:
+        return records.Data(stream=training.stream.on_record())
+    spans = training.data.spans
+    return records.Data() if each_once(spans) else records.Data(mix=mix_on_record(spans))
 
 
 def start_event(training: Run) -> dict[str, Any]:
     """What is about to be trained, for the console."""
     recipe, base, data, start = training.recipe, training.base, training.data, training.start
     trained = training.trained
-    facts = {
+    facts: dict[str, Any] = {
         "name": Path(recipe.output_dir).name,
         "output_dir": recipe.output_dir,
         "model": recipe.model.name_or_path,
@@ -278,6 +283,7 @@ def start_event(training: Run) -> dict[str, Any]:
         "scale": next(iter(trained.layers.values())).scale if trained.layers else None,
         "held_out": [result for result in (training.progress.first, training.progress.last) if result],
     }
+    facts |= {"stream": training.stream.on_record()} if training.stream else {}
     layers = [
         {"name": name, "d_in": layer.in_features, "d_out": layer.out_features, "components": layer.count}
         for name, layer in trained.layers.items()
@@ -332,11 +338,8 @@ def summarize(training: Run, folder: Path, kind: str, saved: dict[str, Any] | No
             "ranks": dict(trained.counts),
             "importance": {name: layer.energy() for name, layer in trained.layers.items()},
         }
-    if not each_once(training.data.spans):
-        summary["mix"] = mix_on_record(training.data.spans)
-    if training.stream:
-        summary["stream"] = training.stream.on_record()
     return summary | {
+        **_rows_of(training),
         "seconds": progress.seconds,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / (progress.seconds - progress.rate_seconds),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_run import make_recipe, model_folder, train, write_rows
 
+from dynlora_cli.adapters.base import find_base, read_tokenizer
+from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.commands.dry_run import plan as dry_run
 from dynlora_cli.errors import DataError, Interrupted, UsageError
+from dynlora_cli.evaluation.rows import held_out_rows
 from dynlora_cli.runs.folder import read_record
 
 STREAM = ("dataset.streaming=true", "dataset.shuffle_buffer=12", "dataset.val_size=0", "eval.steps=null")
@@ -66,3 +69,88 @@ def test_a_stop_anywhere_leaves_the_same_bytes(home: Path, tmp_path: Path):
             **read_record(tmp_path / "at-once")["data"],
             "date": read_record(tmp_path / f"stopped-{at}")["data"]["date"],
         }
+
+
+def test_rows_of_held_out_prompts_are_never_trained_on(home: Path, tmp_path: Path):
+    recipe = recipe_of(home, tmp_path, "dataset.streaming=true", "dataset.shuffle_buffer=8", "dataset.val_size=0.25")
+    summary, _ = train(recipe)
+    data = read_record(tmp_path / "out")["data"]
+    held, left = data["val_rows"], summary["stream"]["left_out"]
+    assert held
+    assert left
+    assert summary["stream"]["passes"] == 1
+    assert data["counts"]["train"]["rows"] == 28 - held - left
+    rows = evaluated(tmp_path / "out")
+    assert len(rows.examples) == held
+    assert not any("changed" in note for note in rows.notes)
+
+
+def evaluated(folder: Path) -> Any:
+    """The held-out rows of a run, as `dynlora eval` reads them."""
+    adapter = read_adapter(folder)
+    place = find_base(adapter)
+    return held_out_rows(adapter, place, read_tokenizer(adapter, place))
+
+
+def test_a_bad_row_ends_the_run_with_all_saved(home: Path, tmp_path: Path):
+    shutil.copytree(home / "parts", tmp_path / "parts")
+    options = (*STREAM, "dataset.shuffle=false", "dataset.shuffle_buffer=8", f"dataset.train={tmp_path / 'parts'}")
+    recipe = recipe_of(home, tmp_path, *options)
+    whole = (tmp_path / "parts/c.jsonl").read_text(encoding="utf-8")
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "parts/c.jsonl").write_text("".join([*lines[:9], '{"prompt": 3}\n', *lines[10:]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"c\.jsonl:10: .* \(after step 2 of 12, which is saved\)") as caught:
+        train(recipe)
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith("then go on with --resume")
+    (tmp_path / "parts/c.jsonl").write_text(whole, encoding="utf-8")
+    train(recipe, resume=True)
+    train(recipe_of(home, tmp_path, *options, out="at-once"))
+    assert adapter(tmp_path) == adapter(tmp_path, "at-once")
+
+
+def test_resuming_on_other_rows_is_refused(home: Path, tmp_path: Path):
+    shutil.copytree(home / "parts", tmp_path / "parts")
+    recipe = recipe_of(home, tmp_path, *STREAM, "dataset.shuffle=false", f"dataset.train={tmp_path / 'parts'}")
+    with pytest.raises(Interrupted):
+        train(recipe, interrupt_at=4)
+    path = tmp_path / "parts/c.jsonl"
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole.replace("12:", "twelve:"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"the rows that the run was at \(.*c\.jsonl:1 and those with it\) are not"):
+        train(recipe, resume=True)
+    path.write_text(whole, encoding="utf-8")
+    path.rename(path.with_name("d.jsonl"))
+    with pytest.raises(UsageError, match="the rows, or how they are read, have changed"):
+        train(recipe, resume=True)
+
+
+def test_trials_of_the_learning_rate_walk_back_to_the_first_block(home: Path, tmp_path: Path):
+    options = ("train.max_steps=140", "train.learning_rate=auto", "train.warmup_steps=1", "pruning.start=0.9")
+    found = [*STREAM, *options, "pruning.end=0.95", "dataset.shuffle_buffer=8"]
+    summary, _ = train(recipe_of(home, tmp_path, *found))
+    assert summary["learning_rate_from"].startswith("race")
+    rate = f"train.learning_rate={summary['learning_rate']}"
+    train(recipe_of(home, tmp_path, *found, rate, out="told"))
+    assert adapter(tmp_path) == adapter(tmp_path, "told")
+
+
+def test_a_dry_run_reads_the_first_block_alone(home: Path, tmp_path: Path):
+    shutil.copytree(home / "parts", tmp_path / "parts")
+    (tmp_path / "parts/b.jsonl").write_text("no row\n", encoding="utf-8")  # after the 9 rows of a.jsonl
+    options = ("dataset.streaming=true", "dataset.shuffle_buffer=8", "dataset.shuffle=false", "eval.steps=null")
+    found = dry_run(recipe_of(home, tmp_path, *options, "dataset.val_size=0", f"dataset.train={tmp_path / 'parts'}"))
+    assert found["data"]["counts"]["train"]["rows"] == 8
+    assert any(
+        "8 rows to train on are read at first; how many there are is not known" in note for note in found["notes"]
+    )
+
+
+def test_a_classifier_streams(tmp_path: Path):
+    options = ("dataset.shuffle_buffer=16", "dataset.streaming=true", "train.max_steps=12")
+    recipe = make_recipe(tmp_path, *options, kind="bert")
+    with pytest.raises(Interrupted):
+        train(recipe, interrupt_at=6)
+    train(recipe, resume=True)
+    train(make_recipe(tmp_path, *options, kind="bert", out="at-once"))
+    assert adapter(tmp_path) == adapter(tmp_path, "at-once")

@@ -169,7 +169,8 @@ def start_rows(event: Event) -> list[tuple[str, str]]:
     epochs = run.get("epochs")
     started = f"{count(run.get('components'))} components in {count(len(layers))} layers" if layers else None
     machine = f"{run['dtype']} on {run['device']}" if run.get("dtype") and run.get("device") else None
-    rows_held = f"{count(run.get('train_rows'))} rows to train, {count(run.get('val_rows'))} held out"
+    to_train = "to train at first, more while training" if run.get("stream") else "to train"
+    rows_held = f"{count(run.get('train_rows'))} rows {to_train}, {count(run.get('val_rows'))} held out"
     objective = run.get("objective") if run.get("objective") != plugins.OBJECTIVE else None
     targets = run.get("supervised_tokens") and f"{short(run['supervised_tokens'])} supervised tokens"
     rows = [

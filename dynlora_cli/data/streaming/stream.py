@@ -132,7 +132,7 @@ class Stream:
         kept_back: Sequence[Kept],
         labels: list[str] | None,
         writing: Writing,
-    ) -> None:
+    ) -> str:
         """Go by what the first block has shown.
 
         Args:
@@ -141,6 +141,9 @@ class Stream:
             kept_back: rows to choose the rank by: what has their prompts is left out.
             labels: names of the classes.
             writing: how rows are written; so are those that come.
+
+        Returns:
+            What a person should know of the rows that come.
         """
         self.counts, self.labels, self.reader.writing = counts, labels, writing
         self.kept_back = {row.prompt for row in kept_back}
@@ -148,6 +151,15 @@ class Stream:
         self.reader.notes = []
         self.number, self.given = 1, len(examples)
         self.first = Block(0, self._start, self.place(), examples)
+        read = f"dataset.streaming: {counted(len(examples), 'row')} to train on are read at first"
+        said = [f"{read}, and these are all" if self._is_whole() else f"{read}; how many there are is not known"]
+        if self.weighted:
+            said.append("rows are taken from the sources by their weights, and a source that ends begins again")
+        return "; ".join(said)
+
+    def _is_whole(self) -> bool:
+        """Whether the first block holds all rows; nobody knows where it ends with the last one."""
+        return all(cursor.stand.ended for cursor in self.cursors)
 
     @property
     def files(self) -> list[list[str]]:
@@ -160,17 +172,6 @@ class Stream:
             return True
         digest = hashlib.sha256(b"%d:" % self.reader.seed + prompt).digest()
         return int.from_bytes(digest[:8], "big") < self.share * 2**64
-
-    @property
-    def note(self) -> str:
-        """What a person should know of the order, and of what is not known."""
-        whole = self.first.end["passes"] or all(each["ended"] for each in self.first.end["sources"])
-        rows = counted(len(self.first.examples), "row")
-        said = f"dataset.streaming: {rows} to train on are read at first"
-        said += ", and these are all" if whole else "; how many there are in all is not known"
-        if self.weighted:
-            said += ". Rows are taken from the sources by their weights, and a source that ends begins again"
-        return said
 
     # -- reading on --------------------------------------------------------------------------------------------------
 

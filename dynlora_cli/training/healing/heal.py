@@ -103,6 +103,7 @@ def heal(
         labels=label_names(adapter),  # never found in these rows, which may lack a class
         writing=Writing.of(adapter.record),
     )
+    _first_rows_alone(data, emit)
     reference = state_for(adapter, recipe, base, [*data.train, *data.val])
     if teacher and not learns_tokens(task.name, task.objective):
         raise UsageError(NOT_BY_TOKEN, "leave it out")
@@ -136,6 +137,13 @@ def _tell_differences(adapter: Adapter, recipe: Recipe, emit: Emit) -> None:
         emit(note("healing trains on the recipe's own rows alone; those of earlier runs are not replayed"))
     if getattr(recipe.model, "prior_caption", None):
         emit(note("healing trains on the recipe's own rows alone; no prior is learned beside them"))
+
+
+def _first_rows_alone(data: Data, emit: Emit) -> None:
+    """Of rows that a run read while it trained, heal on those of the first block."""
+    if data.stream:
+        emit(note(f"heals on the first {counted(len(data.train), 'row')} of those that the run read while it trained"))
+        data.stream = None
 
 
 def _for_healing(recipe: Recipe, steps: int, rate: float) -> Recipe:
