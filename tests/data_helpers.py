@@ -95,7 +95,8 @@ def source(path: Path | str, **settings: Any) -> SimpleNamespace:
 def dataset(*train: Any, **settings: Any) -> Any:
     defaults: dict[str, Any] = {"val": [], "val_size": 0.0, "max_length": 128, "packing": False, "train_on": "auto"}
     defaults |= {"overlong": "truncate", "chat_template": None, "chat": "auto", "separator": "", "retrieve": None}
-    defaults |= {"chat_template_kwargs": {}, "system": None, "reasoning": "keep"}
+    defaults |= {"chat_template_kwargs": {}, "system": None, "reasoning": "keep", "streaming": False}
+    defaults |= {"shuffle_buffer": 10_000, "shuffle": True}
     sources = [item if isinstance(item, SimpleNamespace) else source(item) for item in train]
     return SimpleNamespace(**(defaults | settings), train=sources)
 
