@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dynlora_cli.kernels import frozen
 from dynlora_cli.kernels.fused_lora import Factors, add_to_gradient, base_product, in_dtype, thin_product
 from dynlora_cli.models.linear import weight_OI
 
@@ -56,7 +57,7 @@ class FusedLanes(torch.autograd.Function):
         shares, dtype = ctx.shares, ctx.dtype
         products, factors = saved[: len(shares)], saved[len(shares) :]
         x_NI, grad_NO = x.reshape(-1, x.shape[-1]), in_dtype(grad.reshape(-1, grad.shape[-1]), dtype)
-        grad_x_NI = grad_NO @ in_dtype(weight_OI(ctx.base), dtype) if ctx.needs_input_grad[0] else None
+        grad_x_NI = frozen.back(grad_NO, in_dtype(weight_OI(ctx.base), dtype)) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         for number, (share, h_nC) in enumerate(zip(shares, products, strict=True)):
             a_CI, b_OC = factors[2 * number : 2 * number + 2]

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from dynlora_cli.kernels import frozen
 from dynlora_cli.models.linear import weight_OI
 
 Factors = tuple[Tensor, Tensor]  # a_CI and b_OC
@@ -91,9 +91,9 @@ class FusedLinear(torch.autograd.Function):
         grad_h_NC = torch.cat(thin, 1) if len(thin) > 1 else thin[0]
         grad_x = None
         if ctx.needs_input_grad[0]:  # dL/dx = Σ over the parts of grad W, + s grad_h a
-            grad_x_NI = grads_NO[0] @ in_dtype(weight_OI(parts[0].base), dtype)
+            grad_x_NI = frozen.back(grads_NO[0], in_dtype(weight_OI(parts[0].base), dtype))
             for grad_NO, part in zip(grads_NO[1:], parts[1:], strict=True):
-                grad_x_NI.addmm_(grad_NO, in_dtype(weight_OI(part.base), dtype))
+                frozen.add_back(grad_x_NI, grad_NO, in_dtype(weight_OI(part.base), dtype))
             grad_x_NI.addmm_(grad_h_NC, a_CI, alpha=scale)
             grad_x = in_dtype(grad_x_NI.view(*grads[0].shape[:-1], a_CI.shape[1]), ctx.x_dtype)
         grads_a: Sequence[Tensor | None] = [None] * len(parts)
@@ -111,7 +111,7 @@ class FusedLinear(torch.autograd.Function):
 def base_product(x_NI: Tensor, base: nn.Module) -> Tensor:
     """x Wᵀ + bias, [N, O]."""
     weight, bias = weight_OI(base), base.bias
-    return F.linear(x_NI, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
+    return frozen.linear(x_NI, weight, bias if bias is None else bias.to(weight.dtype))  # type: ignore[arg-type]
 
 
 def _split(h_NC: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:

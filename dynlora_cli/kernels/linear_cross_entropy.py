@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dynlora_cli.errors import UsageError
+from dynlora_cli.kernels import frozen
 from dynlora_cli.models.patched import Patches
 from dynlora_cli.models.token_rows import TokenHead
 
@@ -135,7 +135,7 @@ def chunks(
 def _logits(hidden_nD: Tensor, head: Head) -> Tensor:
     if isinstance(head, TokenHead):
         return head(hidden_nD)
-    return F.linear(hidden_nD, head.weight, head.bias)
+    return frozen.linear(hidden_nD, head.weight, head.bias)
 
 
 def loss_and_gradient(logits_nV: Tensor, targets_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -199,7 +199,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     of_rows.append(grad_nT)
                     grads.append(torch.addmm(grad_nT @ rows_TD.to(dtype), grad_nV, head.weight.to(dtype)))
                 else:
-                    grads.append(grad_nV @ head.weight.to(dtype))
+                    grads.append(frozen.back(grad_nV, head.weight.to(dtype)))
         ctx.save_for_backward(torch.cat(grads), *([torch.cat(of_rows), hidden_ND] if of_rows else ()))
         ctx.dtype = hidden_ND.dtype
         return torch.cat(losses)
