@@ -35,6 +35,7 @@ READS_ENVIRONMENT = {
     "cli.train": "RANK, which tells one process of several from the others",
     "cli.views.console": "TERM, which says what the terminal can do",
     "commands.doctor": "what decides how the libraries below us behave, to show it",
+    "execution.cores": "OMP_NUM_THREADS, which it sets where a container allows fewer cores than it shows",
     "execution.launch": "all of it, to hand it on; RANK, which tells one process of several from the others",
     "data.sources": "HF_HUB_OFFLINE, to word an error",
     "data.builtin": "XDG_CACHE_HOME, where caches go",

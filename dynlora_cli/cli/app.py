@@ -29,6 +29,7 @@ from dynlora_cli.cli.prune import prune
 from dynlora_cli.cli.schema import schema
 from dynlora_cli.cli.serve import serve
 from dynlora_cli.cli.train import train
+from dynlora_cli.execution.cores import limit_threads
 
 app = typer.Typer(
     name="dynlora",
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Before torch reads it: its threads sleep while they wait. Else they spin, and where others use the cores as well a
     # step may take ten times as long (scripts/bench/NOTES.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit_threads()
     try:
         arguments = [_at_home(argument) for argument in arguments]
         code = app(arguments, prog_name="dynlora", obj=arguments, standalone_mode=False)

@@ -15,6 +15,7 @@ from dynlora_cli.cli.options import Columns, SavedDtype, recipes
 from dynlora_cli.cli.reporting import AsJson, console, opened, reporting, typed
 from dynlora_cli.cli.values import column_names, saved_dtype, size
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.execution.cores import usable_cores
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
 from dynlora_cli.text import counted
 
@@ -304,9 +305,9 @@ def _device_count(devices: str) -> int:
     if available and int(devices) > available:
         raise MachineError(f"--devices {devices}: this machine has {available} GPUs", "use --devices all")
     # On CPUs each process holds the model in the one memory; two are for trying out what several GPUs would do.
-    most = max(2, os.cpu_count() or 1)
+    most = max(2, usable_cores())
     if not available and int(devices) > most:
-        cores = counted(os.cpu_count() or 1, "CPU core")
+        cores = counted(usable_cores(), "usable CPU core")
         raise MachineError(
             f"--devices {devices}: this machine has no GPU and {cores}", f"use --devices {most} or fewer"
         )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 from dynlora_cli import __version__
+from dynlora_cli.execution.cores import usable_cores
 from dynlora_cli.extras import EXTRAS, first_line, install, repair, try_imports
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ def _devices(*, with_bitsandbytes: bool) -> Iterator[Finding]:
 def _cpu() -> Finding:
     from dynlora_cli.text import size
 
-    cores = f"{os.cpu_count()} cores"
+    there, usable = os.cpu_count(), usable_cores()
+    cores = f"{there} cores" if usable == there else f"{usable} usable of {there} cores"
     try:
         import psutil
     except (ImportError, OSError) as error:

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from typing import IO
 
 from dynlora_cli.errors import DynloraError
+from dynlora_cli.execution.cores import THREADS, threads_of_each
 from dynlora_cli.execution.interrupt import heeded
 
 # After one process has failed, the others have the longer time to end by themselves. They have the shorter one where
@@ -92,7 +93,7 @@ def _start(
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        THREADS: threads_of_each(count),
     }
     return [
         subprocess.Popen(

@@ -217,11 +217,11 @@ def test_no_more_processes_than_cores(
 ):
     launched: list[int] = []
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("dynlora_cli.cli.train.usable_cores", lambda: cores)
     monkeypatch.setattr("dynlora_cli.cli.train.launch", lambda arguments, count: launched.append(count))
     answer = train("--devices", str(most + 1), "--json")
     assert answer.code == answer.json["exit_code"] == 3
-    assert f"no GPU and {cores} CPU core" in answer.json["error"]
+    assert f"no GPU and {cores} usable CPU core" in answer.json["error"]
     assert f"--devices {most}" in answer.json["hint"]
     assert not (tmp_path / "out").exists()
     assert launched == []

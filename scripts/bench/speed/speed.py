@@ -30,6 +30,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -42,6 +43,8 @@ from dynlora_cli.execution.blocks import blocks
 from dynlora_cli.execution.lean_blocks import lean_blocks
 from dynlora_cli.execution.modes.compile import compile_blocks
 from dynlora_cli.execution.modes.cuda_graphs import LEAST_PASSES, SIGHTINGS, BlockGraphs
+from dynlora_cli.kernels import frozen
+from dynlora_cli.kernels.frozen import CPU_INFO
 from dynlora_cli.kernels.linear_cross_entropy import ending
 from dynlora_cli.lora.layer import ComponentLinear
 from dynlora_cli.lora.pool import Pool
@@ -238,6 +241,29 @@ def dynlora(shape: Shape, *, left: float = 1.0, fuse: bool = True, recorded: boo
     return step
 
 
+def by_onednn(shape: Shape) -> bool:
+    """Whether frozen products of this run go through oneDNN here, see kernels/frozen.py."""
+    return DEVICE == "cpu" and torch.float32 == TYPE and not shape.compiled and frozen.mkl_is_slow()
+
+
+def without_onednn(step: Step) -> Step:
+    """The same step on a processor for which MKL would be chosen."""
+
+    def plain() -> None:
+        with mock.patch.object(frozen, "mkl_is_slow", return_value=False):
+            step()
+
+    return plain
+
+
+def processor() -> str:
+    """What Linux calls the processor, with family and model, which tell its generation; else the architecture."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
+    facts = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    name = "{model name}, family {cpu family} model {model}"
+    return name.format_map(facts) if "model name" in facts else platform.machine()
+
+
 def methods(shape: Shape) -> dict[str, Callable[[], Step]]:
     plain = {"r": shape.rank, "lora_alpha": 2 * shape.rank}
     ada = {"init_r": shape.rank, "target_r": shape.rank, "lora_alpha": 2 * shape.rank, "total_step": 100_000}
@@ -245,6 +271,7 @@ def methods(shape: Shape) -> dict[str, Callable[[], Step]]:
         "floor": lambda: floor(shape),
         **({} if shape.compiled else {"lean floor": lambda: floor(shape, lean=True)}),
         "dynlora": lambda: dynlora(shape),
+        **({"dynlora, MKL alone": lambda: without_onednn(dynlora(shape))} if by_onednn(shape) else {}),
         "dynlora, half left": lambda: dynlora(shape, left=0.5),
         "dynlora, a quarter left": lambda: dynlora(shape, left=0.25),
         "dynlora, ordinary operations": lambda: dynlora(shape, fuse=False),
@@ -272,7 +299,7 @@ def measure(shape: Shape, rounds: int, chosen: list[str]) -> dict[str, Any]:
             steps[name]()
             synchronise()
             seconds[name].append(round(time.perf_counter() - started, 5))
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else processor()
     facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "peft": peft.__version__, "device": device}
     facts["threads"], facts["type"] = torch.get_num_threads(), str(TYPE).removeprefix("torch.")
     peaks = {"flops": flops(shape), "product_flops_per_second": product_peak(), "peak_bytes": memory}
