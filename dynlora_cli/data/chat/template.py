@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from threading import Lock, local
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ _DATE = "%Y-%m-%dT%H:%M:%S%z"
 _LINKS = {"role", "id", "tool_call_id", "type", "index"}  # they tie messages together; nobody reads them as text
 _CALLS = ("tool_calls", "function_call")
 _NOTHING: Mapping[str, Any] = {}
+_here, _changing = local(), Lock()
+_clocks: list[Any] = []  # what `on_date` has found, once for every thread that is inside
 _LOOKS = 8  # rows in which a field is looked for before it counts as left out: some show it in certain places only
 
 
@@ -91,16 +94,24 @@ class Writing:
 
 @contextmanager
 def on_date(moment: datetime) -> Iterator[None]:
-    """In this block `strftime_now` in chat templates gives this moment."""
+    """In this block `strftime_now` in chat templates gives this moment, to this thread alone."""
     from transformers.utils import chat_template_utils as library
 
     # The function that templates call is made inside transformers, and looks at the clock by this name.
-    clock = library.datetime
-    library.datetime = SimpleNamespace(now=lambda: moment)  # type: ignore[assignment,misc]
+    with _changing:
+        clock = _clocks[0] if _clocks else library.datetime
+        _clocks.append(clock)
+        stands = SimpleNamespace(now=lambda: getattr(_here, "moment", None) or clock.now())
+        library.datetime = stands  # type: ignore[assignment,misc]
+    before, _here.moment = getattr(_here, "moment", None), moment
     try:
         yield
     finally:
-        library.datetime = clock  # type: ignore[misc]
+        _here.moment = before
+        with _changing:
+            clock = _clocks.pop()
+            if not _clocks:
+                library.datetime = clock  # type: ignore[misc]
 
 
 def read_template(setting: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,32 @@ def test_the_clock_of_templates_goes_on_behind_the_block() -> None:
     with chat_template.on_date(Writing("1999-01-01T00:00:00+0000").moment):
         assert tokenizer.apply_chat_template([ANSWER], tokenize=False) == "1999"
     assert tokenizer.apply_chat_template([ANSWER], tokenize=False) == before != "1999"
+
+
+def test_the_clock_of_templates_stands_still_in_one_thread_alone() -> None:
+    tokenizer = byte_tokenizer("{{ strftime_now('%Y') }}")
+    inside, leave = Event(), Event()
+    seen: list[str] = []
+
+    def year() -> str:
+        return str(tokenizer.apply_chat_template([ANSWER], tokenize=False))
+
+    def other() -> None:
+        with chat_template.on_date(Writing("1999-01-01T00:00:00+0000").moment):
+            inside.set()
+            leave.wait(10)
+            seen.append(year())
+
+    before, thread = year(), Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert year() == before
+    with chat_template.on_date(Writing("1998-01-01T00:00:00+0000").moment):
+        assert year() == "1998"
+        leave.set()
+        thread.join()
+        assert (seen, year()) == (["1999"], "1998")
+    assert year() == before
 
 
 @pytest.mark.parametrize(
