@@ -82,6 +82,10 @@ mix_strategy                      LLaMA-Factory  dataset.train; as `weight` of a
 stopping_strategy                 ms-swift       dataset.train; as `weight` of an item: how often its rows come up
 shuffle_merged_datasets           axolotl        dataset.shuffle
 curriculum_sampling               axolotl        dataset.shuffle: false
+dataset_streaming                 TRL            dataset.streaming
+buffer_size                       LLaMA-Factory  dataset.shuffle_buffer
+shuffle_buffer_size               ms-swift       dataset.shuffle_buffer
+streaming_multipack_buffer_size   axolotl        dataset.shuffle_buffer
 disable_shuffling                 LLaMA-Factory  dataset.shuffle: false
 dataset_shuffle                   ms-swift       dataset.shuffle
 train_dataloader_shuffle          ms-swift       dataset.shuffle

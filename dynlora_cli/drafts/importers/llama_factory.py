@@ -49,8 +49,8 @@ preprocessing_num_workers     -one process reads the rows
 preprocessing_batch_size      -rows are in memory
 overwrite_cache               -nothing is cached
 tokenized_path                -nothing is cached
-buffer_size                   -rows are in memory
-streaming                     -rows are in memory
+buffer_size                   -rows are read before the first step, and shuffled whole
+streaming                     -rows are read before the first step; `dataset.streaming: true` reads them while training
 plot_loss                     -the report has the picture
 plot_name                     -the report has the picture
 preserve_thinking             !write it into the rows, or take a template that has it

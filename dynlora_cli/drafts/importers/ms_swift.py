@@ -59,7 +59,7 @@ cached_dataset                !rows are read anew from their own files
 dataset_num_proc              -one process reads the rows
 load_from_cache_file          -nothing is cached
 lazy_tokenize                 -rows are tokenized once
-streaming                     -rows are in memory
+streaming                     -rows are read before the first step; `dataset.streaming: true` reads them while training
 strict                        -a row that cannot be read is an error
 remove_unused_columns         -columns that are not read are named
 columns                       dataset.train
@@ -187,7 +187,7 @@ def convert(move: Move) -> None:
         move.give("model.task", task, "task_type")
     common.refuse_pictures(move, PICTURES)
     if str(move.value("streaming")).lower() == "true" and move.value("max_steps") is None:
-        move.say("streaming", "differs", "rows are read whole")
+        move.say("streaming", "differs", "rows are read whole; `dataset.streaming: true` reads them while training")
     _rows(move)
     _tuner(move)
     common.thinking(move, "enable_thinking")

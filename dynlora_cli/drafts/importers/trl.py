@@ -51,8 +51,8 @@ lora_dropout                  adapter.dropout
 use_bnb_nested_quant          model.bnb_4bit_use_double_quant
 bnb_4bit_quant_storage        -how a 4-bit base is stored does not change what is trained
 datasets                      dataset.train
-dataset_streaming             -rows are read into memory
-streaming                     -rows are read into memory
+dataset_streaming             -rows are read before the first step; `dataset.streaming: true` reads them while training
+streaming                     -rows are read before the first step; `dataset.streaming: true` reads them while training
 ignore_bias_buffers           -nothing of the result depends on it
 eos_token                     !the tokenizer's own end of a turn is used
 pad_token                     -padding carries no loss
