@@ -13,7 +13,7 @@ STREAMING = "dataset.streaming"
 
 def stream_conflicts(recipe: Settings) -> Iterator[Conflict]:
     """Settings that need all rows before the first step, and those that only a stream has a use for."""
-    data, task, variant = recipe.dataset, recipe.model.task, recipe.adapter.variant
+    data, variant = recipe.dataset, recipe.adapter.variant
     if not data.streaming:
         if data.shuffle_buffer != Dataset.model_fields["shuffle_buffer"].default:
             text = "rows are all in memory, and shuffled whole; write `streaming: true`, or leave it out"
@@ -28,10 +28,6 @@ def stream_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if data.retrieve is not None:
         text = "passages are looked for before the first step; leave one of the two out"
         yield Conflict("dataset.retrieve", STREAMING, text)
-    if not plugins.declared("tasks", task, "STREAMS"):
-        able = [name for name in plugins.names("tasks") if plugins.declared("tasks", name, "STREAMS")]
-        text = f"{task} needs all rows before the first step; it goes with {', '.join(able)}"
-        yield Conflict(STREAMING, "model.task", text)
     objective = getattr(recipe.train, "objective", plugins.OBJECTIVE)
     if objective != plugins.OBJECTIVE:
         text = f"{objective} looks at all rows before the first step; read them whole, with `streaming: false`"

@@ -261,5 +261,5 @@ def test_a_buffer_without_a_stream_is_refused() -> None:
     text = (
         "model: {name_or_path: a, task: text-to-image}\ndataset: {train: a, streaming: true}\ntrain: {max_steps: 5}\n"
     )
-    with pytest.raises(RecipeError, match=r"dataset.streaming: text-to-image needs all rows before the first step"):
+    with pytest.raises(RecipeError, match=r"pictures are encoded before the first step"):
         load_text(text, "recipe.yaml")

@@ -23,7 +23,7 @@ from dynlora_cli.commands import dry_run, evaluate, export, merge, prune
 from dynlora_cli.config.budget import parse_budget
 from dynlora_cli.config.recipe import Recipe
 from dynlora_cli.data.load import Data, load_data
-from dynlora_cli.errors import DataError, UsageError
+from dynlora_cli.errors import DataError, Interrupted, UsageError
 from dynlora_cli.evaluation import options
 from dynlora_cli.merging.method import Way
 from dynlora_cli.tasks import task as tasks
@@ -373,3 +373,20 @@ def test_the_code_on_the_page_runs(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {})
     assert capsys.readouterr().out.strip() in code
+
+
+@pytest.mark.long
+def test_rows_that_stream_give_the_same_vectors(tmp_path: Path):
+    plain = ("dataset.val_size=0", "eval.steps=null")
+    streamed = (*plain, "dataset.streaming=true", "dataset.shuffle_buffer=12")
+    for name, settings in (("whole", plain), ("streamed", (*plain, streamed[2])), ("blocks", streamed)):
+        train(vector_recipe(tmp_path, *settings, f"output_dir={tmp_path / name}"))
+    stopped = vector_recipe(tmp_path, *streamed, f"output_dir={tmp_path / 'stopped'}")
+    with pytest.raises(Interrupted):
+        train(stopped, interrupt_at=7)
+    train(stopped, resume=True)
+    whole, same, blocks, resumed = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "streamed", "blocks", "stopped")
+    )
+    assert whole == same != blocks == resumed

@@ -19,7 +19,6 @@ AUTO_MODEL = "AutoModelForCausalLM"
 TASK_TYPE = "CAUSAL_LM"
 OWNS_TASK_TYPE = True
 NEW_TOKENS = True
-STREAMS = True
 FORMS = ("Turns", "Pair", "Plain")
 PACKS = True
 

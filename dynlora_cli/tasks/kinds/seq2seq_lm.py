@@ -19,7 +19,6 @@ from dynlora_cli.tasks import task
 AUTO_MODEL = "AutoModelForSeq2SeqLM"
 TASK_TYPE = "SEQ_2_SEQ_LM"
 OWNS_TASK_TYPE = True
-STREAMS = True
 FORMS = ("Pair",)
 CONFLICTS = [
     {

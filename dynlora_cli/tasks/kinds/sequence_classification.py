@@ -27,7 +27,6 @@ AUTO_MODEL = "AutoModelForSequenceClassification"
 TASK_TYPE = "SEQ_CLS"
 OWNS_TASK_TYPE = True
 NEW_TOKENS = True
-STREAMS = True
 FORMS = ("Labelled",)
 HAS_CLASSES = True
 TARGET = "row"

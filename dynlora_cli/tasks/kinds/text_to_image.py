@@ -93,6 +93,11 @@ OPTIONS = {
     },
 }
 CONFLICTS = [
+    {
+        "with": "dataset.streaming",
+        "why": "pictures are encoded before the first step",
+        "hint": "read them whole, with `streaming: false`",
+    },
     {"with": "model.load_in_4bit", "is": True, "why": "a denoiser is not quantized here"},
     {"with": "model.load_in_8bit", "is": True, "why": "a denoiser is not quantized here"},
     {"with": "model.prior_caption", "is": "", "why": "it is empty", "hint": "write the class, or leave it out"},
