@@ -92,8 +92,8 @@ class Source(Section):
     """A file, folder or hub data set."""
 
     path: PathText
-    """A file (JSONL, JSON, CSV, Parquet, text), a folder, a hub id, `builtin:stdlib-docs`, `builtin:shapes` (drawings),
-    or `builtin:library` (rows of the adapters that a router chooses from)."""
+    """A file (JSONL, JSON, CSV, Parquet, text), a folder, a pattern (`a/*.csv`), a hub id, `builtin:stdlib-docs`,
+    `builtin:shapes` (drawings), or `builtin:library` (rows of the adapters that a router chooses from)."""
     format: Annotated[str, PlugIn("formats", also=("auto",))] = "auto"
     """How a row becomes an example; auto decides by the columns and says what it chose."""
     split: Text = "train"

@@ -6,6 +6,7 @@ Hub names go through `datasets.load_dataset`.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -97,9 +98,20 @@ def tables(source: Source, notes: list[str], *, held_out: bool, streamed: bool =
         return _of_folder(path, source.split, notes)
     if path.is_file():
         return [_table(path, notes)]
+    if not path.exists() and glob.has_magic(source.path):
+        return _matching(path, notes)
     if path.exists():
         raise UsageError(f"dataset: {path} is no regular file, and rows are read more than once", "save them in one")
     raise UsageError(f"dataset: no file or folder {source.path}{_nearest(path)}", "paths start at the current folder")
+
+
+def _matching(pattern: Path, notes: list[str]) -> list[Table]:
+    """The tables of all files whose path matches a pattern such as `parts/*.jsonl`, in the order of their names."""
+    files = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
+    if not files:
+        raise UsageError(f"dataset: no file matches {pattern}", "paths start at the current folder")
+    notes.append(f"{pattern}: {counted(len(files), 'file')}, from {files[0].name} to {files[-1].name}")
+    return [_table(file, notes) for file in files]
 
 
 def _of_folder(folder: Path, split: str, notes: list[str]) -> list[Table]:
@@ -127,7 +139,8 @@ def other_splits(source: Source) -> dict[str, list[Path]]:
     """
     path = Path(source.path).expanduser()
     found: dict[str, list[Path]] = {"val": [], "test": []}
-    if source.path.startswith("builtin:") or _split_of(Path(path.name)) in found:
+    is_pattern = glob.has_magic(source.path) and not path.exists()
+    if source.path.startswith("builtin:") or is_pattern or _split_of(Path(path.name)) in found:
         return found
     if path.is_dir():
         files = {file: _split_of(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()}

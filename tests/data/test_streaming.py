@@ -16,7 +16,7 @@ from data_helpers import byte_tokenizer, dataset, source, task_named
 from dynlora_cli.config.load import load_text
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.streaming.stream import Block, Stream
-from dynlora_cli.errors import DataError, MachineError, RecipeError
+from dynlora_cli.errors import DataError, MachineError, RecipeError, UsageError
 
 
 def rows_of(name: str, count: int) -> list[dict[str, str]]:
@@ -174,6 +174,17 @@ def test_files_of_all_kinds(tmp_path: Path) -> None:
     (rows / "c.json").write_text(json.dumps(rows_of("c", 1)), encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_of("d", 1)), rows / "d.parquet")
     assert read(load(rows, shuffle_buffer=1), 4) == [["a0"], ["b0"], ["c0"], ["d0"]]
+
+
+def test_files_that_match_a_pattern(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        write(tmp_path / f"{name}{name}/rows.jsonl", name, 1)
+    for streaming in (True, False):
+        data = load(f"{tmp_path}/[ab]*/*.jsonl", streaming=streaming)
+        assert len(data.train) == 2
+        assert any(note.endswith(": 2 files, from rows.jsonl to rows.jsonl") for note in data.notes)
+    with pytest.raises(UsageError, match=r"no file matches .*\*\.csv"):
+        load(f"{tmp_path}/*.csv")
 
 
 def test_a_note_on_every_file_is_one_note(tmp_path: Path) -> None:

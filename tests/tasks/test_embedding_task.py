@@ -375,7 +375,7 @@ def test_the_code_on_the_page_runs(
     assert capsys.readouterr().out.strip() in code
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rows_that_stream_give_the_same_vectors(tmp_path: Path):
     plain = ("dataset.val_size=0", "eval.steps=null")
     streamed = (*plain, "dataset.streaming=true", "dataset.shuffle_buffer=12")
