@@ -97,6 +97,7 @@ def dataset(*train: Any, **settings: Any) -> Any:
     defaults |= {"overlong": "truncate", "chat_template": None, "chat": "auto", "separator": "", "retrieve": None}
     defaults |= {"chat_template_kwargs": {}, "system": None, "reasoning": "keep", "streaming": False}
     defaults |= {"shuffle_buffer": 10_000, "shuffle": True}
+    defaults |= {"cache": False}
     sources = [item if isinstance(item, SimpleNamespace) else source(item) for item in train]
     return SimpleNamespace(**(defaults | settings), train=sources)
 

@@ -39,6 +39,8 @@ READS_ENVIRONMENT = {
     "execution.launch": "all of it, to hand it on; RANK, which tells one process of several from the others",
     "data.sources": "HF_HUB_OFFLINE, to word an error",
     "data.builtin": "XDG_CACHE_HOME, where caches go",
+    "data.rows.cache": "DYNLORA_CACHE and XDG_CACHE_HOME, where rows are kept; DYNLORA_CACHE_GB, how many",
+    "data.rows.team": "all of it, to hand it on",
 }
 
 MODULES = {

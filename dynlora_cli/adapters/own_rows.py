@@ -6,7 +6,6 @@ Each adapter's rows stand beside each other, in the order of the adapters, and w
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +13,15 @@ from typing import TYPE_CHECKING
 from dynlora_cli.data.earlier import earlier_data, run_folder
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.mix import Span
+from dynlora_cli.data.rows.kept import PromptsOf
+from dynlora_cli.data.rows.sequences import joined, renumbered
 from dynlora_cli.errors import UsageError
 from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dynlora_cli.data.read import TaskOfRows
+    from dynlora_cli.data.rows.fitting import TaskOfRows
 
 NAME_THEM = "name the rows of each adapter instead: one source under dataset.train for each, in their order"
 
@@ -48,19 +49,28 @@ def own_rows(
             runs[name] = earlier_data(run_folder(folder), tokenizer, task, table=table, context=context)
         except UsageError as error:
             raise UsageError(f"dataset: builtin:library: {name}: {error.message}", NAME_THEM) from error
-    numbers, digest = itertools.count(), hashlib.sha256()
+    free, digest = 0, hashlib.sha256()
     first = next(iter(runs.values()))
-    data = Data([], [], None, [], {}, "", forms=set(), writing=first.writing, prompts={"train": [], "val": []})
+    data = Data(
+        [],
+        [],
+        None,
+        [],
+        {},
+        "",
+        forms=set(),
+        writing=first.writing,
+        prompts={"train": PromptsOf(), "val": PromptsOf()},
+    )
     for name, run in runs.items():
         if run.stream:
             text = f"dataset: builtin:library: {name} read its rows while it trained (dataset.streaming)"
             raise UsageError(text, NAME_THEM)
         if run.labels is not None:
             raise UsageError(f"dataset: builtin:library: {name} was trained on classes, not on texts", NAME_THEM)
-        for example in (*run.train, *run.val):
-            example.row = next(numbers)  # type: ignore[misc]  # a slot of whichever class it is
-        data.train += run.train
-        data.val += run.val
+        train, free = renumbered(run.train, free), free + len(run.train)
+        val, free = renumbered(run.val, free), free + len(run.val)
+        data.train, data.val = joined(data.train, train), joined(data.val, val)
         data.forms |= run.forms
         data.spans.append(Span(name, len(run.train), len(run.train)))
         for part, counts in run.counts.items():
@@ -68,7 +78,7 @@ def own_rows(
             for key, number in counts.items():
                 total[key] += number
         for part, prompts in data.prompts.items():
-            prompts += run.prompts.get(part, [])
+            data.prompts[part] = prompts + run.prompts.get(part, PromptsOf())
         digest.update(f"{name} {run.sha256}\n".encode())
     data.sha256 = digest.hexdigest()
     shown = ", ".join(f"{counted(span.rows, 'row')} of {span.name}" for span in data.spans)

@@ -13,6 +13,7 @@ from dynlora_cli.config.load import to_yaml
 from dynlora_cli.data.example_view import show_example
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.mix import each_once, mix_on_record
+from dynlora_cli.data.rows.sequences import joined, longest_of
 from dynlora_cli.decoding import prefix
 from dynlora_cli.execution import mode as execution
 from dynlora_cli.lora.start import Start
@@ -146,8 +147,8 @@ def _memory(
         return {"notes": [*data.notes, text]}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = replace(base, dtype=resolve_dtype(recipe.model.dtype, device))
-    length = recipe.dataset.max_length if recipe.dataset.packing else max(e.longest for e in data.train + data.replayed)
-    lines = max(len(example.lines) for example in data.train)  # of a row
+    length = recipe.dataset.max_length if recipe.dataset.packing else longest_of(joined(data.train, data.replayed))
+    lines = 1 if data.kind.packs else max(len(example.lines) for example in data.train)  # of a row
     part = getattr(recipe.model, "mini_batch_size", None)  # lines that a task has in memory at a time
     rows = recipe.train.micro_batch_size * lines
     ids = (min(rows, part or rows), length)

@@ -240,7 +240,7 @@ def _from_file(ready: Ready, origin: str | None, path: Path, most: int | None, n
 
 
 def _asked(
-    tokenizer: PreTrainedTokenizerBase, source: str, origin: str | None, examples: list[Example], size: int
+    tokenizer: PreTrainedTokenizerBase, source: str, origin: str | None, examples: Sequence[Example], size: int
 ) -> AskedRows:
     texts = RequestTexts(tokenizer)
     asked = ["" if _is_all_answer(example) else texts.of(example) for example in examples]

@@ -217,7 +217,7 @@ def _library_rows_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if len(data.train) > 1:
         yield Conflict("dataset.train", "adapter.library", f"{LIBRARY_ROWS} stands alone; leave the other sources out")
     for key, field in type(data).model_fields.items():
-        if key not in ("train", "packing", "shuffle") and getattr(data, key) != field.default:
+        if key not in ("train", "packing", "shuffle", "cache", "workers") and getattr(data, key) != field.default:
             text = f"the rows of {LIBRARY_ROWS} are read, and held out, as their own runs did; leave it out"
             yield Conflict(f"dataset.{key}", "dataset.train", text)
 

@@ -20,6 +20,8 @@ SAID = 3  # keys at most that a hint names
 # What may differ when a run is resumed: it changes what is shown and kept, not what is learned.
 FREE_ON_RESUME = (
     "output_dir",
+    "dataset.cache",
+    "dataset.workers",
     "eval.samples",
     "train.cuda_graphs",
     "train.log_steps",

@@ -210,6 +210,10 @@ class Dataset(Section):
     """What the assistant thinks before it answers: keep trains on it, mask only shows it, drop leaves it out."""
     retrieve: Retrieve | None = None
     """Passages to be looked for and put into the prompts; null: none."""
+    cache: bool | Literal["auto"] = "auto"
+    """Keep the rows as tokens on the disk, to be read from there row by row; auto: where their files have 32 MB."""
+    workers: Literal["auto"] | Count = "auto"
+    """Processes that read rows which are kept so; auto: one for each core, 16 at most."""
 
 
 class Rank(Section):

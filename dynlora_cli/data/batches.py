@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,12 +29,11 @@ from torch import Tensor
 from dynlora_cli.data.descriptions import described
 from dynlora_cli.data.examples import IGNORED, Example, Judge
 from dynlora_cli.data.mix import Span, drawn, each_once, evenly, passes
+from dynlora_cli.data.rows.plan import Bin, Bins, Numbers, Plan, Turn, shuffled, sort_within
+from dynlora_cli.data.rows.sequences import lengths_of
 
 _T = TypeVar("_T")
 _WINDOW = 50  # rows are sorted by length within so many steps
-
-Bin = tuple[int, ...]  # indices of the examples that share one row of a batch
-Turn = tuple[Bin, int]  # a bin that comes up, and how often it has before: the pass that its rows are in
 
 
 @dataclass(slots=True)
@@ -109,9 +107,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """Bins of which an epoch takes so many."""
+    """So many bins, and how many of them an epoch takes."""
 
-    bins: list[Bin]
+    bins: int
     draws: int
     replayed: bool
 
@@ -165,12 +163,12 @@ class Batches:
         self.shards, self.shard, self.mask_dtype, self.pin = shards, shard, mask_dtype, pin
         self.max_length, self.even = max_length, even
         self._prepared: dict[tuple[int, int], list[Batch]] = {}
-        self.lengths = [max(map(len, example.lines)) for example in examples]
-        if not examples or max(self.lengths) > max_length:
-            raise ValueError("no examples" if not examples else f"an example is longer than max_length {max_length}")
+        self.lengths = lengths_of(examples)
+        if not len(examples) or self.lengths.max() > max_length:
+            raise ValueError(f"an example is longer than max_length {max_length}" if len(examples) else "no examples")
         if packing and not examples[0].packs:
             raise ValueError("packing serves causal language models only")
-        self._pools = self._pooled(spans)
+        self._pools, self._bins = self._pooled(spans)
         self.rows_per_epoch = sum(span.draws for span in spans) or len(examples)
         self.steps_per_epoch = -(-sum(pool.draws for pool in self._pools) // self.step_size)
         self._plan = lru_cache(maxsize=2)(self._make_plan)  # an epoch's order is made once, not at every step
@@ -215,66 +213,65 @@ class Batches:
             own.append(self._without_targets(cuts[-1]))
         return [batch.pinned() for batch in own] if self.pin else own
 
-    def _make_plan(self, epoch: int) -> list[list[Turn]]:
+    def _make_plan(self, epoch: int) -> Plan:
         """What comes up in every step of an epoch."""
-        turns, size = self._drawn(epoch), self.step_size
-        if not self.shuffle:
-            return [turns[at : at + size] for at in range(0, len(turns), size)]
-        # Text seeds are hashed by the standard library with SHA-512: the same order on every machine.
-        chance = random.Random(f"{self.seed} {epoch}")
-        chance.shuffle(turns)
-        if not self.packing:
-            windows = (turns[at : at + _WINDOW * size] for at in range(0, len(turns), _WINDOW * size))
-            turns = [turn for window in windows for turn in sorted(window, key=lambda turn: self._length(turn[0]))]
-        steps = [turns[at : at + size] for at in range(0, len(turns), size)]
-        chance.shuffle(steps)
-        return steps
+        turns, passed = self._drawn(epoch)
+        size, steps = self.step_size, np.arange(self.steps_per_epoch, dtype=np.int32)
+        if self.shuffle:
+            # Text seeds are hashed by the standard library with SHA-512: the same order on every machine.
+            chance = random.Random(f"{self.seed} {epoch}")
+            order = shuffled(len(turns), chance).copy()
+            if not self.packing:
+                sort_within(order, self.lengths[self._bins.members[turns]], _WINDOW * size)
+            turns, passed, steps = turns[order], passed[order], shuffled(len(steps), chance)
+        return Plan(self._bins, turns, passed, steps, size)
 
-    def _drawn(self, epoch: int) -> list[Turn]:
-        """What comes up in an epoch: of each source in turn; replayed rows, where the order stays, between them."""
-        parts = []
+    def _drawn(self, epoch: int) -> tuple[Numbers, Numbers]:
+        """Numbers of the bins of an epoch, source by source, and passes; where the order stays, replayed ones between.
+
+        Rows are replayed at the end of all, so they are the last pools.
+        """
+        parts, counts, start = [], [0], 0
         for number, pool in enumerate(self._pools):
-            bins = drawn(pool.bins, pool.draws, epoch, f"{self.seed} walk {number}" if self.shuffle else None)
-            parts.append((pool, list(zip(bins, passes(len(pool.bins), pool.draws, epoch), strict=True))))
-        own = [turn for pool, turns in parts if not pool.replayed for turn in turns]
-        return evenly([own, *(turns for pool, turns in parts if pool.replayed)])
+            seed = f"{self.seed} walk {number}" if self.shuffle else None
+            bins = drawn(pool.bins, pool.draws, epoch, seed) + np.int32(start)
+            parts.append((bins, passes(pool.bins, pool.draws, epoch)))
+            start += pool.bins
+            if pool.replayed:
+                counts.append(pool.draws)
+            else:
+                counts[0] += pool.draws
+        if len(parts) == 1:
+            return parts[0]
+        order = evenly(counts)
+        turns, passed = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return turns[order], passed[order]
 
-    def _pooled(self, spans: Sequence[Span]) -> list[_Pool]:
-        """The bins of each source, and how many of them an epoch takes."""
+    def _pooled(self, spans: Sequence[Span]) -> tuple[list[_Pool], Bins]:
+        """How many bins each source has and an epoch takes; and the bins."""
         if each_once(spans):
             # Packed, rows of all sources then stand together.
             bins = self._binned(0, len(self.examples))
-            return [_Pool(bins, len(bins), False)]
-        pools, start = [], 0
+            return [_Pool(len(bins), len(bins), False)], bins
+        pools, parts, start = [], [], 0
         for span in spans:
             bins = self._binned(start, start + span.rows)
-            pools.append(_Pool(bins, max(1, round(len(bins) * span.draws / span.rows)), span.replayed))
+            pools.append(_Pool(len(bins), max(1, round(len(bins) * span.draws / span.rows)), span.replayed))
+            parts.append(bins)
             start += span.rows
-        return pools
+        return pools, Bins.joined(parts)
 
-    def _binned(self, start: int, stop: int) -> list[Bin]:
-        return self._pack(start, stop) if self.packing else [(index,) for index in range(start, stop)]
+    def _binned(self, start: int, stop: int) -> Bins:
+        """Some examples in bins. Packed, longest first, and of equal ones in an order of the seed."""
+        if not self.packing:
+            return Bins.of_one(start, stop)
+        order = shuffled(stop - start, random.Random(f"{self.seed} bins")) if self.shuffle else np.arange(stop - start)
+        rows = (order + start).astype(np.int32)
+        rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
+        return Bins.packed(rows, self.lengths[rows], self.max_length)
 
     def _length(self, item: Bin) -> int:
-        return sum(self.lengths[index] for index in item)
-
-    def _pack(self, start: int, stop: int) -> list[Bin]:
-        """Best fit decreasing: each row, longest first, goes where it leaves the least room."""
-        order, capacity = list(range(start, stop)), self.max_length
-        if self.shuffle:
-            random.Random(f"{self.seed} bins").shuffle(order)  # so that rows of equal length are combined at random
-        order.sort(key=lambda index: -self.lengths[index])
-        bins: list[list[int]] = []
-        room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
-        for index in order:
-            length = self.lengths[index]
-            at = bisect_left(room, (length, -1))
-            left, number = room.pop(at) if at < len(room) else (capacity, len(bins))
-            if number == len(bins):
-                bins.append([])
-            bins[number].append(index)
-            insort(room, (left - length, number))
-        return [tuple(item) for item in bins]
+        return sum(int(self.lengths[index]) for index in item)
 
     def _batch(self, turns: list[Turn]) -> Batch:
         bins = [item for item, _ in turns]
@@ -321,7 +318,7 @@ class Batches:
         placed, start = [], 0
         for index in item:
             placed.append((start, self.examples[index]))
-            start += self.lengths[index]
+            start += int(self.lengths[index])
         return placed
 
     @staticmethod

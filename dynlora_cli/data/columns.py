@@ -31,7 +31,7 @@ from dynlora_cli.data.forms import (
     name_of,
     refuse_half_characters,
 )
-from dynlora_cli.data.row_files import Row
+from dynlora_cli.data.rows.pieces import Row
 from dynlora_cli.errors import DataError
 from dynlora_cli.text import counted
 
@@ -155,14 +155,15 @@ class Account:
         source: says what is renamed, and what is ignored.
         retrieves: passages are looked for (`dataset.retrieve`).
         ways: how its conversations are written.
+        unread, seen, choices: what nothing reads, with first values; all columns; rows with several right answers.
     """
 
     source: Source
     retrieves: bool = False
     ways: Ways = field(default_factory=Ways)
-    _unread: dict[str, Any] = field(default_factory=dict)  # the first value of each
-    _seen: set[str] = field(default_factory=set)
-    _choices: int = 0  # rows with several right answers
+    unread: dict[str, Any] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    choices: int = 0
 
     def enter(self, place: str, row: Mapping[str, Any], form: ModuleType | None) -> None:
         """Look at a row.
@@ -175,16 +176,16 @@ class Account:
         Raises:
             DataError: a column that nothing reads says how the row is to be learned.
         """
-        self._seen.update(row)
-        self._choices += first_answer(row) is not row and len(row["completion"]) > 1
+        self.seen.update(row)
+        self.choices += first_answer(row) is not row and len(row["completion"]) > 1
         aside = {*self.source.columns.values(), *self.source.ignore, CONFIDENCE, *([PASSAGE] if self.retrieves else [])}
         aside |= {COLUMN} if form is not None and set(form.FORMS) & WITH_TURNS else set()
         for name in row.keys() - aside - (columns_of(form) if form else set()):
             value = row[name]
             if value is None or value in ("", [], {}, "[]", "{}", "null"):
                 continue
-            first = self._unread.setdefault(name, value)
             meaning = _MEANINGS.get(name.lower())
+            first = self.unread.setdefault(name, value if meaning else None)
             if meaning and meaning.matters(first, value):
                 advice = meaning.advice or _to_prefer(row)
                 raise DataError(
@@ -199,15 +200,15 @@ class Account:
             DataError: the recipe ignores a column that no row has.
         """
         for name in self.source.ignore:
-            if name not in self._seen:
-                there = ", ".join(map(_short, sorted(self._seen)))
+            if name not in self.seen:
+                there = ", ".join(map(_short, sorted(self.seen)))
                 raise DataError(
                     f"{self.source.path}: no column {name!r}, which `ignore` names", f"columns there: {there}"
                 )
-        if self._choices:
-            several = f"{counted(self._choices, 'row')} with several right answers"
+        if self.choices:
+            several = f"{counted(self.choices, 'row')} with several right answers"
             notes.append(f"{self.source.path}: {several}, of which the first is learned")
-        names = [_short(name) or "one without a name" for name in self._unread]
+        names = [_short(name) or "one without a name" for name in self.unread]
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             notes.append(f"{self.source.path}: columns that are not read: {', '.join(sorted(names)[:_SHOWN])}{more}")

@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 
 from dynlora_cli.data.forms import BadRowError, as_text, optional_text, refuse_half_characters, text_of
-from dynlora_cli.data.row_files import READERS, TEXT_SUFFIXES, Row, kind_of, read_rows, refuse_unknown_kind
+from dynlora_cli.data.row_files import READERS, TEXT_SUFFIXES, kind_of, read_rows, refuse_unknown_kind
+from dynlora_cli.data.rows.pieces import Row
 from dynlora_cli.errors import DataError, UsageError
 
 PIECE = 120  # words of a passage that is cut out of a text file

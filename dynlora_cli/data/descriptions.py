@@ -19,7 +19,7 @@ from dynlora_cli.text import show
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import Source
     from dynlora_cli.data.examples import Example
-    from dynlora_cli.data.splits import Kept
+    from dynlora_cli.data.rows.kept import Kept
 
 
 def read_descriptions(source: Source) -> list[str]:

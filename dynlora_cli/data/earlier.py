@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynlora_cli.config.sections import Dataset
-    from dynlora_cli.data.read import TaskOfRows
+    from dynlora_cli.data.rows.fitting import TaskOfRows
 
 BRING_BACK = "bring the rows back as they were, or do without them: leave dataset.replay out"
 

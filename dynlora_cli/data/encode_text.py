@@ -12,8 +12,9 @@ import json
 import unicodedata
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,20 @@ from dynlora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Known = tuple[set[tuple[str, str]], dict[tuple[str, str], int]]  # as of `Unwritten`
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What an encoder has found out about conversations: what decides how the next ones are read, and what adds up."""
+
+    known: Known
+    remarks: dict[str, None]
+    counts: tuple[Counter[str], Counter[str], bool, bool]
+    masks: bool
+    unlike_serving: str
 
 
 class TextEncoder(Encoder):
@@ -62,6 +77,29 @@ class TextEncoder(Encoder):
     def example(self, draft: Draft, row: int) -> Example:
         ids, labels = draft.ids[: self.max_length], draft.labels[: self.max_length]
         return OneText(array("i", ids), array("i", labels), row, draft.confidence)
+
+    @property
+    def findings(self) -> Findings:
+        """What was found out about conversations, row by row."""
+        masks = "mask" in self.__dict__
+        unlike = self.mask.unlike_serving if masks else ""
+        return Findings(self.unwritten.known, dict(self.fit.remarks), self.reasoned.counts, masks, unlike)
+
+    def forget(self, known: Known) -> None:
+        """Begin anew to find out, with what is known from rows that stand before."""
+        self.unwritten.known = known
+        self.fit.remarks = {}
+        self.reasoned = Reasoned(self.tokenizer, self.fit)
+        if "mask" in self.__dict__:
+            self.mask.unlike_serving = ""
+
+    def add(self, findings: Findings) -> None:
+        """What was found out by another encoder that knew what this one knows, in the rows that stand next."""
+        self.unwritten.known = findings.known
+        self.fit.remarks |= findings.remarks
+        self.reasoned.add(findings.counts)
+        if findings.masks:
+            self.mask.unlike_serving = self.mask.unlike_serving or findings.unlike_serving
 
     def notes(self, template: str) -> list[str]:
         """What a person should know about the conversations that were read; `template` is their template in words."""

@@ -12,8 +12,12 @@ import copy
 import hashlib
 import json
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dynlora_cli.data.chat.fit import resolved
 from dynlora_cli.data.chat.template import Writing, date_note, read_template, template_name
@@ -22,19 +26,15 @@ from dynlora_cli.data.descriptions import describe
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.mix import Span, mix_notes, spans_of
-from dynlora_cli.data.read import Reader, TaskOfRows, read
+from dynlora_cli.data.read import Reader, read
 from dynlora_cli.data.retrieve import put_passages
+from dynlora_cli.data.rows.cache import Entry, opened
+from dynlora_cli.data.rows.choice import split
+from dynlora_cli.data.rows.fitting import TaskOfRows
+from dynlora_cli.data.rows.kept import KeptList, KeptRows, PromptsOf, listed
+from dynlora_cli.data.rows.sequences import confidences_of, numbers_of
 from dynlora_cli.data.sources import BUILT_IN
-from dynlora_cli.data.splits import (
-    Kept,
-    advice_for,
-    class_names,
-    counts_of,
-    note_shared,
-    number_labels,
-    reasons_of,
-    split,
-)
+from dynlora_cli.data.splits import advice_for, class_names, note_shared, number_labels, reasons_of
 from dynlora_cli.data.streaming.stream import Stream
 from dynlora_cli.data.vocabulary import Vocabulary
 from dynlora_cli.errors import DataError
@@ -69,18 +69,18 @@ class Data:
         stream: gives the rows that come after `train`, where they are not all read before the run begins.
     """
 
-    train: list[Example]
-    val: list[Example]
+    train: Sequence[Example]
+    val: Sequence[Example]
     labels: list[str] | None
     notes: list[str]
     counts: dict[str, dict[str, int]]
     sha256: str
-    sizing: list[Example] = field(default_factory=list)
+    sizing: Sequence[Example] = field(default_factory=list)
     forms: set[str] = field(default_factory=set)
     writing: Writing = field(default_factory=Writing)
-    prompts: dict[str, list[bytes]] = field(default_factory=dict)
+    prompts: dict[str, PromptsOf] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
-    replayed: list[Example] = field(default_factory=list)
+    replayed: Sequence[Example] = field(default_factory=list)
     replay: dict[str, Any] | None = None
     retrieval: dict[str, Any] | None = None
     prior: dict[str, Any] | None = None
@@ -94,7 +94,8 @@ class Data:
     @property
     def confidence(self) -> dict[int, float]:
         """How sure the data are of training rows, by `Example.row`; those that are not there count 1."""
-        return {example.row: example.confidence for example in self.train if example.confidence != 1}
+        sure, rows = confidences_of(self.train), numbers_of(self.train)
+        return dict(zip(rows[sure != 1].tolist(), sure[sure != 1].tolist(), strict=True))
 
 
 def load_data(
@@ -136,23 +137,23 @@ def load_data(
     """
     reader = _reader(dataset, tokenizer, task, max_length, writing or Writing(), table, seed)
     stream = Stream(reader, _share_held_out(dataset)) if dataset.streaming else None
-    train, dropped = stream.opening() if stream else read(reader, dataset.train, held_out=False)
+    entry = None if stream else opened(reader)
+    train, dropped = stream.opening() if stream else read(reader, dataset.train, held_out=False, opened=entry)
     labels = labels or _classes(reader, train, num_labels, own_classes)
-    train, val, val_dropped = _held_out(reader, train, seed, stream)
+    train, val, val_dropped = _held_out(reader, train, seed, stream, entry)
     train, sizing_rows = split(train, min(0.1, sizing / max(1, len(train))), seed + 1, reader.notes)
     parts, lost = {"train": train, "val": val, "sizing": sizing_rows}, {"train": dropped, "val": val_dropped}
     retrieval = put_passages(reader, seed, parts, lost, told=not to_measure)
     if labels is not None and task.has_classes:
-        number_labels([kept for part in parts.values() for kept in part], labels, reader.notes)
+        number_labels([kept for part in parts.values() for kept in listed(part)], labels, reader.notes)
     _describe(reader, parts, seed)
-    counts = {part: counts_of(parts[part], lost[part]) for part in lost}
-    _check_supervised(counts, reader, to_measure)
-    _note_writing(reader)
+    counts = _counts({part: parts[part] for part in lost}, lost, reader, to_measure)
+    _note_writing(reader, entry)
     training, measured, sized = (_settled(reader, part) for part in parts.values())
-    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.forms, _written(reader))
-    data.prompts, data.retrieval = {part: [kept.prompt for kept in parts[part]] for part in lost}, retrieval
-    data.spans, data.stream = [] if stream else spans_of(parts["train"], dataset.train), stream
-    data.sha256 = _digest(data, dataset, str(tokenizer.chat_template), reader.max_length)
+    data = Data(training, measured, labels, reader.notes, counts, "", sized, reader.told.forms, _written(reader))
+    data.prompts, data.retrieval = {part: PromptsOf.of(parts[part]) for part in lost}, retrieval
+    data.spans, data.stream = [] if stream else spans_of(parts["train"].sources, dataset.train), stream
+    data.sha256 = _sha256(reader, data, parts)
     data.notes = list(dict.fromkeys([*reader.notes, *mix_notes(data.spans)]))
     if stream:
         data.notes.append(stream.settle(training, counts["train"], parts["sizing"], labels, data.writing))
@@ -179,12 +180,12 @@ def _reader(
 
 
 def _classes(
-    reader: Reader, train: list[Kept], num_labels: int | None, own_classes: list[str] | None
+    reader: Reader, train: KeptRows, num_labels: int | None, own_classes: list[str] | None
 ) -> list[str] | None:
     """Names of the outputs of a model that has some: those of the task, of the run that goes on, or of the rows."""
     if reader.task.outputs or not reader.task.has_classes:
         return reader.task.outputs
-    return list(reader.writing.labels) or class_names(train, num_labels, own_classes, reader.notes)
+    return list(reader.writing.labels) or class_names(listed(train), num_labels, own_classes, reader.notes)
 
 
 def _share_held_out(dataset: Dataset) -> float:
@@ -194,11 +195,11 @@ def _share_held_out(dataset: Dataset) -> float:
 
 
 def _held_out(
-    reader: Reader, train: list[Kept], seed: int, stream: Stream | None
-) -> tuple[list[Kept], list[Kept], int]:
+    reader: Reader, train: KeptRows, seed: int, stream: Stream | None, entry: Entry | None
+) -> tuple[KeptRows, KeptRows, int]:
     """Rows to train on, rows to measure on, and how many of the latter were dropped as they were read."""
     dataset = reader.dataset
-    val, dropped = read(reader, dataset.val, held_out=True)
+    val, dropped = read(reader, dataset.val, held_out=True, opened=entry)
     if dataset.val:
         note_shared(reader.notes, train, val)
     elif all(source.path in BUILT_IN for source in dataset.train):
@@ -208,28 +209,30 @@ def _held_out(
     return train, val, dropped
 
 
-def _describe(reader: Reader, parts: dict[str, list[Kept]], seed: int) -> None:
+def _describe(reader: Reader, parts: dict[str, KeptRows], seed: int) -> None:
     """Descriptions for all rows, those to measure on from their own sources where they have such."""
     dataset = reader.dataset
     for part, rows in parts.items():
         sources = dataset.val if part == "val" and dataset.val else dataset.train
-        describe(rows, sources, seed, trained=part == "train")
+        if any(source.descriptions for source in sources):
+            describe(listed(rows), sources, seed, trained=part == "train")
 
 
-def _settled(reader: Reader, rows: list[Kept]) -> list[Example]:
-    """The examples of one part, each with what it needs of the others."""
-    examples = [row.example for row in rows]
-    reader.encoder.settle(examples, [row.prompt for row in rows])
+def _settled(reader: Reader, rows: KeptRows) -> Sequence[Example]:
+    """The examples of one part, each with what it needs of the others; stored ones need nothing of each other."""
+    examples = rows.examples
+    if isinstance(rows, KeptList):
+        reader.encoder.settle(examples, [row.prompt for row in rows])
     return examples
 
 
-def _note_writing(reader: Reader) -> None:
+def _note_writing(reader: Reader, entry: Entry | None) -> None:
     """What a person should know about how texts were put together."""
     template = reader.tokenizer.chat_template
-    if reader.dataset.separator and not reader.set_apart:
+    if reader.dataset.separator and not reader.told.set_apart:
         reader.notes.append("dataset.separator is not used: no row has bare text as its prompt, without a space behind")
-    reader.notes += reader.encoder.notes(template_name(reader.dataset.chat_template))
-    in_turns = Turns.__name__ in reader.forms or any(True in turns for turns in reader.turned.values())
+    reader.notes += entry.remarks if entry else reader.encoder.notes(template_name(reader.dataset.chat_template))
+    in_turns = Turns.__name__ in reader.told.forms or any(True in turns for turns in reader.told.turned.values())
     if in_turns and (note := date_note(template, reader.writing.moment)):
         reader.notes.append(note)
     reader.notes += _template_notes(reader, template, in_turns=in_turns)
@@ -240,7 +243,7 @@ def _template_notes(reader: Reader, template: object, *, in_turns: bool) -> list
     dataset = reader.dataset
     sources = (*dataset.train, *dataset.val)
     named = {*dataset.chat_template_kwargs, *(name for one in sources for name in one.chat_template_kwargs)}
-    named |= reader.variables  # those of rows as well
+    named |= reader.told.variables  # those of rows as well
     system = dataset.system is not None or any(one.system is not None for one in sources)
     if not in_turns:
         keys = [("chat_template_kwargs", named), ("system", system), ("reasoning", dataset.reasoning != "keep")]
@@ -260,7 +263,7 @@ def _template_notes(reader: Reader, template: object, *, in_turns: bool) -> list
 
 def _written(reader: Reader) -> Writing:
     """How the rows were written: of each format that could be turns whether it was, where that is one answer."""
-    found = {name: turns == {True} for name, turns in reader.turned.items() if len(turns) == 1}
+    found = {name: turns == {True} for name, turns in reader.told.turned.items() if len(turns) == 1}
     dataset = reader.dataset
     return replace(
         reader.writing,
@@ -274,8 +277,11 @@ def _written(reader: Reader) -> Writing:
 # -- counts ----------------------------------------------------------------------------------------------------------
 
 
-def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader, to_measure: bool) -> None:
-    """Refuse a run that could learn nothing; tell what was lost."""
+def _counts(
+    parts: dict[str, KeptRows], lost: dict[str, int], reader: Reader, to_measure: bool
+) -> dict[str, dict[str, int]]:
+    """Count the rows; refuse a run that could learn nothing, and tell what was lost."""
+    counts = {part: rows.counts() | {"dropped": lost[part]} for part, rows in parts.items()}
     train, notes, limit = counts["train"], reader.notes, reader.max_length
     if not train["supervised"]:
         reasons = "; ".join(reasons_of(reader.lost[False]))
@@ -289,13 +295,21 @@ def _check_supervised(counts: dict[str, dict[str, int]], reader: Reader, to_meas
         if count["dropped"]:
             reasons = "; ".join(reasons_of(reader.lost[part == "val"]))
             notes.append(f"{where}: {counted(count['dropped'], 'row')} dropped: {reasons}")
+    return counts
 
 
-def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
-    options: list[Any] = [dataset.train_on, dataset.overlong, limit, template, data.labels]
+def _sha256(reader: Reader, data: Data, parts: dict[str, KeptRows]) -> str:
+    template, dataset = str(reader.tokenizer.chat_template), reader.dataset
+    given: list[Any] = [dataset.train_on, dataset.overlong, reader.max_length, template, data.labels]
     if data.stream:  # the rows of whose files are not read yet
-        options.append(data.stream.files)
-    digest = hashlib.sha256(json.dumps(options).encode())
+        given.append(data.stream.files)
+    options = json.dumps(given)
+    what = f"sha256 {options} {parts['val']}"
+    return parts["train"].remembered(what, lambda: _digest(options, data)).tobytes().hex()
+
+
+def _digest(options: str, data: Data) -> NDArray[np.uint8]:
+    digest = hashlib.sha256(options.encode())
     for name, examples in (("train", data.train), ("val", data.val)):
         digest.update(name.encode())
         for example in examples:
@@ -307,4 +321,4 @@ def _digest(data: Data, dataset: Dataset, template: str, limit: int) -> str:
                 digest.update(example.description.encode("utf-8", "surrogatepass") + b"|")
             if len(example.wordings) > 1:  # of which later passes draw others
                 digest.update("\n".join(example.wordings).encode("utf-8", "surrogatepass") + b"|")
-    return digest.hexdigest()
+    return np.frombuffer(digest.digest(), np.uint8)

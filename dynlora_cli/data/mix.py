@@ -7,20 +7,19 @@ weight 2 an epoch has every row twice.
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from dynlora_cli.data.splits import Kept
+import numpy as np
+from numpy.typing import NDArray
+
+from dynlora_cli.data.rows.plan import shuffled
 from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
     from dynlora_cli.config.sections import TrainSource
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,61 +39,40 @@ class Span:
     replayed: bool = False
 
 
-def drawn(items: Sequence[_T], draws: int, epoch: int, seed: str | None) -> list[_T]:
-    """Those of an epoch, which begin where the epoch before ended.
+def drawn(rows: int, draws: int, epoch: int, seed: str | None) -> NDArray[np.int32]:
+    """Numbers of those that an epoch takes, which begin where the epoch before ended. [draws]
 
     Args:
-        items: all of them.
+        rows: how many there are.
         draws: of an epoch.
         epoch: counted from 0.
         seed: of the order in which they are walked; None: as they stand.
     """
-    if draws == len(items):
-        return list(items)
-    walk = list(items)
-    if seed is not None:
-        random.Random(seed).shuffle(walk)
-    return [walk[at % len(walk)] for at in range(epoch * draws, (epoch + 1) * draws)]
+    if draws == rows:
+        return np.arange(rows, dtype=np.int32)
+    walk = np.arange(rows, dtype=np.int32) if seed is None else shuffled(rows, random.Random(seed))
+    return walk[np.arange(epoch * draws, (epoch + 1) * draws) % rows]
 
 
-def passes(rows: int, draws: int, epoch: int) -> list[int]:
-    """Of each of those that `drawn` gives of so many rows: how often it has come up before."""
-    return [at // rows for at in range(epoch * draws, (epoch + 1) * draws)]
+def passes(rows: int, draws: int, epoch: int) -> NDArray[np.int32]:
+    """Of each of those that `drawn` gives of so many rows: how often it has come up before. [draws]"""
+    return (np.arange(epoch * draws, (epoch + 1) * draws) // rows).astype(np.int32)
 
 
-def evenly(parts: Sequence[Sequence[_T]]) -> list[_T]:
-    """Several sequences as one, in which each is spread from the beginning to the end and keeps its order."""
-    placed = [((at + 0.5) / len(part), item) for part in parts for at, item in enumerate(part)]
-    return [item for _, item in sorted(placed, key=lambda pair: pair[0])]
+def evenly(counts: Sequence[int]) -> NDArray[np.int64]:
+    """The order in which several parts, one behind the other, are spread evenly: each keeps its own. [sum of counts]
 
-
-def chosen(rows: list[Kept], most: int, seed: int) -> list[Kept]:
-    """At most so many rows, in their order: whole prompts by a hash of the seed and the prompt.
-
-    A prompt with more rows than are still wanted is passed over; if some are wanted after the last, it gives a part.
+    Args:
+        counts: how many each part has.
     """
-    groups = Counter(row.prompt for row in rows)
-    order = sorted(groups, key=lambda prompt: hashlib.sha256(b"rows %d:" % seed + prompt).digest())
-    left, taken = most, dict[bytes, int]()
-    for prompt in order:
-        if groups[prompt] <= left:
-            taken[prompt] = groups[prompt]
-            left -= groups[prompt]
-    for prompt in order if left else ():
-        if prompt not in taken:
-            taken[prompt] = min(left, groups[prompt])
-            left -= taken[prompt]
-    kept = []
-    for row in rows:
-        if taken.get(row.prompt, 0):
-            taken[row.prompt] -= 1
-            kept.append(row)
-    return kept
+    if sum(count > 0 for count in counts) < 2:
+        return np.arange(sum(counts))
+    return np.argsort(np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count]), kind="stable")
 
 
-def spans_of(rows: Sequence[Kept], sources: Sequence[TrainSource]) -> list[Span]:
-    """The training rows by source; rows of one source stand beside each other."""
-    counts = Counter(row.source for row in rows)
+def spans_of(numbers: NDArray[np.integer[Any]], sources: Sequence[TrainSource]) -> list[Span]:
+    """The training rows by source, of which each row has the number; rows of one source stand beside each other."""
+    counts = np.bincount(numbers, minlength=len(sources)).tolist()
     return [
         Span(source.path, counts[at], max(1, round(source.weight * counts[at])))
         for at, source in enumerate(sources)

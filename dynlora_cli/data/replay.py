@@ -6,7 +6,6 @@ other ones in the next epoch. What an earlier run held out stays held out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,9 @@ from dynlora_cli.data.grounded import GroundedText
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.mix import Span, mix_notes
 from dynlora_cli.data.preferences.examples import Compared, Rated
+from dynlora_cli.data.rows.choice import shared
+from dynlora_cli.data.rows.kept import PromptsOf
+from dynlora_cli.data.rows.sequences import joined, numbers_of, renumbered, tokens_of
 from dynlora_cli.errors import UsageError
 from dynlora_cli.runs.folder import read_record
 from dynlora_cli.text import counted, percent
@@ -48,24 +50,22 @@ def add_replay(data: Data, earlier: Sequence[Earlier], share: float) -> None:
     """
     own = sum(span.draws for span in data.spans)
     draws = _dealt(max(len(earlier), round(own * share / (1 - share))), len(earlier))
-    read = (*data.train, *data.val, *data.sizing)
-    numbers = itertools.count(1 + max(example.row for example in read))
+    free = 1 + int(numbers_of(joined(data.train, data.val, data.sizing)).max())
     before, own_tokens = mix_notes(data.spans), _tokens(data)
-    runs = []
+    runs, replayed = [], []
     for run, count in zip(earlier, draws, strict=True):
-        examples = [_renumbered(example, next(numbers)) for example in _learned(run, data)]
-        data.replayed += examples
-        data.prompts.setdefault("replayed", []).extend(run.data.prompts.get("train", ()))
+        examples = renumbered(_learned(run, data), free)
+        free += len(examples)
+        data.replayed = joined(data.replayed, examples)
+        replayed.append(run.data.prompts.get("train", PromptsOf()))
         data.spans.append(Span(f"{run.name}, replayed", len(examples), count, replayed=True))
         runs.append(_on_record(run, count))
     tokens = sum(run["tokens"] for run in runs)
     data.replay = {"share": share, "runs": runs}
     data.notes = [note for note in data.notes if note not in before]
-    known, held_out = set(data.prompts.get("replayed", ())), data.prompts.get("val", [])
-    if shared := sum(prompt in known for prompt in held_out):
-        data.notes.append(
-            f"{shared} of {len(held_out)} validation rows have a prompt that is also in the replayed rows"
-        )
+    data.prompts["replayed"], held_out = sum(replayed, PromptsOf()), data.prompts.get("val", PromptsOf()).column()
+    if count := shared(held_out, data.prompts["replayed"].column()):
+        data.notes.append(f"{count} of {len(held_out)} validation rows have a prompt that is also in the replayed rows")
     data.notes += [_note(runs, sum(draws) / (own + sum(draws)), tokens / (own_tokens + tokens)), *mix_notes(data.spans)]
 
 
@@ -84,7 +84,7 @@ def _kinds(data: Data) -> str:
     return kinds.get(data.kind, "single answers or texts")
 
 
-def _learned(run: Earlier, own: Data) -> list[Example]:
+def _learned(run: Earlier, own: Data) -> Sequence[Example]:
     """The rows that a run trained on, with the numbers that their classes have now."""
     if run.data.stream:
         raise UsageError(
@@ -111,17 +111,12 @@ def _learned(run: Earlier, own: Data) -> list[Example]:
     return run.data.train
 
 
-def _renumbered(example: Example, row: int) -> Example:
-    example.row = row  # type: ignore[misc]  # a slot of whichever class it is
-    return example
-
-
 def _tokens(data: Data) -> float:
     """Tokens of an epoch of a run's own rows, on average."""
     total, start = 0.0, 0
     for span in data.spans:
         examples = data.train[start : start + span.rows]
-        total += span.draws * sum(example.tokens for example in examples) / span.rows
+        total += span.draws * tokens_of(examples) / span.rows
         start += span.rows
     return total
 
@@ -134,7 +129,7 @@ def _on_record(run: Earlier, draws: int) -> dict[str, Any]:
         "folder": str(run.folder.resolve()),
         "rows": len(examples),
         "draws": draws,
-        "tokens": round(draws * sum(example.tokens for example in examples) / len(examples)),
+        "tokens": round(draws * tokens_of(examples) / len(examples)),
         "sha256": run.data.sha256,
     }
 

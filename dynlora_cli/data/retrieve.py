@@ -27,7 +27,7 @@ from dynlora_cli.data.corpus import Corpus, Passage, read_corpus, written_with
 from dynlora_cli.data.examples import Draft, Located
 from dynlora_cli.data.forms import Form, Pair, Turns
 from dynlora_cli.data.read import Reader, fit
-from dynlora_cli.data.splits import Kept
+from dynlora_cli.data.rows.kept import Kept, KeptList, KeptRows, listed
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.retrieval.certainty import certainty
 from dynlora_cli.retrieval.lexical import Lexical, best
@@ -75,7 +75,7 @@ class Report:
 
 
 def put_passages(
-    reader: Reader, seed: int, parts: dict[str, list[Kept]], lost: dict[str, int], *, told: bool
+    reader: Reader, seed: int, parts: dict[str, KeptRows], lost: dict[str, int], *, told: bool
 ) -> dict[str, Any] | None:
     """Put passages into the prompts of all parts of a run's rows, if its recipe asks for any.
 
@@ -92,8 +92,9 @@ def put_passages(
     if reader.dataset.retrieve is None:
         return None
     retrieval = Retrieval(reader.dataset.retrieve, seed, reader.notes)
-    written, dropped = retrieval.put(reader, parts, told=(TRAIN,) if told else ())
-    parts.update(written)
+    rows = {part: listed(kept) for part, kept in parts.items()}
+    written, dropped = retrieval.put(reader, rows, told=(TRAIN,) if told else ())
+    parts.update({part: KeptList(kept) for part, kept in written.items()})
     for part, count in dropped.items():
         lost["val" if part == "val" else TRAIN] += count
     return retrieval.summary
@@ -116,7 +117,7 @@ class Retrieval:
         self.summary: dict[str, Any] = {}
 
     def put(
-        self, reader: Reader, parts: Mapping[str, list[Kept]], told: Collection[str]
+        self, reader: Reader, parts: Mapping[str, Sequence[Kept]], told: Collection[str]
     ) -> tuple[dict[str, list[Kept]], dict[str, int]]:
         """Rows with passages in their prompts, by part, and how many of each part were dropped for it.
 
@@ -144,7 +145,7 @@ class Retrieval:
         return written, dropped
 
     def _refuse_unasked(
-        self, parts: Mapping[str, list[Kept]], asked: Mapping[str, list[Kept]], *, learns: bool
+        self, parts: Mapping[str, Sequence[Kept]], asked: Mapping[str, list[Kept]], *, learns: bool
     ) -> None:
         """Name rows without a prompt, which stay as they are.
 

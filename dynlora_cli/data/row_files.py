@@ -11,14 +11,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from dynlora_cli.data.rows.pieces import Piece, Places, cut_up, in_pieces
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.files.strict_json import BadJsonError, loads
-
-Row = dict[str, Any]
-Places = Iterator[tuple[str, Row]]
 
 TEXT_SUFFIXES = {".txt", ".md"}
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -51,8 +50,29 @@ def refuse_unknown_kind(path: Path) -> None:
         raise DataError(f"dataset: {path} has an unknown kind {path.suffix!r}", advice)
 
 
+@dataclass(frozen=True, slots=True)
+class Lines(Piece):
+    """Lines of a file of JSON, not parsed yet, with their numbers."""
+
+    items: list[tuple[int, str]]  # type: ignore[assignment]
+    path: Path
+
+    def rows(self) -> Places:
+        """The rows, parsed one after the other."""
+        parsed = ((f"{self.path}:{number}", _parse(line.rstrip(), self.path, number)) for number, line in self.items)
+        return _checked(parsed)
+
+
 def read_rows(path: Path, notes: list[str]) -> Places:
     """Rows of a file of a known kind, each with its place (`data.jsonl:3`).
+
+    Args, Raises: as of `read_pieces`.
+    """
+    return (row for piece in read_pieces(path, notes) for row in piece.rows())
+
+
+def read_pieces(path: Path, notes: list[str]) -> Iterator[Piece]:
+    """Rows of a file of a known kind, about a thousand at a time.
 
     Args:
         path: its ending is among those of `READERS`.
@@ -65,11 +85,14 @@ def read_rows(path: Path, notes: list[str]) -> Places:
     try:
         if kind_of(path) not in _BINARY:
             encoding = _encoding(path, notes)
-        for place, row in READERS[kind_of(path)](path, encoding, notes):
+        if kind_of(path) in _LINES:
+            lines = cut_up(_lines(path, encoding), lambda line: len(line[1]))
+            cut: Iterator[Piece] = (Lines(part, path) for part in lines)
+        else:
+            cut = in_pieces(_checked(READERS[kind_of(path)](path, encoding, notes)))
+        for piece in cut:
             empty = False
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: expected an object with columns, found {type(row).__name__}")
-            yield place, row
+            yield piece
     except UnicodeError:
         line = _undecodable(path, encoding)
         name = encoding.upper().removesuffix("-SIG")
@@ -78,6 +101,13 @@ def read_rows(path: Path, notes: list[str]) -> Places:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     if empty:
         raise DataError(f"{path}: no rows", "the file is empty")
+
+
+def _checked(rows: Iterable[tuple[str, Any]]) -> Places:
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected an object with columns, found {type(row).__name__}")
+        yield place, row
 
 
 def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -131,10 +161,15 @@ def _undecodable(path: Path, encoding: str) -> int:
 
 
 def _read_jsonl(path: Path, encoding: str, notes: list[str]) -> Places:  # noqa: ARG001 - one signature for all kinds
+    return ((f"{path}:{number}", _parse(line.rstrip(), path, number)) for number, line in _lines(path, encoding))
+
+
+def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers."""
     with path.open(encoding=encoding) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(line.rstrip(), path, number)
+            if not line.isspace():
+                yield number, line
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
@@ -346,6 +381,7 @@ def unfilled(value: Any) -> Any:
 
 
 _BINARY = {".parquet", ".arrow", ".feather"}
+_LINES = {".jsonl", ".ndjson"}
 READERS: dict[str, Callable[[Path, str, list[str]], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

@@ -21,14 +21,15 @@ from dynlora_cli.data.picture_folder import ENDINGS, captioned, picture_rows, wi
 from dynlora_cli.data.row_files import (
     READERS,
     TEXT_SUFFIXES,
-    Row,
     holds_rows,
     kind_of,
     numbered,
+    read_pieces,
     read_rows,
     refuse_unknown_kind,
     unfilled,
 )
+from dynlora_cli.data.rows.pieces import Piece, Row, in_pieces
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.files.strict_json import loads
 from dynlora_cli.text import counted
@@ -60,12 +61,20 @@ class Table:
         read: gives pairs of a place (`data.jsonl:3`) and a row.
         whole_text: it is one text file: a single row with the column `text`, to be cut into pieces.
         home: the folder from which paths in its rows count; None: it is no file.
+        cut: gives the same rows in pieces, which need not be parsed yet; by default they are cut from `read`.
+        file: that holds them, and nothing else does; None: there is no such file.
     """
 
     name: str
     read: Callable[[], Iterator[tuple[str, Row]]]
     whole_text: bool = False
     home: Path | None = None
+    cut: Callable[[], Iterator[Piece]] | None = None
+    file: Path | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its rows, about a thousand at a time."""
+        return self.cut() if self.cut else in_pieces(self.read())
 
 
 def tables(source: Source, notes: list[str], *, held_out: bool, streamed: bool = False) -> list[Table]:
@@ -261,7 +270,14 @@ def _split_of(path: Path) -> str | None:
 def _table(path: Path, notes: list[str]) -> Table:
     refuse_unknown_kind(path)
     whole_text = kind_of(path) in TEXT_SUFFIXES
-    return Table(str(path), lambda: read_rows(path, notes), whole_text=whole_text, home=path.parent)
+    return Table(
+        str(path),
+        lambda: read_rows(path, notes),
+        whole_text=whole_text,
+        home=path.parent,
+        cut=lambda: read_pieces(path, notes),
+        file=path,
+    )
 
 
 def _hub(source: Source, *, streamed: bool) -> Table:

@@ -7,47 +7,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dynlora_cli.config.recipe import Recipe
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 
-from dynlora_cli.data.examples import Classified, Example, Located
+from dynlora_cli.data.examples import Classified
+from dynlora_cli.data.rows.choice import shared
+from dynlora_cli.data.rows.kept import Kept, KeptRows
 from dynlora_cli.errors import DataError
 from dynlora_cli.text import counted
 
 # Why rows are dropped; `advice_for` knows them again.
 LONGER, BEGINS, EMPTY = "longer than max_length", "begins after max_length", "with an empty text or answer"
 UNREAD = "longer with the context than the model reads"
-
-
-@dataclass(slots=True)
-class Kept:
-    """An example before the split, with what the counts need.
-
-    `source` is its number in the recipe, `located` as of `Draft`.
-    """
-
-    example: Example
-    prompt: bytes
-    label: str | int | None
-    truncated: bool
-    cut_answer: bool
-    source: int = 0
-    located: Located | None = None
-
-
-def counts_of(rows: list[Kept], dropped: int) -> dict[str, int]:
-    """What the record of a run says of rows, and how many were dropped."""
-    return {
-        "rows": len(rows),
-        "tokens": sum(row.example.tokens for row in rows),
-        "supervised": sum(row.example.supervised() for row in rows),
-        "truncated": sum(row.truncated for row in rows),
-        "cut_answers": sum(row.cut_answer for row in rows),
-        "dropped": dropped,
-    }
 
 
 def reasons_of(lost: Counter[str]) -> list[str]:
@@ -66,39 +38,10 @@ def advice_for(reasons: str, limit: int) -> str:
     return "name the role assistant, or set dataset.train_on: all" if "role" in reasons else "look at the rows"
 
 
-def split(rows: list[Kept], share: float, seed: int, notes: list[str]) -> tuple[list[Kept], list[Kept]]:
-    """Training and held-out rows.
-
-    Rows of one prompt stay together. Prompts are taken in the order of a hash of seed and prompt, so the choice does
-    not depend on the order of the rows; a prompt with more rows than are still wanted is passed over.
-
-    Args:
-        rows: all of them.
-        share: of the rows to hold out; above 0 at least one prompt is, if there are two.
-        seed: of the hash.
-        notes: told if nothing can be held out.
-    """
-    groups = Counter(row.prompt for row in rows)
-    order = sorted(groups, key=lambda prompt: hashlib.sha256(b"%d:" % seed + prompt).digest())
-    wanted = round(share * len(rows))
-    chosen: set[bytes] = set()
-    for prompt in order:
-        if groups[prompt] <= wanted:
-            chosen.add(prompt)
-            wanted -= groups[prompt]
-    if share > 0 and not chosen and len(groups) > 1:
-        chosen.add(min(order, key=lambda prompt: groups[prompt]))
-    if share > 0 and not chosen:
-        notes.append("no rows held out: all have the same prompt; name a file in dataset.val to measure held-out loss")
-    return [row for row in rows if row.prompt not in chosen], [row for row in rows if row.prompt in chosen]
-
-
-def note_shared(notes: list[str], train: list[Kept], val: list[Kept]) -> None:
+def note_shared(notes: list[str], train: KeptRows, val: KeptRows) -> None:
     """Tell how many validation rows have a prompt that is trained on."""
-    known = {row.prompt for row in train}
-    shared = sum(row.prompt in known for row in val)
-    if shared:
-        notes.append(f"{shared} of {len(val)} validation rows have a prompt that is also in the training rows")
+    if count := shared(val.prompts, train.prompts):
+        notes.append(f"{count} of {len(val)} validation rows have a prompt that is also in the training rows")
 
 
 def classes_of(labels: Set[str | int | None]) -> list[str]:
@@ -113,7 +56,7 @@ def classes_of(labels: Set[str | int | None]) -> list[str]:
     return found
 
 
-def class_names(rows: list[Kept], num_labels: int | None, own: list[str] | None, notes: list[str]) -> list[str]:
+def class_names(rows: Sequence[Kept], num_labels: int | None, own: list[str] | None, notes: list[str]) -> list[str]:
     """Names of the classes, in the order of the model's outputs.
 
     A model that has a head for the rows' classes keeps it, and with it its own names and order. Otherwise they are the
@@ -157,7 +100,7 @@ def _kept_classes(found: list[str], num_labels: int | None, own: list[str]) -> l
     return numbers if all(re.fullmatch(r"LABEL_\d+", name) for name in own) else own
 
 
-def number_labels(rows: list[Kept], names: Sequence[str], notes: list[str]) -> None:
+def number_labels(rows: Sequence[Kept], names: Sequence[str], notes: list[str]) -> None:
     """Put the number of its class into each example.
 
     Args:

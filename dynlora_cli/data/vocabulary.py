@@ -23,7 +23,7 @@ class Vocabulary:
 
     Args:
         tokenizer: that makes the tokens.
-        table: rows of the model's table; None: nobody knows.
+        table: rows of the model's table; None: nobody knows. An attribute as well.
 
     Raises:
         DataError: padding has no row.
@@ -32,6 +32,7 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, table: int | None) -> None:
         self._tokenizer = tokenizer
         self._table = table if table is not None and max(tokenizer.get_vocab().values(), default=0) >= table else None
+        self.table = table
         pad = tokenizer.pad_token_id
         if self._table is not None and isinstance(pad, int) and pad >= self._table:
             hint = f"name another pad_token in tokenizer_config.json, such as {tokenizer.eos_token!r}"

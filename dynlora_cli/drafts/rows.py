@@ -15,8 +15,8 @@ from dynlora_cli import plugins
 from dynlora_cli.config.sections import Model, Source
 from dynlora_cli.data.columns import Account, example_for, guessed, judges_in_words, located, mark_of, renamed
 from dynlora_cli.data.forms import PREFERRING, Judged, Labelled, Preference, as_text, name_of
-from dynlora_cli.data.read import fitting_formats
-from dynlora_cli.data.row_files import Row
+from dynlora_cli.data.rows.fitting import fitting_formats
+from dynlora_cli.data.rows.pieces import Row
 from dynlora_cli.data.sources import tables
 from dynlora_cli.data.splits import classes_of
 from dynlora_cli.errors import DataError, DynloraError, UsageError

@@ -21,6 +21,8 @@ from dynlora_cli.data.earlier import earlier_data, lineage, run_folder
 from dynlora_cli.data.examples import Classified, Example
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.preferences.examples import TwoLines
+from dynlora_cli.data.rows.choice import shared
+from dynlora_cli.data.rows.kept import Prompts, PromptsOf
 from dynlora_cli.data.sources import BUILT_IN
 from dynlora_cli.errors import DataError, DynloraError, UsageError
 from dynlora_cli.evaluation.rows import as_trained, of_file
@@ -77,7 +79,7 @@ class RowSet:
         return Measured(rows=len(self.examples), targets=targets, sha256=self.sha256, loss=loss)
 
 
-Read = tuple[RowSet, list[bytes]]  # a set, and the hash of each row's prompt
+Read = tuple[RowSet, Prompts]  # a set, and the hash of each row's prompt
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Reading:
     context: int | None
 
 
-def row_sets(recipe: Recipe, reading: Reading, notes: list[str], *, trained: Collection[bytes] = ()) -> list[RowSet]:
+def row_sets(recipe: Recipe, reading: Reading, notes: list[str], *, trained: PromptsOf | None = None) -> list[RowSet]:
     """The sets that a run is measured on beside its own held-out rows: those of its recipe, or of the earlier runs.
 
     Args:
@@ -117,10 +119,9 @@ def row_sets(recipe: Recipe, reading: Reading, notes: list[str], *, trained: Col
         notes += [f"forgetting on {name} is not measured: {why}" for name, why in missing.items()]
     else:
         read = [_asked(also, recipe, reading, notes) for also in recipe.eval.also]
-    known = set(trained)
     for rows, prompts in read:
-        if shared := sum(prompt in known for prompt in prompts):
-            text = f"{rows.name}: {shared} of {counted(len(prompts), 'row')} have a prompt that is also trained on"
+        if trained is not None and (count := shared(prompts, trained.column())):
+            text = f"{rows.name}: {count} of {counted(len(prompts), 'row')} have a prompt that is also trained on"
             notes.append(f"{text}, so forgetting looks smaller than it is")
     return [rows for rows, _ in read]
 
@@ -165,7 +166,7 @@ def _earlier(recipe: Recipe, reading: Reading) -> tuple[list[Read], dict[str, st
             if issubclass(data.kind, TwoLines):
                 missing[name] = "it learned from compared or judged answers, each against a reference of its own"
             elif data.val:
-                read.append(_slice(name, _renumbered(data, reading.labels), data.prompts["val"], EARLIER_ROWS))
+                read.append(_slice(name, _renumbered(data, reading.labels), data.prompts["val"].column(), EARLIER_ROWS))
             else:
                 missing[name] = f"the run in {folder} held no rows out"
         except DynloraError as error:
@@ -204,7 +205,7 @@ def _origins(recipe: Recipe) -> dict[str, bool]:
     return {name: is_adapter for name, is_adapter in named.items() if name}
 
 
-def _renumbered(data: Data, labels: Sequence[str] | None) -> list[Example]:
+def _renumbered(data: Data, labels: Sequence[str] | None) -> Sequence[Example]:
     """The held-out rows of an earlier run, with the numbers that their classes have now.
 
     Raises:
@@ -217,10 +218,10 @@ def _renumbered(data: Data, labels: Sequence[str] | None) -> list[Example]:
     return [replace(row, label=labels.index(data.labels[row.label])) for row in data.val if isinstance(row, Classified)]
 
 
-def _slice(name: str, examples: list[Example], prompts: list[bytes], most: int) -> Read:
+def _slice(name: str, examples: Sequence[Example], prompts: Prompts, most: int) -> Read:
     """A set of at most so many of the rows, and their prompts."""
     picked = picks(examples, most)
-    return RowSet.of(name, [examples[index] for index in picked]), [prompts[index] for index in picked]
+    return RowSet.of(name, [examples[index] for index in picked]), prompts[picked]
 
 
 def picks(examples: Sequence[Example], most: int) -> list[int]:
@@ -252,7 +253,7 @@ def forgotten(before: Mapping[str, Measured], after: Mapping[str, Measured]) -> 
     return {"also": also, "forgetting": max((one["forgetting"] for one in also.values()), default=None)}
 
 
-def _read(also: Also, recipe: Recipe, reading: Reading, notes: list[str]) -> tuple[list[Example], list[bytes]]:
+def _read(also: Also, recipe: Recipe, reading: Reading, notes: list[str]) -> tuple[Sequence[Example], Prompts]:
     """All rows of a set, and the hash of each one's prompt.
 
     Raises:
@@ -280,7 +281,7 @@ def _read(also: Also, recipe: Recipe, reading: Reading, notes: list[str]) -> tup
     part, other = ("val", "train") if also.path in BUILT_IN else ("train", "val")
     about = [note for note in said + data.notes if not note.startswith(f"{other}: ")]
     notes += [f"{also.name}: {note.removeprefix(f'{part}: ')}" for note in about]
-    return (data.val if part == "val" else data.train), data.prompts[part]
+    return (data.val if part == "val" else data.train), data.prompts[part].column()
 
 
 def _digest(example: Example) -> bytes:

@@ -28,7 +28,7 @@ from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.examples import Judge
 from dynlora_cli.data.forms import Turns
 from dynlora_cli.data.load import Data, load_data
-from dynlora_cli.data.read import fitting_formats
+from dynlora_cli.data.rows.fitting import fitting_formats
 from dynlora_cli.data.sources import tables
 from dynlora_cli.data.splits import sizing_rows
 from dynlora_cli.errors import UsageError
@@ -78,7 +78,7 @@ class Rows:
         in_turns: the chat template writes them.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     source: str
     sha256: str
     max_length: int

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from dynlora_cli.config.sections import Source
 from dynlora_cli.data.earlier import earlier_data, run_folder
 from dynlora_cli.data.grounded import GroundedText
 from dynlora_cli.data.preferences.examples import TwoLines
-from dynlora_cli.data.row_files import Row
+from dynlora_cli.data.rows.pieces import Row
 from dynlora_cli.data.sources import tables
 from dynlora_cli.errors import DataError, UsageError
 from dynlora_cli.evaluation.requests import RequestTexts
@@ -120,7 +120,7 @@ def _own_rows(adapter: Adapter, place: Place, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def _of_contexts(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Key]:
+def _of_contexts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Key]:
     """The passages of the texts that rows are about, where they are about any."""
     contexts = dict.fromkeys(tuple(example.context_ids) for example in examples if isinstance(example, GroundedText))
     number = 0
@@ -143,7 +143,7 @@ def _documents_on_record(adapter: Adapter) -> list[Origin]:
     return [Origin(kind="documents", path=one["name"], sha256=one["sha256"]) for one in found]
 
 
-def _requests(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Example]]:
+def _requests(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Example]]:
     texts = RequestTexts(tokenizer)
     return ((texts.of(example)[:LONGEST_REQUEST], example) for example in examples)
 

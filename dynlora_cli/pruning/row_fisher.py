@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dynlora_cli.data.rows.sequences import unsure_of
 from dynlora_cli.errors import UsageError
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.row_gates import batch_gates
@@ -127,7 +128,7 @@ def weights_note(policy: str, options: Any, examples: Sequence[Example]) -> list
     Raises:
         UsageError: it would weigh all rows by 0.
     """
-    unsure = sum(example.confidence != 1 for example in examples)
+    unsure = unsure_of(examples)
     if policy != "retrieval":
         return [f"{unsure} rows have a confidence, which pruning.policy: retrieval alone reads"] if unsure else []
     if unsure:

@@ -47,7 +47,7 @@ class AskedRows:
 
     source: str
     origin: str | None
-    examples: list[Example]
+    examples: Sequence[Example]
     texts: list[str]
     micro_batch_size: int = MICRO_BATCH
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from dynlora_cli.data.batches import Batch, Batches
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.packing_check import packed_mask_dtype
+from dynlora_cli.data.rows.sequences import joined, lengths_of
 from dynlora_cli.data.streaming.batches import StreamBatches
 from dynlora_cli.execution.mode import plan
 from dynlora_cli.models.load import Base
@@ -30,7 +31,7 @@ ENOUGH_STEPS, FEWEST_STEPS, MOST_PASSES = 1000, 75, 4
 
 def training_batches(recipe: Recipe, data: Data, base: Base, accelerator: Accelerator | None = None) -> Batches:
     """The batches that a run trains on: its rows by their weights, those of earlier runs; of a stream the first."""
-    examples = data.train + data.replayed
+    examples = joined(data.train, data.replayed)
     return make_batches(recipe, examples, base, shuffle=True, accelerator=accelerator, spans=data.spans)
 
 
@@ -45,7 +46,7 @@ def run_batches(recipe: Recipe, data: Data, base: Base, accelerator: Accelerator
 
 def make_batches(
     recipe: Recipe,
-    examples: list[Example],
+    examples: Sequence[Example],
     base: Base,
     *,
     shuffle: bool,
@@ -62,7 +63,7 @@ def make_batches(
         accelerator: of the run.
         spans: how many of them an epoch takes, source by source; none: all of them once.
     """
-    longest = max(len(line) for example in examples for line in example.lines)
+    longest = int(lengths_of(examples).max())
     packing = recipe.dataset.packing
     capacity = max(longest, min(recipe.dataset.max_length, base.files.context_length or recipe.dataset.max_length))
     kind = base.model.device.type
@@ -121,7 +122,7 @@ def chose_passes(train: Train) -> bool:
     return train.epochs == "auto" and train.max_steps is None
 
 
-def on_device(recipe: Recipe, accelerator: Accelerator, base: Base, examples: list[Example]) -> list[Batch]:
+def on_device(recipe: Recipe, accelerator: Accelerator, base: Base, examples: Sequence[Example]) -> list[Batch]:
     """Batches of examples that are measured again and again."""
     rows = make_batches(recipe, examples, base, shuffle=False)
     return [batch.to(accelerator.device) for index in range(rows.steps_per_epoch) for batch in rows.step(0, index)]

@@ -19,6 +19,8 @@ from dynlora_cli.data.chat.template import Writing
 from dynlora_cli.data.earlier import earlier_data
 from dynlora_cli.data.load import Data, load_data
 from dynlora_cli.data.replay import Earlier, add_replay
+from dynlora_cli.data.rows.kept import PromptsOf
+from dynlora_cli.data.rows.sequences import joined
 from dynlora_cli.data.splits import LEAST_SIZING_ROWS, sizing_rows
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.evaluation.also import Reading, row_sets
@@ -127,7 +129,7 @@ def read_data(
     data.prior, said = task.prior(recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps)
     data.notes += said
     if recipe.dataset.retrieve is None or recipe.pruning.policy == "retrieval":  # whose confidences nobody asked for
-        data.notes += weights_note(recipe.pruning.policy, recipe.pruning, data.train + data.replayed)
+        data.notes += weights_note(recipe.pruning.policy, recipe.pruning, joined(data.train, data.replayed))
     if context is not None and context < recipe.dataset.max_length:
         data.notes.append(f"dataset.max_length {recipe.dataset.max_length} is cut to the model's context, {context}")
     return data
@@ -137,7 +139,7 @@ def read_also(recipe: Recipe, files: BaseFiles, data: Data) -> list[RowSet]:
     """The rows of `eval.also`; adds to the notes of the run's data what there is to say of them."""
     task = tasks.of(recipe.model)  # what else a model can do is a matter of likelihood, whatever it learns now
     reading = Reading(files.tokenizer, task, data.writing, data.labels, files.table_rows, files.context_length)
-    trained = [prompt for part in ("train", "replayed") for prompt in data.prompts.get(part, ())]
+    trained = sum((data.prompts[part] for part in ("train", "replayed") if part in data.prompts), PromptsOf())
     return row_sets(recipe, reading, data.notes, trained=trained)
 
 
@@ -236,7 +238,7 @@ def make_run(
 ) -> Run:
     """Optimizer, rank control and batches around the model; `also` are rows of other kinds, to be measured on."""
     objective = objectives.begun(recipe.train, trained)
-    objectives.hang(objective, [*data.train, *data.val, *data.sizing, *data.replayed])
+    objectives.hang(objective, joined(data.train, data.val, data.sizing, data.replayed))
     groups = trained.groups(base.model)
     optimizer = make_optimizer(recipe.train.optimizer, groups, recipe.train.weight_decay)
     batches = run_batches(recipe, data, base, accelerator)

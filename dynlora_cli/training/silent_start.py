@@ -6,7 +6,7 @@ are looked at with the old components in the model, as they stand at the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +76,7 @@ def write_silent(pool: Pool, recipe: Recipe, base: Base, data: Data, accelerator
     )
 
 
-def _earlier_rows(recipe: Recipe, base: Base, origin: Path) -> Iterator[list[Example]]:
+def _earlier_rows(recipe: Recipe, base: Base, origin: Path) -> Iterator[Sequence[Example]]:
     """The training rows of every run that the old components came from."""
     for folder in lineage(run_folder(origin)):
         yield earlier_data(
@@ -88,7 +88,7 @@ def _earlier_rows(recipe: Recipe, base: Base, origin: Path) -> Iterator[list[Exa
         ).train
 
 
-def _batches(recipe: Recipe, rows: list[Example], base: Base, accelerator: Accelerator) -> Iterator[Batch]:
+def _batches(recipe: Recipe, rows: Sequence[Example], base: Base, accelerator: Accelerator) -> Iterator[Batch]:
     """The first micro-batches of some rows, in this run's order."""
     batches = make_batches(recipe, rows, base, shuffle=True)
     steps = (batches.step(0, index) for index in range(batches.steps_per_epoch))

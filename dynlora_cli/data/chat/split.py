@@ -77,6 +77,17 @@ class Reasoned:
         self._turns["apart"] += len(parts)
         return parts[::-1]
 
+    @property
+    def counts(self) -> tuple[Counter[str], Counter[str], bool, bool]:
+        """What was counted: rows and turns by what they hold, and two truths for `notes`."""
+        return self._rows, self._turns, self._wrote_empty, self._by_row
+
+    def add(self, counts: tuple[Counter[str], Counter[str], bool, bool]) -> None:
+        """What was counted of other rows."""
+        rows, turns, wrote_empty, by_row = counts
+        self._rows, self._turns = self._rows + rows, self._turns + turns
+        self._wrote_empty, self._by_row = self._wrote_empty or wrote_empty, self._by_row or by_row
+
     def refuse_lost(self, turns: Turns) -> None:
         """Refuse an answer at the end of a conversation whose reasoning is to be learned, and is not written.
 

@@ -264,6 +264,15 @@ class Unwritten:
             self._looks[kind] = self._looks.get(kind, 0) + 1
             self._refuse(*kind)
 
+    @property
+    def known(self) -> tuple[set[tuple[str, str]], dict[tuple[str, str], int]]:
+        """The fields that are written, and how often others were looked at: by this the next rows are looked at."""
+        return self._written, self._looks
+
+    @known.setter
+    def known(self, known: tuple[set[tuple[str, str]], dict[tuple[str, str], int]]) -> None:
+        self._written, self._looks = set(known[0]), dict(known[1])
+
     def fields(self) -> list[str]:
         """The fields that were left out, in words."""
         lost = sorted(kind for kind in self._looks if kind not in self._written)

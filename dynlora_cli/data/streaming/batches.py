@@ -6,7 +6,7 @@ data/batches.py; steps are walked in order, and back to the beginning, as trials
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class StreamBatches:
         steps: of the whole run.
     """
 
-    def __init__(self, data: Data, stream: Stream, make: Callable[[list[Example]], Batches], steps: int) -> None:
+    def __init__(self, data: Data, stream: Stream, make: Callable[[Sequence[Example]], Batches], steps: int) -> None:
         self.data, self.stream, self.steps_per_epoch = data, stream, steps
         self._make = make
         self._ahead: Ahead | None = None
@@ -38,7 +38,7 @@ class StreamBatches:
         self._stand_at(0, stream.first)
 
     @property
-    def examples(self) -> list[Example]:
+    def examples(self) -> Sequence[Example]:
         """Those of the first block."""
         return self.stream.first.examples
 
@@ -61,7 +61,7 @@ class StreamBatches:
         if self._first <= index < self._end:
             self._batches.prepare(self._block.number, index - self._first)
 
-    def shown(self, steps: int) -> list[Example]:
+    def shown(self, steps: int) -> Sequence[Example]:
         """The examples of the first so many steps; of those after the first block, nobody knows before."""
         return self._make(self.examples).shown(min(steps, self.steps_per_epoch))
 

@@ -23,7 +23,8 @@ from typing import Any
 from dynlora_cli.data.chat.template import Writing, on_date
 from dynlora_cli.data.examples import Example
 from dynlora_cli.data.read import Reader, fit
-from dynlora_cli.data.splits import Kept, counts_of, number_labels
+from dynlora_cli.data.rows.kept import Kept, KeptList, KeptRows, counts_of, listed
+from dynlora_cli.data.splits import number_labels
 from dynlora_cli.data.streaming.cursor import Cursor, Key, Stand
 from dynlora_cli.errors import DataError
 from dynlora_cli.text import counted
@@ -48,7 +49,7 @@ class Block:
     number: int
     start: Place
     end: Place
-    examples: list[Example]
+    examples: Sequence[Example]
     places: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -93,7 +94,7 @@ class Stream:
             Cursor(reader, number, source, shuffled=dataset.shuffle) for number, source in enumerate(dataset.train)
         ]
         self.number, self.rows, self.given, self.left_out, self.passes = 0, 0, 0, 0, 0
-        self.counts = counts_of([], 0)
+        self.counts = counts_of([]) | {"dropped": 0}
         self.labels: list[str] | None = None
         self.kept_back: set[bytes] = set()  # prompts of rows to choose the rank by
         self.stopping = False
@@ -101,7 +102,7 @@ class Stream:
 
     # -- the first block, from which everything is learned that must be known before ---------------------------------
 
-    def opening(self) -> tuple[list[Kept], int]:
+    def opening(self) -> tuple[KeptRows, int]:
         """The first rows, those to be held out among them, and how many were dropped.
 
         Called once, and followed by `settle`.
@@ -111,25 +112,26 @@ class Stream:
         for cursor in self.cursors:
             if cursor.stand.rows or cursor.stand.table:
                 cursor.account.settle(self.reader.notes)
-        return [row for _, _, row in kept], self.reader.lost[False].total()
+        return KeptList(row for _, _, row in kept), self.reader.lost[False].total()
 
-    def split(self, rows: list[Kept]) -> tuple[list[Kept], list[Kept]]:
+    def split(self, rows: KeptRows) -> tuple[KeptRows, KeptRows]:
         """Rows of the first block to train on, and those held out."""
-        train = [row for row in rows if not self.holds_out(row.prompt)]
+        kept = listed(rows)
+        train = [row for row in kept if not self.holds_out(row.prompt)]
         if self.share and len(train) in (0, len(rows)):
             self.share = 0
             self.reader.notes.append(
                 f"no rows held out: {counted(len(rows), 'row')} of the first block have too few prompts to hold out "
                 "some; name a file in dataset.val, or raise dataset.shuffle_buffer, to measure held-out loss"
             )
-            return rows, []
-        return train, [row for row in rows if self.holds_out(row.prompt)]
+            return rows, KeptList()
+        return KeptList(train), KeptList(row for row in kept if self.holds_out(row.prompt))
 
     def settle(
         self,
-        examples: list[Example],
+        examples: Sequence[Example],
         counts: dict[str, int],
-        kept_back: Sequence[Kept],
+        kept_back: KeptRows,
         labels: list[str] | None,
         writing: Writing,
     ) -> str:
@@ -146,7 +148,7 @@ class Stream:
             What a person should know of the rows that come.
         """
         self.counts, self.labels, self.reader.writing = counts, labels, writing
-        self.kept_back = {row.prompt for row in kept_back}
+        self.kept_back = {row.prompt for row in listed(kept_back)}
         self._told.update(self.reader.notes)
         self.reader.notes = []
         self.number, self.given = 1, len(examples)
@@ -282,7 +284,7 @@ class Stream:
             cursor.stand.given += 1
             cursor.stand.turns += 1
             if once:
-                for name, number in counts_of([row], 0).items():
+                for name, number in counts_of([row]).items():
                     self.counts[name] += number
             return [*found, (key, place, row)]
         return found

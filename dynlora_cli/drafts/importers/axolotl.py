@@ -49,8 +49,8 @@ tokenizer_config              !the tokenizer is the model's; name a folder that 
 chat_template                 !the tokenizer's own template is used; `dataset.chat_template` for another
 default_system_message        dataset.system
 hub_*                         !adapters are not uploaded from training
-dataset_prepared_path         -rows are read anew in seconds, and nothing is cached
-dataset_num_proc              -one process reads the rows
+dataset_prepared_path         -rows of large files are kept by themselves (dataset.cache)
+dataset_num_proc              -large files are read on all cores (dataset.workers)
 dataset_keep_in_memory        -rows are in memory
 dataset_shard_*               !all rows are read; `rows` of an item takes some
 skip_prepare_dataset          -rows are read anew in seconds

@@ -45,10 +45,10 @@ DEFAULTS = {
 KEYS = """
 template                      !the tokenizer's own chat template is used; another as `dataset.chat_template`
 max_samples                   dataset.train; as `rows` of each item
-preprocessing_num_workers     -one process reads the rows
+preprocessing_num_workers     -large files are read on all cores (dataset.workers)
 preprocessing_batch_size      -rows are in memory
-overwrite_cache               -nothing is cached
-tokenized_path                -nothing is cached
+overwrite_cache               -rows that are kept are read again where anything has changed (dataset.cache)
+tokenized_path                -rows of large files are kept by themselves (dataset.cache)
 buffer_size                   -rows are read before the first step, and shuffled whole
 streaming                     -rows are read before the first step; `dataset.streaming: true` reads them while training
 plot_loss                     -the report has the picture

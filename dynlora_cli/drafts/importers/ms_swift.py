@@ -56,8 +56,8 @@ response_prefix               !write it into the rows
 loss_scale                    !all answers of the assistant carry loss alike
 dataset                       dataset.train
 cached_dataset                !rows are read anew from their own files
-dataset_num_proc              -one process reads the rows
-load_from_cache_file          -nothing is cached
+dataset_num_proc              -large files are read on all cores (dataset.workers)
+load_from_cache_file          -rows that are kept are read again where anything has changed (dataset.cache)
 lazy_tokenize                 -rows are tokenized once
 streaming                     -rows are read before the first step; `dataset.streaming: true` reads them while training
 strict                        -a row that cannot be read is an error
