@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -74,6 +75,7 @@ class Files:
         if len({len(column) for column in self.columns.values()}) != 1:
             raise ValueError(f"the columns in {folder} are not of one length")
         self._tokens = (folder / TOKENS).open("rb")
+        weakref.finalize(self, self._tokens.close)
         self.bytes = os.fstat(self._tokens.fileno()).st_size
         if self.bytes != (4 * int(self.columns["ends"][-1]) if len(self) else 0):
             raise ValueError(f"{folder / TOKENS} has not the tokens that its rows have")
