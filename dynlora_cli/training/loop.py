@@ -10,6 +10,8 @@ fit ── step ── backward         the gradient of the token-normalised los
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from dynlora_cli.errors import Interrupted, MachineError, UsageError
 from dynlora_cli.execution.interrupt import interruptible
@@ -42,8 +44,7 @@ def fit(run: Run) -> None:
         if run.progress.learning_rate is None:
             window = settle_rate(run, interrupted)
         while not _finished(run):
-            _fetch_rows(run, saved_step)
-            record = advance(run, window, interrupted)
+            record = _advance(run, window, interrupted, saved_step)
             evaluated = evaluation_due(run)
             if evaluated:
                 _evaluate_and_judge(run)
@@ -66,27 +67,26 @@ def fit(run: Run) -> None:
         run.note(f"no better for {run.progress.evaluations_since_best} evaluations: done")
 
 
-def _fetch_rows(run: Run, saved_step: int) -> None:
-    """Where rows are read while the run trains, have those of the next step.
+def _advance(run: Run, window: Window, interrupted: Callable[[], bool], saved_step: int) -> dict[str, Any]:
+    """The next step; what was trained is saved first, where its rows are read now and cannot be.
 
     Raises:
-        DataError, UsageError, MachineError: they cannot be read; what was trained is saved.
+        DataError, UsageError, MachineError: they cannot.
     """
-    if run.stream is None:
-        return
     try:
-        run.stream.fetch(run.progress.step)
+        record = advance(run, window, interrupted)
     except (UsageError, MachineError) as error:
-        if not run.progress.step:
+        step = run.progress.step
+        if run.stream is None or run.stream.fault is not error or not step:
             raise
-        if run.progress.step != saved_step:
+        if step != saved_step:
             run.save(run)
             run.accelerator.wait_for_everyone()
         then = f"{error.hint}; then go on with --resume" if error.hint else "mend that, then go on with --resume"
-        message = f"{error.message} (after step {run.progress.step} of {run.total_steps}, which is saved)"
-        raise type(error)(message, then) from error
-    for text in run.stream.notes():
+        raise type(error)(f"{error.message} (after step {step} of {run.total_steps}, which is saved)", then) from error
+    for text in run.stream.notes() if run.stream else ():
         run.note(text)
+    return record
 
 
 def _measure_before(run: Run) -> None:

@@ -126,13 +126,20 @@ def test_resuming_on_other_rows_is_refused(home: Path, tmp_path: Path):
 
 
 def test_trials_of_the_learning_rate_walk_back_to_the_first_block(home: Path, tmp_path: Path):
-    options = ("train.max_steps=140", "train.learning_rate=auto", "train.warmup_steps=1", "pruning.start=0.9")
-    found = [*STREAM, *options, "pruning.end=0.95", "dataset.shuffle_buffer=8"]
-    summary, _ = train(recipe_of(home, tmp_path, *found))
-    assert summary["learning_rate_from"].startswith("race")
-    rate = f"train.learning_rate={summary['learning_rate']}"
-    train(recipe_of(home, tmp_path, *found, rate, out="told"))
-    assert adapter(tmp_path) == adapter(tmp_path, "told")
+    options = ("train.max_steps=140", "train.warmup_steps=1", "pruning.start=0.9", "pruning.end=0.95")
+    found = [*STREAM, *options, "dataset.shuffle_buffer=8"]
+
+    def stopped(rate: float | str, out: str) -> dict[str, Any]:
+        with pytest.raises(Interrupted):
+            train(recipe_of(home, tmp_path, *found, f"train.learning_rate={rate}", out=out), interrupt_at=20)
+        state: dict[str, Any] = json.loads((tmp_path / out / "checkpoints/step-20/state.json").read_text())
+        return state
+
+    raced = stopped("auto", "raced")
+    assert raced["progress"]["rate_from"].startswith("race")
+    told = stopped(raced["progress"]["learning_rate"], "told")
+    assert raced["stream"] == told["stream"]
+    assert raced["sha256"]["adapter_model.safetensors"] == told["sha256"]["adapter_model.safetensors"]
 
 
 def test_a_dry_run_reads_the_first_block_alone(home: Path, tmp_path: Path):
@@ -154,3 +161,10 @@ def test_a_classifier_streams(tmp_path: Path):
     train(recipe, resume=True)
     train(make_recipe(tmp_path, *options, kind="bert", out="at-once"))
     assert adapter(tmp_path) == adapter(tmp_path, "at-once")
+
+
+def test_rows_that_streamed_are_not_replayed(home: Path, tmp_path: Path):
+    train(recipe_of(home, tmp_path, *STREAM, "train.max_steps=2"))
+    recipe = recipe_of(home, tmp_path, f"dataset.replay={{from: {tmp_path / 'out'}}}", out="next")
+    with pytest.raises(UsageError, match="read its rows while it trained"):
+        train(recipe)

@@ -28,11 +28,15 @@ class StreamBatches:
         stream: of the data.
         make: batches of the examples of a block.
         steps: of the whole run.
+
+    Attributes:
+        fault: why the rows of a step could not be read.
     """
 
     def __init__(self, data: Data, stream: Stream, make: Callable[[Sequence[Example]], Batches], steps: int) -> None:
         self.data, self.stream, self.steps_per_epoch = data, stream, steps
         self._make = make
+        self.fault: DynloraError | None = None
         self._ahead: Ahead | None = None
         self._notes: list[str] = []
         self._stand_at(0, stream.first)
@@ -53,7 +57,7 @@ class StreamBatches:
         Raises:
             DataError, UsageError, MachineError: the rows cannot be read.
         """
-        self.fetch(index)
+        self._fetch(index)
         return self._batches.step(self._block.number, index - self._first)
 
     def prepare(self, epoch: int, index: int) -> None:  # noqa: ARG002
@@ -65,7 +69,7 @@ class StreamBatches:
         """The examples of the first so many steps; of those after the first block, nobody knows before."""
         return self._make(self.examples).shown(min(steps, self.steps_per_epoch))
 
-    def fetch(self, index: int) -> None:
+    def _fetch(self, index: int) -> None:
         """Have the rows of a step; it is one of the present block, the first of the next, or an early one.
 
         Raises:
@@ -77,7 +81,12 @@ class StreamBatches:
             self.stream.go_to(self._block.end)
         while index >= self._end:
             ahead, self._ahead = self._ahead or Ahead(self.stream), None
-            self._stand_at(self._end, ahead.block())
+            try:
+                block = ahead.block()
+            except DynloraError as error:
+                self.fault = error
+                raise
+            self._stand_at(self._end, block)
         if self._ahead is None and self._end < self.steps_per_epoch:
             self._ahead = Ahead(self.stream)
 
