@@ -119,7 +119,7 @@ def table() -> str:
         found = json.loads(line)
         curve = [mb for _, mb in found["curve"]]
         at = ", ".join(f"{curve[int(share * (len(curve) - 1))]:.0f}" for share in (0.25, 0.5, 1))
-        speed = found["rows"] / found["seconds_of_steps"]
+        speed = found["rows"] / found["seconds"]
         lines.append(
             f"| {found['megabytes']:g} MB | {found['rows']:,} | {found['steps']:,} | {found['seconds']:.0f} "
             f"| {speed:,.0f} | {found['peak_mb']} MB | {at} MB |"
