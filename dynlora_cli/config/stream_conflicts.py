@@ -22,6 +22,10 @@ def stream_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if recipe.train.max_steps is None:
         text = "nobody knows how many rows a stream has; write how many steps to train, such as `max_steps: 1000`"
         yield Conflict("train.max_steps", STREAMING, text)
+    for key, is_given in (("cache", data.cache is True), ("workers", data.workers != "auto")):
+        if is_given:
+            text = "rows of a stream are not kept on the disk, and one thread reads them; leave it out"
+            yield Conflict(f"dataset.{key}", STREAMING, text)
     if data.replay is not None:
         text = "replayed rows are drawn among all rows; leave one of the two out"
         yield Conflict("dataset.replay", STREAMING, text)

@@ -256,6 +256,8 @@ STREAMED = "model: builtin:tiny\ndataset: {train: a.jsonl, streaming: true%s}\n%
         ("", "", "train.max_steps: nobody knows how many rows a stream has"),
         (", replay: {from: out/v1}", "train: {max_steps: 9}", "dataset.replay: replayed rows are drawn among all rows"),
         (", retrieve: {corpus: b}", "train: {max_steps: 9}", "dataset.retrieve: passages are looked for before"),
+        (", cache: true", "train: {max_steps: 9}", "dataset.cache: rows of a stream are not kept on the disk"),
+        (", workers: 2", "train: {max_steps: 9}", "dataset.workers: rows of a stream are not kept on the disk"),
         ("", "train: {max_steps: 9, objective: dpo}", "dataset.streaming: dpo looks at all rows before"),
         ("", "train: {max_steps: 9}\nadapter: {variant: text-to-lora}", "variant text-to-lora needs all rows before"),
     ],
