@@ -60,7 +60,8 @@ def train(
     """Train an adapter, and leave a complete run folder.
 
     Ctrl-C, or the stop button of a notebook, finishes the step in hand, saves, and raises `Interrupted`; the same call
-    with `resume=True` goes on. To train on several GPUs use the command, `dynlora train --devices N`.
+    with `resume=True` goes on. To train on several GPUs, or several recipes side by side, use the command: `dynlora
+    train --devices N`, `dynlora train a.yaml b.yaml`.
 
     Args:
         recipe: a YAML file; or the same as a dict, which is checked as strictly.

@@ -137,7 +137,8 @@ def batch_gates(pool: Pool, batch: Batch) -> Iterator[RowGates]:
 
 def _refuse(name: str, layer: ComponentLinear) -> None:
     kind = type(layer)
-    if kind.update is not ComponentLinear.update or kind.forward is not ComponentLinear.forward:
+    parts = ("update", "finished", "forward")
+    if any(getattr(kind, part) is not getattr(ComponentLinear, part) for part in parts):
         raise UsageError(
             f"{name} is no plain sum of components, so its rows cannot be told apart", "use policy fisher or magnitude"
         )

@@ -120,7 +120,7 @@ NOT_IN_PYTHON = {
     "fail_above", "fail_below", "baseline", "max_regression", "library", "router", "explain", "set",
 }  # fmt: skip
 # In Python a recipe may be a dict, which needs no file, and a loop over dicts is a sweep.
-OF_A_DICT = {"model", "dataset", "budget", "columns", "sweep", "dtype"}
+OF_A_DICT = {"model", "dataset", "budget", "columns", "sweep", "dtype", "files", "together"}
 
 
 @pytest.mark.parametrize("name", ["train", "prune", "merge", "export", "inspect", "evaluate"])
@@ -130,7 +130,7 @@ def test_keywords_are_the_options_of_the_commands(name: str):
     keywords = set(inspect.signature(getattr(api, name)).parameters)
     of_dicts = OF_A_DICT if name == "train" else set()
     assert options - keywords <= (NOT_IN_PYTHON - (set() if name == "evaluate" else {"library", "set"})) | of_dicts
-    assert keywords - options <= {"progress"} | ({"set"} if name == "train" else set())
+    assert keywords - options <= {"progress"} | ({"set", "recipe"} if name == "train" else set())
 
 
 def test_values_that_nobody_gives_are_those_of_the_commands():

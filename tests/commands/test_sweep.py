@@ -146,13 +146,13 @@ def test_rows_are_read_once_for_all_runs_that_read_the_same(recipe: Path, tmp_pa
     ],
 )
 def test_rows_are_read_again_where_they_might_be_others(recipe: Path, setting: str, again: bool, monkeypatch):
-    read = []
-    monkeypatch.setattr(data, "load_data", lambda *_, **__: read.append(1) or "rows")
+    read, rows = [], data.Data([], [], None, [], {}, "")
+    monkeypatch.setattr(data, "load_data", lambda *_, **__: read.append(1) or rows)
     shared, tokenizer = SharedRows(), SimpleNamespace(chat_template="x", __len__=lambda: 3)
     monkeypatch.setattr(sweep, "_state_of", lambda _: ("x", None, None, 3))
     for changes in (["adapter.new_tokens=[<a>]"] if "new_tokens" in setting else [], [setting]):
         one = load_recipe(recipe, changes)
-        assert shared.of(one)(one.dataset, tokenizer, task=None, seed=one.seed) == "rows"
+        assert shared.of(one)(one.dataset, tokenizer, task=None, seed=one.seed) == rows
     assert len(read) == 1 + again
 
 
