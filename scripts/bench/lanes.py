@@ -1,6 +1,6 @@
 """What does it give to train many adapters on one base at once?
 
-    python scripts/bench/side_by_side.py --model FOLDER --out scripts/bench/side_by_side.jsonl
+    python scripts/bench/lanes.py --model FOLDER --out scripts/bench/lanes.jsonl
 
 Times a step of one run alone, and a step of k runs side by side, in which every run takes one. Both are taken in the
 same process, in turn, `--repeats` times; a ratio is of the same round. One line of JSON for each round. On a CPU the
