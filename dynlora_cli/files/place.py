@@ -34,6 +34,7 @@ ENDING = ".dynlora"
 OWNER = "owner.json"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that know none
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_MARK = b'{"dynlora": "writes here"'  # how the owner's text begins
 
 _held: dict[Path, OutputPlace] = {}  # of this process, so that a command may ask for a place that it has already
 
@@ -258,9 +259,11 @@ class OutputPlace:
             raise self._unusable(error) from None
 
     def _owner(self, text: bytes) -> dict[str, Any] | None:
-        """Who is written in the file; None where it was made just now."""
+        """Who is written in the file; None where it was made just now, or its owner died while writing."""
         if not text.strip(b"\0"):  # or torn by a loss of power
             return None
+        if (text.startswith(_MARK) or _MARK.startswith(text)) and not text.rstrip(b"\0").endswith(b"}"):
+            return None  # torn in the middle
         try:
             owner = json.loads(text)
             if isinstance(owner, dict) and "dynlora" in owner and type(owner.get("pid")) is int:

@@ -26,7 +26,7 @@ from typing import Any
 from dynlora_cli.errors import DynloraError, UsageError
 from dynlora_cli.files.foreign import RecordForm, fits, read_object
 from dynlora_cli.files.place import OutputPlace, claimed, is_workplace, resolved
-from dynlora_cli.files.whole import remove, sha256_of, sync_all, whole_folder, write_json, write_text
+from dynlora_cli.files.whole import remove, sha256_of, sync_all, unfinished, whole_folder, write_json, write_text
 from dynlora_cli.runs.log import METRICS, RANK_EVENTS
 from dynlora_cli.runs.record import RECORD
 
@@ -72,7 +72,8 @@ def refuse_occupied(folder: Path, *, overwrite: bool, option: str = "--output-di
     if not os.access(parent, os.W_OK):
         raise UsageError(f"{option} {folder}: {parent} may not be written to", f"choose another {option}")
     with place_of(folder, option) as place:
-        occupied = path.is_dir() and any(entry != place.work for entry in path.iterdir())
+        nobodys = (place.work, unfinished(path / RECORD))
+        occupied = path.is_dir() and any(entry not in nobodys for entry in path.iterdir())
     if occupied and not overwrite:
         resume = "--resume to go on with the run in it, " if option == "--output-dir" else ""
         raise UsageError(
@@ -101,7 +102,8 @@ def is_ours(folder: Path) -> bool:
 
 def _is_lost(folder: Path) -> bool:
     """Whether a folder is empty, or holds a run that ended before it had saved anything."""
-    entries = {entry.name for entry in folder.iterdir() if not is_workplace(entry)}
+    begun = unfinished(folder / RECORD)  # killed while writing the very first file
+    entries = {entry.name for entry in folder.iterdir() if not is_workplace(entry) and entry != begun}
     if not entries & {RECORD, METRICS}:
         return not entries
     ended = "summary" in _object(folder / RECORD)

@@ -20,6 +20,7 @@ from dynlora_cli.runs import folder as run_folder
 SWEEP = """
 import json, os, signal, sys
 from pathlib import Path
+from dynlora_cli.files.whole import write_json
 from dynlora_cli.runs import folder as run_folder
 
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
@@ -27,11 +28,11 @@ place, kind = Path(sys.argv[1]), sys.argv[2]
 
 def record(folder, name, **more):
     folder.mkdir(exist_ok=True)
+    head = {"schema_version": 1, "dynlora_version": "0.1", "name": name}
+    write_json(folder / "dynlora.json", head | more)  # first, and by way of another name, as a run does
     (folder / "metrics.jsonl").write_text(name)
     (folder / "weights" ).mkdir(exist_ok=True)
     (folder / "weights" / name).write_text(name)
-    head = {"schema_version": 1, "dynlora_version": "0.1", "name": name}
-    (folder / "dynlora.json").write_text(json.dumps(head | more))
 
 def command():
     with run_folder.replaced(place, overwrite=True) as new:
@@ -164,6 +165,22 @@ def test_a_container_that_came_back_under_another_name_takes_its_place_over(tmp_
     with run_folder.place_of(tmp_path / "out"):
         written = json.loads((tmp_path / ".out.dynlora" / "owner.json").read_text())
     assert written["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize("length", [0, 1, 17, 60])
+def test_an_owner_who_died_while_writing_its_name_is_none(tmp_path: Path, length: int):
+    owner(tmp_path)
+    os.truncate(tmp_path / ".out.dynlora" / "owner.json", length)
+    with run_folder.place_of(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_died_while_writing_its_first_file_is_in_nobodys_way(tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".dynlora.json.tmp").write_text('{"schema_ver')
+    run_folder.refuse_occupied(out, overwrite=False)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"dynlora": 1}', "not JSON"])
