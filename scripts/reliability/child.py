@@ -126,11 +126,11 @@ def command(arguments: Sequence[object], work: Path, fault: Fault | None = None,
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def on_change(act: Callable[[int], None]) -> Fault:
+def on_change(act: Callable[[int, str], None]) -> Fault:
     """A fault that calls `act` before every change of names on the disk and every opening of a file to be written.
 
     Args:
-        act: is given the number of the change, from 1.
+        act: is given the number of the change, from 1, and the path.
     """
 
     def install() -> None:
@@ -140,7 +140,7 @@ def on_change(act: Callable[[int], None]) -> Fault:
             nonlocal count
             if event in CHANGES or (event == "open" and _writes(arguments)):
                 count += 1
-                act(count)
+                act(count, os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else "")
 
         sys.addaudithook(hook)
 
@@ -155,10 +155,20 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 
 def kill_at_change(number: int) -> Fault:
-    """Killed before its so-manieth change to the disk."""
+    """Killed before its change to the disk of this number, from 1."""
 
-    def act(count: int) -> None:
+    def act(count: int, path: str) -> None:  # noqa: ARG001
         if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return on_change(act)
+
+
+def kill_at_path(part: str) -> Fault:
+    """Killed before the first change of a path that holds this text."""
+
+    def act(count: int, path: str) -> None:  # noqa: ARG001
+        if part in path:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return on_change(act)
@@ -178,7 +188,7 @@ def changes_of(arguments: Sequence[object], work: Path) -> int:
     """How many changes to the disk a command makes that nothing befalls."""
     tally = work / ".changes"
     descriptor = os.open(tally, os.O_CREAT | os.O_WRONLY)
-    answer = command(arguments, work, on_change(lambda count: os.pwrite(descriptor, b"%9d" % count, 0) and None))
+    answer = command(arguments, work, on_change(lambda count, _: os.pwrite(descriptor, b"%9d" % count, 0) and None))
     os.close(descriptor)
     answer.must(0)
     found = int(tally.read_text())

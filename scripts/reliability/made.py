@@ -1,8 +1,8 @@
 """Runs small enough to be made again and again, and what must come of them.
 
-base/     the model, the rows, the recipe of `tests/tiny_run.py`
-base/new  the run that nothing befell
-base/old  an earlier one of another seed, which is to be overwritten
+made/     the model, the rows, the recipe of `tests/tiny_run.py`
+made/new  the run that nothing befell
+made/old  an earlier one of another seed, which is to be overwritten
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ SETTINGS = ("train.max_steps=6", "train.save_steps=2", "eval.steps=3", "dataset.
 
 
 def prepare(made: Path) -> None:
-    """Make the model, the rows, the recipe, and both runs."""
+    """Make the model, the rows, the recipe, and both runs, unless they are there."""
     from tiny_run import make_recipe
+
+    if (made / "old").exists():
+        return
 
     make_recipe(made)
     recipe = json.loads((made / "llama.yaml").read_text())
@@ -112,8 +115,9 @@ def alone(parent: Path, *names: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of ours."""
-    shutil.rmtree(folder)
+    """Remove a folder of ours, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def copy(source: Path, target: Path) -> Path:

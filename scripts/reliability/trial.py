@@ -17,12 +17,16 @@ class Impossible(Exception):  # noqa: N818 - nobody's fault
     """This machine cannot do what the trial needs; the text says what."""
 
 
+class ProvesNothing(Exception):  # noqa: N818 - nobody's fault
+    """Nothing befell the trial: the kill came after the end, or nothing was changed; the text says what."""
+
+
 class Trial(NamedTuple):
     """One attempt.
 
     Attributes:
         work: a folder of its own, empty.
-        made: what `prepare` of its kind left, read and never changed.
+        made: what `prepare` of its kind left, read and never changed; all kinds share it.
         number: counted from 0 within a kind and a seed.
         chance: of this kind, seed and number alone, so that any trial can be repeated by itself.
         seed: of the whole run.
@@ -45,11 +49,11 @@ class Kind:
         tried: how many in the long form.
         bounded: how many in the form for CI.
         batch: how many make a line of the record.
-        seconds: that one may take before it counts as hung.
-        prepare: makes in an empty folder what all trials of the kind read.
+        seconds: that one trial may take before it counts as hung.
+        prepare: makes what all trials of the kind read, unless another kind has made it already.
         run: makes one attempt, and says in a few words how it was survived.
 
-    `run` raises `Lost`; any other exception is lost as well, unless it is `Impossible`.
+    `run` raises `Lost`; any other exception is lost as well, unless it is `ProvesNothing` or `Impossible`.
     """
 
     name: str
