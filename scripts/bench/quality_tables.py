@@ -294,8 +294,8 @@ def pareto_svg(cells: dict[Cell, Chosen], tasks: Sequence[str], methods: Sequenc
     return draw(lines, "final parameters, relative to LoRA of rank 1", "held-out loss, % of LoRA of rank 1")
 
 
-def draw(lines: dict[str, list[tuple[float, float]]], x_title: str, y_title: str) -> str:
-    """A line chart as SVG; x is logarithmic to base 2."""
+def draw(lines: dict[str, list[tuple[float, float]]], x_title: str, y_title: str, unit: str = "x") -> str:
+    """A line chart as SVG; x is logarithmic to base 2, and `unit` stands behind its numbers."""
     xs = [math.log2(x) for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
     left, right, low, high = min(xs) - 0.1, max(xs) + 0.1, min(ys) - 0.5, max(ys) + 0.5
@@ -317,7 +317,7 @@ def draw(lines: dict[str, list[tuple[float, float]]], x_title: str, y_title: str
         )
     for power in range(math.ceil(left), math.floor(right) + 1):
         x, _ = place(2.0**power, low)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{2.0**power:g}x</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{2.0**power:g}{unit}</text>')
     for number, (name, points) in enumerate(lines.items()):
         colour, places = COLOURS[number % len(COLOURS)], [place(*point) for point in sorted(points)]
         width = 3 if name == "dynlora" else 1.5

@@ -1,6 +1,6 @@
 """Time and memory of data larger than memory: `dataset.cache` on files of 10 MB to 5 GB.
 
-    python scripts/bench/large_data/large_data.py --folder /tmp/large          # all cases; 5 GB take an hour or two
+    python scripts/bench/large_data/large_data.py --folder /tmp/large          # all cases: 5 GB take 10 minutes on two free cores
     python scripts/bench/large_data/large_data.py --folder /tmp/large --cases 100
 
 A file of rows is made of the texts that come with Python, always the same ones. `dynlora train` makes a few steps on
@@ -11,7 +11,7 @@ was until the first step, and the memory of all its processes, second by second:
     pss     the same, pages that are shared divided by who shares them
     anon    of this what is no file: what the system cannot take back
 
-`large_data.md` and `large_data.svg` are made of the lines by tables.py.
+    python scripts/bench/large_data/tables.py      # large_data.md and large_data.svg, of the last lines of each case
 """
 
 from __future__ import annotations
