@@ -351,10 +351,11 @@ class SharedRows:
                 _put_state(tokenizer, after)
                 return data
             from dynlora_cli.data.load import load_data
+            from dynlora_cli.data.rows.stored import Stored
 
             data = load_data(dataset, tokenizer, writing=writing, task=task, **how)
             self.read += 1
-            if data.stream:  # which each run reads on by itself
+            if data.stream or isinstance(data.train, Stored):  # each run reads on by itself, or opens what is kept
                 return data
             while len(self.kept) >= MOST_KEPT:
                 del self.kept[next(iter(self.kept))]

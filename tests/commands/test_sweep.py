@@ -21,6 +21,8 @@ from dynlora_cli.commands import sweep
 from dynlora_cli.commands.sweep import SharedRows
 from dynlora_cli.config.load import load_recipe
 from dynlora_cli.data import load as data
+from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.training.setup import read_data
 
 GRID = ("--sweep", "rank.budget=1,2", "--sweep", "seed=0,1")
 NAMES = [f"budget-{budget}_seed-{seed}" for budget in (1, 2) for seed in (0, 1)]
@@ -154,6 +156,17 @@ def test_rows_are_read_again_where_they_might_be_others(recipe: Path, setting: s
         one = load_recipe(recipe, changes)
         assert shared.of(one)(one.dataset, tokenizer, task=None, seed=one.seed) == rows
     assert len(read) == 1 + again
+
+
+def test_rows_on_the_disk_are_opened_by_each_run(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DYNLORA_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": "yes"}) + "\n" for n in range(20)))
+    one = load_recipe(pico_recipe(tmp_path, dataset={"train": [str(rows)], "cache": True, "workers": 1}))
+    shared, files = SharedRows(), BaseFiles.find(one.model)
+    first, second = (read_data(one, files, load=shared.of(one)) for _ in range(2))
+    assert list(first.train) == list(second.train)
+    assert first.train.files is not second.train.files
 
 
 @pytest.mark.slow

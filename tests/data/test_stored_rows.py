@@ -152,7 +152,7 @@ def kept(cache: Path) -> Path:
     return about.parent
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "numbers", "about"])
+@pytest.mark.parametrize("harm", ["cut", "gone", "numbers", "about", "told"])
 def test_what_is_damaged_is_made_anew(harm: str, tmp_path: Path, cache: Path) -> None:
     settings = {"train": [{"path": str(pairs(tmp_path / "rows.jsonl", 60))}]}
     expected = read(settings, None, cache=False)
@@ -164,6 +164,8 @@ def test_what_is_damaged_is_made_anew(harm: str, tmp_path: Path, cache: Path) ->
         tokens.unlink()
     elif harm == "numbers":
         numbers.write_bytes(numbers.read_bytes()[::-1])
+    elif harm == "told":
+        about.write_text(about.read_text().replace("completion", "complexion"))
     else:
         about.write_text(about.read_text()[:-20])
     again = read(settings, None, cache=True)
@@ -183,6 +185,20 @@ def test_a_damaged_token_is_never_trained_on(tmp_path: Path, cache: Path) -> Non
     with pytest.raises(MachineError, match="damaged"):
         assert [*data.train, *data.val] == []
     assert "is damaged" in read(settings, None, cache=True).notes[0]
+
+
+def test_what_was_remembered_is_made_anew_where_it_is_damaged(tmp_path: Path, cache: Path) -> None:
+    """One bit of which rows are held out, or of the hash of the data, would be believed."""
+    settings = {"train": [{"path": str(pairs(tmp_path / "rows.jsonl", 60)), "rows": 40}]}
+    first = read(settings, None, cache=True)
+    remembered = list(kept(cache).rglob("*.npy"))
+    assert len(remembered) > 2
+    for path in remembered:
+        content = bytearray(path.read_bytes())
+        content[-12] ^= 1
+        path.write_bytes(content)
+    same(read(settings, None, cache=False), read(settings, None, cache=True))
+    assert read(settings, None, cache=True).sha256 == first.sha256
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path, cache: Path) -> None:
@@ -210,6 +226,26 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(kept_rows, "read_source", read_and_change)
     with pytest.raises(DataError, match="has changed while it was read"):
+        read({"train": [{"path": str(path)}]}, None, cache=True)
+    assert not list(cache.glob("*/about.json"))
+
+
+@pytest.mark.parametrize("change", ["other", "gone"])
+def test_a_file_that_changes_after_it_was_hashed_is_refused(
+    change: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as while another run reads the same rows, which this one waits for."""
+    from dynlora_cli.data.rows import cache as kept_rows
+
+    path, key_of = pairs(tmp_path / "rows.jsonl", 60), kept_rows.key_of
+
+    def key_and_change(*given: Any) -> str:
+        key = key_of(*given)
+        path.write_text(path.read_text().replace("it is", "it be")) if change == "other" else path.unlink()
+        return key
+
+    monkeypatch.setattr(kept_rows, "key_of", key_and_change)
+    with pytest.raises((DataError, UsageError), match=r"has changed while it was read|no file or folder"):
         read({"train": [{"path": str(path)}]}, None, cache=True)
     assert not list(cache.glob("*/about.json"))
 

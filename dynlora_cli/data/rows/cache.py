@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -41,15 +41,13 @@ from dynlora_cli.files.place import FULL, refuse_full_disk
 from dynlora_cli.files.whole import sync_all, write_json
 from dynlora_cli.text import size
 
-if TYPE_CHECKING:
-    pass
-
 FOLDER, MOST = "DYNLORA_CACHE", "DYNLORA_CACHE_GB"
 LARGE = 32 * 10**6  # bytes of files from which rows are kept, where the recipe leaves it open
 _DEFAULT_GB = 50.0
 _ABOUT = "about.json"
 _HINT = f"name a folder on another disk in {FOLDER}, or set dataset.cache: false, which holds all rows in memory"
 
+State = tuple[int, ...]  # bytes of a file, and what else changes with it
 Lists = dict[str, list[list[Table]]]  # of each list of sources, the tables of each source
 
 
@@ -67,6 +65,8 @@ class Entry:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        if about.pop("check") != _check(about):
+            raise ValueError(f"{folder / _ABOUT} is not what was written")
         self.remarks: list[str] = [str(note) for note in about["remarks"]]
         self._told = {name: [_told_of(one) for one in found] for name, found in about["told"].items()}
         self._ends = {name: [int(end) for end in ends] for name, ends in about["ends"].items()}
@@ -113,8 +113,9 @@ def opened(reader: Reader) -> Entry | None:
     if why := _unfit(reader) or ("not all rows are in files" if len(files) < len(paths) else ""):
         reader.notes.append(f"the rows are held in memory, and not kept (dataset.cache): {why}")
         return None
-    cache = Cache()
-    entry = cache.entry(reader, key_of(reader, lists, said, cache.dates), lists, total)
+    cache, before = Cache(), {path: _state(path) for path in files}  # as they are when the key is made
+    with _said(cache.folder):
+        entry = cache.entry(reader, key_of(reader, lists, said, cache.dates), before)
     reader.notes.append(
         f"the rows are kept in {entry.folder} ({size(entry.size)}), so that the next run need not read them again"
     )
@@ -146,21 +147,22 @@ class Cache:
         with _said(self.folder):
             self.dates.mkdir(parents=True, exist_ok=True)
 
-    def entry(self, reader: Reader, key: str, lists: Lists, total: int) -> Entry:
+    def entry(self, reader: Reader, key: str, before: Mapping[Path, State]) -> Entry:
         """The rows with this key, which are read now if they are not there, or damaged.
 
         Args:
             reader: reads them.
             key: of all that they depend on.
-            lists: their tables.
-            total: bytes of their files.
+            before: their files, as they were before their key was made.
         """
         folder = self.folder / key
-        with _said(self.folder), _locked(self.folder / f"{key}.lock"):
+        with _locked(self.folder / f"{key}.lock"):
             entry = self._found(folder, reader.notes)
             if entry is None:
+                self._clear()
+                total = sum(sum(state[:1]) for state in before.values())
                 refuse_full_disk(self.folder, int(1.3 * total), "the cache of the rows", FOLDER)
-                self._make(reader, folder, lists)
+                self._make(reader, folder, before)
                 entry = Entry(folder)
             os.utime(folder / _ABOUT)
         self._keep_within(folder, reader.notes)
@@ -176,10 +178,9 @@ class Cache:
             shutil.rmtree(folder)
             return None
 
-    def _make(self, reader: Reader, folder: Path, lists: Lists) -> None:
+    def _make(self, reader: Reader, folder: Path, before: Mapping[Path, State]) -> None:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: we hold the lock
-        before = {path: _state(path) for path in _files_in(lists)}
         temporary.mkdir()
         try:
             with Team.of(reader) as team:
@@ -195,21 +196,28 @@ class Cache:
                 "ends": {name: ends for name, (_, ends) in about.items()},
                 "checks": {name: _checks(temporary / name) for name in about},
             }
-            write_json(temporary / _ABOUT, found)
+            write_json(temporary / _ABOUT, found | {"check": _check(found)})
             sync_all(temporary)
             os.rename(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _keep_within(self, used: Path, notes: list[str]) -> None:
-        """Remove what was not used for longest, and what killed processes have left, until the rest is small enough."""
-        most = _most_bytes()
+    def _clear(self) -> None:
+        """Remove what killed processes have left."""
         for left in self.folder.glob(".*.tmp"):
             with _if_free(self.folder / f"{left.name[1:-4]}.lock") as free:
                 if free:
                     shutil.rmtree(left, ignore_errors=True)
-        kept = {path.parent: path.stat().st_mtime for path in self.folder.glob(f"*/{_ABOUT}")}
+
+    def _keep_within(self, used: Path, notes: list[str]) -> None:
+        """Remove what was not used for longest until the rest is small enough, and what killed processes have left."""
+        most = _most_bytes()
+        self._clear()
+        kept = dict[Path, float]()
+        for path in self.folder.glob(f"*/{_ABOUT}"):
+            with suppress(FileNotFoundError):  # another run has removed it just now
+                kept[path.parent] = path.stat().st_mtime
         sizes = {path: _size(path) for path in kept}
         for path in sorted(kept, key=kept.__getitem__):
             if sum(sizes.values()) <= most:
@@ -245,13 +253,12 @@ def _name(held_out: bool) -> str:
     return "val" if held_out else "train"
 
 
-def _files_in(lists: Lists) -> list[Path]:
-    return [table.file for of in lists.values() for source in of for table in source if table.file]
-
-
-def _state(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def _state(path: Path) -> State:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # which is a change as well
+        return ()
+    return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _as_json(told: Told) -> dict[str, Any]:
@@ -286,6 +293,11 @@ def _checks(folder: Path) -> dict[str, int]:
                 check = zlib.crc32(piece, check)
         found[name] = check
     return found
+
+
+def _check(about: Mapping[str, Any]) -> int:
+    """A checksum of what is said of the columns."""
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def _size(folder: Path) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlora_cli.data.vocabulary import sha256_of_text, tokenizer_sha256
+from dynlora_cli.errors import UsageError
 from dynlora_cli.files.whole import write_text
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ def sha256_of_file(path: Path, dates: Path) -> str:
     Args:
         path: of the file.
         dates: a folder where hashes are kept.
+
+    Raises:
+        UsageError: it cannot be read.
     """
     stat = path.stat()
     seen = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -85,7 +89,10 @@ def sha256_of_file(path: Path, dates: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):  # not there, or somebody else's
         pass
     began = time.time()
-    found = _hashed(path, stat.st_size)
+    try:
+        found = _hashed(path, stat.st_size)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     if began - max(stat.st_mtime, stat.st_ctime) > _SURE:
         write_text(kept, json.dumps({"path": str(path), "seen": seen, "sha256": found}))
     return found

@@ -15,9 +15,11 @@ import os
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from struct import Struct
 from threading import Lock
 from typing import Any, BinaryIO, overload
 
@@ -29,6 +31,8 @@ from dynlora_cli.data.rows.blocks import COLUMNS, CUT, TOKENS, TRUNCATED, Block,
 from dynlora_cli.data.rows.kept import KeptRows, Places, Prompts
 from dynlora_cli.errors import MachineError
 from dynlora_cli.files.whole import unfinished
+
+_CHECK = Struct("<I")  # of the CRC-32 behind what is remembered of rows
 
 
 class Writer:
@@ -120,26 +124,40 @@ class Files:
         """What was made once of these rows, or is made now."""
         path = self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
         try:
-            found: NDArray[Any] = np.load(path, allow_pickle=False)
-            return found
+            return recalled(path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, EOFError):  # cut off, or written by somebody else: it is made anew
-            path.unlink(missing_ok=True)
+        except (OSError, ValueError, EOFError):  # damaged, or written by somebody else: it is made anew
+            with suppress(OSError):
+                path.unlink()
         made = make()
         keep(path, made)
         return made
 
 
 def keep(path: Path, made: NDArray[Any]) -> None:
-    """Write an array whole; no matter if it cannot be, for it can be made again."""
-    temporary = unfinished(path)
+    """Write an array whole, with a checksum behind it; no matter if it cannot be, for it can be made again."""
+    temporary, text = unfinished(path), BytesIO()
+    np.save(text, made)
     try:
-        with temporary.open("wb") as file:
-            np.save(file, made)
+        temporary.write_bytes(text.getvalue() + _CHECK.pack(zlib.crc32(text.getbuffer())))
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def recalled(path: Path) -> NDArray[Any]:
+    """An array as `keep` wrote it.
+
+    Raises:
+        OSError, ValueError, EOFError: it is not there, or is another.
+    """
+    text = path.read_bytes()
+    if text[-_CHECK.size :] != _CHECK.pack(zlib.crc32(memoryview(text)[: -_CHECK.size])):
+        raise ValueError(f"{path} is not what was written")
+    found: NDArray[Any] = np.load(BytesIO(text), allow_pickle=False)
+    return found
 
 
 @dataclass(frozen=True)
