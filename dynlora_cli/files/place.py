@@ -29,6 +29,7 @@ from typing import Any
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
 from dynlora_cli.files.whole import remove, sync
+from dynlora_cli.text import size
 
 ENDING = ".dynlora"
 OWNER = "owner.json"
@@ -60,7 +61,7 @@ def refuse_full_disk(folder: Path, needed: int, what: str, option: str = "--out"
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise MachineError(
-            f"{what} takes {needed / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB left",
+            f"{what} takes {size(needed)}, and {parent} has {size(free)} left",
             f"free some, or choose another {option}",
         )
 

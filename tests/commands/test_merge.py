@@ -84,7 +84,7 @@ def test_no_space_left(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.Mon
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     answer = dynlora("merge", "--adapter", adapter)
-    assert (answer.code, "has 0.00 GB left" in answer.err) == (3, True), answer.err
+    assert (answer.code, "has 1.0 kB left" in answer.err) == (3, True), answer.err
     assert contents(tmp_path) == before
 
 
