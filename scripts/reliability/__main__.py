@@ -93,7 +93,7 @@ def _once(which: str, seed: int, made: Path) -> int:
 def _try(kind: Kind, asked: argparse.Namespace, made: Path) -> int:
     """Make what is to be tried of a kind; returns how many were lost."""
     count = kind.bounded if asked.bounded else math.ceil(kind.tried * asked.count / kind.batch) * kind.batch
-    size = count if asked.bounded else kind.batch
+    size = max(1, count) if asked.bounded else kind.batch
     lines = [] if asked.bounded else attempts.newest(attempts.read(RECORD))
     done = {line["first"]: line for line in lines if (line["seed"], line["kind"]) == (asked.seed, kind.name)}
     todo = [first for first in range(0, count, size) if first not in done or done[first]["lost"]]

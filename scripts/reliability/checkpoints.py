@@ -107,7 +107,7 @@ KIND = Kind(
     what="a byte of any part of a checkpoint, or of the record and the logs beside it, has another value: `--resume`"
     " names it and goes on from an older one to the same bytes, or refuses",
     tried=500,
-    bounded=5,
+    bounded=4,
     batch=20,
     seconds=400,
     prepare=prepare,

@@ -40,7 +40,7 @@ CASES = {
 }
 
 
-def _ready(made: Path, name: str) -> int:
+def ready(made: Path, name: str) -> int:
     """What a command makes if nothing befalls it, made once; returns how many changes to the disk it makes on its way."""
     case, known = CASES[name], made / f"changes of {name.partition(' ')[0]} {bool(CASES[name].old)}"
     if known.exists():
@@ -65,11 +65,11 @@ def run(trial: Trial) -> str:
     if place < 3:
         turn, case = divmod(3 * group + place, len(names))
         name = names[pick("kills", trial.seed, case, len(names))]
-        changes = _ready(trial.made, name)
+        changes = ready(trial.made, name)
         change = 1 + pick(f"kills {name}", trial.seed, turn, changes)
         return _survive(trial, name, f"before change {change} of {changes} of {name}", fault=kill_at_change(change))
     name = trial.chance.choice(names)
-    _ready(trial.made, name)
+    ready(trial.made, name)
     if place == 3:
         size = int(2 ** trial.chance.uniform(0, 18))
         return _survive(trial, name, f"{name}, at byte {size} of a file", fault=kill_at_byte(size))
@@ -88,7 +88,7 @@ def _survive(trial: Trial, name: str, moment: str, **how: object) -> str:
             _ended(answer, trial, case, out)
             raise ProvesNothing("it was done before it could be killed")
         _readable(out)
-        gone_on = (_after_train if name.startswith("train") else _after_writing)(trial, case, out)
+        gone_on = (after_train if name.startswith("train") else after_writing)(trial, case, out)
         runs.alone(trial.work, "out")
         if runs.contents(trial.made / "new") != source:
             raise Lost("what the command reads was changed")
@@ -102,7 +102,7 @@ def _ended(answer: Answer, trial: Trial, case: Case, out: Path) -> None:
     if case.new == "new":
         runs.same_run(out, trial.made / "new")
     else:
-        _is_new(out, trial.made / case.new)
+        is_new(out, trial.made / case.new)
 
 
 def _readable(out: Path) -> None:
@@ -117,7 +117,7 @@ def _readable(out: Path) -> None:
             raise Lost(f"reading what is left: {refused.message}") from None
 
 
-def _after_train(trial: Trial, case: Case, out: Path) -> str:
+def after_train(trial: Trial, case: Case, out: Path) -> str:
     """`--resume` goes on to the same bytes; where nothing was saved it says so, and the old run is whole."""
     again = command(runs.train(trial.made, out, "--resume"), trial.work).must(0, 2)
     if again.code == 0:
@@ -130,21 +130,21 @@ def _after_train(trial: Trial, case: Case, out: Path) -> str:
     return "the old run was whole" if case.old else "nothing was saved yet; it began anew to the same bytes"
 
 
-def _after_writing(trial: Trial, case: Case, out: Path) -> str:
+def after_writing(trial: Trial, case: Case, out: Path) -> str:
     """The old or the new is there whole; the same command then makes the new."""
     runs.settled(out)
     try:
         runs.same_files(out, trial.made / str(case.old))
         found = "the old folder was whole"
     except Lost:
-        _is_new(out, trial.made / case.new)
+        is_new(out, trial.made / case.new)
         found = "the new folder was whole"
     command(case.arguments(trial.made, out), trial.work).must(0)
-    _is_new(out, trial.made / case.new)
+    is_new(out, trial.made / case.new)
     return found
 
 
-def _is_new(out: Path, reference: Path) -> None:
+def is_new(out: Path, reference: Path) -> None:
     now, before = runs.contents(out), runs.contents(reference)
     if now.keys() != before.keys():
         raise Lost(f"the files are neither the old nor the new ones: {sorted(now.keys() ^ before.keys())}")
@@ -157,7 +157,7 @@ KIND = Kind(
     name="kills",
     what="`train`, `prune`, `merge` and `export` are killed: before each change to the disk, inside a write, at any time",
     tried=100,
-    bounded=3,
+    bounded=2,
     batch=5,
     seconds=400,
     prepare=runs.prepare,

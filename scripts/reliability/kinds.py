@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from . import checkpoints, inputs, kills
+from . import checkpoints, clock, disk, inputs, kills, ranks, writers
 from .trial import Kind
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (inputs.RECIPES, inputs.ROWS, inputs.ADAPTERS, checkpoints.KIND, kills.KIND)
-}
+_ALL = (
+    inputs.RECIPES, inputs.ROWS, inputs.ADAPTERS, checkpoints.KIND, kills.KIND, disk.KIND, writers.KIND, clock.KIND,
+    ranks.KIND,
+)  # fmt: skip
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
