@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dynlora_cli.errors import DynloraError, MachineError, UsageError
-from dynlora_cli.execution.launch import lost_others
+from dynlora_cli.execution.lost import explained, lost_others
 from dynlora_cli.extras import broken
 
 LESS_MEMORY = (
@@ -53,7 +53,7 @@ def as_ours(error: BaseException) -> DynloraError | None:
 def _known(error: BaseException) -> DynloraError | None:
     text = str(error)
     if lost_others(error):
-        return DynloraError("another process of this run has ended", "see what it said; go on with --resume")
+        return explained(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in text or re.fullmatch(r"\d+ requested and \d+ written", text):
         place = getattr(error, "filename", None) or "output folder"

@@ -22,7 +22,8 @@ import typer
 
 from dynlora_cli.cli.faults import as_ours
 from dynlora_cli.errors import DynloraError
-from dynlora_cli.execution.launch import LOST_OTHERS, is_launched, is_main_process, lost_others
+from dynlora_cli.execution.launch import LOST_OTHERS, is_launched, is_main_process
+from dynlora_cli.execution.lost import leave_mark, lost_others, waited_too_long
 
 if TYPE_CHECKING:
     from dynlora_cli.cli.views.console import Console
@@ -68,7 +69,8 @@ def reporting(as_json: bool, *, lines: bool = False) -> Iterator[dict[str, Any]]
         result, code = {"ok": False, "error": "interrupted"}, 130
         typer.echo("interrupted", err=True)
     except (Exception, SystemExit) as error:  # a package may end the program when it is imported
-        if is_launched() and lost_others(error):
+        if is_launched() and lost_others(error) and not waited_too_long(error):
+            leave_mark()
             raise typer.Exit(LOST_OTHERS) from None
         known = as_ours(error)
         if known is None:

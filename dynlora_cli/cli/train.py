@@ -15,6 +15,7 @@ from dynlora_cli.cli.options import Columns, SavedDtype, recipes
 from dynlora_cli.cli.reporting import AsJson, console, opened, reporting, typed
 from dynlora_cli.cli.values import column_names, saved_dtype, size
 from dynlora_cli.errors import MachineError, UsageError
+from dynlora_cli.execution import elastic
 from dynlora_cli.execution.cores import usable_cores
 from dynlora_cli.execution.launch import end_with_launcher, is_main_process, launch
 from dynlora_cli.text import counted
@@ -117,26 +118,27 @@ def train(
         view = console()
         given = Given(model, dataset, budget, columns)
         checked, text, named = _asked(recipe, given, _changes(overrides, dtype), output_dir)
+        ways, again = elastic.ways(Path(checked.output_dir), elastic.Ways(overwrite, resume, resume_from))
         if dry_run:
             from dynlora_cli.commands import preflight
 
             preflight.training(checked, writes=False)
         else:  # as the only writer of the output folder, until the command ends
-            held.enter_context(asked.training(checked, overwrite=overwrite, resume=resume, resume_from=resume_from))
+            held.enter_context(asked.training(checked, **ways._asdict()))
         if devices != "1" and "RANK" not in os.environ:
             held.close()  # the first of the processes takes it
             _launch(devices, context.obj)
         end_with_launcher()
-        for note in named.notes if named and is_main_process() else ():
+        notes = [*(named.notes if named else ()), elastic.note(), again]
+        for note in filter(None, notes if is_main_process() else ()):
             view.note(note)
         if dry_run:
             result.update({"ok": True, "plan": _planned(checked, None if as_json else view)})
             return
         from dynlora_cli.commands import train as command
 
-        ways = {"overwrite": overwrite, "resume": resume, "resume_from": resume_from}
         with view.train_view() as listener:
-            summary = command.run(checked, listener=listener, recipe_text=text, **ways)  # type: ignore[arg-type]
+            summary = command.run(checked, listener=listener, recipe_text=text, **ways._asdict())
         summary = {**summary, "next": _next_commands(summary, checked)}
         if named:
             summary |= {"recipe": str(named.path), "next": [*summary["next"], typed(*named.again)]}

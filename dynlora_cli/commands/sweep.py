@@ -43,7 +43,7 @@ GO_ON = "the same command with --resume goes on"
 NOT_OF_ROWS = {
     "epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler",
     "warmup_ratio", "warmup_steps", "lora_plus_ratio", "weight_decay", "max_grad_norm", "gradient_checkpointing",
-    "fused", "compile", "cuda_graphs", "shard_base", "optimizer", "log_steps", "save_steps", "report_to",
+    "fused", "compile", "cuda_graphs", "shard_base", "optimizer", "log_steps", "save_steps", "report_to", "ddp_timeout",
 }  # fmt: skip
 MOST_KEPT = 8  # sets of rows in memory: one for each seed, as a rule
 

@@ -19,7 +19,6 @@ dataloader_pin_memory             transformers   -rows are in memory
 dataloader_persistent_workers     transformers   -rows are in memory
 dataloader_drop_last              transformers   !the last rows of an epoch are trained on too
 dataset_num_proc                  transformers   -large files are read on all cores (dataset.workers)
-ddp_timeout                       transformers   -give `--devices N` on the command line
 ddp_backend                       transformers   -give `--devices N` on the command line
 ddp_find_unused_parameters        transformers   -give `--devices N` on the command line
 local_rank                        transformers   -give `--devices N` on the command line

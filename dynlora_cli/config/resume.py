@@ -24,6 +24,7 @@ FREE_ON_RESUME = (
     "dataset.workers",
     "eval.samples",
     "train.cuda_graphs",
+    "train.ddp_timeout",
     "train.log_steps",
     "train.save_steps",
     "train.report_to",

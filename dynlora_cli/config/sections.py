@@ -39,9 +39,8 @@ def _budget(value: object) -> object:
 
 
 def _only_after_training(policy: str) -> str | None:
-    if plugins.declared("policies", policy, "after_training_only"):
-        return f"which works on a trained adapter: `dynlora prune --policy {policy}`"
-    return None
+    after = plugins.declared("policies", policy, "after_training_only")
+    return f"which works on a trained adapter: `dynlora prune --policy {policy}`" if after else None
 
 
 class Model(Section):
@@ -306,6 +305,8 @@ class Train(Section):
     """Record the passes through the model's blocks as CUDA graphs, for small models or batches; variant lora."""
     shard_base: bool = False
     """With `--devices N`: each device holds an N-th of the frozen base (FSDP2); variant lora, base not quantized."""
+    ddp_timeout: Count = 1800
+    """Of several processes: seconds that one waits for the others; then the run ends, and says which one is silent."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """8bit: moments in a quarter of the memory; paged: in memory that moves to the host where the GPU is full."""
     log_steps: Count = 10

@@ -28,6 +28,7 @@ from dynlora_cli.execution.interrupt import heeded
 # prints and saves for all.
 GRACE_SECONDS, SHORT_GRACE_SECONDS = 15.0, 3.0
 LAUNCHER = "DYNLORA_LAUNCHER"  # environment variable that tells a launched process the launcher's id
+RUN_ID = "TORCHELASTIC_RUN_ID"  # the same of torchrun: its job's id
 LOST_OTHERS = 75  # exit code for the launcher: this process ended because another one did
 PATIENCE_SECONDS = 60.0  # how long a process may take to save and end after its launcher has died
 
@@ -141,10 +142,13 @@ def _note_failures(processes: Sequence[subprocess.Popen[bytes]], failed: list[in
 
 
 def end_with_launcher() -> None:
-    """Watch the launcher, if there is one: when it is gone, this process saves and ends as after SIGTERM."""
-    launcher = os.environ.get(LAUNCHER)
+    """Watch what started this process, if it is `launch` or torchrun: when that is gone, save and end as after SIGTERM.
+
+    Otherwise it would train on where nobody looks, and hold its GPU and its folder.
+    """
+    launcher = int(os.environ.get(LAUNCHER) or (os.getppid() if RUN_ID in os.environ else 0))
     if launcher and hasattr(os, "getppid"):
-        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
 
 
 def _watch(launcher: int) -> None:
@@ -153,15 +157,6 @@ def _watch(launcher: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE_SECONDS)
     os._exit(1)  # it still waits for other processes, which do not answer
-
-
-def lost_others(error: BaseException) -> bool:
-    """Whether this is what torch.distributed says when another process of the run has ended."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return False
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
-        return True
-    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection closed by peer" in str(error))
 
 
 def is_launched() -> bool:

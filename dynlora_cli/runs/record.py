@@ -302,6 +302,8 @@ class Record(TypedDict, total=False):
     """How many trained together."""
     dtype: str
     """Of the base's weights, and of autocast."""
+    elastic_job: str
+    """The job of torchrun that ran it last, so that processes which it starts again go on; absent without torchrun."""
     started: str
     """When, with the time zone."""
     adapted: Adapted

@@ -22,7 +22,7 @@ from dynlora_cli.training.held_out import also_losses, answers_due, evaluation_d
 from dynlora_cli.training.metrics import Window
 from dynlora_cli.training.rate.race import settle_rate
 from dynlora_cli.training.run import Run
-from dynlora_cli.training.step import advance
+from dynlora_cli.training.step import advance, hold_alike
 
 AUTOSAVE_SECONDS = 600.0
 
@@ -51,6 +51,8 @@ def fit(run: Run) -> None:
             elif samples.shows_alone(run):
                 samples.show(run)
             leaving = _finished(run) or record["stop"]
+            if leaving:
+                hold_alike(run, f"after step {run.progress.step}")
             if leaving or _save_due(run, evaluated, time.monotonic() - saved_at):
                 run.save(run)
                 saved_at, saved_step = time.monotonic(), run.progress.step

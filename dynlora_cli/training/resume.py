@@ -113,8 +113,6 @@ def go_back_to(checkpoint: Path, training: Run, folder: Path, record: Record) ->
     if training.stream:
         training.stream.go_to(position["stream"])
     training.trained.stand_after(training.progress.step, training.total_steps)
-    if rank := training.accelerator.process_index:  # the generators in a checkpoint are those of the main process
-        training.random.restart(training.recipe.seed + rank + 1_000_003 * training.progress.step)
     best = _best_so_far(checkpoint, training.progress, record)
     if training.accelerator.is_main_process:
         run_folder.rewind(folder, checkpoint, best, record)

@@ -92,6 +92,7 @@ class Run:
         samples: prompts that are answered now and then; rows of a model that draws.
         objective: what training lowers.
         pass_back: adds the gradient of a micro-batch where that is not done here alone, as `step.backward` does it.
+        told_of_rounding: a note says already that processors of two kinds train.
         track: sends numbers of a step to the trackers.
     """
 
@@ -115,6 +116,7 @@ class Run:
     also: Sequence[RowSet] = ()
     samples: Sequence[Prompt | Example] = ()
     pass_back: Callable[[Run, Batch, float], Tensor] | None = None
+    told_of_rounding: bool = False
     track: Callable[[Mapping[str, float], int], None] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -13,16 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dynlora_cli.config.dtypes import FULL, rounding_note
+from dynlora_cli.config.load import to_yaml
 from dynlora_cli.config.resume import flat
 from dynlora_cli.data.load import Data
+from dynlora_cli.data.vocabulary import tokenizer_sha256
 from dynlora_cli.evaluation.peft_check import NOT_CHECKED, read_back, refuse
+from dynlora_cli.execution import elastic
+from dynlora_cli.execution.alike import same_facts
 from dynlora_cli.execution.launch import is_main_process
 from dynlora_cli.execution.mode import Modes, plan
 from dynlora_cli.files.place import OutputPlace
 from dynlora_cli.files.whole import write_text
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.models.base_files import BaseFiles
+from dynlora_cli.models.fingerprint import fingerprint
 from dynlora_cli.models.place import Place
 from dynlora_cli.runs import events
 from dynlora_cli.runs import folder as run_folder
@@ -36,6 +43,7 @@ from dynlora_cli.training.resume import find_checkpoint, go_back_to, same_inputs
 from dynlora_cli.training.routers import refuse_other_members
 from dynlora_cli.training.run import Run
 from dynlora_cli.training.setup import make_accelerator
+from dynlora_cli.training.step import hold_alike
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -169,7 +177,10 @@ class Session:
     @contextmanager
     def recording(self, run: Run) -> Iterator[None]:
         """Put the run on record, or back to its checkpoint; inside the block its events go to files and listener."""
+        self._compare_processes(run)
         self.record = outputs.start_record(run, self.run_id)
+        if began := elastic.job():
+            self.record["elastic_job"] = began
         if adapted := self.given.adapted or (self.before or {}).get("adapted"):
             self.record["adapted"] = adapted
         if self.begins and self.place:
@@ -181,6 +192,7 @@ class Session:
         if self.checkpoint:
             refuse_other_members(self.before or {}, self.record)
             go_back_to(self.checkpoint, run, self.folder, self.record)
+            hold_alike(run, f"in {self.checkpoint.name}")
         with self._log(run):
             outputs.write_record(self.folder, self.record, run)
             run.emit(outputs.start_event(run))
@@ -191,6 +203,25 @@ class Session:
         self.accelerator.end_training()
         if "peft_check" in self.record["summary"]:
             refuse(self.record["summary"]["peft_check"], self.folder)
+
+    def _compare_processes(self, run: Run) -> None:
+        """Make sure that all processes begin with the same.
+
+        Raises:
+            DynloraError: one of them does not; it is named.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        base = run.base
+        facts = {
+            "the recipe": to_yaml(self.recipe),
+            "what was read of the rows": run.data.sha256,
+            "the base model": str(fingerprint(base.folder, base.files.config)),
+            "the tokenizer": tokenizer_sha256(base.tokenizer),
+            "the version of torch": torch.__version__.partition("+")[0],
+        }
+        same_facts(facts)
+        hold_alike(run, "before the first step")
 
     @contextmanager
     def _log(self, run: Run) -> Iterator[None]:

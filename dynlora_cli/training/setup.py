@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from dynlora_cli import plugins
 from dynlora_cli.adapters.new_tokens import add_new_tokens, put_new_tokens, untaught
@@ -81,7 +82,10 @@ def make_accelerator(recipe: Recipe, folder: Path, modes: Modes) -> Accelerator:
         mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
         log_with=list(recipe.train.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-        kwargs_handlers=[AutocastKwargs(cache_enabled=modes.keeps_casts)],
+        kwargs_handlers=[
+            AutocastKwargs(cache_enabled=modes.keeps_casts),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.ddp_timeout)),
+        ],
     )
 
 

@@ -11,7 +11,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dynlora_cli.errors import DynloraError, MeasureError
+from dynlora_cli.errors import MeasureError
+from dynlora_cli.execution.alike import same_numbers
 from dynlora_cli.training.lr_schedule import rate_share
 from dynlora_cli.training.metrics import Window, count_step, log_window
 
@@ -153,6 +154,10 @@ def step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool] =
         loss (mean over the step's targets), grad_norm, learning_rate, tokens, and whether any process wants to stop.
     """
     with run.random:
+        if rank := run.accelerator.process_index:
+            # The generators in a checkpoint are those of the main process. The others begin anew in each step, so that
+            # a run that goes on draws what it would have drawn.
+            torch.manual_seed(run.recipe.seed + rank + 1_000_003 * run.progress.step)
         return _step(run, micro_batches, interrupted)
 
 
@@ -178,9 +183,11 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
         run.control.skip()
     rate = set_rate(run, number)
     update(run, skipped=norm is None)
+    if run.control.next_change(number) == number:
+        hold_alike(run, f"before the pruning of step {number}")
     event = run.control.apply(number)
     if event:
-        check_same_ranks(run, number)
+        hold_alike(run, f"after the pruning of step {number}", before=False)
         run.emit(event)
     return {
         "loss": loss,
@@ -191,17 +198,30 @@ def _step(run: Run, micro_batches: list[Batch], interrupted: Callable[[], bool])
     }
 
 
-def check_same_ranks(run: Run, number: int) -> None:
-    """Compare the ranks of all processes; cheap, and only after an event.
+def hold_alike(run: Run, when: str, *, before: bool = True) -> None:
+    """Compare what all processes hold of the run: what trains, its moments, and what is known of the components.
+
+    Args:
+        run: the run.
+        when: for the message.
+        before: nothing was decided since the last comparison. After a pruning the same components must be left, but
+            processors of two kinds may have turned them into other bases: all take one process's.
 
     Raises:
-        DynloraError: they differ, so the next all-reduce would add gradients of different components.
+        DynloraError: a process holds other numbers, so the next all-reduce would add up gradients of other components.
     """
-    processes = run.accelerator.num_processes
-    if processes == 1:
+    if run.accelerator.num_processes == 1:
         return
-    counts = torch.tensor(list(run.trained.counts.values()), device=run.accelerator.device)
-    # n·Σx² = (Σx)² only where all x are equal, so every process comes to the same verdict.
-    total, squares = run.reduce(torch.stack([counts, counts * counts]))
-    if not torch.equal(processes * squares, total * total):
-        raise DynloraError(f"the processes kept different components at step {number}", "please report this")
+    known = run.control.state_dict()
+    held = {f"importance of components ({name})": tensor for name, tensor in known.items()}
+    for index, parameter in enumerate(run.parameters):
+        held[f"trained numbers ({index})"] = parameter
+        for name, moment in run.optimizer.state.get(parameter, {}).items():
+            if isinstance(moment, Tensor) and moment.ndim:
+                held[f"moments ({index}, {name})"] = moment
+    note = same_numbers(held, when, **({} if before else {"tolerance": math.inf}))
+    if note:
+        run.control.load_state_dict(known)
+        if not run.told_of_rounding:
+            run.note(note)
+            run.told_of_rounding = True
