@@ -218,7 +218,6 @@ max_epochs                        litgpt         train.epochs
 iters                             mlx-lm         train.max_steps
 max_steps_per_epoch               torchtune      train.max_steps; of the whole run
 per_device_train_batch_size       transformers   train.micro_batch_size
-ddp_timeout                       transformers   train.ddp_timeout
 batch_size                        torchtune      train.micro_batch_size
 train_batch_size                  transformers   train.micro_batch_size
 per_device_eval_batch_size        transformers   train.micro_batch_size; evaluation uses it too
