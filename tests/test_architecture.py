@@ -37,6 +37,8 @@ READS_ENVIRONMENT = {
     "commands.doctor": "what decides how the libraries below us behave, to show it",
     "execution.cores": "OMP_NUM_THREADS, which it sets where a container allows fewer cores than it shows",
     "execution.launch": "all of it, to hand it on; RANK, which tells one process of several from the others",
+    "execution.elastic": "what torchrun sets: the job, its restarts, where its processes meet",
+    "execution.lost": "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torch.distributed finds processes by",
     "data.sources": "HF_HUB_OFFLINE, to word an error",
     "data.builtin": "XDG_CACHE_HOME, where caches go",
     "data.rows.cache": "DYNLORA_CACHE and XDG_CACHE_HOME, where rows are kept; DYNLORA_CACHE_GB, how many",
