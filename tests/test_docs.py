@@ -143,6 +143,20 @@ def test_paths_in_code_exist(page: Path):
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_promises_are_shown_by_tests_that_exist():
+    page = (DOCS / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"^- `(tests/[\w/]+\.py)::(\w+)`$", page, flags=re.MULTILINE)
+    assert len(named) == page.count("::") > 30
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if f"\ndef {test}(" not in f"\n{(ROOT / file).read_text(encoding='utf-8')}"
+    ]
+    assert not missing
+    promises = page.partition("## What is not promised")[0].split("\n**")[1:]
+    assert not [promise for promise in promises if "- `tests/" not in promise and "Read it before" not in promise]
+
+
 def test_files_named_in_descriptions_exist():
     """The reference repeats what the recipe's keys say of themselves."""
     named = re.findall(r"dynlora_cli/[\w/]+(?:\.py)?", (DOCS / "recipe-reference.md").read_text(encoding="utf-8"))

@@ -98,7 +98,7 @@ def _right(out: Path, said: str, trial: Trial) -> None:
 def _sane(out: Path, said: str) -> None:
     """Durations are of this afternoon, steps are in order, and dates can be read."""
     events = [json.loads(line) for line in _lines(out / "metrics.jsonl")]
-    steps = [event["step"] for event in events if event["event"] == "step"]
+    steps = [event["step"] for event in events if event["event"] == "train"]
     if steps != sorted(steps):
         raise Lost(f"steps are out of order: {steps}")
     record = json.loads((out / "dynlora.json").read_text(encoding="utf-8"))
