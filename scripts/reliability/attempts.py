@@ -67,7 +67,6 @@ def _in_a_process(kind: Kind, seed: int, numbers: Sequence[int], made: Path) -> 
     child = os.fork()
     if not child:
         try:
-            os.setpgid(0, 0)
             os.close(reading)
             for number in numbers:
                 os.write(writing, json.dumps(attempt(kind, seed, number, made)).encode() + b"\n")
