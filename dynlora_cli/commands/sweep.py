@@ -338,7 +338,9 @@ class SharedRows:
     def of(self, recipe: Recipe) -> Callable[..., Data]:
         """What reads the rows of this recipe."""
 
-        def load(dataset: Any, tokenizer: Any, *, writing: Any = None, task: Any, **how: Any) -> Data:
+        def load(
+            dataset: Any, tokenizer: Any, *, writing: Any = None, task: Any, tell: Any = _silent, **how: Any
+        ) -> Data:
             begins = writing is None or not (writing.turned or writing.labels)  # then only its clock tells it apart
             train = recipe.train.model_dump(mode="json")
             of_rows = {key: value for key, value in train.items() if key not in NOT_OF_ROWS}
@@ -353,7 +355,7 @@ class SharedRows:
             from dynlora_cli.data.load import load_data
             from dynlora_cli.data.rows.stored import Stored
 
-            data = load_data(dataset, tokenizer, writing=writing, task=task, **how)
+            data = load_data(dataset, tokenizer, writing=writing, task=task, tell=tell, **how)
             self.read += 1
             if data.stream or isinstance(data.train, Stored):  # each run reads on by itself, or opens what is kept
                 return data
@@ -363,6 +365,10 @@ class SharedRows:
             return data
 
         return load
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
 
 
 def _state_of(tokenizer: Any) -> tuple[str | None, Any, Any, int]:

@@ -63,7 +63,7 @@ def run(
         texts = {RECIPE: recipe_text} if recipe_text else {}
         session.given = Given({**texts, **given.texts}, given.adapted)
         modes, files = session.modes, BaseFiles.find(recipe.model)
-        data = read_data(recipe, files, session.writing, session.before, load)
+        data = read_data(recipe, files, session.writing, session.before, load, session.tell)
         session.refuse_other_inputs(data, files)
         also = read_also(recipe, files, data)
         load_weights = lane.load_base if lane else load_base

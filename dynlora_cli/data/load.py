@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,7 @@ def load_data(
     table: int | None = None,
     own_classes: list[str] | None = None,
     to_measure: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Data:
     """Read, tokenise, split and count the rows of a recipe.
 
@@ -130,6 +131,7 @@ def load_data(
         table: tokens that the model has rows for; None: nobody knows.
         own_classes: those that the model has a head for, in its order, if it has one.
         to_measure: all rows are to be measured on, so with `dataset.retrieve` none is told its right passage.
+        tell: takes sentences for the person who waits, while rows are read.
 
     Raises:
         DataError: rows that cannot be trained on; names the place and what to change.
@@ -137,7 +139,7 @@ def load_data(
     """
     reader = _reader(dataset, tokenizer, task, max_length, writing or Writing(), table, seed)
     stream = Stream(reader, _share_held_out(dataset)) if dataset.streaming else None
-    entry = None if stream else opened(reader)
+    entry = None if stream else opened(reader, tell)
     train, dropped = stream.opening() if stream else read(reader, dataset.train, held_out=False, opened=entry)
     labels = labels or _classes(reader, train, num_labels, own_classes)
     train, val, val_dropped = _held_out(reader, train, seed, stream, entry)

@@ -159,6 +159,11 @@ class Session:
             return None
         return Begun.on_record(self.before)
 
+    def tell(self, text: str) -> None:
+        """Say something at once, before the run is on record; other processes than the main one are silent."""
+        if self.place:
+            send(self.listener, events.note(text))
+
     def refuse_other_inputs(self, data: Data, files: BaseFiles) -> None:
         """Check that a run which goes on sees the rows and the model that it began with.
 

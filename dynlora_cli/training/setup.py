@@ -95,6 +95,7 @@ def read_data(
     writing: Writing | None = None,
     before: Mapping[str, Any] | None = None,
     load: Callable[..., Data] = load_data,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Data:
     """The rows of a run as tokens, none longer than the model's context.
 
@@ -104,6 +105,7 @@ def read_data(
         writing: how rows are written, of a run that goes on; None: as today.
         before: the record of a run that is resumed.
         load: reads the rows; what it remembers must be the same as reading them again.
+        tell: takes sentences for the person who waits, while rows are read.
     """
     files.refuse_fixed_lengths()
     add_new_tokens(recipe, files, before)
@@ -122,6 +124,7 @@ def read_data(
         writing=writing,
         table=files.table_rows,
         own_classes=own_classes(recipe.model, files) if task.has_classes else None,
+        tell=tell,
     )
     if len(data.train) == 1 and not data.kind.renewed:
         raise DataError(

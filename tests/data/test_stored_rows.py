@@ -250,6 +250,22 @@ def test_a_file_that_changes_after_it_was_hashed_is_refused(
     assert not list(cache.glob("*/about.json"))
 
 
+def test_who_waits_is_told(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynlora_cli.data.rows import cache as kept_rows
+
+    monkeypatch.setattr(kept_rows, "LARGE", 1)
+    monkeypatch.setattr(kept_rows, "_EVERY", 0.0)
+    lock, said = kept_rows._lock, list[str]()
+    monkeypatch.setattr(kept_rows, "_lock", lambda file, wait: lock(file, wait=wait) if wait else False)
+    settings = Dataset(train=[{"path": str(pairs(tmp_path / "rows.jsonl", 60))}], workers=1)
+    load_data(settings, byte_tokenizer(), task=task_named(), seed=3, tell=said.append)
+    waiting, reading, so_far = said
+    assert waiting == "another run reads the same rows: waiting for it"
+    assert reading.startswith("reading ")
+    assert str(cache) in reading
+    assert so_far == "60 rows read so far"
+
+
 def test_the_cache_keeps_within_its_size(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         path = pairs(tmp_path / f"rows{number}.jsonl", 60 + number)

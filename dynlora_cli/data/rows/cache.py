@@ -17,9 +17,10 @@ import errno
 import json
 import os
 import shutil
+import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from dynlora_cli.data.sources import Table, tables
 from dynlora_cli.errors import DataError, MachineError, UsageError
 from dynlora_cli.files.place import FULL, refuse_full_disk
 from dynlora_cli.files.whole import sync_all, write_json
-from dynlora_cli.text import size
+from dynlora_cli.text import counted, size
 
 FOLDER, MOST = "DYNLORA_CACHE", "DYNLORA_CACHE_GB"
 LARGE = 32 * 10**6  # bytes of files from which rows are kept, where the recipe leaves it open
@@ -47,6 +48,10 @@ _DEFAULT_GB = 50.0
 _ABOUT = "about.json"
 _HINT = f"name a folder on another disk in {FOLDER}, or set dataset.cache: false, which holds all rows in memory"
 
+_WAITING = "another run reads the same rows: waiting for it"
+_EVERY = 30.0  # seconds after which a long reading says how far it is
+
+Tell = Callable[[str], None]
 State = tuple[int, ...]  # bytes of a file, and what else changes with it
 Lists = dict[str, list[list[Table]]]  # of each list of sources, the tables of each source
 
@@ -88,11 +93,12 @@ class Entry:
         return sum(files.bytes for files in self._files.values())
 
 
-def opened(reader: Reader) -> Entry | None:
+def opened(reader: Reader, tell: Tell) -> Entry | None:
     """The rows of a run as they are kept, read first where they are not; None where they are to be read into memory.
 
     Args:
         reader: of the run; told what there is to say.
+        tell: takes what there is to say at once, where it takes long.
 
     Raises:
         DataError, UsageError: a row, or a file of rows, cannot be read.
@@ -113,7 +119,7 @@ def opened(reader: Reader) -> Entry | None:
     if why := _unfit(reader) or ("not all rows are in files" if len(files) < len(paths) else ""):
         reader.notes.append(f"the rows are held in memory, and not kept (dataset.cache): {why}")
         return None
-    cache, before = Cache(), {path: _state(path) for path in files}  # as they are when the key is made
+    cache, before = Cache(tell), {path: _state(path) for path in files}  # as they are when the key is made
     with _said(cache.folder):
         entry = cache.entry(reader, key_of(reader, lists, said, cache.dates), before)
     reader.notes.append(
@@ -136,11 +142,15 @@ def _unfit(reader: Reader) -> str:
 class Cache:
     """The folder in which rows are kept.
 
+    Args:
+        tell: takes what there is to say at once.
+
     Raises:
         MachineError: it cannot be made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
         root = os.environ.get(FOLDER) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynlora"
         self.folder = Path(root).expanduser() / "rows"
         self.dates = self.folder / "files"
@@ -156,12 +166,14 @@ class Cache:
             before: their files, as they were before their key was made.
         """
         folder = self.folder / key
-        with _locked(self.folder / f"{key}.lock"):
+        with _locked(self.folder / f"{key}.lock", lambda: self._tell(_WAITING)):
             entry = self._found(folder, reader.notes)
             if entry is None:
                 self._clear()
                 total = sum(sum(state[:1]) for state in before.values())
                 refuse_full_disk(self.folder, int(1.3 * total), "the cache of the rows", FOLDER)
+                if total >= LARGE:
+                    self._tell(f"reading {size(total)} of files, once: their rows are then kept in {folder}")
                 self._make(reader, folder, before)
                 entry = Entry(folder)
             os.utime(folder / _ABOUT)
@@ -184,7 +196,10 @@ class Cache:
         temporary.mkdir()
         try:
             with Team.of(reader) as team:
-                about = {_name(held_out): _written(reader, held_out, temporary, team) for held_out in (False, True)}
+                about = {
+                    _name(held_out): _written(reader, held_out, temporary, team, self._tell)
+                    for held_out in (False, True)
+                }
             for path, state in before.items():
                 if _state(path) != state:
                     raise DataError(f"{path} has changed while it was read", "start again when nobody writes it")
@@ -231,12 +246,19 @@ class Cache:
                     del sizes[path]
 
 
-def _written(reader: Reader, held_out: bool, folder: Path, team: Team | None) -> tuple[list[Told], list[int]]:
+def _written(
+    reader: Reader, held_out: bool, folder: Path, team: Team | None, tell: Tell
+) -> tuple[list[Told], list[int]]:
     """Read a list of sources into its columns; what each told, and where its rows end."""
     writer, told, ends, first = Writer(folder / _name(held_out)), list[Told](), list[int](), 0
+    due = time.monotonic() + _EVERY
 
     def take(rows: list[Kept] | Block) -> None:
+        nonlocal due
         writer.add(rows if isinstance(rows, Block) else Block.of(rows))
+        if time.monotonic() >= due:
+            tell(f"{counted(writer.rows, 'row')} read so far")
+            due = time.monotonic() + _EVERY
 
     try:
         for source in reader.dataset.val if held_out else reader.dataset.train:
@@ -334,10 +356,12 @@ def _said(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock, for which this waits; where the disk knows none, nobody is waited for."""
+def _locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock; called is `waits` before this waits for it. Where the disk knows no locks, nobody is waited for."""
     with path.open("a") as file:
-        _lock(file.fileno(), wait=True)
+        if not _lock(file.fileno(), wait=False):
+            waits()
+            _lock(file.fileno(), wait=True)
         yield
 
 
