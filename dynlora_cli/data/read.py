@@ -22,7 +22,7 @@ from dynlora_cli.data.forms import WITH_TURNS, Grounded, Judged, Pair, Plain, Pr
 from dynlora_cli.data.rows.choice import chosen
 from dynlora_cli.data.rows.fitting import TaskOfRows, format_of
 from dynlora_cli.data.rows.kept import Kept, KeptList, KeptRows
-from dynlora_cli.data.rows.pieces import PIECE, Piece, Row
+from dynlora_cli.data.rows.pieces import Piece, Row, bounded
 from dynlora_cli.data.sources import Table, tables
 from dynlora_cli.data.splits import BEGINS, EMPTY, LONGER
 from dynlora_cli.data.vocabulary import Vocabulary
@@ -208,15 +208,15 @@ def _of_table(
         yield _fitted(reader, begun, first)
         return
     shape, opening = begun
-    found = of_piece(reader, shape, account, opening, first)
-    yield found
-    if team:
-        yield from team.read(reader, shape, account, pieces, first + found[1])
-        return
-    for piece in pieces:
+    parts: Iterator[Iterable[tuple[str, Row]]] = bounded(opening)
+    if not team:
+        parts = itertools.chain(parts, (piece.rows() for piece in pieces))
+    for part in parts:
+        found = of_piece(reader, shape, account, part, first)
         first += found[1]
-        found = of_piece(reader, shape, account, piece.rows(), first)
         yield found
+    if team:
+        yield from team.read(reader, shape, account, pieces, first)
 
 
 def drafts(
@@ -233,8 +233,7 @@ def drafts(
         return
     shape, opening = begun
     rows = itertools.chain(opening, itertools.chain.from_iterable(piece.rows() for piece in pieces))
-    wanted = itertools.islice(rows, skip, None)
-    while part := list(itertools.islice(wanted, PIECE)):
+    for part in bounded(itertools.islice(rows, skip, None)):
         yield from _drafts_of(reader, shape, account, part)
 
 

@@ -13,7 +13,9 @@ import pytest
 from data_helpers import CHATML, byte_tokenizer, task_named
 
 from dynlora_cli.config.sections import Dataset
+from dynlora_cli.data.encode_text import TextEncoder
 from dynlora_cli.data.load import Data, load_data
+from dynlora_cli.data.rows import pieces
 from dynlora_cli.data.rows import team as teams
 from dynlora_cli.data.rows.cache import FOLDER, MOST
 from dynlora_cli.data.rows.stored import Stored
@@ -299,6 +301,26 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: py
     with pytest.raises(MachineError, match="do not fit"):
         read({"train": [{"path": str(pairs(tmp_path / "rows.jsonl", 60))}]}, None, cache=True)
     assert not [*cache.glob(".*.tmp"), *cache.glob("*/about.json")]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_long_rows_are_tokenised_a_few_at_a_time(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand rows of a megabyte the tokens take 40 GB while they are made."""
+    rows, calls = [{"text": f"{at} " * 40} for at in range(60)], list[int]()
+    path = tmp_path / f"rows.{ending}"
+    path.write_text(json.dumps(rows) if ending == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    expected = read({"train": [{"path": str(path)}]}, None, cache=False)
+    encode = TextEncoder.encode
+
+    def counted(encoder: TextEncoder, rows: list[Any]) -> Any:
+        calls.append(sum(len(row.form.text) for row in rows))
+        return encode(encoder, rows)
+
+    monkeypatch.setattr(TextEncoder, "encode", counted)
+    monkeypatch.setattr(pieces, "_MOST", 300)
+    same(expected, read({"train": [{"path": str(path)}]}, None, cache=True, workers=1))
+    assert sum(calls) == sum(len(row["text"]) for row in rows)
+    assert max(calls) < 300 + 120
 
 
 def test_what_is_not_kept_is_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,41 +58,39 @@ def shared(prompts: Prompts, trained: Prompts) -> int:
 
 def _held_out(prompts: Prompts, share: float, seed: int) -> Places:
     order, starts, sizes = _by_hash(prompts, b"%d:" % seed)
-    wanted = round(share * len(prompts))
-    groups = []
-    for group, size in enumerate(sizes.tolist()):
-        if not wanted:
-            break
-        if size <= wanted:
-            groups.append(group)
-            wanted -= size
-    if not groups and len(sizes) > 1:
-        groups.append(int(sizes.argmin()))
-    return _rows_of(order, starts, {group: int(sizes[group]) for group in groups})
+    groups, _ = _fitting(sizes, round(share * len(prompts)))
+    if not len(groups) and len(sizes) > 1:
+        groups = np.array([sizes.argmin()])
+    return _rows_of(order, starts, groups, sizes[groups])
 
 
 def _some(prompts: Prompts, most: int, seed: int) -> Places:
     order, starts, sizes = _by_hash(prompts, b"rows %d:" % seed)
-    left, taken = most, dict[int, int]()
-    for group, size in enumerate(sizes.tolist()):
-        if not left:
-            break
-        if size <= left:
-            taken[group] = size
-            left -= size
-    for group, size in enumerate(sizes.tolist()):
-        if not left:
-            break
-        if group not in taken:
-            taken[group] = min(left, size)
-            left -= taken[group]
-    return _rows_of(order, starts, taken)
+    groups, left = _fitting(sizes, most)
+    counts, others = sizes[groups], np.ones(len(sizes), bool)
+    others[groups] = False
+    if left and others.any():  # each of these has more rows than that
+        groups, counts = np.append(groups, others.argmax()), np.append(counts, left)
+    return _rows_of(order, starts, groups, counts)
 
 
-def _rows_of(order: Places, starts: Places, taken: dict[int, int]) -> Places:
+def _fitting(sizes: Places, wanted: int) -> tuple[Places, int]:
+    """The groups that fit one after the other, and how many rows are still wanted then."""
+    taken = array("q")
+    for group, size in enumerate(sizes.tolist()):
+        if not wanted:
+            break
+        if size <= wanted:
+            taken.append(group)
+            wanted -= size
+    return np.array(taken, np.int64), wanted
+
+
+def _rows_of(order: Places, starts: Places, groups: Places, counts: Places) -> Places:
     """The first so many rows of some groups, ascending."""
-    parts = [order[starts[group] : starts[group] + count] for group, count in taken.items()]
-    return np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
+    before = np.cumsum(counts) - counts
+    places = np.arange(counts.sum()) + np.repeat(starts[groups] - before, counts)
+    return np.sort(order[places])
 
 
 def _by_hash(prompts: Prompts, prefix: bytes) -> tuple[Places, Places, Places]:
@@ -108,6 +107,7 @@ def _by_hash(prompts: Prompts, prefix: bytes) -> tuple[Places, Places, Places]:
             digests += digest.digest()[:16]
     halves: NDArray[np.uint64] = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
     order = np.lexsort((halves[:, 1], halves[:, 0]))
-    changes = (halves[order[1:]] != halves[order[:-1]]).any(1)
+    halves = halves[order]
+    changes = (halves[1:] != halves[:-1]).any(1)
     starts = np.flatnonzero(np.concatenate([[True], changes])) if len(order) else np.zeros(0, np.int64)
     return order, starts, np.diff(starts, append=len(order))
