@@ -114,9 +114,7 @@ def load_data(
     to_measure: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Data:
-    """Read, tokenise, split and count the rows of a recipe.
-
-    A `chat_template` in the recipe is set on the tokenizer, to be saved with the run.
+    """Read, tokenise, split and count the rows of a recipe, whose `chat_template` is set on the tokenizer, to be saved.
 
     Args:
         dataset: the recipe's `dataset` section.
