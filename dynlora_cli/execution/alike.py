@@ -68,10 +68,11 @@ def same_numbers(tensors: Mapping[str, Tensor], when: str, tolerance: float = TO
     everywhere = gather_object([(socket.gethostname(), {name: _digest(tensor) for name, tensor in tensors.items()})])
     note = None
     for name, tensor in tensors.items():
-        odd, usual = _odd([theirs[name] for _, theirs in everywhere])
+        digests_P = [theirs.get(name, ("", ())) for _, theirs in everywhere]
+        odd, usual = _odd(digests_P)
         if not odd:
             continue
-        comparable = tensor.is_floating_point() and len({theirs[name][1] for _, theirs in everywhere}) == 1
+        comparable = tensor.is_floating_point() and len({shape for _, shape in digests_P}) == 1
         far = max(_far(tensor, usual)) if comparable else None
         hosts = {rank: everywhere[rank][0] for rank in (*odd, usual)}
         if far is None or not far <= tolerance:

@@ -139,6 +139,8 @@ class Session:
                     run_folder.refuse_occupied(folder, overwrite=overwrite)
                 accelerator = make_accelerator(recipe, folder, modes)
                 modes.refuse(accelerator.device, accelerator.num_processes)
+                if accelerator.num_processes > 1:
+                    same_facts(_asked_for(recipe, checkpoint))
                 name = outputs.identity(before)
                 yield cls(recipe, folder, place, listener, accelerator, modes, checkpoint, before, begins, name)
             except BaseException:
@@ -165,13 +167,21 @@ class Session:
             send(self.listener, events.note(text))
 
     def refuse_other_inputs(self, data: Data, files: BaseFiles) -> None:
-        """Check that a run which goes on sees the rows and the model that it began with.
+        """Check that all processes see the same rows and model, and a run which goes on those that it began with.
 
         Raises:
-            UsageError: it does not.
+            DynloraError: a process sees other ones.
+            UsageError: the run does.
         """
         if self.checkpoint and self.before is not None:
             same_inputs(run_folder.run_of(self.checkpoint), self.before, data, files)
+        if self.accelerator.num_processes > 1:
+            facts = {
+                "what was read of the rows": data.sha256,
+                "the base model": str(fingerprint(files.folder, files.config)),
+                "the tokenizer": tokenizer_sha256(files.tokenizer),
+            }
+            same_facts(facts)
 
     def save(self, run: Run) -> None:
         """Write a checkpoint; with the first one of a run, the run that it replaces is given up."""
@@ -182,7 +192,7 @@ class Session:
     @contextmanager
     def recording(self, run: Run) -> Iterator[None]:
         """Put the run on record, or back to its checkpoint; inside the block its events go to files and listener."""
-        self._compare_processes(run)
+        hold_alike(run, "before the first step")
         self.record = outputs.start_record(run, self.run_id)
         if began := elastic.job():
             self.record["elastic_job"] = began
@@ -208,25 +218,6 @@ class Session:
         self.accelerator.end_training()
         if "peft_check" in self.record["summary"]:
             refuse(self.record["summary"]["peft_check"], self.folder)
-
-    def _compare_processes(self, run: Run) -> None:
-        """Make sure that all processes begin with the same.
-
-        Raises:
-            DynloraError: one of them does not; it is named.
-        """
-        if self.accelerator.num_processes == 1:
-            return
-        base = run.base
-        facts = {
-            "the recipe": to_yaml(self.recipe),
-            "what was read of the rows": run.data.sha256,
-            "the base model": str(fingerprint(base.folder, base.files.config)),
-            "the tokenizer": tokenizer_sha256(base.tokenizer),
-            "the version of torch": torch.__version__.partition("+")[0],
-        }
-        same_facts(facts)
-        hold_alike(run, "before the first step")
 
     @contextmanager
     def _log(self, run: Run) -> Iterator[None]:
@@ -296,6 +287,15 @@ class Finished:
         text = "what was missing of its report is made" if made else "nothing to do"
         send(listener, events.note(f"{folder} is finished already; {text}"))
         return cls(run_folder.read_record(folder)["summary"])
+
+
+def _asked_for(recipe: Recipe, checkpoint: Path | None) -> dict[str, str]:
+    """What processes must have been told alike before they do anything together."""
+    return {
+        "the recipe": to_yaml(recipe),
+        "the version of torch": torch.__version__.partition("+")[0],
+        "the step to go on from": checkpoint.name if checkpoint else "none",
+    }
 
 
 def _tell_of_the_old(place: OutputPlace | None, folder: Path, listener: Emit | None) -> None:

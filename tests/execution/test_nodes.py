@@ -27,7 +27,7 @@ from dynlora_cli.execution import elastic, lost
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "scripts" / "cluster"
 SETTINGS = ["train.micro_batch_size=1", "train.gradient_accumulation_steps=4", "train.save_steps=2"]
-SECONDS = 180
+SECONDS = 600
 
 
 def words(*settings: str) -> list[str]:
@@ -65,7 +65,7 @@ def ended(running: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
 
 
-def until(found: Callable[[], object], running: Sequence[subprocess.Popen[str]], seconds: float = 90) -> None:
+def until(found: Callable[[], object], running: Sequence[subprocess.Popen[str]], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not found():
         if time.monotonic() > end or any(process.poll() is not None for process in running):
