@@ -112,12 +112,12 @@ def train(
         return
     recipe = files[0] if files else None
     with reporting(as_json) as result, ExitStack() as held:
-        from dynlora_cli.cli import asked
-
-        asked.refuse_both_ways(overwrite, resume, resume_from)
         view = console()
         given = Given(model, dataset, budget, columns)
         checked, text, named = _asked(recipe, given, _changes(overrides, dtype), output_dir)
+        from dynlora_cli.cli import asked  # not before the recipe is read: it takes longer
+
+        asked.refuse_both_ways(overwrite, resume, resume_from)
         ways, again = elastic.ways(Path(checked.output_dir), elastic.Ways(overwrite, resume, resume_from))
         if dry_run:
             from dynlora_cli.commands import preflight
