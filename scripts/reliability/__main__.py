@@ -84,10 +84,21 @@ def _once(which: str, seed: int, made: Path) -> int:
     name, _, number = which.partition(":")
     if name not in KINDS or not number.isdigit():
         raise SystemExit(f"--once {which}: say KIND:NUMBER, with a kind of {', '.join(KINDS)}")
-    KINDS[name].prepare(made)
+    if fault := _unready(KINDS[name], made):
+        print(f"lost: what its trials read could not be made: {fault}")
+        return 1
     outcome = next(attempts.attempts(KINDS[name], seed, [int(number)], made))
     print(f"{outcome.which}: {outcome.text}")
     return outcome.which == attempts.LOST
+
+
+def _unready(kind: Kind, made: Path) -> str | None:
+    """Make what trials read; returns what went wrong, which is lost as a trial is."""
+    try:
+        kind.prepare(made)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _try(kind: Kind, asked: argparse.Namespace, made: Path) -> int:
@@ -97,8 +108,9 @@ def _try(kind: Kind, asked: argparse.Namespace, made: Path) -> int:
     lines = [] if asked.bounded else attempts.newest(attempts.read(RECORD))
     done = {line["first"]: line for line in lines if (line["seed"], line["kind"]) == (asked.seed, kind.name)}
     todo = [first for first in range(0, count, size) if first not in done or done[first]["lost"]]
-    if todo:
-        kind.prepare(made)
+    if todo and (fault := _unready(kind, made)):
+        print(f"{kind.name}: what its trials read could not be made: {fault}", flush=True)
+        return 1
     lost = 0
     for first in todo:
         began = time.monotonic()

@@ -21,7 +21,7 @@ SETTINGS = (
     "train.gradient_accumulation_steps=4",
 )  # fmt: skip
 REFERENCE = "two processes"
-PATIENCE = 120.0  # seconds for a run to end by itself
+PATIENCE = 240.0  # seconds for a run to end by itself; two processes load torch on a machine that may be busy
 
 
 def _start(made: Path, out: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
