@@ -20,9 +20,19 @@ python scripts/reliability --seed 3
 ```
 
 A trial *survived* if every promise was kept, *proves nothing* if the fault came too late to matter or changed nothing, and
-is *not possible* where the machine lacks what it needs. What is promised, and which tests show it, is in
+is *not possible* where the machine lacks what it needs. The minutes are of a busy machine. What is promised, and which tests show it, is in
 [docs/promises.md](../../docs/promises.md). This page is generated from
 [reliability/trials.jsonl](reliability/trials.jsonl) by `python scripts/reliability --page`.
+"""
+
+FOUND = """## What such trials have found
+
+All mended, each with a test of its own:
+
+- A run with `--overwrite` that was killed while it wrote its very first file: the old run was given up. The worst of them.
+- A new run killed there: its folder could be neither used nor replaced.
+- A kill, or a loss of power, in the middle of writing who holds a folder: the folder was refused to everybody.
+- A disk without room for a small merged model: "takes 0.00 GB, and 0.00 GB are left".
 """
 
 
