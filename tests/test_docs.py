@@ -53,6 +53,7 @@ WALK = [
 ]
 BASE = {"model": {"name_or_path": "builtin:tiny"}, "dataset": {"train": [{"path": "builtin:stdlib-docs"}]}}
 OF_OTHER_TOOLS = {"--max-lora-rank", "--max-loras", "--lora-paths", "--lora-init-without-apply", "--cache-ram"}
+OF_OTHER_TOOLS |= {"--nnodes", "--rdzv-endpoint", "--rdzv-id"}
 SECTIONS = "model|dataset|adapter|rank|pruning|train|eval"
 
 FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -95,7 +96,7 @@ def inline(page: Path) -> list[str]:
 
 def shell_lines(block: Block) -> Iterator[list[str]]:
     """The commands of a block, as words, without comments and what is redirected."""
-    for line in block.text.splitlines():
+    for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
             yield words[: words.index(">")] if ">" in words else words
