@@ -11,7 +11,7 @@ was until the first step, and the memory of all its processes, second by second:
     pss     the same, pages that are shared divided by who shares them
     anon    of this what is no file: what the system cannot take back
 
-    python scripts/bench/large_data/tables.py      # large_data.md and large_data.svg, of the last lines of each case
+    python scripts/bench/large_data/tables.py      # large_data.md and large_data.svg, of the fastest line of each case
 """
 
 from __future__ import annotations
