@@ -16,6 +16,7 @@ from dynlora_cli.adapters.read import read_adapter
 from dynlora_cli.data.load import Data
 from dynlora_cli.data.vocabulary import sha256_of_text
 from dynlora_cli.errors import UsageError
+from dynlora_cli.files.foreign import COPY_AGAIN
 from dynlora_cli.lora.growth import exact, turn_from_old, write_old
 from dynlora_cli.lora.pool import Pool
 from dynlora_cli.lora.start import Start, with_counts
@@ -24,7 +25,7 @@ from dynlora_cli.models.fingerprint import changed_since
 from dynlora_cli.models.linear import is_linear, linear_shape
 from dynlora_cli.models.load import Base
 from dynlora_cli.pruning.retire import altered_births
-from dynlora_cli.runs.record import Birth
+from dynlora_cli.runs.record import RECORD, Birth
 from dynlora_cli.text import counted
 
 if TYPE_CHECKING:
@@ -63,8 +64,14 @@ class Begun:
         return {name: sum(born) for name, born in self.born.items() if sum(born)}
 
     def at(self, start: Start) -> Start:
-        """A start with these components, `start.counts` of each layer in all, or as many as are settled already."""
+        """A start with these components, `start.counts` of each layer in all, or as many as are settled already.
+
+        Raises:
+            UsageError: of a layer that is trained the run's record says nothing.
+        """
         if self.counts is not None:
+            if missing := sorted(start.costs.keys() - self.counts.keys()):
+                raise UsageError(f"{RECORD} is damaged: budget.start_components lacks {missing[0]!r}", COPY_AGAIN)
             start = with_counts(start, self.counts)
         if not self.births:
             return start

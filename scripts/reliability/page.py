@@ -32,6 +32,7 @@ All mended, each with a test of its own:
 - A run with `--overwrite` that was killed while it wrote its very first file: the old run was given up. The worst of them.
 - A new run killed there: its folder could be neither used nor replaced.
 - A kill, or a loss of power, in the middle of writing who holds a folder: the folder was refused to everybody.
+- A run whose record had a letter of a layer's name changed: `--resume` ended with a traceback.
 - A disk without room for a small merged model: "takes 0.00 GB, and 0.00 GB are left".
 """
 

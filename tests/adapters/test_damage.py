@@ -150,6 +150,15 @@ def test_a_run_whose_record_is_damaged_is_not_gone_on_with(run: Path, key: str):
             same_recipe(run, make_recipe(run.parent, "train.save_steps=3", out=run.name))
 
 
+def test_a_record_without_a_layer_that_trains_is_damaged(run: Path):
+    record = json.loads((run / "dynlora.json").read_text())
+    name, *_ = record["budget"]["start_components"]
+    record["budget"]["start_components"][f"{name}x"] = record["budget"]["start_components"].pop(name)
+    (run / "dynlora.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=rf"dynlora\.json is damaged: budget.start_components lacks '{name}'"):
+        resume(run)
+
+
 def test_where_no_checkpoint_is_left_all_are_named(run: Path):
     for checkpoint in run_folder.step_folders(run):
         (checkpoint / "state.json").write_text("null")
