@@ -16,6 +16,7 @@ import json
 import os
 import select
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from .trial import Impossible, Kind, Lost, ProvesNothing, Trial, chance_of
 
 SURVIVED, NOTHING, IMPOSSIBLE, LOST = "survived", "nothing", "impossible", "lost"
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
 Line = dict[str, Any]
 
 
@@ -48,9 +50,14 @@ def attempt(kind: Kind, seed: int, number: int, made: Path) -> Outcome:
         except Impossible as impossible:
             return Outcome(number, IMPOSSIBLE, str(impossible))
         except Lost as lost:
-            return Outcome(number, LOST, str(lost).replace(work, "WORK"))
+            return Outcome(number, LOST, _anywhere(str(lost), work))
         except Exception as error:
-            return Outcome(number, LOST, f"{type(error).__name__}: {error}".replace(work, "WORK"))
+            return Outcome(number, LOST, _anywhere(f"{type(error).__name__}: {error}", work))
+
+
+def _anywhere(text: str, work: str) -> str:
+    """A text without the places of this machine."""
+    return text.replace(work, "WORK").replace(ROOT, "").replace(f"{sys.prefix}/", "").replace(f"{sys.base_prefix}/", "")
 
 
 def attempts(kind: Kind, seed: int, numbers: Sequence[int], made: Path) -> Iterator[Outcome]:
