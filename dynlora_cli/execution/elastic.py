@@ -72,7 +72,7 @@ def note() -> str | None:
     Of several machines torchrun keeps one store for all starts, in which processes that are started again find the
     addresses of those that have ended (pytorch/pytorch, issue 135712).
     """
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and UNSHARED not in os.environ
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get(UNSHARED) != "1"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if not (shared and restarts and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1):
         return None

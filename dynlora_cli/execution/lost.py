@@ -84,7 +84,7 @@ def _ask(found: list[list[int]], wait: bool) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A store that outlives the processes holds marks of earlier ones. One that does not needs no number, and torchrun
     # counts its restarts on each machine apart.
-    key = f"dynlora/runs/{'0' if UNSHARED in os.environ else os.environ.get(RESTARTS, '0')}/{{}}"
+    key = f"dynlora/runs/{'0' if os.environ.get(UNSHARED) == '1' else os.environ.get(RESTARTS, '0')}/{{}}"
     host, port, patience = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=MOMENT_SECONDS)
     with suppress(RuntimeError, OSError):  # nobody listens any more; torch.distributed's errors are RuntimeErrors
         store = TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
