@@ -49,8 +49,8 @@ def test_the_budget_is_met_and_reported_alike_everywhere(tmp_path, budget, limit
     summary, events = train(make_recipe(tmp_path, f"rank.budget={budget}"))
     folder = tmp_path / "out"
     record = run_folder.read_record(folder)
-    # Of a router's run, of one with new tokens, of one on a document, of one whose rank goes by the timestep.
-    others = ("library", "tokens", "adapted", "rank_by_timestep")
+    # Of a router's run, of one with new tokens, of one on a document, of one whose rank goes by the timestep, of torchrun's.
+    others = ("library", "tokens", "adapted", "rank_by_timestep", "elastic_job")
     keys = [key for key in Record.__annotations__ if key not in others]
     assert list(record) == keys[: keys.index("summary") + 1], "all that the schema has of a run, in its order"
     counted = adapter_numbers(folder)

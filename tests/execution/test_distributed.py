@@ -68,7 +68,9 @@ def wait_for_step(folder, step, process, seconds=90):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["adapter.init_weights=eva", "rank.allocation=gora"]], ids=["default", "calibrated"]
+    "more",
+    [[], pytest.param(["adapter.init_weights=eva", "rank.allocation=gora"], marks=pytest.mark.long)],
+    ids=["default", "calibrated"],
 )
 def test_two_processes_train_as_one(tmp_path, more):
     settings = [*SETTINGS, "train.max_grad_norm=null", *more]
@@ -114,7 +116,9 @@ def test_two_processes_measure_forgetting_as_one(tmp_path):
     assert found["after"] == same_curve(expected["after"])
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("llama", "true"), ("bert", "false")])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("llama", "true"), pytest.param("bert", "false", marks=pytest.mark.long)]
+)
 def test_two_processes_share_the_base_between_them(tmp_path, kind, checkpointing):
     """The classifier has a new head, which trains and stays whole; its dropout differs between processes."""
     settings = [*SETTINGS, "train.max_grad_norm=null"]

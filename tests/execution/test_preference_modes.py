@@ -26,7 +26,9 @@ def in_two(folder, *settings, out="two"):
     return json.loads(found)
 
 
-@pytest.mark.parametrize("more", [[], ["dataset.val_size=0.275"]], ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.long), ["dataset.val_size=0.275"]], ids=["even", "uneven"]
+)
 def test_two_processes_train_as_one(tmp_path, more):
     """Two epochs, so that a row comes up in the other process, which knows what the reference said."""
     settings = [*SETTINGS, "train.max_steps=20", *more]
