@@ -62,7 +62,7 @@ def test_losses_are_those_of_the_plain_run_and_events_need_no_new_code(dtype, tm
 @pytest.mark.parametrize(
     "setting",
     [
-        pytest.param("adapter.freeze_a=false", marks=pytest.mark.long),
+        "adapter.freeze_a=false",
         *(
             pytest.param(s, marks=pytest.mark.long)
             for s in ("train.gradient_checkpointing=true", "adapter.freeze_a=true")
