@@ -248,6 +248,14 @@ def test_options_of_a_single_run_are_refused(tmp_path: Path, dynlora: Dynlora, o
     assert says in answer.err
 
 
+def test_processes_of_torchrun_are_refused(tmp_path: Path, dynlora: Dynlora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = dynlora("train", *recipe_files(tmp_path, tmp_path / "out"))
+    assert answer.code == 2
+    assert "leave --devices, or torchrun, out" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_runs_into_one_folder_are_refused(tmp_path: Path, dynlora: Dynlora):
     files = recipe_files(tmp_path, tmp_path / "out")
     answer = dynlora("train", *files, "--set", f"output_dir={tmp_path / 'same'}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dynlora_cli.cli.reporting import console, typed
 from dynlora_cli.config.side_by_side import refuse_apart
 from dynlora_cli.errors import DynloraError, UsageError
-from dynlora_cli.execution.launch import is_launched
+from dynlora_cli.execution.lost import several
 
 if TYPE_CHECKING:
     from dynlora_cli.cli.views.console import Console
@@ -75,8 +75,10 @@ def _refuse_options(options: Mapping[str, Any]) -> None:
     for name, why in ALONE.items():
         if options[name]:
             raise UsageError(f"--{name.replace('_', '-')} {why}, and there are several recipes", "name one recipe")
-    if options["devices"] != "1" or is_launched():
-        raise UsageError("several recipes train side by side in one process, on one device", "leave --devices out")
+    if options["devices"] != "1" or several():
+        raise UsageError(
+            "several recipes train side by side in one process, on one device", "leave --devices, or torchrun, out"
+        )
 
 
 def _read(files: Sequence[Path], changes: Sequence[str], parent: str | None) -> dict[str, Recipe]:
