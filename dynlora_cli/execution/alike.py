@@ -39,8 +39,8 @@ def same_facts(facts: Mapping[str, str]) -> None:
         DynloraError: in some process it is something else.
     """
     everywhere: list[tuple[str, dict[str, str]]] = gather_object([(socket.gethostname(), dict(facts))])
-    for name in facts:
-        odd, usual = _odd([theirs[name] for _, theirs in everywhere])
+    for name in _all_names(everywhere):
+        odd, usual = _odd([theirs.get(name) for _, theirs in everywhere])
         if odd:
             hosts = {rank: everywhere[rank][0] for rank in (*odd, usual)}
             raise DynloraError(
@@ -67,28 +67,37 @@ def same_numbers(tensors: Mapping[str, Tensor], when: str, tolerance: float = TO
     """
     everywhere = gather_object([(socket.gethostname(), {name: _digest(tensor) for name, tensor in tensors.items()})])
     note = None
-    for name, tensor in tensors.items():
-        digests_P = [theirs.get(name, ("", ())) for _, theirs in everywhere]
+    for name in _all_names(everywhere):  # alike in all processes, since each broadcast below needs all of them
+        digests_P = [theirs.get(name) for _, theirs in everywhere]
         odd, usual = _odd(digests_P)
         if not odd:
             continue
-        comparable = tensor.is_floating_point() and len({shape for _, shape in digests_P}) == 1
-        far = max(_far(tensor, usual)) if comparable else None
+        kinds = {digest and digest[1:] for digest in digests_P}
+        comparable = len(kinds) == 1 and tensors[name].is_floating_point()
+        far = max(_far(tensors[name], usual)) if comparable else None
         hosts = {rank: everywhere[rank][0] for rank in (*odd, usual)}
         if far is None or not far <= tolerance:
             by = "" if far is None else f", by {far:.1g} of their size"
-            raise DynloraError(f"{_named(odd, hosts)}: other {name} than in process {usual} {when}{by}", HINT)
+            raise DynloraError(
+                f"{_named(odd, hosts)}: other {name} than in process {usual} on {hosts[usual]} {when}{by}", HINT
+            )
         note = (
             f"{_named(odd, hosts)}: {name} differ by {far:.1g} from process {usual}'s {when}, as between processors "
             "of two kinds; all go on with the same"
         )
-        distributed.broadcast(tensor.data, usual)
+        distributed.broadcast(tensors[name].data, usual)
     return note
 
 
-def _digest(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+def _digest(tensor: Tensor) -> tuple[str, str, tuple[int, ...]]:
+    """Hash, type and shape."""
     data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest(), tuple(tensor.shape)
+    return hashlib.sha256(data).hexdigest(), str(tensor.dtype), tuple(tensor.shape)
+
+
+def _all_names(everywhere: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What any process has, in one order."""
+    return list(dict.fromkeys(name for _, theirs in everywhere for name in theirs))
 
 
 def _odd(values_P: list[Any]) -> tuple[list[int], int]:

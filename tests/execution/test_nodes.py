@@ -208,7 +208,10 @@ except SystemExit as end:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("importance", r"process 1 on \S+: other importance of components .* than in process 0 before the pruning of"),
+        (
+            "importance",
+            r"process 1 on \S+: other importance of components .* than in process 0 on \S+ before the pruning of",
+        ),
         ("rows", r"process 1 on \S+: the recipe is not as in process 0"),
     ],
 )
@@ -235,7 +238,9 @@ told = same_numbers({"values": values, "counts": counts}, "at step 4")
 assert values.equal(torch.arange(1.0, 101))
 said = [told]
 for tensors in ({"values": values * (5 if rank == 1 else 1)}, {"values": values[: 9 if rank == 1 else 10]},
-                {"counts": counts + (rank == 0)}, {"values": values / (rank != 2)}):
+                {"counts": counts + (rank == 0)}, {"values": values / (rank != 2)},
+                {"values": values, **({"more": values.sum()} if rank else {})}, {"values": values.to(
+                    torch.float64 if rank == 1 else torch.float32)}):
     try:
         same_numbers(tensors, "at step 5")
     except DynloraError as error:
@@ -254,14 +259,16 @@ if rank == 0:
 def test_three_processes_agree_by_majority(tmp_path: Path):
     out = two(ROUNDS, folder=tmp_path, processes=3)
     found = [re.sub(r" on [^ :,]+", "", line) for line in out.splitlines() if "process" in line]
-    assert len(found) == 6, out
+    assert len(found) == 8, out
     assert found[0].startswith("process 2: values differ by ")
     assert "from process 0's at step 4, as between processors of two kinds" in found[0]
     assert found[1].startswith("process 1: other values than in process 0 at step 5, by 4 of their size")
     assert found[2] == "process 1: other values than in process 0 at step 5"
     assert found[3] == "process 0: other counts than in process 1 at step 5"
     assert found[4] == "process 2: other values than in process 0 at step 5, by inf of their size"
-    assert found[5] == "process 0: the base is not as in process 1"
+    assert found[5] == "process 0: other more than in process 1 at step 5"
+    assert found[6] == "process 1: other values than in process 0 at step 5"
+    assert found[7] == "process 0: the base is not as in process 1"
 
 
 def test_what_a_job_began_goes_on_and_what_others_began_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
